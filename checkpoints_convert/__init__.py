@@ -1,0 +1,1 @@
+"""Rule tables between published PyTorch checkpoints and the project's parameters."""

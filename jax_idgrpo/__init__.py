@@ -1,0 +1,1 @@
+"""Identity-GRPO in JAX."""
