@@ -1,0 +1,241 @@
+"""One table of rules per network, read in both directions.
+
+A `Rule` pairs the name of a torch tensor with the path of one of our parameters and says how the axes move. `{i}` in
+both names stands for the leading axis of a stacked leaf: torch `blocks.3.attn1.to_q.weight` is row 3 of the leaf
+`blocks.attn1.to_q.kernel`, and the row itself is called `blocks.3.attn1.to_q.kernel`. Names are compared whole.
+
+`expand` writes the table out for the shapes at hand and refuses one that is not a bijection, so that `to_jax` and
+`to_torch` are exact inverses. Parameters are addressed by their dotted path in any pytree of arrays or `jax.ShapeDtypeStruct`
+(an `nnx.State` as `nnx.split` returns it, or nested dictionaries).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_idgrpo.errors import UserError
+
+LISTED = 6  # names of one kind shown in an error line
+
+
+class ConversionError(UserError):
+    """A checkpoint does not fit the network: one line with the missing, unexpected and mis-shaped tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """Reorder the axes of a torch tensor, then merge neighbours; at most one size per group is free, so it inverts.
+
+    permutation: torch axis of each axis in the new order.
+    groups: how many of the reordered axes each of our axes takes.
+    sizes: size of each torch axis that the inverse cannot know (kernel taps, axes of size one); None where it is free.
+    """
+
+    permutation: tuple[int, ...]
+    groups: tuple[int, ...]
+    sizes: tuple[int | None, ...]
+
+    def __post_init__(self):
+        if sorted(self.permutation) != list(range(len(self.sizes))) or sum(self.groups) != len(self.sizes):
+            raise ValueError(f"not an invertible reordering: {self}")
+        for axes in self._axes():
+            if sum(self.sizes[axis] is None for axis in axes) > 1:
+                raise ValueError(f"torch axes {axes} cannot be told apart once merged: {self}")
+
+    def _axes(self) -> list[tuple[int, ...]]:
+        """The torch axes inside each of our axes."""
+        starts = np.cumsum((0, *self.groups))
+        return [self.permutation[start:stop] for start, stop in itertools.pairwise(starts)]
+
+    def apply(self, tensor: np.ndarray) -> np.ndarray:
+        """torch layout -> ours."""
+        shape = [math.prod(tensor.shape[axis] for axis in axes) for axes in self._axes()]
+        return tensor.transpose(self.permutation).reshape(shape)
+
+    def invert(self, array: np.ndarray) -> np.ndarray:
+        """Ours -> torch layout."""
+        shape = self.torch_shape(array.shape)
+        return array.reshape([shape[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The torch shape behind one of our shapes; ValueError when there is none."""
+        if len(shape) != len(self.groups):
+            raise ValueError(f"{len(self.groups)} axes expected, the parameter has shape {tuple(shape)}")
+        sizes = list(self.sizes)
+        for axes, size in zip(self._axes(), shape, strict=True):
+            known = math.prod(self.sizes[axis] or 1 for axis in axes)
+            free = [axis for axis in axes if self.sizes[axis] is None]
+            if size % known or (not free and size != known):
+                raise ValueError(f"axis of size {size} does not hold {known} of shape {tuple(shape)}")
+            for axis in free:
+                sizes[axis] = size // known
+        return tuple(int(size) for size in sizes if size is not None)
+
+
+VECTOR = Op((0,), (1,), (None,))  # biases, norm weights
+MATRIX = Op((0, 1), (1, 1), (None, None))  # embeddings: as they are
+TRANSPOSE = Op((1, 0), (1, 1), (None, None))  # Linear [out, in] -> [in, out]
+TABLE = Op((0, 1, 2), (2, 1), (1, None, None))  # modulation [1, rows, D] -> [rows, D]
+CONV2D = Op((2, 3, 1, 0), (1, 1, 1, 1), (None,) * 4)  # [O, I, h, w] -> [h, w, I, O]
+CONV3D = Op((2, 3, 4, 1, 0), (1, 1, 1, 1, 1), (None,) * 5)  # [O, I, t, h, w] -> [t, h, w, I, O]
+POINTWISE2D = Op((2, 3, 1, 0), (3, 1), (None, None, 1, 1))  # [O, I, 1, 1] -> [I, O]
+POINTWISE3D = Op((2, 3, 4, 1, 0), (4, 1), (None, None, 1, 1, 1))  # [O, I, 1, 1, 1] -> [I, O]
+GAMMA2D = Op((0, 1, 2), (3,), (None, 1, 1))  # [C, 1, 1] -> [C]
+GAMMA3D = Op((0, 1, 2, 3), (4,), (None, 1, 1, 1))  # [C, 1, 1, 1] -> [C]
+
+
+def patch(size: Sequence[int]) -> Op:
+    """Patch embedding [D, C, t, h, w] of kernel `size` (t, h, w) -> [t*h*w*C, D], channel fastest."""
+    return Op((2, 3, 4, 1, 0), (4, 1), (None, None, *size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The tensor named `torch` is the parameter at `jax`, its axes moved by `op`; `{i}` in both is the stacked axis.
+
+    aliases: other names of the same tensor in published files (tied weights); read, never written.
+    """
+
+    torch: str
+    jax: str
+    op: Op
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if {name.count("{i}") for name in (self.torch, self.jax, *self.aliases)} not in ({0}, {1}):
+            raise ValueError(f"{{i}} must stand once in both names or in neither: {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One torch tensor and its place: the whole leaf, or row `index` of a stacked one."""
+
+    torch: str
+    aliases: tuple[str, ...]
+    name: str  # our name of the slice, with the index
+    leaf: str  # dotted path of the leaf, without it
+    index: int | None
+    op: Op
+    shape: tuple[int, ...]  # of the slice, in our layout
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        return self.op.torch_shape(self.shape)
+
+
+def linear(torch: str, jax: str, bias: bool = True) -> list[Rule]:
+    """The rules of a torch Linear and our `Linear`."""
+    weight = Rule(f"{torch}.weight", f"{jax}.kernel", TRANSPOSE)
+    return [weight, Rule(f"{torch}.bias", f"{jax}.bias", VECTOR)] if bias else [weight]
+
+
+def leaf_path(path: Iterable[Any]) -> str:
+    """A key path of `jax.tree_util` as dots, without the `value` of NNX variables."""
+    keys = list(path)
+    if isinstance(keys[-1], jax.tree_util.GetAttrKey):
+        keys.pop()
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator=".")
+
+
+def leaves(state: Any) -> dict[str, Any]:
+    """Dotted path -> leaf, for an `nnx.State` or nested dictionaries."""
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
+    """The table written out for the shapes of `state`: one slot per torch tensor.
+
+    ValueError, a mistake in the table, if a leaf is covered by no rule or by two, a rule covers no leaf, or two slots
+    share a torch name. What remains is one to one by names, and each op is one to one on shapes.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves(state).items()}
+    slots, covered = [], set()
+    for rule in rules:
+        leaf = rule.jax.replace("{i}.", "")
+        if leaf not in shapes:
+            raise ValueError(f"rule for {rule.jax}: the network has no such parameter")
+        if leaf in covered:
+            raise ValueError(f"two rules for {rule.jax}")
+        covered.add(leaf)
+        stacked = "{i}" in rule.jax
+        shape = shapes[leaf][1:] if stacked else shapes[leaf]
+        for index in range(shapes[leaf][0]) if stacked else (None,):
+            torch, name, *aliases = (text.replace("{i}", str(index)) for text in (rule.torch, rule.jax, *rule.aliases))
+            slots.append(Slot(torch, tuple(aliases), name, leaf, index, rule.op, shape))
+    if missing := sorted(set(shapes) - covered):
+        raise ValueError(f"no rule for {', '.join(missing)}")
+    names = [name for slot in slots for name in (slot.torch, *slot.aliases)]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two rules for the tensors {sorted({name for name in names if names.count(name) > 1})}")
+    return slots
+
+
+def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Compare names and shapes before anything is read; -> the tensor of each slot, by its torch name.
+
+    tensors: name -> anything with `shape`. ConversionError lists everything missing, unexpected and mis-shaped.
+    """
+    found, missing, shapes, used = {}, [], [], set()
+    for slot in slots:
+        present = [name for name in (slot.torch, *slot.aliases) if name in tensors]
+        used.update(present)
+        if not present:
+            missing.append(slot.torch)
+        for name in present:
+            if tuple(tensors[name].shape) != slot.torch_shape:
+                shapes.append(f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}")
+        if present:
+            found[slot.torch] = tensors[present[0]]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", sorted(set(tensors) - used)),
+            ("mis-shaped", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ConversionError(f"{source}: the tensors do not fit the network; {'; '.join(problems)}")
+    return found
+
+
+def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint") -> Any:
+    """Fill the tree `abstract` (shapes, dtypes and, if given, shardings) from torch tensors -> a tree of jax arrays.
+
+    tensors: name -> array, or lazily read tensor with `shape`; each is read once, one leaf at a time is on the host.
+    Values are cast to the dtype of their leaf. ConversionError as in `match`, and for NaN or infinite values.
+    """
+    slots = expand(rules, abstract)
+    found = match(slots, tensors, source)
+    by_leaf: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_leaf.setdefault(slot.leaf, []).append(slot)
+
+    def fill(path, leaf):
+        host = np.empty(leaf.shape, leaf.dtype)
+        for slot in by_leaf[leaf_path(path)]:
+            value = np.asarray(found[slot.torch])
+            if not np.isfinite(value).all():
+                raise ConversionError(f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again")
+            host[slot.index if slot.index is not None else ...] = slot.op.apply(value)
+        return jax.device_put(host, leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def to_torch(rules: Sequence[Rule], state: Any) -> dict[str, np.ndarray]:
+    """The inverse of `to_jax`: torch name -> array, dtypes kept; views of the leaves where these are on the host."""
+    host = {path: np.asarray(leaf) for path, leaf in leaves(state).items()}
+    return {slot.torch: slot.op.invert(_row(host[slot.leaf], slot)) for slot in expand(rules, state)}
+
+
+def _row(leaf: np.ndarray, slot: Slot) -> np.ndarray:
+    return leaf if slot.index is None else leaf[slot.index]
