@@ -1,0 +1,186 @@
+"""Who is who in a video, and how alike: exact matching of references to faces, identity terms, evaluation metrics.
+
+Everything here takes boxes, embeddings and masks, so it is pure, static in shape and needs no weights.
+Per frame the best partial one-to-one map from references to faces is found by dynamic programming over sets of faces (exact,
+and of fixed size); a reference may also stay unmatched, which is worth `null_similarity`. Then
+
+    c_i  = (1/T) sum_t m_ti g(s_ti),   g(s) = clip((s - low) / (high - low), 0, 1),   a missing person counts 0
+    mean = avg_i c_i                   soft = -(1/b) log(avg_i exp(-b c_i))           between the minimum and the mean
+    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness
+
+Gradients reach the embeddings through the similarities s, not through the assignment. Sources: optimal assignment as in UMO
+(bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the soft minimum and the penalties are ours.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityConfig:
+    """Constants of the identity reward; similarities are cosines in [-1, 1].
+
+    null_similarity: a face below it is not the person, however lonely both are.
+    low, high: similarity that earns 0, and that earns 1 (two photos of one person: a copy earns no more).
+    softness: b of the soft minimum. mean_weight: w. extra_weight: price of faces nobody asked for.
+    motion_weight, motion_floor: price of a frozen video, whose mean absolute frame difference lies below the floor.
+    """
+
+    null_similarity: float = 0.15
+    low: float = 0.15
+    high: float = 0.8
+    softness: float = 10.0
+    mean_weight: float = 0.5
+    extra_weight: float = 0.1
+    motion_weight: float = 0.2
+    motion_floor: float = 0.005
+
+
+def match(
+    similarity: Float[Array, "*batch M K"],
+    reference_mask: Bool[Array, "*batch M"],
+    face_mask: Bool[Array, "*batch K"],
+    null_similarity: float,
+) -> Int[Array, "*batch M"]:
+    """Exact assignment: for each reference the index of its face, or K when it has none. Carries no gradient.
+
+    value[i, S] = max(value[i-1, S] + null, max over faces k in S of value[i-1, S without k] + similarity[i, k]) for every
+    set S of faces, then the choices are read back from the full set. Work grows as M K 2^K: meant for K up to about 12.
+    """
+    people, faces = similarity.shape[-2:]
+    batch = similarity.shape[:-2]
+    allowed = reference_mask[..., :, None] & face_mask[..., None, :]
+    utility = jax.lax.stop_gradient(jnp.where(allowed, similarity, -jnp.inf))
+    sets, bits = np.arange(2**faces), 2 ** np.arange(faces)
+    member = (sets[:, None] & bits) > 0
+    without = sets[:, None] & ~bits
+    value = jnp.zeros((*batch, 2**faces), utility.dtype)
+    choices = []
+    for i in range(people):
+        with_face = jnp.where(member, value[..., without] + utility[..., i, None, :], -jnp.inf)
+        options = jnp.concatenate([with_face, value[..., None] + null_similarity], -1)
+        choices.append(jnp.argmax(options, -1))
+        value = jnp.max(options, -1)
+    free = jnp.full(batch, 2**faces - 1)
+    drop = jnp.asarray([*bits, 0])
+    found = []
+    for choice in reversed(choices):
+        face = jnp.take_along_axis(choice, free[..., None], -1)[..., 0]
+        free = free & ~drop[face]
+        found.append(face)
+    return jnp.stack(found[::-1], -1)
+
+
+@flax.struct.dataclass
+class Matches:
+    """References matched to faces. face: index, K for none; similarity: raw cosine, 0 where nothing is matched."""
+
+    face: Int[Array, "B T M"]
+    matched: Bool[Array, "B T M"]
+    similarity: Float[Array, "B T M"]
+
+
+def match_videos(
+    embeddings: Float[Array, "B T K E"],
+    face_mask: Bool[Array, "B T K"],
+    references: Float[Array, "B M E"],
+    reference_mask: Bool[Array, "B M"],
+    null_similarity: float,
+) -> Matches:
+    """Match every frame by itself. Embeddings and references are unit vectors."""
+    similarity = jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
+    people = jnp.broadcast_to(reference_mask[:, None], similarity.shape[:-1])
+    face = match(similarity, people, face_mask, null_similarity)
+    padded = jnp.pad(similarity, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    chosen = jnp.take_along_axis(padded, face[..., None], -1)[..., 0]
+    return Matches(face=face, matched=face < embeddings.shape[2], similarity=chosen)
+
+
+def person_scores(matches: Matches, low: float, high: float) -> Float[Array, "B M"]:
+    """c_i: mean over frames of the similarity mapped from [low, high] to [0, 1]; a missing person counts 0."""
+    level = jnp.clip((matches.similarity - low) / (high - low), 0.0, 1.0)
+    return jnp.mean(jnp.where(matches.matched, level, 0.0), axis=1)
+
+
+def masked_mean(values: Float[Array, "B M"], mask: Bool[Array, "B M"]) -> Float[Array, " B"]:
+    """Mean over the people asked for."""
+    return jnp.sum(jnp.where(mask, values, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)
+
+
+def soft_minimum(values: Float[Array, "B M"], mask: Bool[Array, "B M"], softness: float) -> Float[Array, " B"]:
+    """-(1/b) log(avg exp(-b c)) over the people asked for: between their minimum and their mean."""
+    exponents = jnp.where(mask, -softness * values, -jnp.inf)
+    count = jnp.maximum(jnp.sum(mask, -1), 1)
+    return -(jax.nn.logsumexp(exponents, axis=-1) - jnp.log(count)) / softness
+
+
+def extra_faces(face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]) -> Float[Array, " B"]:
+    """Faces beyond the people asked for, as a share of them, at most 1, mean over frames."""
+    asked = jnp.maximum(jnp.sum(reference_mask, -1), 1)[:, None]
+    surplus = jnp.maximum(jnp.sum(face_mask, -1) - asked, 0)
+    return jnp.mean(jnp.minimum(surplus / asked, 1.0), axis=1)
+
+
+def motion(
+    videos: Float[Array, "B T H W 3"],
+    boxes: Float[Array, "B T K 4"],
+    face_mask: Bool[Array, "B T K"],
+) -> Float[Array, " B"]:
+    """Mean absolute difference of neighbouring frames, in units of [-1, 1], outside the faces of both; 0 for one frame."""
+    frames, height, width = videos.shape[1:4]
+    if frames == 1:
+        return jnp.zeros(videos.shape[0], jnp.float32)
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside_x = (columns >= boxes[..., 0:1]) & (columns <= boxes[..., 2:3])
+    inside_y = (rows >= boxes[..., 1:2]) & (rows <= boxes[..., 3:4])
+    face = jnp.einsum(
+        "btkh,btkw->bthw", (inside_y & face_mask[..., None]).astype(jnp.float32), inside_x.astype(jnp.float32)
+    )
+    outside = ((face[:, 1:] + face[:, :-1]) == 0).astype(jnp.float32)
+    difference = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), -1)
+    return jnp.sum(difference * outside, (1, 2, 3)) / jnp.maximum(jnp.sum(outside, (1, 2, 3)), 1.0)
+
+
+def reward_terms(
+    videos: Float[Array, "B T H W 3"],
+    boxes: Float[Array, "B T K 4"],
+    embeddings: Float[Array, "B T K E"],
+    face_mask: Bool[Array, "B T K"],
+    references: Float[Array, "B M E"],
+    reference_mask: Bool[Array, "B M"],
+    config: IdentityConfig,
+) -> dict[str, Float[Array, " B"]]:
+    """Every term of the reward and the metrics that share its matching, each [B] in fp32.
+
+    reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms.
+    similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
+    faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
+    """
+    matches = match_videos(embeddings, face_mask, references, reference_mask, config.null_similarity)
+    people = person_scores(matches, config.low, config.high)
+    identity_mean = masked_mean(people, reference_mask)
+    identity_soft_min = soft_minimum(people, reference_mask, config.softness)
+    extra = extra_faces(face_mask, reference_mask)
+    moved = motion(videos, boxes, face_mask)
+    stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
+    reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
+    reward = reward - config.extra_weight * extra - config.motion_weight * stillness
+    raw = jnp.mean(matches.similarity, axis=1)
+    terms = {
+        "reward": reward,
+        "identity_mean": identity_mean,
+        "identity_soft_min": identity_soft_min,
+        "extra": extra,
+        "motion": moved,
+        "similarity": masked_mean(raw, reference_mask),
+        "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
+        "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),
+        "faces_seen": jnp.mean(jnp.sum(face_mask, -1), -1),
+        "faces_asked": jnp.sum(reference_mask, -1),
+    }
+    return {name: value.astype(jnp.float32) for name, value in terms.items()}
