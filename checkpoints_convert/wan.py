@@ -1,0 +1,129 @@
+"""The Wan 2.1 transformer, with or without VACE blocks: names of both published layouts against our parameter paths.
+
+One row per module: ours, diffusers', the original repository's. Sources: diffusers `transformer_wan.py`,
+`transformer_wan_vace.py`; Wan2.1 `wan/modules/model.py`, `vace_model.py`. Phantom has plain Wan's names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from checkpoints_convert.rules import TABLE, VECTOR, Rule, linear, patch
+from jax_idgrpo.models.wan import WanConfig
+
+Layout = Literal["diffusers", "original"]
+
+PATCH = (1, 2, 2)
+FIXED = {  # what the network assumes; a config that says otherwise describes another network
+    "patch_size": list(PATCH),
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+    "image_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+TOP_LINEAR = (
+    ("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.time_proj", "condition_embedder.time_proj", "time_projection.1"),
+    ("condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("proj_out", "proj_out", "head.head"),
+)
+ATTENTION = (
+    ("attn1.to_q", "attn1.to_q", "self_attn.q"),
+    ("attn1.to_k", "attn1.to_k", "self_attn.k"),
+    ("attn1.to_v", "attn1.to_v", "self_attn.v"),
+    ("attn1.to_out", "attn1.to_out.0", "self_attn.o"),
+    ("attn2.to_q", "attn2.to_q", "cross_attn.q"),
+    ("attn2.to_k", "attn2.to_k", "cross_attn.k"),
+    ("attn2.to_v", "attn2.to_v", "cross_attn.v"),
+    ("attn2.to_out", "attn2.to_out.0", "cross_attn.o"),
+)
+FEED_FORWARD = (
+    ("ffn.linear_1", "ffn.net.0.proj", "ffn.0"),
+    ("ffn.linear_2", "ffn.net.2", "ffn.2"),
+)
+QK_NORM = (
+    ("attn1.norm_q", "attn1.norm_q", "self_attn.norm_q"),
+    ("attn1.norm_k", "attn1.norm_k", "self_attn.norm_k"),
+    ("attn2.norm_q", "attn2.norm_q", "cross_attn.norm_q"),
+    ("attn2.norm_k", "attn2.norm_k", "cross_attn.norm_k"),
+)
+CROSS_NORM = ("norm2", "norm2", "norm3")
+BLOCK_TABLE = ("scale_shift_table", "scale_shift_table", "modulation")
+HEAD_TABLE = ("scale_shift_table", "scale_shift_table", "head.modulation")
+VACE_IN = ("vace_proj_in", "vace_blocks.0.proj_in", "vace_blocks.0.before_proj")
+VACE_OUT = ("proj_out", "proj_out", "after_proj")
+
+
+def block_stacks(config: WanConfig) -> tuple[str, ...]:
+    """The stacks of transformer blocks, named alike everywhere."""
+    return ("blocks",) if config.vace_layers is None else ("blocks", "vace_blocks")
+
+
+def rules(config: WanConfig, layout: Layout = "diffusers") -> list[Rule]:
+    """Every tensor of the transformer in the given layout; adapters are in `lora`."""
+    column = 1 if layout == "diffusers" else 2
+    vace = config.vace_layers is not None
+    table = [Rule(HEAD_TABLE[column], HEAD_TABLE[0], TABLE)]
+    for name in ("patch_embedding", "vace_patch_embedding") if vace else ("patch_embedding",):
+        table += [Rule(f"{name}.weight", f"{name}.kernel", patch(PATCH)), Rule(f"{name}.bias", f"{name}.bias", VECTOR)]
+    for row in (*TOP_LINEAR, VACE_IN) if vace else TOP_LINEAR:
+        table += linear(row[column], row[0])
+    for stack in block_stacks(config):
+        prefix = f"{stack}.{{i}}."
+        table.append(Rule(prefix + BLOCK_TABLE[column], prefix + BLOCK_TABLE[0], TABLE))
+        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.weight", f"{prefix}{CROSS_NORM[0]}.scale", VECTOR))
+        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.bias", f"{prefix}{CROSS_NORM[0]}.bias", VECTOR))
+        table += [Rule(f"{prefix}{row[column]}.weight", f"{prefix}{row[0]}.scale", VECTOR) for row in QK_NORM]
+        modules = (*ATTENTION, *FEED_FORWARD, VACE_OUT) if stack == "vace_blocks" else (*ATTENTION, *FEED_FORWARD)
+        for row in modules:
+            table += linear(prefix + row[column], prefix + row[0])
+    return table
+
+
+def config_from_json(values: dict[str, Any]) -> WanConfig:
+    """A diffusers `transformer/config.json`. ValueError for an architecture other than Wan 2.1's, KeyError for a gap."""
+    for name, value in FIXED.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name} is {values[name]!r}, only {value!r} is supported")
+    vace = values.get("vace_layers") is not None
+    return WanConfig(
+        num_layers=values["num_layers"],
+        num_heads=values["num_attention_heads"],
+        head_dim=values["attention_head_dim"],
+        ffn_dim=values["ffn_dim"],
+        text_dim=values["text_dim"],
+        freq_dim=values["freq_dim"],
+        eps=values["eps"],
+        in_channels=values["in_channels"],
+        out_channels=values["out_channels"],
+        rope_max_seq_len=values["rope_max_seq_len"],
+        vace_layers=tuple(values["vace_layers"]) if vace else None,
+        **({"vace_in_channels": values["vace_in_channels"]} if vace else {}),
+    )
+
+
+def config_to_json(config: WanConfig) -> dict[str, Any]:
+    """What diffusers' `WanTransformer3DModel` or `WanVACETransformer3DModel.from_pretrained` reads."""
+    vace = config.vace_layers is not None
+    values = {
+        "_class_name": "WanVACETransformer3DModel" if vace else "WanTransformer3DModel",
+        "_diffusers_version": "0.35.0",
+        **FIXED,
+        "attention_head_dim": config.head_dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_channels,
+        "rope_max_seq_len": config.rope_max_seq_len,
+        "text_dim": config.text_dim,
+    }
+    if vace:
+        values |= {"vace_in_channels": config.vace_in_channels, "vace_layers": list(config.vace_layers)}
+    return values
