@@ -1,0 +1,403 @@
+"""The Wan2.1 video autoencoder: 9 frames of 64x64 pixels become 3 latent frames of 8x8 with 16 channels, and back.
+
+Time shrinks by 4, height and width by 8; frame 0 is coded alone, so a single picture is a video of one frame.
+Every convolution over time is causal: it sees the past, two zero frames before the first one, and never the future.
+
+Frame 0 takes a path of its own through each change of the frame rate (F = 1 + 4n frames, T = 1 + n latent frames):
+
+    halving    y = [x_0, w * (x_0, x_1, x_2), w * (x_2, x_3, x_4), ...]          frame 0 is kept and is seen by the next
+    doubling   y = [x_0, a_1, b_1, a_2, b_2, ...],  (a_i, b_i) = w * (x_{i-2}, x_{i-1}, x_i)   frame 0 is not doubled
+                                                                                  and counts as zero for the others
+Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and activations are float32.
+
+Long videos run in chunks (`chunk=`): each convolution then remembers its last input frames in a `Memory`. The result
+is the same for every chunk size, whole video included; only the peak memory differs.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+PIXELS_PER_LATENT = 8
+FRAMES_PER_LATENT = 4
+ATTENTION_LOGITS = 2**25  # how many float32 attention logits may exist at once: 128 MiB
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder and the statistics that normalise its latents.
+
+    The channels of level i are base_dim * dim_mult[i], level 0 at full resolution; `temporal_downsample[i]` says whether
+    the step from level i to i + 1 also halves the frame rate. `latents_mean` and `latents_std` have z_dim entries.
+    """
+
+    base_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    z_dim: int = 16
+
+    def __post_init__(self):
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} entries, the {len(self.dim_mult)} levels of "
+                f"dim_mult have {len(self.dim_mult) - 1} steps between them"
+            )
+        if 2 ** len(self.temporal_downsample) != PIXELS_PER_LATENT:
+            raise ValueError(f"dim_mult needs 4 levels, so that 8 pixels become one latent; it has {len(self.dim_mult)}")
+        if 2 ** sum(self.temporal_downsample) != FRAMES_PER_LATENT:
+            raise ValueError(f"temporal_downsample must hold two True entries: {self.temporal_downsample}")
+        if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+            raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} entries each")
+        if any(self.base_dim * multiple % 2 for multiple in self.dim_mult[1:]):
+            raise ValueError(f"every level above the first needs an even width: {self.base_dim} * {self.dim_mult}")
+
+
+class Memory:
+    """What the causal convolutions of one pass remember between chunks of a video, in the order they are called.
+
+    `first` says whether the chunk begins with frame 0. While a chunk runs, each convolution over time asks for the
+    frames before its input with `before` and the frames it will need next time are collected in `kept`.
+    """
+
+    def __init__(self, remembered: list[Float[Array, "B n h w C"]] | None = None):
+        self.first = remembered is None
+        self.kept: list[Float[Array, "B n h w C"]] = []
+        self._remembered = remembered
+
+    def before(self, x: Float[Array, "B t h w C"], count: int) -> Float[Array, "B count h w C"]:
+        """The `count` frames before x: zeros before frame 0, what the chunk before left otherwise. Keeps x's last ones."""
+        shape = (x.shape[0], count, *x.shape[2:])
+        past = jnp.zeros(shape, x.dtype) if self.first else self._remembered[len(self.kept)]
+        self.kept.append(jnp.concatenate([past, x], axis=1)[:, -count:])
+        return past
+
+
+def _fan_in_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
+    return jax.random.normal(key, shape, jnp.float32) / fan_in**0.5
+
+
+class RMSNorm(nnx.Module):
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels. Unlike mean-square-plus-epsilon near zero input."""
+
+    def __init__(self, channels: int):
+        self.gamma = nnx.Param(jnp.ones(channels, jnp.float32))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        square = jnp.sum(x * x, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # of the square: a gradient exists at x = 0
+        return x * inverse * (x.shape[-1] ** 0.5 * self.gamma[...])
+
+
+class Dense(nnx.Module):
+    """A convolution of one pixel in one frame: kernel [in, out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (in_channels, out_channels), in_channels))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+        flat = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        return (flat + self.bias[...]).reshape(*x.shape[:-1], -1)
+
+
+class FrameConv(nnx.Module):
+    """A 3x3 convolution of each frame by itself: kernel [3, 3, in, out]."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, padding: tuple[int, int], rngs: nnx.Rngs):
+        shape = (3, 3, in_channels, out_channels)
+        self.kernel = nnx.Param(_fan_in_normal(rngs.params(), shape, 9 * in_channels))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t H W D"]:
+        frames = x.reshape(-1, *x.shape[2:])
+        y = _conv2d(frames, self.kernel[...], self.stride, self.padding) + self.bias[...]
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+class CausalConv(nnx.Module):
+    """A 3x3x3 convolution that sees a frame and the two before it: kernel [3 (time), 3, 3, in, out].
+
+    New weights act on single frames: the taps of the two earlier frames start at zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        last = _fan_in_normal(rngs.params(), (1, 3, 3, in_channels, out_channels), 9 * in_channels)
+        self.kernel = nnx.Param(jnp.pad(last, ((2, 0), (0, 0), (0, 0), (0, 0), (0, 0))))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w D"]:
+        past = memory.before(x, 2)
+        if memory.first and x.shape[1] == 1:  # the earlier taps meet only zeros
+            y = _conv2d(x[:, 0], self.kernel[2], 1, (1, 1))[:, None]
+        else:
+            y = jax.lax.platform_dependent(
+                jnp.concatenate([past, x], axis=1), self.kernel[...], cpu=_stacked_conv3d, default=_conv3d
+            )
+        return y + self.bias[...]
+
+
+class TimeConv(nnx.Module):
+    """A convolution over three frames at one pixel: kernel [3, in, out]. Starts as copies of the newest frame."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        newest = jnp.tile(jnp.eye(in_channels, dtype=jnp.float32), (1, out_channels // in_channels))
+        self.kernel = nnx.Param(jnp.stack([jnp.zeros_like(newest), jnp.zeros_like(newest), newest]))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B t h w C"], stride: int) -> Float[Array, "B s h w D"]:
+        """Windows of three frames, `stride` apart, without padding."""
+        count = (x.shape[1] - 3) // stride + 1
+        taps = [x[:, k : k + stride * (count - 1) + 1 : stride] for k in range(3)]
+        stacked = jnp.concatenate(taps, axis=-1)
+        y = stacked.reshape(-1, stacked.shape[-1]) @ self.kernel[...].reshape(-1, self.kernel.shape[-1])
+        return (y + self.bias[...]).reshape(*stacked.shape[:-1], -1)
+
+
+def _conv2d(x, kernel, stride, padding):
+    """x [N,h,w,C], kernel [3,3,C,D]; the same (before, after) padding on height and width."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _conv3d(x, kernel):
+    """x [B,t+2,h,w,C], kernel [3,3,3,C,D] -> [B,t,h,w,D], zero padding in space."""
+    padding = ((0, 0), (1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1, 1), padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+
+
+def _stacked_conv3d(x, kernel):
+    """The same as `_conv3d` as one 2-D convolution with the three frames side by side on the channels: 6x faster on CPU."""
+    frames = x.shape[1] - 2
+    stacked = jnp.concatenate([x[:, k : k + frames] for k in range(3)], axis=-1)
+    flat = kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, -1, kernel.shape[-1])
+    y = _conv2d(stacked.reshape(-1, *stacked.shape[2:]), flat, 1, (1, 1))
+    return y.reshape(*x.shape[:1], frames, *y.shape[1:])
+
+
+class ResBlock(nnx.Module):
+    """x' + conv2(silu(norm2(conv1(silu(norm1(x)))))); x' passes a Dense where the channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(in_channels)
+        self.conv1 = CausalConv(in_channels, out_channels, rngs=rngs)
+        self.norm2 = RMSNorm(out_channels)
+        self.conv2 = CausalConv(out_channels, out_channels, rngs=rngs)
+        self.conv_shortcut = None if in_channels == out_channels else Dense(in_channels, out_channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w D"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)), memory)
+        h = self.conv2(jax.nn.silu(self.norm2(h)), memory)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class AttentionBlock(nnx.Module):
+    """x + proj(attention(norm(x))) within each frame: one head as wide as the channels."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.norm = RMSNorm(channels)
+        self.to_qkv = Dense(channels, 3 * channels, rngs=rngs)
+        self.proj = Dense(channels, channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t h w C"]:
+        batch, frames, height, width, channels = x.shape
+        positions = height * width
+        qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, positions, 3, channels)
+
+        def attend(qkv):  # of one frame, [N,3,C]
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            return jax.nn.softmax(q @ k.T * channels**-0.5, axis=-1) @ v
+
+        attended = jax.lax.map(attend, qkv, batch_size=max(1, ATTENTION_LOGITS // positions**2))
+        return x + self.proj(attended.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Half the height and width, and with `time` half the frame rate; the channels stay."""
+
+    def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
+        self.resample = FrameConv(channels, channels, stride=2, padding=(0, 1), rngs=rngs)
+        self.time_conv = TimeConv(channels, channels) if time else None
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s h/2 w/2 C"]:
+        x = self.resample(x)
+        if self.time_conv is None:
+            return x
+        past = memory.before(x, 1)
+        if not memory.first:
+            return self.time_conv(jnp.concatenate([past, x], axis=1), stride=2)
+        if x.shape[1] == 1:
+            return x
+        return jnp.concatenate([x[:, :1], self.time_conv(x, stride=2)], axis=1)
+
+
+class Upsample(nnx.Module):
+    """Twice the height and width, and with `time` twice the frame rate; half the channels."""
+
+    def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
+        self.time_conv = TimeConv(channels, 2 * channels) if time else None
+        self.resample = FrameConv(channels, channels // 2, stride=1, padding=(1, 1), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s 2*h 2*w C/2"]:
+        if self.time_conv is not None:
+            alone, rest = (x[:, :1], x[:, 1:]) if memory.first else (x[:, :0], x)
+            past = memory.before(rest, 2)
+            if rest.shape[1]:
+                rest = _double_frames(self.time_conv(jnp.concatenate([past, rest], axis=1), stride=1))
+                x = jnp.concatenate([alone, rest], axis=1)
+        return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+
+
+def _double_frames(x: Float[Array, "B t h w 2*C"]) -> Float[Array, "B 2*t h w C"]:
+    """The first half of the channels is the earlier frame."""
+    batch, frames, height, width, channels = x.shape
+    x = x.reshape(batch, frames, height, width, 2, channels // 2).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(batch, 2 * frames, height, width, channels // 2)
+
+
+class MidBlock(nnx.Module):
+    """Res block, attention, res block at the lowest resolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([ResBlock(channels, channels, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([AttentionBlock(channels, rngs=rngs)])
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w C"]:
+        x = self.attentions[0](self.resnets[0](x, memory))
+        return self.resnets[1](x, memory)
+
+
+class UpBlock(nnx.Module):
+    """num_res_blocks + 1 res blocks, and an upsampling unless it is the last block."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, up: Upsample | None, *, rngs: nnx.Rngs):
+        widths = [in_channels] + [out_channels] * num_res_blocks
+        self.resnets = nnx.List([ResBlock(width, out_channels, rngs=rngs) for width in widths])
+        self.upsamplers = nnx.List([] if up is None else [up])
+
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s H W D"]:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x, memory)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Video -> mean and log-variance, before the last 1x1x1 convolution."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [config.base_dim * multiple for multiple in config.dim_mult]
+        self.conv_in = CausalConv(3, config.base_dim, rngs=rngs)
+        blocks, channels = [], config.base_dim
+        for level, width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResBlock(channels, width, rngs=rngs))
+                channels = width
+            if level < len(config.temporal_downsample):
+                blocks.append(Downsample(width, config.temporal_downsample[level], rngs=rngs))
+        self.down_blocks = nnx.List(blocks)
+        self.mid_block = MidBlock(channels, rngs=rngs)
+        self.norm_out = RMSNorm(channels)
+        self.conv_out = CausalConv(channels, 2 * config.z_dim, rngs=rngs)
+
+    def __call__(self, video: Float[Array, "B F H W 3"], memory: Memory) -> Float[Array, "B T H/8 W/8 2*z"]:
+        x = self.conv_in(video, memory)
+        for block in self.down_blocks:
+            x = block(x, memory)
+        x = self.mid_block(x, memory)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), memory)
+
+
+class Decoder(nnx.Module):
+    """Latents, after the first 1x1x1 convolution -> video, not clamped."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [config.base_dim * multiple for multiple in config.dim_mult[::-1]]
+        doubles = config.temporal_downsample[::-1]
+        self.conv_in = CausalConv(config.z_dim, widths[0], rngs=rngs)
+        self.mid_block = MidBlock(widths[0], rngs=rngs)
+        blocks, channels = [], widths[0]
+        for level, width in enumerate(widths):
+            up = Upsample(width, doubles[level], rngs=rngs) if level < len(doubles) else None
+            blocks.append(UpBlock(channels, width, config.num_res_blocks, up, rngs=rngs))
+            channels = width // 2
+        self.up_blocks = nnx.List(blocks)
+        self.norm_out = RMSNorm(widths[-1])
+        self.conv_out = CausalConv(widths[-1], 3, rngs=rngs)
+
+    def __call__(self, latents: Float[Array, "B T h w z"], memory: Memory) -> Float[Array, "B F 8*h 8*w 3"]:
+        x = self.mid_block(self.conv_in(latents, memory), memory)
+        for block in self.up_blocks:
+            x = block(x, memory)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)), memory)
+
+
+class WanVAE(nnx.Module):
+    """The autoencoder. Videos are float32 in [-1, 1], F = 1 + 4n frames, height and width multiples of 8."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant_conv = Dense(2 * config.z_dim, 2 * config.z_dim, rngs=rngs)
+        self.post_quant_conv = Dense(config.z_dim, config.z_dim, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, video: Float[Array, "B F H W 3"], chunk: int | None = None) -> Float[Array, "B T H/8 W/8 z"]:
+        """Normalised latents, (posterior mean - latents_mean) / latents_std.
+
+        `chunk`: how many latent frames (of 4 video frames) to run at a time; None runs the whole video at once.
+        Raises ValueError when F is not 1 + 4n, or the height or width not a multiple of 8.
+        """
+        mean, _ = self.posterior(video, chunk)
+        return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
+
+    def decode(self, latents: Float[Array, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+        """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
+        raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
+        return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
+
+    def posterior(
+        self, video: Float[Array, "B F H W 3"], chunk: int | None = None
+    ) -> tuple[Float[Array, "B T H/8 W/8 z"], Float[Array, "B T H/8 W/8 z"]]:
+        """Mean and log-variance (within [-30, 20]) of the latents, not normalised."""
+        frames, height, width = video.shape[1:4]
+        if frames % FRAMES_PER_LATENT != 1:
+            raise ValueError(f"a video needs 1 + {FRAMES_PER_LATENT}n frames, this one has {frames}")
+        if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
+            raise ValueError(f"height and width must be multiples of {PIXELS_PER_LATENT}, not {height}x{width}")
+        moments = self.quant_conv(_in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT))
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def pixels(self, raw: Float[Array, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+        """The video of latents that are not normalised, not clamped: what training compares with the truth."""
+        return _in_chunks(self.decoder, self.post_quant_conv(raw), chunk)
+
+
+def _in_chunks(network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None) -> Float[Array, "B m H W D"]:
+    """network(x) in chunks of `size` frames: frame 0 with what does not fill a chunk, then a scan over full chunks."""
+    if size is None:
+        return network(x, Memory())
+    head = 1 + (x.shape[1] - 1) % size
+    memory = Memory()
+    start = network(x[:, :head], memory)
+    if head == x.shape[1]:
+        return start
+    chunks = x[:, head:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def step(remembered, frames):
+        memory = Memory(remembered)
+        y = network(frames, memory)
+        return memory.kept, y
+
+    _, rest = jax.lax.scan(step, memory.kept, chunks)
+    rest = rest.swapaxes(0, 1)
+    return jnp.concatenate([start, rest.reshape(x.shape[0], -1, *rest.shape[3:])], axis=1)
