@@ -1,0 +1,285 @@
+"""The `idgrpo` command: parse the line, call one function per sub-command, turn a user's mistake into one line and exit status 2.
+
+`idgrpo COMMAND CONFIG.py [--option VALUE ...] [--section.field VALUE ...]`. A name with a dot sets a field of the configuration; both
+`--name VALUE` and `--name=VALUE` are read. Networks are imported by the sub-commands, so that help and mistakes answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import importlib.metadata
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jax_idgrpo import config as configuration
+from jax_idgrpo.errors import UserError
+
+# Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
+_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """The hint "; did you mean NAME?" with the name most like `name`, or nothing when no name resembles it."""
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One sub-command: its summary, what adds its options to a parser, and what runs it."""
+
+    summary: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
+
+
+def require_writable(path: Path, what: str, folder: bool = True) -> Path:
+    """`path`, once it is sure that it can be made or written; nothing is created.
+
+    Raises:
+      UserError: a file stands in the way, or the nearest existing folder above cannot be written.
+    """
+    if path.exists() and path.is_dir() != folder:
+        kind = "a file, not a folder" if folder else "a folder, not a file"
+        raise UserError(f"{what} {path}: is {kind}; choose another path")
+    parent = path if folder and path.exists() else path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return path
+    except OSError as error:
+        raise UserError(f"{what} {path}: cannot be written ({parent}: {error.strerror}); choose another path") from None
+
+
+def existing(path: str, what: str, remedy: str) -> Path:
+    """`path`, which must exist.
+
+    Raises:
+      UserError: it does not; `what` names its part and `remedy` says what to pass.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{what} {path}: no such file or folder; {remedy}")
+    return Path(path)
+
+
+def prompts_path(name: str) -> Path:
+    """The CSV that `--prompts name` means, which must exist."""
+    path = configuration.prompts_file(name)
+    return existing(str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval")
+
+
+def adapters(pairs: Sequence[str]) -> dict[str, Path]:
+    """`["NAME=PATH", ...]` as a dictionary.
+
+    Raises:
+      UserError: a pair without `=`, a name twice or one that is taken, or a path that does not exist.
+    """
+    paths: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
+        if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and _; choose another")
+        paths[name] = existing(path, "--lora", "pass an adapter folder, such as runs/quickstart/export")
+    return paths
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as configs/quickstart.py")
+    parser.add_argument("--workdir", required=True, metavar="W", help="folder of the run; a run found there is continued")
+
+
+def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    workdir = require_writable(Path(arguments.workdir), "--workdir")
+    from jax_idgrpo.train import train
+
+    train(config, workdir)
+
+
+def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    workdir = require_writable(Path(arguments.workdir), "--workdir")
+    from jax_idgrpo.finetune import finetune
+
+    finetune(config, workdir)
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts and reference photos: header ref_paths,prompt")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl")
+    parser.add_argument("--lora", metavar="PATH", help="adapter to sample with; without it the base model")
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts)
+    lora = existing(arguments.lora, "--lora", "pass an adapter folder, such as runs/quickstart/export") if arguments.lora else None
+    out = require_writable(Path(arguments.out), "--out")
+    from jax_idgrpo.evaluate import sample
+
+    sample(config, prompts, out, lora)
+
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--videos", required=True, metavar="DIR", help="folder of videos, as `idgrpo sample` leaves it")
+    parser.add_argument("--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, one row per video")
+
+
+def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts)
+    videos = existing(arguments.videos, "--videos", "pass a folder of videos")
+    out = require_writable(Path(arguments.out), "--out", folder=False)
+    from jax_idgrpo.evaluate import score
+
+    score(config, videos, prompts, out)
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--prompts", metavar="CSV", help="held-out prompts; default: evaluate.prompts of the configuration")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for metrics.json, table.md and videos/")
+    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="adapters to compare with the base")
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
+    loras = adapters(arguments.lora)
+    out = require_writable(Path(arguments.out), "--out")
+    from jax_idgrpo.evaluate import evaluate
+
+    evaluate(config, prompts, out, loras)
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="W", help="folder of a run, as `idgrpo train` leaves it")
+
+
+def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    if overrides:
+        raise UserError(f"idgrpo report takes no --{overrides[0][0]}: it shows a run as it was")
+    workdir = existing(arguments.workdir, "workdir", "pass the --workdir of a run")
+    from jax_idgrpo.report import report
+
+    print(f"report: {report(require_writable(workdir, 'workdir'))}")
+
+
+COMMANDS = {
+    "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _train_options, _train),
+    "finetune": Command("supervised training of the transformer, the VAE, the text encoder or the face networks", _train_options, _finetune),
+    "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
+    "score": Command("the reward of existing videos", _score_options, _score),
+    "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),
+    "report": Command("one HTML page of a run: curves, videos side by side, table, configuration", _report_options, _report),
+}
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The arguments without configuration fields, and the `(section.field, text)` pairs among them.
+
+    Raises:
+      UserError: a field without a value.
+    """
+    rest: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=")
+        if not (name.startswith("--") and "." in name):
+            rest.append(word)
+            continue
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"{name} needs a value, as in {name} VALUE or {name}=VALUE")
+            value = queue.pop(0)
+        pairs.append((name.removeprefix("--"), value))
+    return rest, pairs
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([
+        "usage: idgrpo COMMAND CONFIG.py [--option VALUE ...] [--section.field VALUE ...]", "",
+        "Reinforcement learning that keeps every person in a generated video who they are.", "", *lines, "",
+        "idgrpo COMMAND --help lists a command's options and the fields of a configuration.",
+    ])
+
+
+def _fields() -> dict[str, object]:
+    """Option -> default, for every field of the configuration."""
+    sections = dataclasses.asdict(configuration.Config())
+    return {f"--{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run `idgrpo` with `arguments` (the words after the program's name).
+
+    Raises:
+      UserError: what the user gave cannot be used.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"jax-idgrpo {importlib.metadata.version('jax-idgrpo')}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+    command = COMMANDS[name]
+    fields = {} if name == "report" else _fields()
+    epilog = "\n".join(["fields of the configuration, with the defaults of the schema:",
+                        *(f"  {field} {value!r}" for field, value in fields.items())]) if fields else ""
+    parser = _Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.options(parser)
+    rest, overrides = split_overrides(arguments[1:])
+    parsed, unknown = parser.parse_known_args(rest)
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"unexpected argument {word}; see idgrpo {name} --help")
+        options = [option for action in parser._actions for option in action.option_strings] + list(fields)
+        raise UserError(f"unknown option {word}{closest(word, options)}; see idgrpo {name} --help")
+    command.run(parsed, overrides)
+
+
+def main() -> None:
+    """Entry point of the `idgrpo` program. Exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"idgrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        print(f"idgrpo: {error.filename or 'disk'}: {error.strerror}; free space or choose another path", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nidgrpo: interrupted; run the same command again", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,75 @@
+"""Videos on disk: h264 in mp4 through PyAV, written aside and renamed; and contact sheets for people to look at.
+
+In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality about 18), so a score of a file differs a little from the score
+of the frames that it was written from.
+"""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from jax_idgrpo.errors import UserError
+
+
+def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Values in [-1, 1], clipped, as bytes 0 to 255."""
+    return np.round((np.clip(np.asarray(video, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Bytes 0 to 255 as float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def enlarge(pixels: UInt8[np.ndarray, "*frames h w 3"], scale: int) -> UInt8[np.ndarray, "*frames height width 3"]:
+    """Every pixel as a square of `scale` x `scale`: small videos stay sharp on a page."""
+    return pixels.repeat(scale, -3).repeat(scale, -2)
+
+
+def write_video(path: str | Path, video: Float[np.ndarray, "frames height width 3"], fps: int, scale: int = 1) -> None:
+    """Write `video` (values in [-1, 1], even height and width) as h264 at `fps` frames per second, `scale` times larger.
+
+    The file is written aside and renamed: an interrupted run leaves no half file. Its folder is made when it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.writing")
+    pixels = enlarge(to_uint8(video), scale)
+    try:
+        with av.open(str(aside), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "fast"})
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for frame in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_video(path: str | Path) -> Float[np.ndarray, "frames height width 3"]:
+    """The frames of a video file, values in [-1, 1].
+
+    Raises:
+      UserError: the file is missing, is no video, or holds no frame.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise UserError(f"video {path}: cannot be read ({type(error).__name__}); pass an mp4 such as `idgrpo sample` writes") from None
+    if not frames:
+        raise UserError(f"video {path}: holds no frames; write it again")
+    return from_uint8(np.stack(frames))
+
+
+def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1) -> Image.Image:
+    """One picture: a row per video, `frames` evenly spaced frames from left to right, `scale` times larger."""
+    columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
+    rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
+    return Image.fromarray(enlarge(np.concatenate(rows), scale))

@@ -1,0 +1,127 @@
+"""What is shipped: imports point one way only, the metadata names what runs, the scripts exist, exact versions satisfy the ranges."""
+
+import ast
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# A layer imports from itself and from the layers before it, never from a later one; a circle within a layer is caught below.
+LAYERS = [
+    {"errors"},
+    {"config", "keys", "parallel", "distributed", "flow", "grpo", "video"},
+    {"models", "data", "metrics"},
+    {"checkpoints_convert"},
+    {"pipeline", "rewards"},
+    {"policy", "conditioning", "state"},
+    {"rollout", "update", "checkpoint"},
+    {"tasks", "finetune", "train", "evaluate", "report"},
+    {"cli"},
+    {"__main__"},
+]
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for package in ("jax_idgrpo", "checkpoints_convert") for path in (ROOT / package).rglob("*.py")}
+
+
+def ours(path: Path) -> set[str]:
+    """Our modules that `path` imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports from the root"
+            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names}
+    return found & set(MODULES)
+
+
+def layer(module: str) -> int:
+    entry = module.removeprefix("jax_idgrpo.").split(".")[0]
+    levels = [index for index, names in enumerate(LAYERS) if entry in names]
+    assert levels, f"{entry} has no layer; add it to LAYERS"
+    return levels[0]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"jax_idgrpo"}))       # the package itself exposes the others lazily
+def test_imports_point_one_way(module):
+    imported = ours(MODULES[module])
+    assert "jax_idgrpo" not in imported, f"{module} imports the package as a whole"
+    back = sorted(target for target in imported if layer(target) > layer(module))
+    assert not back, f"{module} imports {back}, which stand above it"
+
+
+@pytest.mark.parametrize("module", ["flow", "grpo"])
+def test_mathematics_imports_nothing_of_ours(module):
+    assert not ours(MODULES[f"jax_idgrpo.{module}"])
+
+
+def test_no_circle():
+    imports = {module: ours(path) - {module} for module, path in MODULES.items()}
+    while leaves := {module for module, targets in imports.items() if not targets & set(imports)}:
+        imports = {module: targets for module, targets in imports.items() if module not in leaves}
+    assert not imports, f"these import one another: {sorted(imports)}"
+
+
+def requirements(lines: list[str]) -> list[Requirement]:
+    return [Requirement(line) for line in lines]
+
+
+def exact_versions() -> dict[str, Version]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pairs = [line.split("==") for line in lines]
+    assert all(len(pair) == 2 for pair in pairs)
+    return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
+
+
+def test_exact_versions_satisfy_the_ranges_of_what_both_commands_install():
+    versions = exact_versions()
+    for requirement in requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]):
+        assert requirement.specifier.contains(versions[requirement.name.lower().replace("_", "-")]), requirement
+
+
+def test_constraints_hold_no_address():
+    text = (ROOT / "constraints.txt").read_text()
+    assert "://" not in text and "@" not in text
+
+
+def test_no_resolver_can_pick_a_broken_pair():
+    jax, = (r for r in requirements(PROJECT["dependencies"]) if r.name == "jax")
+    flax, = (r for r in requirements(PROJECT["dependencies"]) if r.name == "flax")
+    assert "0.11.1" not in jax.specifier and "0.10.2" in jax.specifier and "0.11.0" in jax.specifier
+    assert "0.12.8" in flax.specifier
+
+
+def test_torch_is_asked_for_exactly():
+    torch, = (r for r in requirements(PROJECT["optional-dependencies"]["test"]) if r.name == "torch")
+    assert str(torch.specifier) == "==2.13.0" and str(exact_versions()["torch"]) == "2.13.0"
+
+
+@pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
+def test_scripts_are_importable(script):
+    module, function = PROJECT["scripts"][script].split(":")
+    tree = ast.parse(MODULES[module].read_text())
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_embedded_files_are_shipped_and_small():
+    files = [path for path in (ROOT / "jax_idgrpo" / "embedded").rglob("*") if path.is_file()]
+    assert files, "the embedded model set is missing"
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["jax_idgrpo"]
+    shipped = {path for pattern in patterns for path in (ROOT / "jax_idgrpo").glob(pattern)}
+    assert set(files) <= shipped
+
+
+@pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
