@@ -1,0 +1,198 @@
+"""Building blocks shared by the networks: dtype policy, linear layer with LoRA, norms, attention, position tables.
+
+Every function works on channels-last arrays and keeps the mathematics that is sensitive to rounding (norms, rotary
+products, softmax) in float32 whatever the compute dtype is.
+
+Sources: LoRA, arXiv 2106.09685; rotary positions, arXiv 2104.09864; RMSNorm, arXiv 1910.07467.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.errors import UserError
+
+# Largest float32 logits array attention holds at once; more queries than fit are worked through in chunks.
+MAX_LOGITS = 1 << 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Dtypes:
+    """The dtype policy of one network.
+
+    `parameters`: storage of the large kernels (small sensitive ones and adapters are always float32).
+    `compute`: operands of matrix products, which accumulate in float32.
+    `residual`: the stream between blocks.
+    """
+
+    parameters: jnp.dtype
+    compute: jnp.dtype
+    residual: jnp.dtype
+
+    @classmethod
+    def named(cls, name: str) -> "Dtypes":
+        """`float32`, or `bfloat16` (weights, products and stream; the rest stays float32)."""
+        if name not in ("float32", "bfloat16"):
+            raise UserError(f"dtype is {name!r}; choose float32 or bfloat16")
+        dtype = jnp.dtype(name)
+        return cls(parameters=dtype, compute=dtype, residual=dtype)
+
+
+FLOAT32 = Dtypes.named("float32")
+
+
+class LoRAParam(nnx.Param):
+    """A leaf of a low-rank adapter; `nnx.state(model, LoRAParam)` is everything that reinforcement learning trains."""
+
+
+class Linear(nnx.Module):
+    """y = x W + b + (alpha / R) (x A) B; rank 0 is a plain layer.
+
+    W [in, out] and b [out] are stored in `dtypes.parameters` and multiplied in `dtypes.compute`; A [in, R] and B [R, out]
+    are float32 and so is their product. A ~ N(0, 1/R^2) and B = 0, so a fresh adapter leaves the layer bit-equal.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        rank: int = 0,
+        alpha: float = 0.0,
+        kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtypes.parameters))
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.parameters)) if use_bias else None
+        self.rank, self.alpha, self.compute = rank, alpha, dtypes.compute
+        if rank:
+            self.lora_a = LoRAParam(jax.random.normal(rngs.params(), (in_features, rank), jnp.float32) / rank)
+            self.lora_b = LoRAParam(jnp.zeros((rank, out_features), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        x = x.astype(self.compute)
+        y = jnp.dot(x, self.kernel[...].astype(self.compute), preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        if self.rank:
+            y = y + (self.alpha / self.rank) * jnp.dot(
+                jnp.dot(x.astype(jnp.float32), self.lora_a[...]), self.lora_b[...]
+            )
+        return y.astype(self.compute)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in and out of float32."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+
+
+def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
+    """(x - mean) / sqrt(var + eps) over the last axis in float32; the biased variance, in two passes."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Affine `layer_norm`; the one without weights is the function itself."""
+
+    def __init__(self, features: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+def attention(
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    mask: Bool[Array, "B M"] | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> Float[Array, "B N K d"]:
+    """softmax(q k^T / sqrt(d)) v per head; logits and softmax in float32, the result in v's dtype.
+
+    `mask` is False for keys that nothing may attend to. At most `max_logits` logits exist at once: more queries than that
+    are worked through in equal chunks, whose logits the backward pass computes again.
+    """
+    b, n, heads, d = q.shape
+    queries = max(1, min(n, max_logits // (b * heads * k.shape[1])))
+    if queries == n:
+        return _attention(q, k, v, mask)
+    chunks = -(-n // queries)
+    queries = -(-n // chunks)
+    q = jnp.pad(q, ((0, 0), (0, chunks * queries - n), (0, 0), (0, 0)))  # rows of zeros, dropped below
+    q = jnp.moveaxis(q.reshape(b, chunks, queries, heads, d), 1, 0)
+    out = jax.lax.map(jax.checkpoint(lambda part: _attention(part, k, v, mask)), q)
+    return jnp.moveaxis(out, 0, 1).reshape(b, chunks * queries, heads, d)[:, :n]
+
+
+def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bknm,bmkd->bnkd", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _rotary_axis(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [length, size / 2] of position / 10000^(2i / size), float64 rounded once to float32."""
+    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def rotary_tables(
+    head_dim: int, frames: int, height: int, width: int
+) -> tuple[Float[Array, "N half"], Float[Array, "N half"]]:
+    """cos and sin of the rotary angles of a grid of tokens ordered (frame, row, column), column fastest.
+
+    The head dimension d is shared out as d - 4 (d // 6) to the frame, 2 (d // 6) each to row and column.
+    """
+    part = 2 * (head_dim // 6)
+    grid, tables = (frames, height, width), ([], [])
+    for axis, size in enumerate((head_dim - 2 * part, part, part)):
+        shape = [grid[axis] if i == axis else 1 for i in range(3)] + [size // 2]
+        for table, values in zip(tables, _rotary_axis(size, grid[axis]), strict=True):
+            table.append(jnp.broadcast_to(jnp.asarray(values).reshape(shape), (*grid, size // 2)))
+    cos, sin = (jnp.concatenate(table, axis=-1).reshape(-1, head_dim // 2) for table in tables)
+    return cos, sin
+
+
+def apply_rotary(
+    x: Float[Array, "B N K d"], cos: Float[Array, "N half"], sin: Float[Array, "N half"]
+) -> Float[Array, "B N K d"]:
+    """Rotates the adjacent pairs (2i, 2i + 1) of every head by their angle, in float32.
+
+    The result holds all first members of the pairs, then all second ones: a fixed reordering of the head dimension that
+    leaves q k^T as it is, as long as q and k are both rotated here, and saves putting the pairs back together.
+    """
+    x = x.astype(jnp.float32)
+    first, second = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def timestep_embedding(timesteps: Int[Array, "B"], features: int) -> Float[Array, "B features"]:
+    """[cos(t f), sin(t f)] in float32 with f_i = 10000^(-i / half), half = features / 2; t is an integer 0 .. 999."""
+    half = features // 2
+    frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

@@ -1,0 +1,432 @@
+"""The Wan2.1 video diffusion transformer, with the VACE control branch where the configuration names one.
+
+velocity = f(noisy latents, timestep, text, control), velocity = noise - clean latents. Tokens are 2 x 2 patches of latent
+frames. Each block is self-attention with three-axis rotary positions, cross-attention to the text, and a feed-forward
+layer, modulated by the timestep. VACE runs a second, shorter stack on the control latents; the output of its block g,
+through a linear layer, is the hint added to the stream after main block `vace_layers[g]`.
+
+All blocks of a stack are one module whose leaves carry a leading layer axis and which is scanned. A hint needs only the
+control stream, so it is computed right before the main block that takes it: the scan goes over groups of one VACE block
+and the main blocks up to the next one, and one hint is alive at a time.
+
+Sources: Wan, arXiv 2503.20314, github.com/Wan-Video/Wan2.1 wan/modules/model.py; VACE, arXiv 2503.07598.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import (
+    Dtypes,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    apply_rotary,
+    attention,
+    layer_norm,
+    rotary_tables,
+    timestep_embedding,
+)
+
+PATCH = 2  # rows and columns of latents in one token; one latent frame deep
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the network and how its stack of blocks is run.
+
+    `vace_layers`: the main blocks that receive a hint, in rising order from 0; None is plain Wan.
+    `rank`, `alpha`: LoRA on the attention projections of all blocks; rank 0 is none.
+    `remat`: what a block keeps for the backward pass: "none" recomputes nothing, "full" keeps its input only, "dots" also
+    the outputs of the linear layers.
+    `unroll`: write every block out instead of scanning; faster for a handful of small blocks.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    text_dim: int
+    freq_dim: int = 256
+    eps: float = 1e-6
+    in_channels: int = 16
+    out_channels: int = 16
+    rope_max_seq_len: int = 1024
+    vace_layers: tuple[int, ...] | None = None
+    vace_in_channels: int = 96
+    rank: int = 0
+    alpha: float = 0.0
+    remat: str = "none"
+    unroll: bool = False
+
+    def __post_init__(self):
+        sizes = ("num_layers", "num_heads", "head_dim", "ffn_dim", "text_dim", "freq_dim", "in_channels", "out_channels")
+        for name in (*sizes, "rope_max_seq_len", "vace_in_channels"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions turn pairs, so make it even")
+        _require(self.head_dim >= 6, f"head_dim is {self.head_dim}; three position axes need at least 6")
+        _require(self.freq_dim % 2 == 0, f"freq_dim is {self.freq_dim}; it holds cosines and sines, so make it even")
+        _require(self.eps > 0, f"eps is {self.eps}; it must be positive")
+        _require(self.rank >= 0, f"rank is {self.rank}; it must be 0 (no adapter) or more")
+        _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
+        _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
+        if self.vace_layers is not None:
+            layers = self.vace_layers
+            _require(isinstance(layers, tuple), f"vace_layers is a {type(layers).__name__}; make it a tuple")
+            _require(len(layers) > 0, "vace_layers is empty; use None for a model without control")
+            _require(layers[0] == 0, f"vace_layers starts at {layers[0]}; the first hint belongs to block 0")
+            _require(all(a < b for a, b in itertools.pairwise(layers)), f"vace_layers {layers} must rise")
+            _require(
+                layers[-1] < self.num_layers,
+                f"vace_layers reaches block {layers[-1]} but num_layers is {self.num_layers}; blocks count from 0",
+            )
+
+    @property
+    def width(self) -> int:
+        """D, the width of the stream."""
+        return self.num_heads * self.head_dim
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"transformer: {message}")
+
+
+def wan_1_3b(**changes) -> WanConfig:
+    """Wan2.1-T2V-1.3B, and Phantom-Wan-1.3B."""
+    sizes = dict(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, text_dim=4096)
+    return WanConfig(**(sizes | changes))
+
+
+def vace_1_3b(**changes) -> WanConfig:
+    """Wan2.1-VACE-1.3B."""
+    return wan_1_3b(**(dict(vace_layers=tuple(range(0, 30, 2))) | changes))
+
+
+def wan_14b(**changes) -> WanConfig:
+    """Wan2.1-T2V-14B, and Phantom-Wan-14B."""
+    sizes = dict(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824, text_dim=4096)
+    return WanConfig(**(sizes | changes))
+
+
+def vace_14b(**changes) -> WanConfig:
+    """Wan2.1-VACE-14B."""
+    return wan_14b(**(dict(vace_layers=tuple(range(0, 40, 5))) | changes))
+
+
+class Conditions(NamedTuple):
+    """What every block of both stacks reads besides its stream."""
+
+    modulation: Float[Array, "B 6 D"]
+    context: Float[Array, "B L D"]
+    rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
+    mask: Bool[Array, "B N"] | None
+
+
+class Attention(nnx.Module):
+    """Multi-head attention whose queries and keys are RMS-normalised over the whole width."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        def project() -> Linear:
+            return Linear(
+                config.width, config.width, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs
+            )
+
+        self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
+        self.norm_q = RMSNorm(config.width, eps=config.eps)
+        self.norm_k = RMSNorm(config.width, eps=config.eps)
+        self.num_heads, self.compute = config.num_heads, dtypes.compute
+
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        context: Float[Array, "B M D"],
+        rotary: tuple[Array, Array] | None = None,
+        mask: Bool[Array, "B M"] | None = None,
+    ) -> Float[Array, "B N D"]:
+        q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
+        q, k, v = self._heads(q), self._heads(k), self._heads(self.to_v(context))
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        out = attention(q.astype(self.compute), k.astype(self.compute), v, mask)
+        return self.to_out(out.reshape(x.shape))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.num_heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """W2 gelu(W1 x), the tanh form of gelu."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.linear_1 = Linear(config.width, config.ffn_dim, dtypes=dtypes, rngs=rngs)
+        self.linear_2 = Linear(config.ffn_dim, config.width, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        return self.linear_2(gelu(self.linear_1(x)))
+
+
+class Block(nnx.Module):
+    """Gated self-attention, cross-attention to the text, gated feed-forward; the stream keeps its dtype."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        table = jax.random.normal(rngs.params(), (6, config.width), jnp.float32) / config.width**0.5
+        self.scale_shift_table = nnx.Param(table)
+        self.attn1 = Attention(config, dtypes=dtypes, rngs=rngs)
+        self.norm2 = LayerNorm(config.width, eps=config.eps)
+        self.attn2 = Attention(config, dtypes=dtypes, rngs=rngs)
+        self.ffn = FeedForward(config, dtypes=dtypes, rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(self, x: Float[Array, "B N D"], conditions: Conditions) -> Float[Array, "B N D"]:
+        rows = self.scale_shift_table[...] + conditions.modulation
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (rows[:, i, None, :] for i in range(6))
+        h = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
+        x = _add(x, gate_a * self.attn1(h, h, conditions.rotary, conditions.mask).astype(jnp.float32))
+        x = _add(x, self.attn2(self.norm2(x), conditions.context))
+        h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
+        return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
+
+
+class ControlBlock(Block):
+    """A VACE block: a block with the linear layer that turns its output into a hint."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        super().__init__(config, dtypes=dtypes, rngs=rngs)
+        self.proj_out = Linear(config.width, config.width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
+
+    def hint(self, c: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        return self.proj_out(c).astype(c.dtype)
+
+
+def _add(x: Array, update: Array) -> Array:
+    """x + update in float32, in x's dtype."""
+    return (x.astype(jnp.float32) + update.astype(jnp.float32)).astype(x.dtype)
+
+
+# Layers whose output joins a stream that works without them start small, not at zero, so that all of them learn at once.
+SMALL = nnx.initializers.normal(0.02)
+
+
+def gelu(x: Array) -> Array:
+    """The tanh form, in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+class Embedder(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, features: int, width: int, activation: Callable, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.linear_1 = Linear(features, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
+        self.linear_2 = Linear(width, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch D"]:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class ConditionEmbedder(nnx.Module):
+    """Timestep and text to what the blocks read; the timestep's part in float32."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        float32 = Dtypes.named("float32")
+        width = config.width
+        self.time_embedder = Embedder(config.freq_dim, width, jax.nn.silu, dtypes=float32, rngs=rngs)
+        self.time_proj = Linear(width, 6 * width, dtypes=float32, rngs=rngs)
+        self.text_embedder = Embedder(config.text_dim, width, gelu, dtypes=dtypes, rngs=rngs)
+        self.freq_dim = config.freq_dim
+
+    def __call__(
+        self, timesteps: Int[Array, "B"], text: Float[Array, "B L Dt"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"], Float[Array, "B L D"]]:
+        """-> the head's modulation, the blocks' modulation, the text's tokens."""
+        time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
+        rows = self.time_proj(jax.nn.silu(time))
+        return time, rows.reshape(len(rows), 6, -1), self.text_embedder(text)
+
+
+class WanTransformer(nnx.Module):
+    """The network; see the module's docstring. `WanTransformer(replace(config, rank=0))` is the same one, adapter off."""
+
+    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        width, patch = config.width, PATCH * PATCH
+        self.config, self.dtypes = config, dtypes
+        self.patch_embedding = Linear(patch * config.in_channels, width, dtypes=dtypes, rngs=rngs)
+        self.condition_embedder = ConditionEmbedder(config, dtypes=dtypes, rngs=rngs)
+        self.blocks = _stack(Block, config.num_layers, config, dtypes, rngs)
+        if config.vace_layers is not None:
+            self.vace_patch_embedding = Linear(patch * config.vace_in_channels, width, dtypes=dtypes, rngs=rngs)
+            self.vace_proj_in = Linear(width, width, dtypes=dtypes, rngs=rngs)
+            self.vace_blocks = _stack(ControlBlock, len(config.vace_layers), config, dtypes, rngs)
+        self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
+        self.proj_out = Linear(
+            width, patch * config.out_channels, kernel_init=SMALL, dtypes=Dtypes.named("float32"), rngs=rngs
+        )
+
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        text: Array,
+        control: Array | None = None,
+        control_scale: float | Array = 1.0,
+        frame_mask: Array | None = None,
+    ) -> Float[Array, "B T H W C"]:
+        """The velocity, float32.
+
+        `latents` [B,T,H,W,16] normalised, H and W even; `timesteps` integers 0 .. 999; `text` [B,L,Dt], padding rows zero:
+        they are attended to, as in the published models. `control` [B,T,H,W,96] for VACE, and only there; `control_scale`
+        one number or one per VACE block. Frames where `frame_mask` is False are hidden from all others, and their own
+        velocity means nothing. Raises UserError for shapes that do not fit.
+        """
+        config, stream = self.config, self.dtypes.residual
+        self._check(latents, timesteps, text, control, frame_mask)
+        b, frames, height, width, _ = latents.shape
+        grid = (frames, height // PATCH, width // PATCH)
+
+        time, modulation, context = self.condition_embedder(timesteps, text.astype(self.dtypes.compute))
+        mask = None if frame_mask is None else jnp.repeat(frame_mask, grid[1] * grid[2], axis=1)
+        conditions = Conditions(modulation, context, rotary_tables(config.head_dim, *grid), mask)
+        x = self.patch_embedding(_patches(latents)).astype(stream)
+        if config.vace_layers is None:
+            x = self._run_plain(x, conditions)
+        else:
+            c = self.vace_proj_in(self.vace_patch_embedding(_patches(control)))
+            scale = self._scale(control_scale)
+            x = self._run_groups(x, _add(x, c), scale, conditions)
+
+        shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
+        y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
+        y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
+        return y.reshape(b, frames, height, width, config.out_channels)
+
+    def _run_plain(self, x: Array, conditions: Conditions) -> Array:
+        apply, blocks = self._applied(self.blocks, conditions)
+        if self.config.unroll:
+            for block in _unstack(blocks):
+                x = apply(block, x)
+            return x
+        return jax.lax.scan(lambda x, block: (apply(block, x), None), x, blocks)[0]
+
+    def _run_groups(self, x: Array, c: Array, scale: Array, conditions: Conditions) -> Array:
+        apply, blocks = self._applied(self.blocks, conditions)
+        apply_control, controls = self._applied(self.vace_blocks, conditions)
+        control_graph = nnx.graphdef(self.vace_blocks)
+
+        def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
+            x, c = carry
+            control, scale, first, rest = parts
+            c = apply_control(control, c)
+            x = apply(first, x) + scale * nnx.merge(control_graph, control).hint(c)
+            if isinstance(rest, list):
+                for block in rest:
+                    x = apply(block, x)
+            else:
+                x, _ = jax.lax.scan(lambda x, block: (apply(block, x), None), x, rest)
+            return (x, c), None
+
+        if self.config.unroll:
+            mains, at = _unstack(blocks), 0
+            for control, s, size in zip(_unstack(controls), scale, group_sizes(self.config), strict=True):
+                (x, c), _ = group((x, c), (control, s, mains[at], mains[at + 1 : at + size]))
+                at += size
+            return x
+        at = first_group = 0
+        for size, run in itertools.groupby(group_sizes(self.config)):
+            count = len(list(run))
+            mains = jax.tree.map(lambda p: p[at : at + count * size].reshape(count, size, *p.shape[1:]), blocks)
+            groups = slice(first_group, first_group + count)
+            parts = (
+                jax.tree.map(lambda p: p[groups], controls),
+                scale[groups],
+                jax.tree.map(lambda p: p[:, 0], mains),
+                jax.tree.map(lambda p: p[:, 1:], mains),
+            )
+            (x, c), _ = jax.lax.scan(group, (x, c), parts)
+            at, first_group = at + count * size, first_group + count
+        return x
+
+    def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
+        """-> a function (parameters of one block, stream) -> stream under the remat policy, and the stacked parameters."""
+        graph, parameters = nnx.split(stack)
+
+        def apply(block: nnx.State, x: Array) -> Array:
+            return nnx.merge(graph, block)(x, conditions)
+
+        policy = REMAT[self.config.remat]
+        return apply if policy is None else jax.checkpoint(apply, policy=policy), parameters
+
+    def _scale(self, control_scale: float | Array) -> Float[Array, "G"]:
+        """One scale per VACE block, in the stream's dtype so that multiplying a hint does not promote the stream."""
+        scale, count = jnp.asarray(control_scale, self.dtypes.residual), len(self.config.vace_layers)
+        _require(scale.shape in ((), (count,)), f"control_scale has shape {scale.shape}; give a number or {count} of them")
+        return jnp.broadcast_to(scale, (count,))
+
+    def _check(self, latents: Array, timesteps: Array, text: Array, control: Array | None, frame_mask: Array | None):
+        config, shape = self.config, latents.shape
+        _require(
+            len(shape) == 5 and shape[-1] == config.in_channels,
+            f"latents have shape {shape}; expected [B,T,H,W,{config.in_channels}]",
+        )
+        _require(shape[2] % PATCH == 0 and shape[3] % PATCH == 0, f"latents are {shape[2]}x{shape[3]}; make both even")
+        _require(
+            max(shape[1], shape[2] // PATCH, shape[3] // PATCH) <= config.rope_max_seq_len,
+            f"latents {shape} reach beyond rope_max_seq_len {config.rope_max_seq_len}",
+        )
+        _require(timesteps.shape == shape[:1], f"timesteps have shape {timesteps.shape}; expected [{shape[0]}]")
+        _require(jnp.issubdtype(timesteps.dtype, jnp.integer), f"timesteps are {timesteps.dtype}; give integers 0 .. 999")
+        _require(
+            text.ndim == 3 and text.shape[::2] == (shape[0], config.text_dim),
+            f"text has shape {text.shape}; expected [{shape[0]},L,{config.text_dim}]",
+        )
+        if config.vace_layers is None:
+            _require(control is None, "control was given, but this model has no VACE blocks")
+        else:
+            expected = (*shape[:4], config.vace_in_channels)
+            _require(control is not None, "this is a VACE model; give control")
+            _require(control.shape == expected, f"control has shape {control.shape}; expected {expected}")
+        if frame_mask is not None:
+            _require(frame_mask.shape == shape[:2], f"frame_mask has shape {frame_mask.shape}; expected {shape[:2]}")
+
+
+def group_sizes(config: WanConfig) -> list[int]:
+    """Main blocks in each group: from the one that takes the group's hint up to the next that takes one."""
+    return [b - a for a, b in itertools.pairwise((*config.vace_layers, config.num_layers))]
+
+
+def _stack(block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
+    """`count` blocks as one module whose leaves have a leading axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> Block:
+        return block(config, dtypes=dtypes, rngs=rngs)
+
+    return make(rngs)
+
+
+def _unstack(parameters: nnx.State) -> list[nnx.State]:
+    """One state per layer; a split, so that the gradients come back by concatenation and not by adding padded arrays."""
+    leaves, treedef = jax.tree.flatten(parameters)
+    layers = [[part[0] for part in jax.lax.split(leaf, (1,) * len(leaf))] for leaf in leaves]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*layers, strict=True)]
+
+
+def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N F"]:
+    """Tokens ordered (frame, row, column) with features ordered (row in patch, column in patch, channel)."""
+    b, frames, height, width, channels = x.shape
+    x = x.reshape(b, frames, height // PATCH, PATCH, width // PATCH, PATCH, channels).swapaxes(3, 4)
+    return x.reshape(b, -1, PATCH * PATCH * channels)
