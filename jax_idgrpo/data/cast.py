@@ -461,12 +461,9 @@ def _grid(size: tuple[int, int]):
     return jnp.meshgrid(x, y)
 
 
-def render_portrait(
-    person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
-) -> Float[Array, "H W 3"]:
-    """Reference photo of one person (no batch axis) on pure white, in [-1, 1]; the key varies pose, expression, light."""
-    u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
-    pose = Pose(
+def _portrait_pose(u: Float[Array, "12"]) -> Pose:
+    """Pose of a portrait from numbers in [-1, 1]."""
+    return Pose(
         x=32.0 + u[0],
         y=35.5 + u[1],
         scale=21.0 + 1.0 * u[2],
@@ -479,6 +476,24 @@ def render_portrait(
         hand=jnp.float32(0.0),
         swing=jnp.float32(0.0),
     )
+
+
+def portrait_truth(
+    person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
+) -> tuple[Float[Array, "4"], Float[Array, "5 2"]]:
+    """Face box and landmarks, as those of a `Clip`, in the portrait that `render_portrait` draws from the same arguments."""
+    pose = _portrait_pose(jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0))
+    box, landmarks = _truth(person, pose)
+    ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
+    return box * jnp.tile(ratio, 2), landmarks * ratio
+
+
+def render_portrait(
+    person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
+) -> Float[Array, "H W 3"]:
+    """Reference photo of one person (no batch axis) on pure white, in [-1, 1]; the key varies pose, expression, light."""
+    u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
+    pose = _portrait_pose(u)
     light = Light(colour=jnp.ones(3) * (1.0 + 0.06 * u[8]), direction=0.07 * u[9])
     x, y = _grid(size)
     canvas, _, _ = _paint_person(jnp.ones((3, *size), jnp.float32), person, pose, light, 1.0, x, y)
@@ -639,27 +654,27 @@ def render_clip(
     x, y = _grid(size)
     background = _paint_background(scene, x, y)
     order = jnp.argsort(scene.depth)
-    back_to_front = jax.tree.map(lambda leaf: leaf[order], people)
+    sort = lambda tree: jax.tree.map(lambda leaf: leaf[order], tree)  # noqa: E731
     present = mask.astype(jnp.float32)
 
     def frame(time):
         poses = pose_at(scene, time)
-        canvas, faces, bodies = background, [], []
-        for k in range(mask.shape[0]):
-            person = jax.tree.map(lambda leaf: leaf[k], back_to_front)  # noqa: B023
-            pose = jax.tree.map(lambda leaf: leaf[order[k]], poses)  # noqa: B023
-            canvas, face, body = _paint_person(canvas, person, pose, scene.light, present[order[k]], x, y)
-            faces, bodies = [*faces, face], [*bodies, body]
-        clear, seen = jnp.ones_like(x), [None] * len(faces)
-        for k in reversed(range(len(faces))):
-            seen[k] = jnp.sum(faces[k] * clear)
-            clear = clear * (1.0 - bodies[k])
+
+        def paint_next(carry, one):
+            canvas, faces = carry
+            person, pose, here, slot = one
+            canvas, face, body = _paint_person(canvas, person, pose, scene.light, here, x, y)
+            return (canvas, faces * (1.0 - body) + slot[:, None, None] * face), None
+
+        start = (background, jnp.zeros((*present.shape, *size), jnp.float32))
+        slots = jnp.eye(present.shape[0])[order]
+        (canvas, faces), _ = jax.lax.scan(paint_next, start, (sort(people), sort(poses), present[order], slots))
         boxes, landmarks = jax.vmap(_truth)(people, poses)
         # The oval's area at this size, from the box: what lies outside the picture counts as hidden.
         shapes = people.shape
         ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
         area = _oval_area(shapes) * poses.scale**2 * ratio[0] * ratio[1]
-        visible = jnp.clip(jnp.zeros_like(present).at[order].set(jnp.stack(seen)) / area, 0.0, 1.0)
+        visible = jnp.clip(jnp.sum(faces, axis=(1, 2)) / area, 0.0, 1.0)
         return canvas, boxes * jnp.tile(ratio, 2), landmarks * ratio, visible
 
     video, boxes, landmarks, visible = jax.vmap(frame)(jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND)
