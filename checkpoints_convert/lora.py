@@ -38,7 +38,9 @@ UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, wi
 def rules(config: WanConfig, prefix: str = PEFT_PREFIX) -> list[Rule]:
     """The adapter of every attention projection: q, k, v, out of both attentions in main and VACE blocks."""
     return [
-        Rule(f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight", f"{stack}.{{i}}.{ours}.lora_{part.lower()}", TRANSPOSE)
+        Rule(
+            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight", f"{stack}.{{i}}.{ours}.lora_{part.lower()}", TRANSPOSE
+        )
         for stack in wan.block_stacks(config)
         for ours, torch, _ in wan.ATTENTION
         for part in ("A", "B")

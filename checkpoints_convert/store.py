@@ -118,7 +118,9 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
     shards = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file or file in ("", ".", ".."):
-            raise UserError(f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint")
+            raise UserError(
+                f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint"
+            )
         shards[file], _ = open_file(path.parent / file)
     for name, file in files.items():
         if name not in shards[file]:

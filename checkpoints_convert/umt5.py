@@ -1,0 +1,93 @@
+"""The UMT5 encoder: names of transformers and of the original Wan release against our parameter paths.
+
+One row per tensor: ours, transformers', the original's. Sources: transformers `modeling_umt5.py`; Wan2.1
+`wan/modules/t5.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from checkpoints_convert.rules import MATRIX, TRANSPOSE, VECTOR, Rule
+from jax_idgrpo.models.umt5 import UMT5Config
+
+Layout = Literal["transformers", "original"]
+
+FIXED = {"is_gated_act": True, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
+
+TIED = "encoder.embed_tokens.weight"  # a second name of transformers' shared.weight in some files
+EMBEDDING = ("embedding", "shared.weight", "token_embedding.weight")
+NORM = ("norm.scale", "encoder.final_layer_norm.weight", "norm.weight")
+BLOCK = (
+    ("norm1.scale", "layer.0.layer_norm", "norm1", VECTOR),
+    ("attention.q.kernel", "layer.0.SelfAttention.q", "attn.q", TRANSPOSE),
+    ("attention.k.kernel", "layer.0.SelfAttention.k", "attn.k", TRANSPOSE),
+    ("attention.v.kernel", "layer.0.SelfAttention.v", "attn.v", TRANSPOSE),
+    ("attention.o.kernel", "layer.0.SelfAttention.o", "attn.o", TRANSPOSE),
+    (
+        "attention.relative_bias",
+        "layer.0.SelfAttention.relative_attention_bias",
+        "pos_embedding.embedding",
+        MATRIX,
+    ),
+    ("norm2.scale", "layer.1.layer_norm", "norm2", VECTOR),
+    ("ffn.gate.kernel", "layer.1.DenseReluDense.wi_0", "ffn.gate.0", TRANSPOSE),
+    ("ffn.up.kernel", "layer.1.DenseReluDense.wi_1", "ffn.fc1", TRANSPOSE),
+    ("ffn.down.kernel", "layer.1.DenseReluDense.wo", "ffn.fc2", TRANSPOSE),
+)
+
+
+def rules(config: UMT5Config, layout: Layout = "transformers") -> list[Rule]:
+    """Every tensor of the encoder in the given layout."""
+    column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
+    return [
+        Rule(EMBEDDING[column], EMBEDDING[0], MATRIX, aliases=(TIED,) if layout == "transformers" else ()),
+        Rule(NORM[column], NORM[0], VECTOR),
+        *(Rule(f"{stack}.{{i}}.{row[column]}.weight", f"blocks.{{i}}.{row[0]}", row[3]) for row in BLOCK),
+    ]
+
+
+def config_from_json(values: dict[str, Any]) -> UMT5Config:
+    """A transformers `text_encoder/config.json`. ValueError for another architecture, KeyError for a gap."""
+    for name, value in {"model_type": "umt5", **FIXED}.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{name} is {values[name]!r}, only {value!r} is supported")
+    return UMT5Config(
+        vocab_size=values["vocab_size"],
+        d_model=values["d_model"],
+        d_kv=values["d_kv"],
+        num_heads=values["num_heads"],
+        d_ff=values["d_ff"],
+        num_layers=values["num_layers"],
+        num_buckets=values["relative_attention_num_buckets"],
+        max_distance=values["relative_attention_max_distance"],
+        eps=values["layer_norm_epsilon"],
+    )
+
+
+def config_to_json(config: UMT5Config) -> dict[str, Any]:
+    """What transformers' `UMT5EncoderModel.from_pretrained` reads."""
+    return {
+        **FIXED,
+        "architectures": ["UMT5EncoderModel"],
+        "classifier_dropout": 0.0,
+        "d_ff": config.d_ff,
+        "d_kv": config.d_kv,
+        "d_model": config.d_model,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": config.eps,
+        "model_type": "umt5",
+        "num_decoder_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": config.max_distance,
+        "relative_attention_num_buckets": config.num_buckets,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
