@@ -289,16 +289,19 @@ class FinetuneConfig:
 
     task: "vae", "text", "transformer", "detector" or "embedder". out: where the trained network is stored, in published layout;
     "" is `export/` in the workdir. start: folder to continue from; "" starts from random weights.
+    log_every: training steps that one row of metrics is the mean of.
     """
 
     task: str = "transformer"
     batch: int = 32
     out: str = ""
     start: str = ""
+    log_every: int = 20
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.batch >= 1, f"finetune.batch is {self.batch}; use 1 or more")
+        _require(self.log_every >= 1, f"finetune.log_every is {self.log_every}; use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

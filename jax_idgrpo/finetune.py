@@ -1,0 +1,134 @@
+"""Supervised training of any `Task`, from its first batch to the stored network.
+
+A step is a pure function of (state, seed, step): the batch and every key come from the two numbers, so a run that was stopped
+anywhere goes on to the same bits as one that was not.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_idgrpo import keys, parallel
+from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
+from jax_idgrpo.config import Config
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import MetricsWriter, progress
+from jax_idgrpo.optimizer import apply_gradients, make_optimizer
+from jax_idgrpo.state import TrainState, start
+from jax_idgrpo.tasks import Task, make_task
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, decay: float, seed: int) -> Step:
+    """The training step as one program: (state, batch) -> (state, scalars). The state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = keys.fold(keys.key(seed, "augment"), state.step)
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+            network = nnx.merge(graphdef, params, state.rest, copy=True)
+            value, scalars = task.loss(network, batch, key)
+            return value, (scalars, nnx.split(network, nnx.Param, ...)[2])
+
+        (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        state, norm = apply_gradients(state, gradients, optimizer, state.step, decay)
+        return state.replace(step=state.step + 1, rest=rest), {"loss": value, "gradient_norm": norm, **scalars}
+
+    return step
+
+
+def finetune(config: Config, workdir: Path) -> None:
+    """Train `config.finetune.task` for `config.run.steps` steps, continuing what the workdir holds.
+
+    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is of the averaged weights and is
+    also written to `finetune.out`. On SIGTERM it writes a checkpoint and exits with status 143.
+
+    Raises:
+      UserError: the workdir or the configuration cannot be used, or the loss is no longer a number.
+    """
+    workdir = Path(workdir)
+    prepare_workdir(workdir)
+
+    # ---- what is trained -------------------------------------------------------------------------------------------------
+    seed, last = config.run.seed, config.run.steps
+    task = make_task(config)
+    optimizer = make_optimizer(config.optimizer, last)
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_rows(mesh, config.finetune.batch, "finetune.batch")
+    graphdef, params, rest = nnx.split(task.init(keys.key(seed, "init")), nnx.Param, ...)
+    step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
+
+    def batch(number: int) -> Any:
+        rows, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        return jax.tree.map(lambda x: jax.device_put(x, rows if np.ndim(x) else whole), task.batch(seed, number))
+
+    def averaged(state: TrainState) -> nnx.Module:
+        ema = jax.tree.map(lambda average, value: average.astype(value.dtype), state.ema, state.params)
+        return nnx.merge(graphdef, ema, state.rest, copy=True)
+
+    # ---- where it stands -------------------------------------------------------------------------------------------------
+    manager = open_checkpoints(workdir, config.run.keep)
+    state = resume(workdir, config, manager, parallel.place(mesh, start(params, optimizer, rest)))
+    del params, rest
+    done = int(state.step)
+
+    # ---- train -----------------------------------------------------------------------------------------------------------
+    with (
+        manager,
+        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        progress(f"finetune {config.finetune.task}", last, done) as update,
+        stop_on_sigterm() as stopping,
+    ):
+        upcoming = batch(done) if done < last else None
+        pending: list[dict[str, jax.Array]] = []
+        began = time.monotonic()
+        while done < last:
+            state, scalars = step(state, upcoming)
+            pending.append(scalars)
+            done += 1
+            saving, stop = done % config.run.save_every == 0 or done == last, stopping()
+            upcoming = batch(done) if done < last else None  # made while the device works
+            jax.block_until_ready(pending[-2:][0])  # one step in flight: batches do not pile up on the device
+
+            # A row closes at every checkpoint, so that a resumed run groups the steps as an undisturbed one does.
+            closing = done % config.finetune.log_every == 0 or saving or stop
+            if closing:
+                rows = [jax.device_get(row) for row in pending]
+                means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+                if not math.isfinite(means["loss"]):
+                    raise UserError(
+                        f"finetune {config.finetune.task}: the loss is {means['loss']} by step {done}; "
+                        f"lower optimizer.learning_rate, and continue or start again in another --workdir"
+                    )
+                seconds = time.monotonic() - began
+                speed = len(rows) * config.finetune.batch / seconds
+                writer.write(done - 1, {**means, "rows_per_second": speed})
+                update(done, {"loss": means["loss"], "rows/s": speed})
+            else:
+                update(done)
+            if saving or stop:
+                save(manager, done, state)
+            if task.preview is not None and config.run.sample_every and done % config.run.sample_every == 0:
+                folder = workdir / "samples" / f"{done:06d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                task.preview(averaged(state), folder)
+            if closing:
+                pending, began = [], time.monotonic()
+            if stop and done < last:
+                raise SystemExit(TERMINATED)
+
+    # ---- store -----------------------------------------------------------------------------------------------------------
+    network = averaged(state)
+    for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
+        folder.mkdir(parents=True, exist_ok=True)
+        task.save(network, folder)

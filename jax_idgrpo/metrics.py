@@ -1,0 +1,124 @@
+"""What a run tells about itself: `metrics.jsonl`, TensorBoard files, W&B if configured, and a progress line. Process 0 only.
+
+A row belongs to a training step (0, 1, ...). Resuming at step s drops the rows from s on, so a resumed run leaves the file of an
+undisturbed one.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jax_idgrpo.checkpoint import write_text
+from jax_idgrpo.errors import UserError
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut off by a kill is not a row."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+class MetricsWriter:
+    """Writes one row of scalars per call, on process 0; elsewhere nothing.
+
+    Args:
+      workdir: gets `metrics.jsonl` and `tensorboard/`.
+      step: the step that comes next; rows at or beyond it are dropped.
+      wandb: W&B project; "" leaves W&B out.
+      config_json: the configuration, for W&B.
+
+    Raises:
+      UserError: W&B is asked for and not installed.
+    """
+
+    def __init__(self, workdir: Path, *, step: int = 0, wandb: str = "", config_json: str = "{}"):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self._wandb = _start_wandb(wandb, workdir, config_json) if wandb else None
+        path = workdir / "metrics.jsonl"
+        write_text(path, "".join(_line(row) for row in read_metrics(path) if row["step"] < step))
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the row of training step `step`; a number that is not finite is stored as null."""
+        if not self._active:
+            return
+        row = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_line({"step": step, **row}))
+        self._file.flush()
+        for name, value in row.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(row, step=step)
+
+    def close(self) -> None:
+        """Finish the files."""
+        if not self._active:
+            return
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+def _start_wandb(project: str, workdir: Path, config_json: str) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave run.wandb empty") from None
+    return wandb.init(project=project, dir=str(workdir), config=json.loads(config_json), id=workdir.name, resume="allow")
+
+
+def _text(metrics: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error: yields `update(done, metrics={})`, which shows the metrics given last and the time left.
+
+    Where standard error is no terminal, a line is printed for every update with metrics. Silent but on process 0.
+    """
+    console = Console(stderr=True, quiet=jax.process_index() != 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    started, first = time.monotonic(), done
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bar:
+        task = bar.add_task(label, total=total, completed=done, metrics="")
+
+        def update(done: int, metrics: Mapping[str, Any] | None = None) -> None:
+            if metrics is None:
+                bar.update(task, completed=done)
+                return
+            bar.update(task, completed=done, metrics=_text(metrics))
+            if not console.is_terminal:
+                left = (time.monotonic() - started) / max(done - first, 1) * (total - done)
+                console.print(f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left", highlight=False, soft_wrap=True)
+
+        yield update
