@@ -61,6 +61,12 @@ def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:
     return int(values["r"]), float(values["lora_alpha"])
 
 
+def scale_from_header(values: Mapping[str, Any]) -> tuple[int, float]:
+    """The header entry of a diffusers LoRA file, whose fields start with `transformer.`, -> (rank, alpha)."""
+    fields = {name.removeprefix("transformer."): value for name, value in values.items()}
+    return scale_from_json(fields)
+
+
 def config_to_json(rank: int, alpha: float) -> dict[str, Any]:
     """The `adapter_config.json` that peft loads onto diffusers' transformer."""
     return {

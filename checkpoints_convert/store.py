@@ -153,21 +153,25 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 @contextlib.contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder, which replaces `path` when the block ends without an error.
+def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
+    """A place beside `path` to write a file or folder, which takes the name `path` when the block ends without an error.
 
-    What the process leaves there when it is killed never has the name `path`. UserError when nothing can be written.
+    marker: a file that every folder of this kind holds; a folder is replaced only when it is empty or holds the marker, so
+    that nobody's other files go. What the process leaves when it is killed never has the name `path`. UserError when the
+    folder holds something else or nothing can be written.
     """
     path = Path(path)
     try:
+        if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
+            raise UserError(f"{path}: holds something else (no {marker or 'file'} to replace); choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    new, old = work / "new", work / "old"
     try:
-        new, old = work / "new", work / "old"
         yield new
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             path.rename(old)  # a folder cannot be replaced in one call
         new.replace(path)
     except OSError as error:

@@ -13,6 +13,7 @@ from jax_idgrpo.models.wan import WanConfig
 
 Layout = Literal["diffusers", "original"]
 
+DIFFUSERS_VERSION = "0.35.0"  # whose files ours look like
 PATCH = (1, 2, 2)
 FIXED = {  # what the network assumes; a config that says otherwise describes another network
     "patch_size": list(PATCH),
@@ -111,7 +112,7 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
     vace = config.vace_layers is not None
     values = {
         "_class_name": "WanVACETransformer3DModel" if vace else "WanTransformer3DModel",
-        "_diffusers_version": "0.35.0",
+        "_diffusers_version": DIFFUSERS_VERSION,
         **FIXED,
         "attention_head_dim": config.head_dim,
         "eps": config.eps,
@@ -127,3 +128,18 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
     if vace:
         values |= {"vace_in_channels": config.vace_in_channels, "vace_layers": list(config.vace_layers)}
     return values
+
+
+def scheduler_to_json(shift: float) -> dict[str, Any]:
+    """The `scheduler/scheduler_config.json` of the published Wan pipelines, with the given shift."""
+    return {
+        "_class_name": "UniPCMultistepScheduler",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "final_sigmas_type": "zero",
+        "flow_shift": shift,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "use_flow_sigmas": True,
+    }

@@ -1,1 +1,29 @@
-"""Identity-GRPO in JAX."""
+"""Identity-GRPO in JAX.
+
+    import jax_idgrpo as idg
+    pipe = idg.load_pipeline(path)
+    sigmas = idg.flow.sigmas(num_steps, shift)
+
+What is named here is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_idgrpo import flow, grpo, rewards
+    from jax_idgrpo.pipeline import load_pipeline
+
+__all__ = ["flow", "grpo", "load_pipeline", "rewards"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_pipeline":
+        return importlib.import_module("jax_idgrpo.pipeline").load_pipeline
+    if name in __all__:
+        return importlib.import_module(f"jax_idgrpo.{name}")
+    raise AttributeError(f"module 'jax_idgrpo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

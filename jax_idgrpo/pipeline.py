@@ -1,0 +1,325 @@
+"""A video model as one object: transformer, VAE, text encoder, tokenizer, read from and written to a diffusers folder.
+
+    model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
+
+Names and layouts are the tables of `checkpoints_convert`; nothing is cast but to the dtype policy asked for. Folders are
+written aside and renamed, so a reader sees a whole one or none.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from checkpoints_convert import lora, store, umt5, vae, wan
+from checkpoints_convert.rules import Rule, leaves, to_jax, to_torch
+from jax_idgrpo import keys
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
+from jax_idgrpo.models.vae import VAEConfig, WanVAE
+from jax_idgrpo.models.wan import WanConfig, WanTransformer
+
+Kind = Literal["vace", "wan", "phantom"]
+Network = TypeVar("Network", bound=nnx.Module)
+Config = TypeVar("Config")
+
+INDEX = "model_index.json"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMERS_WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PARTS = {  # part -> library, and where its own files name the class
+    "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
+    "text_encoder": ("transformers", "config.json", "architectures"),
+    "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
+    "transformer": ("diffusers", "config.json", "_class_name"),
+    "vae": ("diffusers", "config.json", "_class_name"),
+}
+BASE = nnx.Not(LoRAParam)
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """The networks of one video model.
+
+    tokenizer: of transformers; called with padding="max_length", max_length=L and truncation=True it keeps the final eos.
+    shift: of the schedule, from the scheduler's `flow_shift`. kind: "vace", "wan" or "phantom". path: where it was read.
+    """
+
+    transformer: WanTransformer
+    vae: WanVAE
+    text_encoder: UMT5Encoder
+    tokenizer: Any
+    shift: float
+    kind: Kind
+    path: Path
+
+    def load_lora(self, path: str | Path) -> None:
+        """Give the transformer the adapter at `path`, in place of one it may have; the base arrays are shared.
+
+        path: a PEFT directory or a safetensors file (names with or without `base_model.model.` or `transformer.`).
+        UserError for an adapter of another model or of an unsupported kind.
+        """
+        rank, alpha = lora_scale(path)
+        config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
+        self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(
+    path: str | Path,
+    dtype: str = "float32",
+    kind: Kind | None = None,
+    rank: int = 0,
+    alpha: float = 0.0,
+    *,
+    seed: int = 0,
+    remat: str = "none",
+    unroll: bool = False,
+) -> Pipeline:
+    """Read a diffusers folder.
+
+    dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
+    kind: None takes "vace" or "wan" from the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
+    rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
+    remat, unroll: as in `WanConfig`. UserError for a folder that is not such a pipeline or does not fit.
+    """
+    path = Path(path)
+    _check_index(path)
+    transformer = load_transformer(path, dtype, remat=remat, unroll=unroll)
+    found: Kind = "wan" if transformer.config.vace_layers is None else "vace"
+    if kind is not None and (kind == "vace") != (found == "vace"):
+        raise UserError(f"{path}: kind {kind!r} was asked for, its transformer is {found!r}; leave kind out")
+    if rank:
+        transformer = add_adapter(transformer, rank, alpha, keys.key(seed, "init"))
+    return Pipeline(
+        transformer=transformer,
+        vae=load_vae(path),
+        text_encoder=load_text_encoder(path, dtype),
+        tokenizer=load_tokenizer(path),
+        shift=_shift(path),
+        kind=kind or found,
+        path=path,
+    )
+
+
+def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:
+    """The transformer of a diffusers folder; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll."""
+    folder, dtypes = Path(path) / "transformer", Dtypes.named(dtype)
+    config = dataclasses.replace(_config(folder, wan.config_from_json), **run)
+    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), wan.rules(config), folder)
+
+
+def load_vae(path: str | Path) -> WanVAE:
+    """The VAE of a diffusers folder, float32."""
+    folder = Path(path) / "vae"
+    config: VAEConfig = _config(folder, vae.config_from_json)
+    return _fill(lambda: WanVAE(config, rngs=nnx.Rngs(0)), vae.rules(config), folder)
+
+
+def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
+    """The text encoder of a diffusers folder."""
+    folder, dtypes = Path(path) / "text_encoder", Dtypes.named(dtype)
+    config: UMT5Config = _config(folder, umt5.config_from_json)
+    return _fill(lambda: UMT5Encoder(config, dtypes=dtypes, rngs=nnx.Rngs(0)), umt5.rules(config), folder)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a diffusers folder; nothing is fetched."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    folder = Path(path) / "tokenizer"
+    store.read_json(folder / "tokenizer_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises whatever its parsers do
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again") from error
+
+
+def _check_index(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}")
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path}: no {INDEX} in it; only the diffusers layout can be read as a pipeline")
+    store.read_json(path / INDEX)
+    for part in PARTS:
+        if not (path / part).is_dir():
+            raise UserError(f"{path}: has no folder {part}/; get the whole pipeline")
+
+
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Complaints of a parser as UserErrors that name the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(f"{file}: has no {error}; it should describe this network") from error
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
+    values = store.read_json(folder / "config.json")
+    with _naming(folder / "config.json"):
+        return parse(values)
+
+
+def _shift(path: Path) -> float:
+    file = path / "scheduler" / "scheduler_config.json"
+    shift = store.read_json(file).get("flow_shift")
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise UserError(f"{file}: flow_shift is {shift!r}; it must be a positive number")
+    return float(shift)
+
+
+def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path) -> Network:
+    """The network that `build` describes with the tensors of `source`; no other copy of its parameters is made."""
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graph, to_jax(rules, store.open_tensors(source), abstract, str(source)))
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------------
+
+
+def with_adapter(transformer: WanTransformer, config: WanConfig, state: nnx.State) -> WanTransformer:
+    """The network of `config` made of the transformer's base arrays and the adapter `state`."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.state(transformer, BASE), state)
+
+
+def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]) -> WanTransformer:
+    """The transformer with a fresh adapter: A ~ N(0, 1/R^2), B = 0, so its output is unchanged."""
+    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
+
+    @jax.jit  # the compiler drops the base that nobody asked for
+    def fresh(key: Key[Array, ""]) -> nnx.State:
+        return nnx.state(WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(params=key)), LoRAParam)
+
+    return with_adapter(transformer, config, fresh(key))
+
+
+def _adapter_files(path: str | Path) -> tuple[Path, Path | None]:
+    """(weights, PEFT config or None) of an adapter folder or file."""
+    weights = Path(path)
+    if weights.is_dir() and (weights / ADAPTER_CONFIG).exists():
+        weights = weights / ADAPTER_WEIGHTS
+        if not weights.is_file():
+            raise UserError(f"{weights}: no such file beside {ADAPTER_CONFIG}; get the whole adapter folder")
+    else:
+        weights = store.weights_file(weights)
+    config = weights.parent / ADAPTER_CONFIG
+    return weights, config if weights.name == ADAPTER_WEIGHTS and config.exists() else None
+
+
+def lora_scale(path: str | Path) -> tuple[int, float]:
+    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
+    weights, config = _adapter_files(path)
+    if config is not None:
+        values = store.read_json(config)
+        with _naming(config):
+            return lora.scale_from_json(values)
+    tensors, metadata = store.open_file(weights)
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight") and tensor.shape}
+    if len(ranks) != 1:
+        found = f"ranks {sorted(ranks)}" if ranks else "no tensor named *.lora_A.weight"
+        raise UserError(f"{weights}: {found}; it should be a LoRA of one rank")
+    rank = ranks.pop()
+    if lora.HEADER not in metadata:
+        return rank, float(rank)
+    with _naming(weights):
+        return lora.scale_from_header(json.loads(metadata[lora.HEADER]))
+
+
+def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
+    """The adapter at `path` as the state of the LoRA leaves of `WanTransformer(config)`, float32.
+
+    UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
+    """
+    weights, _ = _adapter_files(path)
+    if lora_scale(path) != (config.rank, config.alpha):
+        rank, alpha = lora_scale(path)
+        raise UserError(f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal")
+    tensors, _ = store.open_file(weights)
+    model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
+    return to_jax(lora.rules(config, lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights))
+
+
+def save_lora(path: str | Path, state: nnx.State, config: WanConfig) -> None:
+    """Write LoRA leaves as a PEFT directory, which `peft` loads onto diffusers' transformer.
+
+    state: of `WanTransformer(config)`, LoRA leaves only. A folder at `path` is replaced if it is an adapter or empty.
+    """
+    with store.aside(path, ADAPTER_CONFIG) as new:
+        new.mkdir()
+        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
+        store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(config), state))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
+    """Write the diffusers folder, dtypes kept; the adapter, if any, is left out (see `save_lora`).
+
+    A folder at `path` is replaced if it is a pipeline or empty.
+    """
+    with store.aside(path, INDEX) as new:
+        save_vae(pipe.vae, new)
+        save_text_encoder(pipe.text_encoder, pipe.tokenizer, new)
+        save_transformer(pipe.transformer, new, pipe.shift)
+
+
+def save_transformer(transformer: WanTransformer, path: str | Path, shift: float) -> None:
+    """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
+    config, state = transformer.config, nnx.state(transformer, BASE)
+    _save_network(Path(path) / "transformer", wan.config_to_json(config), DIFFUSERS_WEIGHTS, wan.rules(config), state)
+    with store.aside(Path(path) / "scheduler", "scheduler_config.json") as new:
+        new.mkdir()
+        store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
+    _write_index(Path(path))
+
+
+def save_vae(network: WanVAE, path: str | Path) -> None:
+    """Write `vae/` into the pipeline folder `path`."""
+    config = network.config
+    _save_network(Path(path) / "vae", vae.config_to_json(config), DIFFUSERS_WEIGHTS, vae.rules(config), nnx.state(network))
+    _write_index(Path(path))
+
+
+def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) -> None:
+    """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`."""
+    config, folder = network.config, Path(path) / "text_encoder"
+    values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
+    _save_network(folder, values, TRANSFORMERS_WEIGHTS, umt5.rules(config), nnx.state(network))
+    with store.aside(Path(path) / "tokenizer", "tokenizer_config.json") as new:
+        tokenizer.save_pretrained(new)
+    _write_index(Path(path))
+
+
+def _save_network(folder: Path, config: dict[str, Any], file: str, rules: Sequence[Rule], state: nnx.State) -> None:
+    with store.aside(folder, "config.json") as new:
+        new.mkdir()
+        store.write_json(new / "config.json", config)
+        store.write_file(new / file, to_torch(rules, state))
+
+
+def _write_index(path: Path) -> None:
+    """`model_index.json`: the library and class of every part that the folder holds so far."""
+    values: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": wan.DIFFUSERS_VERSION}
+    for part, (library, file, key) in PARTS.items():
+        if (path / part).is_dir():
+            name = store.read_json(path / part / file)[key]
+            values[part] = [library, name[0] if isinstance(name, list) else name]
+    if values.get("transformer", ["", ""])[1] == "WanVACETransformer3DModel":
+        values["_class_name"] = "WanVACEPipeline"
+    store.write_json(path / INDEX, values)
