@@ -186,7 +186,7 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 COMMANDS = {
     "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _train_options, _train),
-    "finetune": Command("supervised training of the transformer, the VAE, the text encoder or the face networks", _train_options, _finetune),
+    "finetune": Command("supervised training of the video model's parts and the face networks", _train_options, _finetune),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
     "score": Command("the reward of existing videos", _score_options, _score),
     "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),

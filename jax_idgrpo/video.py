@@ -1,7 +1,7 @@
 """Videos on disk: h264 in mp4 through PyAV, written aside and renamed; and contact sheets for people to look at.
 
-In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality about 18), so a score of a file differs a little from the score
-of the frames that it was written from.
+In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality factor 18), so the score of a file differs a
+little from the score of the frames that it was written from.
 """
 
 import os
@@ -25,20 +25,15 @@ def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape
     return pixels.astype(np.float32) / 127.5 - 1
 
 
-def enlarge(pixels: UInt8[np.ndarray, "*frames h w 3"], scale: int) -> UInt8[np.ndarray, "*frames height width 3"]:
-    """Every pixel as a square of `scale` x `scale`: small videos stay sharp on a page."""
-    return pixels.repeat(scale, -3).repeat(scale, -2)
-
-
-def write_video(path: str | Path, video: Float[np.ndarray, "frames height width 3"], fps: int, scale: int = 1) -> None:
-    """Write `video` (values in [-1, 1], even height and width) as h264 at `fps` frames per second, `scale` times larger.
+def write_video(path: str | Path, video: Float[np.ndarray, "frames height width 3"], fps: int) -> None:
+    """Write `video` (values in [-1, 1], even height and width) as h264 at `fps` frames per second.
 
     The file is written aside and renamed: an interrupted run leaves no half file. Its folder is made when it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
-    pixels = enlarge(to_uint8(video), scale)
+    pixels = to_uint8(video)
     try:
         with av.open(str(aside), "w", format="mp4", options={"movflags": "faststart"}) as container:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "fast"})
@@ -72,4 +67,4 @@ def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frame
     """One picture: a row per video, `frames` evenly spaced frames from left to right, `scale` times larger."""
     columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
     rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
-    return Image.fromarray(enlarge(np.concatenate(rows), scale))
+    return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))

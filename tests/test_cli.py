@@ -156,8 +156,8 @@ def test_every_field_of_the_schema_is_an_option(capsys):
 
 def test_help_answers_at_once():
     start = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", "import sys; from jax_idgrpo import cli; cli.run(['--help']); print('jax' in sys.modules)"],
-                            capture_output=True, text=True, check=True)
+    program = "import sys; from jax_idgrpo import cli; cli.run(['--help']); print('jax' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("False\n"), "help imports JAX"
     assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
     assert time.monotonic() - start < 10

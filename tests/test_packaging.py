@@ -16,11 +16,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = [
     {"errors"},
     {"config", "keys", "parallel", "distributed", "flow", "grpo", "video"},
-    {"models", "data", "metrics"},
+    {"models", "data", "optimizer"},
     {"checkpoints_convert"},
     {"pipeline", "rewards"},
     {"policy", "conditioning", "state"},
-    {"rollout", "update", "checkpoint"},
+    {"rollout", "update", "checkpoint", "metrics"},
     {"tasks", "finetune", "train", "evaluate", "report"},
     {"cli"},
     {"__main__"},

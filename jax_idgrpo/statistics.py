@@ -1,0 +1,91 @@
+"""Base against adapters on the same prompts and noise: bootstrap intervals, paired differences, and the table that is printed.
+
+Videos of one prompt are not independent, so prompts are resampled, not videos (a cluster bootstrap): with s_k the sum and n_k the number
+of a prompt's values, one resample of prompts k gives sum(s_k) / sum(n_k), and the interval lies between the 2.5th and 97.5th percentile.
+Source: Davison and Hinkley, Bootstrap Methods and their Application, section 2.4 and 3.8.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jax_idgrpo import keys
+
+# Metrics of the table: name of a video's value -> label.
+LABELS = {
+    "reward": "training reward",
+    "judge_identity": "judge identity",
+    "faces": "faces found / asked",
+    "motion": "motion",
+}
+
+
+@flax.struct.dataclass
+class Interval:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, sign: bool = False) -> str:
+        """`0.123 [0.100, 0.150]`, with a sign for differences."""
+        form = "{:+.3f}" if sign else "{:.3f}"
+        return f"{form.format(self.mean)} [{form.format(self.low)}, {form.format(self.high)}]"
+
+
+def bootstrap(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Interval:
+    """Mean of `values` and its 95 % interval, resampling clusters (prompts) with replacement. Work: resamples x clusters."""
+    _, index = np.unique(clusters, return_inverse=True)
+    count = int(index.max()) + 1
+    sums, sizes = np.bincount(index, values), np.bincount(index).astype(float)
+    drawn = np.asarray(jax.random.randint(keys.key(seed, "bootstrap"), (resamples, count), 0, count))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def summarise(
+    scores: Mapping[str, Mapping[str, Float[np.ndarray, " N"]]], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
+) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    """Means of every model, and paired differences of every adapter from "base".
+
+    Args:
+      scores: model -> metric -> one value per video; row n of every model has the same prompt and noise.
+      clusters: the prompt of each row.
+
+    Returns:
+      model -> metric -> interval; adapter -> metric -> interval of adapter minus base.
+    """
+    means = {model: {name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()}
+             for model, metrics in scores.items()}
+    changes = {model: {name: bootstrap(values - scores["base"][name], clusters, seed, resamples) for name, values in metrics.items()}
+               for model, metrics in scores.items() if model != "base"}
+    return means, changes
+
+
+def relative(change: Interval, base: Interval) -> float:
+    """The change as a share of the base; 0 when the base is 0."""
+    return change.mean / abs(base.mean) if base.mean else 0.0
+
+
+def markdown(means: Mapping[str, Mapping[str, Interval]], changes: Mapping[str, Mapping[str, Interval]]) -> str:
+    """The comparison as a Markdown table whose columns line up in plain text too."""
+    header = ["", "base", *(cell for name in changes for cell in (name, f"{name} - base", "relative"))]
+    rows = [header]
+    for name, label in LABELS.items():
+        row = [label, means["base"][name].text()]
+        for model, change in changes.items():
+            row += [means[model][name].text(), change[name].text(sign=True), f"{relative(change[name], means['base'][name]):+.1%}"]
+        rows.append(row)
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first the header, as a padded Markdown table."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
