@@ -160,6 +160,7 @@ def reward_terms(
     reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms.
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
+    faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
     """
     matches = match_videos(embeddings, face_mask, references, reference_mask, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
@@ -171,6 +172,7 @@ def reward_terms(
     reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     reward = reward - config.extra_weight * extra - config.motion_weight * stillness
     raw = jnp.mean(matches.similarity, axis=1)
+    asked = jnp.sum(reference_mask, -1)
     terms = {
         "reward": reward,
         "identity_mean": identity_mean,
@@ -181,6 +183,7 @@ def reward_terms(
         "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
         "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),
         "faces_seen": jnp.mean(jnp.sum(face_mask, -1), -1),
-        "faces_asked": jnp.sum(reference_mask, -1),
+        "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / asked[:, None], 1.0), axis=1),
+        "faces_asked": asked,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
