@@ -183,7 +183,7 @@ def reward_terms(
         "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
         "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),
         "faces_seen": jnp.mean(jnp.sum(face_mask, -1), -1),
-        "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / asked[:, None], 1.0), axis=1),
+        "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / jnp.maximum(asked, 1)[:, None], 1.0), axis=1),
         "faces_asked": asked,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
