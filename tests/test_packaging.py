@@ -16,10 +16,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = [
     {"errors"},
     {"config", "keys", "parallel", "distributed", "flow", "grpo", "video"},
-    {"models", "data", "optimizer"},
+    {"models", "data", "statistics"},
     {"checkpoints_convert"},
     {"pipeline", "rewards"},
-    {"policy", "conditioning", "state"},
+    {"policy", "conditioning", "state", "optimizer"},
     {"rollout", "update", "checkpoint", "metrics"},
     {"tasks", "finetune", "train", "evaluate", "report"},
     {"cli"},
