@@ -1,0 +1,220 @@
+"""Prompts and reference photos -> what the transformer is conditioned on.
+
+VACE's control signal for generation from references alone, per latent frame 96 channels `inactive 16 | reactive 16 | mask 64`:
+
+    reference frames   latents of one photo | zeros | zeros        one latent frame each, diffusers puts the last photo first
+    video frames       g | g | ones                                g = latents of a mid-grey video, the same for every prompt
+
+Rows with fewer people than `max_people` are padded behind the video, `[M references, T video, max_people - M padding]`: the real
+frames keep the rotary positions they have alone, the padding is masked, so a row does not depend on its neighbours.
+
+Source: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`, `prepare_masks`).
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+from PIL import Image, ImageOps
+
+from jax_idgrpo.config import Config, DataConfig
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
+
+Cache = dict[Any, Any]
+
+
+class Pipeline(Protocol):
+    """The parts of `jax_idgrpo.pipeline.Pipeline` that are used here."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+
+
+@struct.dataclass
+class Conditioning:
+    """What P prompts ask for; N = max_people + T latent frames, laid out `[references, video, padding]` per row.
+
+    text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding.
+    frame_mask: False in the padding. references: how many people each row has.
+    """
+
+    text: Float[Array, "P L D"]
+    control: Float[Array, "P N H W 96"]
+    frame_mask: Bool[Array, "P N"]
+    references: Int[Array, "P"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape [N, H, W, 16] of the latents that one row denoises."""
+        return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
+
+
+def select(conditioning: Conditioning, rows: Int[Array, "B"]) -> Conditioning:
+    """The given rows, which may repeat: `jnp.repeat(jnp.arange(P), G)` makes groups of G."""
+    return jax.tree.map(lambda leaf: leaf[rows], conditioning)
+
+
+def video_latents(x: Float[Array, "B N H W C"], references: Int[Array, "B"], frames: int) -> Float[Array, "B T H W C"]:
+    """The T = `frames` video frames of each row: those behind its references."""
+    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, references)
+
+
+def frame_mask(references: Int[Array, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
+    """[B, max_people + frames]: True on the references and the video of each row, False on the padding behind them."""
+    return jnp.arange(max_people + frames) < references[:, None] + frames
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file of any mode as upright RGB; transparent parts become white.
+
+    Raises:
+      UserError: the file is missing or is not an image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"image {path}: no such file; check the ref_paths column of the prompts CSV")
+    try:
+        with Image.open(path) as image:
+            return on_white(ImageOps.exif_transpose(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path}: cannot be read ({error}); store it again as PNG or JPEG") from None
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, transparent parts white, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
+    """The image scaled to fit, centred on white, float32 in [-1, 1]."""
+    image = on_white(image)
+    image = image.resize([max(size // 8, 1) * 8 for size in image.size], Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, np.float32) / np.float32(255) * 2 - 1
+    scale = min(height / pixels.shape[0], width / pixels.shape[1])
+    rows, columns = (max(int(size * scale), 1) for size in pixels.shape[:2])
+    out = np.ones((height, width, 3), np.float32)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    out[top : top + rows, left : left + columns] = _bilinear(_bilinear(pixels, rows, 0), columns, 1)
+    return out
+
+
+def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Linear interpolation along one axis, pixel centres aligned, edges repeated, no smoothing when it shrinks."""
+    old = x.shape[axis]
+    position = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
+    low = np.floor(position).astype(int)
+    weight = np.expand_dims((position - low).astype(np.float32), [a for a in range(x.ndim) if a != axis])
+    high = np.minimum(low + 1, old - 1)
+    return np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
+
+
+def control(
+    references: Float[Array, "M H W C"], grey: Float[Array, "T H W C"], max_people: int, order: str = "diffusers"
+) -> Float[Array, "N H W D"]:
+    """The control of one row from the latents of its photos (as given) and of a mid-grey video; D = 2 C + 64.
+
+    order: "diffusers" puts the last photo first, "original" keeps the order.
+    """
+    if order == "diffusers":
+        references = references[::-1]
+    mask = jnp.ones((*grey.shape[:-1], MASK_CHANNELS), jnp.float32)
+    video = jnp.concatenate([grey, grey, mask], axis=-1)
+    people = jnp.pad(references, ((0, 0), (0, 0), (0, 0), (0, video.shape[-1] - references.shape[-1])))
+    padding = ((0, max_people - references.shape[0]), (0, 0), (0, 0), (0, 0))
+    return jnp.pad(jnp.concatenate([people, video]), padding)
+
+
+@nnx.jit
+def _encode_video(vae: nnx.Module, video: Float[Array, "B F H W 3"]) -> Float[Array, "B T h w C"]:
+    return vae.encode(video)
+
+
+@nnx.jit
+def _encode_tokens(text_encoder: nnx.Module, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    return text_encoder(ids, mask).astype(jnp.float32)
+
+
+def encode_text(pipe: Pipeline, text: str, length: int) -> Float[Array, "L D"]:
+    """The float32 text embedding of one prompt, cut or padded to `length` tokens; zero past its end."""
+    tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    ids, mask = (jnp.asarray(tokens[name], jnp.int32) for name in ("input_ids", "attention_mask"))
+    return _encode_tokens(pipe.text_encoder, ids, mask)[0]
+
+
+def negative_prompt(config: DataConfig) -> str:
+    """The text of the unguided branch; "@FILE" is read from the file, and its hash goes to the log.
+
+    Raises:
+      UserError: the file is missing or is not UTF-8 text.
+    """
+    if not config.negative_prompt.startswith("@"):
+        return config.negative_prompt
+    path = Path(config.negative_prompt[1:])
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.negative_prompt: cannot read {path} ({error}); name a UTF-8 text file") from None
+    log.info("negative prompt from %s, SHA-256 %s", path, hashlib.sha256(text.encode()).hexdigest())
+    return text
+
+
+def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[Array, "L D"]:
+    """The text embedding of the unguided branch."""
+    return encode_text(pipe, negative_prompt(config), config.text_length)
+
+
+def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache) -> Conditioning:
+    """The conditioning of `prompts` for videos of the size in `config.video`.
+
+    cache: rows by prompt id and grey videos by size, filled here; the caller keeps it for the run, so each prompt is encoded once.
+
+    Raises:
+      UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
+    """
+    video, data = config.video, config.data
+    if ("grey", video) not in cache:
+        cache["grey", video] = _encode_video(pipe.vae, jnp.zeros((1, video.frames, video.height, video.width, 3)))[0]
+    for prompt in prompts:
+        if (prompt.id, video) not in cache:
+            cache[prompt.id, video] = _encode_row(pipe, prompt, config, cache["grey", video])
+    frames = cache["grey", video].shape[0]
+    rows = [cache[prompt.id, video] for prompt in prompts]
+    references = jnp.asarray([len(prompt.references) for prompt in prompts], jnp.int32)
+    return Conditioning(
+        text=jnp.stack([text for text, _ in rows]),
+        control=jnp.stack([row for _, row in rows]),
+        frame_mask=frame_mask(references, frames, data.max_people),
+        references=references,
+    )
+
+
+def _encode_row(pipe: Pipeline, prompt: Prompt, config: Config, grey: Array) -> tuple[Array, Array]:
+    """Text embedding [L, D] and control [N, H, W, 96] of one prompt."""
+    data, video = config.data, config.video
+    if not 1 <= len(prompt.references) <= data.max_people:
+        raise UserError(
+            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
+        )
+    photos = [canvas(open_image(path), video.height, video.width) for path in prompt.references]
+    latents = jnp.concatenate([_encode_video(pipe.vae, jnp.asarray(photo)[None, None])[0] for photo in photos])
+    return encode_text(pipe, prompt.text, data.text_length), control(latents, grey, data.max_people, data.reference_order)
