@@ -5,9 +5,10 @@ of a prompt's values, one resample of prompts k gives sum(s_k) / sum(n_k), and t
 Source: Davison and Hinkley, Bootstrap Methods and their Application, section 2.4 and 3.8.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import flax.struct
 import jax
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,7 +24,7 @@ LABELS = {
 }
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Interval:
     """A mean and its 95 % interval."""
 
@@ -35,6 +36,13 @@ class Interval:
         """`0.123 [0.100, 0.150]`, with a sign for differences."""
         form = "{:+.3f}" if sign else "{:.3f}"
         return f"{form.format(self.mean)} [{form.format(self.low)}, {form.format(self.high)}]"
+
+
+Scores = Mapping[str, Float[np.ndarray, " N"]]
+"""Metric -> one value per video."""
+
+Intervals = dict[str, dict[str, Interval]]
+"""Model -> metric -> interval."""
 
 
 def bootstrap(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Interval:
@@ -49,8 +57,8 @@ def bootstrap(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], 
 
 
 def summarise(
-    scores: Mapping[str, Mapping[str, Float[np.ndarray, " N"]]], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
-) -> tuple[dict[str, dict[str, Interval]], dict[str, dict[str, Interval]]]:
+    scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
+) -> tuple[Intervals, Intervals]:
     """Means of every model, and paired differences of every adapter from "base".
 
     Args:
@@ -58,7 +66,7 @@ def summarise(
       clusters: the prompt of each row.
 
     Returns:
-      model -> metric -> interval; adapter -> metric -> interval of adapter minus base.
+      The means of every model; the means of adapter minus base.
     """
     means = {model: {name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()}
              for model, metrics in scores.items()}
@@ -72,7 +80,27 @@ def relative(change: Interval, base: Interval) -> float:
     return change.mean / abs(base.mean) if base.mean else 0.0
 
 
-def markdown(means: Mapping[str, Mapping[str, Interval]], changes: Mapping[str, Mapping[str, Interval]]) -> str:
+def document(means: Intervals, changes: Intervals) -> dict[str, Any]:
+    """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base."""
+    return {
+        "labels": LABELS,
+        "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
+        "differences": {
+            model: {name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])} for name, value in metrics.items()}
+            for model, metrics in changes.items()
+        },
+    }
+
+
+def per_video(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]) -> list[dict[str, Any]]:
+    """One entry per video: its prompt, and every model's values."""
+    return [
+        {"prompt": int(prompt)} | {model: {name: float(values[n]) for name, values in metrics.items()} for model, metrics in scores.items()}
+        for n, prompt in enumerate(clusters)
+    ]
+
+
+def markdown(means: Intervals, changes: Intervals) -> str:
     """The comparison as a Markdown table whose columns line up in plain text too."""
     header = ["", "base", *(cell for name in changes for cell in (name, f"{name} - base", "relative"))]
     rows = [header]

@@ -1,6 +1,5 @@
 """The page holds everything inside itself, shows what the run says, and stands a half-finished run."""
 
-import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -42,12 +41,7 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
         for path in references:
             Image.fromarray(rng.integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / path)
         shown.append({"prompt": f"Two <people> & prompt {prompt}", "references": references, "videos": files})
-    document = {
-        "note": "16 prompts x 4 videos", "labels": statistics.LABELS, "shown": shown,
-        "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
-        "differences": {model: {name: dataclasses.asdict(value) | {"relative": statistics.relative(value, means["base"][name])}
-                                for name, value in metrics.items()} for model, metrics in changes.items()},
-    }
+    document = {"note": "16 prompts x 4 videos", **statistics.document(means, changes), "shown": shown}
     (folder / "metrics.json").write_text(json.dumps(document))
 
 

@@ -1,0 +1,280 @@
+"""Videos from prompts, scores of videos, and base against adapters on held-out prompts.
+
+Sampling is deterministic (Euler steps) from noise that is a pure function of (seed, prompt, member), so every model starts a video
+from the same noise and differences are paired. Identity is judged by an embedder that never serves as reward.
+
+Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts CSV from 0, MEMBER the videos of a prompt.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from PIL import Image
+
+from jax_idgrpo import conditioning, keys, policy, rollout, statistics
+from jax_idgrpo.checkpoint import prepare_workdir, write_text
+from jax_idgrpo.config import Config, RewardConfig
+from jax_idgrpo.data.prompts import Prompt, load_prompts
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
+from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
+from jax_idgrpo.rewards import FaceReward, References, load_reward
+from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.video import read_video, to_uint8, write_video
+
+SHOWN = 8  # prompts whose videos are kept for the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A video that is asked for: the row of the CSV from 0, its prompt, and the video's number among the prompt's."""
+
+    number: int
+    prompt: Prompt
+    member: int
+
+
+def all_rows(prompts: Sequence[Prompt], videos: int) -> list[Row]:
+    """`videos` videos of each prompt, those of one prompt together."""
+    return [Row(number, prompt, member) for number, prompt in enumerate(prompts) for member in range(videos)]
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One of the compared models: the policy with its adapter's and its base's arrays."""
+
+    policy: policy.Policy
+    lora: nnx.State
+    base: nnx.State
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What turns prompts into videos: the networks, the schedule, the encoded negative prompt, and what was encoded so far."""
+
+    config: Config
+    pipe: Pipeline
+    schedule: rollout.Schedule
+    negative: Float[Array, "L D"]
+    cache: conditioning.Cache
+
+    def videos(self, model: Model, rows: Sequence[Row]) -> Float[np.ndarray, "B F H W 3"]:
+        """One video in [-1, 1] per row; few rows are filled up to the batch, so that one program serves all."""
+        filled = [rows[min(n, len(rows) - 1)] for n in range(self.config.evaluate.batch)]
+        asked = conditioning.encode(self.pipe, [row.prompt for row in filled], self.config, self.cache)
+        ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
+        members = jnp.asarray([row.member for row in filled], jnp.int32)
+        noise = keys.row_keys(keys.key(self.config.run.seed, "evaluate"), ids, members)
+        latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
+        frames = asked.frame_mask.shape[1] - self.config.data.max_people
+        return np.asarray(_decode(self.pipe.vae, conditioning.video_latents(latents, asked.references, frames)))[: len(rows)]
+
+    def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
+        """`videos` of many rows, batch by batch, with a progress bar."""
+        size = self.config.evaluate.batch
+        with progress(label, len(rows)) as update:
+            for start in range(0, len(rows), size):
+                batch = rows[start : start + size]
+                yield batch, self.videos(model, batch)
+                update(start + len(batch))
+
+
+@nnx.jit
+def _decode(vae: nnx.Module, latents: Float[Array, "B T h w C"]) -> Float[Array, "B F H W 3"]:
+    return vae.decode(latents)
+
+
+def evaluated(config: Config) -> Config:
+    """The configuration with the video size of the evaluation."""
+    chosen = {name: value for name in ("frames", "height", "width") if (value := getattr(config.evaluate, name))}
+    return dataclasses.replace(config, video=dataclasses.replace(config.video, **chosen))
+
+
+def make_sampler(config: Config) -> Sampler:
+    """The sampler of a configuration; reads the checkpoint."""
+    model = config.model
+    pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll)
+    return Sampler(
+        config=config,
+        pipe=pipe,
+        schedule=rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift),
+        negative=conditioning.encode_negative(pipe, config.data),
+        cache={},
+    )
+
+
+def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
+    """"base" and the adapters. The base is held as an adapter whose output is zero, so that one program runs them all.
+
+    Raises:
+      UserError: an adapter does not fit the checkpoint.
+    """
+    guidance = sampler.config.rollout.guidance
+    rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
+    plain = add_adapter(sampler.pipe.transformer, rank, alpha, keys.key(0, "init"))
+    models = {"base": Model(*policy.split(plain, guidance))}
+    for name, path in loras.items():
+        sampler.pipe.load_lora(path)
+        models[name] = Model(*policy.split(sampler.pipe.transformer, guidance))
+    return models
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------------
+
+
+def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
+    """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward."""
+    constants = IdentityConfig(
+        null_similarity=config.missing,
+        low=config.similarity_low,
+        high=config.similarity_high,
+        mean_weight=1 - config.soft_weight,
+    )
+    return load_reward(config.folder(), embedder, config.frames if embedder == "embedder" else 0, constants)
+
+
+def references(prompts: Sequence[Prompt], config: Config) -> References:
+    """The reference photos of each prompt at the size of the video, white padding behind them."""
+    size, people = (config.video.height, config.video.width), config.data.max_people
+    images, mask = np.ones((len(prompts), people, *size, 3), np.float32), np.zeros((len(prompts), people), bool)
+    for n, prompt in enumerate(prompts):
+        for m, path in enumerate(prompt.references):
+            images[n, m], mask[n, m] = conditioning.canvas(conditioning.open_image(path), *size), True
+    return References(images=images, mask=mask)
+
+
+Scorer = Callable[[np.ndarray, Sequence[Prompt]], statistics.Scores]
+
+
+def make_scorer(config: Config) -> Scorer:
+    """A function from videos and their prompts to the values of `statistics.LABELS`, one of each per video.
+
+    reward: the training reward. judge_identity: cosine between the judge's embeddings of photo and matched face, a missing person
+    counting 0, mean over frames and people. faces: detected faces per person asked for, at most 1. motion: mean change between
+    neighbouring frames outside the faces.
+    """
+    reward, judge = make_reward(config.reward), make_reward(config.reward, "judge")
+
+    def score(videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt]) -> statistics.Scores:
+        asked, texts = references(prompts, config), [prompt.text for prompt in prompts]
+        values = reward(videos, asked, texts)
+        judge(videos, asked, texts)
+        terms = judge.terms
+        found = {"reward": values, "judge_identity": terms["similarity"], "faces": terms["faces_share"], "motion": terms["motion"]}
+        return {name: np.asarray(value, np.float64) for name, value in found.items()}
+
+    return score
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------------
+
+
+def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
+    """Write `evaluate.videos` videos per row of the CSV, and `samples.jsonl`, one line per video.
+
+    Raises:
+      UserError: the CSV, a photo, the checkpoint or the adapter cannot be used.
+    """
+    config = evaluated(config)
+    listed = load_prompts(prompts, config.data.max_people)
+    sampler = make_sampler(config)
+    name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
+    prepare_workdir(out)
+    lines = []
+    for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
+        for row, video in zip(batch, videos, strict=True):
+            file = f"{row.number:04d}-{row.member}.mp4"
+            write_video(out / file, video, config.video.fps)
+            photos = [str(path) for path in row.prompt.references]
+            lines.append({"file": file, "prompt": row.prompt.text, "references": photos, "seed": config.run.seed, "lora": str(lora or "")})
+    write_text(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines)} videos in {out}")
+
+
+def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
+    """Score the videos of a folder against the CSV and write one JSON line per video, in the order of the file names.
+
+    Raises:
+      UserError: no video is found, a name does not start with the number of a row, or a file cannot be read.
+    """
+    listed = load_prompts(prompts, config.data.max_people)
+    files = sorted(videos.glob("*.mp4")) if videos.is_dir() else [videos]
+    if not files:
+        raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
+    rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
+    scorer = make_scorer(config)
+    lines = []
+    with progress("scoring", len(rows)) as update:
+        for done, (file, prompt) in enumerate(rows, 1):
+            values = scorer(read_video(file)[None], [prompt])
+            lines.append({"file": file.name, "prompt": prompt.text, **{name: float(value[0]) for name, value in values.items()}})
+            update(done)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
+
+
+def _row_number(file: Path, rows: int) -> int:
+    match = re.match(r"\d+", file.name)
+    if not match or int(match[0]) >= rows:
+        raise UserError(f"video {file}: its name must start with its row in the prompts CSV, 0 to {rows - 1}, as in 0000-0.mp4")
+    return int(match[0])
+
+
+def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]) -> None:
+    """Compare the base with adapters on the CSV's prompts: `metrics.json`, `table.md` (also printed) and `videos/` for the report.
+
+    Raises:
+      UserError: the CSV, a photo, the checkpoint or an adapter cannot be used.
+    """
+    config = evaluated(config)
+    listed = load_prompts(prompts, config.data.max_people)
+    sampler = make_sampler(config)
+    models = make_models(sampler, loras)
+    scorer = make_scorer(config)
+    prepare_workdir(out)
+    rows = all_rows(listed, config.evaluate.videos)
+    shown = [_show(out, number, prompt, config) for number, prompt in enumerate(listed[:SHOWN])]
+    scores: dict[str, statistics.Scores] = {}
+    for name, model in models.items():
+        parts = []
+        for batch, videos in sampler.batches(model, rows, f"evaluating {name}"):
+            parts.append(scorer(videos, [row.prompt for row in batch]))
+            for row, video, judged in zip(batch, videos, parts[-1]["judge_identity"], strict=True):
+                if row.member == 0 and row.number < SHOWN:
+                    path = f"videos/{row.number:04d}/{name}.mp4"
+                    write_video(out / path, video, config.video.fps)
+                    shown[row.number]["videos"][name] = {"path": path, "judge_identity": float(judged)}
+        scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in statistics.LABELS}
+    clusters = np.asarray([row.number for row in rows])
+    means, changes = statistics.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
+    note = (
+        f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} Euler steps, the same noise for every model; "
+        "95 % bootstrap intervals over prompts"
+    )
+    document = {"note": note, **statistics.document(means, changes), "shown": shown, "videos": statistics.per_video(scores, clusters)}
+    table = statistics.markdown(means, changes)
+    write_text(out / "metrics.json", json.dumps(document, indent=1))
+    write_text(out / "table.md", f"{table}\n{note}\n")
+    print(f"{table}\n{note}")
+
+
+def _show(out: Path, number: int, prompt: Prompt, config: Config) -> dict:
+    """The report's entry of a prompt, its photos stored beside the videos."""
+    paths = []
+    for m, path in enumerate(prompt.references):
+        photo = conditioning.canvas(conditioning.open_image(path), config.video.height, config.video.width)
+        paths.append(f"videos/{number:04d}/reference-{m}.png")
+        (out / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(to_uint8(photo)).save(out / paths[-1])
+    return {"prompt": prompt.text, "references": paths, "videos": {}}
