@@ -65,7 +65,7 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    graphdef, params, rest = nnx.split(task.init(keys.key(seed, "init")), nnx.Param, ...)
+    graphdef, *parts = nnx.split(task.init(keys.key(seed, "init")), nnx.Param, ...)
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
     def batch(number: int) -> Any:
@@ -78,8 +78,10 @@ def finetune(config: Config, workdir: Path) -> None:
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
-    state = resume(workdir, config, manager, parallel.place(mesh, start(params, optimizer, rest)))
-    del params, rest
+    fresh = functools.partial(start, optimizer)
+    shardings = parallel.state_shardings(mesh, jax.eval_shape(fresh, *parts))
+    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*parts))
+    del parts
     done = int(state.step)
 
     # ---- train -----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class TrainState:
     rest: Parameters = ()
 
 
-def start(params: Parameters, optimizer: optax.GradientTransformation, rest: Parameters = ()) -> TrainState:
+def start(optimizer: optax.GradientTransformation, params: Parameters, rest: Parameters = ()) -> TrainState:
     """The state before the first step; it shares no buffer with its arguments, so that it can be donated."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -43,13 +43,28 @@ class Calls:
     kill_at: int = -1
 
 
+@jax.jit
+def toy_batch(seed, step):
+    x = jax.random.normal(keys.fold(keys.key(seed, "data"), step), (8, 4))
+    return {"x": x, "y": jnp.sin(x.sum(axis=1, keepdims=True)) + 1.0}
+
+
+@jax.jit
+def toy_network(key):
+    return nnx.split(Toy(nnx.Rngs(key)))
+
+
+@nnx.jit
+def toy_apply(network, x):
+    return network(x)
+
+
 def toy_task(calls: Calls) -> Task:
     def batch(seed: int, step: int):
         calls.batches.append(step)
         if step == calls.kill_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        x = jax.random.normal(keys.fold(keys.key(seed, "data"), step), (8, 4))
-        return {"x": x, "y": jnp.sin(x.sum(axis=1, keepdims=True)) + 1.0}
+        return toy_batch(seed, step)
 
     def loss(network: Toy, batch, key):
         calls.traces += 1
@@ -63,9 +78,19 @@ def toy_task(calls: Calls) -> Task:
 
     def preview(network: Toy, folder: Path):
         calls.previews += 1
-        np.save(folder / "toy.npy", network(jnp.ones((2, 4))))
+        np.save(folder / "toy.npy", toy_apply(network, jnp.ones((2, 4))))
 
-    return Task(lambda key: Toy(nnx.Rngs(key)), batch, loss, save, preview)
+    return Task(lambda key: nnx.merge(*toy_network(key)), batch, loss, save, preview)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The workdir of six undisturbed steps."""
+    workdir = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jax_idgrpo.finetune.make_task", lambda config: toy_task(Calls()))
+        finetune(configuration(6), workdir)
+    return workdir
 
 
 @pytest.fixture
@@ -98,29 +123,27 @@ def numbers(workdir: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "rows_per_second"} for row in rows]
 
 
-def test_resumed_run_equals_an_undisturbed_one(tmp_path, calls):
-    finetune(configuration(6), tmp_path / "straight")
-    finetune(configuration(3), tmp_path / "halves")
-    half = export(tmp_path / "halves")
-    finetune(configuration(6), tmp_path / "halves")
-    assert same(export(tmp_path / "straight"), export(tmp_path / "halves"))
-    assert not same(half, export(tmp_path / "halves"))
-    assert numbers(tmp_path / "straight") == numbers(tmp_path / "halves")
+def test_resumed_run_equals_an_undisturbed_one(tmp_path, calls, straight):
+    finetune(configuration(3), tmp_path)
+    half = export(tmp_path)
+    finetune(configuration(6), tmp_path)
+    assert same(export(straight), export(tmp_path))
+    assert not same(half, export(tmp_path))
+    assert numbers(straight) == numbers(tmp_path)
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, calls):
-    finetune(configuration(6), tmp_path / "straight")
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, calls, straight):
     calls.kill_at = 4
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        finetune(configuration(6), tmp_path / "stopped")
+        finetune(configuration(6), tmp_path)
     assert stopped.value.code == TERMINATED == 143
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert not (tmp_path / "stopped" / "export").exists()
+    assert not (tmp_path / "export").exists()
     calls.kill_at, calls.batches[:] = -1, []
-    finetune(configuration(6), tmp_path / "stopped")
+    finetune(configuration(6), tmp_path)
     assert calls.batches[0] >= 4
-    assert same(export(tmp_path / "straight"), export(tmp_path / "stopped"))
+    assert same(export(straight), export(tmp_path))
 
 
 def test_one_compilation_and_each_batch_once(tmp_path, calls):
@@ -136,7 +159,7 @@ def test_one_compilation_and_each_batch_once(tmp_path, calls):
 
 
 def test_loss_falls_and_the_out_folder_gets_the_network(tmp_path, calls):
-    config = configuration(60, save_every=60)
+    config = configuration(60, save_every=60, sample_every=0)
     config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, out=str(tmp_path / "out")))
     finetune(config, tmp_path / "work")
     rows = read_metrics(tmp_path / "work" / "metrics.jsonl")
