@@ -41,7 +41,7 @@ _HAIR = {
     "ginger": (0.84, 0.42, 0.12),
     "blond": (0.93, 0.78, 0.38),
     "grey": (0.56, 0.56, 0.58),
-    "white": (0.90, 0.90, 0.87),
+    "white": (0.82, 0.82, 0.80),
     "pink": (0.90, 0.38, 0.62),
     "teal": (0.10, 0.50, 0.55),
 }
@@ -141,10 +141,10 @@ class _Shape(NamedTuple):
     height: tuple = (0.94, 1.08)
     taper: tuple = (0.00, 0.34)
     square: tuple = (0.00, 0.75)
-    eye_spacing: tuple = (0.29, 0.43)
+    eye_spacing: tuple = (0.30, 0.43)
     eye_height: tuple = (-0.16, 0.06)
-    eye_width: tuple = (0.13, 0.21)
-    eye_open: tuple = (0.09, 0.165)
+    eye_width: tuple = (0.145, 0.235)
+    eye_open: tuple = (0.10, 0.18)
     brow_thickness: tuple = (0.025, 0.085)
     brow_tilt: tuple = (-0.32, 0.32)
     brow_lift: tuple = (0.20, 0.33)
@@ -272,7 +272,14 @@ class Light:
 
 def _ellipse(u, v, rx, ry):
     """First-order distance to the ellipse u^2/rx^2 + v^2/ry^2 = 1."""
-    return 0.5 * ((u / rx) ** 2 + (v / ry) ** 2 - 1.0) * jnp.sqrt(rx * ry)
+    unit = jnp.sqrt(0.5 * jnp.sqrt(rx * ry))  # folded into the radii: a pixel costs multiplications only
+    return jnp.square(u * (unit / rx)) + jnp.square(v * (unit / ry)) - unit * unit
+
+
+def _ripple(t):
+    """A smooth wave between -1 and 1 with period 2, cheaper than a sine."""
+    saw = t - 2.0 * jnp.floor(0.5 * t) - 1.0
+    return 4.0 * saw * (1.0 - jnp.abs(saw))
 
 
 def _features(shape: _Shape, pose: Pose) -> dict[str, tuple]:
@@ -295,9 +302,10 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     thickness, hairline, slope, sides, back_width, back_end, curl, knot_x, knot_y, knot_r = person.style
     crown, brim_width, brim_thickness, brim_offset, hat_height = person.headwear
     garment, hat = person.labels[3], person.labels[4]
-    per_unit = pose.scale * (x[0, 1] - x[0, 0]) ** -1  # pixels per head unit
+    per_unit = pose.scale * (x.shape[1] / POINTS)  # pixels per head unit
 
-    dx, dy = (x - pose.x) / pose.scale, (y - pose.y) / pose.scale
+    per_point = 1.0 / pose.scale
+    dx, dy = (x - pose.x) * per_point, (y - pose.y) * per_point
     cos, sin = jnp.cos(pose.roll), jnp.sin(pose.roll)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # head
     bu, bv = dx - 0.25 * sin, dy  # body: stays upright
@@ -315,15 +323,15 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     eye_u, eye_v, eye_apart = place["eyes"]
     nose_u, nose_v = place["nose"]
     mouth_u, mouth_v, mouth_w = place["mouth"]
-    wave = curl * jnp.sin(11.0 * u + 1.0) * jnp.sin(10.0 * v)
+    wave = curl * _ripple(3.5 * u + 0.3) * _ripple(3.2 * v)
     hatless = 1.0 - (hat > 0)
 
     # Body
-    body = _ellipse(bu, bv - 2.75, shape.shoulders, 1.35)
-    body = jnp.where(bv > 2.75, jnp.abs(bu) - shape.shoulders, body)
+    body = _ellipse(bu, bv - 2.6, shape.shoulders, 1.4)
+    body = jnp.where(bv > 2.6, jnp.abs(bu) - shape.shoulders, body)
     body_alpha = cover(body)
     canvas = paint(canvas, person.clothes, body_alpha)
-    stripes = jnp.clip(jnp.sin(bv * 8.0 + shape.ear * 20) * per_unit * 0.2 + 0.5, 0, 1)
+    stripes = jnp.clip(_ripple(bv * 2.6 + shape.ear * 6) * per_unit * 0.2 + 0.5, 0, 1)
     opening = cover(jnp.abs(bu) - 0.42 + 0.18 * (bv - 1.2))
     collar = cover(jnp.abs(_ellipse(bu, bv - 1.25, shape.neck + 0.20, 0.42)) - 0.10)
     pattern = jnp.where(garment == 1, stripes, jnp.where(garment == 2, opening, jnp.where(garment == 3, collar, 0.0)))
@@ -331,7 +339,8 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
 
     # Hair behind the head, ears, neck
     long = _ellipse(u, v - 0.5 * (back_end - 1.0), shape.width + back_width, 0.5 * (back_end + 1.0) + 0.35)
-    back = jnp.where(back_width > 0.01, cover(long + wave), 0.0)
+    throat = jnp.maximum(jnp.abs(bu) - shape.neck - 0.06, 0.9 - bv)  # long hair parts over the shoulders
+    back = jnp.where(back_width > 0.01, cover(jnp.maximum(long + wave, -throat)), 0.0)
     knot = jnp.where(knot_r > 0.01, cover(_ellipse(jnp.abs(u + 0.3 * turn) - knot_x, v - knot_y, knot_r, knot_r * (1 + 0.7 * knot_x)) + wave), 0.0)
     back = jnp.maximum(back, knot * jnp.where(knot_y < -0.8, hatless, 1.0))
     canvas = paint(canvas, person.hair * 0.78, back)
@@ -341,11 +350,11 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, person.skin * 0.90, ears)
 
     # Face: an ellipse whose lower half is narrowed toward the chin and squared
-    w = v / shape.height
+    w = v * (1.0 / shape.height)
     lower = jnp.clip(w, 0.0, 1.2)
-    half = shape.width * (1.0 - shape.taper * lower * lower)
+    half = 1.0 - shape.taper * lower * lower
     squared = w * w * (1.0 + shape.square * (w * w - 1.0) * (w > 0))
-    face = 0.5 * ((u / half) ** 2 + squared - 1.0) * jnp.sqrt(shape.width * shape.height)
+    face = (jnp.square(u * (1.0 / shape.width) / half) + squared - 1.0) * (0.5 * jnp.sqrt(shape.width * shape.height))
     face_alpha = cover(face)
     canvas = paint(canvas, person.skin, face_alpha)
     rim = jnp.clip(1.0 + face * 2.2, 0.0, 1.0) * 0.22  # a little darker toward the outline
@@ -354,11 +363,11 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, person.lips, face_alpha * cheeks * jnp.maximum(shape.blush, 0.0))
 
     # Beard, mouth, moustache
-    across = (u - mouth_u) / shape.width
+    across = (u - mouth_u) * (1.0 / shape.width)
     edge = 0.16 + pose.pitch + 0.42 * (1.0 - across * across) - v
     beard = cover(jnp.maximum(jnp.maximum(edge, jnp.abs(u - mouth_u) - shape.beard_width), face - 0.05))
     canvas = paint(canvas, person.hair * 0.9, beard * shape.beard)
-    along = (u - mouth_u) / mouth_w
+    along = (u - mouth_u) * (1.0 / mouth_w)
     bend = mouth_v - 0.13 * pose.smile * (along * along - 0.3)
     taper_m = jnp.clip(1.0 - 0.75 * along * along, 0.2, 1.0)
     opened = 0.16 * pose.open
@@ -394,7 +403,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
 
     # Glasses
     gw, gh = shape.eye_width * 1.35 * narrow, shape.eye_width * 1.2
-    a, b = (pair / gw) ** 2, ((v - eye_v - 0.02) / gh) ** 2
+    a, b = jnp.square(pair * (1.0 / gw)), jnp.square((v - eye_v - 0.02) * (1.0 / gh))
     lens = 0.5 * jnp.where(shape.glasses > 1.5, a * a + 1.3 * b * b - 1.0, a + b - 1.0) * gh
     lens = jnp.where(shape.glasses > 1.5, lens * 0.5, lens)
     bridge = jnp.maximum(jnp.abs(v - eye_v) - 0.03, pair + gw)
@@ -426,7 +435,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     # Raised hand
     raised = jnp.clip(pose.hand, 0.0, 1.0)
     hand_u, hand_v = shape.shoulders + 0.15 + pose.swing, 2.4 - 1.6 * raised
-    t = jnp.clip((bv - hand_v) / (2.6 - hand_v + 0.1), 0.0, 1.0)
+    t = jnp.clip((bv - hand_v) * (1.0 / (2.7 - hand_v)), 0.0, 1.0)
     sleeve = cover(jnp.maximum(jnp.abs(bu - hand_u - t * (shape.shoulders - 0.25 - hand_u)) - 0.22, hand_v + 0.15 - bv))
     palm = cover(_ellipse(bu - hand_u, bv - hand_v, 0.25, 0.29))
     canvas = paint(canvas, person.clothes * 0.9, sleeve * raised)
@@ -465,8 +474,8 @@ def _portrait_pose(u: Float[Array, "12"]) -> Pose:
     """Pose of a portrait from numbers in [-1, 1]."""
     return Pose(
         x=32.0 + u[0],
-        y=35.5 + u[1],
-        scale=21.0 + 1.0 * u[2],
+        y=34.0 + u[1],
+        scale=20.5 + 1.0 * u[2],
         yaw=0.22 * u[3],
         roll=0.07 * u[4],
         pitch=0.03 * u[5],
@@ -538,20 +547,20 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
     """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background."""
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
-    keys = jax.random.split(key, 8)
-    u = jax.random.uniform(keys[0], (people, 24), jnp.float32, -1.0, 1.0)
-    w = jax.random.uniform(keys[1], (12,), jnp.float32)
     fields = len(Pose._fields)
+    numbers = jax.random.uniform(key, (people * (25 + len(Pose._fields)) + 16,), jnp.float32)
+    w, per_person = numbers[:16], numbers[16:].reshape(people, -1)
+    phase, place, u = per_person[:, :fields], per_person[:, fields], 2.0 * per_person[:, fields + 1 :] - 1.0
+    index = lambda number, count: jnp.minimum((number * count).astype(jnp.int32), count - 1)  # noqa: E731
     at = {name: k for k, name in enumerate(Pose._fields)}
-    phase = jax.random.uniform(keys[2], (people, fields), jnp.float32)
 
     # Absent people rank last, so the present ones share the width evenly.
-    rank = jnp.argsort(jnp.argsort(jnp.where(mask, jax.random.uniform(keys[3], (people,)), 2.0)))
+    rank = jnp.argsort(jnp.argsort(jnp.where(mask, place, 2.0)))
     centre = POINTS * (rank + 0.5) / count + u[:, 0] * jnp.where(count > 1, 2.5, 7.0)
     scale = jnp.where(count > 2, 10.6, jnp.where(count > 1, 12.4, 13.4)) * (1.0 + 0.09 * u[:, 1])
     top = jnp.where(count > 2, 27.0, 28.0) + 4.0 * u[:, 2]
 
-    action = jax.random.randint(keys[4], (people,), 0, len(_ACTIONS))
+    action = index(0.5 * (u[:, 23] + 1.0), len(_ACTIONS))
     action = jnp.where((action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action))
     does = lambda k: (action == k).astype(jnp.float32)  # noqa: E731
     walk, turn, nod, talk, dance = does(1) - does(0), does(2), does(3), does(4), does(5)
@@ -569,7 +578,7 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
         open=0.25 * u[:, 7] + 0.35 * talk, smile=0.35 + 0.5 * u[:, 8] + 0.1 * smile, hand=wave,
     )  # fmt: skip
     slope = table(
-        x=walk * speed + 3.0 * u[:, 9], y=2.0 * u[:, 10], scale=scale * (0.34 * grow + 0.04 * u[:, 11]),
+        x=walk * speed + 3.0 * u[:, 9], y=2.0 * u[:, 10], scale=scale * (jnp.where(count > 2, 0.22, 0.34) * grow + 0.04 * u[:, 11]),
         yaw=0.2 * u[:, 12], smile=1.2 * smile,
     )  # fmt: skip
     amplitude = table(
@@ -584,23 +593,23 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
         smile=jnp.full(people, 0.7), blink=0.7 + 0.2 * u[:, 21], swing=2.0 + 0.4 * u[:, 22],
     )  # fmt: skip
 
-    light_kind = jax.random.randint(keys[5], (), 0, len(_LIGHTS))
+    light_kind = index(w[8], len(_LIGHTS))
     gain = jnp.array([1.0, 1.12, 0.68, 0.98, 0.96])[light_kind] * (0.97 + 0.06 * w[0])
     tint = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32)[light_kind]
     side = jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind] * jnp.where(w[1] < 0.5, -1.0, 1.0) * (0.6 + 0.8 * w[2])
-    first = jax.random.randint(keys[6], (), 0, len(_COLOURS))
-    other = (first + 1 + (w[3] * (len(_COLOURS) - 1)).astype(jnp.int32)) % len(_COLOURS)
+    first = index(w[9], len(_COLOURS))
+    other = (first + 1 + index(w[3], len(_COLOURS) - 1)) % len(_COLOURS)
     return Scene(
         base=base,
         slope=slope,
         amplitude=amplitude,
         rate=rate,
         phase=phase,
-        depth=scale + 1.5 * u[:, 23],
+        depth=scale + 3.0 * (w[12] - 0.5) * jnp.where(rank == 0, 1.0, -1.0),
         action=action,
         light=Light(colour=tint * gain, direction=side),
         light_kind=light_kind,
-        background=jax.random.randint(keys[7], (), 0, len(_BACKGROUNDS)),
+        background=index(w[10], len(_BACKGROUNDS)),
         colours=jnp.stack([first, other]),
         decor=w[4:8],
     )
@@ -745,15 +754,14 @@ def sample_ids(key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOP
     """Ids from a split's range, distinct within a row: one from each of `people` equal parts of it, shuffled."""
     first, last = SPLITS[split]
     part = (last - first) // people
-    draw_key, order_key = jax.random.split(key)
-    ids = first + jax.random.randint(draw_key, (count, people), 0, part) + part * jnp.arange(people)
-    return jax.random.permutation(order_key, ids, axis=1, independent=True)
+    drawn, order = jax.random.uniform(key, (2, count, people), jnp.float32)
+    ids = first + jnp.minimum((drawn * part).astype(jnp.int32), part - 1) + part * jnp.arange(people)
+    return jnp.take_along_axis(ids, jnp.argsort(order, axis=1), axis=1)
 
 
 def sample_mask(key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE) -> Bool[Array, "count people"]:
     """How many people: one 30 %, two 50 %, three 20 %; the first slots are the filled ones."""
-    shares = jnp.array(_COUNT_SHARES[:people])
-    number = 1 + jax.random.choice(key, people, (count,), p=shares / shares.sum())
+    number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(jax.random.uniform(key, (count,), jnp.float32))
     return jnp.arange(people) < number[:, None]
 
 
