@@ -1,20 +1,18 @@
 """The whole job in minutes on two CPU cores: GRPO on the embedded model set of drawn people."""
 
-from jax_idgrpo.config import (
-    Config, DataConfig, EvaluateConfig, GrpoConfig, ModelConfig, OptimizerConfig, RewardConfig, RolloutConfig, RunConfig, VideoConfig,
-)
+from jax_idgrpo import config as c
 
 
-def get_config() -> Config:
+def get_config() -> c.Config:
     """Values only; every field is described in jax_idgrpo/config.py."""
-    return Config(
-        model=ModelConfig(path="embedded", rank=8, alpha=8.0, unroll=True),
-        data=DataConfig(prompts="embedded:rl", max_people=3, text_length=32, negative_prompt=""),
-        video=VideoConfig(frames=9, height=64, width=64, fps=8),
-        rollout=RolloutConfig(prompts=4, group=8, steps=12, guidance=1.0, window="random", window_size=3),
-        grpo=GrpoConfig(clip=1e-3, kl=0.004),
-        optimizer=OptimizerConfig(learning_rate=3e-4, ema_decay=0.9),
-        reward=RewardConfig(),
-        evaluate=EvaluateConfig(prompts="embedded:eval", videos=4, steps=12, batch=32),
-        run=RunConfig(steps=80, save_every=20, keep=2, sample_every=20),
+    return c.Config(
+        model=c.ModelConfig(path="embedded", rank=8, alpha=8.0, unroll=True),
+        data=c.DataConfig(prompts="embedded:rl", max_people=3, text_length=32, negative_prompt=""),
+        video=c.VideoConfig(frames=9, height=64, width=64, fps=8),
+        rollout=c.RolloutConfig(prompts=4, group=8, steps=12, guidance=1.0, window="random", window_size=3),
+        grpo=c.GrpoConfig(clip=1e-3, kl=0.004),
+        optimizer=c.OptimizerConfig(learning_rate=3e-4, ema_decay=0.9),
+        reward=c.RewardConfig(),
+        evaluate=c.EvaluateConfig(prompts="embedded:eval", videos=4, steps=12, batch=32),
+        run=c.RunConfig(steps=80, save_every=20, keep=2, sample_every=20),
     )
