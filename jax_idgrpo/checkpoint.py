@@ -1,7 +1,8 @@
 """Checkpoints of a run: written so that a kill at any moment loses only the steps since the last one, and read back bit for bit.
 
-A checkpoint is a flat mapping from names to arrays, so that it does not depend on the classes that hold them. A workdir holds
-`checkpoints/<step>/` (orbax) and `config.json`, the configuration that made them.
+A checkpoint is a flat mapping from names to arrays, so that it does not depend on the classes that hold them, with a checksum of
+every array, because a flipped bit in stored numbers is otherwise read without complaint. A workdir holds `checkpoints/<step>/`
+(orbax) and `config.json`, the configuration that made them.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jax_idgrpo.config import Config
@@ -29,6 +31,8 @@ T = TypeVar("T")
 MAY_CHANGE = ("run.steps", "run.save_every", "run.keep", "run.sample_every", "run.wandb", "evaluate.*", "finetune.out",
               "finetune.log_every")
 """Fields that a resumed run may set anew: they say how long, how often and where, and change no number of a step."""
+
+_CHECKSUMS = "checksums"
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
@@ -110,16 +114,59 @@ def _rebuild(target: T, named: dict[str, jax.Array]) -> T:
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
+@jax.jit
+def _checksums(named: dict[str, jax.Array]) -> jax.Array:
+    """uint32 [leaves]: the sum of each array's bits times odd weights by position, exact in any order and under any sharding."""
+
+    def one(x: jax.Array) -> jax.Array:
+        bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        position = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+    return jnp.stack([one(x) for x in jax.tree.leaves(named)])
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Write the state after `step` steps and return when it is complete; a step that is already there is left alone."""
     if step in manager.all_steps():
         return
-    if not manager.save(step, args=ocp.args.StandardSave(_named(state)), force=True):
+    named = _named(state)
+    if not manager.save(step, args=ocp.args.StandardSave({**named, _CHECKSUMS: _checksums(named)}), force=True):
         raise RuntimeError(f"{manager.directory}: orbax did not write step {step}")
 
 
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The arrays of one checkpoint.
+
+    Raises:
+      UserError: it holds other arrays than `wanted`.
+      Exception: of many types, when a file is not whole.
+    """
+    metadata = manager.item_metadata(step)
+    if metadata is None:
+        raise FileNotFoundError("its metadata is missing")
+    found = {name: leaf for name, leaf in metadata.tree.items() if name != _CHECKSUMS}
+    stored, expected = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (found, wanted))
+    differing = sorted(name for name in {**stored, **expected} if stored.get(name) != expected.get(name))
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"checkpoint {manager.directory / str(step)}: {len(differing)} arrays differ from the network's, first {name} "
+            f"({stored.get(name, 'absent')} there, {expected.get(name, 'absent')} here); start in another --workdir"
+        )
+    checksums = jax.ShapeDtypeStruct((len(wanted),), jnp.uint32, sharding=_whole(next(iter(wanted.values())).sharding))
+    restored = manager.restore(step, args=ocp.args.StandardRestore({**wanted, _CHECKSUMS: checksums}))
+    stored_sums = restored.pop(_CHECKSUMS)
+    if not bool(jnp.array_equal(stored_sums, _checksums(restored))):
+        raise ValueError("its numbers do not match their checksums")
+    return {name: restored[name] for name in wanted}
+
+
+def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The devices of `sharding`, each holding the whole array."""
+    return jax.NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, jax.NamedSharding) else sharding
 
 
 def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
@@ -133,31 +180,21 @@ def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
     Raises:
       UserError: a checkpoint holds other arrays than the target, or none of them can be read.
     """
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in _named(target).items()
-    }
-    steps = sorted(manager.all_steps(), reverse=True)
+    named = _named(target)
+    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()}
     damaged = []
-    for step in steps:
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
-            found = manager.item_metadata(step).tree
-            stored = {name: _describe(leaf) for name, leaf in found.items()}
-            expected = {name: _describe(leaf) for name, leaf in wanted.items()}
-            differing = sorted(name for name in {**stored, **expected} if stored.get(name) != expected.get(name))
-            restored = None if differing else manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            restored = _read(manager, step, wanted)
+        except UserError:
+            raise
         except Exception as error:  # orbax and tensorstore raise many types for a file that is not whole
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"checkpoint {manager.directory / str(step)} is damaged ({reason[:200]}); trying the one before", stacklevel=2)
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            warnings.warn(f"checkpoint {manager.directory / str(step)} is damaged ({reason}); trying the one before", stacklevel=2)
             damaged.append(step)
             continue
-        if differing:
-            name = differing[0]
-            raise UserError(
-                f"checkpoint {manager.directory / str(step)}: {len(differing)} arrays differ from the network, first {name} "
-                f"({stored.get(name, 'absent')} there, {expected.get(name, 'absent')} here); start in another --workdir"
-            )
         _set_aside(manager, damaged)
-        return _rebuild(target, {name: restored[name] for name in wanted})
+        return _rebuild(target, restored)
     if damaged:
         raise UserError(f"checkpoints {manager.directory}: none of the {len(damaged)} can be read; move the folder away to start anew")
     return None

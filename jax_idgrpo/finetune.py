@@ -41,8 +41,8 @@ def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTrans
             return value, (scalars, nnx.split(network, nnx.Param, ...)[2])
 
         (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-        state, norm = apply_gradients(state, gradients, optimizer, state.step, decay)
-        return state.replace(step=state.step + 1, rest=rest), {"loss": value, "gradient_norm": norm, **scalars}
+        state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
+        return state.replace(step=state.step + 1, rest=rest), {"loss": value, **norms, **scalars}
 
     return step
 

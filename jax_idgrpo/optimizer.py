@@ -46,17 +46,20 @@ def ema_update(ema: Parameters, params: Parameters, step: int | Int[Array, ""], 
 
 def apply_gradients(
     state: TrainState, gradients: Parameters, optimizer: optax.GradientTransformation, optimizer_step: int | Int[Array, ""], decay: float
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One optimizer step and one step of the average; `state.step` is the caller's to advance.
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step and one step of the average; gradients that are not finite change neither. `state.step` is the caller's.
 
     Args:
       optimizer_step: optimizer steps done before this one.
       decay: the average's decay after its warm-up.
 
     Returns:
-      The state and the global norm of the gradients before clipping.
+      The state, and `gradient_norm` (global, before clipping) and `skipped` (1 if nothing was changed) to log.
     """
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(norm)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, optimizer_step, decay)
-    return state.replace(params=params, ema=ema, optimizer=moments), optax.global_norm(gradients)
+    stepped = state.replace(params=params, ema=ema_update(state.ema, params, optimizer_step, decay), optimizer=moments)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+    return state, {"gradient_norm": norm, "skipped": 1.0 - finite}

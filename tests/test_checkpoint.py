@@ -1,0 +1,186 @@
+"""Checkpoints: the bits come back, damage is survived, a changed configuration is refused by name."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_idgrpo.checkpoint import check_resume, open_checkpoints, prepare_workdir, restore, resume, save, stop_on_sigterm
+from jax_idgrpo.config import Config, OptimizerConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.optimizer import make_optimizer
+from jax_idgrpo.state import TrainState, start
+
+# Reads that fail leave coroutines of orbax behind, which complain when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+WIDE = 20_000
+"""Wide enough for orbax to store numbers in files of their own."""
+
+
+def make_state(seed: int, width: int = 3) -> TrainState:
+    """A state of a small network, of other numbers for every seed."""
+    random = np.random.default_rng(seed)
+    params = {"blocks": {"kernel": nnx.Param(jnp.asarray(random.normal(size=(2, width)), jnp.float32))}, "scale": jnp.float32(seed)}
+    state = start(make_optimizer(OptimizerConfig(), 10), nnx.State(params), {"key": jax.random.key(seed), "count": jnp.uint32(seed)})
+    return state.replace(step=jnp.int32(seed), ema=jax.tree.map(lambda x: x + 1, state.ema))
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    def bits(x):
+        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(bits(x), bits(y)), a, b)
+    return all(jax.tree.leaves(equal))
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as manager:
+        yield manager
+
+
+def test_the_bits_come_back_and_the_newest_are_kept(tmp_path, manager):
+    assert restore(manager, make_state(0)) is None
+    for step in (3, 6, 9):
+        save(manager, step, make_state(step))
+    save(manager, 9, make_state(9))
+    assert same(restore(manager, make_state(0)), make_state(9))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [6, 9]
+
+
+def test_restores_with_the_sharding_of_the_target(manager):
+    save(manager, 1, make_state(1))
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
+    restored = restore(manager, jax.device_put(make_state(0), sharding))
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(restored))
+
+
+def test_another_network_is_refused(tmp_path, manager):
+    save(manager, 1, make_state(1))
+    with pytest.raises(UserError, match=r"blocks\.kernel \(float32\[2, 3\] there, float32\[2, 4\] here\)"):
+        restore(manager, make_state(0, width=4))
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "lost"])
+def test_damage_to_any_file_costs_at_most_the_newest_checkpoint(tmp_path, damage):
+    """Whatever file is hit: the bits of the newest checkpoint, or with a warning of the one before; never other numbers."""
+    with open_checkpoints(tmp_path / "whole", keep=2) as manager:
+        save(manager, 3, make_state(3, WIDE))
+        save(manager, 6, make_state(6, WIDE))
+    folder = tmp_path / "whole" / "checkpoints" / "6"
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    survivors = []
+    for name in names:
+        copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+        damage(copy / "checkpoints" / "6" / name)
+        with warnings.catch_warnings(record=True) as caught, open_checkpoints(copy, keep=2) as manager:
+            warnings.simplefilter("always", UserWarning)
+            state = restore(manager, make_state(0, WIDE))
+            step = int(state.step)
+            assert same(state, make_state(step, WIDE)), name
+            assert step == (3 if any("checkpoints/6 is damaged" in str(w.message) for w in caught) else 6)
+            survivors.append(step)
+            save(manager, 6, make_state(6, WIDE))
+            assert same(restore(manager, make_state(0, WIDE)), make_state(6, WIDE))
+        shutil.rmtree(copy)
+    assert {3, 6} == set(survivors)
+
+
+def test_all_damaged_is_an_error_and_deletes_nothing(tmp_path, manager):
+    save(manager, 3, make_state(3))
+    manifest = tmp_path / "checkpoints" / "3" / "default" / "manifest.ocdbt"
+    truncate(manifest)
+    with pytest.raises(UserError, match="none of the 1 can be read"), pytest.warns(UserWarning, match="damaged"):
+        restore(manager, make_state(0))
+    assert manifest.exists()
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as manager:
+        save(manager, 3, make_state(3))
+    shutil.copytree(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-17")
+    with open_checkpoints(tmp_path, keep=2) as manager:
+        assert same(restore(manager, make_state(0)), make_state(3))
+
+
+def change(config: Config, **sections) -> Config:
+    """`config` with fields of sections replaced."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    )
+
+
+def test_what_may_change_on_resume():
+    old = Config()
+    new = change(old, run={"steps": 7, "save_every": 2, "keep": 9, "sample_every": 0, "wandb": "x"}, evaluate={"steps": 3, "batch": 2})
+    check_resume(old.to_json(), new)
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({"run": {"seed": 1}}, ["run.seed was 42 and is 1"]),
+        ({"grpo": {"clip": 0.5}, "model": {"rank": 4}}, ["model.rank was 32 and is 4", "grpo.clip was 0.001 and is 0.5"]),
+        ({"finetune": {"options": {"width": 3}}}, ["finetune.options was {} and is {'width': 3}"]),
+    ],
+)
+def test_what_may_not_is_named(sections, names):
+    with pytest.raises(UserError) as refused:
+        check_resume(Config().to_json(), change(Config(), run={**sections.get("run", {}), "steps": 7},
+                                                **{k: v for k, v in sections.items() if k != "run"}))
+    assert all(name in str(refused.value) for name in names)
+    assert "run.steps" not in str(refused.value)
+
+
+def test_a_cosine_schedule_holds_the_length():
+    old = Config(optimizer=OptimizerConfig(schedule="cosine"))
+    with pytest.raises(UserError, match=r"run\.steps was 1000 and is 7"):
+        check_resume(old.to_json(), change(old, run={"steps": 7}))
+
+
+def test_resume_records_the_configuration(tmp_path, manager):
+    state = make_state(0)
+    assert resume(tmp_path, Config(), manager, state) is state
+    save(manager, 4, make_state(4))
+    longer = change(Config(), run={"steps": 7})
+    assert same(resume(tmp_path, longer, manager, state), make_state(4))
+    assert (tmp_path / "config.json").read_text() == longer.to_json()
+    with pytest.raises(UserError, match=r"run\.seed"):
+        resume(tmp_path, change(longer, run={"seed": 5}), manager, state)
+    assert (tmp_path / "config.json").read_text() == longer.to_json()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_workdir_that_cannot_be_written(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .* pass another folder with --workdir"):
+        prepare_workdir(tmp_path / "file" / "deeper" if inside else tmp_path / "file")
+
+
+def test_sigterm_sets_a_mark_only_within():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_sigterm() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping()
+    assert signal.getsignal(signal.SIGTERM) == before
