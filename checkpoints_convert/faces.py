@@ -1,7 +1,8 @@
 """Rule tables of the face networks.
 
-ArcFace: the names of deepface's PyTorch `arcface_weights.pth`, which our small embedder is stored in too. The counters
+ArcFace: the names of deepface's PyTorch `arcface_weights.pth`, in which our small embedder is stored too. The counters
 `num_batches_tracked` of a PyTorch file carry no value; drop them (`without_counters`) before matching.
+Networks of our own keep our names (`plain`).
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule
+from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule, leaves
 from jax_idgrpo.models.arcface import ArcFaceConfig
 
 
@@ -55,6 +56,12 @@ def arcface(config: ArcFaceConfig) -> list[Rule]:
     flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
     dense = [Rule("dense.weight", "dense.kernel", flattened), Rule("dense.bias", "dense.bias", VECTOR)]
     return [*rules, *_batch_norm("bn", "tail_norm"), *dense, *_batch_norm("embedding", "embedding_norm")]
+
+
+def plain(state: Any) -> list[Rule]:
+    """Our own names and layouts, for networks that no other library knows: one rule per leaf of `state`."""
+    sizes = {path: len(leaf.shape) for path, leaf in leaves(state).items()}
+    return [Rule(path, path, Op(tuple(range(axes)), (1,) * axes, (None,) * axes)) for path, axes in sizes.items()]
 
 
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:

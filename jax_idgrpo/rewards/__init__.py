@@ -1,0 +1,107 @@
+"""Rewards: `score(videos, references, prompts) -> [B]`, higher is better.
+
+The face reward detects, aligns and embeds every face, matches the reference people to faces frame by frame and scores how alike
+they are (`identity`). All of it is one program on the device; only whether every reference photo shows a face is looked at on
+the host, once per photo.
+"""
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards.faces import FaceStack, load_stack
+from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
+
+Terms = dict[str, Float[Array, "B"]]
+
+
+@struct.dataclass
+class References:
+    """Reference photos of the people asked for, in [-1, 1]; mask is False on padding."""
+
+    images: Float[Array, "B M h w 3"]
+    mask: Bool[Array, "B M"]
+
+
+def frame_numbers(frames: int, wanted: int) -> np.ndarray:
+    """`wanted` evenly spaced frame numbers of `frames`, first and last among them; all of them for 0."""
+    if wanted == 0 or wanted >= frames:
+        return np.arange(frames)
+    return np.round(np.linspace(0, frames - 1, wanted)).astype(int)
+
+
+def _score(graph, config, frames, state, videos, references, mask) -> Terms:
+    chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
+    faces = nnx.merge(graph, state)(chosen)
+    return reward_terms(chosen, faces.boxes, faces.embeddings, faces.mask, references, mask, config)
+
+
+def _best(graph, state, pictures):
+    return nnx.merge(graph, state).best(pictures)
+
+
+class FaceReward:
+    """A face stack with an identity reward on top. After a call, `terms` holds every named term of it, each [B]."""
+
+    def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0):
+        """frames: how many evenly spaced frames of a video are looked at; 0 means all."""
+        graph, self._state = nnx.split(stack)
+        self._score = jax.jit(functools.partial(_score, graph, config, frames))
+        self._best = jax.jit(functools.partial(_best, graph))
+        self._cache: dict[bytes, np.ndarray] = {}
+        self.terms: Terms = {}
+
+    def embed_references(self, references: References, prompts: Sequence[str] | None = None) -> Float[Array, "B M E"]:
+        """Unit embeddings of the best face in each reference photo, zero on padding; each photo is embedded once.
+
+        Raises:
+          UserError: no face is found in a photo.
+        """
+        images, mask = np.asarray(references.images, np.float32), np.asarray(references.mask)
+        names = [[hashlib.sha256(photo.tobytes()).digest() for photo in row] for row in images]
+        unknown = {names[b][m]: (b, m) for b, m in np.argwhere(mask) if names[b][m] not in self._cache}
+        if unknown:
+            places = list(unknown.values())
+            embeddings, found = jax.device_get(self._best(self._state, np.stack([images[place] for place in places])))
+            for (b, m), seen in zip(places, found, strict=True):
+                if not seen:
+                    of = f"prompt {b + 1}" if prompts is None else f"the prompt {prompts[b]!r}"
+                    raise UserError(f"reference photo {m + 1} of {of}: no face is found; use a photo that shows one face, large and clear")
+            self._cache.update(zip(unknown, embeddings, strict=True))
+        rows = [[self._cache[name] if keep else None for name, keep in zip(*row, strict=True)] for row in zip(names, mask, strict=True)]
+        size = next(iter(self._cache.values())).shape[0] if self._cache else 1
+        return jnp.asarray([[np.zeros(size, np.float32) if e is None else e for e in row] for row in rows])
+
+    def score_terms(self, videos: Float[Array, "B T H W 3"], embeddings: Float[Array, "B M E"], mask: Bool[Array, "B M"]) -> Terms:
+        """Every term (see `identity.reward_terms`), the reward among them; stays on the device, may be called inside `jax.jit`."""
+        return self._score(self._state, videos, embeddings, mask)
+
+    def __call__(
+        self, videos: Float[Array, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
+    ) -> Float[Array, "B"]:
+        """The reward of videos in [-1, 1].
+
+        Raises:
+          UserError: no face is found in a reference photo.
+        """
+        self.terms = self.score_terms(videos, self.embed_references(references, prompts), jnp.asarray(references.mask))
+        return self.terms["reward"]
+
+    score = __call__
+
+
+def load_reward(folder: str | Path, name: str = "embedder", frames: int = 0, config: IdentityConfig | None = None) -> FaceReward:
+    """The reward of a folder with `detector` and the embedder `name`; "judge" is the one that only measures.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    return FaceReward(load_stack(Path(folder), name), config or IdentityConfig(), frames)

@@ -1,0 +1,183 @@
+"""Faces of a video as one function of its pixels: detect, align by five landmarks, embed.
+
+Alignment is the least-squares similarity from the landmarks to a template, and a bilinear warp by its inverse with a black
+border. With points as complex numbers, p and q centred, the similarity q = a p + t is a linear regression:
+
+    a = sum conj(p) q / sum |p|^2,   t = mean q - a mean p
+
+which in the plane is the same as Umeyama's solution without reflection. Gradients reach the pixels through the warp; boxes and
+landmarks carry none. Coordinates are pixels, with integers at the pixel centres.
+Source of the template and procedure: insightface `face_align.py`; Umeyama, TPAMI 1991.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float
+
+from checkpoints_convert import faces as tables
+from checkpoints_convert import rules, store
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
+from jax_idgrpo.models.detector import Detector, DetectorConfig, decode
+from jax_idgrpo.models.judge import Judge, JudgeConfig
+
+Points = tuple[tuple[float, float], ...]
+
+ARCFACE_TEMPLATE: Points = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+
+
+@struct.dataclass
+class Faces:
+    """The faces of videos, best first in each frame, padded to K. Padding has mask False and zero embeddings.
+
+    boxes: x0 y0 x1 y1 in pixels. landmarks: x, y of both eyes, nose, both mouth corners, left in the picture first.
+    scores: the detector's, in [0, 1]. embeddings: unit vectors.
+    """
+
+    boxes: Float[Array, "B T K 4"]
+    landmarks: Float[Array, "B T K 5 2"]
+    scores: Float[Array, "B T K"]
+    mask: Bool[Array, "B T K"]
+    embeddings: Float[Array, "B T K E"]
+
+
+def similarity(points: Float[Array, "*n 5 2"], template: Float[Array, "5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
+    """Least-squares similarity from points to the template: (real and imaginary part of a, translation t)."""
+    mean_p, mean_q = jnp.mean(points, -2, keepdims=True), jnp.mean(template, -2, keepdims=True)
+    p, q = points - mean_p, template - mean_q
+    power = jnp.maximum(jnp.sum(p * p, (-2, -1)), 1e-6)
+    real = jnp.sum(p * q, (-2, -1)) / power
+    imaginary = jnp.sum(p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0], -1) / power
+    a = jnp.stack([real, imaginary], -1)
+    return a, (mean_q - _multiply(a[..., None, :], mean_p))[..., 0, :]
+
+
+def _multiply(a: Float[Array, "*n 2"], b: Float[Array, "*m 2"]) -> Float[Array, "*k 2"]:
+    """Product of complex numbers held as (real, imaginary)."""
+    real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
+    return jnp.stack([real, a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]], -1)
+
+
+def warp(picture: Float[Array, "H W 3"], places: Float[Array, "*n 2"]) -> Float[Array, "*n 3"]:
+    """Bilinear samples of a picture in [-1, 1] at x, y; black outside."""
+    height, width = picture.shape[:2]
+    corner = jnp.floor(places)
+    share = places - corner
+    flat = picture.reshape(-1, 3) + 1.0
+    out = jnp.zeros((*places.shape[:-1], 3), picture.dtype)
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x, y = corner[..., 0] + dx, corner[..., 1] + dy
+            weight = jnp.abs(1 - dx - share[..., 0]) * jnp.abs(1 - dy - share[..., 1])
+            weight = weight * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+            index = jnp.clip(y, 0, height - 1).astype(jnp.int32) * width + jnp.clip(x, 0, width - 1).astype(jnp.int32)
+            out = out + weight[..., None] * flat[index]
+    return out - 1.0
+
+
+def align(
+    pictures: Float[Array, "B H W 3"], landmarks: Float[Array, "B K 5 2"], template: Points, size: int
+) -> Float[Array, "B K {size} {size} 3"]:
+    """Crops of `size` pixels in which the landmarks lie on the template."""
+    a, t = similarity(jax.lax.stop_gradient(landmarks), jnp.asarray(template))
+    inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)
+    x, y = jnp.meshgrid(jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32))
+    grid = jnp.stack([x, y], -1)
+    places = _multiply(inverse[..., None, None, :], grid - t[..., None, None, :])
+    return jax.vmap(warp)(pictures, places)
+
+
+def normalise(embeddings: Float[Array, "*n E"]) -> Float[Array, "*n E"]:
+    """Unit vectors, with a finite gradient at zero."""
+    return embeddings * jax.lax.rsqrt(jnp.sum(embeddings * embeddings, -1, keepdims=True) + 1e-12)
+
+
+class FaceStack(nnx.Module):
+    """Detector, alignment and embedder as one function of the pixels.
+
+    template, crop size: where the landmarks lie in the embedder's crop. max_faces: K. threshold: of the detector's score.
+    """
+
+    def __init__(self, detector: Detector, embedder: ArcFace | Judge, template: Points, max_faces: int, threshold: float):
+        self.detector = detector
+        self.embedder = embedder
+        self.template = template
+        self.max_faces = max_faces
+        self.threshold = threshold
+
+    def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
+        """The faces of videos in [-1, 1]; H and W are multiples of 4."""
+        batch, frames = videos.shape[:2]
+        pictures = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32)
+        found = jax.lax.stop_gradient(decode(self.detector(pictures), self.max_faces, self.threshold))
+        crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
+        embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
+        embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
+        faces = (found.boxes, found.landmarks, found.scores, found.mask, embeddings)
+        return Faces(*(leaf.reshape(batch, frames, *leaf.shape[1:]) for leaf in faces))
+
+    def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"]]:
+        """Embedding of the best face of each picture, and whether there is one."""
+        faces = self(pictures[:, None])
+        return faces.embeddings[:, 0, 0], faces.mask[:, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stored networks: NAME.safetensors beside NAME.json, which says what the network is.
+
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "detector": (Detector, DetectorConfig),
+    "arcface": (ArcFace, ArcFaceConfig),
+    "judge": (Judge, JudgeConfig),
+}
+
+
+def _rules(kind: str, config: Any, state: Any) -> list[rules.Rule]:
+    return tables.arcface(config) if kind == "arcface" else tables.plain(state)
+
+
+def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
+    """Write `path`.safetensors and `path`.json, which holds the network's configuration and the given values."""
+    kind = next(name for name, (cls, _) in _KINDS.items() if type(network) is cls)
+    state = nnx.state(network)
+    store.write_file(path.with_suffix(".safetensors"), rules.to_torch(_rules(kind, network.config, state), state))
+    store.write_json(path.with_suffix(".json"), {"architecture": kind, "config": dataclasses.asdict(network.config), **values})
+
+
+def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Read what `save_network` wrote -> (network, values of its JSON).
+
+    Raises:
+      UserError: a file is missing, damaged, or holds another network.
+    """
+    values = store.read_json(path.with_suffix(".json"))
+    if values.get("architecture") not in _KINDS:
+        raise UserError(f"{path.with_suffix('.json')}: architecture is {values.get('architecture')!r}; use one of {', '.join(_KINDS)}")
+    kind = values["architecture"]
+    network, schema = _KINDS[kind]
+    try:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()}
+        config = schema(**given)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path.with_suffix('.json')}: config does not describe a {kind} ({error}); get the file again") from None
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
+    tensors = tables.without_counters(store.open_tensors(path.with_suffix(".safetensors")))
+    state = rules.to_jax(_rules(kind, config, abstract), tensors, abstract, str(path.with_suffix(".safetensors")))
+    return nnx.merge(graph, state), values
+
+
+def load_stack(folder: Path, embedder: str) -> FaceStack:
+    """The face stack of a folder: its `detector` and the embedder of the given name ("embedder" or "judge").
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    detector, settings = load_network(Path(folder) / "detector")
+    network, values = load_network(Path(folder) / embedder)
+    template = tuple((float(x), float(y)) for x, y in values["template"])
+    return FaceStack(detector, network, template, settings["max_faces"], settings["threshold"])

@@ -1,0 +1,169 @@
+"""Training of a face embedder on the cast: the reward's (ArcFace) or the judge's, which differ in network, crop, people and seed.
+
+Each of N people is a class with a unit centre w; an embedding x of person y at angle theta_y from its centre costs
+
+    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )      (ArcFace, arXiv 1801.07698)
+
+Crops come from portraits and from frames alike, aligned by landmarks that are as wrong as a detector's.
+
+Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its configuration), name of the stored file,
+units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.config import Config
+from jax_idgrpo.data import cast
+from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
+from jax_idgrpo.models.judge import Judge, JudgeConfig
+from jax_idgrpo.rewards.faces import Points, align, load_network, normalise, save_network
+from jax_idgrpo.tasks import Task
+from jax_idgrpo.tasks.detector import SEEN
+from jax_idgrpo.tasks.drawn_faces import FacePictures, degrade, draw_frames, draw_portraits, join
+
+# The landmarks of an average head seen from the front, in head units from the face's centre.
+_HEAD = ((-0.36, -0.05), (0.36, -0.05), (0.0, 0.31), (-0.295, 0.60), (0.295, 0.60))
+_MIDDLE = -0.1  # height of the crop's centre, in head units
+_JITTER = 0.06  # standard deviation of the landmarks' error, as a share of the distance between eyes and mouth
+
+
+def template(size: int, units: float) -> Points:
+    """Where the landmarks lie in a crop of `size` pixels that is `units` head units wide."""
+    per_unit, middle = size / units, (size - 1) / 2
+    return tuple((middle + u * per_unit, middle + (v - _MIDDLE) * per_unit) for u, v in _HEAD)
+
+
+class Classifier(nnx.Module):
+    """An embedder with the centres of the people it is trained on."""
+
+    def __init__(self, embedder: ArcFace | Judge, people: int, rngs: nnx.Rngs):
+        self.embedder = embedder
+        self.centres = nnx.Param(0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size)))
+
+    def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N P"]:
+        """Cosines of the crops' embeddings with every centre."""
+        return normalise(self.embedder(crops, train=True)) @ normalise(self.centres[...]).T
+
+
+def arcface_loss(
+    cosines: Float[Array, "N P"], person: Int[Array, "N"], weight: Float[Array, "N"], margin: float, scale: float
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted mean of the additive angular margin loss, and the accuracy without the margin."""
+    own = jnp.take_along_axis(cosines, person[:, None], 1)[:, 0]
+    sine = jnp.sqrt(jnp.maximum(1.0 - own * own, 1e-6))
+    harder = jnp.where(own > -jnp.cos(margin), own * jnp.cos(margin) - sine * jnp.sin(margin), own - margin * jnp.sin(margin))
+    mine = jax.nn.one_hot(person, cosines.shape[1], dtype=bool)
+    log_probability = jax.nn.log_softmax(scale * jnp.where(mine, harder[:, None], cosines))
+    losses = -jnp.take_along_axis(log_probability, person[:, None], 1)[:, 0]
+    total = jnp.maximum(jnp.sum(weight), 1.0)
+    right = jnp.argmax(cosines, 1) == person
+    return jnp.sum(weight * losses) / total, {"accuracy": jnp.sum(weight * right) / total}
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "people", "first_id"))
+def draw(seed: int, step: int, rows: int, people: int, first_id: int) -> FacePictures:
+    """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
+    part = people // cast.MAX_PEOPLE
+    ids = first_id + jax.random.randint(keys[0], (rows, cast.MAX_PEOPLE), 0, part) + part * jnp.arange(cast.MAX_PEOPLE)
+    count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
+    mask = jnp.arange(cast.MAX_PEOPLE) < count[:, None]
+    ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
+    return join(draw_frames(keys[3], ids, mask), draw_portraits(keys[4], ids[:, -1]))
+
+
+def crops_of(
+    key: Array, truth: FacePictures, points: Points, size: int, spoil: bool = True
+) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
+    """(aligned crops, ids, whether they are faces) of a `draw`: the three slots of each frame, then the portraits.
+
+    spoil: degrade the pictures and move the landmarks. A slot without a visible face holds the row's portrait once more, so that
+    batch statistics are those of faces.
+    """
+    degrade_key, jitter_key = jax.random.split(key)
+    rows = truth.ids.shape[0] // 2
+    pictures, landmarks = truth.pictures, truth.landmarks
+    if spoil:
+        height = jnp.linalg.norm(jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1)
+        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(jitter_key, landmarks.shape)
+        pictures = degrade(degrade_key, pictures)
+    frames = align(pictures[:rows], landmarks[:rows], points, size)
+    portraits = align(pictures[rows:], landmarks[rows:, :1], points, size)
+    seen = truth.visible[:rows] >= SEEN
+    frames = jnp.where(seen[..., None, None, None], frames, portraits)
+    crops = jnp.concatenate([frames.reshape(-1, size, size, 3), portraits[:, 0]])
+    ids = jnp.concatenate([truth.ids[:rows].reshape(-1), truth.ids[rows:, 0]])
+    return crops, ids, jnp.concatenate([seen.reshape(-1), jnp.ones(rows, bool)])
+
+
+def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
+    """Probability that a pair of one person is more alike than a pair of two."""
+    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(np.sort(different), same, side="right")
+    return float(np.mean(ranks) / (2 * len(different)))
+
+
+def verify(embedder: nnx.Module, points: Points, degraded: bool, rows: int = 96, rounds: int = 4) -> dict[str, float]:
+    """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
+    size = embedder.config.input_size
+    graph, state = nnx.split(embedder)
+    first, last = cast.SPLITS["eval"]
+
+    @jax.jit
+    def embed(state, truth, key):
+        crops, ids, seen = crops_of(key, truth, points, size, spoil=degraded)
+        return normalise(nnx.merge(graph, state)(crops)), ids, seen
+
+    same, different = [], []
+    for number in range(rounds):
+        truth = draw(7, number, rows, last - first, first)
+        embeddings, ids, seen = (np.asarray(x) for x in embed(state, truth, jax.random.key(number)))
+        slots = rows * cast.MAX_PEOPLE
+        frames, portraits = np.flatnonzero(seen[:slots]), np.arange(slots, len(ids))
+        cosines = embeddings[frames] @ embeddings[portraits].T
+        match = ids[frames][:, None] == ids[portraits][None]
+        same.append(cosines[match])
+        different.append(cosines[~match])
+    same, different = np.concatenate(same), np.concatenate(different)
+    quantiles = (0.05, 0.5, 0.95)
+    return {
+        "auc": area_under_curve(same, different),
+        **{f"same_{q}": float(np.quantile(same, q)) for q in quantiles},
+        **{f"different_{q}": float(np.quantile(different, q)) for q in (*quantiles, 0.999)},
+    }
+
+
+def make(config: Config) -> Task:
+    """The task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
+    options: dict[str, Any] = dict(config.finetune.options)
+    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[options["architecture"]]
+    sizes = schema(**options["network"])
+    points = template(sizes.input_size, options["units"])
+    first_id, people, rows = options["first_id"], options["people"], config.finetune.batch
+
+    def init(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key)
+        start = config.finetune.start
+        embedder = load_network(Path(start) / options["name"])[0] if start else network(sizes, rngs=rngs)
+        return Classifier(embedder, people, rngs)
+
+    def batch(seed: int, step: int) -> FacePictures:
+        return draw(seed, step, rows, people, first_id)
+
+    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        crops, ids, seen = crops_of(key, truth, points, sizes.input_size)
+        person = jnp.maximum(ids - first_id, 0)
+        return arcface_loss(module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"])
+
+    def save(module: nnx.Module, folder: Path) -> None:
+        levels = {name: verify(module.embedder, points, degraded) for name, degraded in (("clean", False), ("degraded", True))}
+        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels)
+
+    return Task(init=init, batch=batch, loss=loss, save=save)
