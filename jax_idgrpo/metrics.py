@@ -5,6 +5,7 @@ undisturbed one.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -92,7 +93,8 @@ def _start_wandb(project: str, workdir: Path, config_json: str) -> Any:
         import wandb
     except ImportError:
         raise UserError(f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave run.wandb empty") from None
-    return wandb.init(project=project, dir=str(workdir), config=json.loads(config_json), id=workdir.name, resume="allow")
+    name = f"{workdir.name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}"  # the same on every resume
+    return wandb.init(project=project, dir=str(workdir), config=json.loads(config_json), id=name, resume="allow")
 
 
 def _text(metrics: Mapping[str, Any]) -> str:
