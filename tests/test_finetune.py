@@ -35,12 +35,13 @@ class Toy(nnx.Module):
 
 @dataclasses.dataclass
 class Calls:
-    """What a run called: traces of the loss, batches by step, previews; `kill_at` sends SIGTERM while that step's batch is made."""
+    """What a run called: traces of the loss, batches by step, previews; and what befalls it while a step's batch is made."""
 
     traces: int = 0
     batches: list = dataclasses.field(default_factory=list)
     previews: int = 0
-    kill_at: int = -1
+    sigterm_at: int = -1
+    crash_at: int = -1
 
 
 @jax.jit
@@ -62,8 +63,10 @@ def toy_apply(network, x):
 def toy_task(calls: Calls) -> Task:
     def batch(seed: int, step: int):
         calls.batches.append(step)
-        if step == calls.kill_at:
+        if step == calls.sigterm_at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if step == calls.crash_at:
+            raise MemoryError
         return toy_batch(seed, step)
 
     def loss(network: Toy, batch, key):
@@ -133,17 +136,28 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path, calls, straight):
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, calls, straight):
-    calls.kill_at = 4
+    calls.sigterm_at = 4
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         finetune(configuration(6), tmp_path)
     assert stopped.value.code == TERMINATED == 143
     assert signal.getsignal(signal.SIGTERM) == handler
     assert not (tmp_path / "export").exists()
-    calls.kill_at, calls.batches[:] = -1, []
+    calls.sigterm_at, calls.batches[:] = -1, []
     finetune(configuration(6), tmp_path)
     assert calls.batches[0] >= 4
     assert same(export(straight), export(tmp_path))
+
+
+def test_a_crash_costs_the_steps_since_the_checkpoint(tmp_path, calls, straight):
+    calls.crash_at = 5
+    with pytest.raises(MemoryError):
+        finetune(configuration(6), tmp_path)
+    calls.crash_at, calls.batches[:] = -1, []
+    finetune(configuration(6), tmp_path)
+    assert calls.batches == [3, 4, 5]
+    assert same(export(straight), export(tmp_path))
+    assert numbers(straight) == numbers(tmp_path)
 
 
 def test_one_compilation_and_each_batch_once(tmp_path, calls):
