@@ -1,19 +1,39 @@
 """The Wan VAE: diffusers `AutoencoderKLWan` names and json against our parameter paths.
 
-Names are equal but for the last one: `weight` is `kernel`, and the layouts turn (section ops). Source: diffusers,
-`autoencoder_kl_wan.py`.
+The modules are named alike; of the leaves `weight` becomes `kernel`. Source: diffusers, `autoencoder_kl_wan.py`.
 """
 
+from checkpoints_convert.rules import (
+    CONV2D,
+    CONV3D,
+    GAMMA2D,
+    GAMMA3D,
+    POINTWISE2D,
+    POINTWISE3D,
+    VECTOR,
+    Op,
+    Rule,
+)
 from jax_idgrpo.models.vae import VAEConfig
+
+TIME_CONV = Op((2, 3, 4, 1, 0), (3, 1, 1), (None, None, None, 1, 1))  # [O, I, t, 1, 1] -> [t, I, O]
+
+
+_WAN_2_1 = {
+    "attn_scales": [],
+    "is_residual": False,
+    "patch_size": None,
+    "decoder_base_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+}
 
 
 def config_from_json(values: dict) -> VAEConfig:
     """The config of a diffusers `vae/config.json`. Raises ValueError for an architecture other than Wan 2.1's."""
-    fixed = {"attn_scales": [], "is_residual": False, "patch_size": None, "decoder_base_dim": None,
-             "in_channels": 3, "out_channels": 3}
-    for name, value in fixed.items():
+    for name, value in _WAN_2_1.items():
         if values.get(name, value) != value:
-            raise ValueError(f"VAE config.json: {name} = {values[name]!r} is not Wan 2.1's {value!r}")
+            raise ValueError(f"{name} is {values[name]!r}, Wan 2.1 has {value!r}; other autoencoders are not supported")
     return VAEConfig(
         base_dim=values["base_dim"],
         dim_mult=tuple(values["dim_mult"]),
@@ -42,41 +62,40 @@ def config_to_json(config: VAEConfig) -> dict:
     }
 
 
-def rules(config: VAEConfig) -> list[tuple[str, str, str]]:
-    """(diffusers name, parameter path, op) of every tensor."""
-    table = []
+def rules(config: VAEConfig) -> list[Rule]:
+    """One rule per tensor: its diffusers name, our path, how its axes move."""
+    table: list[Rule] = []
 
-    def add(torch_name, path, op):
-        table.append((torch_name, path, op))
+    def weight_bias(name: str, op: Op, torch_name: str | None = None) -> None:
+        table.append(Rule(f"{torch_name or name}.weight", f"{name}.kernel", op))
+        table.append(Rule(f"{torch_name or name}.bias", f"{name}.bias", VECTOR))
 
-    def weight_bias(name, op):
-        add(f"{name}.weight", f"{name}.kernel", op)
-        add(f"{name}.bias", f"{name}.bias", "identity")
+    def gamma(name: str, op: Op) -> None:
+        table.append(Rule(f"{name}.gamma", f"{name}.gamma", op))
 
-    def res_block(name, shortcut):
+    def res_block(name: str, shortcut: bool) -> None:
         for part in ("1", "2"):
-            add(f"{name}.norm{part}.gamma", f"{name}.norm{part}.gamma", "gamma_video")
-            weight_bias(f"{name}.conv{part}", "conv3d")
+            gamma(f"{name}.norm{part}", GAMMA3D)
+            weight_bias(f"{name}.conv{part}", CONV3D)
         if shortcut:
-            weight_bias(f"{name}.conv_shortcut", "pointwise3d")
+            weight_bias(f"{name}.conv_shortcut", POINTWISE3D)
 
-    def mid_block(name):
+    def mid_block(name: str) -> None:
         res_block(f"{name}.resnets.0", False)
         res_block(f"{name}.resnets.1", False)
-        add(f"{name}.attentions.0.norm.gamma", f"{name}.attentions.0.norm.gamma", "gamma_image")
-        weight_bias(f"{name}.attentions.0.to_qkv", "pointwise2d")
-        weight_bias(f"{name}.attentions.0.proj", "pointwise2d")
+        gamma(f"{name}.attentions.0.norm", GAMMA2D)
+        weight_bias(f"{name}.attentions.0.to_qkv", POINTWISE2D)
+        weight_bias(f"{name}.attentions.0.proj", POINTWISE2D)
 
-    def ends(name):
-        weight_bias(f"{name}.conv_in", "conv3d")
-        add(f"{name}.norm_out.gamma", f"{name}.norm_out.gamma", "gamma_video")
-        weight_bias(f"{name}.conv_out", "conv3d")
+    def ends(name: str) -> None:
+        weight_bias(f"{name}.conv_in", CONV3D)
+        gamma(f"{name}.norm_out", GAMMA3D)
+        weight_bias(f"{name}.conv_out", CONV3D)
 
-    def resample(name, time):
-        add(f"{name}.resample.1.weight", f"{name}.resample.kernel", "conv2d")
-        add(f"{name}.resample.1.bias", f"{name}.resample.bias", "identity")
+    def resample(name: str, time: bool) -> None:
+        weight_bias(f"{name}.resample", CONV2D, f"{name}.resample.1")
         if time:
-            weight_bias(f"{name}.time_conv", "time_conv")
+            weight_bias(f"{name}.time_conv", TIME_CONV)
 
     widths = [config.base_dim * multiple for multiple in config.dim_mult]
     ends("encoder")
@@ -89,8 +108,8 @@ def rules(config: VAEConfig) -> list[tuple[str, str, str]]:
             resample(f"encoder.down_blocks.{index}", config.temporal_downsample[level])
             index += 1
     mid_block("encoder.mid_block")
-    weight_bias("quant_conv", "pointwise3d")
-    weight_bias("post_quant_conv", "pointwise3d")
+    weight_bias("quant_conv", POINTWISE3D)
+    weight_bias("post_quant_conv", POINTWISE3D)
     ends("decoder")
     mid_block("decoder.mid_block")
     channels = widths[-1]

@@ -1,0 +1,198 @@
+"""Train a small Wan VAE on the cast: first single pictures, then also clips.
+
+    loss = sum over groups of  share * (|x - y| + edges * |grad x - grad y|), each pixel weighted by 1 or `face_weight`
+           + kl * (mean of the Kullback-Leibler divergence per latent value)
+
+A group is a set of videos of one length. Up to step `picture_steps` a batch is pictures only, half of them frames of clips and
+half portraits on white; from there on it is `finetune.batch` clips and as many pictures. The convolutions start blind to
+earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin.
+
+`finetune.options`:
+    base_dim, dim_mult, num_res_blocks    sizes of the network (`VAEConfig`)
+    picture_steps, picture_batch          length of the first part, pictures per step in it
+    frames                                frames of a clip, 1 + 4n
+    face_weight, edges, kl                of the loss
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Key
+from PIL import Image
+
+from jax_idgrpo import keys, pipeline
+from jax_idgrpo.config import Config
+from jax_idgrpo.data import cast
+from jax_idgrpo.models.vae import VAEConfig, WanVAE
+from jax_idgrpo.tasks import Loss, Task
+
+TEMPORAL_DOWNSAMPLE = (False, True, True)
+Z_DIM = 16
+STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16  # clips, and as many portraits, that the latents' mean and spread come from
+PREVIEW_ROWS = 6
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("video", "weight"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Videos of one length, and how much each pixel counts."""
+
+    video: Float[Array, "B F H W 3"]
+    weight: Float[Array, "B F H W"]
+
+
+def make(config: Config) -> Task:
+    """The task of `config.finetune`; see the module's docstring for its options."""
+    options = config.finetune.options
+
+    def init(key: Key[Array, ""]) -> WanVAE:
+        if config.finetune.start:
+            return pipeline.load_vae(config.finetune.start)
+        sizes = VAEConfig(
+            base_dim=options["base_dim"],
+            dim_mult=tuple(options["dim_mult"]),
+            num_res_blocks=options["num_res_blocks"],
+            temporal_downsample=TEMPORAL_DOWNSAMPLE,
+            latents_mean=(0.0,) * Z_DIM,
+            latents_std=(1.0,) * Z_DIM,
+            z_dim=Z_DIM,
+        )
+        return nnx.jit(lambda key: WanVAE(sizes, rngs=nnx.Rngs(params=key)))(key)
+
+    def batch(seed: int, step: int) -> tuple[Group, ...]:
+        key = keys.fold(keys.key(seed, "data"), step)
+        if step < options["picture_steps"]:
+            return (_draw_pictures(key, options["picture_batch"], options["face_weight"]),)
+        return _draw_mixed(key, config.finetune.batch, options["frames"], options["face_weight"])
+
+    def loss(network: WanVAE, batch: tuple[Group, ...], key: Key[Array, ""]) -> Loss:
+        return reconstruction_loss(network, batch, key, options["edges"], options["kl"])
+
+    def save(network: WanVAE, folder: Path) -> None:
+        pipeline.save_vae(with_statistics(network, config.run.seed, options["frames"]), folder)
+
+    def preview(network: WanVAE, folder: Path) -> None:
+        groups = _draw_mixed(keys.key(config.run.seed, "evaluate"), PREVIEW_ROWS, options["frames"], 1.0, split="eval")
+        for name, group in zip(("clips", "pictures"), groups, strict=True):
+            strips = np.concatenate([np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2)
+            rows = strips.swapaxes(1, 2).reshape(-1, strips.shape[1] * strips.shape[3], 3)
+            Image.fromarray(np.uint8(np.round((rows + 1) * 127.5))).save(folder / f"{name}.png")
+
+    return Task(init=init, batch=batch, loss=loss, save=save, preview=preview)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------------
+
+
+def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[cast.Identity, Any]:
+    id_key, mask_key = jax.random.split(key)
+    return cast.identity(cast.sample_ids(id_key, rows, split)), cast.sample_mask(mask_key, rows)
+
+
+def _draw_clips(key: Key[Array, ""], rows: int, frames: int, face_weight: float, split: str) -> Group:
+    people_key, scene_key = jax.random.split(key)
+    people, mask = _people(people_key, rows, split)
+    scenes = jax.vmap(cast.sample_scene)(jax.random.split(scene_key, rows), mask)
+    clip = jax.vmap(lambda p, m, s: cast.render_clip(p, m, s, frames))(people, mask, scenes)
+    return Group(clip.video, face_weights(clip.boxes, clip.video.shape[2:4], face_weight))
+
+
+def _draw_portraits(key: Key[Array, ""], rows: int, face_weight: float, split: str) -> Group:
+    people_key, portrait_key = jax.random.split(key)
+    people = jax.tree.map(lambda leaf: leaf[:, 0], _people(people_key, rows, split)[0])
+    portrait_keys = jax.random.split(portrait_key, rows)
+    video = jax.vmap(cast.render_portrait)(people, portrait_keys)[:, None]
+    boxes = jax.vmap(cast.portrait_truth)(people, portrait_keys)[0][:, None, None]
+    return Group(video, face_weights(boxes, video.shape[2:4], face_weight))
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "face_weight", "split"))
+def _draw_pictures(key: Key[Array, ""], rows: int, face_weight: float, split: str = "train") -> Group:
+    """Frames of clips, then portraits: half of the rows each."""
+    clip_key, portrait_key = jax.random.split(key)
+    frames = _draw_clips(clip_key, rows - rows // 2, 1, face_weight, split)
+    portraits = _draw_portraits(portrait_key, rows // 2, face_weight, split)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), frames, portraits)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "frames", "face_weight", "split"))
+def _draw_mixed(
+    key: Key[Array, ""], rows: int, frames: int, face_weight: float, split: str = "train"
+) -> tuple[Group, Group]:
+    """`rows` clips and `rows` pictures."""
+    clip_key, picture_key = jax.random.split(key)
+    return _draw_clips(clip_key, rows, frames, face_weight, split), _draw_pictures(picture_key, rows, face_weight, split)
+
+
+def face_weights(
+    boxes: Float[Array, "B F M 4"], size: tuple[int, int], face_weight: float
+) -> Float[Array, "B F H W"]:
+    """`face_weight` on pixels whose centre is in a face box (x0, y0, x1, y1), 1 elsewhere; a zero box holds none."""
+    x, y = jnp.arange(size[1]) + 0.5, (jnp.arange(size[0]) + 0.5)[:, None]
+    x0, y0, x1, y1 = (boxes[..., k, None, None] for k in range(4))
+    inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+    return jnp.where(jnp.any(inside, axis=2), face_weight, 1.0)
+
+
+# ---- loss and statistics -------------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(
+    network: WanVAE, groups: tuple[Group, ...], key: Key[Array, ""], edges: float, kl: float
+) -> Loss:
+    """The loss of the module's docstring and its parts; groups count by their number of pixels."""
+    pixels = sum(group.weight.size for group in groups)
+    parts = {"absolute": 0.0, "edges": 0.0, "kl": 0.0}
+    for number, group in enumerate(groups):
+        mean, logvar = network.posterior(group.video)
+        noise = jax.random.normal(keys.fold(key, number), mean.shape, jnp.float32)
+        difference = network.pixels(mean + jnp.exp(0.5 * logvar) * noise) - group.video
+        weight = group.weight[..., None] / jnp.mean(group.weight)
+        across = jnp.abs(jnp.diff(difference, axis=3)) * weight[:, :, :, 1:]
+        down = jnp.abs(jnp.diff(difference, axis=2)) * weight[:, :, 1:]
+        share = group.weight.size / pixels
+        parts["absolute"] += share * jnp.mean(jnp.abs(difference) * weight)
+        parts["edges"] += share * (jnp.mean(across) + jnp.mean(down))
+        parts["kl"] += share * 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
+    return parts["absolute"] + edges * parts["edges"] + kl * parts["kl"], parts
+
+
+@nnx.jit
+def _round_trip(network: WanVAE, video: Float[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
+    return network.decode(network.encode(video))
+
+
+def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
+    """The same network whose config holds the mean and spread of its latents over clips and portraits, per channel.
+
+    Every latent frame counts alike; with these, normalised latents have mean 0 and standard deviation 1.
+    """
+
+    @nnx.jit
+    def moments(network: WanVAE, key: Key[Array, ""]) -> Float[Array, "2 z"]:
+        clip_key, portrait_key = jax.random.split(key)
+        videos = (
+            _draw_clips(clip_key, STATISTICS_ROWS, frames, 1.0, "train").video,
+            _draw_portraits(portrait_key, STATISTICS_ROWS, 1.0, "train").video,
+        )
+        values = jnp.concatenate([network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos])
+        return jnp.stack([jnp.mean(values, axis=0), jnp.mean(values**2, axis=0)])
+
+    root = keys.key(seed, "evaluate")
+    rows = [np.asarray(moments(network, keys.fold(root, number)), np.float64) for number in range(STATISTICS_BATCHES)]
+    mean, square = np.mean(rows, axis=0)
+    spread = np.sqrt(square - mean**2)
+    graphdef, state = nnx.split(network)
+    copy = nnx.merge(graphdef, state)
+    copy.config = dataclasses.replace(
+        network.config,
+        latents_mean=tuple(float(np.float32(value)) for value in mean),
+        latents_std=tuple(float(np.float32(value)) for value in spread),
+    )
+    return copy

@@ -1,0 +1,158 @@
+"""The autoencoder: reference arrays, chunks, causality, refusals; and the task that trains the small one."""
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from checkpoints_convert import vae as table
+from configs.embedded_vae import get_config
+from jax_idgrpo import keys, pipeline
+from jax_idgrpo.models.vae import RMSNorm, VAEConfig, WanVAE
+from jax_idgrpo.tasks import make_task
+from jax_idgrpo.tasks import vae as task_vae
+
+GOLDEN = Path(__file__).parent / "golden"
+COMPILER = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
+TINY = VAEConfig(4, (1, 2, 2, 3), 1, (False, True, True), (0.0,) * 16, (1.0,) * 16)
+
+
+def error(got, want):
+    return float(np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want))
+
+
+@cache
+def golden_vae():
+    return nnx.split(pipeline.load_vae(GOLDEN / "tiny_vace"))
+
+
+@cache
+def program(graph, method, chunk=None):
+    run = lambda state, x: getattr(nnx.merge(graph, state), method)(x, chunk)  # noqa: E731
+    return jax.jit(run, compiler_options=COMPILER)
+
+
+@cache
+def tiny_vae():
+    """Every weight random, the earlier taps in time too."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: WanVAE(TINY, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    fan_in = lambda shape: np.prod(shape[:-1]) if len(shape) > 1 else 4.0  # noqa: E731
+    random = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / fan_in(leaf.shape) ** 0.5, jnp.float32)  # noqa: E731
+    return graph, jax.tree.map(random, shapes)
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_encode_agrees_with_the_reference_arrays(frames):
+    graph, state = golden_vae()
+    arrays = np.load(GOLDEN / "vae_tiny_encode.npz")
+    latents = program(graph, "encode")(state, arrays[f"video_f{frames}"])
+    assert error(latents, arrays[f"latents_f{frames}"]) < 1e-5
+
+
+@pytest.mark.parametrize("latents", [1, 3])
+def test_decode_agrees_with_the_reference_arrays(latents):
+    graph, state = golden_vae()
+    arrays = np.load(GOLDEN / "vae_tiny_decode.npz")
+    video = program(graph, "decode")(state, arrays[f"latents_t{latents}"])
+    assert error(video, arrays[f"video_t{latents}"]) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_give_the_whole_video(chunk):
+    graph, state = tiny_vae()
+    video = np.random.default_rng(1).uniform(-1, 1, (1, 13, 16, 24, 3)).astype(np.float32)
+    whole = program(graph, "encode")(state, video)
+    assert error(program(graph, "encode", chunk)(state, video), whole) < 1e-5
+    assert error(program(graph, "decode", chunk)(state, whole), program(graph, "decode")(state, whole)) < 1e-5
+
+
+def test_no_frame_sees_the_future():
+    graph, state = tiny_vae()
+    video = np.random.default_rng(2).uniform(-1, 1, (1, 13, 16, 24, 3)).astype(np.float32)
+    changed = video.copy()
+    changed[:, 9:] *= -1
+    before, after = (program(graph, "encode")(state, x) for x in (video, changed))
+    assert np.array_equal(before[:, :3], after[:, :3]) and error(after[:, 3], np.asarray(before[:, 3])) > 1e-2
+
+
+@pytest.mark.parametrize("frames, size, reason", [(4, (16, 16), "1 . 4n frames"), (5, (16, 20), "multiples of 8")])
+def test_sizes_that_do_not_fit_are_refused(frames, size, reason):
+    graph, state = tiny_vae()
+    with pytest.raises(ValueError, match=reason):
+        nnx.merge(graph, state).encode(jnp.zeros((1, frames, *size, 3)))
+
+
+@pytest.mark.parametrize("change", [{"is_residual": True}, {"patch_size": 2}, {"dim_mult": [1, 2, 4]}, {"latents_std": [1.0]}])
+def test_other_autoencoders_are_refused(change):
+    with pytest.raises(ValueError):
+        table.config_from_json(table.config_to_json(TINY) | change)
+
+
+def test_config_survives_json():
+    assert table.config_from_json(table.config_to_json(TINY)) == TINY
+
+
+def test_norm_has_a_gradient_at_zero():
+    norm = RMSNorm(4)
+    assert np.isfinite(jax.grad(lambda x: norm(x).sum())(jnp.zeros((2, 4)))).all()
+
+
+# ---- the task ------------------------------------------------------------------------------------------------------------
+
+
+def small_task():
+    config = get_config()
+    options = config.finetune.options | dict(base_dim=2, dim_mult=[1, 2, 2, 2], picture_steps=1, picture_batch=2, frames=5)
+    finetune = dataclasses.replace(config.finetune, batch=1, options=options)
+    return make_task(dataclasses.replace(config, finetune=finetune))
+
+
+def test_face_weights():
+    boxes = jnp.array([[[[1.0, 0.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]]]])
+    expected = [[1, 3, 3, 1], [1, 3, 3, 1], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(task_vae.face_weights(boxes, (3, 4), 3.0)[0, 0], expected)
+
+
+def test_batches_are_pictures_then_clips_too_and_repeat():
+    task = small_task()
+    (pictures,) = task.batch(5, 0)
+    clips, more = task.batch(5, 1)
+    assert pictures.video.shape == (2, 1, 64, 64, 3) and clips.video.shape == (1, 5, 64, 64, 3)
+    assert more.video.shape == (1, 1, 64, 64, 3)
+    np.testing.assert_array_equal(task.batch(5, 1)[0].video, clips.video)
+    assert not np.array_equal(task.batch(5, 2)[0].video, clips.video)
+    assert set(np.unique(clips.weight)) <= {1.0, 3.0}
+
+
+def test_a_new_network_is_blind_to_earlier_frames_and_learns():
+    task = small_task()
+    network = task.init(keys.key(0, "init"))
+    (pictures,) = task.batch(5, 0)
+    graph, state = nnx.split(network)
+
+    def loss(state):
+        return task.loss(nnx.merge(graph, state), (pictures,), keys.key(0, "augment"))[0]
+
+    value, gradients = jax.jit(jax.value_and_grad(loss), compiler_options=COMPILER)(state)
+    kernel = gradients["decoder"]["conv_in"]["kernel"][...]
+    assert not kernel[:2].any() and kernel[2].any()
+    assert not state["decoder"]["conv_in"]["kernel"][...][:2].any()
+    stepped = jax.tree.map(lambda p, g: p - 1e-3 * g / optax.global_norm(gradients), state, gradients)
+    assert float(loss(stepped)) < float(value)
+
+
+def test_saved_statistics_normalise_the_latents():
+    graph, state = tiny_vae()
+    network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
+    assert network.config.latents_mean != TINY.latents_mean
+    groups = [task_vae._draw_pictures(keys.key(seed, "data"), 64, 1.0) for seed in range(2)]
+    latents = network.encode(jnp.concatenate([group.video for group in groups])).reshape(-1, 16)
+    assert np.abs(latents.mean(axis=0)).max() < 0.2
+    assert np.abs(latents.std(axis=0) - 1).max() < 0.2
