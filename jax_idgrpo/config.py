@@ -112,7 +112,7 @@ class RolloutConfig:
     """How a group of videos is sampled.
 
     prompts, group: prompts per training step and videos per prompt; together the batch.
-    micro_batch: rows per program call in rollout and update alike, 0 = the whole batch.
+    micro_batch: rows per program call in rollout and update alike, 0 = all rows of an update.
     steps, shift, guidance: denoising steps, flow shift (0 = the checkpoint's), guidance scale (1 = no negative branch).
     window: which steps are stochastic and trained: "all", "fixed" (window_start, window_size) or "random" (a start drawn per
         training step from the first half of the schedule).
@@ -152,11 +152,6 @@ class RolloutConfig:
     def rows(self) -> int:
         """Videos per training step."""
         return self.prompts * self.group
-
-    @property
-    def rows_per_call(self) -> int:
-        """Rows of one program call."""
-        return self.micro_batch or self.rows
 
     @property
     def trained_steps(self) -> int:
@@ -324,8 +319,13 @@ class Config:
         _require(self.rollout.prompts % self.grpo.updates == 0,
                  f"grpo.updates {self.grpo.updates} does not divide the {self.rollout.prompts} prompts of a rollout")
         share = self.rollout.rows // self.grpo.updates
-        _require(share % self.rollout.rows_per_call == 0 or self.rollout.micro_batch == 0,
-                 f"rollout.micro_batch {self.rollout.micro_batch} does not divide the {share} rows of one of {self.grpo.updates} updates")
+        _require(share % self.rows_per_call == 0,
+                 f"rollout.micro_batch {self.rows_per_call} does not divide the {share} rows of one of {self.grpo.updates} updates")
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows of one program call, in rollout and update alike."""
+        return self.rollout.micro_batch or self.rollout.rows // self.grpo.updates
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""
