@@ -21,7 +21,7 @@ from PIL import Image
 from jax_idgrpo import conditioning, keys, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
 from jax_idgrpo.config import Config, RewardConfig
-from jax_idgrpo.data.prompts import Prompt, load_prompts
+from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
@@ -149,7 +149,7 @@ def references(prompts: Sequence[Prompt], config: Config) -> References:
     images, mask = np.ones((len(prompts), people, *size, 3), np.float32), np.zeros((len(prompts), people), bool)
     for n, prompt in enumerate(prompts):
         for m, path in enumerate(prompt.references):
-            images[n, m], mask[n, m] = conditioning.canvas(conditioning.open_image(path), *size), True
+            images[n, m], mask[n, m] = conditioning.canvas(load_reference(path), *size), True
     return References(images=images, mask=mask)
 
 
@@ -273,7 +273,7 @@ def _show(out: Path, number: int, prompt: Prompt, config: Config) -> dict:
     """The report's entry of a prompt, its photos stored beside the videos."""
     paths = []
     for m, path in enumerate(prompt.references):
-        photo = conditioning.canvas(conditioning.open_image(path), config.video.height, config.video.width)
+        photo = conditioning.canvas(load_reference(path), config.video.height, config.video.width)
         paths.append(f"videos/{number:04d}/reference-{m}.png")
         (out / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_uint8(photo)).save(out / paths[-1])

@@ -257,7 +257,7 @@ class Upsample(nnx.Module):
         return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
 
 
-def _double_frames(x: Float[Array, "B t h w 2*C"]) -> Float[Array, "B 2*t h w C"]:
+def _double_frames(x: Float[Array, "B t h w D"]) -> Float[Array, "B 2*t h w D/2"]:
     """The first half of the channels is the earlier frame."""
     batch, frames, height, width, channels = x.shape
     x = x.reshape(batch, frames, height, width, 2, channels // 2).transpose(0, 1, 4, 2, 3, 5)
@@ -308,7 +308,7 @@ class Encoder(nnx.Module):
         self.norm_out = RMSNorm(channels)
         self.conv_out = CausalConv(channels, 2 * config.z_dim, rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W 3"], memory: Memory) -> Float[Array, "B T H/8 W/8 2*z"]:
+    def __call__(self, video: Float[Array, "B F H W 3"], memory: Memory) -> Float[Array, "B T H/8 W/8 C"]:
         x = self.conv_in(video, memory)
         for block in self.down_blocks:
             x = block(x, memory)
