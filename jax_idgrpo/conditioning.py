@@ -16,17 +16,17 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 
 from jax_idgrpo.config import Config, DataConfig
-from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.prompts import Prompt, load_reference, on_white
 from jax_idgrpo.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
 Cache = dict[Any, Any]
 
 
+@runtime_checkable
 class Pipeline(Protocol):
     """The parts of `jax_idgrpo.pipeline.Pipeline` that are used here."""
 
@@ -76,33 +77,6 @@ def video_latents(x: Float[Array, "B N H W C"], references: Int[Array, "B"], fra
 def frame_mask(references: Int[Array, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
     """[B, max_people + frames]: True on the references and the video of each row, False on the padding behind them."""
     return jnp.arange(max_people + frames) < references[:, None] + frames
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """An image file of any mode as upright RGB; transparent parts become white.
-
-    Raises:
-      UserError: the file is missing or is not an image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image {path}: no such file; check the ref_paths column of the prompts CSV")
-    try:
-        with Image.open(path) as image:
-            return on_white(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path}: cannot be read ({error}); store it again as PNG or JPEG") from None
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, transparent parts white, 16-bit grey scaled to 8 bits."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
@@ -215,6 +189,6 @@ def _encode_row(pipe: Pipeline, prompt: Prompt, config: Config, grey: Array) -> 
         raise UserError(
             f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
         )
-    photos = [canvas(open_image(path), video.height, video.width) for path in prompt.references]
+    photos = [canvas(load_reference(path), video.height, video.width) for path in prompt.references]
     latents = jnp.concatenate([_encode_video(pipe.vae, jnp.asarray(photo)[None, None])[0] for photo in photos])
     return encode_text(pipe, prompt.text, data.text_length), control(latents, grey, data.max_people, data.reference_order)

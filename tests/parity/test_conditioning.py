@@ -1,0 +1,91 @@
+"""Canvas and control against diffusers' WanVACEPipeline, with a tiny VAE of random weights."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
+from PIL import Image
+
+from jax_idgrpo import conditioning
+from jax_idgrpo.config import Config, DataConfig, VideoConfig
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.pipeline import load_vae
+
+HEIGHT, WIDTH, FRAMES = 96, 160, 5
+SIZES = [(211, 300), (37, 50), (500, 100), (WIDTH, HEIGHT)]
+
+
+class Parts:
+    """VAE of ours; text is not what is compared."""
+
+    def __init__(self, vae):
+        self.vae, self.tokenizer, self.text_encoder = vae, self.tokens, lambda ids, mask: np.zeros((1, 4, 8), np.float32)
+
+    @staticmethod
+    def tokens(text, **options):
+        return {"input_ids": np.zeros((1, 4)), "attention_mask": np.zeros((1, 4))}
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=torch.linspace(-1, 1, 16).tolist(), latents_std=torch.linspace(0.5, 2, 16).tolist(),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(torch.randn_like(parameter) * scale + (1 if "gamma" in name else 0))
+
+    class Transformer:
+        class config:  # noqa: N801
+            patch_size = (1, 2, 2)
+
+    pipe = WanVACEPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=UniPCMultistepScheduler(), transformer=None)
+    pipe.transformer = Transformer
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours(theirs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    theirs.vae.save_pretrained(folder / "vae")
+    return Parts(load_vae(folder))
+
+
+def smooth(size, seed):
+    """A picture with edges and slopes."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+def their_control(pipe, images):
+    with torch.no_grad():
+        video, mask, references = pipe.preprocess_conditions(None, None, images, 1, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu")
+        latents = pipe.prepare_video_latents(video, mask, references, None, "cpu")
+        masks = pipe.prepare_masks(mask, references)
+    canvases = np.stack([image.permute(1, 2, 0).numpy() for image in references[0]])
+    return canvases, torch.cat([latents, masks], dim=1)[0].permute(1, 2, 3, 0).numpy()
+
+
+@pytest.mark.parametrize("people", [1, 2, 3])
+@pytest.mark.parametrize("first", range(len(SIZES)))
+def test_canvas_and_control_equal_diffusers(theirs, ours, tmp_path, people, first):
+    images = [smooth(SIZES[(first + k) % len(SIZES)], 10 * first + k) for k in range(people)]
+    paths = [tmp_path / f"{k}.png" for k in range(people)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    canvases, want = their_control(theirs, images)
+    for image, canvas in zip(images, canvases, strict=True):
+        np.testing.assert_allclose(conditioning.canvas(image, HEIGHT, WIDTH), canvas, atol=5e-6)
+
+    config = Config(data=DataConfig(max_people=3, text_length=4), video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH))
+    got = np.asarray(conditioning.encode(ours, [Prompt(0, "", tuple(paths))], config, {}).control[0])
+    frames = people + 2
+    assert want.shape == got[:frames].shape
+    assert np.linalg.norm(got[:frames] - want) <= 1e-6 * np.linalg.norm(want)
+    assert not got[frames:].any()
+    if people > 1:  # the order matters, so a wrong one would be seen
+        assert np.linalg.norm(got[:people][::-1] - want[:people]) > 0.05 * np.linalg.norm(want[:people])

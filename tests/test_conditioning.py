@@ -1,0 +1,144 @@
+"""Conditioning: layout of the control, what padding may not change, and images of every kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from jax_idgrpo import conditioning
+from jax_idgrpo.config import Config, DataConfig, VideoConfig
+from jax_idgrpo.data.prompts import Prompt, load_reference
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.vae import VAEConfig, WanVAE
+
+HEIGHT, WIDTH, FRAMES = 32, 48, 5
+
+
+class WordLengths:
+    """A tokenizer whose ids are the lengths of the words."""
+
+    def __call__(self, text, *, padding, max_length, truncation, return_tensors):
+        assert (padding, truncation, return_tensors) == ("max_length", True, "np")
+        ids = [len(word) for word in text.split()][: max_length - 1] + [1]
+        pad = [0] * (max_length - len(ids))
+        return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+
+
+class Lookup(nnx.Module):
+    """A text encoder that looks its ids up, and counts how often it is traced or run."""
+
+    def __init__(self):
+        self.table = nnx.Param(jax.random.normal(jax.random.key(3), (32, 8)))
+
+    def __call__(self, ids, mask):
+        return self.table[...][ids] * mask[..., None]
+
+
+class Pipe:
+    def __init__(self):
+        statistics = dict(latents_mean=(0.1,) * 16, latents_std=(1.5,) * 16)
+        config = VAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, temporal_downsample=(False, True, True), **statistics)
+        self.vae, self.text_encoder, self.tokenizer = WanVAE(config, rngs=nnx.Rngs(0)), Lookup(), WordLengths()
+
+
+def write_image(path, size, seed):
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipe()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    photos = [write_image(folder / f"{k}.png", (30 + 11 * k, 50 - 7 * k), k) for k in range(4)]
+    return [
+        Prompt(7, "a person waves", (photos[0],)),
+        Prompt(9, "two people , one nods", (photos[1], photos[2])),
+        Prompt(4, "three", tuple(photos[1:])),
+    ]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config(data=DataConfig(max_people=3, text_length=6), video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH))
+
+
+def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
+    got = conditioning.encode(pipe, prompts, config, {})
+    frames = (FRAMES - 1) // 4 + 1
+    assert got.control.shape == (3, 3 + frames, HEIGHT // 8, WIDTH // 8, 96)
+    assert got.latent_shape == (3 + frames, HEIGHT // 8, WIDTH // 8, 16)
+    assert got.references.tolist() == [1, 2, 3]
+    grey = pipe.vae.encode(jnp.zeros((1, FRAMES, HEIGHT, WIDTH, 3)))[0]
+    for prompt, row, mask in zip(prompts, got.control, got.frame_mask, strict=True):
+        people = len(prompt.references)
+        assert mask.tolist() == [True] * (people + frames) + [False] * (3 - people)
+        for slot, path in enumerate(reversed(prompt.references)):  # last photo first
+            photo = conditioning.canvas(load_reference(path), HEIGHT, WIDTH)
+            np.testing.assert_allclose(row[slot, ..., :16], pipe.vae.encode(photo[None, None])[0, 0], atol=1e-5)
+        assert not row[:people, ..., 16:].any()
+        video = row[people : people + frames]
+        np.testing.assert_allclose(video[..., :16], grey, atol=1e-5)
+        np.testing.assert_array_equal(video[..., :16], video[..., 16:32])
+        assert (video[..., 32:] == 1).all()
+        assert not row[people + frames :].any()
+
+
+def test_reference_order_is_an_option(pipe, prompts, config):
+    original = Config(data=DataConfig(max_people=3, text_length=6, reference_order="original"), video=config.video)
+    one, other = (conditioning.encode(pipe, prompts[2:], c, {}).control[0] for c in (config, original))
+    np.testing.assert_array_equal(one[:3], other[:3][::-1])
+    assert np.abs(one[:3] - other[:3]).max() > 0.1
+
+
+def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(conditioning, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    cache = {}
+    first = conditioning.encode(pipe, prompts, config, cache)
+    again = conditioning.encode(pipe, prompts[::-1], config, cache)
+    assert len(calls) == 6
+    np.testing.assert_array_equal(first.control[::-1], again.control)
+    np.testing.assert_array_equal(first.text[::-1], again.text)
+
+
+def test_text_is_cut_padded_and_float32(pipe, prompts, config):
+    text = conditioning.encode(pipe, prompts, config, {}).text
+    assert text.shape == (3, 6, 8) and text.dtype == jnp.float32
+    assert not text[0, 4:].any() and text[0, :4].any(axis=-1).all()
+
+
+def test_groups_and_video_frames(pipe, prompts, config):
+    got = conditioning.select(conditioning.encode(pipe, prompts, config, {}), jnp.repeat(jnp.arange(3), 2))
+    assert got.references.tolist() == [1, 1, 2, 2, 3, 3]
+    x = jnp.broadcast_to(jnp.arange(5.0)[None, :, None, None, None], (6, 5, 2, 2, 16))
+    video = conditioning.video_latents(x, got.references, 2)
+    assert video[:, :, 0, 0, 0].tolist() == [[1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [3, 4]]
+
+
+def test_too_many_people_is_one_line(pipe, prompts, config):
+    narrow = Config(data=DataConfig(max_people=2, text_length=6), video=config.video)
+    with pytest.raises(UserError, match="prompt 4: has 3 reference photos; data.max_people allows 1 to 2"):
+        conditioning.encode(pipe, prompts, narrow, {})
+
+
+@pytest.mark.parametrize("size", [(3, 500), (700, 5), (1, 1), (9, 9)])
+def test_canvas_of_odd_sizes(size):
+    got = conditioning.canvas(Image.new("L", size, 0), HEIGHT, WIDTH)
+    assert got.shape == (HEIGHT, WIDTH, 3) and got.dtype == np.float32
+    assert got.min() == -1 and got.max() <= 1
+
+
+def test_negative_prompt_from_a_file(tmp_path):
+    assert conditioning.negative_prompt(DataConfig(negative_prompt="blurry")) == "blurry"
+    (tmp_path / "n.txt").write_text("grey , static\n", encoding="utf-8")
+    assert conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/n.txt")) == "grey , static"
+    with pytest.raises(UserError, match="data.negative_prompt: cannot read"):
+        conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/none.txt"))
