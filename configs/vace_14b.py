@@ -1,0 +1,16 @@
+"""Identity-GRPO on Wan2.1-VACE-14B: the recipe of the 1.3B model, weights sharded over the mesh."""
+
+import dataclasses
+from pathlib import Path
+
+from jax_idgrpo import config as c
+
+
+def get_config() -> c.Config:
+    """As `vace_1_3b`, with every device on the `fsdp` axis."""
+    base = c.load(Path(__file__).with_name("vace_1_3b.py"))
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, path="Wan2.1-VACE-14B-diffusers"),
+        mesh=c.MeshConfig(data=1, fsdp=-1),
+    )
