@@ -268,6 +268,7 @@ def make(config: Config) -> Task:
         save_pipeline(pipe(transformer, path), path)
 
     def preview(transformer: WanTransformer, path: Path) -> None:
+        save_pipeline(pipe(transformer, path), path / "pipeline")
         Image.fromarray(contact_sheet(pipe(transformer, path), config)).save(path / "clips.png")
 
     return Task(init=init, batch=batch, loss=flow_loss, save=save, preview=preview)
