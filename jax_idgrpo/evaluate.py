@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,16 +35,15 @@ SHOWN = 8  # prompts whose videos are kept for the report
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A video that is asked for: the row of the CSV from 0, its prompt, and the video's number among the prompt's."""
+    """A video that is asked for: its prompt, and its number among the prompt's."""
 
-    number: int
     prompt: Prompt
     member: int
 
 
 def all_rows(prompts: Sequence[Prompt], videos: int) -> list[Row]:
     """`videos` videos of each prompt, those of one prompt together."""
-    return [Row(number, prompt, member) for number, prompt in enumerate(prompts) for member in range(videos)]
+    return [Row(prompt, member) for prompt in prompts for member in range(videos)]
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------------
@@ -156,8 +156,8 @@ def references(prompts: Sequence[Prompt], config: Config) -> References:
 Scorer = Callable[[np.ndarray, Sequence[Prompt]], statistics.Scores]
 
 
-def make_scorer(config: Config) -> Scorer:
-    """A function from videos and their prompts to the values of `statistics.LABELS`, one of each per video.
+def make_scorer(config: Config, batch: int) -> Scorer:
+    """A function from at most `batch` videos and their prompts to the values of `statistics.LABELS`, one of each per video.
 
     reward: the training reward. judge_identity: cosine between the judge's embeddings of photo and matched face, a missing person
     counting 0, mean over frames and people. faces: detected faces per person asked for, at most 1. motion: mean change between
@@ -166,12 +166,18 @@ def make_scorer(config: Config) -> Scorer:
     reward, judge = make_reward(config.reward), make_reward(config.reward, "judge")
 
     def score(videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt]) -> statistics.Scores:
-        asked, texts = references(prompts, config), [prompt.text for prompt in prompts]
-        values = reward(videos, asked, texts)
-        judge(videos, asked, texts)
-        terms = judge.terms
-        found = {"reward": values, "judge_identity": terms["similarity"], "faces": terms["faces_share"], "motion": terms["motion"]}
-        return {name: np.asarray(value, np.float64) for name, value in found.items()}
+        filled = np.minimum(np.arange(batch), len(prompts) - 1)     # one program, however many videos there are
+        listed = [prompts[n] for n in filled]
+        asked, texts = references(listed, config), [prompt.text for prompt in listed]
+        reward(videos[filled], asked, texts)
+        judge(videos[filled], asked, texts)
+        found = {
+            "reward": reward.terms["reward"],
+            "judge_identity": judge.terms["similarity"],
+            "faces": judge.terms["faces_share"],
+            "motion": judge.terms["motion"],
+        }
+        return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 
     return score
 
@@ -193,7 +199,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     lines = []
     for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
         for row, video in zip(batch, videos, strict=True):
-            file = f"{row.number:04d}-{row.member}.mp4"
+            file = f"{row.prompt.id:04d}-{row.member}.mp4"
             write_video(out / file, video, config.video.fps)
             photos = [str(path) for path in row.prompt.references]
             lines.append({"file": file, "prompt": row.prompt.text, "references": photos, "seed": config.run.seed, "lora": str(lora or "")})
@@ -212,7 +218,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     if not files:
         raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
     rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
-    scorer = make_scorer(config)
+    scorer = make_scorer(config, 1)
     lines = []
     with progress("scoring", len(rows)) as update:
         for done, (file, prompt) in enumerate(rows, 1):
@@ -241,22 +247,22 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     listed = load_prompts(prompts, config.data.max_people)
     sampler = make_sampler(config)
     models = make_models(sampler, loras)
-    scorer = make_scorer(config)
+    scorer = make_scorer(config, config.evaluate.batch)
     prepare_workdir(out)
     rows = all_rows(listed, config.evaluate.videos)
-    shown = [_show(out, number, prompt, config) for number, prompt in enumerate(listed[:SHOWN])]
+    shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
     scores: dict[str, statistics.Scores] = {}
     for name, model in models.items():
         parts = []
         for batch, videos in sampler.batches(model, rows, f"evaluating {name}"):
             parts.append(scorer(videos, [row.prompt for row in batch]))
             for row, video, judged in zip(batch, videos, parts[-1]["judge_identity"], strict=True):
-                if row.member == 0 and row.number < SHOWN:
-                    path = f"videos/{row.number:04d}/{name}.mp4"
+                if row.member == 0 and row.prompt.id < SHOWN:
+                    path = f"videos/{row.prompt.id:04d}/{name}.mp4"
                     write_video(out / path, video, config.video.fps)
-                    shown[row.number]["videos"][name] = {"path": path, "judge_identity": float(judged)}
+                    shown[row.prompt.id]["videos"][name] = {"path": path, "judge_identity": float(judged)}
         scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in statistics.LABELS}
-    clusters = np.asarray([row.number for row in rows])
+    clusters = np.asarray([row.prompt.id for row in rows])
     means, changes = statistics.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
     note = (
         f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} Euler steps, the same noise for every model; "
@@ -269,12 +275,12 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     print(f"{table}\n{note}")
 
 
-def _show(out: Path, number: int, prompt: Prompt, config: Config) -> dict:
+def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:
     """The report's entry of a prompt, its photos stored beside the videos."""
     paths = []
     for m, path in enumerate(prompt.references):
         photo = conditioning.canvas(load_reference(path), config.video.height, config.video.width)
-        paths.append(f"videos/{number:04d}/reference-{m}.png")
+        paths.append(f"videos/{prompt.id:04d}/reference-{m}.png")
         (out / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_uint8(photo)).save(out / paths[-1])
     return {"prompt": prompt.text, "references": paths, "videos": {}}

@@ -11,23 +11,33 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_idgrpo.checkpoint import write_text
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import read_metrics
 
-# The curves, in the order of the page: name in metrics.jsonl -> title, what it tells.
-CURVES = {
-    "reward": ("Training reward", "mean over the videos of a step, and its running mean"),
-    "kl": ("Distance from the base", "KL divergence of a denoising step, adapter on against adapter off"),
-    "ratio_max": ("Probability ratio", "smallest and largest of a step's first update; exactly 1 when sampler and trainer agree"),
-    "gradient_norm": ("Gradient norm", "before clipping"),
-    "clip_fraction": ("Clipped share", "ratios outside the clip range"),
-    "motion": ("Motion", "mean change between neighbouring frames, outside the faces"),
-    "seconds": ("Seconds per step", ""),
-}
-TREND = ("reward", "kl", "gradient_norm", "motion")     # noisy: the running mean is drawn over them
+
+class Curve(NamedTuple):
+    """One figure: metrics of `metrics.jsonl`, and whether the first is noisy, so that its running mean is drawn over it."""
+
+    title: str
+    note: str
+    names: tuple[str, ...]
+    noisy: bool = True
+
+
+CURVES = (
+    Curve("Training reward", "mean over the videos of a step, and its running mean", ("reward",)),
+    Curve("Likeness", "cosine between photo and face by the reward's embedder; a missing person counts 0", ("similarity",)),
+    Curve("Distance from the base", "KL divergence of a denoising step, adapter on against adapter off", ("kl",)),
+    Curve("Probability ratio", "of the first update: 1 when sampler and trainer agree", ("ratio_min", "ratio_max"), False),
+    Curve("Spread within groups", "standard deviation of the reward: what there is to choose from", ("reward_group_std",)),
+    Curve("Faces", "found per person asked for, at most 1", ("faces_share",)),
+    Curve("Motion", "mean change between neighbouring frames, outside the faces", ("motion",)),
+    Curve("Gradient norm", "before clipping", ("gradient_norm",)),
+    Curve("Seconds per step", "", ("seconds_rollout", "seconds_update"), False),
+)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --paper: #f7f7f5; --card: #ffffff; --line: #e3e4e8;
         --c0: #3b6fd4; --c1: #d9772b; --up: #18794e; --down: #c0362c; }
@@ -143,11 +153,10 @@ def data_uri(path: Path) -> str:
 def curves(rows: Sequence[dict[str, Any]]) -> str:
     """The figures of the metrics that a run has."""
     figures = []
-    for name, (title, note) in CURVES.items():
-        lines = {label: series(rows, label) for label in (("ratio_min", "ratio_max") if name == "ratio_max" else (name,))}
-        lines = {label: line for label, line in lines.items() if line[0]}
+    for one in CURVES:
+        lines = {name: line for name in one.names if (line := series(rows, name))[0]}
         if lines:
-            figures.append(curve(title, note, lines, trend=name in TREND))
+            figures.append(curve(one.title, one.note, lines, one.noisy))
     if not figures:
         return '<p class="absent">No training steps yet: <code>idgrpo train</code> writes metrics.jsonl.</p>'
     return f'<div class="curves">{"".join(figures)}</div>'

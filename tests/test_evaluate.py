@@ -1,0 +1,198 @@
+"""Sampling is paired and independent of the batch; an adapter of zeros changes nothing; what is written can be read by the next command."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from jax_idgrpo import evaluate, keys, pipeline, report
+from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RolloutConfig, VideoConfig
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.umt5 import UMT5Encoder
+from jax_idgrpo.models.vae import WanVAE
+from jax_idgrpo.models.wan import WanConfig, WanTransformer
+
+TEXT_WIDTH = 8
+
+
+class WordLengths:
+    """A tokenizer whose ids are the lengths of the words."""
+
+    def __call__(self, text, *, padding, max_length, truncation, return_tensors):
+        ids = [len(word) for word in text.split()][: max_length - 1] + [1]
+        pad = [0] * (max_length - len(ids))
+        return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+
+
+class Lookup(UMT5Encoder):
+    """A text encoder that looks its ids up."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.asarray(np.random.default_rng(3).normal(0, 1, (32, TEXT_WIDTH)), jnp.float32))
+
+    def __call__(self, ids, mask):
+        return self.table[...][ids] * mask[..., None]
+
+
+class Blocks(WanVAE):
+    """A VAE whose latents are mean colours of 8 x 8 pixels of every fourth frame, so that nothing takes long to compile."""
+
+    def __init__(self):
+        self.colours = nnx.Param(jnp.asarray(np.random.default_rng(4).normal(0, 0.5, (3, 16)), jnp.float32))
+
+    def encode(self, video):
+        batch, _, height, width, _ = video.shape
+        blocks = video[:, ::4].reshape(batch, -1, height // 8, 8, width // 8, 8, 3).mean((3, 5))
+        return blocks @ self.colours[...]
+
+    def decode(self, latents):
+        frames = jnp.repeat(jnp.tanh(latents @ self.colours[...].T), 4, axis=1)[:, 3:]
+        return jnp.repeat(jnp.repeat(frames, 8, axis=2), 8, axis=3)
+
+
+def drawn(build, seed: int) -> nnx.Module:
+    """A network whose every parameter is drawn: nothing is zero by initialisation, and nothing is compiled to make it."""
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(seed)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), abstract))
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    wan = WanConfig(num_layers=1, num_heads=2, head_dim=12, ffn_dim=32, text_dim=TEXT_WIDTH, freq_dim=16, vace_layers=(0,), unroll=True)
+    transformer = drawn(lambda: WanTransformer(wan, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)), 1)
+    return pipeline.Pipeline(transformer=transformer, vae=Blocks(), text_encoder=Lookup(), tokenizer=WordLengths(), shift=3.0,
+                             kind="vace", path=tmp_path_factory.mktemp("pipe"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for n in range(3):
+        noise = np.random.default_rng(n).integers(0, 256, (20 + n, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{n}.png")
+    photos = [folder / f"{n}.png" for n in range(3)]
+    return [Prompt(0, "a person waves", (photos[0],)), Prompt(1, "two people , one nods", (photos[1], photos[2])),
+            Prompt(2, "a person walks", (photos[2],))]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Config(
+        model=ModelConfig(rank=4, alpha=4.0), data=DataConfig(max_people=2, text_length=8),
+        video=VideoConfig(frames=5, height=16, width=32, fps=8), rollout=RolloutConfig(guidance=1.5),
+        evaluate=EvaluateConfig(videos=2, steps=3, batch=4, bootstrap=50))
+
+
+@pytest.fixture(scope="module")
+def adapters(pipe, tmp_path_factory):
+    """Two saved adapters: "still", whose output is zero, and "moved", whose is not."""
+    folder = tmp_path_factory.mktemp("adapters")
+    adapted = pipeline.add_adapter(pipe.transformer, 4, 4.0, keys.key(7, "init"))
+    state = nnx.state(adapted, LoRAParam)
+    pipeline.save_lora(folder / "still", state, adapted.config)
+    moved = jax.tree.map(lambda leaf: leaf + np.random.default_rng(leaf.size).normal(0, 0.3, leaf.shape).astype(np.float32), state)
+    pipeline.save_lora(folder / "moved", moved, adapted.config)
+    return {name: folder / name for name in ("still", "moved")}
+
+
+@pytest.fixture
+def commands(monkeypatch, pipe, prompts):
+    """The commands' inputs replaced: the pipeline and the prompts above, and a face reward that looks at brightness alone."""
+
+    def make_scorer(config, batch):
+        def score(videos, asked):
+            mean = videos.astype(np.float64).mean((1, 2, 3, 4))
+            people = np.array([len(prompt.references) for prompt in asked])
+            motion = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))
+            return {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
+
+        return score
+
+    monkeypatch.setattr(evaluate, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
+    monkeypatch.setattr(evaluate, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(evaluate, "make_scorer", make_scorer)
+
+
+def test_a_video_does_not_depend_on_its_batch(commands, config, prompts):
+    sampler = evaluate.make_sampler(config)
+    base = evaluate.make_models(sampler, {})["base"]
+    rows = evaluate.all_rows(prompts, 2)
+    together = np.concatenate([videos for _, videos in sampler.batches(base, rows, "")])
+    assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
+    alone = sampler.videos(base, [rows[3]])
+    np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
+    apart = [np.abs(together[a] - together[b]).mean() for a in range(6) for b in range(a)]
+    assert min(apart) > 1e-3, "two videos share their noise"
+
+
+def test_an_adapter_of_zeros_is_the_base(commands, config, prompts, adapters):
+    sampler = evaluate.make_sampler(config)
+    models = evaluate.make_models(sampler, adapters)
+    rows = evaluate.all_rows(prompts, 1)
+    videos = {name: sampler.videos(model, rows) for name, model in models.items()}
+    np.testing.assert_array_equal(videos["still"], videos["base"])
+    assert np.abs(videos["moved"] - videos["base"]).mean() > 1e-3
+
+
+def test_evaluate_compares_and_the_report_shows_it(commands, config, adapters, tmp_path, capsys):
+    out = tmp_path / "run" / "evaluation"
+    evaluate.evaluate(config, tmp_path / "any.csv", out, adapters)
+    found = json.loads((out / "metrics.json").read_text())
+    for name in found["labels"]:
+        change = found["differences"]["still"][name]
+        assert (change["mean"], change["low"], change["high"]) == (0, 0, 0)
+    assert found["differences"]["moved"]["reward"]["mean"] != 0
+    assert len(found["videos"]) == 6 and len(found["shown"]) == 3
+    means = np.mean([row["moved"]["reward"] - row["base"]["reward"] for row in found["videos"]])
+    assert means == pytest.approx(found["differences"]["moved"]["reward"]["mean"])
+    table = (out / "table.md").read_text()
+    assert "judge identity" in table and table.splitlines()[0] in capsys.readouterr().out
+    text = report.report(tmp_path / "run").read_text()
+    assert text.count("<video") == 9 and text.count("<img") == 4
+    evaluate.evaluate(config, tmp_path / "any.csv", out, {})
+    assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, "a second run replaces the first"
+
+
+def test_sample_then_score(commands, config, prompts, adapters, tmp_path):
+    evaluate.sample(config, tmp_path / "any.csv", tmp_path / "videos", adapters["moved"])
+    lines = [json.loads(line) for line in (tmp_path / "videos" / "samples.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == [f"{row:04d}-{member}.mp4" for row in range(3) for member in range(2)]
+    evaluate.score(config, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "new" / "scores.jsonl")
+    scores = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in scores] == [line["file"] for line in lines]
+    assert [line["prompt"] for line in scores] == [prompt.text for prompt in prompts for _ in range(2)]
+    assert scores[2]["judge_identity"] == pytest.approx(scores[2]["reward"] / 2)
+
+
+@pytest.mark.parametrize("name", ["holiday.mp4", "0003-0.mp4"])
+def test_video_without_a_row_is_refused(commands, config, tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"must start with its row in the prompts CSV, 0 to 2"):
+        evaluate.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_folder_without_videos_is_refused(commands, config, tmp_path):
+    with pytest.raises(UserError, match=r"holds no \.mp4"):
+        evaluate.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+
+
+def test_size_of_the_evaluation_overrides_that_of_the_run(config):
+    larger = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, frames=9, width=64))
+    video = evaluate.evaluated(larger).video
+    assert (video.frames, video.height, video.width, video.fps) == (9, 16, 64, 8)
+
+
+def test_references_are_padded_with_white(config, prompts):
+    asked = evaluate.references(prompts, config)
+    assert asked.mask.tolist() == [[True, False], [True, True], [True, False]]
+    assert asked.images.shape == (3, 2, 16, 32, 3)
+    assert jnp.all(asked.images[0, 1] == 1) and not jnp.all(asked.images[1, 1] == 1)
