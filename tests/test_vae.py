@@ -109,7 +109,7 @@ def test_norm_has_a_gradient_at_zero():
 
 def small_task():
     config = get_config()
-    options = config.finetune.options | dict(base_dim=2, dim_mult=[1, 2, 2, 2], picture_steps=1, picture_batch=2, frames=5)
+    options = config.finetune.options | dict(base_dim=2, dim_mult=[1, 2, 2, 2], clips_from=1, pictures=[2, 1], frames=5, crop=32)
     finetune = dataclasses.replace(config.finetune, batch=1, options=options)
     return make_task(dataclasses.replace(config, finetune=finetune))
 
@@ -120,12 +120,18 @@ def test_face_weights():
     np.testing.assert_array_equal(task_vae.face_weights(boxes, (3, 4), 3.0)[0, 0], expected)
 
 
+def test_windows_hold_a_face_of_every_row():
+    view = task_vae.View("train", face_weight=3.0, crop=32)
+    group = task_vae._draw_pictures(keys.key(3, "data"), 24, 8, view)
+    assert (jnp.mean(group.weight == 3.0, axis=(1, 2, 3)) > 0.15).all()
+
+
 def test_batches_are_pictures_then_clips_too_and_repeat():
     task = small_task()
     (pictures,) = task.batch(5, 0)
     clips, more = task.batch(5, 1)
-    assert pictures.video.shape == (2, 1, 64, 64, 3) and clips.video.shape == (1, 5, 64, 64, 3)
-    assert more.video.shape == (1, 1, 64, 64, 3)
+    assert pictures.video.shape == (3, 1, 32, 32, 3) and clips.video.shape == (1, 5, 32, 32, 3)
+    assert more.video.shape == (1, 1, 32, 32, 3)
     np.testing.assert_array_equal(task.batch(5, 1)[0].video, clips.video)
     assert not np.array_equal(task.batch(5, 2)[0].video, clips.video)
     assert set(np.unique(clips.weight)) <= {1.0, 3.0}
@@ -152,7 +158,7 @@ def test_saved_statistics_normalise_the_latents():
     graph, state = tiny_vae()
     network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
     assert network.config.latents_mean != TINY.latents_mean
-    groups = [task_vae._draw_pictures(keys.key(seed, "data"), 64, 1.0) for seed in range(2)]
+    groups = [task_vae._draw_pictures(keys.key(seed, "data"), 32, 32, task_vae.View("train")) for seed in range(2)]
     latents = network.encode(jnp.concatenate([group.video for group in groups])).reshape(-1, 16)
     assert np.abs(latents.mean(axis=0)).max() < 0.2
     assert np.abs(latents.std(axis=0) - 1).max() < 0.2

@@ -3,27 +3,28 @@
     loss = sum over groups of  share * (|x - y| + edges * |grad x - grad y|), each pixel weighted by 1 or `face_weight`
            + kl * (mean of the Kullback-Leibler divergence per latent value)
 
-A group is a set of videos of one length. Up to step `picture_steps` a batch is pictures only, half of them frames of clips and
-half portraits on white; from there on it is `finetune.batch` clips and as many pictures. The convolutions start blind to
-earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin.
+A group is a set of videos of one length. A step sees pictures only, frames of clips and portraits on white, or, from step
+`clips_from` on and then every `clips_every`-th time, `finetune.batch` clips and as many pictures. The convolutions start blind
+to earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin. Windows of `crop` pixels around a face
+show more faces per second than whole pictures.
 
 `finetune.options`:
     base_dim, dim_mult, num_res_blocks    sizes of the network (`VAEConfig`)
-    picture_steps, picture_batch          length of the first part, pictures per step in it
-    frames                                frames of a clip, 1 + 4n
+    pictures                              frames of clips and portraits in a step without clips
+    clips_from, clips_every, frames       which steps have clips, and their length, 1 + 4n
+    crop                                  height and width of what is seen; 64 is all of it
     face_weight, edges, kl                of the loss
 """
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 from PIL import Image
 
 from jax_idgrpo import keys, pipeline
@@ -34,6 +35,7 @@ from jax_idgrpo.tasks import Loss, Task
 
 TEMPORAL_DOWNSAMPLE = (False, True, True)
 Z_DIM = 16
+SIZE = 64  # pixels of the cast's pictures
 STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16  # clips, and as many portraits, that the latents' mean and spread come from
 PREVIEW_ROWS = 6
 
@@ -66,10 +68,10 @@ def make(config: Config) -> Task:
         return nnx.jit(lambda key: WanVAE(sizes, rngs=nnx.Rngs(params=key)))(key)
 
     def batch(seed: int, step: int) -> tuple[Group, ...]:
-        key = keys.fold(keys.key(seed, "data"), step)
-        if step < options["picture_steps"]:
-            return (_draw_pictures(key, options["picture_batch"], options["face_weight"]),)
-        return _draw_mixed(key, config.finetune.batch, options["frames"], options["face_weight"])
+        key, view = keys.fold(keys.key(seed, "data"), step), View("train", options["face_weight"], options["crop"])
+        if step < options["clips_from"] or (step + 1) % options["clips_every"]:
+            return (_draw_pictures(key, *options["pictures"], view),)
+        return _draw_mixed(key, config.finetune.batch, options["frames"], view)
 
     def loss(network: WanVAE, batch: tuple[Group, ...], key: Key[Array, ""]) -> Loss:
         return reconstruction_loss(network, batch, key, options["edges"], options["kl"])
@@ -78,7 +80,7 @@ def make(config: Config) -> Task:
         pipeline.save_vae(with_statistics(network, config.run.seed, options["frames"]), folder)
 
     def preview(network: WanVAE, folder: Path) -> None:
-        groups = _draw_mixed(keys.key(config.run.seed, "evaluate"), PREVIEW_ROWS, options["frames"], 1.0, split="eval")
+        groups = _draw_mixed(keys.key(config.run.seed, "evaluate"), PREVIEW_ROWS, options["frames"], View("eval"))
         for name, group in zip(("clips", "pictures"), groups, strict=True):
             strips = np.concatenate([np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2)
             rows = strips.swapaxes(1, 2).reshape(-1, strips.shape[1] * strips.shape[3], 3)
@@ -90,44 +92,71 @@ def make(config: Config) -> Task:
 # ---- batches -------------------------------------------------------------------------------------------------------------
 
 
-def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[cast.Identity, Any]:
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Whose people are drawn, how much their faces count, and the size of the window around one of them."""
+
+    split: str
+    face_weight: float = 1.0
+    crop: int = SIZE
+
+
+def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[cast.Identity, Bool[Array, "B M"]]:
     id_key, mask_key = jax.random.split(key)
     return cast.identity(cast.sample_ids(id_key, rows, split)), cast.sample_mask(mask_key, rows)
 
 
-def _draw_clips(key: Key[Array, ""], rows: int, frames: int, face_weight: float, split: str) -> Group:
-    people_key, scene_key = jax.random.split(key)
-    people, mask = _people(people_key, rows, split)
+def _draw_clips(key: Key[Array, ""], rows: int, frames: int, view: View) -> Group:
+    people_key, scene_key, crop_key = jax.random.split(key, 3)
+    people, mask = _people(people_key, rows, view.split)
     scenes = jax.vmap(cast.sample_scene)(jax.random.split(scene_key, rows), mask)
     clip = jax.vmap(lambda p, m, s: cast.render_clip(p, m, s, frames))(people, mask, scenes)
-    return Group(clip.video, face_weights(clip.boxes, clip.video.shape[2:4], face_weight))
+    return _around_faces(crop_key, clip.video, clip.boxes, view)
 
 
-def _draw_portraits(key: Key[Array, ""], rows: int, face_weight: float, split: str) -> Group:
-    people_key, portrait_key = jax.random.split(key)
-    people = jax.tree.map(lambda leaf: leaf[:, 0], _people(people_key, rows, split)[0])
+def _draw_portraits(key: Key[Array, ""], rows: int, view: View) -> Group:
+    people_key, portrait_key, crop_key = jax.random.split(key, 3)
+    people = jax.tree.map(lambda leaf: leaf[:, 0], _people(people_key, rows, view.split)[0])
     portrait_keys = jax.random.split(portrait_key, rows)
     video = jax.vmap(cast.render_portrait)(people, portrait_keys)[:, None]
     boxes = jax.vmap(cast.portrait_truth)(people, portrait_keys)[0][:, None, None]
-    return Group(video, face_weights(boxes, video.shape[2:4], face_weight))
+    return _around_faces(crop_key, video, boxes, view)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "face_weight", "split"))
-def _draw_pictures(key: Key[Array, ""], rows: int, face_weight: float, split: str = "train") -> Group:
-    """Frames of clips, then portraits: half of the rows each."""
+@functools.partial(jax.jit, static_argnames=("frames", "portraits", "view"))
+def _draw_pictures(key: Key[Array, ""], frames: int, portraits: int, view: View) -> Group:
+    """So many frames of clips, then so many portraits."""
     clip_key, portrait_key = jax.random.split(key)
-    frames = _draw_clips(clip_key, rows - rows // 2, 1, face_weight, split)
-    portraits = _draw_portraits(portrait_key, rows // 2, face_weight, split)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), frames, portraits)
+    groups = _draw_clips(clip_key, frames, 1, view), _draw_portraits(portrait_key, portraits, view)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *groups)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "frames", "face_weight", "split"))
-def _draw_mixed(
-    key: Key[Array, ""], rows: int, frames: int, face_weight: float, split: str = "train"
-) -> tuple[Group, Group]:
+@functools.partial(jax.jit, static_argnames=("rows", "frames", "view"))
+def _draw_mixed(key: Key[Array, ""], rows: int, frames: int, view: View) -> tuple[Group, Group]:
     """`rows` clips and `rows` pictures."""
     clip_key, picture_key = jax.random.split(key)
-    return _draw_clips(clip_key, rows, frames, face_weight, split), _draw_pictures(picture_key, rows, face_weight, split)
+    return _draw_clips(clip_key, rows, frames, view), _draw_pictures(picture_key, rows - rows // 2, rows // 2, view)
+
+
+def _around_faces(
+    key: Key[Array, ""], video: Float[Array, "B F H W 3"], boxes: Float[Array, "B F M 4"], view: View
+) -> Group:
+    """The same window in all frames of a video: around a random face of its middle frame, up to a quarter window off."""
+    height, width = video.shape[2:4]
+    weight = face_weights(boxes, (height, width), view.face_weight)
+
+    def window(key, video, weight, boxes):
+        which, where = jax.random.split(key)
+        middle = boxes[boxes.shape[0] // 2]
+        chosen = jnp.argmax(jax.random.uniform(which, middle.shape[:1]) + (middle[:, 2] > middle[:, 0]))
+        x0, y0, x1, y1 = middle[chosen]
+        off = jax.random.uniform(where, (2,), jnp.float32, -view.crop / 4, view.crop / 4)
+        corner = jnp.round(jnp.stack([y0 + y1, x0 + x1]) / 2 - view.crop / 2 + off).astype(jnp.int32)
+        y, x = jnp.clip(corner, 0, jnp.array([height - view.crop, width - view.crop]))
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(a, y, view.crop, 1), x, view.crop, 2)  # noqa: E731
+        return Group(cut(video), cut(weight))
+
+    return jax.vmap(window)(jax.random.split(key, video.shape[0]), video, weight, boxes)
 
 
 def face_weights(
@@ -178,8 +207,8 @@ def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
     def moments(network: WanVAE, key: Key[Array, ""]) -> Float[Array, "2 z"]:
         clip_key, portrait_key = jax.random.split(key)
         videos = (
-            _draw_clips(clip_key, STATISTICS_ROWS, frames, 1.0, "train").video,
-            _draw_portraits(portrait_key, STATISTICS_ROWS, 1.0, "train").video,
+            _draw_clips(clip_key, STATISTICS_ROWS, frames, View("train")).video,
+            _draw_portraits(portrait_key, STATISTICS_ROWS, View("train")).video,
         )
         values = jnp.concatenate([network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos])
         return jnp.stack([jnp.mean(values, axis=0), jnp.mean(values**2, axis=0)])
