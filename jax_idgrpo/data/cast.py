@@ -10,14 +10,23 @@ Lengths of a scene are in points: the picture is 64 points high and wide whateve
 Times are in seconds; a clip has 8 frames per second.
 """
 
+import argparse
+import csv
 import dataclasses
 import functools
+import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from PIL import Image
+
+from jax_idgrpo import keys
+from jax_idgrpo.errors import UserError
 
 FRAMES_PER_SECOND = 8
 MAX_PEOPLE = 3
@@ -31,7 +40,14 @@ _COUNT_SHARES = (0.3, 0.5, 0.2)
 # Words and palettes. Colours are sRGB in [0, 1].
 
 _SKIN = np.array(
-    [[0.99, 0.87, 0.79], [0.96, 0.79, 0.66], [0.90, 0.69, 0.53], [0.79, 0.56, 0.39], [0.62, 0.41, 0.27], [0.42, 0.27, 0.19]],
+    [
+        [0.99, 0.87, 0.79],
+        [0.96, 0.79, 0.66],
+        [0.90, 0.69, 0.53],
+        [0.79, 0.56, 0.39],
+        [0.62, 0.41, 0.27],
+        [0.42, 0.27, 0.19],
+    ],
     np.float32,
 )
 _HAIR = {
@@ -186,7 +202,7 @@ def _pick(u: Float[Array, ""], shares) -> Int[Array, ""]:
 
 
 def _one_identity(number: Int[Array, ""]) -> Identity:
-    key = jax.random.fold_in(jax.random.key(_IDENTITY_SEED, impl="threefry2x32"), number)
+    key = keys.fold(keys.key(_IDENTITY_SEED, "data"), number)
     u = jax.random.uniform(key, (80,), jnp.float32)
     jitter = lambda k, spread: (u[k : k + 3] - 0.5) * spread  # noqa: E731
     shape = _MEASURES[:, 0] + u[: len(_MEASURES)] * (_MEASURES[:, 1] - _MEASURES[:, 0])
@@ -341,7 +357,11 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     long = _ellipse(u, v - 0.5 * (back_end - 1.0), shape.width + back_width, 0.5 * (back_end + 1.0) + 0.35)
     throat = jnp.maximum(jnp.abs(bu) - shape.neck - 0.06, 0.9 - bv)  # long hair parts over the shoulders
     back = jnp.where(back_width > 0.01, cover(jnp.maximum(long + wave, -throat)), 0.0)
-    knot = jnp.where(knot_r > 0.01, cover(_ellipse(jnp.abs(u + 0.3 * turn) - knot_x, v - knot_y, knot_r, knot_r * (1 + 0.7 * knot_x)) + wave), 0.0)
+    knot = jnp.where(
+        knot_r > 0.01,
+        cover(_ellipse(jnp.abs(u + 0.3 * turn) - knot_x, v - knot_y, knot_r, knot_r * (1 + 0.7 * knot_x)) + wave),
+        0.0,
+    )
     back = jnp.maximum(back, knot * jnp.where(knot_y < -0.8, hatless, 1.0))
     canvas = paint(canvas, person.hair * 0.78, back)
     neck = cover(jnp.maximum(jnp.abs(bu) - shape.neck, jnp.maximum(-bv, bv - 1.45 + 0.5 * jnp.abs(bu))))
@@ -371,7 +391,9 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     bend = mouth_v - 0.13 * pose.smile * (along * along - 0.3)
     taper_m = jnp.clip(1.0 - 0.75 * along * along, 0.2, 1.0)
     opened = 0.16 * pose.open
-    lips = cover(jnp.maximum(jnp.abs(v - bend) - (shape.mouth_full + opened) * taper_m, (jnp.abs(along) - 1.0) * mouth_w))
+    lips = cover(
+        jnp.maximum(jnp.abs(v - bend) - (shape.mouth_full + opened) * taper_m, (jnp.abs(along) - 1.0) * mouth_w)
+    )
     canvas = paint(canvas, person.lips, lips)
     gap = cover(jnp.maximum(jnp.abs(v - bend) - (0.015 + opened) * taper_m, (jnp.abs(along) - 0.9) * mouth_w))
     canvas = paint(canvas, person.lips * 0.30, gap * 0.9)
@@ -380,7 +402,9 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
 
     # Nose
     canvas = paint(canvas, person.skin * 0.66, cover(_ellipse(u - nose_u, v - nose_v, shape.nose_width, 0.065)) * 0.85)
-    ridge = cover(_ellipse(u - 0.55 * nose_u - 0.45 * eye_u - 0.05, v - 0.5 * (nose_v + eye_v), 0.05, 0.5 * (nose_v - eye_v)))
+    ridge = cover(
+        _ellipse(u - 0.55 * nose_u - 0.45 * eye_u - 0.05, v - 0.5 * (nose_v + eye_v), 0.05, 0.5 * (nose_v - eye_v))
+    )
     canvas = paint(canvas, person.skin * 0.78, ridge * 0.6)
 
     # Eyes and brows; both of a pair at once, mirrored about their middle
@@ -395,7 +419,9 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, person.eye, white * iris)
     pupil = cover(_ellipse(look, v - eye_v, 0.055, 0.055))
     canvas = paint(canvas, jnp.full(3, 0.05), white * pupil)
-    lash = cover(jnp.abs(_ellipse(pair, v - eye_v, shape.eye_width * narrow, lid)) - 0.02 + 0.3 * jnp.clip(v - eye_v, 0, 1))
+    lash = cover(
+        jnp.abs(_ellipse(pair, v - eye_v, shape.eye_width * narrow, lid)) - 0.02 + 0.3 * jnp.clip(v - eye_v, 0, 1)
+    )
     canvas = paint(canvas, person.skin * 0.35, lash * 0.7)
     brow_v = eye_v - shape.brow_lift + shape.brow_tilt * pair - 0.05 * pose.smile
     brow = cover(jnp.maximum(jnp.abs(v - brow_v) - shape.brow_thickness, jnp.abs(pair) - shape.eye_width * 1.25))
@@ -413,7 +439,9 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, person.frame, frames * worn)
 
     # Hair in front: the skull's cap without a window for the face
-    cap = _ellipse(u, v + 0.10 + 0.4 * thickness, shape.width + 0.04 + thickness, shape.height - 0.02 + 0.65 * thickness)
+    cap = _ellipse(
+        u, v + 0.10 + 0.4 * thickness, shape.width + 0.04 + thickness, shape.height - 0.02 + 0.65 * thickness
+    )
     window_h = 0.75 - hairline
     window = _ellipse(u - 0.35 * nose_u, v - 0.75 - slope * (u - 0.3), shape.width * 0.94 - 0.04 * curl, window_h)
     front = cover(cap + wave) * (1.0 - cover(window - wave)) * cover(v - sides - 0.3 * jnp.abs(u))
@@ -425,7 +453,14 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
 
     # Hat
     dome = cover(jnp.maximum(_ellipse(u, v - hat_height, shape.width + 0.13, jnp.maximum(crown, 0.1)), v - hat_height))
-    brim = cover(_ellipse(u - brim_offset - 0.2 * turn, v - hat_height, jnp.maximum(brim_width, 0.1), jnp.maximum(brim_thickness, 0.05)))
+    brim = cover(
+        _ellipse(
+            u - brim_offset - 0.2 * turn,
+            v - hat_height,
+            jnp.maximum(brim_width, 0.1),
+            jnp.maximum(brim_thickness, 0.05),
+        )
+    )
     band = dome * cover(jnp.abs(v - hat_height + 0.16) - 0.09)
     wearing = jnp.where(hat > 0, 1.0, 0.0)
     canvas = paint(canvas, person.hat, dome * wearing)
@@ -441,7 +476,9 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, person.clothes * 0.9, sleeve * raised)
     canvas = paint(canvas, person.skin * 0.97, palm * raised)
 
-    whole = functools.reduce(jnp.maximum, (body_alpha, back, neck, face_alpha, front, dome * wearing, brim * wearing, palm * raised))
+    whole = functools.reduce(
+        jnp.maximum, (body_alpha, back, neck, face_alpha, front, dome * wearing, brim * wearing, palm * raised)
+    )
     return canvas, present * face_alpha, present * whole
 
 
@@ -451,7 +488,14 @@ def _truth(person: Identity, pose: Pose) -> tuple[Float[Array, "4"], Float[Array
     cos, sin = jnp.cos(pose.roll), jnp.sin(pose.roll)
     half_x = jnp.hypot(shape.width * cos, shape.height * sin)
     half_y = jnp.hypot(shape.width * sin, shape.height * cos)
-    box = jnp.stack([pose.x - half_x * pose.scale, pose.y - half_y * pose.scale, pose.x + half_x * pose.scale, pose.y + half_y * pose.scale])
+    box = jnp.stack(
+        [
+            pose.x - half_x * pose.scale,
+            pose.y - half_y * pose.scale,
+            pose.x + half_x * pose.scale,
+            pose.y + half_y * pose.scale,
+        ]
+    )
     place = _features(shape, pose)
     (eye_u, eye_v, apart), nose, (mouth_u, mouth_v, wide) = place["eyes"], place["nose"], place["mouth"]
     corner = mouth_v - 0.13 * 0.7 * pose.smile
@@ -490,17 +534,15 @@ def _portrait_pose(u: Float[Array, "12"]) -> Pose:
 def portrait_truth(
     person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
 ) -> tuple[Float[Array, "4"], Float[Array, "5 2"]]:
-    """Face box and landmarks, as those of a `Clip`, in the portrait that `render_portrait` draws from the same arguments."""
+    """Face box and landmarks, as in a `Clip`, of the portrait that `render_portrait` draws from the same arguments."""
     pose = _portrait_pose(jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0))
     box, landmarks = _truth(person, pose)
     ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
     return box * jnp.tile(ratio, 2), landmarks * ratio
 
 
-def render_portrait(
-    person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
-) -> Float[Array, "H W 3"]:
-    """Reference photo of one person (no batch axis) on pure white, in [-1, 1]; the key varies pose, expression, light."""
+def render_portrait(person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)) -> Float[Array, "H W 3"]:
+    """Reference photo of one person (no batch axis) on pure white, in [-1, 1]; the key varies pose, mouth and light."""
     u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
     pose = _portrait_pose(u)
     light = Light(colour=jnp.ones(3) * (1.0 + 0.06 * u[8]), direction=0.07 * u[9])
@@ -516,7 +558,11 @@ def render_portrait(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Everything of a clip but who is in it. Each field of a pose is base + slope (t - 1/2) + amplitude sin(2 pi (rate t + phase))."""
+    """Everything of a clip but who is in it.
+
+    Each field of a pose at time t is base + slope (t - 1/2) + amplitude sin(2 pi (rate t + phase)).
+    """
+
 
     base: Float[Array, "*n M P"]  # P = fields of Pose, in its order
     slope: Float[Array, "*n M P"]
@@ -578,7 +624,8 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
         open=0.25 * u[:, 7] + 0.35 * talk, smile=0.35 + 0.5 * u[:, 8] + 0.1 * smile, hand=wave,
     )  # fmt: skip
     slope = table(
-        x=walk * speed + 3.0 * u[:, 9], y=2.0 * u[:, 10], scale=scale * (jnp.where(count > 2, 0.22, 0.34) * grow + 0.04 * u[:, 11]),
+        x=walk * speed + 3.0 * u[:, 9], y=2.0 * u[:, 10],
+        scale=scale * (jnp.where(count > 2, 0.22, 0.34) * grow + 0.04 * u[:, 11]),
         yaw=0.2 * u[:, 12], smile=1.2 * smile,
     )  # fmt: skip
     amplitude = table(
@@ -588,14 +635,17 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
         swing=0.38 * wave,
     )  # fmt: skip
     rate = table(
-        x=0.8 + 0.3 * u[:, 17] + 0.5 * dance, y=1.4 + 0.4 * u[:, 18] + 0.4 * dance, yaw=0.6 + 0.2 * u[:, 19] + 0.1 * turn,
+        x=0.8 + 0.3 * u[:, 17] + 0.5 * dance, y=1.4 + 0.4 * u[:, 18] + 0.4 * dance,
+        yaw=0.6 + 0.2 * u[:, 19] + 0.1 * turn,
         roll=0.9 + 0.5 * dance, pitch=1.0 + 0.5 * nod, open=1.4 + 0.5 * u[:, 20] + 0.6 * talk,
         smile=jnp.full(people, 0.7), blink=0.7 + 0.2 * u[:, 21], swing=2.0 + 0.4 * u[:, 22],
     )  # fmt: skip
 
     light_kind = index(w[8], len(_LIGHTS))
     gain = jnp.array([1.0, 1.12, 0.68, 0.98, 0.96])[light_kind] * (0.97 + 0.06 * w[0])
-    tint = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32)[light_kind]
+    tint = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32)[
+        light_kind
+    ]
     side = jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind] * jnp.where(w[1] < 0.5, -1.0, 1.0) * (0.6 + 0.8 * w[2])
     first = index(w[9], len(_COLOURS))
     other = (first + 1 + index(w[3], len(_COLOURS) - 1)) % len(_COLOURS)
@@ -621,12 +671,17 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
     per_point = 1.0 / (x[0, 1] - x[0, 0])
     soft = lambda distance: jnp.clip(0.5 - distance * per_point, 0.0, 1.0)  # noqa: E731
     one, two = (jnp.asarray(_COLOUR_TABLE)[k] * 0.62 + 0.30 for k in scene.colours)
-    mix = lambda base, colour, alpha: base + alpha * (jnp.asarray(colour, jnp.float32)[:, None, None] - base)  # noqa: E731
     plain = jnp.broadcast_to(one[:, None, None], (3, *x.shape))
-    sky = lambda top, low: mix(jnp.broadcast_to(jnp.asarray(top)[:, None, None], plain.shape), low, y / POINTS)  # noqa: E731
+
+    def mix(base, colour, alpha):
+        return base + alpha * (jnp.asarray(colour, jnp.float32)[:, None, None] - base)
+
+    def sky(top, low):
+        return mix(jnp.broadcast_to(top[:, None, None], plain.shape), low, y / POINTS)
+
     blue, pale = jnp.array([0.42, 0.66, 0.92]), jnp.array([0.86, 0.92, 0.96])
     angle = a * jnp.pi
-    band = soft((jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b))
+    band = soft(jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b)
     cell = 8.0 + 6.0 * b
     tile_x, tile_y = (jnp.abs((p / cell) % 2 - 1) - 0.5 for p in (x + 20 * a, y + 20 * c))
     tiles = jnp.clip(0.5 + 4 * cell * tile_x * tile_y, 0, 1)
@@ -641,18 +696,31 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
     beach = mix(beach, (0.90, 0.82, 0.60), soft(46 + 4 * c + 1.5 * jnp.sin(x * 0.2 + d * 6) - y))
     grid_x, grid_y = ((p % (13 + 6 * d)) - 6.5 - 3 * d for p in (x + 20 * a, y + 20 * b))
     lights = mix(plain * 0.35, two * 0.6 + 0.4, jnp.clip(1.3 - jnp.hypot(grid_x, grid_y) / (3 + 2 * c), 0, 1))
-    kinds = jnp.stack([plain, sky(one * 0.9, two * 0.5 + 0.5), mix(plain, two, band), mix(plain, two, tiles), hills, room, beach, lights])
+    kinds = jnp.stack(
+        [
+            plain,
+            sky(one * 0.9, two * 0.5 + 0.5),
+            mix(plain, two, band),
+            mix(plain, two, tiles),
+            hills,
+            room,
+            beach,
+            lights,
+        ]
+    )
     return kinds[scene.background] * scene.light.colour[:, None, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A drawn clip and its truth, people in reference order. Absent people have zero boxes, landmarks and visibility."""
+    """A drawn clip and its truth, people in reference order; boxes, landmarks, visibility of absent people are zero."""
 
     video: Float[Array, "*n F H W 3"]  # [-1, 1]
     boxes: Float[Array, "*n F M 4"]  # face oval: x0, y0, x1, y1 in pixels, may reach outside the picture
-    landmarks: Float[Array, "*n F M 5 2"]  # x, y in pixels: left eye, right eye, nose, left and right mouth corner in the picture
+    landmarks: Float[
+        Array, "*n F M 5 2"
+    ]  # x, y in pixels: left eye, right eye, nose, left and right mouth corner in the picture
     visible: Float[Array, "*n F M"]  # share of the face oval inside the picture and not covered by another person
 
 
@@ -736,7 +804,9 @@ def draw(
     scene_key, portrait_key = jax.random.split(key)
     scene = jax.vmap(sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
-    portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(people, jax.random.split(portrait_key, ids.shape))
+    portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(
+        people, jax.random.split(portrait_key, ids.shape)
+    )
     return Batch(
         video=clip.video,
         portraits=jnp.where(mask[..., None, None, None], portraits, 1.0),
@@ -767,10 +837,10 @@ def sample_mask(key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE) -> Bool
 
 @functools.partial(jax.jit, static_argnames=("size", "split", "frames", "resolution"))
 def batch(
-    seed: int, step: int, size: int, split: str, frames: int = 9, resolution: tuple[int, int] = (64, 64)
+    seed: int | Int[Array, ""], step: int | Int[Array, ""], size: int, split: str, frames: int = 9, resolution: tuple[int, int] = (64, 64)
 ) -> Batch:
     """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    key = keys.fold(keys.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)
     return draw(draw_key, sample_ids(id_key, size, split), sample_mask(mask_key, size), frames, resolution)
 
@@ -810,16 +880,16 @@ def _person_phrase(labels: np.ndarray) -> str:
     return "with " + ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def prompt(scene: Scene, people: Identity, mask: Bool[Array, "M"]) -> str:
+def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
     """English description of one clip (no batch axis), on the host: people in reference order, then place and light."""
     labels, actions, mask = np.asarray(people.labels), np.asarray(scene.action), np.asarray(mask)
     phrases = [f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}" for k in np.flatnonzero(mask)]
     one, two = (_COLOUR_NAMES[int(k)] for k in np.asarray(scene.colours))
     place = f"{_background_phrase(int(scene.background), one, two)} {_LIGHT_PHRASES[int(scene.light_kind)]}"
     if len(phrases) == 1:
-        return f"one person {place} : a {phrases[0]} ."
-    listed = " , ".join(f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases))
-    return f"{_COUNTS[len(phrases) - 1]} people {place} : {listed} ."
+        return f"one person {place}: a {phrases[0]}."
+    listed = ", ".join(f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases))
+    return f"{_COUNTS[len(phrases) - 1]} people {place}: {listed}."
 
 
 def prompts(drawn: Batch) -> list[str]:
@@ -830,9 +900,73 @@ def prompts(drawn: Batch) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word a prompt can hold, sorted; prompts are split at spaces, and a comma ends a word."""
-    texts = [*_ACTIONS, *_LIGHT_PHRASES, *_STYLE_NAMES, *_HAIR_NAMES, *_COLOUR_NAMES, *_HAT_NAMES[1:], *_GLASSES_NAMES[1:]]
-    texts += [*_BEARD_NAMES[1:], *_CLOTHES_NAMES, *_COUNTS[:MAX_PEOPLE]]
+    """Every word a prompt can hold, sorted, without punctuation."""
+    texts = [*_ACTIONS, *_LIGHT_PHRASES, *_STYLE_NAMES, *_HAIR_NAMES, *_COLOUR_NAMES, *_HAT_NAMES[1:]]
+    texts += [*_GLASSES_NAMES[1:], *_BEARD_NAMES[1:], *_CLOTHES_NAMES, *_COUNTS[:MAX_PEOPLE]]
     texts += [_background_phrase(k, "", "") for k in range(len(_BACKGROUNDS))]
-    texts += ["a bald head hair glasses with and another person people : , ."]
+    texts += ["a bald head hair glasses with and another person people"]
     return sorted({word for text in texts for word in text.split()})
+
+
+@functools.partial(jax.jit, static_argnames=("count", "split"))
+def _asked(seed, count: int, split: str):
+    """Portraits [count,M,64,64,3], scenes, people and mask of prompts: a batch without its clips."""
+    id_key, mask_key, scene_key, portrait_key = jax.random.split(keys.key(seed, "data"), 4)
+    ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
+    people = identity(ids)
+    photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
+    return photos, jax.vmap(sample_scene)(jax.random.split(scene_key, count), mask), people, mask
+
+
+def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
+    """Write `out`: prompts.csv of `count` rows and, as PNG, one portrait of each person they ask for.
+
+    Raises:
+      UserError: `out` exists already or cannot be made, or there is no such split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")
+    if count < 1:
+        raise UserError(f"--count {count}: nothing to write; use 1 or more")
+    if out.exists():
+        raise UserError(f"--out {out}: exists already; remove it or name another folder")
+    photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
+    pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+            folder = Path(aside) / out.name
+            folder.mkdir()
+            with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
+                rows = csv.writer(file, lineterminator="\n")
+                rows.writerow(("ref_paths", "prompt"))
+                for k in range(count):
+                    names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
+                    for slot, name in enumerate(names):
+                        Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
+                    scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))  # noqa: B023
+                    rows.writerow((";".join(names), prompt(scene, who, mask[k])))
+            folder.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a folder you may write to") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m jax_idgrpo.data.cast --out DIR --split rl --count N`; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Write prompts and reference photos of drawn people.")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to make: prompts.csv and PNG portraits"
+    )
+    parser.add_argument("--split", required=True, help=f"whose people: {', '.join(SPLITS)}")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="rows of prompts.csv")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
+    try:
+        write_prompts(**vars(parser.parse_args(arguments)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
