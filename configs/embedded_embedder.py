@@ -6,22 +6,21 @@ from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig,
 def get_config() -> Config:
     return Config(
         optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99),
-        run=RunConfig(steps=1500, seed=12, save_every=500, sample_every=0),
+        run=RunConfig(steps=900, seed=12, save_every=300, sample_every=0),
         finetune=FinetuneConfig(
             task="embedder",
-            batch=32,
+            batch=24,
             out=str(EMBEDDED / "faces"),
             options=dict(
                 name="embedder",
                 architecture="arcface",
-                network=dict(
-                    units=(1, 1, 1, 1), widths=(24, 48, 96, 128), stem=16, input_size=32, embedding_size=96
-                ),
+                network=dict(units=(1, 1, 1, 1), widths=(16, 32, 64, 96), stem=16, input_size=32, embedding_size=96),
                 units=2.6,
-                people=3000,
+                people=2000,
                 first_id=0,
                 margin=0.3,
                 scale=24.0,
+                blur=2.0,
             ),
         ),
     )

@@ -6,20 +6,21 @@ from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig,
 def get_config() -> Config:
     return Config(
         optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99),
-        run=RunConfig(steps=1500, seed=13, save_every=500, sample_every=0),
+        run=RunConfig(steps=900, seed=13, save_every=300, sample_every=0),
         finetune=FinetuneConfig(
             task="embedder",
-            batch=32,
+            batch=24,
             out=str(EMBEDDED / "faces"),
             options=dict(
                 name="judge",
                 architecture="judge",
-                network=dict(widths=(16, 32, 64, 96), input_size=40, embedding_size=96),
+                network=dict(widths=(24, 48, 96), input_size=40, embedding_size=96),
                 units=3.0,
-                people=3000,
+                people=2000,
                 first_id=500_000,
                 margin=0.3,
                 scale=24.0,
+                blur=2.0,
             ),
         ),
     )

@@ -1,7 +1,7 @@
 """The judge: a face embedder of another architecture than the reward's, so that what fools one need not fool the other.
 
-Plain convolutions in VGG style with group norm and SiLU, average pooling between stages, and per-position dense features at
-the end; no residuals, no batch norm, another crop. It measures results and never serves as a reward.
+Plain convolutions in VGG style with group norm and SiLU behind a strided 5x5 stem, average pooling between stages, one dense
+layer at the end; no residuals, no batch norm, another crop. It measures results and never serves as a reward.
 """
 
 import dataclasses
@@ -14,21 +14,24 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """widths: channels of each stage of two convolutions; every stage but the last halves the picture."""
+    """widths: channels of each stage of two convolutions; the stem and every stage but the first halve the picture."""
 
-    widths: tuple[int, ...] = (24, 48, 96, 128)
+    widths: tuple[int, ...] = (24, 48, 96)
     input_size: int = 40
     embedding_size: int = 96
 
 
 class ConvNorm(nnx.Module):
-    """silu(group norm(conv 3x3))."""
+    """silu(group norm(conv))."""
 
-    def __init__(self, inputs: int, width: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(inputs, width, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, precision="highest", rngs=rngs)
+    def __init__(self, inputs: int, width: int, rngs: nnx.Rngs, size: int = 3, stride: int = 1):
+        pad = size // 2
+        self.conv = nnx.Conv(
+            inputs, width, (size, size), (stride, stride), padding=((pad, pad), (pad, pad)), use_bias=False, precision="highest", rngs=rngs
+        )
         self.norm = nnx.GroupNorm(width, num_groups=8, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
         return jax.nn.silu(self.norm(self.conv(x)))
 
 
@@ -37,17 +40,18 @@ class Judge(nnx.Module):
 
     def __init__(self, config: JudgeConfig, *, rngs: nnx.Rngs):
         self.config = config
-        inputs, stages = 3, []
+        inputs, stages = config.widths[0], []
+        self.stem = ConvNorm(3, inputs, rngs, size=5, stride=2)
         for width in config.widths:
             stages.append(nnx.List([ConvNorm(inputs, width, rngs), ConvNorm(width, width, rngs)]))
             inputs = width
         self.stages = nnx.List(stages)
-        side = config.input_size // 2 ** (len(config.widths) - 1)
+        side = config.input_size // 2 ** len(config.widths)
         self.dense = nnx.Linear(side * side * inputs, config.embedding_size, precision="highest", rngs=rngs)
 
     def __call__(self, crops: Float[Array, "B S S 3"], *, train: bool = False) -> Float[Array, "B E"]:
         """crops: RGB in [-1, 1]. Training and inference compute the same thing."""
-        x = crops
+        x = self.stem(crops)
         for number, stage in enumerate(self.stages):
             if number:
                 batch, height, width, channels = x.shape

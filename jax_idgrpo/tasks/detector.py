@@ -7,8 +7,8 @@ The map's target is 1 where a face is centred and falls off around it; its loss 
 and near a face's centre the four sides and five landmarks are regressed with an L1 loss. Faces that are mostly hidden are
 neither right nor wrong: their surroundings carry no loss.
 
-Options (`finetune.options`): network (fields of `DetectorConfig`), max_faces, threshold (stored beside the weights), share of
-portraits in a batch.
+Options (`finetune.options`): network (fields of `DetectorConfig`), max_faces and threshold (stored beside the weights), portraits
+(their share of a batch), blur (its largest width in pixels).
 """
 
 import functools
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.data import cast
-from jax_idgrpo.models.detector import Detector, DetectorConfig, DetectorOutput, cell_centres
+from jax_idgrpo.models.detector import Detector, DetectorConfig, DetectorOutput, cell_centres, decode, intersection_over_union
 from jax_idgrpo.rewards.faces import load_network, save_network
 from jax_idgrpo.tasks import Task
 from jax_idgrpo.tasks.drawn_faces import FacePictures, degrade, draw_frames, draw_portraits, join
@@ -31,13 +31,13 @@ from jax_idgrpo.tasks.drawn_faces import FacePictures, degrade, draw_frames, dra
 SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
 
 
-@functools.partial(jax.jit, static_argnames=("frames", "portraits", "split"))
-def draw(seed: int, step: int, frames: int, portraits: int, split: str) -> FacePictures:
-    """Frames and portraits of random people; a pure function of seed and step."""
+@functools.partial(jax.jit, static_argnames=("frames", "portraits"))
+def draw(seed: int, step: int, frames: int, portraits: int, first_id: int, last_id: int) -> FacePictures:
+    """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
-    mask = cast.sample_mask(keys[1], frames)
-    clips = draw_frames(keys[2], cast.sample_ids(keys[0], frames, split), mask)
-    return join(clips, draw_portraits(keys[4], cast.sample_ids(keys[3], portraits, split)[:, 0]))
+    ids = jax.random.randint(keys[0], (frames, cast.MAX_PEOPLE), first_id, last_id)
+    clips = draw_frames(keys[2], ids, cast.sample_mask(keys[1], frames))
+    return join(clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id)))
 
 
 def targets(truth: FacePictures, height: int, width: int) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
@@ -77,10 +77,40 @@ def detector_loss(output: DetectorOutput, truth: FacePictures) -> tuple[Array, d
     return loss, {"score_loss": score, "box_error": box_error, "landmark_error": point_error}
 
 
+def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshold: float, blur: float, rounds: int = 8) -> dict[str, float]:
+    """Found share of the faces to be found (overlap 0.5 or more), wrong ones per picture, landmark error in pixels; held-out people."""
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def measure(state: Any, truth: FacePictures, key: Array) -> dict[str, Array]:
+        found = decode(nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold)
+        overlap = intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None]) * found.mask[..., None]
+        wanted = truth.visible >= SEEN
+        hit = wanted & (jnp.max(overlap, 1) >= 0.5)
+        nearest = jax.vmap(lambda points, k: points[k])(found.landmarks, jnp.argmax(overlap, 1))
+        error = jnp.mean(jnp.abs(nearest - truth.landmarks), (-2, -1))
+        real = jnp.max(overlap * (truth.visible > HIDDEN)[:, None], 2) >= 0.3
+        return {
+            "wanted": jnp.sum(wanted),
+            "hit": jnp.sum(hit),
+            "wrong": jnp.sum(found.mask & ~real),
+            "error": jnp.sum(hit * error),
+        }
+
+    sums: dict[str, float] = {}
+    for number in range(rounds):
+        truth = draw(7, number, frames, portraits, *cast.SPLITS["eval"])
+        for name, value in jax.device_get(measure(state, truth, jax.random.key(number))).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    pictures = rounds * (frames + portraits)
+    return {"recall": sums["hit"] / sums["wanted"], "wrong": sums["wrong"] / pictures, "landmark_error": sums["error"] / sums["hit"]}
+
+
 def make(config: Config) -> Task:
     """The task of `configs/embedded_detector.py`."""
     options: dict[str, Any] = dict(config.finetune.options)
     portraits = round(config.finetune.batch * options["portraits"])
+    frames, blur = config.finetune.batch - portraits, options["blur"]
     network = DetectorConfig(**options["network"])
     stored = {"max_faces": options["max_faces"], "threshold": options["threshold"]}
 
@@ -90,12 +120,16 @@ def make(config: Config) -> Task:
         return Detector(network, rngs=nnx.Rngs(key))
 
     def batch(seed: int, step: int) -> FacePictures:
-        return draw(seed, step, config.finetune.batch - portraits, portraits, "train")
+        return draw(seed, step, frames, portraits, *cast.SPLITS["train"])
 
     def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
-        return detector_loss(module(degrade(key, truth.pictures)), truth)
+        return detector_loss(module(degrade(key, truth.pictures, blur)), truth)
 
     def save(module: nnx.Module, folder: Path) -> None:
-        save_network(module, Path(folder) / "detector", **stored)
+        measured = {
+            name: levels(module, frames, portraits, options["max_faces"], options["threshold"], strength)
+            for name, strength in (("sharp", 0.0), ("blurred", blur))
+        }
+        save_network(module, Path(folder) / "detector", levels=measured, **stored)
 
     return Task(init=init, batch=batch, loss=loss, save=save)

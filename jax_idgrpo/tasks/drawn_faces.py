@@ -84,13 +84,16 @@ def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[
     return pictures
 
 
-def degrade(key: PRNGKeyArray, pictures: Float[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
-    """Blur, noise of two scales, brightness, contrast and tint, of random strength; a quarter of the pictures stays clean."""
+def degrade(key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float) -> Float[Array, "N H W 3"]:
+    """Blur, noise of two scales, brightness, contrast and tint, of random strength; a quarter of the pictures stays clean.
+
+    blur: largest width of the Gaussian, in pixels.
+    """
     keys = jax.random.split(key, 8)
     count, height, width = pictures.shape[:3]
     strength = jax.random.uniform(keys[0], (count,)) * (jax.random.uniform(keys[1], (count,)) > 0.25)
     s = strength[:, None, None, None]
-    spoiled = _blur(pictures, 2.0 * strength * jax.random.uniform(keys[2], (count,)))
+    spoiled = _blur(pictures, blur * strength * jax.random.uniform(keys[2], (count,)))
     coarse = jax.random.normal(keys[3], (count, height // 4, width // 4, 3))
     coarse = jax.image.resize(coarse, pictures.shape, "linear")
     amounts = jax.random.uniform(keys[4], (2, count, 1, 1, 1))

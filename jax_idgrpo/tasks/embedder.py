@@ -7,7 +7,8 @@ Each of N people is a class with a unit centre w; an embedding x of person y at 
 Crops come from portraits and from frames alike, aligned by landmarks that are as wrong as a detector's.
 
 Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its configuration), name of the stored file,
-units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s.
+units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s,
+blur (its largest width in pixels).
 """
 
 import functools
@@ -68,7 +69,7 @@ def arcface_loss(
     return jnp.sum(weight * losses) / total, {"accuracy": jnp.sum(weight * right) / total}
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "people", "first_id"))
+@functools.partial(jax.jit, static_argnames="rows")
 def draw(seed: int, step: int, rows: int, people: int, first_id: int) -> FacePictures:
     """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
@@ -81,20 +82,20 @@ def draw(seed: int, step: int, rows: int, people: int, first_id: int) -> FacePic
 
 
 def crops_of(
-    key: Array, truth: FacePictures, points: Points, size: int, spoil: bool = True
+    key: Array, truth: FacePictures, points: Points, size: int, blur: float | None
 ) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
     """(aligned crops, ids, whether they are faces) of a `draw`: the three slots of each frame, then the portraits.
 
-    spoil: degrade the pictures and move the landmarks. A slot without a visible face holds the row's portrait once more, so that
-    batch statistics are those of faces.
+    blur: of `degrade`; None leaves the pictures clean and the landmarks exact. A slot without a visible face holds the row's
+    portrait once more, so that batch statistics are those of faces.
     """
     degrade_key, jitter_key = jax.random.split(key)
     rows = truth.ids.shape[0] // 2
     pictures, landmarks = truth.pictures, truth.landmarks
-    if spoil:
+    if blur is not None:
         height = jnp.linalg.norm(jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1)
         landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(jitter_key, landmarks.shape)
-        pictures = degrade(degrade_key, pictures)
+        pictures = degrade(degrade_key, pictures, blur)
     frames = align(pictures[:rows], landmarks[:rows], points, size)
     portraits = align(pictures[rows:], landmarks[rows:, :1], points, size)
     seen = truth.visible[:rows] >= SEEN
@@ -110,7 +111,7 @@ def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
     return float(np.mean(ranks) / (2 * len(different)))
 
 
-def verify(embedder: nnx.Module, points: Points, degraded: bool, rows: int = 96, rounds: int = 4) -> dict[str, float]:
+def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12) -> dict[str, float]:
     """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
     size = embedder.config.input_size
     graph, state = nnx.split(embedder)
@@ -118,7 +119,7 @@ def verify(embedder: nnx.Module, points: Points, degraded: bool, rows: int = 96,
 
     @jax.jit
     def embed(state, truth, key):
-        crops, ids, seen = crops_of(key, truth, points, size, spoil=degraded)
+        crops, ids, seen = crops_of(key, truth, points, size, blur)
         return normalise(nnx.merge(graph, state)(crops)), ids, seen
 
     same, different = [], []
@@ -158,12 +159,12 @@ def make(config: Config) -> Task:
         return draw(seed, step, rows, people, first_id)
 
     def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
-        crops, ids, seen = crops_of(key, truth, points, sizes.input_size)
+        crops, ids, seen = crops_of(key, truth, points, sizes.input_size, options["blur"])
         person = jnp.maximum(ids - first_id, 0)
         return arcface_loss(module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"])
 
     def save(module: nnx.Module, folder: Path) -> None:
-        levels = {name: verify(module.embedder, points, degraded) for name, degraded in (("clean", False), ("degraded", True))}
+        levels = {name: verify(module.embedder, points, blur, rows) for name, blur in (("clean", None), ("degraded", options["blur"]))}
         save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels)
 
     return Task(init=init, batch=batch, loss=loss, save=save)
