@@ -4,6 +4,7 @@ A step is a pure function of (state, seed, step): the batch and every key come f
 anywhere goes on to the same bits as one that was not.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -42,7 +43,7 @@ def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTrans
 
         (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
-        return state.replace(step=state.step + 1, rest=rest), {"loss": value, **norms, **scalars}
+        return dataclasses.replace(state, step=state.step + 1, rest=rest), {"loss": value, **norms, **scalars}
 
     return step
 

@@ -6,6 +6,8 @@ once per optimizer step. Source: `alibaba/identity-grpo`, which steps the averag
 decay 0.9487 = 0.9^(4/8) at every step is the equal, clean setting.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -60,6 +62,6 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    stepped = state.replace(params=params, ema=ema_update(state.ema, params, optimizer_step, decay), optimizer=moments)
+    stepped = dataclasses.replace(state, params=params, ema=ema_update(state.ema, params, optimizer_step, decay), optimizer=moments)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
     return state, {"gradient_norm": norm, "skipped": 1.0 - finite}
