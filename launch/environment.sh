@@ -33,3 +33,6 @@ fi
 
 # shellcheck disable=SC1091
 source .venv/bin/activate
+
+# XLA allocates and frees its buffers at every step on CPUs; with huge pages that costs a third less time. Ignored where unknown.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
