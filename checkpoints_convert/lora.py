@@ -12,7 +12,6 @@ from typing import Any
 
 from checkpoints_convert import wan
 from checkpoints_convert.rules import TRANSPOSE, Rule
-from jax_idgrpo.models.wan import WanConfig
 
 PEFT_PREFIX = "base_model.model."
 PREFIXES = (PEFT_PREFIX, "transformer.")
@@ -35,13 +34,16 @@ UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, wi
 }
 
 
-def rules(config: WanConfig, prefix: str = PEFT_PREFIX) -> list[Rule]:
-    """The adapter of every attention projection: q, k, v, out of both attentions in main and VACE blocks."""
+def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
+    """The adapter of every attention projection: q, k, v, out of both attentions, in the given stacks of blocks.
+
+    stacks: `wan.block_stacks(config)`, or `stacks_of` what a file holds. prefix: what the torch names start with.
+    """
     return [
         Rule(
             f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight", f"{stack}.{{i}}.{ours}.lora_{part.lower()}", TRANSPOSE
         )
-        for stack in wan.block_stacks(config)
+        for stack in stacks
         for ours, torch, _ in wan.ATTENTION
         for part in ("A", "B")
     ]
@@ -51,6 +53,12 @@ def prefix(names: Iterable[str]) -> str:
     """What the names of an adapter file start with: PEFT's prefix, diffusers', or nothing."""
     first = next(iter(names), "")
     return next((start for start in PREFIXES if first.startswith(start)), "")
+
+
+def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
+    """The stacks of blocks that an adapter file names."""
+    found = {name.removeprefix(prefix).split(".")[0] for name in names}
+    return tuple(stack for stack in ("blocks", "vace_blocks") if stack in found)
 
 
 def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:

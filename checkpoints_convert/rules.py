@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,11 @@ class Op:
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
         """torch layout -> ours."""
-        shape = [math.prod(tensor.shape[axis] for axis in axes) for axes in self._axes()]
-        return tensor.transpose(self.permutation).reshape(shape)
+        return tensor.transpose(self.permutation).reshape(self.shape(tensor.shape))
+
+    def shape(self, torch_shape: Sequence[int]) -> tuple[int, ...]:
+        """Our shape of a torch tensor."""
+        return tuple(math.prod(torch_shape[axis] for axis in axes) for axes in self._axes())
 
     def invert(self, array: np.ndarray) -> np.ndarray:
         """Ours -> torch layout."""
@@ -135,6 +139,50 @@ def linear(torch: str, jax: str, bias: bool = True) -> list[Rule]:
     """The rules of a torch Linear and our `Linear`."""
     weight = Rule(f"{torch}.weight", f"{jax}.kernel", TRANSPOSE)
     return [weight, Rule(f"{torch}.bias", f"{jax}.bias", VECTOR)] if bias else [weight]
+
+
+def stored(rules: Sequence[Rule]) -> list[Rule]:
+    """The same parameters under our own names and in our own layout, as the project's store keeps them."""
+    return [
+        Rule(rule.jax, rule.jax, Op(tuple(range(axes)), (1,) * axes, (None,) * axes))
+        for rule in rules
+        for axes in (len(rule.op.groups),)
+    ]
+
+
+def is_stored(names: Iterable[str]) -> bool:
+    """Whether the names are ours: torch's end in `weight`, `bias` or `gamma`, ours also in `kernel` and `scale`."""
+    return any(name.endswith((".kernel", ".scale")) for name in names)
+
+
+def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters that the tensors fill, for files without a config: path -> shape and dtype.
+
+    A stack is as long as the highest index that any of its rules meets. ConversionError when a rule meets no tensor.
+    """
+    heights: dict[str, int] = {}
+    examples: dict[Rule, Any] = {}
+    for rule in rules:
+        pattern = re.compile(re.escape(rule.torch).replace(re.escape("{i}"), r"(\d+)"))
+        for name, tensor in tensors.items():
+            if found := pattern.fullmatch(name):
+                examples.setdefault(rule, tensor)
+                if len(tensor.shape) != len(rule.op.sizes):
+                    raise ConversionError(
+                        f"{source}: {name} has {len(tensor.shape)} axes instead of {len(rule.op.sizes)}"
+                    )
+                if found.groups():
+                    stack = rule.jax.partition("{i}")[0]
+                    heights[stack] = max(heights.get(stack, 0), 1 + int(found.group(1)))
+    if missing := [rule.torch for rule in rules if rule not in examples]:
+        raise ConversionError(f"{source}: no tensor named {', '.join(missing[:LISTED])}; is it of this network?")
+    leaves = {}
+    for rule, tensor in examples.items():
+        stack, stacked, _ = rule.jax.partition("{i}")
+        leading = (heights[stack],) if stacked else ()
+        shape = leading + rule.op.shape(tensor.shape)
+        leaves[rule.jax.replace("{i}.", "")] = jax.ShapeDtypeStruct(shape, tensor.dtype)
+    return leaves
 
 
 def leaf_path(path: Iterable[Any]) -> str:

@@ -175,10 +175,10 @@ def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
             path.rename(old)  # a folder cannot be replaced in one call
         new.replace(path)
     except OSError as error:
-        if old.exists():
-            old.rename(path)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)  # interrupted between the two renames
         shutil.rmtree(work, ignore_errors=True)
 
 

@@ -6,19 +6,18 @@ Names and layouts are the tables of `checkpoints_convert`; nothing is cast but t
 written aside and renamed, so a reader sees a whole one or none.
 """
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from checkpoints_convert import lora, store, umt5, vae, wan
-from checkpoints_convert.rules import Rule, leaves, to_jax, to_torch
+from checkpoints_convert import checkpoint, lora, store, umt5, vae, wan
+from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from checkpoints_convert.rules import Rule, is_stored, leaves, stored, to_jax, to_torch
 from jax_idgrpo import keys
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -26,15 +25,9 @@ from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 
-Kind = Literal["vace", "wan", "phantom"]
 Network = TypeVar("Network", bound=nnx.Module)
 Config = TypeVar("Config")
 
-INDEX = "model_index.json"
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-TRANSFORMERS_WEIGHTS = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PARTS = {  # part -> library, and where its own files name the class
     "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
     "text_encoder": ("transformers", "config.json", "architectures"),
@@ -58,7 +51,7 @@ class Pipeline:
     text_encoder: UMT5Encoder
     tokenizer: Any
     shift: float
-    kind: Kind
+    kind: str
     path: Path
 
     def load_lora(self, path: str | Path) -> None:
@@ -78,7 +71,7 @@ class Pipeline:
 def load_pipeline(
     path: str | Path,
     dtype: str = "float32",
-    kind: Kind | None = None,
+    kind: str | None = None,
     rank: int = 0,
     alpha: float = 0.0,
     *,
@@ -86,17 +79,20 @@ def load_pipeline(
     remat: str = "none",
     unroll: bool = False,
 ) -> Pipeline:
-    """Read a diffusers folder.
+    """Read a diffusers folder, or the project's store that `idgrpo-convert import` makes of one.
 
     dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
-    kind: None takes "vace" or "wan" from the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
+    kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
     rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
     remat, unroll: as in `WanConfig`. UserError for a folder that is not such a pipeline or does not fit.
     """
     path = Path(path)
+    if kind not in (None, *checkpoint.KINDS):
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
     _check_index(path)
+    shift = _shift(path)
     transformer = load_transformer(path, dtype, remat=remat, unroll=unroll)
-    found: Kind = "wan" if transformer.config.vace_layers is None else "vace"
+    found = checkpoint.kind(path, transformer.config.vace_layers is not None)
     if kind is not None and (kind == "vace") != (found == "vace"):
         raise UserError(f"{path}: kind {kind!r} was asked for, its transformer is {found!r}; leave kind out")
     if rank:
@@ -106,7 +102,7 @@ def load_pipeline(
         vae=load_vae(path),
         text_encoder=load_text_encoder(path, dtype),
         tokenizer=load_tokenizer(path),
-        shift=_shift(path),
+        shift=shift,
         kind=kind or found,
         path=path,
     )
@@ -138,12 +134,15 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import
 
     folder = Path(path) / "tokenizer"
-    store.read_json(folder / "tokenizer_config.json")
+    for file in ("tokenizer_config.json", "tokenizer.json"):  # without the second the library may make one up
+        store.read_json(folder / file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers do
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again") from error
+        raise UserError(
+            f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again"
+        ) from error
 
 
 def _check_index(path: Path) -> None:
@@ -157,20 +156,9 @@ def _check_index(path: Path) -> None:
             raise UserError(f"{path}: has no folder {part}/; get the whole pipeline")
 
 
-@contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Complaints of a parser as UserErrors that name the file."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{file}: has no {error}; it should describe this network") from error
-    except (ValueError, TypeError, UserError) as error:
-        raise UserError(f"{file}: {error}") from error
-
-
 def _config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
     values = store.read_json(folder / "config.json")
-    with _naming(folder / "config.json"):
+    with checkpoint.naming(folder / "config.json"):
         return parse(values)
 
 
@@ -185,7 +173,9 @@ def _shift(path: Path) -> float:
 def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path) -> Network:
     """The network that `build` describes with the tensors of `source`; no other copy of its parameters is made."""
     graph, abstract = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graph, to_jax(rules, store.open_tensors(source), abstract, str(source)))
+    tensors = store.open_tensors(source)
+    table = stored(rules) if is_stored(tensors) else rules
+    return nnx.merge(graph, to_jax(table, tensors, abstract, str(source)))
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------
@@ -208,36 +198,9 @@ def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[A
     return with_adapter(transformer, config, fresh(key))
 
 
-def _adapter_files(path: str | Path) -> tuple[Path, Path | None]:
-    """(weights, PEFT config or None) of an adapter folder or file."""
-    weights = Path(path)
-    if weights.is_dir() and (weights / ADAPTER_CONFIG).exists():
-        weights = weights / ADAPTER_WEIGHTS
-        if not weights.is_file():
-            raise UserError(f"{weights}: no such file beside {ADAPTER_CONFIG}; get the whole adapter folder")
-    else:
-        weights = store.weights_file(weights)
-    config = weights.parent / ADAPTER_CONFIG
-    return weights, config if weights.name == ADAPTER_WEIGHTS and config.exists() else None
-
-
 def lora_scale(path: str | Path) -> tuple[int, float]:
     """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
-    weights, config = _adapter_files(path)
-    if config is not None:
-        values = store.read_json(config)
-        with _naming(config):
-            return lora.scale_from_json(values)
-    tensors, metadata = store.open_file(weights)
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight") and tensor.shape}
-    if len(ranks) != 1:
-        found = f"ranks {sorted(ranks)}" if ranks else "no tensor named *.lora_A.weight"
-        raise UserError(f"{weights}: {found}; it should be a LoRA of one rank")
-    rank = ranks.pop()
-    if lora.HEADER not in metadata:
-        return rank, float(rank)
-    with _naming(weights):
-        return lora.scale_from_header(json.loads(metadata[lora.HEADER]))
+    return checkpoint.adapter_scale(Path(path))
 
 
 def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
@@ -245,13 +208,17 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
 
     UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
     """
-    weights, _ = _adapter_files(path)
-    if lora_scale(path) != (config.rank, config.alpha):
-        rank, alpha = lora_scale(path)
-        raise UserError(f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal")
+    weights, _ = checkpoint.adapter_files(Path(path))
+    rank, alpha = lora_scale(path)
+    if (rank, alpha) != (config.rank, config.alpha):
+        raise UserError(
+            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal"
+        )
     tensors, _ = store.open_file(weights)
     model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
-    return to_jax(lora.rules(config, lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights))
+    return to_jax(
+        lora.rules(wan.block_stacks(config), lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights)
+    )
 
 
 def save_lora(path: str | Path, state: nnx.State, config: WanConfig) -> None:
@@ -262,7 +229,7 @@ def save_lora(path: str | Path, state: nnx.State, config: WanConfig) -> None:
     with store.aside(path, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
-        store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(config), state))
+        store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------
@@ -282,7 +249,7 @@ def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
 def save_transformer(transformer: WanTransformer, path: str | Path, shift: float) -> None:
     """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
     config, state = transformer.config, nnx.state(transformer, BASE)
-    _save_network(Path(path) / "transformer", wan.config_to_json(config), DIFFUSERS_WEIGHTS, wan.rules(config), state)
+    _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
     with store.aside(Path(path) / "scheduler", "scheduler_config.json") as new:
         new.mkdir()
         store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
@@ -292,7 +259,7 @@ def save_transformer(transformer: WanTransformer, path: str | Path, shift: float
 def save_vae(network: WanVAE, path: str | Path) -> None:
     """Write `vae/` into the pipeline folder `path`."""
     config = network.config
-    _save_network(Path(path) / "vae", vae.config_to_json(config), DIFFUSERS_WEIGHTS, vae.rules(config), nnx.state(network))
+    _save_network(Path(path) / "vae", vae.config_to_json(config), vae.rules(config), nnx.state(network))
     _write_index(Path(path))
 
 
@@ -300,17 +267,17 @@ def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) ->
     """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`."""
     config, folder = network.config, Path(path) / "text_encoder"
     values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
-    _save_network(folder, values, TRANSFORMERS_WEIGHTS, umt5.rules(config), nnx.state(network))
+    _save_network(folder, values, umt5.rules(config), nnx.state(network))
     with store.aside(Path(path) / "tokenizer", "tokenizer_config.json") as new:
         tokenizer.save_pretrained(new)
     _write_index(Path(path))
 
 
-def _save_network(folder: Path, config: dict[str, Any], file: str, rules: Sequence[Rule], state: nnx.State) -> None:
+def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State) -> None:
     with store.aside(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
-        store.write_file(new / file, to_torch(rules, state))
+        store.write_file(new / checkpoint.FAMILIES[folder.name].weights, to_torch(rules, state))
 
 
 def _write_index(path: Path) -> None:

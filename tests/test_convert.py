@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert import lora, rules, store, umt5, vae, wan
+from checkpoints_convert import __main__ as command
+from checkpoints_convert import checkpoint, lora, rules, store, umt5, vae, wan
 from checkpoints_convert.rules import ConversionError, Op, Rule
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -23,6 +25,9 @@ from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder, umt5_xxl
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 
+GOLDEN = Path(__file__).parent / "golden"
+PIPELINE = GOLDEN / "tiny_vace"
+ADAPTER = GOLDEN / "lora_peft_tiny"
 OPS = {name: op for name, op in vars(rules).items() if isinstance(op, Op)} | {"PATCH": rules.patch((1, 2, 2))}
 TINY = WanConfig(num_layers=3, num_heads=2, head_dim=6, ffn_dim=20, text_dim=8, freq_dim=16, vace_layers=(0, 2))
 TINY_TEXT = UMT5Config(vocab_size=11, d_model=8, d_kv=3, num_heads=2, d_ff=10, num_layers=2)
@@ -95,7 +100,7 @@ def test_an_op_that_cannot_be_inverted_is_refused():
         ),
         *(
             pytest.param(
-                lambda config=config: lora.rules(config),
+                lambda config=config: lora.rules(wan.block_stacks(config)),
                 lambda config=config: wan_shapes(config, "bfloat16", LoRAParam),
                 *totals,
                 id=f"lora {name}",
@@ -136,7 +141,9 @@ def test_a_table_with_a_fault_is_refused(change):
     changed = {
         "drop": [rule for rule in table if rule is not row],
         "double": [*table, dataclasses.replace(row, torch="blocks.{i}.attn3.to_k.weight")],
-        "misname": [dataclasses.replace(rule, torch="blocks.{i}.attn2.to_q.weight") if rule is row else rule for rule in table],
+        "misname": [
+            dataclasses.replace(rule, torch="blocks.{i}.attn2.to_q.weight") if rule is row else rule for rule in table
+        ],
     }[change]
     with pytest.raises(ValueError, match=r"attn2\.to_[kq]"):
         rules.expand(changed, state)
@@ -149,7 +156,9 @@ def test_round_trip_keeps_every_bit_and_puts_layers_in_order():
     back = rules.to_torch(table, filled)
     assert set(back) == set(tensors)
     assert all(same_bits(back[name], tensors[name]) for name in tensors)
-    np.testing.assert_array_equal(filled["blocks"]["attn1"]["to_q"]["kernel"][2], tensors["blocks.2.attn1.to_q.weight"].T)
+    np.testing.assert_array_equal(
+        filled["blocks"]["attn1"]["to_q"]["kernel"][2], tensors["blocks.2.attn1.to_q.weight"].T
+    )
     np.testing.assert_array_equal(filled["vace_proj_in"]["kernel"], tensors["vace_blocks.0.proj_in.weight"].T)
 
 
@@ -371,7 +380,9 @@ def test_a_killed_write_leaves_nothing_under_the_name(tmp_path):
         "    new.mkdir(); (new / 'config.json').write_text('{}')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     with store.aside(tmp_path / "out", "config.json") as new:
@@ -385,3 +396,126 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="holds something else"), store.aside(tmp_path, "config.json"):
         pass
     assert (tmp_path / "precious.txt").read_text() == "keep"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*words) -> int:
+    return command.run([str(word) for word in words])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every tensor of every file, by file and name, with its dtype and shape."""
+    return {
+        f"{file.relative_to(folder)} {name} {tensor.dtype} {tensor.shape}": np.asarray(tensor).tobytes()
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in store.open_file(file)[0].items()
+    }
+
+
+def test_a_pipeline_goes_into_the_store_and_out_again_with_every_bit(tmp_path, capsys):
+    """With mixed dtypes in one stack, which only a store of slices can keep."""
+    source = shutil.copytree(PIPELINE, tmp_path / "source")
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    mixed = {name: np.array(tensor) for name, tensor in store.open_file(file)[0].items()}
+    for name in [name for name in mixed if name.startswith(("vace_blocks", "blocks.2"))]:
+        mixed[name] = mixed[name].astype(ml_dtypes.bfloat16)
+    store.write_file(file, mixed)
+
+    assert run("import", source, tmp_path / "store") == 0
+    assert run("export", tmp_path / "store", tmp_path / "out", "--format", "diffusers") == 0
+    assert contents(tmp_path / "out") == contents(source)
+    for path in source.rglob("*.json"):
+        assert (tmp_path / "out" / path.relative_to(source)).read_bytes() == path.read_bytes()
+    stored = store.open_tensors(tmp_path / "store" / "transformer")
+    want = mixed["blocks.2.attn2.to_out.0.weight"].T
+    assert same_bits(np.asarray(stored["blocks.2.attn2.to_out.kernel"]), want)
+
+    for pair in (("source", "store"), ("store", "out"), ("store", "store")):
+        assert run("verify", *(tmp_path / name for name in pair)) == 0
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "store") == 0
+    told = capsys.readouterr().out
+    assert "kind: vace" in told and "transformer: store layout, 185 tensors" in told and "bfloat16" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "store"]
+
+
+def test_verify_names_the_first_differences(tmp_path, capsys):
+    vae_folder = shutil.copytree(PIPELINE / "vae", tmp_path / "vae")
+    file = vae_folder / "diffusion_pytorch_model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in store.open_file(file)[0].items()}
+    tensors["decoder.conv_in.bias"][2] += 1e-3
+    tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"].astype(ml_dtypes.bfloat16)
+    store.write_file(file, tensors)
+    assert run("verify", PIPELINE / "vae", vae_folder) == 1
+    told = capsys.readouterr().out
+    assert "vae: decoder.conv_in.bias differs in 1 of 16 values" in told
+    assert "vae: encoder.conv_in.bias has dtypes float32 and bfloat16" in told
+    assert len(told.splitlines()) == 2
+
+
+def test_adapters_in_every_spelling_become_peft_directories(tmp_path, capsys):
+    tensors = store.open_tensors(ADAPTER)
+    header = {lora.HEADER: json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    plain = {name.removeprefix(lora.PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    store.write_file(file, {f"transformer.{name}": tensor for name, tensor in plain.items()}, header)
+    assert run("import", file, tmp_path / "a") == 0
+    assert run("export", tmp_path / "a", tmp_path / "b", "--format", "peft") == 0
+    assert contents(tmp_path / "b") == contents(ADAPTER)
+    assert lora.scale_from_json(store.read_json(tmp_path / "b" / "adapter_config.json")) == (4, 8.0)
+    for path in (tmp_path / "b", file):
+        assert run("verify", ADAPTER, path) == 0
+    store.write_file(file, {f"transformer.{name}": tensor for name, tensor in plain.items()})  # alpha = rank now
+    capsys.readouterr()
+    assert run("verify", ADAPTER, file) == 1
+    assert "rank and alpha are (4, 8) and (4, 4)" in capsys.readouterr().out
+
+
+def test_phantom_is_said_at_import_and_remembered(tmp_path):
+    source = shutil.copytree(PIPELINE, tmp_path / "source")
+    values = store.read_json(source / "transformer" / "config.json")
+    values |= {"_class_name": "WanTransformer3DModel", "vace_layers": None}
+    store.write_json(source / "transformer" / "config.json", values)
+    file = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    kept = {name: tensor for name, tensor in store.open_file(file)[0].items() if not name.startswith("vace")}
+    store.write_file(file, {name: np.array(tensor) for name, tensor in kept.items()})
+    assert run("import", source, tmp_path / "store", "--as", "phantom") == 0
+    assert checkpoint.kind(tmp_path / "store", False) == "phantom" and checkpoint.kind(source, False) == "wan"
+    with pytest.raises(UserError, match="--as vace"):
+        run("import", source, tmp_path / "other", "--as", "vace")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("inspect", "nowhere"), "does not exist"),
+        (("inspect", GOLDEN / "umt5_tiny.npz"), "umt5_tiny.npz"),
+        (("inspect", GOLDEN), "is no diffusers folder, adapter or store"),
+        (("export", ADAPTER, "{tmp}/x", "--format", "diffusers"), "is an adapter; choose peft"),
+        (("export", PIPELINE, "{tmp}/x", "--format", "peft"), "is a pipeline; choose diffusers"),
+        (("export", PIPELINE, "{tmp}/x", "--format", "merged"), "cannot be written yet; choose diffusers or peft"),
+        (("import", PIPELINE / "vae", "{tmp}/x"), "is a single vae"),
+        (("import", ADAPTER, "{tmp}/x", "--as", "phantom"), "is an adapter, which has no kind"),
+        (("import", PIPELINE, "{tmp}"), "holds something else"),
+        (("frobnicate",), "invalid choice"),
+        (("export", PIPELINE, "{tmp}/x"), "--format"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(tmp_path, words, match):
+    (tmp_path / "note").write_text("keep")
+    with pytest.raises(UserError, match=match) as caught:
+        run(*(str(word).format(tmp=tmp_path) for word in words))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_a_mistake_is_one_line_on_standard_error_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["idgrpo-convert", "inspect", "nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("idgrpo-convert: nowhere") and captured.err.count("\n") == 1
