@@ -91,7 +91,6 @@ CONV2D = Op((2, 3, 1, 0), (1, 1, 1, 1), (None,) * 4)  # [O, I, h, w] -> [h, w, I
 CONV3D = Op((2, 3, 4, 1, 0), (1, 1, 1, 1, 1), (None,) * 5)  # [O, I, t, h, w] -> [t, h, w, I, O]
 POINTWISE2D = Op((2, 3, 1, 0), (3, 1), (None, None, 1, 1))  # [O, I, 1, 1] -> [I, O]
 POINTWISE3D = Op((2, 3, 4, 1, 0), (4, 1), (None, None, 1, 1, 1))  # [O, I, 1, 1, 1] -> [I, O]
-TIME_CONV = Op((2, 3, 4, 1, 0), (3, 1, 1), (None, None, None, 1, 1))  # [O, I, t, 1, 1] -> [t, I, O]
 GAMMA2D = Op((0, 1, 2), (3,), (None, 1, 1))  # [C, 1, 1] -> [C]
 GAMMA3D = Op((0, 1, 2, 3), (4,), (None, 1, 1, 1))  # [C, 1, 1, 1] -> [C]
 
