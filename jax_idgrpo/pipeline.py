@@ -173,9 +173,10 @@ def _shift(path: Path) -> float:
 def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path) -> Network:
     """The network that `build` describes with the tensors of `source`; no other copy of its parameters is made."""
     graph, abstract = nnx.split(nnx.eval_shape(build))
-    tensors = store.open_tensors(source)
+    file = store.weights_file(source)
+    tensors = store.open_tensors(file)
     table = stored(rules) if is_stored(tensors) else rules
-    return nnx.merge(graph, to_jax(table, tensors, abstract, str(source)))
+    return nnx.merge(graph, to_jax(table, tensors, abstract, str(file)))
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------

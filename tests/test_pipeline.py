@@ -250,6 +250,17 @@ def test_weights_stored_in_bfloat16_are_read_into_float32(pipe, tmp_path):
     assert same(pipeline.load_text_encoder(tmp_path), pipe.text_encoder)  # the golden weights are exact in bfloat16
 
 
+# ---- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_the_public_names_are_there():
+    assert set(idg.__all__) <= set(dir(idg))
+    assert idg.flow.sigmas(4, 3.0).shape == (5,) and callable(idg.flow.sde_step) and callable(idg.flow.timesteps)
+    assert callable(idg.grpo.advantages) and callable(idg.rewards.preference.btt_loss)
+    with pytest.raises(AttributeError, match="no attribute 'rewrads'"):
+        idg.rewrads  # noqa: B018
+
+
 # ---- bad folders -----------------------------------------------------------------------------------------------------
 
 

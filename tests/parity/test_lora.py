@@ -1,6 +1,5 @@
 """Our adapters and folders in the libraries people use: peft, diffusers, transformers."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ from transformers import UMT5EncoderModel
 
 from checkpoints_convert import lora, rules, wan
 from jax_idgrpo import pipeline
-from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
 from tests.parity import torch_models
 from tests.parity.torch_models import channels_first, channels_last, relative_error
@@ -43,18 +42,14 @@ def ours(model: WanTransformer, arrays) -> np.ndarray:
 
 
 def theirs(model, arrays) -> np.ndarray:
-    """Sample by sample: diffusers scales the control of a batch only when it holds one sample."""
-    rows = [
-        model(
-            hidden_states=channels_first(arrays["latents"][b : b + 1]),
-            timestep=torch.tensor(arrays["timesteps"][b : b + 1]),
-            encoder_hidden_states=torch.tensor(arrays["text"][b : b + 1]),
-            control_hidden_states=channels_first(arrays["control"][b : b + 1]),
-            return_dict=False,
-        )[0]
-        for b in range(len(arrays["latents"]))
-    ]
-    return channels_last(torch.cat(rows))
+    out = model(
+        hidden_states=channels_first(arrays["latents"]),
+        timestep=torch.tensor(arrays["timesteps"]),
+        encoder_hidden_states=torch.tensor(arrays["text"]),
+        control_hidden_states=channels_first(arrays["control"]),
+        return_dict=False,
+    )
+    return channels_last(out[0])
 
 
 def adapted(base: WanTransformer, rank: int, alpha: float) -> WanTransformer:
@@ -121,15 +116,8 @@ def test_our_folder_loads_strictly_in_diffusers_and_transformers(tmp_path, array
     assert whole.scheduler.config.flow_shift == 3.0
     assert whole.tokenizer("a man smiles").input_ids == golden_tokenizer("a man smiles").input_ids
     whole.transformer.eval()
-    base = nnx.merge(
-        nnx.graphdef(nnx.eval_shape(lambda: plain_like(pipe.transformer))),
-        nnx.state(pipe.transformer, pipeline.BASE),
-    )
+    base = pipeline.load_transformer(tmp_path / "ours")
     assert relative_error(ours(base, arrays), theirs(whole.transformer, arrays)) < BOUND
-
-
-def plain_like(model: WanTransformer) -> WanTransformer:
-    return WanTransformer(dataclasses.replace(model.config, rank=0), dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
 
 
 def test_original_names_give_the_same_parameters(tmp_path):
