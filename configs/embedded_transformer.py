@@ -1,6 +1,6 @@
 """Video transformer of the embedded set: a VACE transformer of about 2M parameters, flow matching on drawn clips.
 
-Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about an hour on two cores.
+Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about half an hour on two cores.
 """
 
 from jax_idgrpo.config import (
@@ -23,12 +23,12 @@ def get_config() -> Config:
         video=VideoConfig(frames=9, height=64, width=64, fps=8),
         rollout=RolloutConfig(shift=3.0, steps=16, guidance=2.0),
         optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, beta2=0.99, weight_decay=0.01, warmup=100, schedule="cosine", ema_decay=0.998
+            learning_rate=1.2e-3, beta2=0.99, weight_decay=0.01, warmup=100, schedule="cosine", ema_decay=0.998
         ),
-        run=RunConfig(steps=3000, save_every=250, sample_every=500),
+        run=RunConfig(steps=6000, save_every=500, sample_every=2000),
         finetune=FinetuneConfig(
             task="transformer",
-            batch=32,
+            batch=16,
             out=str(EMBEDDED / "pipeline"),
             options=dict(
                 num_layers=5,
@@ -37,7 +37,7 @@ def get_config() -> Config:
                 ffn_dim=384,
                 freq_dim=64,
                 vace_layers=[0, 2],
-                pool=12288,
+                pool=6144,
                 face_weight=3.0,
                 text_dropout=0.1,
             ),

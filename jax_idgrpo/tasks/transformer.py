@@ -13,6 +13,7 @@ Clips and photos are drawn and encoded once into a pool, a pure function of (see
 videos, text length and negative prompt come from `config.video` and `config.data`, the shift from `config.rollout.shift`.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -125,13 +126,16 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
     def read(state: nnx.State, ids: Array, mask: Array) -> Array:
         return nnx.merge(graph, state)[1](ids, mask).astype(jnp.float16)
 
-    chunks = []
-    for index in tqdm(range(options.pool // CHUNK), desc="drawing and encoding clips"):
+    def chunk(index: int) -> tuple[np.ndarray, ...]:
         drawn, weight = draw(index)
         latents, photos = encode(state, drawn.video, drawn.portraits)
         text = read(state, *tokenize(tokenizer, cast.prompts(drawn), length))
         people = jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
-        chunks.append(jax.device_get((latents, photos, text, weight.astype(jnp.float16), people)))
+        return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
+
+    count = options.pool // CHUNK
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # drawing uses one core of a CPU
+        chunks = list(tqdm(threads.map(chunk, range(count)), desc="drawing and encoding clips", total=count))
     grey, _ = encode(state, jnp.zeros((1, video.frames, *size, 3)), jnp.zeros((1, 1, *size, 3)))
     negative = read(state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length))
     return Pool(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)), *jax.device_get((grey[0], negative[0])))
