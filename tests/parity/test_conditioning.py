@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
+from diffusers import UniPCMultistepScheduler, WanVACEPipeline
 from PIL import Image
 
 from jax_idgrpo import conditioning
 from jax_idgrpo.config import Config, DataConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.pipeline import load_vae
+from tests.parity import torch_models
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 5
 SIZES = [(211, 300), (37, 50), (500, 100), (WIDTH, HEIGHT)]
@@ -28,15 +29,9 @@ class Parts:
 
 @pytest.fixture(scope="module")
 def theirs():
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=torch.linspace(-1, 1, 16).tolist(), latents_std=torch.linspace(0.5, 2, 16).tolist(),
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            scale = 0.2 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
-            parameter.copy_(torch.randn_like(parameter) * scale + (1 if "gamma" in name else 0))
+    sizes = dict(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
+    statistics = dict(latents_mean=np.linspace(-1, 1, 16).tolist(), latents_std=np.linspace(0.5, 2, 16).tolist())
+    vae = torch_models.vae(**sizes, **statistics)
 
     class Transformer:
         class config:  # noqa: N801
