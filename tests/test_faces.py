@@ -17,6 +17,9 @@ from jax_idgrpo.models import detector
 from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.judge import Judge, JudgeConfig
 from jax_idgrpo.rewards import References, faces, frame_numbers, load_reward
+from jax_idgrpo.tasks import detector as detector_task
+from jax_idgrpo.tasks import embedder as embedder_task
+from jax_idgrpo.tasks.drawn_faces import FacePictures, degrade
 
 SMALL_ARCFACE = ArcFaceConfig(units=(1, 2), widths=(8, 12), stem=8, input_size=16, embedding_size=6)
 SMALL_JUDGE = JudgeConfig(widths=(8, 16), input_size=16, embedding_size=6)
@@ -169,6 +172,47 @@ def test_gradients_reach_the_pixels():
     assert found.mask.any() and np.allclose(jnp.linalg.norm(found.embeddings, axis=-1), found.mask, atol=1e-5)
     gradient = jax.grad(lambda v: stack(v).embeddings[..., 0].sum())(videos)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the networks are trained with.
+
+
+def test_angular_margin_loss_is_the_written_formula():
+    rng = np.random.default_rng(0)
+    cosines, person, weight = rng.uniform(-0.9, 0.9, (6, 4)).astype(np.float32), np.array([0, 1, 2, 3, 0, 1]), np.array([1, 1, 1, 1, 1, 0])
+    margin, scale = 0.3, 12.0
+    value, scalars = embedder_task.arcface_loss(*map(jnp.asarray, (cosines, person, weight.astype(np.float32))), margin, scale)
+    losses = []
+    for row, y in zip(cosines[:5].astype(np.float64), person, strict=False):
+        logits = scale * row
+        logits[y] = scale * np.cos(np.arccos(row[y]) + margin)
+        losses.append(np.log(np.exp(logits).sum()) - logits[y])
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(scalars["accuracy"], np.mean(cosines[:5].argmax(1) == person[:5]))
+
+
+def test_area_under_curve_counts_pairs_in_order():
+    same, different = np.array([0.9, 0.5, 0.2]), np.array([0.1, 0.5, 0.3, 0.0])
+    pairs = [(a > b) + 0.5 * (a == b) for a in same for b in different]
+    assert embedder_task.area_under_curve(same, different) == pytest.approx(np.mean(pairs))
+
+
+def test_detector_targets_are_one_at_seen_faces_and_ignore_hidden_ones():
+    boxes = np.array([[[10, 10, 30, 34], [40, 20, 60, 44], [5, 40, 20, 60]]], np.float32)
+    visible = np.array([[1.0, 0.2, 0.0]], np.float32)
+    truth = FacePictures(jnp.zeros((1, 64, 64, 3)), boxes, jnp.zeros((1, 3, 5, 2)), visible, jnp.arange(3)[None])
+    near, unsure = (np.asarray(x[0]) for x in detector_task.targets(truth, 16, 16))
+    assert near[0].max() == 1 and near[0, 5, 5] == 1 and near[0, 0, 0] < 1e-3
+    assert not near[1:].any() and unsure[1].max() == 1 and not unsure[2].any()
+
+
+def test_degraded_pictures_stay_pictures_and_some_stay_clean():
+    pictures = jax.random.uniform(jax.random.key(0), (40, 16, 16, 3), minval=-1.0)
+    spoiled = degrade(jax.random.key(1), pictures, 2.0)
+    assert np.abs(spoiled).max() <= 1
+    clean = (np.abs(spoiled - pictures).max((1, 2, 3)) < 1e-5).mean()
+    assert 0.05 < clean < 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,19 @@ def crops_of(
     return crops, ids, jnp.concatenate([seen.reshape(-1), jnp.ones(rows, bool)])
 
 
+def embed_portraits(embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50) -> Float[Array, "N E"]:
+    """Unit embeddings of one portrait of each person: where their centres are once an embedder is trained."""
+    graph, state = nnx.split(embedder)
+
+    @jax.jit
+    def embed(state: Any, ids: Array) -> Array:
+        drawn = draw_portraits(jax.random.key(0), ids)
+        return normalise(nnx.merge(graph, state)(align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]))
+
+    padded = jnp.pad(ids, (0, -len(ids) % chunk)).reshape(-1, chunk)
+    return jnp.concatenate([embed(state, part) for part in padded])[: len(ids)]
+
+
 def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
     """Probability that a pair of one person is more alike than a pair of two."""
     ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(np.sort(different), same, side="right")
@@ -151,9 +164,12 @@ def make(config: Config) -> Task:
 
     def init(key: jax.Array) -> nnx.Module:
         rngs = nnx.Rngs(key)
-        start = config.finetune.start
-        embedder = load_network(Path(start) / options["name"])[0] if start else network(sizes, rngs=rngs)
-        return Classifier(embedder, people, rngs)
+        if not config.finetune.start:
+            return Classifier(network(sizes, rngs=rngs), people, rngs)
+        embedder = load_network(Path(config.finetune.start) / options["name"])[0]
+        classifier = Classifier(embedder, people, rngs)
+        classifier.centres[...] = embed_portraits(embedder, points, first_id + jnp.arange(people))
+        return classifier
 
     def batch(seed: int, step: int) -> FacePictures:
         return draw(seed, step, rows, people, first_id)
