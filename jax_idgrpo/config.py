@@ -362,8 +362,8 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     Raises:
       UserError: an unknown section or field (with the closest name), or a value of another type.
     """
-    known = {f"{s.name}.{f.name}": (s.name, f.name, get_type_hints(s.type)[f.name])
-             for s in dataclasses.fields(config) for f in dataclasses.fields(s.type)}
+    known = {f"{section}.{field}": (section, field, kind)
+             for section, schema in get_type_hints(Config).items() for field, kind in get_type_hints(schema).items()}
     sections: dict[str, dict[str, Any]] = {}
     for name, text in overrides:
         if name not in known:

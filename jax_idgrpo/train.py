@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def train(config: Config, workdir: Path) -> None:
     state = resume(workdir, config, manager, parallel.place(mesh, fresh))
     done = int(state.step)
 
-    def rows(tree: object, chunk: slice) -> object:
+    def rows(tree: Any, chunk: slice) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf[chunk], parallel.batch_sharding(mesh)), tree)
 
     def keep(state: TrainState, done: int) -> None:
@@ -145,7 +146,9 @@ def train(config: Config, workdir: Path) -> None:
             draws = jnp.asarray(rollout.stochastic(sampling, trained))
 
             # Rollout and reward, chunk by chunk; the device works ahead of the host.
-            chunks, terms, videos = [], [], []
+            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning]] = []
+            terms: list[dict[str, Array]] = []
+            videos: list[Array] = []
             for first in range(0, sampling.rows, config.rows_per_call):
                 chunk = slice(first, first + config.rows_per_call)
                 condition, row_keys, (faces, face_mask) = (rows(tree, chunk) for tree in (asked, noise, people))

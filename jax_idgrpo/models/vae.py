@@ -68,7 +68,7 @@ class Memory:
     def __init__(self, remembered: list[Float[Array, "B n h w C"]] | None = None):
         self.first = remembered is None
         self.kept: list[Float[Array, "B n h w C"]] = []
-        self._remembered = remembered
+        self._remembered = remembered or []
 
     def before(self, x: Float[Array, "B t h w C"], count: int) -> Float[Array, "B count h w C"]:
         """The `count` frames before x: zeros before frame 0, what the chunk before left otherwise. Keeps x's last ones."""
