@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import (
+    FLOAT32,
     Dtypes,
     LayerNorm,
     Linear,
@@ -73,7 +74,16 @@ class WanConfig:
     unroll: bool = False
 
     def __post_init__(self):
-        sizes = ("num_layers", "num_heads", "head_dim", "ffn_dim", "text_dim", "freq_dim", "in_channels", "out_channels")
+        sizes = (
+            "num_layers",
+            "num_heads",
+            "head_dim",
+            "ffn_dim",
+            "text_dim",
+            "freq_dim",
+            "in_channels",
+            "out_channels",
+        )
         for name in (*sizes, "rope_max_seq_len", "vace_in_channels"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions turn pairs, so make it even")
@@ -107,24 +117,24 @@ def _require(condition: bool, message: str) -> None:
 
 def wan_1_3b(**changes) -> WanConfig:
     """Wan2.1-T2V-1.3B, and Phantom-Wan-1.3B."""
-    sizes = dict(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, text_dim=4096)
+    sizes = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
 
 def vace_1_3b(**changes) -> WanConfig:
     """Wan2.1-VACE-1.3B."""
-    return wan_1_3b(**(dict(vace_layers=tuple(range(0, 30, 2))) | changes))
+    return wan_1_3b(**({"vace_layers": tuple(range(0, 30, 2))} | changes))
 
 
 def wan_14b(**changes) -> WanConfig:
     """Wan2.1-T2V-14B, and Phantom-Wan-14B."""
-    sizes = dict(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824, text_dim=4096)
+    sizes = {"num_layers": 40, "num_heads": 40, "head_dim": 128, "ffn_dim": 13824, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
 
 def vace_14b(**changes) -> WanConfig:
     """Wan2.1-VACE-14B."""
-    return wan_14b(**(dict(vace_layers=tuple(range(0, 40, 5))) | changes))
+    return wan_14b(**({"vace_layers": tuple(range(0, 40, 5))} | changes))
 
 
 class Conditions(NamedTuple):
@@ -141,9 +151,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def project() -> Linear:
-            return Linear(
-                config.width, config.width, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs
-            )
+            return Linear(config.width, config.width, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
 
         self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
         self.norm_q = RMSNorm(config.width, eps=config.eps)
@@ -161,7 +169,7 @@ class Attention(nnx.Module):
         q, k, v = self._heads(q), self._heads(k), self._heads(self.to_v(context))
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        out = attention(q.astype(self.compute), k.astype(self.compute), v, mask)
+        out = attention(q, k.astype(self.compute), v, mask)
         return self.to_out(out.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:
@@ -242,10 +250,9 @@ class ConditionEmbedder(nnx.Module):
     """Timestep and text to what the blocks read; the timestep's part in float32."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        float32 = Dtypes.named("float32")
         width = config.width
-        self.time_embedder = Embedder(config.freq_dim, width, jax.nn.silu, dtypes=float32, rngs=rngs)
-        self.time_proj = Linear(width, 6 * width, dtypes=float32, rngs=rngs)
+        self.time_embedder = Embedder(config.freq_dim, width, jax.nn.silu, dtypes=FLOAT32, rngs=rngs)
+        self.time_proj = Linear(width, 6 * width, dtypes=FLOAT32, rngs=rngs)
         self.text_embedder = Embedder(config.text_dim, width, gelu, dtypes=dtypes, rngs=rngs)
         self.freq_dim = config.freq_dim
 
@@ -272,9 +279,7 @@ class WanTransformer(nnx.Module):
             self.vace_proj_in = Linear(width, width, dtypes=dtypes, rngs=rngs)
             self.vace_blocks = _stack(ControlBlock, len(config.vace_layers), config, dtypes, rngs)
         self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
-        self.proj_out = Linear(
-            width, patch * config.out_channels, kernel_init=SMALL, dtypes=Dtypes.named("float32"), rngs=rngs
-        )
+        self.proj_out = Linear(width, patch * config.out_channels, kernel_init=SMALL, dtypes=FLOAT32, rngs=rngs)
 
     def __call__(
         self,
@@ -344,19 +349,14 @@ class WanTransformer(nnx.Module):
                 (x, c), _ = group((x, c), (control, s, mains[at], mains[at + 1 : at + size]))
                 at += size
             return x
-        at = first_group = 0
+        at = first = 0
         for size, run in itertools.groupby(group_sizes(self.config)):
             count = len(list(run))
-            mains = jax.tree.map(lambda p: p[at : at + count * size].reshape(count, size, *p.shape[1:]), blocks)
-            groups = slice(first_group, first_group + count)
-            parts = (
-                jax.tree.map(lambda p: p[groups], controls),
-                scale[groups],
-                jax.tree.map(lambda p: p[:, 0], mains),
-                jax.tree.map(lambda p: p[:, 1:], mains),
-            )
+            mains = _rows(blocks, at, count * size, (count, size))
+            heads, tails = jax.tree.map(lambda p: p[:, 0], mains), jax.tree.map(lambda p: p[:, 1:], mains)
+            parts = (_rows(controls, first, count, (count,)), scale[first : first + count], heads, tails)
             (x, c), _ = jax.lax.scan(group, (x, c), parts)
-            at, first_group = at + count * size, first_group + count
+            at, first = at + count * size, first + count
         return x
 
     def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
@@ -372,7 +372,9 @@ class WanTransformer(nnx.Module):
     def _scale(self, control_scale: float | Array) -> Float[Array, "G"]:
         """One scale per VACE block, in the stream's dtype so that multiplying a hint does not promote the stream."""
         scale, count = jnp.asarray(control_scale, self.dtypes.residual), len(self.config.vace_layers)
-        _require(scale.shape in ((), (count,)), f"control_scale has shape {scale.shape}; give a number or {count} of them")
+        _require(
+            scale.shape in ((), (count,)), f"control_scale has shape {scale.shape}; give a number or {count} of them"
+        )
         return jnp.broadcast_to(scale, (count,))
 
     def _check(self, latents: Array, timesteps: Array, text: Array, control: Array | None, frame_mask: Array | None):
@@ -387,7 +389,9 @@ class WanTransformer(nnx.Module):
             f"latents {shape} reach beyond rope_max_seq_len {config.rope_max_seq_len}",
         )
         _require(timesteps.shape == shape[:1], f"timesteps have shape {timesteps.shape}; expected [{shape[0]}]")
-        _require(jnp.issubdtype(timesteps.dtype, jnp.integer), f"timesteps are {timesteps.dtype}; give integers 0 .. 999")
+        _require(
+            jnp.issubdtype(timesteps.dtype, jnp.integer), f"timesteps are {timesteps.dtype}; give integers 0 .. 999"
+        )
         _require(
             text.ndim == 3 and text.shape[::2] == (shape[0], config.text_dim),
             f"text has shape {text.shape}; expected [{shape[0]},L,{config.text_dim}]",
@@ -416,6 +420,11 @@ def _stack(block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rn
         return block(config, dtypes=dtypes, rngs=rngs)
 
     return make(rngs)
+
+
+def _rows(parameters: nnx.State, start: int, count: int, shape: tuple[int, ...]) -> nnx.State:
+    """`count` layers from `start` on, their axis folded to `shape`."""
+    return jax.tree.map(lambda p: p[start : start + count].reshape(*shape, *p.shape[1:]), parameters)
 
 
 def _unstack(parameters: nnx.State) -> list[nnx.State]:

@@ -5,6 +5,7 @@ position biases 1.5 N.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,15 +15,17 @@ from transformers import UMT5Config, UMT5EncoderModel
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 
-WAN = dict(
-    num_attention_heads=2,
-    attention_head_dim=24,
-    ffn_dim=80,
-    num_layers=4,
-    text_dim=32,
-    freq_dim=64,
-    rope_max_seq_len=64,
-)
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+WAN = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "ffn_dim": 80,
+    "num_layers": 4,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "rope_max_seq_len": 64,
+}
 
 
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -49,17 +52,17 @@ def wan(seed: int = 0, **changes) -> WanTransformer3DModel:
 
 
 def vace(vace_layers: tuple[int, ...] = (0, 2), seed: int = 0, **changes) -> WanVACETransformer3DModel:
-    sizes = WAN | dict(vace_layers=list(vace_layers), vace_in_channels=96) | changes
+    sizes = WAN | {"vace_layers": list(vace_layers), "vace_in_channels": 96} | changes
     return randomise(WanVACETransformer3DModel(**sizes), seed)
 
 
 def vae(seed: int = 0, **changes) -> AutoencoderKLWan:
-    return randomise(AutoencoderKLWan(**(dict(base_dim=8, z_dim=16) | changes)), seed)
+    return randomise(AutoencoderKLWan(**({"base_dim": 8, "z_dim": 16} | changes)), seed)
 
 
 def umt5(seed: int = 0, **changes) -> UMT5EncoderModel:
-    sizes = dict(d_model=32, d_kv=12, num_heads=4, d_ff=48, num_layers=3, vocab_size=97, feed_forward_proj="gated-gelu")
-    return randomise(UMT5EncoderModel(UMT5Config(**(sizes | changes))), seed)
+    sizes = {"d_model": 32, "d_kv": 12, "num_heads": 4, "d_ff": 48, "num_layers": 3, "vocab_size": 97}
+    return randomise(UMT5EncoderModel(UMT5Config(**(sizes | {"feed_forward_proj": "gated-gelu"} | changes))), seed)
 
 
 def tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:
