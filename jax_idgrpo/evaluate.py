@@ -169,8 +169,9 @@ def make_scorer(config: Config, batch: int) -> Scorer:
         filled = np.minimum(np.arange(batch), len(prompts) - 1)     # one program, however many videos there are
         listed = [prompts[n] for n in filled]
         asked, texts = references(listed, config), [prompt.text for prompt in listed]
-        reward(videos[filled], asked, texts)
-        judge(videos[filled], asked, texts)
+        watched = jnp.asarray(videos[filled])
+        reward(watched, asked, texts)
+        judge(watched, asked, texts)
         found = {
             "reward": reward.terms["reward"],
             "judge_identity": judge.terms["similarity"],
