@@ -86,7 +86,7 @@ class Sampler:
             for start in range(0, len(rows), size):
                 batch = rows[start : start + size]
                 yield batch, self.videos(model, batch)
-                update(start + len(batch))
+                update(start + len(batch), {})
 
 
 @nnx.jit

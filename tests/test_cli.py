@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -154,10 +153,8 @@ def test_every_field_of_the_schema_is_an_option(capsys):
             assert f"--{section}.{name} " in printed
 
 
-def test_help_answers_at_once():
-    start = time.monotonic()
+def test_help_does_not_wait_for_jax():
     program = "import sys; from jax_idgrpo import cli; cli.run(['--help']); print('jax' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("False\n"), "help imports JAX"
     assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
-    assert time.monotonic() - start < 10
