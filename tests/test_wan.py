@@ -1,0 +1,285 @@
+"""The transformer by itself: sizes, scanned against written out, rematerialisation, dtypes, masks, adapters, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+
+TINY = WanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=40, text_dim=8, freq_dim=16, vace_layers=(0, 2, 4))
+SCALE = jnp.array([0.7, 1.0, 1.3])
+
+
+def abstract(config: WanConfig, dtype: str = "float32") -> WanTransformer:
+    return nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def random_state(config: WanConfig, dtype: str = "float32") -> nnx.State:
+    """Every leaf random, adapters too; equal names get equal numbers whatever the configuration."""
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        value = np.random.default_rng(list(name.encode())).standard_normal(leaf.shape)
+        if name.count("norm") and name.count("scale"):
+            value = 1 + 0.3 * value
+        elif name.count("kernel") or name.count("lora"):
+            value = value / np.sqrt(leaf.shape[-2])
+        else:
+            value = 0.3 * value
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, nnx.state(abstract(config, dtype)))
+
+
+def model(config: WanConfig, state: nnx.State | None = None, dtype: str = "float32") -> WanTransformer:
+    state = random_state(config, dtype) if state is None else state
+    return nnx.merge(nnx.graphdef(abstract(config, dtype)), state)
+
+
+def inputs(batch: int = 2, frames: int = 3) -> tuple:
+    rng = np.random.default_rng(0)
+    sizes = ((batch, frames, 4, 6, 16), (batch, 5, 8), (batch, frames, 4, 6, 96))
+    latents, text, control = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in sizes)
+    return latents, jnp.array([999, 111, 500], jnp.int32)[:batch], text, control
+
+
+def relative_error(got, want) -> float:
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def loss_and_gradients(config: WanConfig):
+    """A loss that weighs every output differently, and its gradient for every parameter."""
+    graph = nnx.graphdef(abstract(config))
+    arrays = inputs()
+    weight = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
+    loss = jax.jit(jax.value_and_grad(lambda state: jnp.sum(nnx.merge(graph, state)(*arrays, SCALE) * weight)))
+    return loss(random_state(config))
+
+
+# ---- published sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "tensors", "adapted", "adapter"),
+    [
+        (wan_1_3b, None, 825, 240, 23_592_960),
+        (vace_1_3b, 2_153_972_032, 1264, 360, 35_389_440),
+        (wan_14b, None, 1095, 320, 104_857_600),
+        (vace_14b, None, None, 384, 125_829_120),
+    ],
+)
+def test_published_sizes(preset, parameters, tensors, adapted, adapter):
+    """A stacked leaf counts once per layer."""
+    config = preset(rank=32, alpha=64.0)
+    adapters, base = nnx.state(abstract(config, "bfloat16"), LoRAParam, ...)
+    flat = nnx.to_flat_state(base)
+    stacked = {"blocks": config.num_layers, "vace_blocks": len(config.vace_layers or ())}
+    if parameters is not None:
+        assert sum(leaf.get_value().size for _, leaf in flat) == parameters
+    if tensors is not None:
+        assert sum(stacked.get(path[0], 1) for path, _ in flat) == tensors
+    flat = nnx.to_flat_state(adapters)
+    assert sum(leaf.get_value().size for _, leaf in flat) == adapter
+    assert sum(stacked[path[0]] for path, _ in flat) == 2 * adapted
+
+
+def test_groups():
+    assert group_sizes(vace_1_3b()) == [2] * 15
+    assert group_sizes(vace_14b()) == [5] * 8
+    assert group_sizes(TINY) == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"vace_layers": (1, 2)}, "first hint belongs to block 0"),
+        ({"vace_layers": (0, 5)}, "reaches block 5"),
+        ({"vace_layers": (0, 2, 2)}, "must rise"),
+        ({"vace_layers": ()}, "empty"),
+        ({"num_layers": 0, "vace_layers": None}, "num_layers"),
+        ({"head_dim": 13}, "even"),
+        ({"head_dim": 4}, "at least 6"),
+        ({"freq_dim": 15}, "even"),
+        ({"eps": 0.0}, "eps"),
+        ({"rank": -1}, "rank"),
+        ({"rank": 4}, "alpha"),
+        ({"remat": "some"}, "remat"),
+    ],
+)
+def test_impossible_configurations_say_why(change, reason):
+    with pytest.raises(UserError, match=reason):
+        dataclasses.replace(TINY, **change)
+
+
+# ---- one computation, several ways to run it -------------------------------------------------------------------------
+
+
+def test_scan_unroll_and_remat_agree():
+    value, gradients = loss_and_gradients(TINY)
+    for change in ({"unroll": True}, {"remat": "full"}, {"remat": "dots"}):
+        other_value, other = loss_and_gradients(dataclasses.replace(TINY, **change))
+        assert relative_error(other_value, value) < 1e-5
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+def equations(jaxpr):
+    """All equations of a program, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params):
+            if isinstance(value, jax.extend.core.ClosedJaxpr):
+                yield from equations(value.jaxpr)
+            elif isinstance(value, jax.extend.core.Jaxpr):
+                yield from equations(value)
+
+
+def program(config: WanConfig, dtype: str = "float32") -> list:
+    graph, state = nnx.split(abstract(config, dtype))
+    return list(equations(jax.make_jaxpr(lambda state: nnx.merge(graph, state)(*inputs()))(state).jaxpr))
+
+
+def test_program_does_not_grow_with_depth():
+    """Even groups are one scan; more layers are more rows of its operands."""
+    sizes = {
+        depth: len(program(dataclasses.replace(TINY, num_layers=depth, vace_layers=tuple(range(0, depth, 2)))))
+        for depth in (4, 12)
+    }
+    assert sizes[4] == sizes[12]
+
+
+def test_batch_of_three_is_three_batches_of_one():
+    arrays = inputs(batch=3)
+    velocity = jax.jit(model(TINY))
+    together = velocity(*arrays, SCALE)
+    apart = [velocity(*(a[i : i + 1] for a in arrays), SCALE)[0] for i in range(3)]
+    assert relative_error(np.stack(apart), together) < 1e-5
+
+
+def test_masked_frames_change_nothing():
+    """Row 0 has 2 real frames, row 1 has 3: each equals its run alone, whatever stands in the padding."""
+    latents, timesteps, text, control = inputs(frames=3)
+    mask = jnp.array([[True, True, False], [True, True, True]])
+    velocity = jax.jit(model(TINY))
+    got = velocity(latents, timesteps, text, control, SCALE, mask)
+    alone = velocity(latents[:1, :2], timesteps[:1], text[:1], control[:1, :2], SCALE)
+    assert relative_error(got[0, :2], alone[0]) < 1e-5
+    other = latents.at[0, 2].set(50.0)
+    assert relative_error(velocity(other, timesteps, text, control, SCALE, mask)[0, :2], alone[0]) < 1e-5
+    assert relative_error(got[1], velocity(latents, timesteps, text, control, SCALE)[1]) < 1e-5
+    unmasked = velocity(latents, timesteps, text, control, SCALE, jnp.ones_like(mask))
+    assert relative_error(unmasked[0, :2], alone[0]) > 1e-2
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_is_close_to_float32():
+    exact = random_state(TINY)
+    kinds = nnx.state(abstract(TINY, "bfloat16"))
+    rounded = jax.tree.map(lambda value, kind: value.astype(kind.dtype), exact, kinds)
+    want = jax.jit(model(TINY, exact))(*inputs(), SCALE)
+    got = jax.jit(model(TINY, rounded, "bfloat16"))(*inputs(), SCALE)
+    assert got.dtype == jnp.float32
+    assert 1e-5 < relative_error(got, want) < 3e-2
+
+
+def test_leaf_dtypes():
+    float32 = ("norm", "scale_shift_table", "time_embedder", "time_proj", "lora")
+    config = dataclasses.replace(TINY, rank=2, alpha=2.0)
+    for path, leaf in nnx.to_flat_state(nnx.state(abstract(config, "bfloat16"))):
+        name = ".".join(path)
+        small = name.startswith("proj_out") or any(part in name for part in float32)
+        assert leaf.get_value().dtype == (jnp.float32 if small else jnp.bfloat16), name
+
+
+def test_matrix_products_take_bfloat16_operands():
+    """All but the timestep's three layers and the head; none of the streams is promoted, scale or no scale."""
+    products = [e for e in program(TINY, "bfloat16") if e.primitive.name == "dot_general"]
+    assert sum(any(v.aval.dtype == jnp.float32 for v in e.invars) for e in products) == 4
+    assert all(e.outvars[0].aval.dtype == jnp.float32 for e in products)
+    carries = [v.aval.dtype for e in program(TINY, "bfloat16") if e.primitive.name == "scan" for v in e.outvars]
+    assert set(carries) == {jnp.dtype("bfloat16")}
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_on_and_off():
+    """B = 0 is bit-equal to rank 0 on the same base; the base fits the graph of rank 0; a trained adapter is seen."""
+    config = dataclasses.replace(TINY, rank=2, alpha=4.0)
+    state = random_state(config)
+    adapters, base = state.split(LoRAParam, ...)
+    plain = jax.jit(model(TINY, base))(*inputs(), SCALE)
+    assert np.array_equal(plain, jax.jit(model(TINY))(*inputs(), SCALE))
+    velocity = jax.jit(model(config))
+    assert relative_error(velocity(*inputs(), SCALE), plain) > 1e-2
+    fresh = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 0 * leaf if "lora_b" in jax.tree_util.keystr(path) else leaf, adapters
+    )
+    off = jax.jit(model(config, nnx.merge_state(fresh, base)))(*inputs(), SCALE)
+    assert np.array_equal(off, plain)
+
+
+def test_adapters_sit_on_every_attention_projection_and_nowhere_else():
+    adapters = nnx.state(abstract(dataclasses.replace(TINY, rank=2, alpha=4.0)), LoRAParam)
+    want = {
+        (stack, attention, f"to_{name}", leaf)
+        for stack in ("blocks", "vace_blocks")
+        for attention in ("attn1", "attn2")
+        for name in ("q", "k", "v", "out")
+        for leaf in ("lora_a", "lora_b")
+    }
+    assert {path for path, _ in nnx.to_flat_state(adapters)} == want
+
+
+# ---- control scale and refusals --------------------------------------------------------------------------------------
+
+
+def test_control_scale_forms():
+    velocity = jax.jit(model(TINY))
+    one = velocity(*inputs())
+    assert np.array_equal(one, velocity(*inputs(), 1.0))
+    assert np.array_equal(one, velocity(*inputs(), np.ones(3, np.float32)))
+    assert relative_error(velocity(*inputs(), 0.0), one) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"latents": np.zeros((2, 3, 4, 6, 15), np.float32)}, "latents"),
+        ({"latents": np.zeros((2, 3, 5, 6, 16), np.float32)}, "even"),
+        ({"latents": np.zeros((2, 1025, 2, 2, 16), np.float32)}, "rope_max_seq_len"),
+        ({"timesteps": np.zeros(3, np.int32)}, "timesteps"),
+        ({"timesteps": np.zeros(2, np.float32)}, "integers"),
+        ({"text": np.zeros((2, 5, 9), np.float32)}, "text"),
+        ({"control": None}, "give control"),
+        ({"control": np.zeros((2, 2, 4, 6, 96), np.float32)}, "control"),
+        ({"control_scale": np.ones(2, np.float32)}, "control_scale"),
+        ({"frame_mask": np.ones((2, 2), bool)}, "frame_mask"),
+    ],
+)
+def test_inputs_that_do_not_fit_say_why(change, reason):
+    graph, state = nnx.split(abstract(TINY))
+    arguments = dict(zip(("latents", "timesteps", "text", "control"), inputs(), strict=True)) | jax.tree.map(
+        jnp.asarray, change
+    )
+    with pytest.raises(UserError, match=reason):
+        jax.eval_shape(lambda state: nnx.merge(graph, state)(**arguments), state)
+
+
+def test_plain_wan_refuses_control():
+    plain = dataclasses.replace(TINY, vace_layers=None)
+    graph, state = nnx.split(abstract(plain))
+    with pytest.raises(UserError, match="no VACE blocks"):
+        jax.eval_shape(lambda state: nnx.merge(graph, state)(*inputs()), state)
