@@ -1,22 +1,25 @@
-"""The autoencoder of the embedded model set, first part: whole pictures of the drawn cast, then clips of 9 frames.
+"""The autoencoder of the embedded model set, in three parts, each continuing from the one before.
 
-    idgrpo finetune configs/embedded_vae.py --workdir runs/embedded_vae --finetune.out runs/embedded_vae/first
-    idgrpo finetune configs/embedded_vae_faces.py --workdir runs/embedded_vae_faces --finetune.start runs/embedded_vae/first
+    idgrpo finetune configs/embedded_vae.py --workdir runs/vae --finetune.out runs/vae/out
+    idgrpo finetune configs/embedded_vae_faces.py --workdir runs/vae_faces --finetune.start runs/vae/out --finetune.out runs/vae_faces/out
+    idgrpo finetune configs/embedded_vae_decoder.py --workdir runs/vae_decoder --finetune.start runs/vae_faces/out
+
+Part one: whole pictures of the drawn cast, then clips of 9 frames. Part two: windows around faces. Part three: the decoder alone.
 """
 
 from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig
 
 NETWORK = {"base_dim": 8, "dim_mult": [1, 2, 4, 5], "num_res_blocks": 1}
-LOSS = {"face_weight": 3.0, "edges": 0.5, "kl": 2e-5}
+LOSS = {"face_weight": 3.0, "edges": 0.5, "kl": 2e-5, "colours": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]}
 OPTIMIZER = OptimizerConfig(
     learning_rate=3e-3, beta2=0.99, weight_decay=0.0, max_norm=1.0, warmup=50, schedule="cosine", ema_decay=0.99
 )
 
 
 def get_config() -> Config:
-    seen = {"pictures": [4, 4], "clips_from": 1781, "clips_every": 1, "frames": 9, "crop": 64}
+    seen = {"pictures": [4, 4], "pictures_beside_clips": [1, 1], "clips_from": 1781, "clips_every": 1, "frames": 9, "crop": 64}
     return Config(
         run=RunConfig(steps=2768, seed=7, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,
-        finetune=FinetuneConfig(task="vae", batch=2, log_every=25, options=NETWORK | seen | LOSS),
+        finetune=FinetuneConfig(task="vae", batch=2, log_every=25, options={"train": "all"} | NETWORK | seen | LOSS),
     )

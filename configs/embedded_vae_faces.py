@@ -1,13 +1,13 @@
-"""The autoencoder of the embedded model set, second part: windows around faces. The command is in `embedded_vae.py`."""
+"""The autoencoder of the embedded model set, part two: windows around faces. The command is in `embedded_vae.py`."""
 
 from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
 from jax_idgrpo.config import Config, FinetuneConfig, RunConfig
 
 
 def get_config() -> Config:
-    seen = {"pictures": [20, 12], "clips_from": 0, "clips_every": 4, "frames": 9, "crop": 32}
+    seen = {"pictures": [20, 12], "pictures_beside_clips": [4, 4], "clips_from": 0, "clips_every": 4, "frames": 9, "crop": 32}
     return Config(
-        run=RunConfig(steps=2800, seed=8, save_every=250, keep=2, sample_every=500),
+        run=RunConfig(steps=3880, seed=8, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,
-        finetune=FinetuneConfig(task="vae", batch=8, log_every=40, options=NETWORK | seen | LOSS),
+        finetune=FinetuneConfig(task="vae", batch=8, log_every=40, options={"train": "all"} | NETWORK | seen | LOSS),
     )

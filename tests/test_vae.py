@@ -107,9 +107,10 @@ def test_norm_has_a_gradient_at_zero():
 # ---- the task ------------------------------------------------------------------------------------------------------------
 
 
-def small_task():
+def small_task(**changes):
     config = get_config()
     options = config.finetune.options | dict(base_dim=2, dim_mult=[1, 2, 2, 2], clips_from=1, pictures=[2, 1], frames=5, crop=32)
+    options |= dict(pictures_beside_clips=[1, 1]) | changes
     finetune = dataclasses.replace(config.finetune, batch=1, options=options)
     return make_task(dataclasses.replace(config, finetune=finetune))
 
@@ -131,7 +132,7 @@ def test_batches_are_pictures_then_clips_too_and_repeat():
     (pictures,) = task.batch(5, 0)
     clips, more = task.batch(5, 1)
     assert pictures.video.shape == (3, 1, 32, 32, 3) and clips.video.shape == (1, 5, 32, 32, 3)
-    assert more.video.shape == (1, 1, 32, 32, 3)
+    assert more.video.shape == (2, 1, 32, 32, 3)
     np.testing.assert_array_equal(task.batch(5, 1)[0].video, clips.video)
     assert not np.array_equal(task.batch(5, 2)[0].video, clips.video)
     assert set(np.unique(clips.weight)) <= {1.0, 3.0}
@@ -152,6 +153,15 @@ def test_a_new_network_is_blind_to_earlier_frames_and_learns():
     assert not state["decoder"]["conv_in"]["kernel"][...][:2].any()
     stepped = jax.tree.map(lambda p, g: p - 1e-3 * g / optax.global_norm(gradients), state, gradients)
     assert float(loss(stepped)) < float(value)
+
+
+def test_the_decoder_alone_leaves_the_encoder():
+    task = small_task(train="decoder", pictures_beside_clips=[0, 0])
+    graph, state = nnx.split(task.init(keys.key(0, "init")))
+    (clips,) = task.batch(5, 1)
+    value = lambda state: task.loss(nnx.merge(graph, state), (clips,), keys.key(0, "augment"))[0]  # noqa: E731
+    gradients = jax.jit(jax.grad(value), compiler_options=COMPILER)(state)
+    assert optax.global_norm(gradients["encoder"]) == 0 and optax.global_norm(gradients["decoder"]) > 0
 
 
 def test_saved_statistics_normalise_the_latents():

@@ -1,19 +1,21 @@
 """Train a small Wan VAE on the cast: first single pictures, then also clips.
 
-    loss = sum over groups of  share * (|x - y| + edges * |grad x - grad y|), each pixel weighted by 1 or `face_weight`
+    d    = colours (y - x),  y the reconstruction of x
+    loss = sum over groups of  share * (|d| + edges * |grad d|), each pixel weighted by 1 or `face_weight`
            + kl * (mean of the Kullback-Leibler divergence per latent value)
 
 A group is a set of videos of one length. A step sees pictures only, frames of clips and portraits on white, or, from step
-`clips_from` on and then every `clips_every`-th time, `finetune.batch` clips and as many pictures. The convolutions start blind
-to earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin. Windows of `crop` pixels around a face
-show more faces per second than whole pictures.
+`clips_from` on and then every `clips_every`-th time, `finetune.batch` clips and other pictures beside them. The convolutions
+start blind to earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin. Windows of `crop` pixels
+around a face show more faces per second than whole pictures. The decoder can be trained alone, against latents that stay.
 
 `finetune.options`:
     base_dim, dim_mult, num_res_blocks    sizes of the network (`VAEConfig`)
-    pictures                              frames of clips and portraits in a step without clips
+    train                                 "all", or "decoder": from the posterior's mean, the latents' statistics kept
+    pictures, pictures_beside_clips       [frames of clips, portraits] in a step without clips and in one with clips
     clips_from, clips_every, frames       which steps have clips, and their length, 1 + 4n
     crop                                  height and width of what is seen; 64 is all of it
-    face_weight, edges, kl                of the loss
+    face_weight, edges, kl, colours       of the loss; colours is a 3x3 matrix on (red, green, blue)
 """
 
 import dataclasses
@@ -52,6 +54,7 @@ class Group:
 def make(config: Config) -> Task:
     """The task of `config.finetune`; see the module's docstring for its options."""
     options = config.finetune.options
+    decoder_only = {"all": False, "decoder": True}[options["train"]]
 
     def init(key: Key[Array, ""]) -> WanVAE:
         if config.finetune.start:
@@ -71,16 +74,21 @@ def make(config: Config) -> Task:
         key, view = keys.fold(keys.key(seed, "data"), step), View("train", options["face_weight"], options["crop"])
         if step < options["clips_from"] or (step + 1) % options["clips_every"]:
             return (_draw_pictures(key, *options["pictures"], view),)
-        return _draw_mixed(key, config.finetune.batch, options["frames"], view)
+        beside = options["pictures_beside_clips"]
+        return _draw_mixed(key, config.finetune.batch, options["frames"], *beside, view)
 
     def loss(network: WanVAE, batch: tuple[Group, ...], key: Key[Array, ""]) -> Loss:
-        return reconstruction_loss(network, batch, key, options["edges"], options["kl"])
+        weights = LossWeights(options["edges"], options["kl"], jnp.asarray(options["colours"], jnp.float32))
+        return reconstruction_loss(network, batch, key, weights, decoder_only=decoder_only)
 
     def save(network: WanVAE, folder: Path) -> None:
-        pipeline.save_vae(with_statistics(network, config.run.seed, options["frames"]), folder)
+        if not decoder_only:
+            network = with_statistics(network, config.run.seed, options["frames"])
+        pipeline.save_vae(network, folder)
 
     def preview(network: WanVAE, folder: Path) -> None:
-        groups = _draw_mixed(keys.key(config.run.seed, "evaluate"), PREVIEW_ROWS, options["frames"], View("eval"))
+        key = keys.key(config.run.seed, "evaluate")
+        groups = _draw_mixed(key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval"))
         for name, group in zip(("clips", "pictures"), groups, strict=True):
             strips = np.concatenate([np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2)
             rows = strips.swapaxes(1, 2).reshape(-1, strips.shape[1] * strips.shape[3], 3)
@@ -131,11 +139,14 @@ def _draw_pictures(key: Key[Array, ""], frames: int, portraits: int, view: View)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *groups)
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "frames", "view"))
-def _draw_mixed(key: Key[Array, ""], rows: int, frames: int, view: View) -> tuple[Group, Group]:
-    """`rows` clips and `rows` pictures."""
+@functools.partial(jax.jit, static_argnames=("rows", "frames", "beside", "portraits", "view"))
+def _draw_mixed(
+    key: Key[Array, ""], rows: int, frames: int, beside: int, portraits: int, view: View
+) -> tuple[Group, ...]:
+    """`rows` clips, and pictures: `beside` single frames of other clips and so many portraits."""
     clip_key, picture_key = jax.random.split(key)
-    return _draw_clips(clip_key, rows, frames, view), _draw_pictures(picture_key, rows - rows // 2, rows // 2, view)
+    clips = _draw_clips(clip_key, rows, frames, view)
+    return (clips, _draw_pictures(picture_key, beside, portraits, view)) if beside + portraits else (clips,)
 
 
 def _around_faces(
@@ -172,16 +183,29 @@ def face_weights(
 # ---- loss and statistics -------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """How much edges and the divergence count, and the colour axes that differences are measured on (columns: R, G, B)."""
+
+    edges: float
+    kl: float
+    colours: Float[Array, "3 3"]
+
+
 def reconstruction_loss(
-    network: WanVAE, groups: tuple[Group, ...], key: Key[Array, ""], edges: float, kl: float
+    network: WanVAE, groups: tuple[Group, ...], key: Key[Array, ""], weights: LossWeights, decoder_only: bool
 ) -> Loss:
     """The loss of the module's docstring and its parts; groups count by their number of pixels."""
     pixels = sum(group.weight.size for group in groups)
-    parts = {"absolute": 0.0, "edges": 0.0, "kl": 0.0}
+    parts = {"absolute": jnp.float32(0.0), "edges": jnp.float32(0.0), "kl": jnp.float32(0.0)}
     for number, group in enumerate(groups):
         mean, logvar = network.posterior(group.video)
-        noise = jax.random.normal(keys.fold(key, number), mean.shape, jnp.float32)
-        difference = network.pixels(mean + jnp.exp(0.5 * logvar) * noise) - group.video
+        if decoder_only:
+            latents = jax.lax.stop_gradient(mean)
+        else:
+            noise = jax.random.normal(keys.fold(key, number), mean.shape, jnp.float32)
+            latents = mean + jnp.exp(0.5 * logvar) * noise
+        difference = (network.pixels(latents) - group.video) @ weights.colours.T
         weight = group.weight[..., None] / jnp.mean(group.weight)
         across = jnp.abs(jnp.diff(difference, axis=3)) * weight[:, :, :, 1:]
         down = jnp.abs(jnp.diff(difference, axis=2)) * weight[:, :, 1:]
@@ -189,7 +213,8 @@ def reconstruction_loss(
         parts["absolute"] += share * jnp.mean(jnp.abs(difference) * weight)
         parts["edges"] += share * (jnp.mean(across) + jnp.mean(down))
         parts["kl"] += share * 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
-    return parts["absolute"] + edges * parts["edges"] + kl * parts["kl"], parts
+    kl = 0.0 if decoder_only else weights.kl * parts["kl"]
+    return parts["absolute"] + weights.edges * parts["edges"] + kl, parts
 
 
 @nnx.jit

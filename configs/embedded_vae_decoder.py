@@ -1,0 +1,21 @@
+"""The autoencoder of the embedded model set, part three: the decoder alone. The command is in `embedded_vae.py`.
+
+Brightness, red against blue and green against magenta count 1, 1.5 and 3: the last varies least and was lost before.
+"""
+
+import dataclasses
+
+from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
+from jax_idgrpo.config import Config, FinetuneConfig, RunConfig
+
+COLOURS = [[0.5774, 0.5774, 0.5774], [1.0607, 0.0, -1.0607], [1.2247, -2.4495, 1.2247]]
+
+
+def get_config() -> Config:
+    seen = {"pictures": [4, 4], "pictures_beside_clips": [0, 0], "clips_from": 0, "clips_every": 1, "frames": 9, "crop": 32}
+    options = {"train": "decoder"} | NETWORK | seen | LOSS | {"colours": COLOURS}
+    return Config(
+        run=RunConfig(steps=1500, seed=9, save_every=250, keep=2, sample_every=500),
+        optimizer=dataclasses.replace(OPTIMIZER, learning_rate=2e-3),
+        finetune=FinetuneConfig(task="vae", batch=8, log_every=40, options=options),
+    )
