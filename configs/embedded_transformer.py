@@ -25,7 +25,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1.2e-3, beta2=0.99, weight_decay=0.01, warmup=100, schedule="cosine", ema_decay=0.998
         ),
-        run=RunConfig(steps=6000, save_every=500, sample_every=2000),
+        run=RunConfig(steps=2800, save_every=400, sample_every=1000),
         finetune=FinetuneConfig(
             task="transformer",
             batch=16,

@@ -9,7 +9,7 @@ guidance has an unguided branch to lean on. Every batch holds clips with equally
 
 Clips and photos are drawn and encoded once into a pool, a pure function of (seed, index); steps draw from it.
 
-`config.model.path` is the pipeline folder whose VAE, text encoder and tokenizer are used; the whole pipeline is stored. Sizes of the
+`config.model.path` is the pipeline folder whose VAE, text encoder and tokenizer are used and stored with the transformer. Sizes of the
 videos, text length and negative prompt come from `config.video` and `config.data`, the shift from `config.rollout.shift`.
 """
 
@@ -42,6 +42,7 @@ from jax_idgrpo.pipeline import (
     load_transformer,
     load_vae,
     save_pipeline,
+    save_transformer,
 )
 from jax_idgrpo.policy import Policy
 from jax_idgrpo.tasks import Loss, Task
@@ -269,7 +270,10 @@ def make(config: Config) -> Task:
         return Pipeline(transformer, vae, text_encoder, tokenizer, shift, "vace", path)
 
     def save(transformer: WanTransformer, path: Path) -> None:
-        save_pipeline(pipe(transformer, path), path)
+        if path.resolve() == folder.resolve():  # the other parts are there, and may be newer than those in memory
+            save_transformer(transformer, path, shift)
+        else:
+            save_pipeline(pipe(transformer, path), path)
 
     def preview(transformer: WanTransformer, path: Path) -> None:
         save_pipeline(pipe(transformer, path), path / "pipeline")
