@@ -204,7 +204,8 @@ def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
     share a torch name. What remains is one to one by names, and each op is one to one on shapes.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves(state).items()}
-    slots, covered = [], set()
+    slots: list[Slot] = []
+    covered: set[str] = set()
     for rule in rules:
         leaf = rule.jax.replace("{i}.", "")
         if leaf not in shapes:
@@ -230,7 +231,10 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
 
     tensors: name -> anything with `shape`. ConversionError lists everything missing, unexpected and mis-shaped.
     """
-    found, missing, shapes, used = {}, [], [], set()
+    found: dict[str, Any] = {}
+    missing: list[str] = []
+    shapes: list[str] = []
+    used: set[str] = set()
     for slot in slots:
         present = [name for name in (slot.torch, *slot.aliases) if name in tensors]
         used.update(present)

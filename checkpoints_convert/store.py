@@ -85,7 +85,9 @@ def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 raise broken(f"no safetensors header in its {size} bytes")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__", {})
-        start, tensors, spans = 8 + length, {}, []
+        start = 8 + length
+        tensors: dict[str, LazyTensor] = {}
+        spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
