@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import cv2
 import jax
@@ -67,7 +68,7 @@ def landmarks(seed=0, count=4, noise=2.0):
 def test_similarity_is_umeyamas():
     template = np.array(faces.ARCFACE_TEMPLATE)
     points = landmarks(count=20)
-    a, t = (np.asarray(x) for x in faces.similarity(points, jnp.asarray(template, jnp.float32)))
+    a, t = (np.asarray(x) for x in faces.similarity(jnp.asarray(points), jnp.asarray(template, jnp.float32)))
     for p, (real, imaginary), shift in zip(points, a, t, strict=True):
         ours = np.array([[real, -imaginary, shift[0]], [imaginary, real, shift[1]]])
         np.testing.assert_allclose(ours, umeyama(p.astype(np.float64), template), rtol=1e-4, atol=1e-3)
@@ -77,7 +78,7 @@ def test_aligned_crops_equal_opencvs_within_a_grey_level():
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.uniform(0, 255, (64, 80, 3)).astype(np.float32), (0, 0), 1.0)
     points = landmarks()
-    ours = faces.align(jnp.asarray(picture / 127.5 - 1)[None], points[None], faces.ARCFACE_TEMPLATE, 112)[0]
+    ours = faces.align(jnp.asarray(picture / 127.5 - 1)[None], jnp.asarray(points)[None], faces.ARCFACE_TEMPLATE, 112)[0]
     for crop, p in zip(np.asarray(ours), points, strict=True):
         matrix = umeyama(p.astype(np.float64), np.array(faces.ARCFACE_TEMPLATE))
         theirs = cv2.warpAffine(picture, matrix, (112, 112), borderValue=0)
@@ -94,8 +95,8 @@ def test_suppression_is_greedy():
     rng = np.random.default_rng(0)
     corner = rng.uniform(0, 20, (40, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 12, (40, 2))], 1).astype(np.float32)
-    mask = rng.random(40) < 0.9
-    keep = np.asarray(detector.suppress(boxes, mask, 0.4))
+    boxes, mask = jnp.asarray(boxes), rng.random(40) < 0.9
+    keep = np.asarray(detector.suppress(boxes, jnp.asarray(mask), 0.4))
     overlap = np.asarray(detector.intersection_over_union(boxes[:, None], boxes[None]))
     expected = []
     for k in np.flatnonzero(mask):
@@ -201,7 +202,7 @@ def test_area_under_curve_counts_pairs_in_order():
 def test_detector_targets_are_one_at_seen_faces_and_ignore_hidden_ones():
     boxes = np.array([[[10, 10, 30, 34], [40, 20, 60, 44], [5, 40, 20, 60]]], np.float32)
     visible = np.array([[1.0, 0.2, 0.0]], np.float32)
-    truth = FacePictures(jnp.zeros((1, 64, 64, 3)), boxes, jnp.zeros((1, 3, 5, 2)), visible, jnp.arange(3)[None])
+    truth = FacePictures(jnp.zeros((1, 64, 64, 3)), jnp.asarray(boxes), jnp.zeros((1, 3, 5, 2)), jnp.asarray(visible), jnp.arange(3)[None])
     near, unsure = (np.asarray(x[0]) for x in detector_task.targets(truth, 16, 16))
     assert near[0].max() == 1 and near[0, 5, 5] == 1 and near[0, 0, 0] < 1e-3
     assert not near[1:].any() and unsure[1].max() == 1 and not unsure[2].any()
@@ -219,6 +220,12 @@ def test_degraded_pictures_stay_pictures_and_some_stay_clean():
 # The networks in the package, on held-out people.
 
 
+class Drawn(NamedTuple):
+    video: np.ndarray
+    portraits: np.ndarray
+    mask: np.ndarray
+
+
 @functools.cache
 def reward(name="embedder"):
     return load_reward(EMBEDDED, name)
@@ -226,7 +233,8 @@ def reward(name="embedder"):
 
 @functools.cache
 def held_out():
-    return jax.device_get(cast.batch(99, 0, 12, "eval", frames=5))
+    drawn = cast.batch(99, 0, 12, "eval", frames=5)
+    return Drawn(*(np.asarray(leaf) for leaf in (drawn.video, drawn.portraits, drawn.mask)))
 
 
 def references(images, mask):

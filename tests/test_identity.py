@@ -52,7 +52,7 @@ def test_matching_equals_the_assignment_oracle(people, faces):
     null = 0.15
     similarity = rng.uniform(-0.5, 1, (20, people, faces)).astype(np.float32)
     reference_mask, face_mask = rng.random((20, people)) < 0.8, rng.random((20, faces)) < 0.7
-    found = np.asarray(identity.match(similarity, reference_mask, face_mask, null))
+    found = np.asarray(identity.match(jnp.asarray(similarity), jnp.asarray(reference_mask), jnp.asarray(face_mask), null))
     for s, rows, columns, indices in zip(similarity, reference_mask, face_mask, found, strict=True):
         allowed = np.where(rows[:, None] & columns, s, -100.0)
         table = np.concatenate([allowed, np.full((people, people), null)], 1)
@@ -117,7 +117,7 @@ def test_soft_minimum_lies_between_minimum_and_mean():
     values = rng.uniform(0, 1, (50, 4)).astype(np.float32)
     mask = rng.random((50, 4)) < 0.7
     mask[:, 0] = True
-    soft = np.asarray(identity.soft_minimum(values, mask, 10.0))
+    soft = np.asarray(identity.soft_minimum(jnp.asarray(values), jnp.asarray(mask), 10.0))
     for row, keep, s in zip(values, mask, soft, strict=True):
         assert row[keep].min() - 1e-6 <= s <= row[keep].mean() + 1e-6
         assert s == pytest.approx(-math.log(np.mean(np.exp(-10.0 * row[keep]))) / 10, abs=1e-5)
@@ -169,6 +169,6 @@ def test_motion_ignores_what_happens_inside_faces():
     videos = np.zeros((1, 2, 8, 8, 3), np.float32)
     videos[0, 1, 2:5, 2:5] = 1.0
     boxes = np.asarray([2, 2, 4, 4], np.float32).reshape(1, 1, 1, 4).repeat(2, 1)
-    mask = np.ones((1, 2, 1), bool)
+    videos, boxes, mask = jnp.asarray(videos), jnp.asarray(boxes), jnp.ones((1, 2, 1), bool)
     assert float(identity.motion(videos, boxes, mask)[0]) == 0
     assert float(identity.motion(videos, boxes, ~mask)[0]) == pytest.approx(9 / 64)

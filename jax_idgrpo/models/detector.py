@@ -97,8 +97,8 @@ def cell_centres(height: int, width: int) -> Float[Array, "h w 2"]:
     return jnp.stack([x, y], -1) * float(STRIDE) + (STRIDE - 1) / 2
 
 
-def intersection_over_union(a: Float[Array, "*n 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Of boxes x0 y0 x1 y1; 0 for empty ones."""
+def intersection_over_union(a: Float[Array, "*m 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*k"]:
+    """Of boxes x0 y0 x1 y1, whose leading axes broadcast; 0 for empty ones."""
     overlap = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0.0)
     inside = overlap[..., 0] * overlap[..., 1]
     area_a, area_b = (jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0.0), -1) for box in (a, b))

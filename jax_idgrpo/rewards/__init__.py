@@ -21,6 +21,7 @@ from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
 
 Terms = dict[str, Float[Array, "B"]]
+Numbers = Array | np.ndarray
 
 
 @struct.dataclass
@@ -80,12 +81,12 @@ class FaceReward:
         size = next(iter(self._cache.values())).shape[0] if self._cache else 1
         return jnp.asarray([[np.zeros(size, np.float32) if e is None else e for e in row] for row in rows])
 
-    def score_terms(self, videos: Float[Array, "B T H W 3"], embeddings: Float[Array, "B M E"], mask: Bool[Array, "B M"]) -> Terms:
+    def score_terms(self, videos: Float[Numbers, "B T H W 3"], embeddings: Float[Numbers, "B M E"], mask: Bool[Numbers, "B M"]) -> Terms:
         """Every term (see `identity.reward_terms`), the reward among them; stays on the device, may be called inside `jax.jit`."""
         return self._score(self._state, videos, embeddings, mask)
 
     def __call__(
-        self, videos: Float[Array, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
+        self, videos: Float[Numbers, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
     ) -> Float[Array, "B"]:
         """The reward of videos in [-1, 1].
 

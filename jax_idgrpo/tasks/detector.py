@@ -32,7 +32,7 @@ SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "portraits"))
-def draw(seed: int, step: int, frames: int, portraits: int, first_id: int, last_id: int) -> FacePictures:
+def draw(seed: int | Array, step: int | Array, frames: int, portraits: int, first_id: int | Array, last_id: int | Array) -> FacePictures:
     """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     ids = jax.random.randint(keys[0], (frames, cast.MAX_PEOPLE), first_id, last_id)

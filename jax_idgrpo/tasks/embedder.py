@@ -70,7 +70,7 @@ def arcface_loss(
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def draw(seed: int, step: int, rows: int, people: int, first_id: int) -> FacePictures:
+def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array) -> FacePictures:
     """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     part = people // cast.MAX_PEOPLE
