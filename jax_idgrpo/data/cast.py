@@ -915,7 +915,8 @@ def _asked(seed, count: int, split: str):
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
     people = identity(ids)
     photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
-    return photos, jax.vmap(sample_scene)(jax.random.split(scene_key, count), mask), people, mask
+    scene_keys = jax.random.split(keys.fold(scene_key, SPLITS[split][0]), count)  # splits share no scenes either
+    return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
 
 
 def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
