@@ -47,8 +47,8 @@ PREVIEW_ROWS = 6
 class Group:
     """Videos of one length, and how much each pixel counts."""
 
-    video: Float[Array, "B F H W 3"]
-    weight: Float[Array, "B F H W"]
+    video: Float[Array, "*B F H W 3"]
+    weight: Float[Array, "*B F H W"]
 
 
 def make(config: Config) -> Task:
