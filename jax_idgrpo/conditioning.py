@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
 from jax_idgrpo.config import Config, DataConfig
@@ -64,7 +64,7 @@ class Conditioning:
         return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
 
 
-def select(conditioning: Conditioning, rows: Int[Array, "B"]) -> Conditioning:
+def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
     """The given rows, which may repeat: `jnp.repeat(jnp.arange(P), G)` makes groups of G."""
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 

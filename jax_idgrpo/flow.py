@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import ArrayLike, Bool, Float
 
 
 def _sigmas64(num_steps: int, shift: float) -> np.ndarray:
@@ -49,13 +49,13 @@ class Step:
     mean: [B,T,H,W,C] and std: [] (or broadcast as sigma), its Gaussian.
     """
 
-    x_next: Float[Array, "B *shape"]
-    log_prob: Float[Array, "B"]
-    mean: Float[Array, "B *shape"]
-    std: Float[Array, "..."]
+    x_next: Float[ArrayLike, "B *shape"]
+    log_prob: Float[ArrayLike, "B"]
+    mean: Float[ArrayLike, "B *shape"]
+    std: Float[ArrayLike, "..."]
 
 
-def row_mean(values: Float[Array, "B *shape"], mask: Bool[Array, "B T"] | None = None) -> Float[Array, "B"]:
+def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None) -> Float[ArrayLike, "B"]:
     """Mean over everything but the batch; with `mask` [B,T] over the frames it marks."""
     axes = tuple(range(1, values.ndim))
     if mask is None:
@@ -66,14 +66,14 @@ def row_mean(values: Float[Array, "B *shape"], mask: Bool[Array, "B T"] | None =
 
 
 def sde_step(
-    x: Float[Array, "B *shape"],
-    v: Float[Array, "B *shape"],
-    sigma: Float[Array, "..."] | float,
-    sigma_next: Float[Array, "..."] | float,
-    sigma_max: Float[Array, "..."] | float,
-    noise: Float[Array, "B *shape"] | None = None,
-    x_next: Float[Array, "B *shape"] | None = None,
-    mask: Bool[Array, "B T"] | None = None,
+    x: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, "B *shape"],
+    sigma: Float[ArrayLike, "..."] | float,
+    sigma_next: Float[ArrayLike, "..."] | float,
+    sigma_max: Float[ArrayLike, "..."] | float,
+    noise: Float[ArrayLike, "B *shape"] | None = None,
+    x_next: Float[ArrayLike, "B *shape"] | None = None,
+    mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
     """The stochastic step from `sigma` to `sigma_next`, drawn from `noise` or scored at a given `x_next`.
 
@@ -104,17 +104,17 @@ def sde_step(
 
 
 def ode_step(
-    x: Float[Array, "B *shape"], v: Float[Array, "B *shape"], sigma: Float[Array, "..."] | float, sigma_next: Float[Array, "..."] | float
-) -> Float[Array, "B *shape"]:
+    x: Float[ArrayLike, "B *shape"], v: Float[ArrayLike, "B *shape"], sigma: Float[ArrayLike, "..."] | float, sigma_next: Float[ArrayLike, "..."] | float
+) -> Float[ArrayLike, "B *shape"]:
     """The deterministic Euler step x + v (sigma_next - sigma); the step to sigma_next = 0 gives the prediction of x0."""
     return x.astype(jnp.float32) + v.astype(jnp.float32) * (jnp.asarray(sigma_next, jnp.float32) - sigma)
 
 
 def kl(
-    mean: Float[Array, "B *shape"],
-    mean_reference: Float[Array, "B *shape"],
-    std: Float[Array, "..."],
-    mask: Bool[Array, "B T"] | None = None,
-) -> Float[Array, "B"]:
+    mean: Float[ArrayLike, "B *shape"],
+    mean_reference: Float[ArrayLike, "B *shape"],
+    std: Float[ArrayLike, "..."],
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Float[ArrayLike, "B"]:
     """KL divergence of two Gaussian steps with one std, per row: mean of (mean - mean_reference)^2 / (2 std^2)."""
     return row_mean((mean - mean_reference) ** 2 / (2 * std**2), mask)

@@ -6,17 +6,17 @@ micro-batches and divide by one count: accumulation is then exact.
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import ArrayLike, Float, Int
 
 
 def advantages(
-    rewards: Float[Array, "B"],
-    groups: Int[Array, "B"],
+    rewards: Float[ArrayLike, "B"],
+    groups: Int[ArrayLike, "B"],
     *,
     eps: float = 1e-4,
     clip: float = 5.0,
     global_std: bool = False,
-) -> Float[Array, "B"]:
+) -> Float[ArrayLike, "B"]:
     """How much better each video is than its group: (r - mean) / (std + eps), clipped to [-clip, clip].
 
     The standard deviation is the population one (ddof 0), of the group or, with `global_std`, of all rewards. One member of the
@@ -45,14 +45,14 @@ def advantages(
 class Clipped:
     """The clipped objective per row: loss [B], ratio [B]."""
 
-    loss: Float[Array, "B"]
-    ratio: Float[Array, "B"]
+    loss: Float[ArrayLike, "B"]
+    ratio: Float[ArrayLike, "B"]
 
 
 def clipped_loss(
-    log_prob: Float[Array, "B"],
-    old_log_prob: Float[Array, "B"],
-    advantage: Float[Array, "B"],
+    log_prob: Float[ArrayLike, "B"],
+    old_log_prob: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
     *,
     clip: float,
 ) -> Clipped:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
@@ -350,7 +350,7 @@ class WanVAE(nnx.Module):
         self.post_quant_conv = Dense(config.z_dim, config.z_dim, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, video: Float[Array, "B F H W 3"], chunk: int | None = None) -> Float[Array, "B T H/8 W/8 z"]:
+    def encode(self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None) -> Float[Array, "B T H/8 W/8 z"]:
         """Normalised latents, (posterior mean - latents_mean) / latents_std.
 
         `chunk`: how many latent frames (of 4 video frames) to run at a time; None runs the whole video at once.
@@ -359,15 +359,16 @@ class WanVAE(nnx.Module):
         mean, _ = self.posterior(video, chunk)
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
-    def decode(self, latents: Float[Array, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+    def decode(self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
         """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
 
     def posterior(
-        self, video: Float[Array, "B F H W 3"], chunk: int | None = None
+        self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "B T H/8 W/8 z"], Float[Array, "B T H/8 W/8 z"]]:
         """Mean and log-variance (within [-30, 20]) of the latents, not normalised."""
+        video = jnp.asarray(video)
         frames, height, width = video.shape[1:4]
         if frames % FRAMES_PER_LATENT != 1:
             raise ValueError(f"a video needs 1 + {FRAMES_PER_LATENT}n frames, this one has {frames}")
@@ -377,9 +378,9 @@ class WanVAE(nnx.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def pixels(self, raw: Float[Array, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+    def pixels(self, raw: Float[ArrayLike, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
         """The video of latents that are not normalised, not clamped: what training compares with the truth."""
-        return _in_chunks(self.decoder, self.post_quant_conv(raw), chunk)
+        return _in_chunks(self.decoder, self.post_quant_conv(jnp.asarray(raw)), chunk)
 
 
 def _in_chunks(network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None) -> Float[Array, "B m H W D"]:

@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class IdentityConfig:
 
 
 def match(
-    similarity: Float[Array, "*batch M K"],
-    reference_mask: Bool[Array, "*batch M"],
-    face_mask: Bool[Array, "*batch K"],
+    similarity: Float[ArrayLike, "*batch M K"],
+    reference_mask: Bool[ArrayLike, "*batch M"],
+    face_mask: Bool[ArrayLike, "*batch K"],
     null_similarity: float,
-) -> Int[Array, "*batch M"]:
+) -> Int[ArrayLike, "*batch M"]:
     """Exact assignment: for each reference the index of its face, or K when it has none. Carries no gradient.
 
     value[i, S] = max(value[i-1, S] + null, max over faces k in S of value[i-1, S without k] + similarity[i, k]) for every
@@ -80,16 +80,16 @@ def match(
 class Matches:
     """References matched to faces. face: index, K for none; similarity: raw cosine, 0 where nothing is matched."""
 
-    face: Int[Array, "B T M"]
-    matched: Bool[Array, "B T M"]
-    similarity: Float[Array, "B T M"]
+    face: Int[ArrayLike, "B T M"]
+    matched: Bool[ArrayLike, "B T M"]
+    similarity: Float[ArrayLike, "B T M"]
 
 
 def match_videos(
-    embeddings: Float[Array, "B T K E"],
-    face_mask: Bool[Array, "B T K"],
-    references: Float[Array, "B M E"],
-    reference_mask: Bool[Array, "B M"],
+    embeddings: Float[ArrayLike, "B T K E"],
+    face_mask: Bool[ArrayLike, "B T K"],
+    references: Float[ArrayLike, "B M E"],
+    reference_mask: Bool[ArrayLike, "B M"],
     null_similarity: float,
 ) -> Matches:
     """Match every frame by itself. Embeddings and references are unit vectors."""
@@ -101,25 +101,25 @@ def match_videos(
     return Matches(face=face, matched=face < embeddings.shape[2], similarity=chosen)
 
 
-def person_scores(matches: Matches, low: float, high: float) -> Float[Array, "B M"]:
+def person_scores(matches: Matches, low: float, high: float) -> Float[ArrayLike, "B M"]:
     """c_i: mean over frames of the similarity mapped from [low, high] to [0, 1]; a missing person counts 0."""
     level = jnp.clip((matches.similarity - low) / (high - low), 0.0, 1.0)
     return jnp.mean(jnp.where(matches.matched, level, 0.0), axis=1)
 
 
-def masked_mean(values: Float[Array, "B M"], mask: Bool[Array, "B M"]) -> Float[Array, " B"]:
+def masked_mean(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
     """Mean over the people asked for."""
     return jnp.sum(jnp.where(mask, values, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)
 
 
-def soft_minimum(values: Float[Array, "B M"], mask: Bool[Array, "B M"], softness: float) -> Float[Array, " B"]:
+def soft_minimum(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float) -> Float[ArrayLike, " B"]:
     """-(1/b) log(avg exp(-b c)) over the people asked for: between their minimum and their mean."""
     exponents = jnp.where(mask, -softness * values, -jnp.inf)
     count = jnp.maximum(jnp.sum(mask, -1), 1)
     return -(jax.nn.logsumexp(exponents, axis=-1) - jnp.log(count)) / softness
 
 
-def extra_faces(face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]) -> Float[Array, " B"]:
+def extra_faces(face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
     """Faces beyond the people asked for, as a share of them, at most 1, mean over frames."""
     asked = jnp.maximum(jnp.sum(reference_mask, -1), 1)[:, None]
     surplus = jnp.maximum(jnp.sum(face_mask, -1) - asked, 0)
@@ -127,10 +127,10 @@ def extra_faces(face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B 
 
 
 def motion(
-    videos: Float[Array, "B T H W 3"],
-    boxes: Float[Array, "B T K 4"],
-    face_mask: Bool[Array, "B T K"],
-) -> Float[Array, " B"]:
+    videos: Float[ArrayLike, "B T H W 3"],
+    boxes: Float[ArrayLike, "B T K 4"],
+    face_mask: Bool[ArrayLike, "B T K"],
+) -> Float[ArrayLike, " B"]:
     """Mean absolute difference of neighbouring frames, in units of [-1, 1], outside the faces of both; 0 for one frame."""
     frames, height, width = videos.shape[1:4]
     if frames == 1:
@@ -147,14 +147,14 @@ def motion(
 
 
 def reward_terms(
-    videos: Float[Array, "B T H W 3"],
-    boxes: Float[Array, "B T K 4"],
-    embeddings: Float[Array, "B T K E"],
-    face_mask: Bool[Array, "B T K"],
-    references: Float[Array, "B M E"],
-    reference_mask: Bool[Array, "B M"],
+    videos: Float[ArrayLike, "B T H W 3"],
+    boxes: Float[ArrayLike, "B T K 4"],
+    embeddings: Float[ArrayLike, "B T K E"],
+    face_mask: Bool[ArrayLike, "B T K"],
+    references: Float[ArrayLike, "B M E"],
+    reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
-) -> dict[str, Float[Array, " B"]]:
+) -> dict[str, Float[ArrayLike, " B"]]:
     """Every term of the reward and the metrics that share its matching, each [B] in fp32.
 
     reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms.
