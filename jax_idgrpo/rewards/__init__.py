@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
 
 Terms = dict[str, Float[Array, "B"]]
-Numbers = Array | np.ndarray
 
 
 @struct.dataclass
@@ -81,12 +80,14 @@ class FaceReward:
         size = next(iter(self._cache.values())).shape[0] if self._cache else 1
         return jnp.asarray([[np.zeros(size, np.float32) if e is None else e for e in row] for row in rows])
 
-    def score_terms(self, videos: Float[Numbers, "B T H W 3"], embeddings: Float[Numbers, "B M E"], mask: Bool[Numbers, "B M"]) -> Terms:
-        """Every term (see `identity.reward_terms`), the reward among them; stays on the device, may be called inside `jax.jit`."""
+    def score_terms(
+        self, videos: Float[ArrayLike, "B T H W 3"], embeddings: Float[ArrayLike, "B M E"], mask: Bool[ArrayLike, "B M"]
+    ) -> Terms:
+        """Every term (see `identity.reward_terms`), the reward among them; stays on the device."""
         return self._score(self._state, videos, embeddings, mask)
 
     def __call__(
-        self, videos: Float[Numbers, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
+        self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
     ) -> Float[Array, "B"]:
         """The reward of videos in [-1, 1].
 

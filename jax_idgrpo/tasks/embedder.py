@@ -145,12 +145,12 @@ def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, 
         match = ids[frames][:, None] == ids[portraits][None]
         same.append(cosines[match])
         different.append(cosines[~match])
-    same, different = np.concatenate(same), np.concatenate(different)
+    of_one, of_two = np.concatenate(same), np.concatenate(different)
     quantiles = (0.05, 0.5, 0.95)
     return {
-        "auc": area_under_curve(same, different),
-        **{f"same_{q}": float(np.quantile(same, q)) for q in quantiles},
-        **{f"different_{q}": float(np.quantile(different, q)) for q in (*quantiles, 0.999)},
+        "auc": area_under_curve(of_one, of_two),
+        **{f"same_{q}": float(np.quantile(of_one, q)) for q in quantiles},
+        **{f"different_{q}": float(np.quantile(of_two, q)) for q in (*quantiles, 0.999)},
     }
 
 
