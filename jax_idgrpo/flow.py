@@ -104,7 +104,10 @@ def sde_step(
 
 
 def ode_step(
-    x: Float[ArrayLike, "B *shape"], v: Float[ArrayLike, "B *shape"], sigma: Float[ArrayLike, "..."] | float, sigma_next: Float[ArrayLike, "..."] | float
+    x: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, "B *shape"],
+    sigma: Float[ArrayLike, "..."] | float,
+    sigma_next: Float[ArrayLike, "..."] | float,
 ) -> Float[ArrayLike, "B *shape"]:
     """The deterministic Euler step x + v (sigma_next - sigma); the step to sigma_next = 0 gives the prediction of x0."""
     return x.astype(jnp.float32) + v.astype(jnp.float32) * (jnp.asarray(sigma_next, jnp.float32) - sigma)
