@@ -57,9 +57,9 @@ REFERENCE_WEIGHT = 0.25  # of a reference slot in the loss: it is seen in the co
 class Options:
     """`finetune.options` of this task.
 
-    num_layers, num_heads, head_dim, ffn_dim, freq_dim, vace_layers: of the transformer. pool: clips in the pool. pool_file: where
-    the pool is kept between runs ("" = nowhere). face_weight: weight of latent cells inside faces, others have 1. text_dropout: share
-    of prompts replaced by the negative one.
+    num_layers, num_heads, head_dim, ffn_dim, freq_dim, vace_layers: of the transformer. pool, pool_seed: clips in the pool and what
+    they are drawn from. pool_file: where the pool is kept between runs ("" = nowhere). face_weight: weight of latent cells inside
+    faces, others have 1. text_dropout: share of prompts replaced by the negative one.
     """
 
     num_layers: int
@@ -69,6 +69,7 @@ class Options:
     freq_dim: int
     vace_layers: tuple[int, ...]
     pool: int
+    pool_seed: int = 42
     pool_file: str = ""
     face_weight: float = 1.0
     text_dropout: float = 0.1
@@ -114,7 +115,7 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
 
     @jax.jit
     def draw(index: Array) -> tuple[cast.Batch, Array]:
-        drawn = cast.batch(config.run.seed, index, CHUNK, "train", video.frames, size)
+        drawn = cast.batch(options.pool_seed, index, CHUNK, "train", video.frames, size)
         return drawn, cell_weight(drawn.boxes, drawn.visible, size, options.face_weight)
 
     @jax.jit
@@ -144,7 +145,7 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
 
 def _fingerprint(config: Config, options: Options, networks: Any) -> str:
     """Hash of all that a pool depends on."""
-    digest = hashlib.sha256(repr((config.run.seed, config.video, config.data, options.pool, options.face_weight)).encode())
+    digest = hashlib.sha256(repr((options.pool_seed, config.video, config.data, options.pool, options.face_weight)).encode())
     for leaf in jax.tree.leaves(nnx.state(networks)):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
