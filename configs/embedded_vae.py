@@ -1,8 +1,8 @@
 """The autoencoder of the embedded model set, in three parts, each continuing from the one before.
 
-    idgrpo finetune configs/embedded_vae.py --workdir runs/vae --finetune.out runs/vae/out
-    idgrpo finetune configs/embedded_vae_faces.py --workdir runs/vae_faces --finetune.start runs/vae/out --finetune.out runs/vae_faces/out
-    idgrpo finetune configs/embedded_vae_decoder.py --workdir runs/vae_decoder --finetune.start runs/vae_faces/out
+    idgrpo finetune configs/embedded_vae.py --workdir runs/embedded_vae
+    idgrpo finetune configs/embedded_vae_faces.py --workdir runs/embedded_vae_faces
+    idgrpo finetune configs/embedded_vae_decoder.py --workdir runs/embedded_vae_decoder
 
 Part one: whole pictures of the drawn cast, then clips of 9 frames. Part two: windows around faces. Part three: the decoder alone.
 The stored weights are those of parts one and two, 20 and 23 minutes on two shared CPU cores; part three would sharpen the videos

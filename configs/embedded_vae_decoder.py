@@ -17,5 +17,12 @@ def get_config() -> Config:
     return Config(
         run=RunConfig(steps=1500, seed=9, save_every=250, keep=2, sample_every=500),
         optimizer=dataclasses.replace(OPTIMIZER, learning_rate=2e-3),
-        finetune=FinetuneConfig(task="vae", batch=8, log_every=40, options=options),
+        finetune=FinetuneConfig(
+            task="vae",
+            start="jax_idgrpo/embedded/pipeline",
+            out="jax_idgrpo/embedded/pipeline",
+            batch=8,
+            log_every=40,
+            options=options,
+        ),
     )

@@ -9,5 +9,12 @@ def get_config() -> Config:
     return Config(
         run=RunConfig(steps=3880, seed=8, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,
-        finetune=FinetuneConfig(task="vae", batch=8, log_every=40, options={"train": "all"} | NETWORK | seen | LOSS),
+        finetune=FinetuneConfig(
+            task="vae",
+            start="runs/embedded_vae/export",
+            out="jax_idgrpo/embedded/pipeline",
+            batch=8,
+            log_every=40,
+            options={"train": "all"} | NETWORK | seen | LOSS,
+        ),
     )
