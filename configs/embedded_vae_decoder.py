@@ -6,7 +6,7 @@ Brightness, red against blue and green against magenta count 1, 1.5 and 3: the l
 import dataclasses
 
 from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
-from jax_idgrpo.config import Config, FinetuneConfig, RunConfig
+from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
 
 COLOURS = [[0.5774, 0.5774, 0.5774], [1.0607, 0.0, -1.0607], [1.2247, -2.4495, 1.2247]]
 
@@ -19,8 +19,8 @@ def get_config() -> Config:
         optimizer=dataclasses.replace(OPTIMIZER, learning_rate=2e-3),
         finetune=FinetuneConfig(
             task="vae",
-            start="jax_idgrpo/embedded/pipeline",
-            out="jax_idgrpo/embedded/pipeline",
+            start=str(EMBEDDED / "pipeline"),
+            out=str(EMBEDDED / "pipeline"),
             batch=8,
             log_every=40,
             options=options,

@@ -1,7 +1,7 @@
 """The autoencoder of the embedded model set, part two: windows around faces. The command is in `embedded_vae.py`."""
 
 from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
-from jax_idgrpo.config import Config, FinetuneConfig, RunConfig
+from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
 
 
 def get_config() -> Config:
@@ -12,7 +12,7 @@ def get_config() -> Config:
         finetune=FinetuneConfig(
             task="vae",
             start="runs/embedded_vae/export",
-            out="jax_idgrpo/embedded/pipeline",
+            out=str(EMBEDDED / "pipeline"),
             batch=8,
             log_every=40,
             options={"train": "all"} | NETWORK | seen | LOSS,
