@@ -17,6 +17,7 @@ from jax_idgrpo.pipeline import load_pipeline, save_vae
 from jax_idgrpo.tasks import make_task, text, transformer
 
 DATA = DataConfig(max_people=3, text_length=80)
+BATCH = 16  # one size for all, so that the cast is compiled once
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------
@@ -48,14 +49,14 @@ def test_tokenizer_refuses_what_it_would_split():
 
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
-    told = jax.device_get(text._draw(3, 5, 256))
-    ids, mask = text.tokenize(tokenizer, cast.prompts(told), DATA.text_length)
+    prompts = [prompt for step in range(8) for prompt in cast.prompts(jax.device_get(text._draw(3, step, BATCH)))]
+    ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()
 
 
 def test_attributes_are_those_of_the_people_that_are_there():
-    told = jax.device_get(text._draw(3, 5, 256))
+    told = jax.device_get(text._draw(3, 5, BATCH))
     got = text.attributes(told)
     person = got[:, : 3 * 9].reshape(-1, 3, 9)
     assert ((person >= 0) == told.mask[..., None]).all()
@@ -65,7 +66,7 @@ def test_attributes_are_those_of_the_people_that_are_there():
 
 def test_reader_learns_and_its_batches_are_pure():
     options = dict(d_model=32, d_kv=8, num_heads=2, d_ff=32, num_layers=1)
-    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=16, options=options)))
+    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options)))
     first, again, other = task.batch(1, 2), task.batch(1, 2), task.batch(1, 3)
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
@@ -169,7 +170,7 @@ def config(tmp_path_factory):
     sizes = VAEConfig(4, (1, 1, 2, 2), 1, (False, True, True), (0.0,) * 16, (1.0,) * 16)
     save_vae(WanVAE(sizes, rngs=nnx.Rngs(0)), folder)
     options = dict(d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=1)
-    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=2, options=options)))
+    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options)))
     task.save(task.init(jax.random.key(1)), folder)
     shape = dict(num_layers=3, num_heads=2, head_dim=12, ffn_dim=16, freq_dim=16, vace_layers=[0, 2], pool=4, face_weight=2.0)
     return Config(
