@@ -310,7 +310,7 @@ def remove(part: str):
         (edit("transformer/config.json", ffn_dim=64), "transformer", "[96] instead of [64]"),
         (edit("transformer/config.json", image_dim=1280), "transformer/config.json", "image_dim is 1280"),
         (edit("transformer/config.json", vace_layers=[0, 9]), "transformer/config.json", "vace_layers"),
-        (edit("transformer/config.json", num_layers="four"), "transformer/config.json", ""),
+        (edit("transformer/config.json", num_layers=0), "transformer/config.json", "num_layers"),
         (edit("text_encoder/config.json", model_type="t5"), "text_encoder/config.json", "model_type is 't5'"),
         (edit("scheduler/scheduler_config.json", flow_shift=None), "scheduler/scheduler_config.json", "flow_shift is None"),
         (remove("transformer/config.json"), "transformer/config.json", "cannot be read"),
