@@ -132,7 +132,7 @@ def naming(file: Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{file}: has no {error}; it should describe this network") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error  # some libraries complain over many lines
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
