@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from configs.embedded_judge import get_config as first_run
+from embedded_judge import get_config as first_run
+
 from jax_idgrpo.config import EMBEDDED, Config
 
 

@@ -5,7 +5,8 @@ Brightness, red against blue and green against magenta count 1, 1.5 and 3: the l
 
 import dataclasses
 
-from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
+from embedded_vae import LOSS, NETWORK, OPTIMIZER
+
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
 
 COLOURS = [[0.5774, 0.5774, 0.5774], [1.0607, 0.0, -1.0607], [1.2247, -2.4495, 1.2247]]

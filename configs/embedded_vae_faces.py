@@ -1,6 +1,7 @@
 """The autoencoder of the embedded model set, part two: windows around faces. The command is in `embedded_vae.py`."""
 
-from configs.embedded_vae import LOSS, NETWORK, OPTIMIZER
+from embedded_vae import LOSS, NETWORK, OPTIMIZER
+
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import runpy
+import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -375,7 +376,7 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
 
 
 def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Config:
-    """Read a configuration file (a Python file that defines `get_config()`) and apply overrides.
+    """Read a configuration file (a Python file that defines `get_config()`; it may import its neighbours) and apply overrides.
 
     Raises:
       UserError: the file is missing or cannot be run, defines no `get_config`, or holds a value that is refused.
@@ -383,6 +384,7 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path}: no such file; pass the path of a Python file with get_config(), such as configs/quickstart.py")
+    sys.path.insert(0, str(path.parent.absolute()))
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except UserError:
@@ -391,6 +393,8 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
         raise UserError(f"config {path}: defines no get_config()") from None
     except Exception as error:
         raise UserError(f"config {path}: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.pop(0)
     if not isinstance(config, Config):
         raise UserError(f"config {path}: get_config() returned {type(config).__name__}, not a jax_idgrpo.config.Config")
     return override(config, overrides or [])
