@@ -12,13 +12,13 @@ Times are in seconds; a clip has 8 frames per second.
 
 import argparse
 import csv
-import dataclasses
 import functools
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,8 +131,7 @@ _LIGHTS = ("soft", "bright", "dim", "warm", "cold")
 _COUNTS = ("one", "two", "three", "four")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Identity:
     """Who a person is; every leaf may carry leading batch axes. Colours are RGB in [0, 1], lengths in head units."""
 
@@ -277,8 +276,7 @@ class Pose(NamedTuple):
     swing: Array  # head units by which the raised hand is moved sideways
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Light:
     """Light of a scene; colour multiplies RGB, direction is the side (-1 left, 1 right) times its strength."""
 
@@ -555,8 +553,7 @@ def render_portrait(person: Identity, key: PRNGKeyArray, size: tuple[int, int] =
 # Scenes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Scene:
     """Everything of a clip but who is in it.
 
@@ -711,8 +708,7 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
     return kinds[scene.background] * scene.light.colour[:, None, None]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Clip:
     """A drawn clip and its truth, people in reference order; boxes, landmarks, visibility of absent people are zero."""
 
@@ -776,8 +772,7 @@ def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
 # Batches
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Batch:
     """Clips with the reference photos of their people. Absent people: id -1, white portrait, mask False."""
 

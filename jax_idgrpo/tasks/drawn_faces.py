@@ -6,6 +6,7 @@ and off in colour: `degrade` makes clean drawings so.
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -13,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jax_idgrpo.data import cast
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class FacePictures:
     """Pictures in [-1, 1] with their M faces; absent ones have id -1 and visible 0. Integers are the pixel centres."""
 

@@ -78,7 +78,7 @@ class Told(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _draw(seed: int, step: int, size: int) -> Told:
+def _draw(seed: int | Array, step: int | Array, size: int) -> Told:
     """The cast's batch without its pictures, which the compiler drops."""
     drawn = cast.batch(seed, step, size, "train")
     return Told(drawn.scene, drawn.people, drawn.mask)
