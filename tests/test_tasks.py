@@ -89,7 +89,7 @@ def test_weight_of_cells_is_the_share_that_a_face_covers():
     boxes[0, :, 0] = (8, 0, 20, 16)  # columns 1 and half of 2, rows 0 and 1
     boxes[0, :, 1] = (-9, 24, 8, 99)  # reaches out of the picture; hidden in all frames but the first
     visible = np.array([[[1, 1], [1, 0], [1, 0], [0, 0], [0, 0]]], np.float32)
-    weight = np.asarray(transformer.cell_weight(boxes, visible, (32, 32), 5.0))
+    weight = np.asarray(transformer.cell_weight(jnp.asarray(boxes), jnp.asarray(visible), (32, 32), 5.0))
     first = np.ones((4, 4))
     first[:2, 1], first[:2, 2], first[3, 0] = 5, 3, 5
     later = np.ones((4, 4))  # in two of four frames
@@ -136,7 +136,7 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
         text=np.zeros((rows, 5, 8), np.float32), weight=np.full((rows, 3, 4, 4), 2.0, np.float32),
     )  # fmt: skip
     grey = np.random.default_rng(0).normal(size=(3, 4, 4, 16)).astype(np.float32)
-    options = dict(grey=grey, order="diffusers", shift=3.0)
+    options = dict(grey=jnp.asarray(grey), order="diffusers", shift=3.0)
     value, metrics = transformer.loss(right, batch, jax.random.key(0), **options)
     assert value < 2e-3 and metrics["video_error"] < 2e-3
     wrong, _ = transformer.loss(lambda *inputs: -right(*inputs), batch, jax.random.key(0), **options)
@@ -157,8 +157,8 @@ def test_faces_weigh_more():
     def loss(weight):
         field = np.ones((8, 2, 4, 4), np.float32)
         field[:, :, 1, 1] = weight
-        options = dict(grey=np.zeros((2, 4, 4, 16), np.float32), order="diffusers", shift=3.0)
-        return transformer.loss(lambda *inputs: mark, batch | {"weight": field}, jax.random.key(0), **options)[0]
+        options = dict(grey=jnp.zeros((2, 4, 4, 16)), order="diffusers", shift=3.0)
+        return transformer.loss(lambda *inputs: jnp.asarray(mark), batch | {"weight": field}, jax.random.key(0), **options)[0]
 
     assert loss(4.0) > 2 * loss(1.0)
 

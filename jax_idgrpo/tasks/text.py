@@ -104,7 +104,7 @@ class Reader(nnx.Module):
         return self.head(mean).reshape(len(ids), -1, CLASSES)
 
 
-def loss(reader: Reader, batch: dict[str, Array], key: Array) -> Loss:
+def loss(reader: Reader, batch: dict[str, Any], key: Array) -> Loss:
     """Mean cross-entropy over the attributes that are there, and the share named right."""
     del key
     logits, target = reader(batch["ids"], batch["mask"]), batch["attributes"]

@@ -17,6 +17,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,7 +183,7 @@ def pick(pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: fl
     }
 
 
-def loss(transformer: WanTransformer, batch: dict[str, Array], key: Array, *, grey: Array, order: str, shift: float) -> Loss:
+def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *, grey: Array, order: str, shift: float) -> Loss:
     """The flow-matching loss of one batch, and the plain error of the video frames."""
     video, photos = batch["video"], batch["photos"]
     people, rows = photos.shape[1], len(video)
@@ -263,7 +264,7 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
-    def flow_loss(transformer: WanTransformer, batch: dict[str, Array], key: Array) -> Loss:
+    def flow_loss(transformer: WanTransformer, batch: dict[str, Any], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
         return loss(transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift)
 
