@@ -49,7 +49,8 @@ def test_tokenizer_refuses_what_it_would_split():
 
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
-    prompts = [prompt for step in range(8) for prompt in cast.prompts(jax.device_get(text._draw(3, step, BATCH)))]
+    told = [text._draw(3, step, BATCH) for step in range(8)]
+    prompts = [prompt for part in told for prompt in cast.describe(part.scene, part.people, part.mask)]
     ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()

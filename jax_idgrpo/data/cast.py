@@ -22,7 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from PIL import Image
 
 from jax_idgrpo import keys
@@ -889,7 +889,12 @@ def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) 
 
 def prompts(drawn: Batch) -> list[str]:
     """One description per clip of a batch."""
-    host = jax.device_get((drawn.scene, drawn.people, drawn.mask))
+    return describe(drawn.scene, drawn.people, drawn.mask)
+
+
+def describe(scene: Scene, people: Identity, mask: Bool[ArrayLike, "B M"]) -> list[str]:
+    """`prompt` of every row."""
+    host = jax.device_get((scene, people, mask))
     row = lambda k: jax.tree.map(lambda leaf: leaf[k], host)  # noqa: E731
     return [prompt(*row(k)) for k in range(len(host[2]))]
 

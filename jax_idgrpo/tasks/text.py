@@ -125,7 +125,7 @@ def make(config: Config) -> Task:
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         told = jax.device_get(draw(seed, step))
-        ids, mask = tokenize(tokenizer, cast.prompts(told), config.data.text_length)
+        ids, mask = tokenize(tokenizer, cast.describe(told.scene, told.people, told.mask), config.data.text_length)
         return {"ids": ids, "mask": mask, "attributes": attributes(told)}
 
     def save(reader: Reader, path: Path) -> None:
