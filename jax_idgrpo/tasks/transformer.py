@@ -17,7 +17,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class Options:
     head_dim: int
     ffn_dim: int
     freq_dim: int
-    vace_layers: tuple[int, ...]
+    vace_layers: Sequence[int]
     pool: int
     pool_seed: int = 42
     pool_file: str = ""
