@@ -50,13 +50,12 @@ class Clipped:
 
 
 def clipped_loss(
-    log_prob: Float[ArrayLike, "B"],
-    old_log_prob: Float[ArrayLike, "B"],
+    log_ratio: Float[ArrayLike, "B"],
     advantage: Float[ArrayLike, "B"],
     *,
     clip: float,
 ) -> Clipped:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_prob - old_log_prob), per row."""
-    ratio = jnp.exp(log_prob - old_log_prob)
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio), per row."""
+    ratio = jnp.exp(log_ratio)
     loss = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
     return Clipped(loss=loss, ratio=ratio)

@@ -1,6 +1,7 @@
 """Sampling: one jitted scan over denoising steps, stochastic inside a window and deterministic outside.
 
-The trajectory keeps every state and the log-probability of every stochastic step, in float32, for the update to replay.
+The trajectory keeps every state, velocity and log-probability in float32: the update replays the states and forms its ratio from the
+velocities.
 """
 
 import functools
@@ -33,9 +34,13 @@ class Schedule:
 
 @flax.struct.dataclass
 class Trajectory:
-    """x: [S+1,B,N,H,W,16] states from noise to latents. log_prob: [S,B], meaningful at stochastic steps only."""
+    """x: [S+1,B,N,H,W,16] states from noise to latents. velocity: [S,B,N,H,W,16] of the policy that sampled them.
+
+    log_prob: [S,B], meaningful at stochastic steps only. All float32.
+    """
 
     x: Float[Array, "S+1 B N H W C"]
+    velocity: Float[Array, "S B N H W C"]
     log_prob: Float[Array, "S B"]
 
 
@@ -58,28 +63,6 @@ def stochastic(config: RolloutConfig, trained: np.ndarray) -> np.ndarray:
     return mask
 
 
-def score(
-    x: Float[Array, "B N H W C"],
-    v: Float[Array, "B N H W C"],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
-    sigma_max: Float[Array, ""],
-    x_next: Float[Array, "B N H W C"],
-    frame_mask: Bool[Array, "B N"],
-) -> flow.Step:
-    """`flow.sde_step` at a known x_next, compiled alike wherever it stands: rollout and replay get the same bits.
-
-    Barriers keep the compiler from fusing it with its surroundings, and rematerialisation from splitting it for the backward pass.
-    """
-    arguments = jax.lax.optimization_barrier((x, v, sigma, sigma_next, sigma_max, x_next, frame_mask))
-
-    @jax.checkpoint
-    def step(x: Array, v: Array, sigma: Array, sigma_next: Array, sigma_max: Array, x_next: Array, frame_mask: Array) -> flow.Step:
-        return flow.sde_step(x, v, sigma, sigma_next, sigma_max, x_next=x_next, mask=frame_mask)
-
-    return jax.lax.optimization_barrier(step(*arguments))
-
-
 def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B N H W C"]:
     return keys.step_noise(rows, -1, conditioning.latent_shape)
 
@@ -99,18 +82,19 @@ def sample(
     start = _start(rows, conditioning)
     sigma_max = schedule.sigma[1]
 
-    def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
         index, timestep, sigma, sigma_next, draws = step
         v = policy.velocity(lora, base, x, timestep, conditioning, negative)
         noise = keys.step_noise(rows, index, x.shape[1:])
         drawn = flow.sde_step(x, v, sigma, sigma_next, sigma_max, noise=noise, mask=conditioning.frame_mask).x_next
         x_next = jnp.where(draws, drawn, flow.ode_step(x, v, sigma, sigma_next))
-        log_prob = score(x, v, sigma, sigma_next, sigma_max, x_next, conditioning.frame_mask).log_prob
-        return x_next, (x_next, log_prob)
+        log_prob = flow.sde_step(x, v, sigma, sigma_next, sigma_max, x_next=x_next, mask=conditioning.frame_mask).log_prob
+        return x_next, (x_next, v, log_prob)
 
     index = jnp.arange(schedule.timestep.shape[0])
-    _, (x, log_prob) = jax.lax.scan(body, start, (index, schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:], is_stochastic))
-    return Trajectory(x=jnp.concatenate([start[None], x]), log_prob=log_prob)
+    steps = (index, schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:], is_stochastic)
+    _, (x, velocity, log_prob) = jax.lax.scan(body, start, steps)
+    return Trajectory(x=jnp.concatenate([start[None], x]), velocity=velocity, log_prob=log_prob)
 
 
 @functools.partial(jax.jit, static_argnums=0)

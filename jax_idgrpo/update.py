@@ -19,7 +19,7 @@ from jax_idgrpo.conditioning import Conditioning
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.optimizer import apply_gradients
 from jax_idgrpo.policy import Policy
-from jax_idgrpo.rollout import Schedule, Trajectory, score
+from jax_idgrpo.rollout import Schedule, Trajectory
 from jax_idgrpo.state import TrainState
 
 
@@ -27,7 +27,7 @@ from jax_idgrpo.state import TrainState
 class Rollout:
     """What an update replays, in C chunks of R rows, one program call each when they were sampled.
 
-    trajectory: x [C,S+1,R,N,H,W,16], log_prob [C,S,R]. conditioning: every leaf [C,R,...]. advantage: [C,R].
+    trajectory: x [C,S+1,R,N,H,W,16], velocity [C,S,R,N,H,W,16], log_prob [C,S,R]. conditioning: every leaf [C,R,...]. advantage: [C,R].
     """
 
     trajectory: Trajectory
@@ -55,28 +55,28 @@ def step_loss(
     index: Int[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
     """Sum over the rows of one chunk of the loss at denoising step `index`; and per-row values to log."""
-    x, x_next, old_log_prob = (
+    x, x_next, v_old = (
         jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-        for array, i in ((chunk.trajectory.x, index), (chunk.trajectory.x, index + 1), (chunk.trajectory.log_prob, index))
+        for array, i in ((chunk.trajectory.x, index), (chunk.trajectory.x, index + 1), (chunk.trajectory.velocity, index))
     )
-    timestep, sigma, sigma_next = schedule.timestep[index], schedule.sigma[index], schedule.sigma[index + 1]
+    sigmas, mask = (schedule.sigma[index], schedule.sigma[index + 1], schedule.sigma[1]), chunk.conditioning.frame_mask
 
-    def step(adapter: nnx.State | None) -> flow.Step:
-        v = objective.policy.velocity(adapter, base, x, timestep, chunk.conditioning, negative)
-        return score(x, v, sigma, sigma_next, schedule.sigma[1], x_next, chunk.conditioning.frame_mask)
+    def velocity(adapter: nnx.State | None) -> Array:
+        return objective.policy.velocity(adapter, base, x, schedule.timestep[index], chunk.conditioning, negative)
 
-    new = step(lora)
-    clipped = grpo.clipped_loss(new.log_prob, old_log_prob, chunk.advantage, clip=objective.grpo.clip)
+    v = velocity(lora)
+    log_ratio = flow.log_ratio(x, v, v_old, *sigmas, x_next, mask)
+    clipped = grpo.clipped_loss(log_ratio, chunk.advantage, clip=objective.grpo.clip)
     rows = {
         "ratio": clipped.ratio,
         "policy_loss": clipped.loss,
-        "approx_kl": 0.5 * (new.log_prob - old_log_prob) ** 2,
+        "approx_kl": 0.5 * log_ratio**2,
         "clip_fraction": (jnp.abs(clipped.ratio - 1) > objective.grpo.clip).astype(jnp.float32),
     }
     loss = clipped.loss
     if objective.grpo.kl > 0:
-        reference = jax.lax.stop_gradient(step(None))
-        rows["kl"] = flow.kl(new.mean, reference.mean, new.std, chunk.conditioning.frame_mask)
+        new, reference = (flow.sde_step(x, value, *sigmas, x_next=x_next) for value in (v, jax.lax.stop_gradient(velocity(None))))
+        rows["kl"] = flow.kl(new.mean, reference.mean, new.std, mask)
         loss = loss + objective.grpo.kl * rows["kl"]
     return jnp.sum(loss), rows
 

@@ -71,6 +71,24 @@ def test_sde_step_worked_numbers(step, std, mean, x_next, log_prob, ode):
     np.testing.assert_allclose(flow.ode_step(x, v, s[step], s[step + 1]).item(), ode, rtol=2e-6)
 
 
+def test_log_ratio_is_the_difference_of_the_log_probabilities_and_zero_at_equal_velocities():
+    data = golden("sde_step")
+    for n in range(len(data["step"])):
+        step = [data[k][n].astype(np.float64) for k in ("sigma", "sigma_next", "sigma_max")]
+        x, x_next, old, new = (jnp.asarray(data[k][n]) for k in ("x", "x_next", "v", "v_new"))
+        want = data["log_prob_new"][n] - data["log_prob"][n]
+        np.testing.assert_allclose(flow.log_ratio(x, new, old, *step, x_next), want, atol=1e-6, rtol=1e-4)
+        np.testing.assert_array_equal(flow.log_ratio(x, old, old, *step, x_next), np.zeros(len(x)))
+        of_ratio, of_probability = (
+            jax.grad(lambda v: f(v).sum())(old)
+            for f in (
+                lambda v: flow.log_ratio(x, v, old, *step, x_next),
+                lambda v: flow.sde_step(x, v, *step, x_next=x_next).log_prob,
+            )
+        )
+        assert relative(of_ratio, of_probability) < 1e-5
+
+
 def test_masked_frames_change_nothing():
     rng = np.random.default_rng(0)
     x, v, noise = (rng.normal(size=(2, 4, 2, 3, 5)).astype(np.float32) for _ in range(3))
