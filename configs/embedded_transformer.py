@@ -1,8 +1,7 @@
 """Video transformer of the embedded set: a VACE transformer of 1.9M parameters, flow matching on drawn clips.
 
-Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about half an hour on two cores. The stored weights are
-this run (2,800 steps, 45k clips) and the average after 800 steps (13k clips) of a second one that started from it:
-`--finetune.start FIRST/export --run.seed 43 --run.steps 3000 --optimizer.learning_rate 1e-3 --run.sample_every 1500`.
+Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about ten minutes on two cores.
+`embedded_transformer_long.py` goes on.
 """
 
 from jax_idgrpo.config import (
