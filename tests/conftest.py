@@ -6,6 +6,7 @@ Tests that need several devices start their own process: the number of devices i
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # compiling takes most of the time: half as long
 
 import flax.struct
 from jaxtyping import install_import_hook
