@@ -77,7 +77,7 @@ class Sampler:
         noise = keys.row_keys(keys.key(self.config.run.seed, "evaluate"), ids, members)
         latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
         frames = asked.frame_mask.shape[1] - self.config.data.max_people
-        return np.asarray(_decode(self.pipe.vae, conditioning.video_latents(latents, asked.references, frames)))[: len(rows)]
+        return np.asarray(rollout.decode(nnx.split(self.pipe.vae), latents, asked.references, frames))[: len(rows)]
 
     def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
         """`videos` of many rows, batch by batch, with a progress bar."""
@@ -87,11 +87,6 @@ class Sampler:
                 batch = rows[start : start + size]
                 yield batch, self.videos(model, batch)
                 update(start + len(batch), {})
-
-
-@nnx.jit
-def _decode(vae: nnx.Module, latents: Float[Array, "B T h w C"]) -> Float[Array, "B F H W 3"]:
-    return vae.decode(latents)
 
 
 def evaluated(config: Config) -> Config:

@@ -110,17 +110,22 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     console = Console(stderr=True, quiet=jax.process_index() != 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    started, first = time.monotonic(), done
+    since = time.monotonic(), done     # from the second update on, that of the first: it holds what is compiled and prepared
+    first = done
     with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
         def update(done: int, metrics: Mapping[str, Any] | None = None) -> None:
+            nonlocal since
+            now, (began, before) = time.monotonic(), since
+            if before == first:
+                since = now, done
             if metrics is None:
                 bar.update(task, completed=done)
                 return
             bar.update(task, completed=done, metrics=_text(metrics))
             if not console.is_terminal:
-                left = (time.monotonic() - started) / max(done - first, 1) * (total - done)
+                left = (now - began) / max(done - before, 1) * (total - done)
                 console.print(f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
         yield update

@@ -68,8 +68,3 @@ def split(transformer: WanTransformer, guidance: float) -> tuple[Policy, nnx.Sta
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))[0]
     return Policy(adapted=adapted, plain=plain, guidance=guidance), lora, base
-
-
-def zero_adapter(lora: nnx.State) -> nnx.State:
-    """The adapter whose output is zero: the base model, in the adapted structure."""
-    return jax.tree.map(jnp.zeros_like, lora)

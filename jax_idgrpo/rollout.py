@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_idgrpo import flow, keys
-from jax_idgrpo.conditioning import Conditioning
+from jax_idgrpo.conditioning import Conditioning, video_latents
 from jax_idgrpo.config import RolloutConfig
 from jax_idgrpo.policy import Policy
 
@@ -114,3 +114,11 @@ def generate(
         return flow.ode_step(x, policy.velocity(lora, base, x, timestep, conditioning, negative), sigma, sigma_next), None
 
     return jax.lax.scan(body, _start(rows, conditioning), (schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:]))[0]
+
+
+@functools.partial(jax.jit, static_argnames="frames")
+def decode(
+    vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], people: Int[Array, "B"], frames: int
+) -> Float[Array, "B F H W 3"]:
+    """The videos in [-1, 1] of final latents: references dropped, `frames` latent frames decoded."""
+    return nnx.merge(*vae).decode(video_latents(latents, people, frames))

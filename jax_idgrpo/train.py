@@ -5,7 +5,6 @@ one that was not. Everything between prompt and updated weights stays on the dev
 """
 
 import collections
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,14 +40,6 @@ def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
         numbers.append(np.arange(group) + group * seen[prompt])
         seen[prompt] += 1
     return np.stack(numbers)
-
-
-@functools.partial(jax.jit, static_argnames="frames")
-def decode(
-    vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], people: Int[Array, "B"], frames: int
-) -> Float[Array, "B F H W 3"]:
-    """The videos in [-1, 1] of final latents: references dropped, `frames` latent frames decoded."""
-    return nnx.merge(*vae).decode(conditioning.video_latents(latents, people, frames))
 
 
 def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
@@ -154,7 +145,7 @@ def train(config: Config, workdir: Path) -> None:
                 condition, row_keys, (faces, face_mask) = (rows(tree, chunk) for tree in (asked, noise, people))
                 trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, row_keys, draws)
                 frames = condition.frame_mask.shape[1] - config.data.max_people
-                video = decode(vae, trajectory.x[-1], condition.references, frames)
+                video = rollout.decode(vae, trajectory.x[-1], condition.references, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))
                 chunks.append((trajectory, condition))
                 if len(videos) < SHOWN:
