@@ -1,19 +1,29 @@
-"""Schedule and steps of the flow-matching sampler: sigmas, SDE step with its log-probability, ODE step, KL.
+"""Schedule, samplers and steps of the flow-matching sampler: sigmas, stochastic steps with their log-probability, ODE solvers.
 
-The model predicts the velocity v = noise - x0 along x = (1 - sigma) x0 + sigma noise; sigma falls from about 1 to 0. The SDE step
-and its log-probability are those of Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo, sde_step_with_logprob); the
-schedule is that of Wan2.1 (github.com/Wan-Video/Wan2.1, FlowUniPCMultistepScheduler) and of diffusers 0.33 to 0.36.
+The model predicts the velocity v = noise - x0 along x = (1 - sigma) x0 + sigma noise; sigma falls from about 1 to 0. Every
+stochastic sampler is a `Transition`: the next sample is drawn around a x + b v, with coefficients that depend on sigma alone.
+
+    identity   Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo, sde_step_with_logprob)
+    flow       Flow-GRPO (arXiv 2505.05470; github.com/yifan123/flow_grpo)
+    dance      DanceGRPO (arXiv 2505.07818; github.com/XueZeyue/DanceGRPO)
+    cps        coefficient-preserving sampling (arXiv 2509.05952, FlowCPS; also in flow_grpo and X-GenGroup/Flow-Factory)
+
+The schedule is that of Wan2.1 (github.com/Wan-Video/Wan2.1, FlowUniPCMultistepScheduler) and of diffusers 0.33 to 0.36. The ODE is
+solved by Euler steps or by UniPC of order 2 (arXiv 2302.04867, B(h) = e^h - 1; diffusers, UniPCMultistepScheduler).
 
 Pure functions, float32, independent of the rest of the project.
 """
 
 import math
+from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+Sigma = Float[ArrayLike, "..."] | float
 
 
 def _sigmas64(num_steps: int, shift: float) -> np.ndarray:
@@ -41,20 +51,6 @@ def timesteps(num_steps: int, shift: float) -> np.ndarray:
     return (_sigmas64(num_steps, shift) * 1000).astype(np.int32)
 
 
-@flax.struct.dataclass
-class Step:
-    """One SDE step.
-
-    x_next: [B,T,H,W,C] the next sample. log_prob: [B] its log-probability, mean over the valid elements of a row.
-    mean: [B,T,H,W,C] and std: [] (or broadcast as sigma), its Gaussian.
-    """
-
-    x_next: Float[ArrayLike, "B *shape"]
-    log_prob: Float[ArrayLike, "B"]
-    mean: Float[ArrayLike, "B *shape"]
-    std: Float[ArrayLike, "..."]
-
-
 def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None) -> Float[ArrayLike, "B"]:
     """Mean over everything but the batch; with `mask` [B,T] over the frames it marks."""
     axes = tuple(range(1, values.ndim))
@@ -65,91 +61,319 @@ def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] 
     return jnp.sum(values * weights, axis=axes) / (jnp.sum(weights, axis=axes) * per_frame)
 
 
-def _gaussian(
-    sigma: Float[ArrayLike, "..."] | float, sigma_next: Float[ArrayLike, "..."] | float, sigma_max: Float[ArrayLike, "..."] | float
-) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
-    """(a, b, s) of one SDE step x_next ~ N(a x + b v, s^2)."""
-    sigma, sigma_next, sigma_max = (jnp.asarray(value, jnp.float32) for value in (sigma, sigma_next, sigma_max))
+# ---- stochastic samplers -------------------------------------------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Transition:
+    """One stochastic step: x_next = a x + b v + std noise, and how its log-probability is counted.
+
+    log_prob = mean over the row of  -precision (x_next - a x - b v)^2 / 2 - constant. A Gaussian has precision 1 / std^2 and
+    constant log std + log(2 pi) / 2. All fields have one shape: [] for one step, [S] for a schedule, [B] for a step per row.
+    """
+
+    a: Float[ArrayLike, "*steps"]
+    b: Float[ArrayLike, "*steps"]
+    std: Float[ArrayLike, "*steps"]
+    precision: Float[ArrayLike, "*steps"]
+    constant: Float[ArrayLike, "*steps"]
+
+    def at(self, index: Int[ArrayLike, "..."]) -> "Transition":
+        """The steps `index` of a schedule."""
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    @property
+    def weight(self) -> Float[ArrayLike, "..."]:
+        """c(t): the gradient of log_prob by the velocity is c(t) noise / D, up to its sign, for a row of D elements."""
+        return self.precision * jnp.abs(self.b) * self.std
+
+
+def _gaussian(a: Sigma, b: Sigma, std: Sigma) -> Transition:
+    return Transition(a=a, b=b, std=std, precision=1 / std**2, constant=jnp.log(std) + 0.5 * math.log(2 * math.pi))
+
+
+def _sde(sigma: Sigma, sigma_next: Sigma, diffusion: Sigma) -> Transition:
+    """The Euler step of the SDE with diffusion coefficient `diffusion`, whose marginals are those of the ODE.
+
+    mean = x (1 + diffusion^2 / (2 sigma) dt) + v (1 + diffusion^2 (1 - sigma) / (2 sigma)) dt,   std = diffusion sqrt(-dt)
+    """
     dt = sigma_next - sigma
-    diffusion = sigma_max * sigma
     a = 1 + diffusion**2 / (2 * sigma) * dt
     b = (1 + diffusion**2 * (1 - sigma) / (2 * sigma)) * dt
-    return a, b, diffusion * jnp.sqrt(-dt)
+    return _gaussian(a, b, diffusion * jnp.sqrt(-dt))
+
+
+def _float32(*values: Sigma) -> tuple[Float[ArrayLike, "..."], ...]:
+    return tuple(jnp.asarray(value, jnp.float32) for value in values)
+
+
+def identity_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 1.0) -> Transition:
+    """Diffusion noise_level sigma_max sigma, where sigma_max is the second entry of the schedule."""
+    sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
+    return _sde(sigma, sigma_next, noise_level * sigma_max * sigma)
+
+
+def flow_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7) -> Transition:
+    """Diffusion noise_level sqrt(sigma / (1 - sigma)); where sigma is within 1e-3 of 1, sigma_max stands in the denominator.
+
+    The public codes test for sigma = 1 exactly, which a schedule that starts at 0.9997 never meets: its first step would have a
+    standard deviation of 4.5.
+    """
+    sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
+    return _sde(sigma, sigma_next, noise_level * jnp.sqrt(sigma / (1 - jnp.where(sigma >= 1 - 1e-3, sigma_max, sigma))))
+
+
+def dance_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.3) -> Transition:
+    """Diffusion noise_level at every step."""
+    sigma, sigma_next, _ = _float32(sigma, sigma_next, sigma_max)
+    return _sde(sigma, sigma_next, jnp.full_like(sigma, noise_level))
+
+
+def cps(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7) -> Transition:
+    """Part of the predicted noise is replaced by fresh noise, so that the noise level is sigma_next exactly.
+
+        mean = (1 - sigma_next) x0 + sigma_next cos(noise_level pi / 2) n,    x0 = x - sigma v,  n = x + (1 - sigma) v
+        std  = sigma_next sin(noise_level pi / 2),                            noise_level in [0, 1]
+
+    Its log-probability is -(x_next - mean)^2 without 1 / (2 std^2) and constants: the step to 0 has no noise to divide by.
+    """
+    sigma, sigma_next, _ = _float32(sigma, sigma_next, sigma_max)
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)
+    return Transition(
+        a=(1 - sigma_next) + kept,
+        b=kept * (1 - sigma) - (1 - sigma_next) * sigma,
+        std=sigma_next * math.sin(noise_level * math.pi / 2),
+        precision=jnp.full_like(sigma, 2.0),
+        constant=jnp.zeros_like(sigma),
+    )
+
+
+SAMPLERS: dict[str, Callable[..., Transition]] = {"identity": identity_sde, "flow": flow_sde, "dance": dance_sde, "cps": cps}
+"""Stochastic samplers by name; each is called with (sigma, sigma_next, sigma_max[, noise_level])."""
+
+
+def _along(value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "..."]:
+    """A scalar, a value per row [B], or what broadcasts already, made to broadcast against x [B,...]."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim <= 1 else value
+
+
+@flax.struct.dataclass
+class Step:
+    """One stochastic step.
+
+    x_next: [B,T,H,W,C] the next sample. log_prob: [B] its log-probability, mean over the valid elements of a row.
+    mean: [B,T,H,W,C] and std: [] (or as the transition's), its Gaussian.
+    """
+
+    x_next: Float[ArrayLike, "B *shape"]
+    log_prob: Float[ArrayLike, "B"]
+    mean: Float[ArrayLike, "B *shape"]
+    std: Float[ArrayLike, "..."]
+
+
+def step(
+    transition: Transition,
+    x: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, "B *shape"],
+    noise: Float[ArrayLike, "B *shape"] | None = None,
+    x_next: Float[ArrayLike, "B *shape"] | None = None,
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Step:
+    """One step of any sampler, drawn from `noise` or scored at a given `x_next`.
+
+    Gradients flow through `mean`; `x_next` is a constant. `mask` [B,T] says which frames count in the log-probability.
+
+    Raises:
+      ValueError: neither or both of `noise` and `x_next` are given.
+    """
+    if (noise is None) == (x_next is None):
+        raise ValueError("a step takes either noise (to draw) or x_next (to score)")
+    x, v = x.astype(jnp.float32), v.astype(jnp.float32)
+    a, b, std, precision, constant = (
+        _along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision, transition.constant)
+    )
+    mean = x * a + v * b
+    if x_next is None:
+        x_next = mean + std * noise
+    x_next = jax.lax.stop_gradient(x_next)
+    log_density = -((x_next - mean) ** 2) * (precision / 2) - constant
+    return Step(x_next=x_next, log_prob=row_mean(log_density, mask), mean=mean, std=transition.std)
 
 
 def sde_step(
     x: Float[ArrayLike, "B *shape"],
     v: Float[ArrayLike, "B *shape"],
-    sigma: Float[ArrayLike, "..."] | float,
-    sigma_next: Float[ArrayLike, "..."] | float,
-    sigma_max: Float[ArrayLike, "..."] | float,
+    sigma: Sigma,
+    sigma_next: Sigma,
+    sigma_max: Sigma,
     noise: Float[ArrayLike, "B *shape"] | None = None,
     x_next: Float[ArrayLike, "B *shape"] | None = None,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
-    """The stochastic step from `sigma` to `sigma_next`, drawn from `noise` or scored at a given `x_next`.
+    """The step of the Identity SDE from `sigma` to `sigma_next`, drawn from `noise` or scored at a given `x_next`.
 
         std    = sigma_max sigma                                (sigma_max is the second entry of the schedule)
         mean   = x (1 + std^2 / (2 sigma) dt) + v (1 + std^2 (1 - sigma) / (2 sigma)) dt,     dt = sigma_next - sigma < 0
         x_next = mean + s noise,                                s = std sqrt(-dt)
         log_prob = mean over the row of  -(x_next - mean)^2 / (2 s^2) - log s - log(2 pi) / 2
 
-    Gradients flow through `mean`; `x_next` is a constant. Sigmas are scalars, or broadcast against x. `mask` [B,T] says which
-    frames count in the log-probability.
+    Sigmas are scalars, one per row [B], or broadcast against x.
 
     Raises:
       ValueError: neither or both of `noise` and `x_next` are given.
     """
-    if (noise is None) == (x_next is None):
-        raise ValueError("sde_step takes either noise (to draw) or x_next (to score)")
-    x, v = x.astype(jnp.float32), v.astype(jnp.float32)
-    a, b, std = _gaussian(sigma, sigma_next, sigma_max)
-    mean = x * a + v * b
-    if x_next is None:
-        x_next = mean + std * noise
-    x_next = jax.lax.stop_gradient(x_next)
-    log_density = -((x_next - mean) ** 2) / (2 * std**2) - jnp.log(std) - 0.5 * math.log(2 * math.pi)
-    return Step(x_next=x_next, log_prob=row_mean(log_density, mask), mean=mean, std=std)
+    return step(identity_sde(sigma, sigma_next, sigma_max), x, v, noise, x_next, mask)
 
 
-def log_ratio(
+@flax.struct.dataclass
+class Change:
+    """How a policy's step differs from the one that was sampled, per row; both exactly 0 where the velocities are equal.
+
+    log_ratio: log_prob(x_next; v) - log_prob(x_next; v_old). guarded: mean of noise (mean - mean_old), which is the log-ratio
+    without its bias -mean((mean - mean_old)^2) / (2 std^2), times std.
+    """
+
+    log_ratio: Float[ArrayLike, "B"]
+    guarded: Float[ArrayLike, "B"]
+
+
+def change(
+    transition: Transition,
     x: Float[ArrayLike, "B *shape"],
     v: Float[ArrayLike, "B *shape"],
     v_old: Float[ArrayLike, "B *shape"],
-    sigma: Float[ArrayLike, "..."] | float,
-    sigma_next: Float[ArrayLike, "..."] | float,
-    sigma_max: Float[ArrayLike, "..."] | float,
     x_next: Float[ArrayLike, "B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
-    """log_prob(x_next; v) - log_prob(x_next; v_old) of `sde_step`, from the difference of the velocities.
+) -> Change:
+    """Compare two velocities at a step that led from x to x_next, from the difference d = b (v - v_old) of the means.
 
-        mean over the row of  b (v - v_old) (x_next - (mean + mean_old) / 2) / s^2,      mean = a x + b v
+        log_ratio  = mean over the row of  precision d (x_next - mean_old - d / 2)
+        guarded    = mean over the row of  d (x_next - mean_old) / std
 
     Two log-probabilities near 1 that are subtracted leave their rounding, which depends on how the compiler ordered each sum; this
-    form has none: it is exactly 0 where the velocities are equal. Gradients flow through `v`.
+    form has none. Gradients flow through `v`.
     """
     x, v, v_old = (value.astype(jnp.float32) for value in (x, v, v_old))
-    a, b, std = _gaussian(sigma, sigma_next, sigma_max)
-    middle = x * a + (v + v_old) * (0.5 * b)
-    return row_mean(b * (v - v_old) * (jax.lax.stop_gradient(x_next) - middle) / std**2, mask)
+    x_next, v_old = jax.lax.stop_gradient((x_next, v_old))
+    a, b, std, precision = (_along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision))
+    moved = b * (v - v_old)
+    off = x_next - (x * a + v_old * b)
+    return Change(
+        log_ratio=row_mean(precision * moved * (off - 0.5 * moved), mask),
+        guarded=row_mean(moved * off / std, mask),
+    )
+
+
+def divergence(
+    transition: Transition,
+    v: Float[ArrayLike, "B *shape"],
+    v_other: Float[ArrayLike, "B *shape"],
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Float[ArrayLike, "B"]:
+    """KL divergence of two steps from one x, per row: mean of (mean - mean_other)^2 / (2 std^2), exact for Gaussians of one std.
+
+    Where the log-probability is not a Gaussian's (`cps`), in its units: mean of precision (mean - mean_other)^2 / 2.
+    """
+    b, precision = (_along(value, v) for value in (transition.b, transition.precision))
+    return row_mean(0.5 * precision * (b * (v.astype(jnp.float32) - v_other.astype(jnp.float32))) ** 2, mask)
+
+
+# ---- the ODE -------------------------------------------------------------------------------------------------------------
 
 
 def ode_step(
     x: Float[ArrayLike, "B *shape"],
     v: Float[ArrayLike, "B *shape"],
-    sigma: Float[ArrayLike, "..."] | float,
-    sigma_next: Float[ArrayLike, "..."] | float,
+    sigma: Sigma,
+    sigma_next: Sigma,
 ) -> Float[ArrayLike, "B *shape"]:
     """The deterministic Euler step x + v (sigma_next - sigma); the step to sigma_next = 0 gives the prediction of x0."""
     return x.astype(jnp.float32) + v.astype(jnp.float32) * (jnp.asarray(sigma_next, jnp.float32) - sigma)
 
 
-def kl(
-    mean: Float[ArrayLike, "B *shape"],
-    mean_reference: Float[ArrayLike, "B *shape"],
-    std: Float[ArrayLike, "..."],
-    mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
-    """KL divergence of two Gaussian steps with one std, per row: mean of (mean - mean_reference)^2 / (2 std^2)."""
-    return row_mean((mean - mean_reference) ** 2 / (2 * std**2), mask)
+@flax.struct.dataclass
+class Solver:
+    """A linear multistep method for the ODE: what step i combines, given the predictions m = x - sigma v of x0.
+
+    corrected = corrector[i] . (x, corrected_{i-1}, m_{i-2}, m_{i-1}, m_i);     x_next = predictor[i] . (corrected, m_{i-1}, m_i)
+    """
+
+    corrector: Float[ArrayLike, "*steps 5"]
+    predictor: Float[ArrayLike, "*steps 3"]
+
+
+def euler(sigma: Float[ArrayLike, "levels"]) -> Solver:
+    """Euler's method, x + v (sigma_next - sigma): first order, one evaluation a step."""
+    sigma = np.asarray(sigma, np.float64)
+    slope = np.diff(sigma) / sigma[:-1]
+    steps = len(slope)
+    corrector = np.tile([1.0, 0, 0, 0, 0], (steps, 1))
+    predictor = np.stack([1 + slope, np.zeros(steps), -slope], axis=1)
+    return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
+
+
+def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
+    """UniPC of order 2 with B(h) = e^h - 1 on predictions of x0; first order at the first and last step.
+
+    With l = log((1 - sigma) / sigma), h = l_next - l, p = 1 - e^-h and D a difference of predictions over its distance in l,
+
+        predictor   x_next = sigma_next / sigma x + (1 - sigma_next) p (m_i + D(m_{i-1}, m_i) h / 2)
+        corrector   the same step again, once the prediction at its end is known, with weights that make it one order higher.
+    """
+    sigma = np.asarray(sigma, np.float64)
+    with np.errstate(divide="ignore"):
+        log_snr = np.log(1 - sigma) - np.log(sigma)
+    steps = len(sigma) - 1
+    corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
+    corrector[0, 0] = 1
+    for i in range(steps):
+        scale, p = sigma[i + 1] / sigma[i], (1 - sigma[i + 1]) * -np.expm1(log_snr[i] - log_snr[i + 1])
+        predictor[i] = scale, 0, p
+        if i == 0 or i == steps - 1:
+            continue
+        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])     # where m_{i-1} lies, in units of the step
+        predictor[i] += 0, 0.5 * p / r, -0.5 * p / r
+    for i in range(1, steps):
+        h = log_snr[i] - log_snr[i - 1]
+        scale, p = sigma[i] / sigma[i - 1], (1 - sigma[i]) * -np.expm1(-h)
+        if i == 1:
+            corrector[i] = 0, scale, 0, 0.5 * p, 0.5 * p
+            continue
+        r = (log_snr[i - 2] - log_snr[i - 1]) / h
+        phi_2 = -np.expm1(-h) / h - 1                                         # moments of the exponential integrator over the step
+        phi_3 = -phi_2 / h - 0.5
+        old, new = np.linalg.solve([[1, 1], [r, 1]], np.array([phi_2, 2 * phi_3]) / np.expm1(-h))
+        corrector[i] = 0, scale, p * old / r, p * (1 - old / r - new), p * new
+    return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
+
+
+SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {"euler": euler, "unipc": unipc}
+"""Solvers of the ODE by name; each makes its table from the schedule."""
+
+
+@flax.struct.dataclass
+class SolverState:
+    """What a multistep method carries from step to step: x, and the last corrected sample and the last two predictions of x0."""
+
+    x: Float[ArrayLike, "B *shape"]
+    corrected: Float[ArrayLike, "B *shape"]
+    older: Float[ArrayLike, "B *shape"]
+    newer: Float[ArrayLike, "B *shape"]
+
+    @classmethod
+    def start(cls, x: Float[ArrayLike, "B *shape"]) -> "SolverState":
+        """Before the first step."""
+        zero = jnp.zeros_like(x)
+        return cls(x=x, corrected=zero, older=zero, newer=zero)
+
+
+def solver_step(solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma) -> SolverState:
+    """One step of the ODE from `sigma`, where the velocity at `state.x` is v; `solver` holds this step's coefficients."""
+    m = state.x - sigma * v.astype(jnp.float32)
+
+    def combine(weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "B *shape"]:
+        return sum(weights[n] * term for n, term in enumerate(terms))
+
+    corrected = combine(solver.corrector, state.x, state.corrected, state.older, state.newer, m)
+    return SolverState(x=combine(solver.predictor, corrected, state.newer, m), corrected=corrected, older=state.newer, newer=m)
