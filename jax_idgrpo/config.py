@@ -118,6 +118,8 @@ class RolloutConfig:
     window: which steps are stochastic and trained: "all", "fixed" (window_start, window_size) or "random" (a start drawn per
         training step from the first half of the schedule).
     final_step: last step of the schedule, "sde" (as published) or "ode"; it is never trained.
+    start_noise: "distinct" (as published) or "shared": the videos of a group start from the same noise, so that only the noise of the
+        trained steps tells them apart. Pays where the window is short: the start noise decides most, and is not trained.
     """
 
     prompts: int = 16
@@ -130,6 +132,7 @@ class RolloutConfig:
     window_start: int = 0
     window_size: int = 0
     final_step: str = "ode"
+    start_noise: str = "distinct"
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, f"rollout.prompts is {self.prompts}; use 1 or more")
@@ -142,6 +145,7 @@ class RolloutConfig:
         _require(self.shift >= 0, f"rollout.shift is {self.shift}; use a positive number, or 0 for the checkpoint's own")
         _require(self.window in ("all", "fixed", "random"), f"rollout.window is {self.window!r}; use all, fixed or random")
         _require(self.final_step in ("sde", "ode"), f"rollout.final_step is {self.final_step!r}; use sde or ode")
+        _require(self.start_noise in ("distinct", "shared"), f"rollout.start_noise is {self.start_noise!r}; use distinct or shared")
         if self.window == "fixed":
             _require(self.window_size >= 1 and self.window_start >= 0 and self.window_start + self.window_size <= self.steps - 1,
                      f"rollout.window {self.window_start}+{self.window_size} does not lie inside the first {self.steps - 1} steps")

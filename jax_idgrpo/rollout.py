@@ -75,11 +75,12 @@ def sample(
     conditioning: Conditioning,
     negative: Float[Array, "L D"],
     schedule: Schedule,
+    starts: Key[Array, "B"],
     rows: Key[Array, "B"],
     is_stochastic: Bool[Array, "S"],
 ) -> Trajectory:
-    """Sample one batch and keep its trajectory. `rows` are the videos' keys (`keys.row_keys`)."""
-    start = _start(rows, conditioning)
+    """Sample one batch and keep its trajectory. `rows` are the videos' keys (`keys.row_keys`), `starts` those of their start noise."""
+    start = _start(starts, conditioning)
     sigma_max = schedule.sigma[1]
 
     def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:

@@ -132,7 +132,10 @@ def train(config: Config, workdir: Path) -> None:
             photos = references(chosen, config)
             people = (reward.embed_references(photos, [prompt.text for prompt in chosen])[of_row], jnp.asarray(photos.mask[of_row]))
             root = keys.fold(keys.key(seed, "noise"), done)
-            noise = keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(members(ids, sampling.group).ravel()))
+            numbers = members(ids, sampling.group)
+            noise = keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
+            first = np.repeat(numbers[:, 0], sampling.group) if sampling.start_noise == "shared" else numbers.ravel()
+            starts = keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(first))
             trained = rollout.window(sampling, seed, done)
             draws = jnp.asarray(rollout.stochastic(sampling, trained))
 
@@ -140,10 +143,10 @@ def train(config: Config, workdir: Path) -> None:
             chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning]] = []
             terms: list[dict[str, Array]] = []
             videos: list[Array] = []
-            for first in range(0, sampling.rows, config.rows_per_call):
-                chunk = slice(first, first + config.rows_per_call)
-                condition, row_keys, (faces, face_mask) = (rows(tree, chunk) for tree in (asked, noise, people))
-                trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, row_keys, draws)
+            for begin in range(0, sampling.rows, config.rows_per_call):
+                chunk = slice(begin, begin + config.rows_per_call)
+                condition, start_keys, row_keys, (faces, face_mask) = (rows(tree, chunk) for tree in (asked, starts, noise, people))
+                trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, start_keys, row_keys, draws)
                 frames = condition.frame_mask.shape[1] - config.data.max_people
                 video = rollout.decode(vae, trajectory.x[-1], condition.references, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))

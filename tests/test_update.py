@@ -58,7 +58,7 @@ DRAWS = jnp.asarray(rollout.stochastic(RolloutConfig(steps=STEPS), TRAINED))
 def sampled(parts, rows=slice(None), given=None):
     actor, lora, base = parts
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
-    return rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], DRAWS), given
+    return rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], DRAWS), given
 
 
 def chunked(pairs, advantage):
@@ -172,7 +172,7 @@ def test_windows():
 
 def test_generate_is_sampling_without_noise():
     actor, lora, base = model()
-    still, _ = rollout.sample(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE, jnp.zeros(STEPS, bool)), None
+    still, _ = rollout.sample(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE, NOISE, jnp.zeros(STEPS, bool)), None
     got = rollout.generate(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE)
     np.testing.assert_allclose(got, still.x[-1], atol=1e-5)
 
@@ -181,3 +181,13 @@ def test_groups_repeat_their_prompt():
     repeated = select(asked(), np.repeat(np.arange(ROWS), 2))
     assert repeated.text.shape[0] == 2 * ROWS
     np.testing.assert_array_equal(repeated.control[2], repeated.control[3])
+
+
+def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step():
+    actor, lora, base = model()
+    given = select(asked(), np.array([0, 0, 2, 2]))
+    keys_of_start = NOISE[jnp.asarray([0, 0, 2, 2])]
+    x = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, DRAWS).x
+    np.testing.assert_array_equal(x[0, 0], x[0, 1])
+    assert float(jnp.abs(x[0, 0] - x[0, 2]).max()) > 0.1
+    assert float(jnp.abs(x[1, 0] - x[1, 1]).max()) > 0.01
