@@ -78,7 +78,7 @@ class Transition:
     precision: Float[ArrayLike, "*steps"]
     constant: Float[ArrayLike, "*steps"]
 
-    def at(self, index: Int[ArrayLike, "..."]) -> "Transition":
+    def at(self, index: Int[ArrayLike, "..."] | int) -> "Transition":
         """The steps `index` of a schedule."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 

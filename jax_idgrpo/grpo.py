@@ -1,12 +1,26 @@
-"""Group-relative advantages and the clipped objective of Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo).
+"""Group-relative advantages, and the objectives that turn them into a loss.
 
-Pure functions, float32, independent of the rest of the project. Losses come per row, so that a trainer can sum them over
+    clip         GRPO's clipped ratio, Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo)
+    guard        the ratio without its bias, GRPO-Guard (arXiv 2510.22319; also in X-GenGroup/Flow-Factory)
+    divergence   a divergence mask in place of the clip, Flow-DPPO (arXiv 2606.11025; Tencent-Hunyuan/UniRL)
+    nft          DiffusionNFT (arXiv 2509.16117)        awm   advantage-weighted matching (arXiv 2509.25050)
+    dpo          diffusion DPO (arXiv 2311.12908)       sft   supervised flow matching
+
+The first three replay the stochastic steps of a rollout; the others noise its final latents x0 again, x = (1 - sigma) x0 + sigma n,
+and compare velocities with the target n - x0, so they need no trajectory.
+
+Pure functions, float32; of the project they know `flow.row_mean` alone. Losses come per row, so that a trainer can sum them over
 micro-batches and divide by one count: accumulation is then exact.
 """
 
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import ArrayLike, Bool, Float, Int
+
+from jax_idgrpo.flow import row_mean
+
+# ---- advantages ----------------------------------------------------------------------------------------------------------
 
 
 def advantages(
@@ -23,39 +37,207 @@ def advantages(
     group is subtracted before the mean is taken, so a constant group gives exactly 0 in float32, whatever its level.
 
     Args:
-      rewards: [B] finite.
+      rewards: [B]; one that is not finite gets advantage 0 and does not count in its group.
       groups: [B] integers; equal numbers belong together. Any order, any sizes.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     groups = jnp.asarray(groups)
-    same = (groups[:, None] == groups[None, :]).astype(jnp.float32)
+    counts = jnp.isfinite(rewards)
+    rewards = jnp.where(counts, rewards, 0.0)
+    same = ((groups[:, None] == groups[None, :]) & counts[None, :]).astype(jnp.float32)
     first = jnp.argmax(same, axis=1)
     shifted = rewards[None, :] - rewards[first][:, None]  # [i, j]: reward j seen from the first member of i's group
-    size = jnp.sum(same, axis=1)
+    size = jnp.maximum(jnp.sum(same, axis=1), 1.0)
     group_mean = jnp.sum(same * shifted, axis=1) / size
-    deviation = jnp.diagonal(shifted) - group_mean
+    deviation = jnp.where(counts, jnp.diagonal(shifted) - group_mean, 0.0)
     if global_std:
-        spread = jnp.std(rewards - rewards[0])
+        spread = jnp.std(rewards - rewards[jnp.argmax(counts)], where=counts)
     else:
         spread = jnp.sqrt(jnp.sum(same * (shifted - group_mean[:, None]) ** 2, axis=1) / size)
     return jnp.clip(deviation / (spread + eps), -clip, clip)
 
 
+def best_and_worst(scores: Float[ArrayLike, "P G"], best: int, worst: int) -> Int[ArrayLike, "P n"]:
+    """Members of each group to train on, n = best + worst: the highest scores in falling order, then the lowest, the lowest last.
+
+    Scores that are not finite come in only where a group has too few others. Decided on all groups at once, with a fixed shape.
+    """
+    scores = jnp.asarray(scores, jnp.float32)
+    counts = jnp.isfinite(scores)
+    order = jnp.argsort(-jnp.where(counts, scores, -jnp.inf), axis=1)  # stable: ties keep the order of the members
+    tail = jnp.maximum(jnp.sum(counts, axis=1) - worst, best)
+    places = jnp.concatenate([jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1)
+    return jnp.take_along_axis(order, places, axis=1)
+
+
+# ---- objectives on replayed steps ----------------------------------------------------------------------------------------
+
+
 @flax.struct.dataclass
-class Clipped:
-    """The clipped objective per row: loss [B], ratio [B]."""
+class Surrogate:
+    """A policy objective per row: loss [B], ratio [B] of new to old policy, stopped [B] where the loss has no gradient."""
 
     loss: Float[ArrayLike, "B"]
     ratio: Float[ArrayLike, "B"]
+    stopped: Bool[ArrayLike, "B"]
 
 
-def clipped_loss(
-    log_ratio: Float[ArrayLike, "B"],
+def clipped_loss(log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float) -> Surrogate:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio), per row."""
+    ratio = jnp.exp(log_ratio)
+    free, held = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)
+    return Surrogate(loss=jnp.maximum(free, held), ratio=ratio, stopped=held > free)
+
+
+def guarded_loss(
+    guarded: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], dt: Float[ArrayLike, "..."], *, clip: float
+) -> Surrogate:
+    """The clipped loss with ratio = exp(mean of noise (mean - mean_old)), divided by -dt.
+
+    The log-ratio's bias -mean((mean - mean_old)^2) / (2 std^2) makes almost every ratio fall below 1; without it, both signs of the
+    advantage meet the clip alike, and every step weighs about the same. `guarded` is `flow.Change.guarded`; its scale is that of the
+    log-ratio times std, so the clip range is not that of `clipped_loss`.
+
+    Args:
+      dt: [B] or [], sigma_next - sigma < 0.
+    """
+    surrogate = clipped_loss(guarded, advantage, clip=clip)
+    return surrogate.replace(loss=surrogate.loss / -jnp.asarray(dt))
+
+
+def masked_loss(
+    log_ratio: Float[ArrayLike, "B"], divergence: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, limit: float
+) -> Surrogate:
+    """-A ratio, and 0 for rows whose step is `limit` or more from the old one and that the advantage would push further.
+
+    Args:
+      divergence: [B] KL divergence of the step from the old policy's (`flow.divergence`).
+    """
+    ratio = jnp.exp(log_ratio)
+    away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
+    stopped = away & (divergence >= limit)
+    return Surrogate(loss=jnp.where(stopped, 0.0, -advantage * ratio), ratio=ratio, stopped=stopped)
+
+
+def time_weights(
+    gradient_weight: Float[ArrayLike, "*rows"], weight: Float[ArrayLike, "*rows"] | None = None
+) -> Float[ArrayLike, "*rows"]:
+    """(1 / c) / mean(1 / c): makes every step's gradient count alike, as Flash-GRPO does (github.com/Shredded-Pork/Flash-GRPO).
+
+    Args:
+      gradient_weight: c(t) of every row and step of an update (`flow.Transition.weight`).
+      weight: rows that count in the mean; None for all alike.
+    """
+    inverse = 1 / jnp.asarray(gradient_weight)
+    return inverse / jnp.average(inverse, weights=weight)
+
+
+# ---- objectives on noised latents ----------------------------------------------------------------------------------------
+
+
+def matching_error(
+    v: Float[ArrayLike, "B *shape"], target: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+) -> Float[ArrayLike, "B"]:
+    """Supervised flow matching: mean of (v - (n - x0))^2, per row; with v of the base in the target's place, the velocity KL."""
+    return row_mean((v - target) ** 2, mask)
+
+
+def _error_change(
+    v: Float[ArrayLike, "B *shape"],
+    v_other: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    mask: Bool[ArrayLike, "B T"] | None,
+) -> Float[ArrayLike, "B"]:
+    """matching_error(v) - matching_error(v_other), exactly 0 where the velocities are equal."""
+    return row_mean((v - v_other) * (v + v_other - 2 * target), mask)
+
+
+def nft_loss(
+    v: Float[ArrayLike, "B *shape"],
+    v_old: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    sigma: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
+    *,
+    beta: float,
+    advantage_clip: float,
+    normalise: bool = True,
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Float[ArrayLike, "B"]:
+    """DiffusionNFT: pull the velocity to the sample by its optimality r, push its mirror image by 1 - r.
+
+        r = clip(A / (2 advantage_clip) + 1/2, 0, 1),    v+ = v_old + beta (v - v_old),    v- = v_old - beta (v - v_old)
+        loss = advantage_clip (r L(v+) + (1 - r) L(v-)) / beta
+
+    L(v) is the error of the predicted x0, mean of (sigma (v - target))^2, divided by its mean absolute value (at least 1e-5, a
+    constant for the gradient); without `normalise`, mean of (v - target)^2, whose minimiser for one sample is
+    v_old + (2 r - 1) (target - v_old) / beta.
+    """
+    optimality = jnp.clip(advantage / (2 * advantage_clip) + 0.5, 0, 1)
+    v_old = jax.lax.stop_gradient(v_old)
+    moved = beta * (v - v_old)
+
+    def error(velocity: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "B"]:
+        square = row_mean((velocity - target) ** 2, mask)
+        if not normalise:
+            return square
+        size = sigma * jax.lax.stop_gradient(row_mean(jnp.abs(velocity - target), mask))
+        return sigma**2 * square / jnp.maximum(size, 1e-5)
+
+    return advantage_clip / beta * (optimality * error(v_old + moved) + (1 - optimality) * error(v_old - moved))
+
+
+AWM_WEIGHTINGS = ("uniform", "sigma", "sigma2", "huber", "ghuber")
+"""How `awm_loss` counts the error of the velocity at one noise level."""
+
+
+def _matching_log_prob(error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str) -> Float[ArrayLike, "B"]:
+    if weighting == "huber":
+        return -(jnp.sqrt(error + 1e-10) - 1e-5) * sigma
+    if weighting == "ghuber":
+        return -((error + 1e-10) ** 0.25 - 1e-10**0.25) * sigma / 0.25
+    return -error * {"uniform": 1.0, "sigma": sigma, "sigma2": sigma**2}[weighting]
+
+
+def awm_loss(
+    v: Float[ArrayLike, "B *shape"],
+    v_old: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    sigma: Float[ArrayLike, "B"],
     advantage: Float[ArrayLike, "B"],
     *,
     clip: float,
-) -> Clipped:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio), per row."""
-    ratio = jnp.exp(log_ratio)
-    loss = jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip))
-    return Clipped(loss=loss, ratio=ratio)
+    weighting: str = "ghuber",
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Surrogate:
+    """Advantage-weighted matching: the clipped loss with log_prob = -error of the velocity, weighted by noise level.
+
+    On-policy the ratio is exactly 1 and the gradient is that of flow matching, weighted by the advantage.
+
+    Args:
+      weighting: with m = mean of (v - target)^2: "uniform" m, "sigma" sigma m, "sigma2" sigma^2 m, "huber" sigma m^(1/2),
+        "ghuber" 4 sigma m^(1/4).
+    """
+    v_old = jax.lax.stop_gradient(v_old)
+    old = matching_error(v_old, target, mask)
+    new = jnp.maximum(old + _error_change(v, v_old, target, mask), 0.0)
+    log_ratio = _matching_log_prob(new, sigma, weighting) - _matching_log_prob(old, sigma, weighting)
+    return clipped_loss(log_ratio, advantage, clip=clip)
+
+
+def dpo_loss(
+    v: Float[ArrayLike, "B *shape"],
+    v_reference: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    *,
+    beta: float,
+    mask: Bool[ArrayLike, "B T"] | None = None,
+) -> Float[ArrayLike, "B"]:
+    """Diffusion DPO on pairs: rows 0, 2, ... are preferred to rows 1, 3, ...; both rows of a pair share noise and noise level.
+
+        -log sigmoid(-beta / 2 (change of the winner's error - change of the loser's)),   change = error(v) - error(v_reference)
+
+    Every row gets its pair's loss, so the mean over rows is the mean over pairs.
+    """
+    change = _error_change(v, jax.lax.stop_gradient(v_reference), target, mask).reshape(-1, 2)
+    return jnp.repeat(-jax.nn.log_sigmoid(-beta / 2 * (change[:, 0] - change[:, 1])), 2)
