@@ -9,10 +9,10 @@ def get_config() -> c.Config:
         model=c.ModelConfig(path="embedded", rank=8, alpha=8.0, unroll=True),
         data=c.DataConfig(prompts="embedded:rl", max_people=3, text_length=80),
         video=c.VideoConfig(frames=9, height=64, width=64, fps=8),
-        rollout=c.RolloutConfig(prompts=4, group=8, steps=12, guidance=1.0, window="random", window_size=3),
+        rollout=c.RolloutConfig(prompts=4, group=8, steps=12, guidance=1.0, window="random", window_size=3, start_noise="shared"),
         grpo=c.GrpoConfig(clip=1e-3, kl=0.004),
-        optimizer=c.OptimizerConfig(learning_rate=4e-3, ema_decay=0.95),
+        optimizer=c.OptimizerConfig(learning_rate=3e-3, ema_decay=0.9),
         reward=c.RewardConfig(),
         evaluate=c.EvaluateConfig(prompts="embedded:eval", videos=4, steps=12, batch=32),
-        run=c.RunConfig(steps=80, save_every=20, keep=2, sample_every=20),
+        run=c.RunConfig(steps=85, save_every=20, keep=2, sample_every=20),
     )
