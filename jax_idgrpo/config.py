@@ -22,6 +22,10 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(f"config: {message}")
 
 
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} is {value!r}; use {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which video model is the policy and how it is held.
@@ -115,8 +119,13 @@ class RolloutConfig:
     prompts, group: prompts per training step and videos per prompt; together the batch.
     micro_batch: rows per program call in rollout and update alike, 0 = all rows of an update.
     steps, shift, guidance: denoising steps, flow shift (0 = the checkpoint's), guidance scale (1 = no negative branch).
-    window: which steps are stochastic and trained: "all", "fixed" (window_start, window_size) or "random" (a start drawn per
-        training step from the first half of the schedule).
+    sampler: of the stochastic steps, "identity" (as published), "flow", "dance" or "cps" (see `flow`).
+    noise_level: of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7).
+    window: which steps are stochastic and trained; the others are Euler steps. "all" (as published); "fixed" (window_size from
+        window_start on); "random" (a start drawn per training step from the first half of the schedule); "per_prompt" (one drawn for
+        every prompt, shared by its group: with window_size 1 the iso-temporal step of Flash-GRPO); "progressive" (from window_start on,
+        one later every window_every training steps, and back when the end is reached, as MixGRPO); "none" (no noise along the way and
+        no trajectory, for objectives that train on the final latents).
     final_step: last step of the schedule, "sde" (as published) or "ode"; it is never trained.
     start_noise: "distinct" (as published) or "shared": the videos of a group start from the same noise, so that only the noise of the
         trained steps tells them apart. Pays where the window is short: the start noise decides most, and is not trained.
@@ -128,9 +137,12 @@ class RolloutConfig:
     steps: int = 25
     shift: float = 0.0
     guidance: float = 4.5
+    sampler: str = "identity"
+    noise_level: float = 0.0
     window: str = "all"
     window_start: int = 0
     window_size: int = 0
+    window_every: int = 25
     final_step: str = "ode"
     start_noise: str = "distinct"
 
@@ -143,15 +155,24 @@ class RolloutConfig:
                  f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of {self.prompts} prompts x {self.group} videos")
         _require(self.steps >= 2, f"rollout.steps is {self.steps}; use 2 or more")
         _require(self.shift >= 0, f"rollout.shift is {self.shift}; use a positive number, or 0 for the checkpoint's own")
-        _require(self.window in ("all", "fixed", "random"), f"rollout.window is {self.window!r}; use all, fixed or random")
-        _require(self.final_step in ("sde", "ode"), f"rollout.final_step is {self.final_step!r}; use sde or ode")
-        _require(self.start_noise in ("distinct", "shared"), f"rollout.start_noise is {self.start_noise!r}; use distinct or shared")
-        if self.window == "fixed":
+        _choice("rollout.sampler", self.sampler, ("identity", "flow", "dance", "cps"))
+        _require(self.noise_level >= 0, f"rollout.noise_level is {self.noise_level}; use a positive number, or 0 for the sampler's own")
+        _require(self.sampler != "cps" or self.noise_level <= 1,
+                 f"rollout.noise_level is {self.noise_level}; cps takes at most 1, where all noise of a step is fresh")
+        _choice("rollout.window", self.window, ("all", "fixed", "random", "per_prompt", "progressive", "none"))
+        _choice("rollout.final_step", self.final_step, ("sde", "ode"))
+        _choice("rollout.start_noise", self.start_noise, ("distinct", "shared"))
+        if self.window in ("fixed", "progressive"):
             _require(self.window_size >= 1 and self.window_start >= 0 and self.window_start + self.window_size <= self.steps - 1,
                      f"rollout.window {self.window_start}+{self.window_size} does not lie inside the first {self.steps - 1} steps")
-        if self.window == "random":
+        if self.window in ("random", "per_prompt"):
             _require(1 <= self.window_size <= self.steps // 2,
                      f"rollout.window_size is {self.window_size}; a random window needs 1 to {self.steps // 2} of {self.steps} steps")
+        _require(self.window_every >= 1, f"rollout.window_every is {self.window_every}; use 1 or more")
+        if self.window == "none":
+            _require(self.final_step == "ode", "rollout.final_step sde adds noise, which rollout.window none excludes; use ode")
+            _require(self.start_noise == "distinct",
+                     "rollout.start_noise shared with rollout.window none makes all videos of a group equal; use distinct")
 
     @property
     def rows(self) -> int:
@@ -160,30 +181,89 @@ class RolloutConfig:
 
     @property
     def trained_steps(self) -> int:
-        """Denoising steps that are trained per video."""
-        return self.steps - 1 if self.window == "all" else self.window_size
+        """Denoising steps that are stochastic and trained per video."""
+        return {"all": self.steps - 1, "none": 0}.get(self.window, self.window_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """The objective: clip range of the ratio, KL coefficient against the LoRA-off base, advantage clip and denominator constant.
+    """The objective, and what it is computed on.
 
-    updates: optimizer steps per rollout, each over an equal share of the prompts (the later ones are off-policy).
+    objective: on replayed steps, "clip" (as published), "guard" or "divergence"; on the final latents, with the prompt's branch alone
+        and rollout.window none, "nft", "awm", "dpo" or "sft" (see `grpo`).
+    clip: range of the ratio of "clip", "guard" and "awm"; its meaning depends on the objective and on the size of the videos.
+    divergence: of a step from the old policy's, beyond which "divergence" stops pushing.
+    time_weights: weigh steps by 1 / c(t), so that the gradient of each counts alike; for "clip" and "divergence".
+    kl, kl_units: coefficient of the distance from the LoRA-off base, in units of the step's "std" (as published: the KL divergence) or
+        of the "velocity" (mean squared difference, alike at all noise levels).
+    advantage_clip, advantage_eps, global_std: see `grpo.advantages`. motion: weight of a second advantage, that of the videos' motion
+        within their group, beside the reward's.
+    best, worst: videos of each group that are trained, the best and the worst by advantage; 0 and 0 train all.
+    drop_constant: leave out groups whose rewards are all equal; without it they still pull towards the base.
+    updates, epochs: optimizer steps per pass over the rollout, each over an equal share of the prompts, and passes; all after the
+        first are off-policy.
+    times: noise levels per video, for objectives on the final latents. levels: where they lie, "grid" (evenly over the noisiest 90 %
+        of the rollout's schedule) or "logit_normal" (sigmoid of a normal, shifted as the schedule).
+    nft_beta, nft_normalise: step size of "nft", and whether its errors are divided by their size. dpo_beta: inverse temperature of
+        "dpo". awm_weighting: "uniform", "sigma", "sigma2", "huber" or "ghuber".
     """
 
+    objective: str = "clip"
     clip: float = 1e-3
+    divergence: float = 1e-5
+    time_weights: bool = False
     kl: float = 0.004
+    kl_units: str = "std"
     advantage_clip: float = 5.0
     advantage_eps: float = 1e-4
     global_std: bool = False
+    motion: float = 0.0
+    best: int = 0
+    worst: int = 0
+    drop_constant: bool = False
     updates: int = 1
+    epochs: int = 1
+    times: int = 2
+    levels: str = "grid"
+    nft_beta: float = 1.0
+    nft_normalise: bool = True
+    dpo_beta: float = 2000.0
+    awm_weighting: str = "ghuber"
 
     def __post_init__(self) -> None:
-        _require(self.clip > 0, f"grpo.clip is {self.clip}; use a positive number")
-        _require(self.kl >= 0, f"grpo.kl is {self.kl}; use 0 or more")
-        _require(self.advantage_clip > 0, f"grpo.advantage_clip is {self.advantage_clip}; use a positive number")
-        _require(self.advantage_eps > 0, f"grpo.advantage_eps is {self.advantage_eps}; use a positive number")
-        _require(self.updates >= 1, f"grpo.updates is {self.updates}; use 1 or more")
+        _choice("grpo.objective", self.objective, ("clip", "guard", "divergence", "nft", "awm", "dpo", "sft"))
+        for name in ("clip", "divergence", "advantage_clip", "advantage_eps", "nft_beta", "dpo_beta"):
+            _require(getattr(self, name) > 0, f"grpo.{name} is {getattr(self, name)}; use a positive number")
+        for name in ("kl", "motion", "best", "worst"):
+            _require(getattr(self, name) >= 0, f"grpo.{name} is {getattr(self, name)}; use 0 or more")
+        for name in ("updates", "epochs", "times"):
+            _require(getattr(self, name) >= 1, f"grpo.{name} is {getattr(self, name)}; use 1 or more")
+        _choice("grpo.kl_units", self.kl_units, ("std", "velocity"))
+        _choice("grpo.levels", self.levels, ("grid", "logit_normal"))
+        _choice("grpo.awm_weighting", self.awm_weighting, ("uniform", "sigma", "sigma2", "huber", "ghuber"))
+        _require(not self.time_weights or self.objective in ("clip", "divergence"),
+                 f"grpo.time_weights changes nothing that {self.objective} has: guard weighs steps alike, the others replay none")
+        _require(self.replays or self.kl == 0 or self.kl_units == "velocity",
+                 f"grpo.kl_units std needs the std of replayed steps, and {self.objective} replays none; use velocity")
+        _require(self.objective != "dpo" or (self.best, self.worst) == (1, 1),
+                 f"grpo.objective dpo trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1")
+        _require(self.objective != "sft" or (self.best >= 1 and self.worst == 0),
+                 f"grpo.objective sft imitates what it is given: use grpo.best 1 or more and grpo.worst 0, not {self.worst}")
+
+    @property
+    def replays(self) -> bool:
+        """Whether the objective replays the stochastic steps of the rollout, rather than noising its final latents again."""
+        return self.objective in ("clip", "guard", "divergence")
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps per training step."""
+        return self.updates * self.epochs
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update is the first after its rollout, so that the old policy is the new one."""
+        return self.optimizer_steps == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +316,16 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluation: ODE sampling of `videos` videos per held-out prompt with fixed noise, and bootstrap intervals."""
+    """Evaluation: ODE sampling of `videos` videos per held-out prompt with fixed noise, and bootstrap intervals.
+
+    solver: of the ODE, "euler" (as published) or "unipc". guidance: scale, 0 = the rollout's.
+    """
 
     prompts: str = "embedded:eval"
     videos: int = 4
     steps: int = 50
+    solver: str = "euler"
+    guidance: float = 0.0
     batch: int = 32
     bootstrap: int = 2000
     frames: int = 0
@@ -250,23 +335,29 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in ("videos", "steps", "batch", "bootstrap"):
             _require(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; use 1 or more")
+        _choice("evaluate.solver", self.solver, ("euler", "unipc"))
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Length of a run, its seed, and what it leaves behind and how often (in training steps; 0 = never)."""
+    """Length of a run, its seed, and what it leaves behind and how often (in training steps; 0 = never).
+
+    give_up_after: training steps in a row without a usable update (none had a finite gradient) that end the run.
+    """
 
     steps: int = 1000
     seed: int = 42
     save_every: int = 20
     keep: int = 3
     sample_every: int = 20
+    give_up_after: int = 10
     wandb: str = ""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"run.steps is {self.steps}; use 1 or more")
         _require(self.save_every >= 1, f"run.save_every is {self.save_every}; use 1 or more")
         _require(self.keep >= 1, f"run.keep is {self.keep}; use 1 or more")
+        _require(self.give_up_after >= 1, f"run.give_up_after is {self.give_up_after}; use 1 or more")
         _require(self.sample_every >= 0, f"run.sample_every is {self.sample_every}; use 0 or more")
 
 
@@ -321,16 +412,35 @@ class Config:
     finetune: FinetuneConfig = FinetuneConfig()
 
     def __post_init__(self) -> None:
-        _require(self.rollout.prompts % self.grpo.updates == 0,
-                 f"grpo.updates {self.grpo.updates} does not divide the {self.rollout.prompts} prompts of a rollout")
-        share = self.rollout.rows // self.grpo.updates
-        _require(share % self.rows_per_call == 0,
-                 f"rollout.micro_batch {self.rows_per_call} does not divide the {share} rows of one of {self.grpo.updates} updates")
+        rollout, grpo = self.rollout, self.grpo
+        _require(rollout.prompts % grpo.updates == 0,
+                 f"grpo.updates {grpo.updates} does not divide the {rollout.prompts} prompts of a rollout")
+        _require(not grpo.replays or rollout.window != "none",
+                 f"grpo.objective {grpo.objective} replays stochastic steps, and rollout.window none has none; use all or a window")
+        _require(grpo.replays or rollout.window == "none",
+                 f"grpo.objective {grpo.objective} trains on final latents and stores no trajectory; set rollout.window none")
+        if rollout.sampler == "cps":
+            _require(grpo.kl == 0 or grpo.kl_units == "velocity",
+                     "rollout.sampler cps has log-probabilities without std, so that grpo.kl_units std means nothing; use velocity")
+            _require(grpo.objective != "guard", "grpo.objective guard corrects a Gaussian's ratio, and cps has none; use another")
+        _require(grpo.best + grpo.worst <= rollout.group,
+                 f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group")
+        share = self.trained_rows // grpo.updates
+        _require(rollout.rows % self.rows_per_call == 0 and share % self.rows_per_call == 0,
+                 f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of a rollout, or the {share} rows of "
+                 f"one of {grpo.updates} updates")
+        _require(grpo.objective != "dpo" or self.rows_per_call % 2 == 0,
+                 f"rollout.micro_batch {self.rows_per_call} would part the two videos of a pair; use an even number")
+
+    @property
+    def trained_rows(self) -> int:
+        """Videos of a rollout that are trained."""
+        return self.rollout.prompts * (self.grpo.best + self.grpo.worst or self.rollout.group)
 
     @property
     def rows_per_call(self) -> int:
         """Rows of one program call, in rollout and update alike."""
-        return self.rollout.micro_batch or self.rollout.rows // self.grpo.updates
+        return self.rollout.micro_batch or self.trained_rows // self.grpo.updates
 
     def to_json(self) -> str:
         """The configuration as indented JSON."""

@@ -1,6 +1,6 @@
 """Videos from prompts, scores of videos, and base against adapters on held-out prompts.
 
-Sampling is deterministic (Euler steps) from noise that is a pure function of (seed, prompt, member), so every model starts a video
+Sampling is deterministic from noise that is a pure function of (seed, prompt, member), so every model starts a video
 from the same noise and differences are paired. Identity is judged by an embedder that never serves as reward.
 
 Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts CSV from 0, MEMBER the videos of a prompt.
@@ -30,6 +30,7 @@ from jax_idgrpo.rewards import FaceReward, References, load_reward
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.video import read_video, to_uint8, write_video
 
+SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
 SHOWN = 8  # prompts whose videos are kept for the report
 
 
@@ -102,7 +103,7 @@ def make_sampler(config: Config) -> Sampler:
     return Sampler(
         config=config,
         pipe=pipe,
-        schedule=rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift),
+        schedule=rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver),
         negative=conditioning.encode_negative(pipe, config.data),
         cache={},
     )
@@ -114,7 +115,7 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
     Raises:
       UserError: an adapter does not fit the checkpoint.
     """
-    guidance = sampler.config.rollout.guidance
+    guidance = sampler.config.evaluate.guidance or sampler.config.rollout.guidance
     rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
     plain = add_adapter(sampler.pipe.transformer, rank, alpha, keys.key(0, "init"))
     models = {"base": Model(*policy.split(plain, guidance))}
@@ -261,8 +262,8 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     clusters = np.asarray([row.prompt.id for row in rows])
     means, changes = statistics.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
     note = (
-        f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} Euler steps, the same noise for every model; "
-        "95 % bootstrap intervals over prompts"
+        f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} {SOLVER_NAMES[config.evaluate.solver]} steps, "
+        "the same noise for every model; 95 % bootstrap intervals over prompts"
     )
     document = {"note": note, **statistics.document(means, changes), "shown": shown, "videos": statistics.per_video(scores, clusters)}
     table = statistics.markdown(means, changes)

@@ -13,6 +13,8 @@ Pure functions, float32; of the project they know `flow.row_mean` alone. Losses 
 micro-batches and divide by one count: accumulation is then exact.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -102,7 +104,7 @@ def guarded_loss(
       dt: [B] or [], sigma_next - sigma < 0.
     """
     surrogate = clipped_loss(guarded, advantage, clip=clip)
-    return surrogate.replace(loss=surrogate.loss / -jnp.asarray(dt))
+    return dataclasses.replace(surrogate, loss=surrogate.loss / -jnp.asarray(dt))
 
 
 def masked_loss(

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-_DOMAINS = ("init", "noise", "window", "data", "augment", "bootstrap", "evaluate")
+_DOMAINS = ("init", "noise", "window", "data", "augment", "bootstrap", "evaluate", "forward")
 
 
 def key(seed: int | Int[Array, ""], domain: str) -> Key[Array, ""]:
-    """The root key of one kind of draw; `domain` is one of init, noise, window, data, augment, bootstrap, evaluate."""
+    """The root key of one kind of draw; `domain` is one of init, noise, window, data, augment, bootstrap, evaluate, forward."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _DOMAINS.index(domain))
 
 
@@ -34,3 +34,8 @@ def step_noise(rows: Key[Array, "B"], step: int | Int[Array, ""], shape: tuple[i
     A row's noise does not depend on the other rows, and a longer leading axis only appends to it.
     """
     return jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(row, step + 1), shape, jnp.float32))(rows)
+
+
+def step_uniform(rows: Key[Array, "B"], step: int | Int[Array, ""]) -> Float[Array, "B"]:
+    """One number in [0, 1) per row at step `step` (0, 1, ...), independent of `step_noise` of the same rows."""
+    return jax.vmap(lambda row: jax.random.uniform(fold(row, 2**31 - 1, step)))(rows)

@@ -33,23 +33,24 @@ class Policy:
         lora: nnx.State | None,
         base: nnx.State,
         x: Float[Array, "B N H W C"],
-        timestep: Int[Array, ""],
+        timestep: Int[Array, "..."],
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
     ) -> Float[Array, "B N H W C"]:
-        """The guided velocity [B,N,H,W,16], float32, at one integer timestep; `lora=None` is the frozen base.
+        """The guided velocity [B,N,H,W,16], float32, at one integer timestep or one per row; `lora=None` is the frozen base.
 
         negative: [L,D] the encoded negative prompt, shared by all rows; unused when guidance is 1.
         """
+        timestep = jnp.broadcast_to(timestep, x.shape[:1])
         lora, base, x, timestep, conditioning, negative = jax.lax.optimization_barrier((lora, base, x, timestep, conditioning, negative))
         model = nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
         if self.guidance == 1:
             return jax.lax.optimization_barrier(
-                model(x, jnp.full(x.shape[:1], timestep), conditioning.text, conditioning.control, frame_mask=conditioning.frame_mask)
+                model(x, timestep, conditioning.text, conditioning.control, frame_mask=conditioning.frame_mask)
             )
         both = model(
             _twice(x),
-            jnp.full(2 * x.shape[0], timestep),
+            _twice(timestep),
             jnp.concatenate([conditioning.text, jnp.broadcast_to(negative, conditioning.text.shape)]),
             _twice(conditioning.control),
             frame_mask=_twice(conditioning.frame_mask),

@@ -1,17 +1,17 @@
 """Sampling: one jitted scan over denoising steps, stochastic inside a window and deterministic outside.
 
-The trajectory keeps every state, velocity and log-probability in float32: the update replays the states and forms its ratio from the
-velocities.
+What an update replays is kept in float32: the states and velocities of the window, from which it forms its ratio.
 """
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import flow, keys
 from jax_idgrpo.conditioning import Conditioning, video_latents
@@ -21,50 +21,86 @@ from jax_idgrpo.policy import Policy
 
 @flax.struct.dataclass
 class Schedule:
-    """sigma [S+1] float32 with a final 0, timestep [S] int32; steps are indexed by position, never looked up by value."""
+    """Denoising steps, indexed by position and never looked up by value.
+
+    sigma: [S+1] float32 with a final 0. timestep: [S] int32. shift: [] of the flow. transition, solver: the stochastic and the
+    deterministic step, every leaf [S,...].
+    """
 
     sigma: Float[Array, "S+1"]
     timestep: Int[Array, "S"]
+    shift: Float[Array, ""]
+    transition: flow.Transition
+    solver: flow.Solver
 
     @classmethod
-    def make(cls, steps: int, shift: float) -> "Schedule":
-        """The schedule of `flow.sigmas` and `flow.timesteps`."""
-        return cls(sigma=jnp.asarray(flow.sigmas(steps, shift)), timestep=jnp.asarray(flow.timesteps(steps, shift)))
+    def make(cls, steps: int, shift: float, sampler: str = "identity", noise_level: float = 0.0, solver: str = "euler") -> "Schedule":
+        """The schedule of `flow.sigmas` with a sampler of `flow.SAMPLERS` (noise level 0 = its own) and a solver of `flow.SOLVERS`."""
+        sigma = flow.sigmas(steps, shift)
+        level = {"noise_level": noise_level} if noise_level else {}
+        made = cls(
+            sigma=sigma,
+            timestep=flow.timesteps(steps, shift),
+            shift=np.float32(shift),
+            transition=flow.SAMPLERS[sampler](sigma[:-1], sigma[1:], sigma[1], **level),
+            solver=flow.SOLVERS[solver](sigma),
+        )
+        return jax.tree.map(jnp.asarray, made)
+
+
+@flax.struct.dataclass
+class Window:
+    """Which denoising steps draw noise and are trained: `size` of them from `start` [B] on, a start for each row.
+
+    final_noise: the last step of the schedule draws noise too; it is never trained.
+    """
+
+    start: Int[Array, "B"]
+    size: int = flax.struct.field(pytree_node=False)
+    final_noise: bool = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
 class Trajectory:
-    """x: [S+1,B,N,H,W,16] states from noise to latents. velocity: [S,B,N,H,W,16] of the policy that sampled them.
+    """What is kept of a rollout, all float32; every leaf has its rows first.
 
-    log_prob: [S,B], meaningful at stochastic steps only. All float32.
+    latents: [B,N,H,W,16] at the end. For the K steps of the window, None without one: x [B,K+1,N,H,W,16] the states before and after,
+    velocity [B,K,N,H,W,16] of the policy that sampled them, log_prob [B,K].
     """
 
-    x: Float[Array, "S+1 B N H W C"]
-    velocity: Float[Array, "S B N H W C"]
-    log_prob: Float[Array, "S B"]
+    latents: Float[Array, "B N H W C"]
+    x: Float[Array, "B K+1 N H W C"] | None = None
+    velocity: Float[Array, "B K N H W C"] | None = None
+    log_prob: Float[Array, "B K"] | None = None
 
 
-def window(config: RolloutConfig, seed: int, step: int) -> np.ndarray:
-    """Which denoising steps are trained in training step `step`: ascending int32 [K_t]."""
-    if config.window == "all":
-        return np.arange(config.steps - 1, dtype=np.int32)
-    start = config.window_start
+def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, "P"]:
+    """The first denoising step that is trained in training step `step`, for each of its prompts."""
+    first, last = config.window_start, config.steps - 1 - config.window_size
+    root = keys.fold(keys.key(seed, "window"), step)
+    start: Any = 0
+    if config.window == "fixed":
+        start = first
+    if config.window == "progressive":
+        start = first + step // config.window_every % (last - first + 1)
     if config.window == "random":
-        last = config.steps // 2 - config.window_size
-        start = int(jax.random.randint(keys.fold(keys.key(seed, "window"), step), (), 0, last + 1))
-    return np.arange(start, start + config.window_size, dtype=np.int32)
-
-
-def stochastic(config: RolloutConfig, trained: np.ndarray) -> np.ndarray:
-    """Which denoising steps draw noise: bool [S], the trained ones and, if the configuration says so, the last."""
-    mask = np.zeros(config.steps, bool)
-    mask[trained] = True
-    mask[-1] = config.final_step == "sde"
-    return mask
+        start = jax.random.randint(root, (), 0, config.steps // 2 - config.window_size + 1)
+    if config.window == "per_prompt":
+        start = jax.random.randint(root, (config.prompts,), 0, config.steps // 2 - config.window_size + 1)
+    return np.broadcast_to(np.asarray(start, np.int32), config.prompts)
 
 
 def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B N H W C"]:
     return keys.step_noise(rows, -1, conditioning.latent_shape)
+
+
+def _put(kept: Float[Array, "B n *shape"], place: Int[Array, "B"], value: Float[Array, "B *shape"]) -> Float[Array, "B n *shape"]:
+    """`kept` with each row's value at its place; a place outside keeps nothing."""
+    here = place[:, None] == jnp.arange(kept.shape[1])
+    return jnp.where(here.reshape(here.shape + (1,) * (value.ndim - 1)), value[:, None], kept)
+
+
+Kept = tuple[Float[Array, "B states N H W C"], Float[Array, "B K N H W C"], Float[Array, "B K"]]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,25 +113,27 @@ def sample(
     schedule: Schedule,
     starts: Key[Array, "B"],
     rows: Key[Array, "B"],
-    is_stochastic: Bool[Array, "S"],
+    window: Window,
 ) -> Trajectory:
-    """Sample one batch and keep its trajectory. `rows` are the videos' keys (`keys.row_keys`), `starts` those of their start noise."""
-    start = _start(starts, conditioning)
-    sigma_max = schedule.sigma[1]
+    """Sample one batch and keep its window. `rows` are the videos' keys (`keys.row_keys`), `starts` those of their start noise."""
+    x = _start(starts, conditioning)
+    last = schedule.timestep.shape[0] - 1
 
-    def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array, Array]]:
-        index, timestep, sigma, sigma_next, draws = step
+    def body(carry: tuple[Array, Kept], step: tuple[Any, ...]) -> tuple[tuple[Array, Kept], None]:
+        x, kept = carry
+        index, timestep, sigma, sigma_next, transition = step
         v = policy.velocity(lora, base, x, timestep, conditioning, negative)
-        noise = keys.step_noise(rows, index, x.shape[1:])
-        drawn = flow.sde_step(x, v, sigma, sigma_next, sigma_max, noise=noise, mask=conditioning.frame_mask).x_next
-        x_next = jnp.where(draws, drawn, flow.ode_step(x, v, sigma, sigma_next))
-        log_prob = flow.sde_step(x, v, sigma, sigma_next, sigma_max, x_next=x_next, mask=conditioning.frame_mask).log_prob
-        return x_next, (x_next, v, log_prob)
+        drawn = flow.step(transition, x, v, noise=keys.step_noise(rows, index, x.shape[1:]), mask=conditioning.frame_mask)
+        place = index - window.start
+        draws = (place >= 0) & (place < window.size) | (window.final_noise & (index == last))
+        kept = jax.tree.map(lambda kept, value: _put(kept, place, value), kept, (x, v, drawn.log_prob))
+        return (jnp.where(draws[:, None, None, None, None], drawn.x_next, flow.ode_step(x, v, sigma, sigma_next)), kept), None
 
-    index = jnp.arange(schedule.timestep.shape[0])
-    steps = (index, schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:], is_stochastic)
-    _, (x, velocity, log_prob) = jax.lax.scan(body, start, steps)
-    return Trajectory(x=jnp.concatenate([start[None], x]), velocity=velocity, log_prob=log_prob)
+    count, size = x.shape[0], window.size
+    kept = (jnp.zeros((count, size + 1, *x.shape[1:])), jnp.zeros((count, size, *x.shape[1:])), jnp.zeros((count, size)))
+    steps = (jnp.arange(last + 1), schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:], schedule.transition)
+    latents, (states, velocity, log_prob) = jax.lax.scan(body, (x, kept), steps)[0]
+    return Trajectory(latents=latents, x=states, velocity=velocity, log_prob=log_prob)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,13 +146,15 @@ def generate(
     schedule: Schedule,
     rows: Key[Array, "B"],
 ) -> Float[Array, "B N H W C"]:
-    """Sample one batch without noise along the way (Euler) and return the latents alone, as evaluation does."""
+    """Sample one batch without noise along the way, by the schedule's solver, and return the latents alone, as evaluation does."""
 
-    def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, None]:
-        timestep, sigma, sigma_next = step
-        return flow.ode_step(x, policy.velocity(lora, base, x, timestep, conditioning, negative), sigma, sigma_next), None
+    def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
+        timestep, sigma, solver = step
+        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative)
+        return flow.solver_step(solver, state, v, sigma), None
 
-    return jax.lax.scan(body, _start(rows, conditioning), (schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:]))[0]
+    begin = flow.SolverState.start(_start(rows, conditioning))
+    return jax.lax.scan(body, begin, (schedule.timestep, schedule.sigma[:-1], schedule.solver))[0].x
 
 
 @functools.partial(jax.jit, static_argnames="frames")

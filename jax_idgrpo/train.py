@@ -5,6 +5,9 @@ one that was not. Everything between prompt and updated weights stays on the dev
 """
 
 import collections
+import dataclasses
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import conditioning, grpo, keys, parallel, policy, rollout
 from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
-from jax_idgrpo.config import Config
+from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import make_reward, references
-from jax_idgrpo.metrics import MetricsWriter, progress
+from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
 from jax_idgrpo.state import TrainState, start
-from jax_idgrpo.update import Objective, Rollout, update
+from jax_idgrpo.update import Objective, gather, share, update
 from jax_idgrpo.video import write_video
 
 SHOWN = 4  # videos kept of a step that writes samples
@@ -43,13 +46,61 @@ def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
 
 
 def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
-    """What the rewards of a step (groups one after another) say: mean, spread within groups, and the share of groups without any."""
-    spread = rewards.reshape(-1, group).std(axis=1)
+    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and how
+    many rewards are no numbers (they count in nothing else)."""
+    seen = np.isfinite(rewards)
+    spread = np.ma.masked_array(rewards, ~seen).reshape(-1, group).std(axis=1)
     return {
-        "reward": float(rewards.mean()),
+        "reward": float(rewards[seen].mean()) if seen.any() else math.nan,
         "reward_group_std": float(spread.mean()),
-        "zero_std_groups": float(np.mean(spread == 0)),
+        "zero_std_groups": float((spread == 0).mean()),
+        "rewards_failed": float(np.sum(~seen)),
     }
+
+
+def choose(
+    config: GrpoConfig, rewards: Float[np.ndarray, "P G"], motion: Float[np.ndarray, "P G"]
+) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
+    """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
+
+    Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
+    """
+
+    def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+        groups = np.repeat(np.arange(len(values)), values.shape[1])
+        found = grpo.advantages(
+            values.ravel(), groups, eps=config.advantage_eps, clip=config.advantage_clip, global_std=config.global_std
+        )
+        return np.asarray(found).reshape(values.shape)
+
+    advantage, weight = advantages(rewards), np.isfinite(rewards)
+    if config.motion > 0:
+        advantage = np.where(weight, advantage + config.motion * advantages(motion), 0).astype(np.float32)
+    if config.drop_constant or config.objective == "dpo":
+        weight &= np.any(advantage != 0, axis=1, keepdims=True)
+    if config.best + config.worst == 0:
+        return advantage, weight.astype(np.float32), None
+    members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
+    if config.objective == "dpo":
+        weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
+    rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
+    return advantage, weight.astype(np.float32), rows.ravel()
+
+
+def summary(logged: Sequence[dict[str, Array]]) -> dict[str, float]:
+    """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
+    first, *rest = jax.device_get(logged)
+    row = {name: float(np.mean([first[name], *(other[name] for other in rest)])) for name in first}
+    for name in ("ratio_min", "ratio_max"):
+        if name in first:
+            row[name] = float(first[name])
+            row |= {f"{name}_last": float(other[name]) for other in rest[-1:]}
+    return row
+
+
+def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the last rows of metrics are of steps in which no update could be used."""
+    return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
 
 
 def load(config: Config) -> Pipeline:
@@ -87,16 +138,17 @@ def train(config: Config, workdir: Path) -> None:
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     pipe = load(config)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance)
+    trained = actor if config.grpo.replays else dataclasses.replace(actor, guidance=1.0)
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
     reward = make_reward(config.reward)
     objective = Objective(
-        policy=actor,
+        policy=trained,
         grpo=config.grpo,
-        optimizer=make_optimizer(config.optimizer, last * config.grpo.updates),
+        optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
         ema_decay=config.optimizer.ema_decay,
     )
-    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift)
+    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     negative = conditioning.encode_negative(pipe, config.data)
     cache: conditioning.Cache = {}
 
@@ -105,6 +157,7 @@ def train(config: Config, workdir: Path) -> None:
     fresh = start(objective.optimizer, lora)
     state = resume(workdir, config, manager, parallel.place(mesh, fresh))
     done = int(state.step)
+    failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
 
     def rows(tree: Any, chunk: slice) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf[chunk], parallel.batch_sharding(mesh)), tree)
@@ -131,26 +184,40 @@ def train(config: Config, workdir: Path) -> None:
             asked = conditioning.select(conditioning.encode(pipe, chosen, config, cache), of_row)
             photos = references(chosen, config)
             people = (reward.embed_references(photos, [prompt.text for prompt in chosen])[of_row], jnp.asarray(photos.mask[of_row]))
-            root = keys.fold(keys.key(seed, "noise"), done)
             numbers = members(ids, sampling.group)
-            noise = keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
-            first = np.repeat(numbers[:, 0], sampling.group) if sampling.start_noise == "shared" else numbers.ravel()
-            starts = keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(first))
-            trained = rollout.window(sampling, seed, done)
-            draws = jnp.asarray(rollout.stochastic(sampling, trained))
+            first = np.repeat(numbers[:, :1], sampling.group, axis=1)
+
+            def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, "B"]:
+                return keys.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
+
+            root = keys.fold(keys.key(seed, "noise"), done)
+            noise = row_keys(root, numbers)
+            starts = row_keys(root, first if sampling.start_noise == "shared" else numbers)
+            again = row_keys(keys.key(seed, "forward"), first if config.grpo.objective == "dpo" else numbers)
+            window = rollout.Window(
+                start=rollout.window_starts(sampling, seed, done)[of_row],
+                size=sampling.trained_steps,
+                final_noise=sampling.final_step == "sde",
+            )
 
             # Rollout and reward, chunk by chunk; the device works ahead of the host.
-            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning]] = []
+            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array]] = []
             terms: list[dict[str, Array]] = []
             videos: list[Array] = []
             for begin in range(0, sampling.rows, config.rows_per_call):
                 chunk = slice(begin, begin + config.rows_per_call)
-                condition, start_keys, row_keys, (faces, face_mask) = (rows(tree, chunk) for tree in (asked, starts, noise, people))
-                trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, start_keys, row_keys, draws)
+                condition, start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
+                    rows(tree, chunk) for tree in (asked, starts, noise, again, window, people)
+                )
+                given = (actor, state.params, base, condition, negative, schedule, start_keys)
+                if sampling.window == "none":
+                    trajectory = rollout.Trajectory(latents=rollout.generate(*given))
+                else:
+                    trajectory = rollout.sample(*given, noise_keys, where)
                 frames = condition.frame_mask.shape[1] - config.data.max_people
-                video = rollout.decode(vae, trajectory.x[-1], condition.references, frames)
+                video = rollout.decode(vae, trajectory.latents, condition.references, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))
-                chunks.append((trajectory, condition))
+                chunks.append((trajectory, condition, where.start, again_keys))
                 if len(videos) < SHOWN:
                     videos.append(video[:SHOWN])
             values = {name: np.concatenate([np.asarray(term[name]) for term in terms]) for name in terms[0]}
@@ -158,30 +225,38 @@ def train(config: Config, workdir: Path) -> None:
 
             # Advantages over whole groups, then one optimizer step per share of the rollout.
             rewards = values.pop("reward")
-            advantage = grpo.advantages(
-                rewards, of_row, eps=config.grpo.advantage_eps, clip=config.grpo.advantage_clip, global_std=config.grpo.global_std
-            ).reshape(len(chunks), -1)
-            share = len(chunks) // config.grpo.updates
+            advantage, weight, picks = choose(
+                config.grpo, *(value.reshape(-1, sampling.group) for value in (rewards, values["motion"]))
+            )
+            batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
+            batch = jax.device_put(batch, parallel.batch_sharding(mesh, 1))
+            del chunks
+            old = None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params)
             logged: list[dict[str, Array]] = []
-            for number in range(config.grpo.updates):
-                part = slice(number * share, (number + 1) * share)
-                trajectory, condition = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks[part])
-                batch = Rollout(trajectory=trajectory, conditioning=condition, advantage=advantage[part])
-                step = jnp.int32(done * config.grpo.updates + number)
-                state, scalars = update(objective, state, base, negative, batch, schedule, jnp.asarray(trained), step)
+            for number in range(config.grpo.optimizer_steps):
+                part = share(batch, number % config.grpo.updates, config.grpo.updates)
+                step = jnp.int32(done * config.grpo.optimizer_steps + number)
+                state, scalars = update(objective, state, base, old, negative, part, schedule, step)
                 logged.append(scalars)
             state = state.replace(step=state.step + 1)
-            scalars = {name: float(value) for name, value in jax.device_get(logged[0]).items()}
+            scalars = summary(logged)
             clock.append(time.monotonic())
 
-            # What happened: the ratio is that of the first update, which is on-policy.
+            # What happened.
             seconds = np.diff(clock)
             row = group_statistics(rewards, sampling.group) | {name: float(value.mean()) for name, value in values.items()}
             row |= scalars | {"advantage_std": float(advantage.std()), "seconds_rollout": seconds[0], "seconds_update": seconds[1]}
             row["videos_per_hour"] = 3600 * sampling.rows / float(seconds.sum())
             writer.write(done, row)
             done += 1
-            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "ratio": row["ratio_max"]})
+            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
+            failed = failed + 1 if scalars["skipped"] == 1 else 0
+            if failed == config.run.give_up_after:
+                raise UserError(
+                    f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; see rewards_failed and "
+                    f"gradient_norm in {workdir / 'metrics.jsonl'}, and continue from the last checkpoint with a lower learning rate in "
+                    "another --workdir"
+                )
             if config.run.sample_every and (done % config.run.sample_every == 0 or done == 1) and jax.process_index() == 0:
                 write_samples(workdir / "samples" / f"{done:06d}", np.concatenate([np.asarray(video) for video in videos]), chosen, config)
             stop = stopping()

@@ -1,20 +1,22 @@
-"""The GRPO update: replay the trained steps of a rollout, sum gradients over micro-batches and steps, take one optimizer step.
+"""The update: sum the gradients of an objective over micro-batches and noise levels, take one optimizer step. One program.
 
-One program. The velocity is the function that sampled the trajectory, at the same dtypes and the same batch shape, so the ratio of
-the first update after a rollout is exactly 1.
+Objectives on replayed steps (clip, guard, divergence) run the trained steps of the rollout again. The velocity is the function that
+sampled them, at the same dtypes and the same batch shape, so the ratio of the first update after a rollout is exactly 1. Objectives on
+the final latents (nft, awm, dpo, sft) noise them again, with noise that is a function of the row and of the optimizer step.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
-from jax_idgrpo import flow, grpo
+from jax_idgrpo import flow, grpo, keys
 from jax_idgrpo.conditioning import Conditioning
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.optimizer import apply_gradients
@@ -22,17 +24,45 @@ from jax_idgrpo.policy import Policy
 from jax_idgrpo.rollout import Schedule, Trajectory
 from jax_idgrpo.state import TrainState
 
+Rows = dict[str, Float[Array, "R"]]
+
 
 @flax.struct.dataclass
 class Rollout:
-    """What an update replays, in C chunks of R rows, one program call each when they were sampled.
+    """What an update trains on, in C chunks of R rows, one program call each when they were sampled; every leaf is [C,R,...].
 
-    trajectory: x [C,S+1,R,N,H,W,16], velocity [C,S,R,N,H,W,16], log_prob [C,S,R]. conditioning: every leaf [C,R,...]. advantage: [C,R].
+    trajectory, conditioning: as sampled. start: first denoising step of the row's window. advantage: of the row. weight: 0 leaves the
+    row out. noise: the row's key, for noising its latents; the rows of a pair have one.
     """
 
     trajectory: Trajectory
     conditioning: Conditioning
+    start: Int[Array, "C R"]
     advantage: Float[Array, "C R"]
+    weight: Float[Array, "C R"]
+    noise: Key[Array, "C R"]
+
+
+@jax.jit
+def gather(
+    chunks: Sequence[tuple[Trajectory, Conditioning, Int[Array, "R"], Key[Array, "R"]]],
+    advantage: Float[ArrayLike, "C R"],
+    weight: Float[ArrayLike, "C R"],
+    picks: Int[ArrayLike, "n"] | None = None,
+) -> Rollout:
+    """The chunks of a rollout (trajectory, conditioning, start, noise) as one; of it the rows `picks`, counted through all chunks."""
+    trajectory, conditioning, start, noise = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
+    whole = Rollout(trajectory=trajectory, conditioning=conditioning, start=start, advantage=advantage, weight=weight, noise=noise)
+    if picks is None:
+        return whole
+    rows = advantage.shape[1]
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[picks].reshape(-1, rows, *leaf.shape[2:]), whole)
+
+
+def share(rollout: Rollout, number: int, shares: int) -> Rollout:
+    """The `number`-th of equal shares of a rollout's chunks."""
+    size = len(rollout.advantage) // shares
+    return jax.tree.map(lambda leaf: leaf[number * size : (number + 1) * size], rollout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,67 +74,163 @@ class Objective:
     optimizer: optax.GradientTransformation
     ema_decay: float
 
+    def noise_levels(self, rollout: Rollout) -> int:
+        """Steps or noise levels that each row is trained at."""
+        velocity = rollout.trajectory.velocity
+        return self.grpo.times if velocity is None else velocity.shape[2]
 
-def step_loss(
-    objective: Objective,
-    lora: nnx.State,
-    base: nnx.State,
-    negative: Float[Array, "L D"],
-    chunk: Rollout,
-    schedule: Schedule,
-    index: Int[Array, ""],
-) -> tuple[Float[Array, ""], dict[str, Float[Array, "R"]]]:
-    """Sum over the rows of one chunk of the loss at denoising step `index`; and per-row values to log."""
+
+@flax.struct.dataclass
+class Networks:
+    """What velocities are made of, beside the adapter that is trained: the frozen base, and the adapter that sampled the rollout.
+
+    old is None where that is the trained one itself, or where the rollout kept its velocities.
+    """
+
+    base: nnx.State
+    old: nnx.State | None
+    negative: Float[Array, "L D"]
+
+
+def _surrogate_rows(surrogate: grpo.Surrogate) -> Rows:
+    return {
+        "ratio": surrogate.ratio,
+        "policy_loss": surrogate.loss,
+        "approx_kl": 0.5 * jnp.log(surrogate.ratio) ** 2,
+        "clip_fraction": surrogate.stopped.astype(jnp.float32),
+    }
+
+
+def replayed_loss(
+    objective: Objective, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule, number: Int[Array, ""]
+) -> Rows:
+    """The objective at step `number` of the rows' windows: policy_loss, ratio and what else is logged, per row."""
+    wanted, trajectory, mask = objective.grpo, chunk.trajectory, chunk.conditioning.frame_mask
     x, x_next, v_old = (
-        jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
-        for array, i in ((chunk.trajectory.x, index), (chunk.trajectory.x, index + 1), (chunk.trajectory.velocity, index))
+        jax.lax.dynamic_index_in_dim(array, n, axis=1, keepdims=False)
+        for array, n in ((trajectory.x, number), (trajectory.x, number + 1), (trajectory.velocity, number))
     )
-    sigmas, mask = (schedule.sigma[index], schedule.sigma[index + 1], schedule.sigma[1]), chunk.conditioning.frame_mask
+    index = chunk.start + number
+    transition = schedule.transition.at(index)
 
     def velocity(adapter: nnx.State | None) -> Array:
-        return objective.policy.velocity(adapter, base, x, schedule.timestep[index], chunk.conditioning, negative)
+        return objective.policy.velocity(adapter, networks.base, x, schedule.timestep[index], chunk.conditioning, networks.negative)
 
     v = velocity(lora)
-    log_ratio = flow.log_ratio(x, v, v_old, *sigmas, x_next, mask)
-    clipped = grpo.clipped_loss(log_ratio, chunk.advantage, clip=objective.grpo.clip)
-    rows = {
-        "ratio": clipped.ratio,
-        "policy_loss": clipped.loss,
-        "approx_kl": 0.5 * log_ratio**2,
-        "clip_fraction": (jnp.abs(clipped.ratio - 1) > objective.grpo.clip).astype(jnp.float32),
-    }
-    loss = clipped.loss
-    if objective.grpo.kl > 0:
-        new, reference = (flow.sde_step(x, value, *sigmas, x_next=x_next) for value in (v, jax.lax.stop_gradient(velocity(None))))
-        rows["kl"] = flow.kl(new.mean, reference.mean, new.std, mask)
-        loss = loss + objective.grpo.kl * rows["kl"]
-    return jnp.sum(loss), rows
+    change = flow.change(transition, x, v, v_old, x_next, mask)
+    if wanted.objective == "guard":
+        dt = schedule.sigma[index + 1] - schedule.sigma[index]
+        surrogate = grpo.guarded_loss(change.guarded, chunk.advantage, dt, clip=wanted.clip)
+    elif wanted.objective == "divergence":
+        distance = jax.lax.stop_gradient(flow.divergence(transition, v, v_old, mask))
+        surrogate = grpo.masked_loss(change.log_ratio, distance, chunk.advantage, limit=wanted.divergence)
+    else:
+        surrogate = grpo.clipped_loss(change.log_ratio, chunk.advantage, clip=wanted.clip)
+    rows = _surrogate_rows(surrogate)
+    if wanted.kl > 0:
+        reference = jax.lax.stop_gradient(velocity(None))
+        in_std = wanted.kl_units == "std"
+        rows["kl"] = flow.divergence(transition, v, reference, mask) if in_std else grpo.matching_error(v, reference, mask)
+    return rows
+
+
+def _noise_level(
+    levels: str, u: Float[Array, "R"], schedule: Schedule
+) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
+    """sigma and timestep of each row from a number in [0, 1)."""
+    if levels == "grid":
+        noisiest = int(0.9 * schedule.timestep.shape[0])
+        index = (u * noisiest).astype(jnp.int32)
+        return schedule.sigma[index], schedule.timestep[index]
+    middle = jax.nn.sigmoid(jax.scipy.special.ndtri(jnp.clip(u, 1e-6, 1 - 1e-6)))
+    sigma = schedule.shift * middle / (1 + (schedule.shift - 1) * middle)
+    return sigma, (1000 * sigma).astype(jnp.int32)
+
+
+def matched_loss(
+    objective: Objective,
+    lora: nnx.State,
+    networks: Networks,
+    chunk: Rollout,
+    schedule: Schedule,
+    number: Int[Array, ""],
+    optimizer_step: Int[Array, ""],
+) -> Rows:
+    """The objective at the `number`-th of `times` noise levels of the rows' final latents: policy_loss and what else is logged."""
+    wanted, mask, x0 = objective.grpo, chunk.conditioning.frame_mask, chunk.trajectory.latents
+    draw = optimizer_step * wanted.times + number
+    sigma, timestep = _noise_level(wanted.levels, (number + keys.step_uniform(chunk.noise, draw)) / wanted.times, schedule)
+    noise = keys.step_noise(chunk.noise, draw, x0.shape[1:])
+    along = sigma[:, None, None, None, None]
+    x, target = (1 - along) * x0 + along * noise, noise - x0
+
+    def velocity(adapter: nnx.State | None) -> Array:
+        return objective.policy.velocity(adapter, networks.base, x, timestep, chunk.conditioning, networks.negative)
+
+    v = velocity(lora)
+    v_old = jax.lax.stop_gradient(v if networks.old is None else velocity(networks.old))
+    reference = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 or wanted.objective == "dpo" else None
+    rows: Rows = {}
+    if wanted.objective == "nft":
+        rows["policy_loss"] = grpo.nft_loss(
+            v, v_old, target, sigma, chunk.advantage,
+            beta=wanted.nft_beta, advantage_clip=wanted.advantage_clip, normalise=wanted.nft_normalise, mask=mask,
+        )
+    elif wanted.objective == "awm":
+        rows = _surrogate_rows(
+            grpo.awm_loss(v, v_old, target, sigma, chunk.advantage, clip=wanted.clip, weighting=wanted.awm_weighting, mask=mask)
+        )
+    elif wanted.objective == "dpo":
+        rows["policy_loss"] = grpo.dpo_loss(v, reference, target, beta=wanted.dpo_beta, mask=mask)
+    else:
+        rows["policy_loss"] = grpo.matching_error(v, target, mask)
+    if wanted.kl > 0:
+        rows["kl"] = grpo.matching_error(v, reference, mask)
+    return rows
 
 
 def gradients(
     objective: Objective,
     lora: nnx.State,
-    base: nnx.State,
-    negative: Float[Array, "L D"],
+    networks: Networks,
     rollout: Rollout,
     schedule: Schedule,
-    trained: Int[Array, "K"],
+    optimizer_step: Int[Array, ""],
 ) -> tuple[nnx.State, dict[str, Float[Array, "C K R"]]]:
-    """Gradient of the mean loss over all rows and trained steps, and the rows' values to log."""
-    count = rollout.advantage.size * trained.size
-    chunks = rollout.advantage.shape[0]
+    """Gradient of the mean loss over all rows that count and their K noise levels, and the rows' values to log.
 
-    def body(total: nnx.State, position: tuple[Array, Array]) -> tuple[nnx.State, dict[str, Array]]:
-        c, index = position
+    With no row left to count the mean is 0 / 0: such an update is not finite, and changes nothing.
+    """
+    wanted, (chunks, _), levels = objective.grpo, rollout.advantage.shape, objective.noise_levels(rollout)
+    weight = jnp.broadcast_to(rollout.weight[:, None], (chunks, levels, rollout.weight.shape[1]))
+    count = jnp.sum(weight)
+    scale = jnp.ones_like(weight)
+    if wanted.time_weights:
+        steps = rollout.start[:, None] + jnp.arange(levels)[:, None]
+        scale = grpo.time_weights(schedule.transition.at(steps).weight, weight)
+
+    def loss(lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array) -> tuple[Array, Rows]:
+        if wanted.replays:
+            rows = replayed_loss(objective, lora, networks, chunk, schedule, number)
+        else:
+            rows = matched_loss(objective, lora, networks, chunk, schedule, number, optimizer_step)
+        total = scale * rows["policy_loss"] + wanted.kl * rows.get("kl", 0.0)
+        return jnp.sum(jnp.where(weight > 0, weight * total, 0.0)), rows
+
+    def body(total: nnx.State, position: tuple[Array, ...]) -> tuple[nnx.State, Rows]:
+        c, number, weight, scale = position
         chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c, keepdims=False), rollout)
-        gradient, rows = jax.grad(
-            lambda adapter: step_loss(objective, adapter, base, negative, chunk, schedule, index), has_aux=True
-        )(lora)
+        gradient, rows = jax.grad(loss, has_aux=True)(lora, chunk, number, weight, scale)
         return jax.tree.map(lambda sum_, leaf: sum_ + leaf / count, total, gradient), rows
 
-    positions = jnp.repeat(jnp.arange(chunks), trained.size), jnp.tile(trained, chunks)
+    positions = (
+        jnp.repeat(jnp.arange(chunks), levels),
+        jnp.tile(jnp.arange(levels), chunks),
+        weight.reshape(chunks * levels, -1),
+        scale.reshape(chunks * levels, -1),
+    )
     total, rows = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, lora), positions)
-    return total, {name: value.reshape(chunks, trained.size, -1) for name, value in rows.items()}
+    return total, {name: value.reshape(chunks, levels, -1) for name, value in rows.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -112,17 +238,22 @@ def update(
     objective: Objective,
     state: TrainState,
     base: nnx.State,
+    old: nnx.State | None,
     negative: Float[Array, "L D"],
     rollout: Rollout,
     schedule: Schedule,
-    trained: Int[Array, "K"],
     optimizer_step: Int[Array, ""],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step on one rollout, or on one share of it; a gradient that is not finite changes nothing and is counted.
 
-    trained: denoising steps to replay. optimizer_step: optimizer steps done before this one. `state.step` is the caller's.
+    old: the adapter that sampled, see `Networks`. optimizer_step: optimizer steps done before this one. `state.step` is the caller's.
     """
-    gradient, rows = gradients(objective, state.params, base, negative, rollout, schedule, trained)
+    networks = Networks(base=base, old=old, negative=negative)
+    gradient, rows = gradients(objective, state.params, networks, rollout, schedule, optimizer_step)
     state, norms = apply_gradients(state, gradient, objective.optimizer, optimizer_step, objective.ema_decay)
-    means = {name: jnp.mean(value) for name, value in rows.items() if name != "ratio"}
-    return state, {**means, **norms, "ratio_min": jnp.min(rows["ratio"]), "ratio_max": jnp.max(rows["ratio"])}
+    counted = rollout.weight[:, None] > 0
+    ratio = rows.pop("ratio", None)
+    scalars = {name: jnp.mean(value, where=counted) for name, value in rows.items()}
+    if ratio is not None:
+        scalars |= {"ratio_min": jnp.min(ratio, where=counted, initial=jnp.inf), "ratio_max": jnp.max(ratio, where=counted, initial=0.0)}
+    return state, {**scalars, **norms}

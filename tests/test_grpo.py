@@ -112,7 +112,11 @@ def test_guard_weighs_all_steps_about_alike():
     for index in (0, 12, 23):
         step, dt = steps.at(index), s[index + 1] - s[index]
         x_next = flow.step(step, x, v, noise=noise).x_next
-        slope = jax.grad(lambda new: grpo.guarded_loss(flow.change(step, x, new, v, x_next).guarded, jnp.ones(1), dt, clip=1.0).loss.sum())(v)
+
+        def loss(new):
+            return grpo.guarded_loss(flow.change(step, x, new, v, x_next).guarded, jnp.ones(1), dt, clip=1.0).loss.sum()
+
+        slope = jax.grad(loss)(v)
         np.testing.assert_allclose(slope, noise / 16 * weight[index], rtol=2e-3, atol=1e-5)
 
 

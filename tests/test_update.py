@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_idgrpo import keys, policy, rollout, update
+from jax_idgrpo import flow, keys, policy, rollout, update
 from jax_idgrpo.conditioning import Conditioning, frame_mask, select
 from jax_idgrpo.config import GrpoConfig, RolloutConfig
 from jax_idgrpo.models.layers import Dtypes
@@ -22,7 +22,6 @@ CONFIG = WanConfig(
     num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_dim=WIDTH, freq_dim=16, vace_layers=(0,), rank=2, alpha=2.0, unroll=True
 )
 SCHEDULE = rollout.Schedule.make(STEPS, 3.0)
-TRAINED = np.arange(STEPS - 1)
 
 
 @functools.cache
@@ -52,18 +51,33 @@ def asked():
 NEGATIVE = jnp.asarray(np.random.default_rng(3).normal(size=(LENGTH, WIDTH)), jnp.float32)
 NOISE = keys.row_keys(keys.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
 ADVANTAGE = jnp.asarray([1.3, -0.7, 0.2, -0.9])
-DRAWS = jnp.asarray(rollout.stochastic(RolloutConfig(steps=STEPS), TRAINED))
+AGAIN = keys.row_keys(keys.key(0, "forward"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+FIRST = jnp.zeros(ROWS, jnp.int32)
 
 
-def sampled(parts, rows=slice(None), given=None):
+def whole(start=FIRST, size=STEPS - 1, final_noise=False):
+    return rollout.Window(start=start, size=size, final_noise=final_noise)
+
+
+def sampled(parts, rows=slice(None), given=None, schedule=SCHEDULE, window=None):
+    """One chunk of a rollout: trajectory, conditioning, window's start, keys."""
     actor, lora, base = parts
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
-    return rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], DRAWS), given
+    window = jax.tree.map(lambda leaf: leaf[rows], window or whole())
+    return rollout.sample(actor, lora, base, given, NEGATIVE, schedule, NOISE[rows], NOISE[rows], window), given, window.start, AGAIN[rows]
 
 
-def chunked(pairs, advantage):
-    trajectory, conditioning = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
-    return update.Rollout(trajectory=trajectory, conditioning=conditioning, advantage=advantage.reshape(len(pairs), -1))
+def generated(parts, rows=slice(None)):
+    """A chunk of a rollout of which only the final latents are kept."""
+    actor, lora, base = parts
+    given = jax.tree.map(lambda leaf: leaf[rows], asked())
+    latents = rollout.generate(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows])
+    return rollout.Trajectory(latents=latents), given, FIRST[rows], AGAIN[rows]
+
+
+def chunked(chunks, advantage, weight=None, picks=None):
+    weight = jnp.ones(ROWS) if weight is None else weight
+    return update.gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
 
 
 def objective(actor, **changes):
@@ -71,45 +85,170 @@ def objective(actor, **changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(fixed, lora, base, batch):
-    return update.gradients(fixed, lora, base, NEGATIVE, batch, SCHEDULE, jnp.asarray(TRAINED))
+def gradients(fixed, lora, base, batch, schedule=SCHEDULE, old=None, step=0):
+    networks = update.Networks(base=base, old=old, negative=NEGATIVE)
+    return update.gradients(fixed, lora, networks, batch, schedule, jnp.int32(step))
 
 
 def vector(state):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(state)])
 
 
+@pytest.mark.parametrize("sampler", ["identity", "flow", "dance", "cps"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(guidance):
+def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(guidance, sampler):
     actor, lora, base = model(guidance=guidance)
-    _, rows = gradients(objective(actor), lora, base, chunked([sampled((actor, lora, base))], ADVANTAGE))
-    np.testing.assert_array_equal(rows["ratio"], np.ones((1, len(TRAINED), ROWS)))
+    schedule = rollout.Schedule.make(STEPS, 3.0, sampler)
+    batch = chunked([sampled((actor, lora, base), schedule=schedule)], ADVANTAGE)
+    _, rows = gradients(objective(actor, kl=0.0), lora, base, batch, schedule)
+    np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, ROWS)))
+
+
+@pytest.mark.parametrize("wanted", ["guard", "divergence"])
+def test_every_replaying_objective_is_on_policy_with_a_step_per_prompt(wanted):
+    actor, lora, base = model()
+    window = whole(jnp.asarray([1, 1, 0, 0]), 1)
+    chunk = sampled((actor, lora, base), window=window)
+    fixed = objective(actor, objective=wanted, kl_units="velocity", time_weights=wanted == "divergence")
+    gradient, rows = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE))
+    np.testing.assert_array_equal(rows["ratio"], np.ones((1, 1, ROWS)))
+    np.testing.assert_array_equal(rows["clip_fraction"], np.zeros((1, 1, ROWS)))
+    assert np.all(np.isfinite(vector(gradient))) and np.any(vector(gradient))
+    full = sampled((actor, lora, base))[0]
+    np.testing.assert_array_equal(chunk[0].x[2:, 0], full.x[2:, 0])     # these rows draw noise at step 0, as in the whole schedule
+    assert chunk[0].x.shape[1] == 2 and chunk[0].velocity.shape[1] == 1 and full.x.shape[1] == STEPS
+
+
+def test_rows_outside_their_window_take_euler_steps():
+    actor, lora, base = model()
+    late, _, _, _ = sampled((actor, lora, base), window=whole(jnp.asarray([1, 1, 0, 0]), 1))
+    start = keys.step_noise(NOISE, -1, asked().latent_shape)
+    v = actor.velocity(lora, base, start, SCHEDULE.timestep[0], asked(), NEGATIVE)
+    euler = start + v * (SCHEDULE.sigma[1] - SCHEDULE.sigma[0])
+    np.testing.assert_allclose(late.x[:2, 0], euler[:2], atol=1e-5)
+    still = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=False))[0].latents
+    noisy = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=True))[0].latents
+    s = float(SCHEDULE.transition.std[-1])
+    spread = np.asarray(noisy - still)[asked().frame_mask]
+    assert 0.9 * s < spread.std() < 1.1 * s
 
 
 def test_a_replay_at_another_dtype_is_seen_in_the_ratio():
-    pair = sampled(model())
+    chunk = sampled(model())
     actor, lora, base = model("bfloat16")
-    _, rows = gradients(objective(actor), lora, base, chunked([pair], ADVANTAGE))
+    _, rows = gradients(objective(actor), lora, base, chunked([chunk], ADVANTAGE))
     assert float(jnp.abs(rows["ratio"] - 1).max()) > 1e-4
 
 
-def test_micro_batches_equal_one_batch():
+OBJECTIVES = [
+    dict(objective="clip"),
+    dict(objective="clip", time_weights=True),
+    dict(objective="nft", kl_units="velocity"),
+    dict(objective="awm", kl_units="velocity", clip=0.5, levels="logit_normal"),
+    dict(objective="dpo", kl_units="velocity", best=1, worst=1),
+    dict(objective="sft", kl=0.0, best=1),
+]
+
+
+@pytest.mark.parametrize("wanted", OBJECTIVES, ids=lambda wanted: "-".join(map(str, wanted.values())))
+def test_micro_batches_equal_one_batch(wanted):
+    """Rows are summed and divided by one count, also where one of them is left out."""
+    actor, lora, base = model(guidance=1.0)
+    fixed, make = objective(actor, **wanted), sampled if wanted["objective"] == "clip" else generated
+    weight = jnp.asarray([1.0, 1, 0, 0] if wanted["objective"] == "dpo" else [1.0, 1, 0, 1])
+    one, _ = gradients(fixed, lora, base, chunked([make((actor, lora, base))], ADVANTAGE, weight))
+    halves = [make((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]
+    parts, _ = gradients(fixed, lora, base, chunked(halves, ADVANTAGE, weight))
+    assert np.linalg.norm(vector(parts) - vector(one)) < 1e-5 * np.linalg.norm(vector(one))
+
+
+def test_a_row_of_weight_zero_changes_nothing():
     actor, lora, base = model()
-    whole, _ = gradients(objective(actor), lora, base, chunked([sampled((actor, lora, base))], ADVANTAGE))
+    chunk, weight = sampled((actor, lora, base)), jnp.asarray([1.0, 1, 1, 0])
+    fixed = objective(actor, time_weights=True)
+    got, _ = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE, weight))
+    other, _ = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE.at[3].set(5.0), weight))
+    np.testing.assert_array_equal(vector(got), vector(other))
+    nothing, _ = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE, jnp.zeros(ROWS)))
+    assert not np.any(np.isfinite(vector(nothing)))                     # skipped as any update that is not finite
+
+
+def test_time_weights_have_mean_one_and_change_only_the_policy_loss():
+    actor, lora, base = model()
+    chunk = sampled((actor, lora, base))
+    batch = chunked([chunk], ADVANTAGE)
+    by_step = [chunked([(chunk[0], chunk[1], FIRST + k, chunk[3])], ADVANTAGE) for k in range(STEPS - 1)]
+    inverse = np.asarray(1 / SCHEDULE.transition.weight)[: STEPS - 1]
+    assert np.ptp(inverse) > 0.1 and len(by_step) == len(inverse)
+    plain = [np.asarray(g) for g in jax.tree.leaves(gradients(objective(actor, kl=0.0), lora, base, batch)[0])]
+    weighted = [np.asarray(g) for g in jax.tree.leaves(gradients(objective(actor, kl=0.0, time_weights=True), lora, base, batch)[0])]
+    assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(plain, weighted, strict=True))
+    only_kl = ADVANTAGE * 0
+    same = [gradients(objective(actor, time_weights=t), lora, base, chunked([chunk], only_kl))[0] for t in (False, True)]
+    np.testing.assert_array_equal(vector(same[0]), vector(same[1]))
+
+
+@pytest.mark.parametrize("levels", ["grid", "logit_normal"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_awm_is_on_policy_at_its_first_update_also_with_the_old_adapter_run_again(guidance, levels):
+    actor, lora, base = model(guidance=guidance)
+    batch = chunked([generated((actor, lora, base))], ADVANTAGE)
+    fixed = objective(actor, objective="awm", kl_units="velocity", clip=0.5, levels=levels, updates=2)
+    for old in (None, lora):
+        np.testing.assert_array_equal(gradients(fixed, lora, base, batch, old=old)[1]["ratio"], np.ones((1, 2, ROWS)))
+    moved = jax.tree.map(lambda leaf: leaf * 1.1, lora)
+    assert float(jnp.abs(gradients(fixed, moved, base, batch, old=lora)[1]["ratio"] - 1).min()) > 1e-6
+
+
+@pytest.mark.parametrize("wanted", OBJECTIVES[2:], ids=lambda wanted: wanted["objective"])
+def test_objectives_on_latents_store_no_trajectory_and_descend(wanted):
+    actor, lora, base = model(guidance=1.0)
+    chunk = generated((actor, lora, base))
+    assert chunk[0].x is None and chunk[0].velocity is None
+    batch = chunked([chunk], ADVANTAGE)
+    fixed = objective(actor, **{**wanted, "kl": 0.0})
+    gradient, rows = gradients(fixed, lora, base, batch, old=lora)
+    size = 0.02 / optax.global_norm(gradient)
+    stepped = jax.tree.map(lambda leaf, slope: leaf - size * slope, lora, gradient)
+    _, after = gradients(fixed, stepped, base, batch, old=lora)
+    assert float(after["policy_loss"].mean()) < float(rows["policy_loss"].mean())
+    _, later = gradients(fixed, lora, base, batch, old=lora, step=1)
+    assert float(jnp.abs(later["policy_loss"] - rows["policy_loss"]).max()) > 0      # noise of its own at every optimizer step
+
+
+def test_a_pair_is_noised_alike():
+    """With one latent twice, the pair's errors change alike and the loss is log 2 whatever the adapter is."""
+    actor, lora, base = model(guidance=1.0)
+    trajectory, given, start, _ = generated((actor, lora, base))
+    twice = jax.tree.map(lambda leaf: leaf[jnp.asarray([0, 0, 2, 2])], (trajectory, given, start))
+    batch = chunked([(*twice, AGAIN[jnp.asarray([0, 0, 2, 2])])], ADVANTAGE)
+    _, rows = gradients(objective(actor, objective="dpo", kl_units="velocity", best=1, worst=1), lora, base, batch)
+    np.testing.assert_allclose(rows["policy_loss"], np.full((1, 2, ROWS), np.log(2)), rtol=1e-3)
+
+
+def test_rows_are_taken_through_all_chunks_and_stay_on_policy():
+    actor, lora, base = model()
     halves = [sampled((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]
-    parts, _ = gradients(objective(actor), lora, base, chunked(halves, ADVANTAGE))
-    assert np.linalg.norm(vector(parts) - vector(whole)) < 1e-5 * np.linalg.norm(vector(whole))
+    batch = chunked(halves, ADVANTAGE, picks=jnp.asarray([3, 1]))
+    np.testing.assert_array_equal(batch.advantage, [[ADVANTAGE[3], ADVANTAGE[1]]])
+    np.testing.assert_array_equal(batch.trajectory.x[0, 0], halves[1][0].x[1])
+    np.testing.assert_array_equal(batch.conditioning.text[0, 1], asked().text[1])
+    _, rows = gradients(objective(actor), lora, base, batch)
+    np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, 2)))
+    first, second = (update.share(chunked(halves, ADVANTAGE), number, 2) for number in (0, 1))
+    np.testing.assert_array_equal(first.advantage, ADVANTAGE[None, :2])
+    np.testing.assert_array_equal(second.start, FIRST[None, 2:])
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     parts = model()
-    together, _ = sampled(parts)
+    together = sampled(parts)[0]
     given = jax.tree.map(lambda leaf: leaf[:1], asked())
-    alone, _ = sampled(parts, slice(0, 1), given)
-    np.testing.assert_allclose(together.log_prob[:, :1], alone.log_prob, rtol=1e-5)
+    alone = sampled(parts, slice(0, 1), given)[0]
+    np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
     real = FRAMES + 1
     bare = dataclasses.replace(given, control=given.control[:, :real], frame_mask=given.frame_mask[:, :real])
-    unpadded, _ = sampled(parts, slice(0, 1), bare)
+    unpadded = sampled(parts, slice(0, 1), bare)[0]
     np.testing.assert_allclose(alone.x[:, :, :real], unpadded.x, atol=1e-4)
     np.testing.assert_allclose(alone.log_prob, unpadded.log_prob, rtol=1e-5)
 
@@ -137,12 +276,12 @@ def test_update_moves_the_adapter_once_and_a_gradient_that_is_not_finite_moves_n
     actor, lora, base = model()
     fixed = objective(actor)
     batch = chunked([sampled((actor, lora, base))], ADVANTAGE)
-    arguments = (SCHEDULE, jnp.asarray(TRAINED), jnp.int32(0))
-    moved, scalars = update.update(fixed, start(fixed.optimizer, lora), base, NEGATIVE, batch, *arguments)
+    given = (base, None, NEGATIVE)
+    moved, scalars = update.update(fixed, start(fixed.optimizer, lora), *given, batch, SCHEDULE, jnp.int32(0))
     assert scalars["skipped"] == 0 and scalars["ratio_min"] == scalars["ratio_max"] == 1
     assert np.abs(vector(moved.params) - vector(lora)).max() > 0
     bad = batch.replace(advantage=batch.advantage.at[0, 0].set(jnp.nan))
-    kept, scalars = update.update(fixed, start(fixed.optimizer, lora), base, NEGATIVE, bad, *arguments)
+    kept, scalars = update.update(fixed, start(fixed.optimizer, lora), *given, bad, SCHEDULE, jnp.int32(0))
     assert scalars["skipped"] == 1
     np.testing.assert_array_equal(vector(kept.params), vector(lora))
 
@@ -157,24 +296,32 @@ def test_noise_is_a_function_of_seed_prompt_member_and_step_and_prefix_stable():
     np.testing.assert_array_equal(keys.step_noise(NOISE, 0, (5, 2, 2))[:, :3], first)
 
 
+def starts(step=0, **values):
+    config = RolloutConfig(prompts=6, **values)
+    return rollout.window_starts(config, 0, step)
+
+
 def test_windows():
-    assert list(rollout.window(RolloutConfig(steps=25), 0, 0)) == list(range(24))
-    fixed = RolloutConfig(steps=12, window="fixed", window_start=2, window_size=3)
-    assert list(rollout.window(fixed, 0, 5)) == [2, 3, 4]
-    drawn = RolloutConfig(steps=12, window="random", window_size=3)
-    starts = {int(rollout.window(drawn, 0, step)[0]) for step in range(40)}
-    assert starts == {0, 1, 2, 3}
-    assert list(rollout.window(drawn, 0, 7)) == list(rollout.window(drawn, 0, 7))
-    last = RolloutConfig(steps=4, final_step="sde")
-    assert list(rollout.stochastic(last, np.arange(3))) == [True] * 4
-    assert list(rollout.stochastic(RolloutConfig(steps=4), np.arange(3))) == [True] * 3 + [False]
+    np.testing.assert_array_equal(starts(steps=25), np.zeros(6))
+    np.testing.assert_array_equal(starts(5, steps=12, window="fixed", window_start=2, window_size=3), np.full(6, 2))
+    drawn = dict(steps=12, window="random", window_size=3)
+    assert {int(starts(step, **drawn)[0]) for step in range(40)} == {0, 1, 2, 3}
+    assert np.ptp(starts(7, **drawn)) == 0
+    np.testing.assert_array_equal(starts(7, **drawn), starts(7, **drawn))
+    single = dict(steps=20, window="per_prompt", window_size=1)
+    every = np.stack([starts(step, **single) for step in range(60)])
+    assert set(every.ravel()) == set(range(10)) and np.ptp(every, axis=1).max() > 0
+    moving = dict(steps=8, window="progressive", window_start=1, window_size=4, window_every=3)
+    assert [int(starts(step, **moving)[0]) for step in range(12)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 1, 1, 1]
 
 
 def test_generate_is_sampling_without_noise():
     actor, lora, base = model()
-    still, _ = rollout.sample(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE, NOISE, jnp.zeros(STEPS, bool)), None
+    quiet = rollout.Schedule.make(STEPS, 3.0)
+    quiet = quiet.replace(transition=flow.identity_sde(quiet.sigma[:-1], quiet.sigma[1:], quiet.sigma[1], 0.0))
+    still = sampled((actor, lora, base), schedule=quiet)[0].latents
     got = rollout.generate(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE)
-    np.testing.assert_allclose(got, still.x[-1], atol=1e-5)
+    np.testing.assert_allclose(got, still, atol=1e-5)
 
 
 def test_groups_repeat_their_prompt():
@@ -187,7 +334,7 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
     actor, lora, base = model()
     given = select(asked(), np.array([0, 0, 2, 2]))
     keys_of_start = NOISE[jnp.asarray([0, 0, 2, 2])]
-    x = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, DRAWS).x
-    np.testing.assert_array_equal(x[0, 0], x[0, 1])
-    assert float(jnp.abs(x[0, 0] - x[0, 2]).max()) > 0.1
-    assert float(jnp.abs(x[1, 0] - x[1, 1]).max()) > 0.01
+    x = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, whole()).x
+    np.testing.assert_array_equal(x[0, 0], x[1, 0])
+    assert float(jnp.abs(x[0, 0] - x[2, 0]).max()) > 0.1
+    assert float(jnp.abs(x[0, 1] - x[1, 1]).max()) > 0.01
