@@ -12,16 +12,17 @@ from jax_idgrpo import train as loop
 from jax_idgrpo.errors import UserError
 
 
-def tiny(steps, **rollout):
+def tiny(steps, grpo=None, **rollout):
     values = dict(prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1) | rollout
     return c.Config(
         model=c.ModelConfig(rank=2, alpha=2.0, unroll=True),
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(**values),
+        grpo=c.GrpoConfig(**(grpo or {})),
         optimizer=c.OptimizerConfig(learning_rate=1e-2, ema_decay=0.5),
         reward=c.RewardConfig(frames=2),
-        run=c.RunConfig(steps=steps, save_every=2, sample_every=2),
+        run=c.RunConfig(steps=steps, save_every=2, sample_every=2, give_up_after=2),
     )
 
 
@@ -75,4 +76,118 @@ def test_a_prompt_that_comes_twice_gets_other_noise():
 
 def test_group_statistics():
     got = loop.group_statistics(np.array([1.0, 3.0, 2.0, 2.0]), 2)
-    assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5}
+    assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 0.0}
+    got = loop.group_statistics(np.array([1.0, 3.0, 2.0, np.nan, np.nan, np.nan]), 2)
+    assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 3.0}
+
+
+REWARDS = np.array([[1.0, 4, 2, 3], [5, 5, 5, 5], [np.nan, 1, 0, 0.5]], np.float32)
+STILL = np.zeros_like(REWARDS)
+
+
+def test_what_is_trained_is_decided_on_all_groups():
+    advantage, weight, picks = loop.choose(c.GrpoConfig(), REWARDS, STILL)
+    np.testing.assert_array_equal(weight, [[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(advantage[1], np.zeros(4))
+    assert picks is None and advantage[2, 0] == 0 and advantage[0].argmax() == 1
+    _, weight, _ = loop.choose(c.GrpoConfig(drop_constant=True), REWARDS, STILL)
+    np.testing.assert_array_equal(weight[1], np.zeros(4))
+    _, weight, picks = loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS, STILL)
+    np.testing.assert_array_equal(picks, [1, 0, 4, 7, 9, 10])
+    np.testing.assert_array_equal(weight.ravel()[picks], np.ones(6))
+    pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
+    _, weight, picks = loop.choose(pairs, REWARDS, STILL)
+    np.testing.assert_array_equal(weight.ravel()[picks], [1, 1, 0, 0, 1, 1])          # equal rewards prefer nobody
+    _, weight, picks = loop.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), STILL[:1])
+    np.testing.assert_array_equal(weight.ravel()[picks], [0, 0])
+
+
+def test_pairs_of_identity_and_motion():
+    motion = np.array([[9.0, 1, 1, 2]], np.float32)
+    pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1, motion=2.0)
+    assert loop.choose(pairs, REWARDS[:1], motion)[2][0] == 0
+    assert loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS[:1], motion)[2][0] == 1
+
+
+def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():
+    logged = [dict(kl=1.0, ratio_min=1.0, ratio_max=1.0, skipped=0.0), dict(kl=3.0, ratio_min=0.9, ratio_max=1.2, skipped=1.0)]
+    got = loop.summary(logged)
+    assert got == dict(kl=2.0, ratio_min=1.0, ratio_max=1.0, skipped=0.5, ratio_min_last=0.9, ratio_max_last=1.2)
+    assert loop.summary(logged[:1]) == logged[0]
+
+
+def test_failures_in_a_row_are_counted_from_what_is_stored():
+    assert loop.failed_in_a_row([]) == 0
+    assert loop.failed_in_a_row([{"skipped": s} for s in (1.0, 0.0, 1.0, 1.0)]) == 2
+    assert loop.failed_in_a_row([{"skipped": s} for s in (1.0, 0.5)]) == 0
+
+
+VELOCITY = dict(kl=1e-3, kl_units="velocity")
+RECIPES = {
+    "cps, a step per prompt, two updates in two epochs": (
+        dict(grpo=dict(**VELOCITY, updates=2, epochs=2, time_weights=True), sampler="cps", window="per_prompt"),
+        ("ratio_min_last", "approx_kl"),
+    ),
+    "guard, best and worst": (
+        dict(grpo=dict(objective="guard", best=1, worst=1, drop_constant=True), group=3, micro_batch=2), ("ratio_min",)
+    ),
+    "nft": (dict(grpo=dict(**VELOCITY, objective="nft"), window="none"), ()),
+    "awm, off-policy": (dict(grpo=dict(**VELOCITY, objective="awm", clip=0.5, updates=2), window="none"), ("ratio_min_last",)),
+    "dpo": (dict(grpo=dict(**VELOCITY, objective="dpo", best=1, worst=1), window="none", guidance=2.0), ()),
+    "sft on the best": (dict(grpo=dict(**VELOCITY, objective="sft", best=1), window="none", micro_batch=2), ()),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
+    values, logged = RECIPES[recipe]
+    loop.train(tiny(2, **values), tmp_path)
+    for row in rows(tmp_path):
+        assert row["skipped"] == 0 and row["gradient_norm"] > 0 and np.isfinite(row["policy_loss"]) and row["kl"] >= 0
+        assert row.get("ratio_min", 1) == row.get("ratio_max", 1) == 1
+        assert all(np.isfinite(row[name]) for name in logged)
+    tensors = load_file(tmp_path / "export" / "adapter_model.safetensors")
+    assert max(np.abs(tensor).max() for name, tensor in tensors.items() if "lora_B" in name) > 0
+
+
+def failing(monkeypatch, broken):
+    """The embedded reward, whose scores are no numbers for the rows `broken(call)` of each call."""
+    real = loop.make_reward
+    calls = []
+
+    def make(config):
+        reward = real(config)
+        scored = reward.score_terms
+
+        def score_terms(*given):
+            calls.append(0)
+            terms = scored(*given)
+            return terms | {"reward": np.where(broken(len(calls)), np.nan, terms["reward"])}
+
+        monkeypatch.setattr(reward, "score_terms", score_terms)
+        return reward
+
+    monkeypatch.setattr(loop, "make_reward", make)
+    return calls
+
+
+def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_resume(monkeypatch, tmp_path):
+    calls = failing(monkeypatch, lambda call: np.arange(4) == (1 if call == 3 else -1))
+    loop.train(tiny(4), tmp_path / "whole")
+    calls.clear()
+    loop.train(tiny(2), tmp_path / "stopped")
+    loop.train(tiny(4), tmp_path / "stopped")
+    assert [row["rewards_failed"] for row in rows(tmp_path / "whole")] == [0, 0, 1, 0]
+    assert all(row["skipped"] == 0 for row in rows(tmp_path / "whole"))
+    one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(other[name], tensor, err_msg=name)
+
+
+def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):
+    failing(monkeypatch, lambda call: np.ones(4, bool))
+    with pytest.raises(UserError, match="no update of the last 2 steps, up to step 2, had a finite gradient") as stopped:
+        loop.train(tiny(4), tmp_path)
+    assert "\n" not in str(stopped.value)
+    assert [row["skipped"] for row in rows(tmp_path)] == [1, 1]

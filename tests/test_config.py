@@ -1,0 +1,79 @@
+"""Configurations: every stored one loads, names mean what the mathematics calls them, and what cannot work is refused with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+from jax_idgrpo import flow, grpo
+from jax_idgrpo.config import Config, EvaluateConfig, GrpoConfig, RolloutConfig, load, override
+from jax_idgrpo.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_stored_configurations_load(path):
+    if path.stem != "__init__":
+        assert isinstance(load(path), Config)
+
+
+def test_names_are_those_of_the_mathematics():
+    for sampler in flow.SAMPLERS:
+        RolloutConfig(sampler=sampler)
+    for solver in flow.SOLVERS:
+        EvaluateConfig(solver=solver)
+    for weighting in grpo.AWM_WEIGHTINGS:
+        GrpoConfig(awm_weighting=weighting)
+
+
+def build(rollout=None, **values):
+    return Config(rollout=RolloutConfig(**(rollout or {})), grpo=GrpoConfig(**values))
+
+
+LATENTS = dict(rollout=dict(window="none"), kl_units="velocity")
+
+WRONG = {
+    "does not lie inside the first 24 steps": lambda: build(dict(window="fixed", window_start=20, window_size=8)),
+    "a random window needs 1 to 12 of 25 steps": lambda: build(dict(window="per_prompt", window_size=13)),
+    "window_every is 0": lambda: build(dict(window="progressive", window_size=4, window_every=0)),
+    "window is 'late'; use all, fixed": lambda: build(dict(window="late")),
+    "cps has log-probabilities without std": lambda: build(dict(sampler="cps")),
+    "cps has none": lambda: build(dict(sampler="cps"), objective="guard", kl=0.0),
+    "cps takes at most 1": lambda: build(dict(sampler="cps", noise_level=1.2), kl=0.0),
+    "sampler is 'euler'": lambda: build(dict(sampler="euler")),
+    "stores no trajectory; set rollout.window none": lambda: build(objective="nft", kl_units="velocity"),
+    "clip replays stochastic steps": lambda: build(dict(window="none")),
+    "makes all videos of a group equal": lambda: build(
+        **LATENTS | dict(objective="awm", rollout=dict(window="none", start_noise="shared"))
+    ),
+    "adds noise, which rollout.window none excludes": lambda: build(dict(window="none", final_step="sde"), objective="sft"),
+    "awm replays none; use velocity": lambda: build(dict(window="none"), objective="awm"),
+    "group is 1; a group needs 2": lambda: build(dict(group=1)),
+    "dpo trains pairs": lambda: build(**LATENTS, objective="dpo"),
+    "would part the two videos of a pair": lambda: build(
+        **LATENTS | dict(rollout=dict(window="none", prompts=3, micro_batch=3)), objective="dpo", best=1, worst=1
+    ),
+    "imitates what it is given": lambda: build(**LATENTS, objective="sft", best=1, worst=1),
+    "more than the 8 videos of a group": lambda: build(best=5, worst=4),
+    "time_weights changes nothing that guard has": lambda: build(objective="guard", time_weights=True),
+    "does not divide the 16 prompts": lambda: build(updates=3),
+    "or the 64 rows of one of 1 updates": lambda: build(dict(micro_batch=128), best=2, worst=2),
+    "solver is 'heun'": lambda: EvaluateConfig(solver="heun"),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_wrong_combinations_are_refused_with_the_reason(reason):
+    with pytest.raises(UserError) as refused:
+        WRONG[reason]()
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_right_combinations():
+    fast = build(dict(window="per_prompt", window_size=1, steps=20, guidance=1.0), time_weights=True, kl=0.0)
+    assert fast.rollout.trained_steps == 1 and fast.grpo.replays and fast.grpo.on_policy
+    pairs = build(**LATENTS, objective="dpo", best=1, worst=1, updates=4, epochs=2)
+    assert (pairs.trained_rows, pairs.rows_per_call, pairs.grpo.optimizer_steps) == (32, 8, 8)
+    assert build(dict(sampler="cps"), kl_units="velocity").rollout.trained_steps == 24
+    changed = override(fast, [("grpo.objective", "divergence"), ("rollout.sampler", "flow"), ("rollout.noise_level", "0.5")])
+    assert changed.grpo.objective == "divergence" and changed.rollout.noise_level == 0.5
