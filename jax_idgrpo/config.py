@@ -190,7 +190,8 @@ class GrpoConfig:
     """The objective, and what it is computed on.
 
     objective: on replayed steps, "clip" (as published), "guard" or "divergence"; on the final latents, with the prompt's branch alone
-        and rollout.window none, "nft", "awm", "dpo" or "sft" (see `grpo`).
+        and rollout.window none, "nft", "awm", "dpo" or "sft" (see `grpo`); or "reward_gradient", with rollout.window none: up the
+        gradient of the reward itself, through the video and the last gradient_steps denoising steps (DRaFT-K; IPRO with kl).
     clip: range of the ratio of "clip", "guard" and "awm"; its meaning depends on the objective and on the size of the videos.
     divergence: of a step from the old policy's, beyond which "divergence" stops pushing.
     time_weights: weigh steps by 1 / c(t), so that the gradient of each counts alike; for "clip" and "divergence".
@@ -229,14 +230,15 @@ class GrpoConfig:
     nft_normalise: bool = True
     dpo_beta: float = 2000.0
     awm_weighting: str = "ghuber"
+    gradient_steps: int = 4
 
     def __post_init__(self) -> None:
-        _choice("grpo.objective", self.objective, ("clip", "guard", "divergence", "nft", "awm", "dpo", "sft"))
+        _choice("grpo.objective", self.objective, ("clip", "guard", "divergence", "nft", "awm", "dpo", "sft", "reward_gradient"))
         for name in ("clip", "divergence", "advantage_clip", "advantage_eps", "nft_beta", "dpo_beta"):
             _require(getattr(self, name) > 0, f"grpo.{name} is {getattr(self, name)}; use a positive number")
         for name in ("kl", "motion", "best", "worst"):
             _require(getattr(self, name) >= 0, f"grpo.{name} is {getattr(self, name)}; use 0 or more")
-        for name in ("updates", "epochs", "times"):
+        for name in ("updates", "epochs", "times", "gradient_steps"):
             _require(getattr(self, name) >= 1, f"grpo.{name} is {getattr(self, name)}; use 1 or more")
         _choice("grpo.kl_units", self.kl_units, ("std", "velocity"))
         _choice("grpo.levels", self.levels, ("grid", "logit_normal"))
@@ -247,6 +249,9 @@ class GrpoConfig:
                  f"grpo.kl_units std needs the std of replayed steps, and {self.objective} replays none; use velocity")
         _require(self.objective != "dpo" or (self.best, self.worst) == (1, 1),
                  f"grpo.objective dpo trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1")
+        _require(self.objective != "reward_gradient" or self.on_policy,
+                 f"grpo.objective reward_gradient goes through the sampler, and {self.optimizer_steps} updates per rollout would leave it; "
+                 "use grpo.updates 1 and epochs 1")
         _require(self.objective != "sft" or (self.best >= 1 and self.worst == 0),
                  f"grpo.objective sft imitates what it is given: use grpo.best 1 or more and grpo.worst 0, not {self.worst}")
 
@@ -425,6 +430,8 @@ class Config:
             _require(grpo.objective != "guard", "grpo.objective guard corrects a Gaussian's ratio, and cps has none; use another")
         _require(grpo.best + grpo.worst <= rollout.group,
                  f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group")
+        _require(grpo.objective != "reward_gradient" or grpo.gradient_steps < rollout.steps,
+                 f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
         share = self.trained_rows // grpo.updates
         _require(rollout.rows % self.rows_per_call == 0 and share % self.rows_per_call == 0,
                  f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of a rollout, or the {share} rows of "

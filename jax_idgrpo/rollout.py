@@ -47,6 +47,13 @@ class Schedule:
         )
         return jax.tree.map(jnp.asarray, made)
 
+    def part(self, first: int, last: int) -> "Schedule":
+        """The steps from `first` to before `last`."""
+        steps = slice(first, last)
+        cut = jax.tree.map(lambda leaf: leaf[steps], (self.timestep, self.transition, self.solver))
+        timestep, transition, solver = cut
+        return Schedule(sigma=self.sigma[first : last + 1], timestep=timestep, shift=self.shift, transition=transition, solver=solver)
+
 
 @flax.struct.dataclass
 class Window:
@@ -65,7 +72,8 @@ class Trajectory:
     """What is kept of a rollout, all float32; every leaf has its rows first.
 
     latents: [B,N,H,W,16] at the end. For the K steps of the window, None without one: x [B,K+1,N,H,W,16] the states before and after,
-    velocity [B,K,N,H,W,16] of the policy that sampled them, log_prob [B,K].
+    velocity [B,K,N,H,W,16] of the policy that sampled them, log_prob [B,K]. For the gradient of the reward: x [B,1,N,H,W,16] alone,
+    the state from which the last steps are run again.
     """
 
     latents: Float[Array, "B N H W C"]
@@ -90,6 +98,7 @@ def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray
     return np.broadcast_to(np.asarray(start, np.int32), config.prompts)
 
 
+@jax.jit
 def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B N H W C"]:
     return keys.step_noise(rows, -1, conditioning.latent_shape)
 
@@ -137,6 +146,25 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def denoise(
+    policy: Policy,
+    lora: nnx.State | None,
+    base: nnx.State,
+    conditioning: Conditioning,
+    negative: Float[Array, "L D"],
+    schedule: Schedule,
+    x: Float[Array, "B N H W C"],
+) -> Float[Array, "B N H W C"]:
+    """Follow the ODE from x, at the schedule's first noise level, to its last, by the schedule's solver."""
+
+    def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
+        timestep, sigma, solver = step
+        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative)
+        return flow.solver_step(solver, state, v, sigma), None
+
+    return jax.lax.scan(body, flow.SolverState.start(x), (schedule.timestep, schedule.sigma[:-1], schedule.solver))[0].x
+
+
 def generate(
     policy: Policy,
     lora: nnx.State | None,
@@ -146,15 +174,8 @@ def generate(
     schedule: Schedule,
     rows: Key[Array, "B"],
 ) -> Float[Array, "B N H W C"]:
-    """Sample one batch without noise along the way, by the schedule's solver, and return the latents alone, as evaluation does."""
-
-    def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
-        timestep, sigma, solver = step
-        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative)
-        return flow.solver_step(solver, state, v, sigma), None
-
-    begin = flow.SolverState.start(_start(rows, conditioning))
-    return jax.lax.scan(body, begin, (schedule.timestep, schedule.sigma[:-1], schedule.solver))[0].x
+    """Sample one batch without noise along the way and return the latents alone, as evaluation does."""
+    return denoise(policy, lora, base, conditioning, negative, schedule, _start(rows, conditioning))
 
 
 @functools.partial(jax.jit, static_argnames="frames")

@@ -6,10 +6,11 @@ one that was not. Everything between prompt and updated weights stays on the dev
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_idgrpo import conditioning, grpo, keys, parallel, policy, rollout
 from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
@@ -29,7 +30,7 @@ from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
 from jax_idgrpo.state import TrainState, start
-from jax_idgrpo.update import Objective, gather, share, update
+from jax_idgrpo.update import Networks, Objective, gather, share, update
 from jax_idgrpo.video import write_video
 
 SHOWN = 4  # videos kept of a step that writes samples
@@ -87,6 +88,20 @@ def choose(
     return advantage, weight.astype(np.float32), rows.ravel()
 
 
+def score_latents(
+    function: Callable[..., dict[str, Array]],
+    max_people: int,
+    scorer: tuple[Any, nnx.State],
+    latents: Float[Array, "B N h w C"],
+    condition: conditioning.Conditioning,
+    people: tuple[Float[Array, "B M E"], Bool[Array, "B M"]],
+) -> Float[Array, "B"]:
+    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks."""
+    vae, state = scorer
+    video = rollout.decode(vae, latents, condition.references, condition.frame_mask.shape[1] - max_people)
+    return function(state, video, *people)["reward"]
+
+
 def summary(logged: Sequence[dict[str, Array]]) -> dict[str, float]:
     """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
     first, *rest = jax.device_get(logged)
@@ -138,15 +153,16 @@ def train(config: Config, workdir: Path) -> None:
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     pipe = load(config)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance)
-    trained = actor if config.grpo.replays else dataclasses.replace(actor, guidance=1.0)
+    through = config.grpo.objective == "reward_gradient"
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
     reward = make_reward(config.reward)
     objective = Objective(
-        policy=trained,
+        policy=actor if config.grpo.replays or through else dataclasses.replace(actor, guidance=1.0),
         grpo=config.grpo,
         optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
         ema_decay=config.optimizer.ema_decay,
+        score=functools.partial(score_latents, reward.function, config.data.max_people) if through else None,
     )
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     negative = conditioning.encode_negative(pipe, config.data)
@@ -201,7 +217,7 @@ def train(config: Config, workdir: Path) -> None:
             )
 
             # Rollout and reward, chunk by chunk; the device works ahead of the host.
-            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array]] = []
+            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array, Any]] = []
             terms: list[dict[str, Array]] = []
             videos: list[Array] = []
             for begin in range(0, sampling.rows, config.rows_per_call):
@@ -209,15 +225,20 @@ def train(config: Config, workdir: Path) -> None:
                 condition, start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
                     rows(tree, chunk) for tree in (asked, starts, noise, again, window, people)
                 )
-                given = (actor, state.params, base, condition, negative, schedule, start_keys)
-                if sampling.window == "none":
-                    trajectory = rollout.Trajectory(latents=rollout.generate(*given))
+                given = (actor, state.params, base, condition, negative)
+                if config.grpo.replays:
+                    trajectory = rollout.sample(*given, schedule, start_keys, noise_keys, where)
+                elif through:
+                    before = sampling.steps - config.grpo.gradient_steps
+                    x = rollout.generate(*given, schedule.part(0, before), start_keys)
+                    latents = rollout.denoise(*given, schedule.part(before, sampling.steps), x)
+                    trajectory = rollout.Trajectory(latents=latents, x=x[:, None])
                 else:
-                    trajectory = rollout.sample(*given, noise_keys, where)
+                    trajectory = rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
                 frames = condition.frame_mask.shape[1] - config.data.max_people
                 video = rollout.decode(vae, trajectory.latents, condition.references, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))
-                chunks.append((trajectory, condition, where.start, again_keys))
+                chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
                 if len(videos) < SHOWN:
                     videos.append(video[:SHOWN])
             values = {name: np.concatenate([np.asarray(term[name]) for term in terms]) for name in terms[0]}
@@ -231,12 +252,17 @@ def train(config: Config, workdir: Path) -> None:
             batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
             batch = jax.device_put(batch, parallel.batch_sharding(mesh, 1))
             del chunks
-            old = None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params)
+            networks = Networks(
+                base=base,
+                negative=negative,
+                old=None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params),
+                scorer=(vae, reward.state) if through else None,
+            )
             logged: list[dict[str, Array]] = []
             for number in range(config.grpo.optimizer_steps):
                 part = share(batch, number % config.grpo.updates, config.grpo.updates)
                 step = jnp.int32(done * config.grpo.optimizer_steps + number)
-                state, scalars = update(objective, state, base, old, negative, part, schedule, step)
+                state, scalars = update(objective, state, networks, part, schedule, step)
                 logged.append(scalars)
             state = state.replace(step=state.step + 1)
             scalars = summary(logged)

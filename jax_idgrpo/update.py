@@ -2,12 +2,14 @@
 
 Objectives on replayed steps (clip, guard, divergence) run the trained steps of the rollout again. The velocity is the function that
 sampled them, at the same dtypes and the same batch shape, so the ratio of the first update after a rollout is exactly 1. Objectives on
-the final latents (nft, awm, dpo, sft) noise them again, with noise that is a function of the row and of the optimizer step.
+the final latents (nft, awm, dpo, sft) noise them again, with noise that is a function of the row and of the optimizer step. The
+gradient of the reward runs the last denoising steps again, decodes the video and scores it, all under the gradient.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -32,7 +34,7 @@ class Rollout:
     """What an update trains on, in C chunks of R rows, one program call each when they were sampled; every leaf is [C,R,...].
 
     trajectory, conditioning: as sampled. start: first denoising step of the row's window. advantage: of the row. weight: 0 leaves the
-    row out. noise: the row's key, for noising its latents; the rows of a pair have one.
+    row out. noise: the row's key, for noising its latents; the rows of a pair have one. people: what the reward compares videos with.
     """
 
     trajectory: Trajectory
@@ -41,18 +43,21 @@ class Rollout:
     advantage: Float[Array, "C R"]
     weight: Float[Array, "C R"]
     noise: Key[Array, "C R"]
+    people: Any = None
 
 
 @jax.jit
 def gather(
-    chunks: Sequence[tuple[Trajectory, Conditioning, Int[Array, "R"], Key[Array, "R"]]],
+    chunks: Sequence[tuple[Trajectory, Conditioning, Int[Array, "R"], Key[Array, "R"], Any]],
     advantage: Float[ArrayLike, "C R"],
     weight: Float[ArrayLike, "C R"],
     picks: Int[ArrayLike, "n"] | None = None,
 ) -> Rollout:
-    """The chunks of a rollout (trajectory, conditioning, start, noise) as one; of it the rows `picks`, counted through all chunks."""
-    trajectory, conditioning, start, noise = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
-    whole = Rollout(trajectory=trajectory, conditioning=conditioning, start=start, advantage=advantage, weight=weight, noise=noise)
+    """The chunks of a rollout (trajectory, conditioning, start, noise, people) as one; of it the rows `picks`, counted through them."""
+    trajectory, conditioning, start, noise, people = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
+    whole = Rollout(
+        trajectory=trajectory, conditioning=conditioning, start=start, advantage=advantage, weight=weight, noise=noise, people=people
+    )
     if picks is None:
         return whole
     rows = advantage.shape[1]
@@ -67,29 +72,37 @@ def share(rollout: Rollout, number: int, shares: int) -> Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Everything about an update that is fixed for a run (hashable: one program per value)."""
+    """Everything about an update that is fixed for a run (hashable: one program per value).
+
+    score: (Networks.scorer, latents, conditioning, people) -> reward [R], for the gradient of the reward.
+    """
 
     policy: Policy
     grpo: GrpoConfig
     optimizer: optax.GradientTransformation
     ema_decay: float
+    score: Callable[..., Float[Array, "R"]] | None = None
 
     def noise_levels(self, rollout: Rollout) -> int:
         """Steps or noise levels that each row is trained at."""
         velocity = rollout.trajectory.velocity
-        return self.grpo.times if velocity is None else velocity.shape[2]
+        if velocity is not None:
+            return velocity.shape[2]
+        return 1 if self.grpo.objective == "reward_gradient" else self.grpo.times
 
 
 @flax.struct.dataclass
 class Networks:
-    """What velocities are made of, beside the adapter that is trained: the frozen base, and the adapter that sampled the rollout.
+    """What does not change in an update: the frozen base, the encoded negative prompt, the adapter that sampled the rollout, and the
+    arrays that the reward runs on.
 
-    old is None where that is the trained one itself, or where the rollout kept its velocities.
+    old is None where it is the trained adapter itself, or where the rollout kept its velocities; scorer where no gradient runs through it.
     """
 
     base: nnx.State
-    old: nnx.State | None
     negative: Float[Array, "L D"]
+    old: nnx.State | None = None
+    scorer: Any = None
 
 
 def _surrogate_rows(surrogate: grpo.Surrogate) -> Rows:
@@ -189,6 +202,33 @@ def matched_loss(
     return rows
 
 
+def rewarded_loss(objective: Objective, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule) -> Rows:
+    """Minus the reward of the video that the last `gradient_steps` Euler steps lead to, and the distance from the base summed over them.
+
+    DRaFT-K (arXiv 2309.17400); with the distance from the base, IPRO. Memory is that of one denoising step and one decode.
+    """
+    wanted, conditioning = objective.grpo, chunk.conditioning
+    steps = schedule.timestep.shape[0]
+    last = schedule.part(steps - wanted.gradient_steps, steps)
+
+    @jax.checkpoint
+    def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
+        timestep, sigma, sigma_next = step
+
+        def velocity(adapter: nnx.State | None) -> Array:
+            return objective.policy.velocity(adapter, networks.base, x, timestep, conditioning, networks.negative)
+
+        v = velocity(lora)
+        reference = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 else v
+        return flow.ode_step(x, v, sigma, sigma_next), grpo.matching_error(v, reference, conditioning.frame_mask)
+
+    begin = jnp.squeeze(chunk.trajectory.x, axis=1)
+    latents, away = jax.lax.scan(body, begin, (last.timestep, last.sigma[:-1], last.sigma[1:]))
+    assert objective.score is not None
+    reward = jax.checkpoint(objective.score)(networks.scorer, latents, conditioning, chunk.people)
+    return {"policy_loss": -reward} | ({"kl": jnp.sum(away, axis=0)} if wanted.kl > 0 else {})
+
+
 def gradients(
     objective: Objective,
     lora: nnx.State,
@@ -212,6 +252,8 @@ def gradients(
     def loss(lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array) -> tuple[Array, Rows]:
         if wanted.replays:
             rows = replayed_loss(objective, lora, networks, chunk, schedule, number)
+        elif wanted.objective == "reward_gradient":
+            rows = rewarded_loss(objective, lora, networks, chunk, schedule)
         else:
             rows = matched_loss(objective, lora, networks, chunk, schedule, number, optimizer_step)
         total = scale * rows["policy_loss"] + wanted.kl * rows.get("kl", 0.0)
@@ -237,18 +279,15 @@ def gradients(
 def update(
     objective: Objective,
     state: TrainState,
-    base: nnx.State,
-    old: nnx.State | None,
-    negative: Float[Array, "L D"],
+    networks: Networks,
     rollout: Rollout,
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step on one rollout, or on one share of it; a gradient that is not finite changes nothing and is counted.
 
-    old: the adapter that sampled, see `Networks`. optimizer_step: optimizer steps done before this one. `state.step` is the caller's.
+    optimizer_step: optimizer steps done before this one. `state.step` is the caller's.
     """
-    networks = Networks(base=base, old=old, negative=negative)
     gradient, rows = gradients(objective, state.params, networks, rollout, schedule, optimizer_step)
     state, norms = apply_gradients(state, gradient, objective.optimizer, optimizer_step, objective.ema_decay)
     counted = rollout.weight[:, None] > 0

@@ -54,6 +54,10 @@ WRONG = {
         **LATENTS | dict(rollout=dict(window="none", prompts=3, micro_batch=3)), objective="dpo", best=1, worst=1
     ),
     "imitates what it is given": lambda: build(**LATENTS, objective="sft", best=1, worst=1),
+    "use fewer than the 4 of rollout.steps": lambda: build(
+        **LATENTS | dict(rollout=dict(window="none", steps=4)), objective="reward_gradient"
+    ),
+    "would leave it": lambda: build(**LATENTS, objective="reward_gradient", epochs=2),
     "more than the 8 videos of a group": lambda: build(best=5, worst=4),
     "time_weights changes nothing that guard has": lambda: build(objective="guard", time_weights=True),
     "does not divide the 16 prompts": lambda: build(updates=3),

@@ -134,6 +134,7 @@ RECIPES = {
     "nft": (dict(grpo=dict(**VELOCITY, objective="nft"), window="none"), ()),
     "awm, off-policy": (dict(grpo=dict(**VELOCITY, objective="awm", clip=0.5, updates=2), window="none"), ("ratio_min_last",)),
     "dpo": (dict(grpo=dict(**VELOCITY, objective="dpo", best=1, worst=1), window="none", guidance=2.0), ()),
+    "gradient of the reward": (dict(grpo=dict(**VELOCITY, objective="reward_gradient", gradient_steps=2), window="none"), ()),
     "sft on the best": (dict(grpo=dict(**VELOCITY, objective="sft", best=1), window="none", micro_batch=2), ()),
 }
 

@@ -49,12 +49,15 @@ def _best(graph, state, pictures):
 
 
 class FaceReward:
-    """A face stack with an identity reward on top. After a call, `terms` holds every named term of it, each [B]."""
+    """A face stack with an identity reward on top. After a call, `terms` holds every named term of it, each [B].
+
+    function(state, videos, embeddings, mask) -> terms is the reward as a function of arrays alone, for programs that differentiate it.
+    """
 
     def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0):
         """frames: how many evenly spaced frames of a video are looked at; 0 means all."""
-        graph, self._state = nnx.split(stack)
-        self._score = jax.jit(functools.partial(_score, graph, config, frames))
+        graph, self.state = nnx.split(stack)
+        self.function = jax.jit(functools.partial(_score, graph, config, frames))
         self._best = jax.jit(functools.partial(_best, graph))
         self._cache: dict[bytes, np.ndarray] = {}
         self.terms: Terms = {}
@@ -70,7 +73,7 @@ class FaceReward:
         unknown = {names[b][m]: (b, m) for b, m in np.argwhere(mask) if names[b][m] not in self._cache}
         if unknown:
             places = list(unknown.values())
-            embeddings, found = jax.device_get(self._best(self._state, np.stack([images[place] for place in places])))
+            embeddings, found = jax.device_get(self._best(self.state, np.stack([images[place] for place in places])))
             for (b, m), seen in zip(places, found, strict=True):
                 if not seen:
                     of = f"prompt {b + 1}" if prompts is None else f"the prompt {prompts[b]!r}"
@@ -84,7 +87,7 @@ class FaceReward:
         self, videos: Float[ArrayLike, "B T H W 3"], embeddings: Float[ArrayLike, "B M E"], mask: Bool[ArrayLike, "B M"]
     ) -> Terms:
         """Every term (see `identity.reward_terms`), the reward among them; stays on the device."""
-        return self._score(self._state, videos, embeddings, mask)
+        return self.function(self.state, videos, embeddings, mask)
 
     def __call__(
         self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
