@@ -14,5 +14,5 @@ def get_config() -> c.Config:
         optimizer=c.OptimizerConfig(learning_rate=3e-3, ema_decay=0.9),
         reward=c.RewardConfig(),
         evaluate=c.EvaluateConfig(prompts="embedded:eval", videos=4, steps=12, batch=32),
-        run=c.RunConfig(steps=85, save_every=20, keep=2, sample_every=20),
+        run=c.RunConfig(steps=70, save_every=20, keep=2, sample_every=20),
     )
