@@ -47,14 +47,15 @@ def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
 
 
 def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
-    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and how
-    many rewards are no numbers (they count in nothing else)."""
+    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and
+    how many rewards are no numbers (they count in nothing else)."""
     seen = np.isfinite(rewards)
-    spread = np.ma.masked_array(rewards, ~seen).reshape(-1, group).std(axis=1)
+    groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
+    spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
     return {
         "reward": float(rewards[seen].mean()) if seen.any() else math.nan,
         "reward_group_std": float(spread.mean()),
-        "zero_std_groups": float((spread == 0).mean()),
+        "zero_std_groups": float(np.mean(spread == 0)),
         "rewards_failed": float(np.sum(~seen)),
     }
 
