@@ -103,9 +103,9 @@ def score_latents(
     return function(state, video, *people)["reward"]
 
 
-def summary(logged: Sequence[dict[str, Array]]) -> dict[str, float]:
+def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
-    first, *rest = jax.device_get(logged)
+    first, *rest = logged
     row = {name: float(np.mean([first[name], *(other[name] for other in rest)])) for name in first}
     for name in ("ratio_min", "ratio_max"):
         if name in first:
@@ -266,7 +266,7 @@ def train(config: Config, workdir: Path) -> None:
                 state, scalars = update(objective, state, networks, part, schedule, step)
                 logged.append(scalars)
             state = state.replace(step=state.step + 1)
-            scalars = summary(logged)
+            scalars = summary(jax.device_get(logged))
             clock.append(time.monotonic())
 
             # What happened.
