@@ -348,6 +348,8 @@ class RunConfig:
     """Length of a run, its seed, and what it leaves behind and how often (in training steps; 0 = never).
 
     give_up_after: training steps in a row without a usable update (none had a finite gradient) that end the run.
+    watch_every: sample the first watch_prompts of evaluate.prompts with the averaged weights, score them by reward and judge, and warn
+        when the two part: the reward's rise is then no gain in identity.
     """
 
     steps: int = 1000
@@ -356,6 +358,8 @@ class RunConfig:
     keep: int = 3
     sample_every: int = 20
     give_up_after: int = 10
+    watch_every: int = 0
+    watch_prompts: int = 16
     wandb: str = ""
 
     def __post_init__(self) -> None:
@@ -364,6 +368,8 @@ class RunConfig:
         _require(self.keep >= 1, f"run.keep is {self.keep}; use 1 or more")
         _require(self.give_up_after >= 1, f"run.give_up_after is {self.give_up_after}; use 1 or more")
         _require(self.sample_every >= 0, f"run.sample_every is {self.sample_every}; use 0 or more")
+        _require(self.watch_every >= 0, f"run.watch_every is {self.watch_every}; use 0 or more")
+        _require(self.watch_prompts >= 2, f"run.watch_prompts is {self.watch_prompts}; an interval needs 2 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,12 @@ Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts
 import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,7 +23,7 @@ from PIL import Image
 
 from jax_idgrpo import conditioning, keys, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
-from jax_idgrpo.config import Config, RewardConfig
+from jax_idgrpo.config import Config, RewardConfig, prompts_file
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
@@ -96,10 +98,11 @@ def evaluated(config: Config) -> Config:
     return dataclasses.replace(config, video=dataclasses.replace(config.video, **chosen))
 
 
-def make_sampler(config: Config) -> Sampler:
-    """The sampler of a configuration; reads the checkpoint."""
+def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
+    """The sampler of a configuration; reads the checkpoint unless it is given."""
     model = config.model
-    pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll)
+    if pipe is None:
+        pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll)
     return Sampler(
         config=config,
         pipe=pipe,
@@ -177,6 +180,69 @@ def make_scorer(config: Config, batch: int) -> Scorer:
         return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 
     return score
+
+
+# ---- while training goes on ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """A few held-out prompts, one video each from fixed noise, scored by reward and judge every now and then.
+
+    folder: gets one JSON file per time, named by the training step, with the values of every video; 0 is the start of the run.
+    """
+
+    sampler: Sampler
+    scorer: Scorer
+    rows: Sequence[Row]
+    folder: Path
+
+    @classmethod
+    def make(cls, config: Config, pipe: Pipeline, folder: Path) -> "Watch":
+        """The first `run.watch_prompts` of `evaluate.prompts`, at the size of the training videos.
+
+        Raises:
+          UserError: the prompts or their photos cannot be used.
+        """
+        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
+        batch = min(config.evaluate.batch, len(listed))
+        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=batch))
+        return cls(sampler=make_sampler(config, pipe), scorer=make_scorer(config, batch), rows=all_rows(listed, 1), folder=folder)
+
+    def scores(self, model: Model, step: int) -> statistics.Scores:
+        """Every video's values, which are also stored."""
+        size = self.sampler.config.evaluate.batch
+        batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
+        parts = [self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch]) for batch in batches]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if jax.process_index() == 0:
+            self.folder.mkdir(exist_ok=True)
+            write_text(self._file(step), json.dumps({name: values.tolist() for name, values in found.items()}))
+        return found
+
+    def begin(self, model: Model) -> None:
+        """Score what the run starts from, unless an earlier part of the run did."""
+        if not self._file(0).exists():
+            self.scores(model, 0)
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        """Means to log after `step` training steps, with a warning where the reward rose and the judge fell, each beyond doubt."""
+        now, evaluation = self.scores(model, step), self.sampler.config.evaluate
+        first = {name: np.asarray(values) for name, values in json.loads(self._file(0).read_text()).items()}
+        scores, clusters = {"base": first, "now": now}, np.arange(len(self.rows))
+        changes = statistics.summarise(scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap)[1]["now"]
+        parted = changes["reward"].low > 0 > changes["judge_identity"].high
+        if parted:
+            warnings.warn(
+                f"step {step}: on {len(self.rows)} held-out prompts the reward rose by {changes['reward'].text(sign=True)} and the judge's "
+                f"identity fell by {changes['judge_identity'].text(sign=True)} since the start: the policy is gaming the reward; look at "
+                "samples/, raise grpo.kl, or go back to an earlier checkpoint",
+                stacklevel=2,
+            )
+        return {f"watch_{name}": float(values.mean()) for name, values in now.items()} | {"watch_parted": float(parted)}
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{step:06d}.json"
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------------
@@ -261,12 +327,14 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
         scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in statistics.LABELS}
     clusters = np.asarray([row.prompt.id for row in rows])
     means, changes = statistics.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
+    compared = statistics.pairs(scores, clusters, config.run.seed, config.evaluate.bootstrap)
     note = (
         f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} {SOLVER_NAMES[config.evaluate.solver]} steps, "
         "the same noise for every model; 95 % bootstrap intervals over prompts"
     )
-    document = {"note": note, **statistics.document(means, changes), "shown": shown, "videos": statistics.per_video(scores, clusters)}
-    table = statistics.markdown(means, changes)
+    found = statistics.document(means, changes, compared) | {"videos": statistics.per_video(scores, clusters)}
+    document = {"note": note, **found, "shown": shown}
+    table = statistics.markdown(means, changes) + (f"\n{statistics.pairs_markdown(compared)}" if compared else "")
     write_text(out / "metrics.json", json.dumps(document, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
     print(f"{table}\n{note}")

@@ -30,6 +30,8 @@ class Curve(NamedTuple):
 CURVES = (
     Curve("Training reward", "mean over the videos of a step, and its running mean", ("reward",)),
     Curve("Likeness", "cosine between photo and face by the reward's embedder; a missing person counts 0", ("similarity",)),
+    Curve("Held-out prompts", "reward and independent judge, from fixed noise: they should rise together",
+          ("watch_reward", "watch_judge_identity"), False),
     Curve("Distance from the base", "KL divergence of a denoising step, adapter on against adapter off", ("kl",)),
     Curve("Probability ratio", "of the first update: 1 when sampler and trainer agree", ("ratio_min", "ratio_max"), False),
     Curve("Spread within groups", "standard deviation of the reward: what there is to choose from", ("reward_group_std",)),

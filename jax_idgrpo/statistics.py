@@ -6,6 +6,7 @@ Source: Davison and Hinkley, Bootstrap Methods and their Application, section 2.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,13 +76,38 @@ def summarise(
     return means, changes
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two models on the same videos: by how much the first is better, and in which share of them (equal videos count half)."""
+
+    difference: Interval
+    wins: Interval
+
+
+Pairs = dict[tuple[str, str], dict[str, Pair]]
+"""(model, another before it) -> metric -> how the first compares."""
+
+
+def pairs(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Pairs:
+    """Every model against every one before it; rows are paired as in `summarise`."""
+
+    def compare(left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
+        return Pair(difference=bootstrap(left - right, clusters, seed, resamples),
+                    wins=bootstrap((np.sign(left - right) + 1) / 2, clusters, seed, resamples))
+
+    return {
+        (model, other): {name: compare(values, scores[other][name]) for name, values in scores[model].items()}
+        for other, model in itertools.combinations(scores, 2)
+    }
+
+
 def relative(change: Interval, base: Interval) -> float:
     """The change as a share of the base; 0 when the base is 0."""
     return change.mean / abs(base.mean) if base.mean else 0.0
 
 
-def document(means: Intervals, changes: Intervals) -> dict[str, Any]:
-    """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base."""
+def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, Any]:
+    """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base, and every two models."""
     return {
         "labels": LABELS,
         "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
@@ -89,6 +115,10 @@ def document(means: Intervals, changes: Intervals) -> dict[str, Any]:
             model: {name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])} for name, value in metrics.items()}
             for model, metrics in changes.items()
         },
+        "pairs": [
+            {"model": model, "other": other, "metrics": {name: dataclasses.asdict(value) for name, value in metrics.items()}}
+            for (model, other), metrics in compared.items()
+        ],
     }
 
 
@@ -109,6 +139,18 @@ def markdown(means: Intervals, changes: Intervals) -> str:
         for model, change in changes.items():
             row += [means[model][name].text(), change[name].text(sign=True), f"{relative(change[name], means['base'][name]):+.1%}"]
         rows.append(row)
+    return align(rows)
+
+
+def pairs_markdown(compared: Pairs) -> str:
+    """Win rates of every pair as a Markdown table, one metric per row; differences of two adapters with them."""
+    rows = [["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]]
+    for name, label in LABELS.items():
+        rows.append([label, *(metrics[name].wins.text() for metrics in compared.values())])
+    for name, label in LABELS.items():
+        between = [metrics[name].difference.text(sign=True) if other != "base" else "" for (_, other), metrics in compared.items()]
+        if any(between):
+            rows.append([f"{label}, difference", *between])
     return align(rows)
 
 

@@ -25,7 +25,7 @@ from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir,
 from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluate import make_reward, references
+from jax_idgrpo.evaluate import Model, Watch, make_reward, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
@@ -34,6 +34,8 @@ from jax_idgrpo.update import Networks, Objective, gather, share, update
 from jax_idgrpo.video import write_video
 
 SHOWN = 4  # videos kept of a step that writes samples
+PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
+"""Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
 
 
 def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
@@ -114,6 +116,29 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
+def forward_passes(config: Config, branches: int) -> dict[str, float]:
+    """Transformer passes of one training step by phase, each of one video at one noise level: a measure of cost that no machine changes.
+
+    branches: passes per guided velocity. update: every velocity that an update evaluates, those of the frozen base and of the old
+    policy among them. backward: those of them that a gradient runs back through.
+    """
+    sampling, wanted = config.rollout, config.grpo
+    if wanted.objective == "reward_gradient":
+        levels, trained = wanted.gradient_steps, branches
+    elif wanted.replays:
+        levels, trained = sampling.trained_steps, branches
+    else:
+        levels, trained = wanted.times, 1
+    base = wanted.kl > 0 or wanted.objective == "dpo"
+    old = not (wanted.replays or wanted.on_policy)
+    backward = config.trained_rows * wanted.epochs * levels * trained
+    return {
+        "forward_passes_rollout": float(sampling.rows * sampling.steps * branches),
+        "forward_passes_update": float(backward * (1 + base + old)),
+        "backward_passes": float(backward),
+    }
+
+
 def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
     """How many of the last rows of metrics are of steps in which no update could be used."""
     return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
@@ -168,6 +193,7 @@ def train(config: Config, workdir: Path) -> None:
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     negative = conditioning.encode_negative(pipe, config.data)
     cache: conditioning.Cache = {}
+    passes = forward_passes(config, 1 if sampling.guidance == 1 else 2)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -175,6 +201,10 @@ def train(config: Config, workdir: Path) -> None:
     state = resume(workdir, config, manager, parallel.place(mesh, fresh))
     done = int(state.step)
     failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
+    watch = Watch.make(config, pipe, workdir / "watch") if config.run.watch_every else None
+    if watch is not None:
+        watched = dataclasses.replace(actor, guidance=config.evaluate.guidance or sampling.guidance)
+        watch.begin(Model(watched, parallel.place(mesh, fresh.ema), base))
 
     def rows(tree: Any, chunk: slice) -> Any:
         return jax.tree.map(lambda leaf: jax.device_put(leaf[chunk], parallel.batch_sharding(mesh)), tree)
@@ -201,6 +231,7 @@ def train(config: Config, workdir: Path) -> None:
             asked = conditioning.select(conditioning.encode(pipe, chosen, config, cache), of_row)
             photos = references(chosen, config)
             people = (reward.embed_references(photos, [prompt.text for prompt in chosen])[of_row], jnp.asarray(photos.mask[of_row]))
+            clock.append(time.monotonic())
             numbers = members(ids, sampling.group)
             first = np.repeat(numbers[:, :1], sampling.group, axis=1)
 
@@ -242,6 +273,8 @@ def train(config: Config, workdir: Path) -> None:
                 chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
                 if len(videos) < SHOWN:
                     videos.append(video[:SHOWN])
+            jax.block_until_ready([trajectory.latents for trajectory, *_ in chunks])
+            clock.append(time.monotonic())
             values = {name: np.concatenate([np.asarray(term[name]) for term in terms]) for name in terms[0]}
             clock.append(time.monotonic())
 
@@ -272,8 +305,10 @@ def train(config: Config, workdir: Path) -> None:
             # What happened.
             seconds = np.diff(clock)
             row = group_statistics(rewards, sampling.group) | {name: float(value.mean()) for name, value in values.items()}
-            row |= scalars | {"advantage_std": float(advantage.std()), "seconds_rollout": seconds[0], "seconds_update": seconds[1]}
-            row["videos_per_hour"] = 3600 * sampling.rows / float(seconds.sum())
+            row |= scalars | {"advantage_std": float(advantage.std())} | passes
+            row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * sampling.rows / float(seconds.sum())}
+            if watch is not None and (done + 1) % config.run.watch_every == 0:
+                row |= watch(Model(watched, state.ema, base), done + 1)
             writer.write(done, row)
             done += 1
             show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})

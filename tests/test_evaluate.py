@@ -161,6 +161,35 @@ def test_evaluate_compares_and_the_report_shows_it(commands, config, adapters, t
     assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, "a second run replaces the first"
 
 
+def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapters, tmp_path, monkeypatch):
+    """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
+    monkeypatch.setattr(evaluate, "load_prompts", lambda path, people: prompts)
+    seen = []
+
+    def make_scorer(config, batch):
+        def score(videos, asked):
+            seen.append(videos)
+            moved = np.abs(videos - seen[0][: len(videos)]).mean((1, 2, 3, 4))
+            return {"reward": moved, "judge_identity": sign * moved, "faces": moved, "motion": moved}
+
+        return score
+
+    monkeypatch.setattr(evaluate, "make_scorer", make_scorer)
+    models = evaluate.make_models(evaluate.make_sampler(config, dataclasses.replace(pipe)), adapters)
+    watch = evaluate.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
+    sign = 1
+    watch.begin(models["still"])
+    assert watch(models["moved"], 5)["watch_parted"] == 0
+    sign = -1
+    with pytest.warns(UserWarning, match=r"step 7: on 3 held-out prompts the reward rose .* and the judge's identity fell"):
+        logged = watch(models["moved"], 7)
+    assert logged["watch_parted"] == 1 and logged["watch_reward"] == -logged["watch_judge_identity"] > 0
+    count = len(seen)
+    watch.begin(models["moved"])                                    # what a run starts from is scored once
+    assert len(seen) == count and sorted(path.name for path in (tmp_path / "watch").iterdir()) == [f"00000{n}.json" for n in (0, 5, 7)]
+    np.testing.assert_array_equal(seen[1], seen[2])                 # fixed noise
+
+
 def test_sample_then_score(commands, config, prompts, adapters, tmp_path):
     evaluate.sample(config, tmp_path / "any.csv", tmp_path / "videos", adapters["moved"])
     lines = [json.loads(line) for line in (tmp_path / "videos" / "samples.jsonl").read_text().splitlines()]

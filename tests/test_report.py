@@ -29,7 +29,8 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
     folder = workdir / "evaluation"
     base = {name: rng.uniform(0.3, 0.8, 64) for name in statistics.LABELS}
     scores = {"base": base, "tuned": {name: values + 0.05 for name, values in base.items()}}
-    means, changes = statistics.summarise(scores, np.repeat(np.arange(16), 4), 0, 200)
+    clusters = np.repeat(np.arange(16), 4)
+    means, changes = statistics.summarise(scores, clusters, 0, 200)
     shown = []
     for prompt in range(prompts):
         clip = np.tanh(rng.normal(0, 1, (1, 8, 8, 3)).repeat(8, 1).repeat(8, 2) + rng.normal(0, 0.3, (9, 1, 1, 3))).astype(np.float32)
@@ -41,7 +42,8 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
         for path in references:
             Image.fromarray(rng.integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / path)
         shown.append({"prompt": f"Two <people> & prompt {prompt}", "references": references, "videos": files})
-    document = {"note": "16 prompts x 4 videos", **statistics.document(means, changes), "shown": shown}
+    compared = statistics.pairs(scores, clusters, 0, 200)
+    document = {"note": "16 prompts x 4 videos", **statistics.document(means, changes, compared), "shown": shown}
     (folder / "metrics.json").write_text(json.dumps(document))
 
 

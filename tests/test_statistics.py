@@ -60,3 +60,16 @@ def test_table_lines_up():
     lines = table.splitlines()
     assert len(lines) == 2 + len(names) and len({len(line) for line in lines}) == 1
     assert "| judge identity" in table and "+0.050 [-0.010, +0.110] | +10.0%" in table
+
+
+def test_every_two_models_are_compared_and_equal_videos_count_half():
+    base = np.array([0.1, 0.2, 0.3, 0.4])
+    scores = {"base": {"reward": base}, "a": {"reward": base + [0.1, 0.1, 0.0, -0.1]}, "b": {"reward": base + 0.2}}
+    got = statistics.pairs(scores, np.arange(4), 0, 200)
+    assert list(got) == [("a", "base"), ("b", "base"), ("b", "a")]
+    assert got["a", "base"]["reward"].wins.mean == pytest.approx(0.625)
+    assert got["b", "a"]["reward"].wins.mean == 1 and got["b", "a"]["reward"].difference.mean == pytest.approx(0.175)
+    assert got["a", "base"]["reward"].wins.low < 0.625 < got["a", "base"]["reward"].wins.high
+    full = {model: dict.fromkeys(statistics.LABELS, values["reward"]) for model, values in scores.items()}
+    lines = statistics.pairs_markdown(statistics.pairs(full, np.arange(4), 0, 50)).splitlines()
+    assert len(lines) == 2 + 2 * len(statistics.LABELS) and "b over a" in lines[0] and len({len(line) for line in lines}) == 1

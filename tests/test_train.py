@@ -52,13 +52,29 @@ def test_every_rollout_is_on_policy_at_its_first_update(straight):
     assert [(row["ratio_min"], row["ratio_max"]) for row in rows(straight)] == [(1.0, 1.0)] * 4
 
 
+def test_a_step_logs_more_than_its_mean_reward(straight):
+    for row in rows(straight):
+        assert row.keys() >= {"reward_group_std", "advantage_std", "zero_std_groups", "gradient_norm", "clip_fraction", "kl", "skipped",
+                              "rewards_failed", "videos_per_hour", "forward_passes_rollout", "forward_passes_update", *loop.PHASES}
+        assert (row["forward_passes_rollout"], row["forward_passes_update"], row["backward_passes"]) == (12, 8, 4)
+
+
+def test_forward_passes_of_a_step():
+    """The published recipe at 25 steps: 50 passes to sample a video; 24 steps, two branches, the policy and the base to train it."""
+    got = loop.forward_passes(c.Config(rollout=c.RolloutConfig(prompts=1, group=2)), branches=2)
+    assert got == dict(forward_passes_rollout=100, forward_passes_update=2 * 24 * 2 * 2, backward_passes=2 * 24 * 2)
+    nft = c.Config(rollout=c.RolloutConfig(prompts=1, group=2, steps=10, window="none"),
+                   grpo=c.GrpoConfig(objective="nft", kl=0.0, times=3, epochs=2))
+    assert loop.forward_passes(nft, branches=2) == dict(forward_passes_rollout=40, forward_passes_update=2 * 2 * 3 * 2, backward_passes=12)
+
+
 def test_resume_equals_never_having_stopped(straight, tmp_path):
     loop.train(tiny(2), tmp_path)
     loop.train(tiny(4), tmp_path)
     again, whole = (load_file(folder / "export" / "adapter_model.safetensors") for folder in (tmp_path, straight))
     for name, tensor in whole.items():
         np.testing.assert_array_equal(again[name], tensor, err_msg=name)
-    timing = ("seconds_rollout", "seconds_update", "videos_per_hour")
+    timing = (*loop.PHASES, "videos_per_hour")
     for resumed, undisturbed in zip(rows(tmp_path), rows(straight), strict=True):
         assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in undisturbed.items() if k not in timing}
 
