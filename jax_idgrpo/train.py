@@ -29,6 +29,7 @@ from jax_idgrpo.evaluate import Model, Watch, make_reward, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
+from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.state import TrainState, start
 from jax_idgrpo.update import Networks, Objective, gather, share, update
 from jax_idgrpo.video import write_video
@@ -55,11 +56,17 @@ def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, f
     groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
     spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
     return {
-        "reward": float(rewards[seen].mean()) if seen.any() else math.nan,
+        "reward": mean_of_numbers(rewards),
         "reward_group_std": float(spread.mean()),
         "zero_std_groups": float(np.mean(spread == 0)),
         "rewards_failed": float(np.sum(~seen)),
     }
+
+
+def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
+    """The mean of the values that are numbers; NaN without any."""
+    seen = np.isfinite(values)
+    return float(values[seen].mean()) if seen.any() else math.nan
 
 
 def choose(
@@ -250,7 +257,7 @@ def train(config: Config, workdir: Path) -> None:
 
             # Rollout and reward, chunk by chunk; the device works ahead of the host.
             chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array, Any]] = []
-            terms: list[dict[str, Array]] = []
+            terms: list[Terms | Pending] = []
             videos: list[Array] = []
             for begin in range(0, sampling.rows, config.rows_per_call):
                 chunk = slice(begin, begin + config.rows_per_call)
@@ -275,7 +282,9 @@ def train(config: Config, workdir: Path) -> None:
                     videos.append(video[:SHOWN])
             jax.block_until_ready([trajectory.latents for trajectory, *_ in chunks])
             clock.append(time.monotonic())
-            values = {name: np.concatenate([np.asarray(term[name]) for term in terms]) for name in terms[0]}
+            collected = [collect(term) for term in terms]
+            names = dict.fromkeys(name for term in collected for name in term)
+            values = {name: np.concatenate([term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]) for name in names}
             clock.append(time.monotonic())
 
             # Advantages over whole groups, then one optimizer step per share of the rollout.
@@ -304,7 +313,7 @@ def train(config: Config, workdir: Path) -> None:
 
             # What happened.
             seconds = np.diff(clock)
-            row = group_statistics(rewards, sampling.group) | {name: float(value.mean()) for name, value in values.items()}
+            row = group_statistics(rewards, sampling.group) | {name: mean_of_numbers(value) for name, value in values.items()}
             row |= scalars | {"advantage_std": float(advantage.std())} | passes
             row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * sampling.rows / float(seconds.sum())}
             if watch is not None and (done + 1) % config.run.watch_every == 0:
