@@ -4,11 +4,17 @@ Tests that need several devices start their own process: the number of devices i
 """
 
 import os
+from pathlib import Path
 
+# Compiling takes most of the time: what one test or process compiled, another one reads.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")    # compiling takes most of the time: half as long
 
 import flax.struct
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 _dataclass = flax.struct.dataclass
@@ -25,3 +31,10 @@ def _struct(cls=None, **options):
 
 flax.struct.dataclass = _struct
 install_import_hook(["jax_idgrpo", "checkpoints_convert"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """Programs are forgotten after each file: a worker that keeps them all holds gigabytes."""
+    yield
+    jax.clear_caches()
