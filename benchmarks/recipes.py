@@ -1,0 +1,146 @@
+"""Which recipe gains how much, at equal transformer passes and at equal time: the embedded models, the same prompts, judge and start noise.
+
+    python benchmarks/recipes.py --workdir runs/recipes                 everything (hours on two cores; goes on where it stopped)
+    python benchmarks/recipes.py --workdir runs/recipes --only fast nft
+    python benchmarks/recipes.py --workdir runs/recipes --table         the table of what is there
+
+The parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
+trained to the number of steps that either budget buys, and `idgrpo evaluate` compares both adapters with the base on held-out people.
+The fast recipe is also stopped at one eighth of the forward passes. Guidance is off but in the last row: the embedded base is at its best
+without.
+"""
+
+import argparse
+import json
+import shutil
+import statistics as numbers
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jax_idgrpo import config as configuration
+from jax_idgrpo import statistics
+from jax_idgrpo.train import PHASES, forward_passes
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+CALIBRATION = 6     # steps before a run's seconds per step are known; the first ones compile
+
+LATENTS = {"rollout.window": "none", "rollout.window_size": 0, "rollout.start_noise": "distinct", "grpo.kl_units": "velocity"}
+FAST = {"rollout.steps": 8, "rollout.window": "per_prompt", "rollout.window_size": 1, "grpo.kl": 0, "grpo.time_weights": True}
+RECIPES: dict[str, dict[str, object]] = {
+    "parity": {"rollout.steps": 25, "rollout.window": "all", "rollout.window_size": 0, "rollout.final_step": "sde",
+               "rollout.start_noise": "distinct", "optimizer.learning_rate": 1e-3},
+    "window": {},
+    "fast": FAST,
+    "cps": FAST | {"rollout.sampler": "cps", "grpo.kl_units": "velocity"},
+    "guard": FAST | {"grpo.objective": "guard", "grpo.time_weights": False, "grpo.clip": 1e-5},
+    "divergence": {"grpo.objective": "divergence"},
+    "nft": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3},
+    "awm": LATENTS | {"grpo.objective": "awm", "grpo.kl": 1e-3, "grpo.clip": 1.0},
+    "dpo": LATENTS | {"grpo.objective": "dpo", "grpo.kl": 1e-3, "grpo.best": 1, "grpo.worst": 1, "grpo.motion": 0.25},
+    "sft": LATENTS | {"grpo.objective": "sft", "grpo.kl": 0, "grpo.best": 1},
+    "reward_gradient": LATENTS | {"grpo.objective": "reward_gradient", "grpo.kl": 1e-3, "grpo.gradient_steps": 2},
+    "fast_guided": FAST | {"rollout.guidance": 2.0},
+}
+SEEDS = {"parity": (1, 2, 3), "fast": (1, 2, 3)}
+
+
+def overrides(recipe: str, seed: int) -> dict[str, str]:
+    """Options of `idgrpo train` for a recipe."""
+    return {name: str(value) for name, value in (RECIPES[recipe] | {"run.seed": seed, "run.sample_every": 0, "run.save_every": 10}).items()}
+
+
+def load(recipe: str, seed: int) -> configuration.Config:
+    """Its configuration."""
+    return configuration.load(CONFIG, list(overrides(recipe, seed).items()))
+
+
+def passes_per_step(recipe: str) -> float:
+    """Forward passes of one training step."""
+    config = load(recipe, 1)
+    counted = forward_passes(config, 1 if config.rollout.guidance == 1 else 2)
+    return counted["forward_passes_rollout"] + counted["forward_passes_update"]
+
+
+def idgrpo(*words: object) -> None:
+    """Run a command to its end."""
+    subprocess.run([sys.executable, "-m", "jax_idgrpo", *map(str, words)], check=True, cwd=CONFIG.parents[1])
+
+
+def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
+    """Train, or go on training, to `steps` steps, and keep the adapter under the number of steps."""
+    kept = folder / f"export-{steps}"
+    if not kept.exists():
+        options = [word for name, value in overrides(recipe, seed).items() for word in (f"--{name}", value)]
+        idgrpo("train", CONFIG, "--workdir", folder, *options, "--run.steps", steps)
+        shutil.copytree(folder / "export", kept)
+
+
+def seconds_per_step(folder: Path) -> float:
+    """Median of the steps that compiled nothing."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return numbers.median(sum(row[phase] for phase in PHASES) for row in rows[2:])
+
+
+def run(workdir: Path, recipe: str, seed: int, parity_steps: int) -> None:
+    """Train a recipe to both budgets and evaluate its adapters."""
+    folder = workdir / f"{recipe}-{seed}"
+    if (folder / "evaluation" / "metrics.json").exists():
+        return
+    budget = parity_steps * passes_per_step("parity")
+    steps = {"passes": round(budget / passes_per_step(recipe))}
+    if recipe != "parity":
+        train(folder, recipe, seed, CALIBRATION)
+        steps["time"] = round(parity_steps * seconds_per_step(workdir / "parity-1") / seconds_per_step(folder))
+    if recipe == "fast":
+        steps["eighth"] = round(budget / 8 / passes_per_step(recipe))
+    for count in sorted(steps.values()):
+        train(folder, recipe, seed, count)
+    (folder / "steps.json").write_text(json.dumps(steps))
+    adapters = [f"{name}={folder / f'export-{count}'}" for name, count in steps.items()]
+    idgrpo("evaluate", CONFIG, "--out", folder / "evaluation", "--evaluate.videos", 4, "--lora", *adapters)
+
+
+def table(workdir: Path) -> str:
+    """What was evaluated so far: change from the base, seeds averaged video by video, 95 % intervals over prompts."""
+    names = ("judge_identity", "reward", "faces", "motion")
+    head = ["recipe", "budget", "seeds", "steps", "forward passes", "s / step"]
+    rows = [[*head, *(statistics.LABELS[name] for name in names)]]
+    for recipe in RECIPES:
+        folders = [folder for seed in SEEDS.get(recipe, (1,)) if (folder := workdir / f"{recipe}-{seed}") and
+                   (folder / "evaluation" / "metrics.json").exists()]
+        if not folders:
+            continue
+        found = [json.loads((folder / "evaluation" / "metrics.json").read_text())["videos"] for folder in folders]
+        clusters = np.asarray([video["prompt"] for video in found[0]])
+        for budget, steps in json.loads((folders[0] / "steps.json").read_text()).items():
+            cells = [recipe, budget, str(len(folders)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
+                     f"{numbers.median(map(seconds_per_step, folders)):.1f}"]
+            for name in names:
+                change = np.mean([[video[budget][name] - video["base"][name] for video in videos] for videos in found], axis=0)
+                cells.append(statistics.bootstrap(change, clusters, 0, 2000).text(sign=True))
+            rows.append(cells)
+    return statistics.align(rows)
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--parity-steps", type=int, default=30)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    given.workdir.mkdir(parents=True, exist_ok=True)
+    if not given.table:
+        first = [("parity", 1), *((recipe, 1) for recipe in given.only if recipe != "parity")]
+        more = [(recipe, seed) for recipe in given.only for seed in SEEDS.get(recipe, ())[1:]]
+        for recipe, seed in [*first, *more]:
+            run(given.workdir.absolute(), recipe, seed, given.parity_steps)
+    print(table(given.workdir))
+
+
+if __name__ == "__main__":
+    main()
