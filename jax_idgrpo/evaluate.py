@@ -159,8 +159,9 @@ def make_scorer(config: Config, batch: int) -> Scorer:
     """A function from at most `batch` videos and their prompts to the values of `statistics.LABELS`, one of each per video.
 
     reward: the training reward. judge_identity: cosine between the judge's embeddings of photo and matched face, a missing person
-    counting 0, mean over frames and people. faces: detected faces per person asked for, at most 1. motion: mean change between
-    neighbouring frames outside the faces.
+    counting 0, mean over frames and people; judge_minimum: that of the least alike person; judge_largest: of the largest face alone, as
+    papers with one person measure. embedder_identity: as the judge's, by the embedder of the reward. faces: detected faces per person
+    asked for, at most 1. count: share of frames with the right number. motion: mean change between neighbouring frames outside the faces.
     """
     reward, judge = make_reward(config.reward), make_reward(config.reward, "judge")
 
@@ -176,6 +177,10 @@ def make_scorer(config: Config, batch: int) -> Scorer:
             "judge_identity": judge.terms["similarity"],
             "faces": judge.terms["faces_share"],
             "motion": judge.terms["motion"],
+            "judge_minimum": judge.terms["similarity_min"],
+            "judge_largest": judge.terms["largest_face"],
+            "embedder_identity": reward.terms["similarity"],
+            "count": judge.terms["count_accuracy"],
         }
         return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 

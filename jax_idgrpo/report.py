@@ -81,6 +81,7 @@ figcaption small { display: block; } svg { width: 100%; height: auto; display: b
 .sections th, .sections td { padding: 3px 0; vertical-align: top; } .sections td { white-space: normal; overflow-wrap: anywhere; }
 .sections tr th:first-child { color: var(--soft); padding-right: 12px; width: 1%; }
 """
+CARDS = 4     # metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
 
 
@@ -187,12 +188,12 @@ def table(evaluation: dict[str, Any]) -> str:
 
 
 def headline(evaluation: dict[str, Any]) -> str:
-    """The figures of the first adapter in large print."""
+    """The first figures of the first adapter in large print."""
     adapter = next(iter(evaluation["differences"]), None)
     if adapter is None:
         return ""
     cards = []
-    for name, label in evaluation["labels"].items():
+    for name, label in list(evaluation["labels"].items())[:CARDS]:
         change = evaluation["differences"][adapter][name]
         verdict = "up" if change["low"] > 0 else "down" if change["high"] < 0 else "same"
         base, tuned = (evaluation["models"][model][name]["mean"] for model in ("base", adapter))

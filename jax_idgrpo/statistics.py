@@ -22,6 +22,10 @@ LABELS = {
     "judge_identity": "judge identity",
     "faces": "faces found / asked",
     "motion": "motion",
+    "judge_minimum": "judge, least person",
+    "judge_largest": "judge, largest face",
+    "embedder_identity": "embedder identity",
+    "count": "frames, right count",
 }
 
 

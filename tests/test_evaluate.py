@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import evaluate, keys, pipeline, report
+from jax_idgrpo import evaluate, keys, pipeline, report, statistics
 from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RolloutConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
@@ -112,7 +112,8 @@ def commands(monkeypatch, pipe, prompts):
             mean = videos.astype(np.float64).mean((1, 2, 3, 4))
             people = np.array([len(prompt.references) for prompt in asked])
             motion = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))
-            return {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
+            found = {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
+            return dict.fromkeys(statistics.LABELS, mean) | found
 
         return score
 

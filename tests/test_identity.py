@@ -172,3 +172,26 @@ def test_motion_ignores_what_happens_inside_faces():
     videos, boxes, mask = jnp.asarray(videos), jnp.asarray(boxes), jnp.ones((1, 2, 1), bool)
     assert float(identity.motion(videos, boxes, mask)[0]) == 0
     assert float(identity.motion(videos, boxes, ~mask)[0]) == pytest.approx(9 / 64)
+
+
+def test_frames_with_the_right_count():
+    shown = np.zeros((1, 4, 3), bool)
+    shown[0, 0, :2] = shown[0, 1, :1] = shown[0, 2, :3] = True
+    asked = jnp.asarray([[True, True, False]])
+    assert float(identity.count_accuracy(jnp.asarray(shown), asked)[0]) == 0.25
+
+
+def test_largest_face_sees_one_person_and_skips_frames_without_any():
+    """Two people asked for; the first is large in frame 0 and alone in frame 1, where a stranger is larger; nobody is in frame 2."""
+    references = np.eye(3, dtype=np.float32)[None, :2]
+    embeddings = np.zeros((1, 3, 2, 3), np.float32)
+    embeddings[0, 0] = [[0.8, 0, 0.6], [0, 1, 0]]
+    embeddings[0, 1] = [[1, 0, 0], [-0.6, -0.8, 0]]
+    boxes = np.zeros((1, 3, 2, 4), np.float32)
+    boxes[0, 0, :, 2:] = [[9, 9], [5, 5]]
+    boxes[0, 1, :, 2:] = [[5, 5], [9, 9]]
+    mask = np.asarray([[[True, True], [True, True], [False, False]]])
+    given = [jnp.asarray(array) for array in (boxes, embeddings, mask, references, np.ones((1, 2), bool))]
+    assert float(identity.largest_face_similarity(*given)[0]) == pytest.approx((0.8 + 0) / 2)
+    given[2] = jnp.zeros_like(given[2])
+    assert float(identity.largest_face_similarity(*given)[0]) == 0

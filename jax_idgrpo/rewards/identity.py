@@ -126,6 +126,31 @@ def extra_faces(face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayL
     return jnp.mean(jnp.minimum(surplus / asked, 1.0), axis=1)
 
 
+def count_accuracy(face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
+    """Share of frames that show as many faces as people were asked for."""
+    return jnp.mean(jnp.sum(face_mask, -1) == jnp.sum(reference_mask, -1)[:, None], axis=1)
+
+
+def largest_face_similarity(
+    boxes: Float[ArrayLike, "B T K 4"],
+    embeddings: Float[ArrayLike, "B T K E"],
+    face_mask: Bool[ArrayLike, "B T K"],
+    references: Float[ArrayLike, "B M E"],
+    reference_mask: Bool[ArrayLike, "B M"],
+) -> Float[ArrayLike, " B"]:
+    """How papers with one person measure: the largest face of a frame against the reference it is most like, at least 0, mean over the
+    frames that show a face; 0 without any.
+
+    It sees one person of several, and a frame without a face costs nothing: read it beside `similarity`, which counts everybody.
+    Source: FaceSim of OpenS2V (PKU-YuanGroup/OpenS2V-Nexus).
+    """
+    area = jnp.where(face_mask, (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]), -1.0)
+    largest = jnp.take_along_axis(embeddings, jnp.argmax(area, -1)[..., None, None], axis=2)[:, :, 0]
+    cosine = jnp.where(reference_mask[:, None], jnp.einsum("bte,bme->btm", largest, references, precision="highest"), -1.0)
+    shown = jnp.any(face_mask, -1)
+    return jnp.sum(jnp.where(shown, jnp.maximum(jnp.max(cosine, -1), 0.0), 0.0), 1) / jnp.maximum(jnp.sum(shown, 1), 1)
+
+
 def motion(
     videos: Float[ArrayLike, "B T H W 3"],
     boxes: Float[ArrayLike, "B T K 4"],
@@ -161,6 +186,7 @@ def reward_terms(
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
+    count_accuracy, largest_face: see the functions of these names.
     """
     matches = match_videos(embeddings, face_mask, references, reference_mask, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
@@ -185,5 +211,7 @@ def reward_terms(
         "faces_seen": jnp.mean(jnp.sum(face_mask, -1), -1),
         "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / jnp.maximum(asked, 1)[:, None], 1.0), axis=1),
         "faces_asked": asked,
+        "count_accuracy": count_accuracy(face_mask, reference_mask),
+        "largest_face": largest_face_similarity(boxes, embeddings, face_mask, references, reference_mask),
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
