@@ -1,0 +1,451 @@
+"""Qwen2.5-VL with a reward head: pictures and frames through a vision tower, one sequence of text and vision tokens through a causal
+language model, a score read at a special token.
+
+Every picture, and every pair of frames of a video, is a grid of its own: attention in the tower never leaves it. A grid is given as
+patches in 2 x 2 merge order, with the tables that its shape decides (`Grids`), so that one program serves all shapes of one capacity.
+Blocks of both stacks are scanned. There is no cache and no generation: what comes after the reward token is not computed.
+
+Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the reward head as in `alibaba/identity-grpo` and
+`KwaiVGI/VideoAlign`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm
+
+QUERIES = 512  # queries whose logits a language block holds at once
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"vision-language model: {message}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the tower. `window` is in pixels; `full_blocks` attend to their whole grid, the others within windows."""
+
+    depth: int = 32
+    width: int = 1280
+    heads: int = 16
+    ffn: int = 3420
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)
+    window: int = 112
+    patch: int = 14
+    frames: int = 2
+    merge: int = 2
+    eps: float = 1e-6
+
+    @property
+    def features(self) -> int:
+        """Values of one patch: channels, frames, rows, columns."""
+        return 3 * self.frames * self.patch**2
+
+    @property
+    def cells(self) -> int:
+        """Merged cells along one side of a window."""
+        return self.window // self.merge // self.patch
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0, f"width {self.width} is not 4n x {self.heads} heads")
+        _require(all(0 <= block < self.depth for block in self.full_blocks), f"full_blocks {self.full_blocks} reach beyond {self.depth}")
+        _require(self.cells >= 1, f"window {self.window} is smaller than a merged cell of {self.merge * self.patch} pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """Sizes of the language model (those of the 3B model by default), the tower's, and the head's.
+
+    sections: how many of the head_dim / 2 rotary frequencies turn by time, by row and by column.
+    outputs: scores per special token. rank, alpha: LoRA on every linear layer of the language model; rank 0 is none.
+    remat: recompute each block in the backward pass.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    layers: int = 36
+    width: int = 2048
+    heads: int = 16
+    kv_heads: int = 2
+    ffn: int = 11008
+    vocabulary: int = 151936
+    sections: tuple[int, int, int] = (16, 24, 24)
+    theta: float = 1e6
+    eps: float = 1e-6
+    outputs: int = 1
+    rank: int = 0
+    alpha: float = 0.0
+    remat: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    def __post_init__(self):
+        _require(self.width % self.heads == 0, f"width {self.width} does not divide into {self.heads} heads")
+        _require(self.heads % self.kv_heads == 0, f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
+        _require(2 * sum(self.sections) == self.head_dim, f"sections {self.sections} do not add up to half of head_dim {self.head_dim}")
+        _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
+
+
+@struct.dataclass
+class Grids:
+    """R grids of patches, padded to one capacity P; W windows of S patches each.
+
+    patches: normalised pixels, (channel, frame, row, column) within a patch, patches in 2 x 2 merge order. place: row and column of each
+    patch. mask: False in the padding. window: the patch at each place of each window, P where there is none. back: for each patch its
+    place in the windows one after another.
+    """
+
+    patches: Float[Array, "R P F"]
+    place: Int[Array, "R P 2"]
+    mask: Bool[Array, "R P"]
+    window: Int[Array, "R W S"]
+    back: Int[Array, "R P"]
+
+
+@struct.dataclass
+class Sequences:
+    """B sequences of L tokens, padded on the right.
+
+    ids: vocabulary; the ids at vision tokens do not matter. vision: which of the row's vision features stands at a token, -1 for text.
+    position: time, row, column. token: where the reward tokens are, in their order; outputs are read there.
+    mask: False in the padding.
+    """
+
+    ids: Int[Array, "B L"]
+    vision: Int[Array, "B L"]
+    position: Int[Array, "3 B L"]
+    token: Int[Array, "B K"]
+    mask: Bool[Array, "B L"]
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------------
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, width: int, ffn: int, *, use_bias: bool, rank: int = 0, alpha: float = 0.0, dtypes: Dtypes, rngs: nnx.Rngs):
+        def linear(inside: int, outside: int) -> Linear:
+            return Linear(inside, outside, use_bias=use_bias, rank=rank, alpha=alpha, dtypes=dtypes, rngs=rngs)
+
+        self.gate_proj, self.up_proj, self.down_proj = linear(width, ffn), linear(width, ffn), linear(ffn, width)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        gate = jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
+        return self.down_proj(gate * self.up_proj(x).astype(jnp.float32))
+
+
+def rotate(x: Float[Array, "*batch K d"], cos: Float[Array, "*batch d"], sin: Float[Array, "*batch d"]) -> Float[Array, "*batch K d"]:
+    """Rotary positions on the halves of every head: x cos + (-x2, x1) sin, in float32."""
+    x = x.astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos[..., None, :] + jnp.concatenate([-second, first], axis=-1) * sin[..., None, :]
+
+
+def _twice(angles: Float[Array, "*batch half"]) -> tuple[Array, Array]:
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def vision_rotary(place: Int[Array, "*batch 2"], head_dim: int) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """cos and sin of a patch's row (a quarter of the head's frequencies, 10000^(-4i/d)) and column (the next quarter), then both again."""
+    frequency = 10000.0 ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
+    angles = place[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+    return _twice(angles.reshape(*place.shape[:-1], -1))
+
+
+def text_rotary(
+    position: Int[Array, "3 *batch"], config: QwenConfig
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+    """cos and sin of M-RoPE: the frequencies in three consecutive chunks turn by time, row and column."""
+    frequency = (config.theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)).astype(np.float32)
+    angles = position[..., None].astype(jnp.float32) * frequency
+    ends = np.cumsum(config.sections)[:-1]
+    chunks = [part[axis] for axis, part in enumerate(jnp.split(angles, ends, axis=-1))]
+    return _twice(jnp.concatenate(chunks, axis=-1))
+
+
+def attend(
+    q: Float[Array, "*batch N K d"], k: Float[Array, "*batch M G d"], v: Float[Array, "*batch M G d"], mask: Bool[Array, "..."]
+) -> Float[Array, "*batch N K d"]:
+    """softmax(q k^T / sqrt(d)) v in float32 with K / G query heads per key head; mask [*batch,N or 1,M] is False for hidden keys."""
+    *batch, n, heads, d = q.shape
+    groups = k.shape[-2]
+    q = (q.astype(jnp.float32) * d**-0.5).astype(v.dtype).reshape(*batch, n, groups, heads // groups, d)
+    logits = jnp.einsum("...ngqd,...mgd->...gqnm", q, k.astype(v.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("...gqnm,...mgd->...ngqd", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(*batch, n, heads, d).astype(v.dtype)
+
+
+def causal(q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]) -> Float[Array, "B N K d"]:
+    """`attend` to oneself and what came before; padding on the right is seen by padding alone. Queries are worked through in chunks."""
+    length = q.shape[1]
+    if length <= QUERIES:
+        return attend(q, k, v, jnp.tril(jnp.ones((length, length), bool)))
+    count = -(-length // QUERIES)
+    padded = jnp.pad(q, ((0, 0), (0, count * QUERIES - length), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(len(q), count, QUERIES, *q.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def chunk(part: tuple[Array, Array]) -> Array:
+        queries, first = part
+        return attend(queries, k, v, jnp.arange(length) <= first + jnp.arange(QUERIES)[:, None])
+
+    out = jax.lax.map(chunk, (parts, jnp.arange(count) * QUERIES))
+    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
+
+
+def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+    """`count` blocks as one module whose leaves have a leading axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(build))(rngs)
+
+
+def _scan(stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False) -> Array:
+    """x through the blocks of a stack, one program for all: `run(block, x, what is the block's own)`."""
+    graph, parameters = nnx.split(stack)
+
+    def body(x: Array, given: tuple[nnx.State, Any]) -> tuple[Array, None]:
+        return run(nnx.merge(graph, given[0]), x, given[1]), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (parameters, per_block))[0]
+
+
+# ---- vision tower --------------------------------------------------------------------------------------------------------
+
+
+class VisionAttention(nnx.Module):
+    """Heads over a grid's patches, within windows or over all of them."""
+
+    def __init__(self, config: VisionConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.qkv = Linear(config.width, 3 * config.width, dtypes=dtypes, rngs=rngs)
+        self.proj = Linear(config.width, config.width, dtypes=dtypes, rngs=rngs)
+        self.heads = config.heads
+
+    def __call__(
+        self, x: Float[Array, "R P D"], rotary: tuple[Array, Array], grids: Grids, full: Bool[Array, ""]
+    ) -> Float[Array, "R P D"]:
+        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        q, k = rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype)
+
+        def within_windows() -> Array:
+            rows, windows, size = grids.window.shape
+            places = grids.window.reshape(rows, -1, 1, 1)
+
+            def cut(array: Array) -> Array:
+                found = jnp.take_along_axis(jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))), places, axis=1)
+                return found.reshape(rows, windows, size, self.heads, -1)
+
+            out = attend(cut(q), cut(k), cut(v), (grids.window < x.shape[1])[:, :, None, :])
+            return jnp.take_along_axis(out.reshape(rows, windows * size, self.heads, -1), grids.back[..., None, None], axis=1)
+
+        def whole_grid() -> Array:
+            return jax.lax.map(lambda one: attend(one[0], one[1], one[2], one[3][None, :]), (q, k, v, grids.mask))
+
+        out = jax.lax.cond(full, whole_grid, within_windows)
+        return self.proj(out.reshape(x.shape))
+
+
+class VisionBlock(nnx.Module):
+    """Attention and SwiGLU, each after an RMSNorm."""
+
+    def __init__(self, config: VisionConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(config.width, eps=config.eps)
+        self.attn = VisionAttention(config, dtypes=dtypes, rngs=rngs)
+        self.norm2 = RMSNorm(config.width, eps=config.eps)
+        self.mlp = SwiGLU(config.width, config.ffn, use_bias=True, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Array, rotary: tuple[Array, Array], grids: Grids, full: Bool[Array, ""]) -> Array:
+        x = x + self.attn(self.norm1(x), rotary, grids, full).astype(x.dtype)
+        return x + self.mlp(self.norm2(x)).astype(x.dtype)
+
+
+class Merger(nnx.Module):
+    """RMSNorm, the patches of a cell side by side, two linear layers with an exact GELU between them."""
+
+    def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        inside = config.width * config.merge**2
+        self.ln_q = RMSNorm(config.width, eps=config.eps)
+        self.linear_1 = Linear(inside, inside, dtypes=dtypes, rngs=rngs)
+        self.linear_2 = Linear(inside, width, dtypes=dtypes, rngs=rngs)
+        self.group = config.merge**2
+
+    def __call__(self, x: Float[Array, "R P d"]) -> Float[Array, "R Q D"]:
+        x = self.ln_q(x).reshape(x.shape[0], x.shape[1] // self.group, -1)
+        return self.linear_2(jax.nn.gelu(self.linear_1(x).astype(jnp.float32), approximate=False))
+
+
+class VisionTower(nnx.Module):
+    """Grids of patches -> a feature of the language model's width for every merged cell, in the order of the patches."""
+
+    def __init__(self, config: VisionConfig, width: int, *, remat: bool = False, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.config, self.remat, self.residual = config, remat, dtypes.residual
+        self.patch_embed = Linear(config.features, config.width, use_bias=False, dtypes=dtypes, rngs=rngs)
+        self.blocks = _stack(lambda rngs: VisionBlock(config, dtypes=dtypes, rngs=rngs), config.depth, rngs)
+        self.merger = Merger(config, width, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, grids: Grids) -> Float[Array, "R Q D"]:
+        config = self.config
+        rotary = vision_rotary(grids.place, config.width // config.heads)
+        full = jnp.isin(jnp.arange(config.depth), np.asarray(config.full_blocks, np.int32))
+        x = self.patch_embed(grids.patches).astype(self.residual)
+        x = _scan(self.blocks, lambda block, x, full: block(x, rotary, grids, full), x, full, self.remat)
+        return self.merger(x)
+
+
+# ---- language model ------------------------------------------------------------------------------------------------------
+
+
+class Attention(nnx.Module):
+    """Causal attention with fewer key heads than query heads; biases on q, k and v."""
+
+    def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        def linear(inside: int, outside: int, bias: bool) -> Linear:
+            return Linear(inside, outside, use_bias=bias, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
+
+        width, keys = config.width, config.kv_heads * config.head_dim
+        self.q_proj, self.k_proj, self.v_proj = linear(width, width, True), linear(width, keys, True), linear(width, keys, True)
+        self.o_proj = linear(width, width, False)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x: Float[Array, "B L D"], rotary: tuple[Array, Array]) -> Float[Array, "B L D"]:
+        q, k, v = (layer(x).reshape(*x.shape[:2], -1, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        out = causal(rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype), v)
+        return self.o_proj(out.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """Attention and SwiGLU, each after an RMSNorm."""
+
+    def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.width, eps=config.eps)
+        self.self_attn = Attention(config, dtypes=dtypes, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.width, eps=config.eps)
+        self.mlp = SwiGLU(config.width, config.ffn, use_bias=False, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Array, rotary: tuple[Array, Array]) -> Array:
+        x = x + self.self_attn(self.input_layernorm(x), rotary).astype(x.dtype)
+        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype)
+
+
+class QwenReward(nnx.Module):
+    """The whole network: vision tower, language model, and a linear head without bias, read in float32."""
+
+    def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.config, self.dtypes = config, dtypes
+        self.visual = VisionTower(config.vision, config.width, remat=config.remat, dtypes=dtypes, rngs=rngs)
+        table = 0.02 * jax.random.normal(rngs.params(), (config.vocabulary, config.width), jnp.float32)
+        self.embed_tokens = nnx.Param(table.astype(dtypes.parameters))
+        self.layers = _stack(lambda rngs: Block(config, dtypes=dtypes, rngs=rngs), config.layers, rngs)
+        self.norm = RMSNorm(config.width, eps=config.eps)
+        self.rm_head = Linear(config.width, config.outputs, use_bias=False, dtypes=FLOAT32, rngs=rngs)
+
+    def features(self, grids: Grids, rows: int) -> Float[Array, "B Q D"]:
+        """Vision features of grids that lie `rows` times n, one row's n grids together: those of a row one after another."""
+        found = self.visual(grids)
+        return found.reshape(rows, -1, found.shape[-1])
+
+    def hidden(self, sequences: Sequences, vision: Float[Array, "B Q D"]) -> Float[Array, "B L D"]:
+        """What the language model makes of each token, after the last norm, float32. vision: what `sequences.vision` counts."""
+        config = self.config
+        text = jnp.take(self.embed_tokens[...], sequences.ids, axis=0)
+        seen = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
+        x = jnp.where((sequences.vision >= 0)[..., None], seen.astype(jnp.float32), text.astype(jnp.float32)).astype(self.dtypes.residual)
+        rotary = text_rotary(sequences.position, config)
+        x = _scan(self.layers, lambda block, x, _: block(x, rotary), x, jnp.arange(config.layers), config.remat)
+        return self.norm(x)
+
+    def __call__(
+        self, sequences: Sequences, pictures: Grids | None, frames: Grids | None, pooling: str = "special"
+    ) -> Float[Array, "B K O"]:
+        """Scores, float32: at each reward token ("special"), at the last token ("last"), or of the mean of all tokens ("mean").
+
+        pictures, frames: the grids of all rows' reference pictures and of their videos, those of one row together; a row's features are
+        those of its pictures (all capacity of them), then those of its frames.
+        """
+        rows = sequences.ids.shape[0]
+        parts = [self.features(grids, rows) for grids in (pictures, frames) if grids is not None]
+        empty = jnp.zeros((rows, 1, self.config.width), jnp.float32)
+        hidden = self.hidden(sequences, jnp.concatenate(parts, axis=1) if parts else empty)
+        if pooling == "special":
+            return self.rm_head(jnp.take_along_axis(hidden, sequences.token[..., None], axis=1))
+        if pooling == "last":
+            last = jnp.sum(sequences.mask, axis=1) - 1
+            return self.rm_head(jnp.take_along_axis(hidden, last[:, None, None], axis=1))
+        _require(pooling == "mean", f"pooling is {pooling!r}; choose special, last or mean")
+        weight = sequences.mask[..., None].astype(jnp.float32)
+        return self.rm_head(jnp.sum(hidden * weight, axis=1, keepdims=True) / jnp.sum(weight, axis=1, keepdims=True))
+
+
+# ---- the tables of a grid ------------------------------------------------------------------------------------------------
+
+
+def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
+    """Row and column of every patch of a height x width grid, cells row by row, the patches of a cell together."""
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    shape = (height // merge, merge, width // merge, merge)
+    return np.stack([part.reshape(shape).transpose(0, 2, 1, 3).ravel() for part in (rows, columns)], axis=-1)
+
+
+def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, "n"]]:
+    """The cells of each window of a grid of height x width patches, windows row by row; those at the edge hold fewer."""
+    cells = np.arange(height // config.merge * (width // config.merge)).reshape(height // config.merge, width // config.merge)
+    side = config.cells
+    return [cells[y : y + side, x : x + side].ravel() for y in range(0, cells.shape[0], side) for x in range(0, cells.shape[1], side)]
+
+
+def grid_tables(height: int, width: int, config: VisionConfig, patches: int, count: int) -> dict[str, np.ndarray]:
+    """`place mask window back` of one grid, padded to a capacity of `patches` and `count` windows.
+
+    Raises:
+      ValueError: the grid has more of either.
+    """
+    size, group = config.cells**2 * config.merge**2, config.merge**2
+    used, found = height * width, windows(height, width, config)
+    if used > patches or len(found) > count:
+        raise ValueError(f"a grid of {height} x {width} patches and {len(found)} windows does not fit {patches} and {count}")
+    place, back = np.zeros((patches, 2), np.int32), np.zeros(patches, np.int32)
+    window = np.full((count, size), patches, np.int32)
+    place[:used] = merge_order(height, width, config.merge)
+    for number, cells in enumerate(found):
+        inside = (cells[:, None] * group + np.arange(group)).ravel()
+        window[number, : len(inside)] = inside
+        back[inside] = number * size + np.arange(len(inside))
+    return {"place": place, "mask": np.arange(patches) < used, "window": window, "back": back}
+
+
+def layout(
+    ids: Int[np.ndarray, "L"], kinds: Int[np.ndarray, "L"], shapes: Sequence[tuple[int, int, int]], step: float, merge: int
+) -> tuple[Int[np.ndarray, "3 L"], Int[np.ndarray, "L"]]:
+    """Time, row and column of every token, and which vision token of the sequence it is (-1 for text).
+
+    kinds: 0 for text, 1 for a picture's token, 2 for a video's. shapes: (t, h, w) in patches of pictures and video, in their order.
+    step: rotary positions between two temporal grids of a video, cut to whole ones after multiplying. Text goes on behind the larger side
+    of what stands before it.
+    """
+    position, order = np.zeros((3, len(ids)), np.int64), np.full(len(ids), -1)
+    order[kinds > 0] = np.arange(np.sum(kinds > 0))
+    at = place = 0
+    for shape in shapes:
+        first = place + int(np.argmax(kinds[place:] > 0))
+        position[:, place:first] = at + np.arange(first - place)
+        at += first - place
+        t, h, w = shape[0], shape[1] // merge, shape[2] // merge
+        times = (np.arange(t) * np.float32(step if kinds[first] == 2 else 1)).astype(np.int64)
+        grid = np.stack(np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1)
+        position[:, first : first + grid.shape[1]] = at + grid
+        at += max(h, w)
+        place = first + grid.shape[1]
+    position[:, place:] = at + np.arange(len(ids) - place)
+    return position, order
