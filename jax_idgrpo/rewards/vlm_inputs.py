@@ -1,0 +1,241 @@
+"""What the vision-language reward is shown: photos and frames as patches, the prompt as tokens. Sizes and order as in the published code.
+
+    <system> <user> Picture 1: [photo] Picture 2: [photo] ... Video 1: [frames] TEXT with the reward tokens ...
+
+What stands behind the last reward token cannot change a score and is left out. Photos are resized by PIL, frames on the device, both
+bicubic with antialiasing and rounded to whole grey levels, as the original does. Sources: `alibaba/identity-grpo` `vace_reward`,
+`KwaiVGI/VideoAlign`, transformers' Qwen2-VL processors.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+from PIL import Image
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.qwen_vl import Grids, Sequences, VisionConfig, grid_tables, layout, windows
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+PICTURE_PIXELS = (3136, 399_360)
+FRAME_PIXELS = (100_352, 399_360)
+TOKENS_PER_SECOND = 2
+PATCHES = (256, 512, 768, 1024, 1536, 2048, 3072)       # capacities, so that a run compiles a handful of programs
+WINDOWS = (16, 32, 64, 128, 256, 512)
+TOKENS = 128                                            # sequences are padded to a multiple of it
+
+
+def smart_resize(height: int, width: int, pixels: tuple[int, int], factor: int = 28) -> tuple[int, int]:
+    """Height and width as multiples of `factor` near the given ones, their product within `pixels`, the aspect ratio kept.
+
+    Raises:
+      UserError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise UserError(f"a picture of {width} x {height} pixels is too long and thin; the sides may differ by a factor of 200")
+    low, high = pixels
+    rows, columns = (max(factor, round(side / factor) * factor) for side in (height, width))
+    if rows * columns > high:
+        shrink = math.sqrt(height * width / high)
+        rows, columns = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif rows * columns < low:
+        grow = math.sqrt(low / (height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def frame_indices(total: int, wanted: float) -> np.ndarray:
+    """Which frames of `total` are looked at: `wanted` rounded to an even number (5 asks for 4), evenly spaced, first and last among them.
+
+    Raises:
+      UserError: fewer than 2 frames, or more than there are.
+    """
+    count = 2 * round(wanted / 2)
+    if not 2 <= count <= total:
+        raise UserError(f"{wanted:g} frames of a video of {total} were asked for; use 2 to {total}")
+    return np.round(np.linspace(0, total - 1, count)).astype(int)
+
+
+def seconds_per_grid(total: int, fps: float, count: int) -> float:
+    """Seconds of video that a temporal grid (two of `count` sampled frames) stands for. fps: that of the video."""
+    return 2 / (count / total * fps)
+
+
+def patches(pictures: Float[Array, "n H W 3"], config: VisionConfig) -> Float[Array, "t P F"]:
+    """Grey levels 0 .. 255 of pictures of equal size, taken `config.frames` at a time -> their normalised patches, in merge order."""
+    n, height, width, _ = pictures.shape
+    merge, patch, frames = config.merge, config.patch, config.frames
+    x = (pictures / 255 - MEAN) / STD
+    x = x.reshape(n // frames, frames, height // patch // merge, merge, patch, width // patch // merge, merge, patch, 3)
+    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return x.reshape(n // frames, -1, config.features)
+
+
+def picture(image: Image.Image, config: VisionConfig) -> tuple[Float[np.ndarray, "P F"], tuple[int, int]]:
+    """A photo (RGB) as patches, the one picture standing for both frames, and its grid's height and width in patches."""
+    height, width = smart_resize(image.height, image.width, PICTURE_PIXELS, config.patch * config.merge)
+    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    found = patches(np.repeat(pixels[None], config.frames, 0), config)
+    return np.asarray(found[0]), (height // config.patch, width // config.patch)
+
+
+def frame_size(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
+    """Height and width to which the frames of a video are resized."""
+    return smart_resize(height, width, FRAME_PIXELS, config.patch * config.merge)
+
+
+def resized_frames(videos: Float[Array, "B T H W 3"], size: tuple[int, int]) -> Float[Array, "B T h w 3"]:
+    """Frames in [-1, 1] -> whole grey levels 0 .. 255 at `size`; cut to whole levels before and rounded after resizing."""
+    levels = jnp.floor(jnp.clip((videos.astype(jnp.float32) + 1) * 127.5, 0, 255))
+    shape = (*levels.shape[:2], *size, 3)
+    if shape == levels.shape:
+        return levels
+    return jnp.clip(jnp.round(jax.image.resize(levels, shape, "cubic", antialias=True)), 0, 255)
+
+
+def capacity(needed: int, steps: Sequence[int]) -> int:
+    """The smallest of `steps` that holds so many, or the next multiple of the largest."""
+    return next((step for step in steps if step >= needed), -(-needed // steps[-1]) * steps[-1])
+
+
+# ---- the prompt ----------------------------------------------------------------------------------------------------------
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+BLOCK = "<|vision_start|><|{kind}_pad|><|vision_end|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompting:
+    """The words around the pictures.
+
+    tokenizer: of transformers, which knows the reward tokens. text: what is asked, with the reward tokens in it. rewards: the tokens.
+    """
+
+    tokenizer: Any
+    text: str
+    rewards: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for token in self.rewards:
+            if self.text.count(token) != 1:
+                raise UserError(f"vlm.text: holds the token {token} {self.text.count(token)} times instead of once; is it this model's prompt?")
+
+    def tokens(self, counts: Sequence[int], video: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids and kinds (0 text, 1 picture, 2 video) up to the last reward token, and where the reward tokens are.
+
+        counts: vision tokens of each photo. video: those of the video.
+        """
+        pictures = "".join(f"Picture {n}: {BLOCK.format(kind='image')}" for n in range(1, len(counts) + 1))
+        words = f"{SYSTEM}{pictures}Video 1: {BLOCK.format(kind='video')}{self.text}"
+        ids = np.asarray(self.tokenizer(words, add_special_tokens=False)["input_ids"])
+        image, film, *rewards = (self.tokenizer.convert_tokens_to_ids(name) for name in ("<|image_pad|>", "<|video_pad|>", *self.rewards))
+        kinds = np.where(ids == image, 1, np.where(ids == film, 2, 0))
+        repeats = np.ones(len(ids), int)
+        repeats[kinds > 0] = [*counts, video]
+        ids, kinds = np.repeat(ids, repeats), np.repeat(kinds, repeats)
+        places = np.array([int(np.flatnonzero(ids == token)[0]) for token in rewards])
+        last = int(places.max()) + 1
+        return ids[:last], kinds[:last], places
+
+
+# ---- a batch -------------------------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Asked:
+    """What B rows ask about, host arrays with the batch first: the photos (M slots a row, of one capacity) and the sequence.
+
+    patches place mask window back: of `Grids`, [B,M,...]. ids vision position token tokens: of `Sequences`, position as [B,3,L].
+    """
+
+    patches: np.ndarray
+    place: np.ndarray
+    mask: np.ndarray
+    window: np.ndarray
+    back: np.ndarray
+    ids: np.ndarray
+    vision: np.ndarray
+    position: np.ndarray
+    token: np.ndarray
+    tokens: np.ndarray
+
+    def pictures(self) -> Grids:
+        """The photos of all rows, one grid after another."""
+        parts = {name: getattr(self, name) for name in ("patches", "place", "mask", "window", "back")}
+        return Grids(**{name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()})
+
+    def sequences(self) -> Sequences:
+        """The sequences of all rows."""
+        return Sequences(
+            ids=self.ids, vision=self.vision, position=jnp.moveaxis(self.position, 1, 0), token=self.token, mask=self.tokens
+        )
+
+
+def video_grid(frames: int, height: int, width: int, config: VisionConfig) -> tuple[int, int, int]:
+    """(t, h, w) in patches of a video of which `frames` frames are looked at."""
+    rows, columns = frame_size(height, width, config)
+    return frames // config.frames, rows // config.patch, columns // config.patch
+
+
+def ask(
+    photos: Sequence[Sequence[Image.Image]], video: tuple[int, int, int], seconds: float, prompting: Prompting, config: VisionConfig
+) -> Asked:
+    """The photos and the prompt of each row, padded to common capacities. video: grid of the videos. seconds: of `seconds_per_grid`."""
+    group = config.merge**2
+    shown = [[picture(photo, config) for photo in row] for row in photos]
+    grids = [grid for row in shown for _, grid in row]
+    slots = max(len(row) for row in shown)
+    room = capacity(max(h * w for h, w in grids), PATCHES)
+    count = capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS)
+    frame_room = capacity(video[1] * video[2], PATCHES)
+
+    def slot(values: Float[np.ndarray, "P F"], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+        return grid_tables(*grid, config, room, count) | {"patches": np.pad(values, ((0, room - len(values)), (0, 0)))}
+
+    empty = slot(np.zeros((0, config.features), np.float32), (0, 0))
+    rows = []
+    for row in shown:
+        counts = [h * w // group for _, (h, w) in row]
+        ids, kinds, token = prompting.tokens(counts, video[0] * video[1] * video[2] // group)
+        shapes = [*((1, h, w) for _, (h, w) in row), video]
+        position, order = layout(ids, kinds, shapes, seconds * TOKENS_PER_SECOND, config.merge)
+        features = [np.arange(n * room // group, n * room // group + size) for n, size in enumerate(counts)]
+        behind = slots * room // group
+        features += [behind + t * frame_room // group + np.arange(video[1] * video[2] // group) for t in range(video[0])]
+        vision = np.where(order >= 0, np.concatenate(features)[order], -1)
+        tables = [slot(*one) for one in row] + [empty] * (slots - len(row))
+        rows.append((tables, {"ids": ids, "vision": vision, "position": position, "token": token}))
+    length = -(-max(len(given["ids"]) for _, given in rows) // TOKENS) * TOKENS
+
+    def padded(name: str, fill: int) -> np.ndarray:
+        return np.stack([np.pad(given[name], [(0, 0)] * (given[name].ndim - 1) + [(0, length - given[name].shape[-1])], constant_values=fill)
+                         for _, given in rows]).astype(np.int32)
+
+    return Asked(
+        **{name: np.stack([np.stack([table[name] for table in tables]) for tables, _ in rows]) for name in empty},
+        ids=padded("ids", 0), vision=padded("vision", -1), position=padded("position", 0),
+        token=np.stack([given["token"] for _, given in rows]).astype(np.int32),
+        tokens=np.stack([np.arange(length) < len(given["ids"]) for _, given in rows]),
+    )
+
+
+def frames_of(videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig) -> Grids:
+    """The grids of the chosen frames of videos in [-1, 1], row by row; on the device, with tables that their size decides."""
+    rows, height, width = videos.shape[0], *videos.shape[2:4]
+    size = frame_size(height, width, config)
+    grid = size[0] // config.patch, size[1] // config.patch
+    levels = resized_frames(videos[:, chosen], size)
+    found = patches(levels.reshape(-1, *size, 3), config)
+    room, count = capacity(grid[0] * grid[1], PATCHES), capacity(len(windows(*grid, config)), WINDOWS)
+    tables = grid_tables(*grid, config, room, count)
+    repeated = {name: jnp.broadcast_to(table, (len(found), *table.shape)) for name, table in tables.items()}
+    assert len(found) == rows * len(chosen) // config.frames
+    return Grids(patches=jnp.pad(found, ((0, 0), (0, room - found.shape[1]), (0, 0))), **repeated)
