@@ -125,8 +125,8 @@ class Prompting:
 
     def __post_init__(self) -> None:
         for token in self.rewards:
-            if self.text.count(token) != 1:
-                raise UserError(f"vlm.text: holds the token {token} {self.text.count(token)} times instead of once; is it this model's prompt?")
+            if (count := self.text.count(token)) != 1:
+                raise UserError(f"vlm.text: holds the token {token} {count} times instead of once; is it this model's prompt?")
 
     def tokens(self, counts: Sequence[int], video: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and kinds (0 text, 1 picture, 2 video) up to the last reward token, and where the reward tokens are.
@@ -216,8 +216,10 @@ def ask(
     length = -(-max(len(given["ids"]) for _, given in rows) // TOKENS) * TOKENS
 
     def padded(name: str, fill: int) -> np.ndarray:
-        return np.stack([np.pad(given[name], [(0, 0)] * (given[name].ndim - 1) + [(0, length - given[name].shape[-1])], constant_values=fill)
-                         for _, given in rows]).astype(np.int32)
+        out = np.full((len(rows), *rows[0][1][name].shape[:-1], length), fill, np.int32)
+        for into, (_, given) in zip(out, rows, strict=True):
+            into[..., : given[name].shape[-1]] = given[name]
+        return out
 
     return Asked(
         **{name: np.stack([np.stack([table[name] for table in tables]) for tables, _ in rows]) for name in empty},
@@ -229,13 +231,11 @@ def ask(
 
 def frames_of(videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig) -> Grids:
     """The grids of the chosen frames of videos in [-1, 1], row by row; on the device, with tables that their size decides."""
-    rows, height, width = videos.shape[0], *videos.shape[2:4]
-    size = frame_size(height, width, config)
+    size = frame_size(videos.shape[2], videos.shape[3], config)
     grid = size[0] // config.patch, size[1] // config.patch
     levels = resized_frames(videos[:, chosen], size)
     found = patches(levels.reshape(-1, *size, 3), config)
     room, count = capacity(grid[0] * grid[1], PATCHES), capacity(len(windows(*grid, config)), WINDOWS)
     tables = grid_tables(*grid, config, room, count)
     repeated = {name: jnp.broadcast_to(table, (len(found), *table.shape)) for name, table in tables.items()}
-    assert len(found) == rows * len(chosen) // config.frames
     return Grids(patches=jnp.pad(found, ((0, 0), (0, room - found.shape[1]), (0, 0))), **repeated)
