@@ -32,7 +32,9 @@ class ModelConfig:
 
     path: checkpoint folder (diffusers layout); "embedded" is the tiny set in the package.
     dtype: dtype of the transformer's matrix products, "float32" or "bfloat16"; everything else is float32.
-    remat: rematerialisation policy of the block scan, "none", "dots" or "full".
+    remat: what a block keeps for the backward pass, "none" (everything), "dots" (outputs of linear layers), "attention" (outputs of
+        attentions) or "full" (its input alone); all but "none" compute the rest again. With "full" the forward pass of the replay is
+        the rollout's to the bit; with the others, to rounding.
     unroll: unroll the block scan (fast on CPU for few layers; program size grows with depth).
     rank, alpha: LoRA rank and alpha on q, k, v, o of both attentions, in main and VACE blocks.
     adapter: PEFT adapter to start from; "" starts from B = 0.
@@ -50,7 +52,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _require(self.kind == "vace", f"model.kind is {self.kind!r}; only 'vace' is supported")
         _require(self.dtype in ("float32", "bfloat16"), f"model.dtype is {self.dtype!r}; use float32 or bfloat16")
-        _require(self.remat in ("none", "dots", "full"), f"model.remat is {self.remat!r}; use none, dots or full")
+        _choice("model.remat", self.remat, ("none", "dots", "attention", "full"))
         _require(self.rank >= 1, f"model.rank is {self.rank}; an adapter needs a rank of 1 or more")
         _require(self.alpha > 0, f"model.alpha is {self.alpha}; use a positive number, usually the rank")
 
@@ -374,15 +376,21 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis: `data` shards the batch, `fsdp` the batch and the weights; -1 takes the devices that are left."""
+    """Devices along each axis; -1 takes the devices that are left.
+
+    data: rows. fsdp: rows and weights. seq: tokens. tensor: heads and hidden features (it must divide both).
+    """
 
     data: int = -1
     fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("data", "fsdp"):
-            _require(getattr(self, name) == -1 or getattr(self, name) >= 1, f"mesh.{name} is {getattr(self, name)}; use -1 or 1 and more")
-        _require((self.data, self.fsdp).count(-1) <= 1, "mesh: only one axis can be -1")
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name} is {size}; use -1 or 1 and more")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh: only one axis can be -1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,12 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 from PIL import Image
 
-from jax_idgrpo import conditioning, keys, policy, rollout, statistics
+from jax_idgrpo import conditioning, keys, parallel, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
 from jax_idgrpo.config import Config, RewardConfig, prompts_file
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
+from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
 from jax_idgrpo.rewards import FaceReward, References, load_reward
 from jax_idgrpo.rewards.identity import IdentityConfig
@@ -78,6 +79,9 @@ class Sampler:
         ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
         members = jnp.asarray([row.member for row in filled], jnp.int32)
         noise = keys.row_keys(keys.key(self.config.run.seed, "evaluate"), ids, members)
+        mesh = self.pipe.transformer.config.mesh
+        if mesh is not None:
+            asked, noise = jax.device_put((asked, noise), parallel.batch_sharding(mesh))
         latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
         frames = asked.frame_mask.shape[1] - self.config.data.max_people
         return np.asarray(rollout.decode(nnx.split(self.pipe.vae), latents, asked.references, frames))[: len(rows)]
@@ -102,7 +106,9 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     """The sampler of a configuration; reads the checkpoint unless it is given."""
     model = config.model
     if pipe is None:
-        pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll)
+        mesh = parallel.make_mesh(config.mesh)
+        parallel.check_rows(mesh, config.evaluate.batch, "evaluate.batch")
+        pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll, mesh=mesh)
     return Sampler(
         config=config,
         pipe=pipe,
@@ -118,13 +124,18 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
     Raises:
       UserError: an adapter does not fit the checkpoint.
     """
-    guidance = sampler.config.evaluate.guidance or sampler.config.rollout.guidance
+    guidance, mesh = sampler.config.evaluate.guidance or sampler.config.rollout.guidance, sampler.pipe.transformer.config.mesh
+
+    def model(transformer: WanTransformer) -> Model:
+        actor, lora, base = policy.split(transformer, guidance)
+        return Model(actor, lora if mesh is None else parallel.place(mesh, lora), base)
+
     rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
     plain = add_adapter(sampler.pipe.transformer, rank, alpha, keys.key(0, "init"))
-    models = {"base": Model(*policy.split(plain, guidance))}
+    models = {"base": model(plain)}
     for name, path in loras.items():
         sampler.pipe.load_lora(path)
-        models[name] = Model(*policy.split(sampler.pipe.transformer, guidance))
+        models[name] = model(sampler.pipe.transformer)
     return models
 
 
@@ -210,7 +221,7 @@ class Watch:
           UserError: the prompts or their photos cannot be used.
         """
         listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
-        batch = min(config.evaluate.batch, len(listed))
+        batch = parallel.rows_for(pipe.transformer.config.mesh, min(config.evaluate.batch, len(listed)))
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=batch))
         return cls(sampler=make_sampler(config, pipe), scorer=make_scorer(config, batch), rows=all_rows(listed, 1), folder=folder)
 

@@ -1,48 +1,71 @@
-"""The mesh, and the one table that says how parameters lie on it.
+"""The mesh, the one table that says how parameters lie on it, and how sequences are divided.
 
-Batches are sharded over `data` and `fsdp`, weights over `fsdp`. Models know nothing of this; programs receive sharded arrays and
-the compiler carries the sharding through.
+    data     rows of a batch
+    fsdp     rows of a batch, and the weights, which are gathered where a block needs them
+    seq      tokens; attention exchanges tokens for heads, so that every device sees whole sequences of some heads
+    tensor   heads and hidden features of a block, with its weights
+
+Sharding lives here: models call `divide`, `gathered` and `attend` with the mesh they were given, and know no axis by name. Without a
+mesh, or on one device, these do nothing.
+
+Sources: ZeRO, arXiv 1910.02054 (fsdp); DeepSpeed-Ulysses, arXiv 2309.14509 (seq); Megatron-LM, arXiv 1909.08053 (tensor).
 """
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
 
-BATCH = PartitionSpec(("data", "fsdp"))
+AXES = ("data", "fsdp", "seq", "tensor")
+ROWS = ("data", "fsdp")
+BATCH = PartitionSpec(ROWS)
 
-# First match wins: the path of a leaf -> the axis that is split over `fsdp`, counted from the last. Adapters, their averages and
-# their optimizer moments follow the same table; what is small stays whole.
-TABLE: tuple[tuple[str, int | None], ...] = (
-    (r"lora_[ab]$", None),
-    (r"(to_out|linear_2|proj_out)/kernel$", -2),
-    (r"/kernel$", -1),
-    (r"embedding$", -1),
-    (r".*", None),
+# First match wins: the path of a leaf -> where its last axes lie. Adapters, their averages and their optimizer moments follow the same
+# table; what is small stays whole. An axis that does not divide stays whole too.
+TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"lora_a$", ("fsdp", None)),
+    (r"lora_b$", (None, "fsdp")),
+    (r"attn[12]/to_[qkv]/kernel$", ("fsdp", "tensor")),
+    (r"attn[12]/to_[qkv]/bias$", ("tensor",)),
+    (r"attn[12]/norm_[qk]/scale$", ("tensor",)),
+    (r"attn[12]/to_out/kernel$", ("tensor", "fsdp")),
+    (r"ffn/linear_1/kernel$", ("fsdp", "tensor")),
+    (r"ffn/linear_1/bias$", ("tensor",)),
+    (r"ffn/linear_2/kernel$", ("tensor", "fsdp")),
+    (r"/kernel$", (None, "fsdp")),
+    (r"embedding$", (None, "fsdp")),
+    (r".*", ()),
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes `data` and `fsdp`; an axis of -1 takes the devices that are left.
+# ---- the mesh ------------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `AXES`; an axis of -1 takes the devices that are left.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp}
+    sizes = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
-        if size == -1:
-            sizes[name] = len(devices) // fixed
+    sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh: data {config.data} x fsdp {config.fsdp} does not use the {len(devices)} devices; set one axis to -1")
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+        asked = " x ".join(f"{name} {getattr(config, name)}" for name in AXES)
+        raise UserError(f"mesh: {asked} does not use the {len(devices)} devices; set one axis to -1, or make their product {len(devices)}")
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
@@ -56,6 +79,32 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
         raise UserError(f"{what}: {rows} rows do not divide over the {shards} batch shards of the mesh; use a multiple of {shards}")
 
 
+def rows_for(mesh: Mesh | None, rows: int) -> int:
+    """`rows`, or the next number that the batch shards divide."""
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // shards) * shards
+
+
+def check_heads(mesh: Mesh, heads: int, ffn_dim: int) -> None:
+    """Refuse a network whose heads or hidden features the `tensor` axis cannot split evenly; `seq` pads and takes any.
+
+    Raises:
+      UserError: as said.
+    """
+    shards = mesh.shape["tensor"]
+    for what, size in (("attention heads", heads), ("feed-forward features", ffn_dim)):
+        if size % shards:
+            raise UserError(f"mesh.tensor {shards} does not divide the {size} {what} of the transformer; use one that does, or mesh.seq")
+
+
+def platform(mesh: Mesh | None) -> str:
+    """What a program runs on: "cpu", "gpu" or "tpu"; without a mesh, JAX's default."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+# ---- whole arrays --------------------------------------------------------------------------------------------------------
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of an array whose batch axis comes after `leading` other axes."""
     return NamedSharding(mesh, PartitionSpec(*([None] * leading), *BATCH))
@@ -66,27 +115,97 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spec(path: str, shape: tuple[int, ...], shards: int) -> PartitionSpec:
-    """Where the table puts a leaf; an axis that `shards` does not divide stays whole."""
-    axis = next(axis for pattern, axis in TABLE if re.search(pattern, path))
-    if axis is None or shards == 1 or shape[axis] % shards:
-        return PartitionSpec()
-    entries: list[str | None] = [None] * len(shape)
-    entries[axis] = "fsdp"
-    return PartitionSpec(*entries)
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where the table puts a leaf; leading axes, such as that of layers, stay whole."""
+    last = next(axes for pattern, axes in TABLE if re.search(pattern, path))
+    axes = (None,) * (len(shape) - len(last)) + last
+    used = [name if name and shape[axis] % mesh.shape[name] == 0 and mesh.shape[name] > 1 else None for axis, name in enumerate(axes)]
+    return PartitionSpec(*used) if any(used) else PartitionSpec()
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The path of a leaf as the table reads it: its keys with a slash between."""
+    name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return re.sub(r"/(value|raw_value)$", "", name)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """The sharding of every leaf of a pytree of arrays or shapes, from the table."""
-
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-        name = re.sub(r"/(value|raw_value)$", "", name)
-        return NamedSharding(mesh, spec(name, np.shape(leaf), mesh.shape["fsdp"]))
-
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state)
 
 
 def place(mesh: Mesh, state: Any) -> Any:
     """`state` on the mesh, every leaf where the table puts it."""
     return jax.device_put(state, state_shardings(mesh, state))
+
+
+# ---- inside a program ----------------------------------------------------------------------------------------------------
+
+
+def gathered(mesh: Mesh | None, state: Any) -> Any:
+    """The parameters of a block as its products need them: whole over `fsdp`, still divided over `tensor`."""
+    if mesh is None or mesh.size == 1:
+        return state
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        kept = [name if name == "tensor" else None for name in spec(leaf_name(path), leaf.shape, mesh)]
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*kept)))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def padded(mesh: Mesh | None, tokens: int) -> int:
+    """`tokens`, or the next number that the `seq` axis divides."""
+    shards = 1 if mesh is None else mesh.shape["seq"]
+    return -(-tokens // shards) * shards
+
+
+def divide(mesh: Mesh | None, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    """A stream of tokens, rows over the batch axes and tokens over `seq`."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, "seq", None)))
+
+
+def whole_rows(mesh: Mesh | None, x: Array) -> Array:
+    """An array with its rows over the batch axes and nothing else divided."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def attend(
+    mesh: Mesh | None,
+    kernel: Callable[[Array, Array, Array, Array | None], Array],
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    lengths: Int[Array, "B"] | None,
+    split_keys: bool,
+) -> Float[Array, "B N K d"]:
+    """`kernel(q, k, v, lengths)` on every device for its rows and its heads, as one `shard_map`.
+
+    Heads lie over `tensor`, tokens over `seq`. split_keys: k and v are divided like q (self-attention), so tokens are exchanged for
+    heads before the kernel and back after it, with heads of zeros where their number does not divide. Otherwise k and v are whole on
+    every device of `seq` (a short text), and each device attends from its own tokens.
+    """
+    if mesh is None or mesh.size == 1:
+        return kernel(q, k, v, lengths)
+    shards = mesh.shape["seq"]
+    exchange = split_keys and shards > 1
+
+    def local(q: Array, k: Array, v: Array, lengths: Array | None) -> Array:
+        if not exchange:
+            return kernel(q, k, v, lengths)
+        heads = q.shape[2]
+        missing = -heads % shards
+        q, k, v = (
+            jax.lax.all_to_all(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), "seq", split_axis=2, concat_axis=1, tiled=True)
+            for x in (q, k, v)
+        )
+        out = jax.lax.all_to_all(kernel(q, k, v, lengths), "seq", split_axis=1, concat_axis=2, tiled=True)
+        return out[:, :, :heads]
+
+    tokens, keys = PartitionSpec(ROWS, "seq", "tensor"), PartitionSpec(ROWS, "seq" if split_keys else None, "tensor")
+    given = (q, k, v, lengths)
+    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, keys, keys, BATCH), out_specs=tokens, check_vma=False)(*given)

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from checkpoints_convert import checkpoint, lora, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
 from checkpoints_convert.rules import Rule, is_stored, leaves, stored, to_jax, to_torch
-from jax_idgrpo import keys
+from jax_idgrpo import keys, parallel
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
@@ -78,20 +79,22 @@ def load_pipeline(
     seed: int = 0,
     remat: str = "none",
     unroll: bool = False,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """Read a diffusers folder, or the project's store that `idgrpo-convert import` makes of one.
 
     dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
     kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
     rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
-    remat, unroll: as in `WanConfig`. UserError for a folder that is not such a pipeline or does not fit.
+    remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it.
+    UserError for a folder that is not such a pipeline or does not fit.
     """
     path = Path(path)
     if kind not in (None, *checkpoint.KINDS):
         raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
     _check_index(path)
     shift = _shift(path)
-    transformer = load_transformer(path, dtype, remat=remat, unroll=unroll)
+    transformer = load_transformer(path, dtype, remat=remat, unroll=unroll, mesh=mesh)
     found = checkpoint.kind(path, transformer.config.vace_layers is not None)
     if kind is not None and (kind == "vace") != (found == "vace"):
         raise UserError(f"{path}: kind {kind!r} was asked for, its transformer is {found!r}; leave kind out")
@@ -109,10 +112,10 @@ def load_pipeline(
 
 
 def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:
-    """The transformer of a diffusers folder; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll."""
+    """The transformer of a diffusers folder; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll, mesh."""
     folder, dtypes = Path(path) / "transformer", Dtypes.named(dtype)
     config = dataclasses.replace(_config(folder, wan.config_from_json), **run)
-    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), wan.rules(config), folder)
+    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), wan.rules(config), folder, config.mesh)
 
 
 def load_vae(path: str | Path) -> WanVAE:
@@ -170,9 +173,15 @@ def _shift(path: Path) -> float:
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path) -> Network:
+def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path, mesh: Mesh | None = None) -> Network:
     """The network that `build` describes with the tensors of `source`; no other copy of its parameters is made."""
     graph, abstract = nnx.split(nnx.eval_shape(build))
+    if mesh is not None:
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            parallel.state_shardings(mesh, abstract),
+        )
     file = store.weights_file(source)
     tensors = store.open_tensors(file)
     table = stored(rules) if is_stored(tensors) else rules

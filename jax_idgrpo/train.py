@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jax_idgrpo import conditioning, grpo, keys, parallel, policy, rollout
@@ -151,11 +152,12 @@ def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
 
 
-def load(config: Config) -> Pipeline:
-    """The pipeline of `config.model`, with a fresh adapter or the one it names."""
+def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
     model = config.model
     pipe = load_pipeline(
-        model.folder(), model.dtype, "vace", model.rank, model.alpha, seed=config.run.seed, remat=model.remat, unroll=model.unroll
+        model.folder(), model.dtype, "vace", model.rank, model.alpha,
+        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh,
     )
     if model.adapter:
         pipe.load_lora(model.adapter)
@@ -184,7 +186,7 @@ def train(config: Config, workdir: Path) -> None:
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
-    pipe = load(config)
+    pipe = load(config, mesh)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance)
     through = config.grpo.objective == "reward_gradient"
     base = parallel.place(mesh, base)

@@ -1,4 +1,4 @@
-"""Layers: linear with adapter, norms, attention and position tables against float64 NumPy."""
+"""Layers: linear with adapter, norms and position tables against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from jax_idgrpo.models.layers import (
     LoRAParam,
     RMSNorm,
     apply_rotary,
-    attention,
     layer_norm,
     matmul,
     rotary_tables,
@@ -89,54 +88,6 @@ def test_norms_keep_their_digits_far_from_zero():
     exact = np.asarray(small, np.float64)
     want = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-2)
     np.testing.assert_allclose(norm(small), want * np.asarray(norm.scale[...]), atol=1e-6)
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def reference_attention(q, k, v, mask=None):
-    """The formula in float64."""
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    logits = np.einsum("bnkd,bmkd->bknm", q, k) / np.sqrt(q.shape[-1])
-    if mask is not None:
-        logits = np.where(mask[:, None, None, :], logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("bknm,bmkd->bnkd", weights / weights.sum(-1, keepdims=True), v)
-
-
-@pytest.mark.parametrize("queries", [1, 7, 13])
-def test_attention_in_chunks_and_with_a_mask(queries):
-    """Chunks of 4 queries (the last one ragged) and no chunks give the formula, values and gradients."""
-    q, k, v = normal(0, 2, queries, 3, 8), normal(1, 2, 5, 3, 8), normal(2, 2, 5, 3, 8)
-    mask = jnp.array([[True, True, True, False, False], [True] * 5])
-    want = reference_attention(q, k, v, mask)
-    chunked = {"max_logits": 2 * 3 * 5 * 4}
-    np.testing.assert_allclose(attention(q, k, v, mask), want, atol=1e-6)
-    np.testing.assert_allclose(attention(q, k, v, mask, **chunked), want, atol=1e-6)
-    assert np.abs(np.asarray(attention(q, k, v)) - want).max() > 1e-2
-
-    def loss(q, k, v, **options):
-        return jnp.sum(attention(q, k, v, mask, **options) ** 2)
-
-    whole = jax.grad(loss, (0, 1, 2))(q, k, v)
-    parts = jax.grad(lambda *a: loss(*a, **chunked), (0, 1, 2))(q, k, v)
-    for a, b in zip(parts, whole, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_attention_of_bfloat16_with_large_logits_has_a_float32_softmax():
-    q, k, v = (jnp.asarray(normal(i, 1, 9, 2, 16), jnp.bfloat16) for i in range(3))
-    q = 20 * q  # logits of about 80
-    got = attention(q, k, v)
-    assert got.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(got, np.float32), reference_attention(q, k, v), atol=5e-2)
-
-
-def test_attention_memory_is_bounded():
-    """2 heads of 2,048 x 2,048 logits would be 32 MiB; in chunks of 1 MiB the program needs a fraction of that."""
-    q = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)
-    program = jax.jit(lambda q, k, v: attention(q, k, v, max_logits=1 << 18)).lower(q, q, q).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 8 << 20
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------

@@ -1,25 +1,21 @@
-"""Building blocks shared by the networks: dtype policy, linear layer with LoRA, norms, attention, position tables.
+"""Building blocks shared by the networks: dtype policy, linear layer with LoRA, norms, position tables.
 
 Every function works on channels-last arrays and keeps the mathematics that is sensitive to rounding (norms, rotary
-products, softmax) in float32 whatever the compute dtype is.
+products) in float32 whatever the compute dtype is.
 
 Sources: LoRA, arXiv 2106.09685; rotary positions, arXiv 2104.09864; RMSNorm, arXiv 1910.07467.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.errors import UserError
-
-# Largest float32 logits array attention holds at once; more queries than fit are worked through in chunks.
-MAX_LOGITS = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,40 +150,6 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
-
-
-def attention(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M K d"],
-    v: Float[Array, "B M K d"],
-    mask: Bool[Array, "B M"] | None = None,
-    max_logits: int = MAX_LOGITS,
-) -> Float[Array, "B N K d"]:
-    """softmax(q k^T / sqrt(d)) v per head; logits and softmax in float32, the result in v's dtype.
-
-    q is scaled in float32 and then takes k's dtype. `mask` is False for keys that nothing may attend to. At most
-    `max_logits` logits exist at once: more queries than that are worked through in equal chunks, whose logits the
-    backward pass computes again.
-    """
-    b, n, heads, d = q.shape
-    q = (q.astype(jnp.float32) / math.sqrt(d)).astype(k.dtype)
-    queries = max(1, min(n, max_logits // (b * heads * k.shape[1])))
-    if queries == n:
-        return _attention(q, k, v, mask)
-    chunks = -(-n // queries)
-    queries = -(-n // chunks)
-    q = jnp.pad(q, ((0, 0), (0, chunks * queries - n), (0, 0), (0, 0)))  # rows of zeros, dropped below
-    q = jnp.moveaxis(q.reshape(b, chunks, queries, heads, d), 1, 0)
-    out = jax.lax.map(jax.checkpoint(lambda part: _attention(part, k, v, mask)), q)
-    return jnp.moveaxis(out, 0, 1).reshape(b, chunks * queries, heads, d)[:, :n]
-
-
-def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    logits = jnp.einsum("bnkd,bmkd->bknm", q, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bknm,bmkd->bnkd", weights, v, preferred_element_type=jnp.float32).astype(v.dtype)
 
 
 @functools.lru_cache(maxsize=16)

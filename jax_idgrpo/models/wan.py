@@ -20,9 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
+from jax_idgrpo import parallel
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.attention import KEPT, attention
 from jax_idgrpo.models.layers import (
     FLOAT32,
     Dtypes,
@@ -30,7 +33,6 @@ from jax_idgrpo.models.layers import (
     Linear,
     RMSNorm,
     apply_rotary,
-    attention,
     layer_norm,
     rotary_tables,
     timestep_embedding,
@@ -41,6 +43,7 @@ PATCH = 2  # rows and columns of latents in one token; one latent frame deep
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -51,9 +54,10 @@ class WanConfig:
 
     `vace_layers`: the main blocks that receive a hint, in rising order from 0; None is plain Wan.
     `rank`, `alpha`: LoRA on the attention projections of all blocks; rank 0 is none.
-    `remat`: what a block keeps for the backward pass: "none" recomputes nothing, "full" keeps its input only, "dots" also
-    the outputs of the linear layers.
+    `remat`: what a block keeps for the backward pass: "none" recomputes nothing, "full" keeps its input only, "attention" also
+    the outputs of its attentions, "dots" also the outputs of the linear layers.
     `unroll`: write every block out instead of scanning; faster for a handful of small blocks.
+    `mesh`: the devices that its arrays lie on, None for one; it changes nothing but who computes what.
     """
 
     num_layers: int
@@ -72,6 +76,7 @@ class WanConfig:
     alpha: float = 0.0
     remat: str = "none"
     unroll: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         sizes = (
@@ -93,6 +98,8 @@ class WanConfig:
         _require(self.rank >= 0, f"rank is {self.rank}; it must be 0 (no adapter) or more")
         _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
         _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
+        if self.mesh is not None:
+            parallel.check_heads(self.mesh, self.num_heads, self.ffn_dim)
         if self.vace_layers is not None:
             layers = self.vace_layers
             _require(isinstance(layers, tuple), f"vace_layers is a {type(layers).__name__}; make it a tuple")
@@ -143,7 +150,7 @@ class Conditions(NamedTuple):
     modulation: Float[Array, "B 6 D"]
     context: Float[Array, "B L D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
-    mask: Bool[Array, "B N"] | None
+    lengths: Int[Array, "B"] | None
 
 
 class Attention(nnx.Module):
@@ -156,20 +163,21 @@ class Attention(nnx.Module):
         self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
         self.norm_q = RMSNorm(config.width, eps=config.eps)
         self.norm_k = RMSNorm(config.width, eps=config.eps)
-        self.num_heads, self.compute = config.num_heads, dtypes.compute
+        self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
 
     def __call__(
         self,
         x: Float[Array, "B N D"],
         context: Float[Array, "B M D"],
         rotary: tuple[Array, Array] | None = None,
-        mask: Bool[Array, "B M"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B N D"]:
+        """From the tokens x to those of the context; with `rotary` these are x itself, so that both are divided alike."""
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         q, k, v = self._heads(q), self._heads(k), self._heads(self.to_v(context))
         if rotary is not None:
             q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        out = attention(q, k.astype(self.compute), v, mask)
+        out = attention(q, k.astype(self.compute), v, lengths, mesh=self.mesh, split_keys=rotary is not None)
         return self.to_out(out.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:
@@ -203,7 +211,7 @@ class Block(nnx.Module):
         rows = self.scale_shift_table[...] + conditions.modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (rows[:, i, None, :] for i in range(6))
         h = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
-        x = _add(x, gate_a * self.attn1(h, h, conditions.rotary, conditions.mask).astype(jnp.float32))
+        x = _add(x, gate_a * self.attn1(h, h, conditions.rotary, conditions.lengths).astype(jnp.float32))
         x = _add(x, self.attn2(self.norm2(x), conditions.context))
         h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
         return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
@@ -294,8 +302,8 @@ class WanTransformer(nnx.Module):
 
         `latents` [B,T,H,W,16] normalised, H and W even; `timesteps` integers 0 .. 999; `text` [B,L,Dt], padding rows zero:
         they are attended to, as in the published models. `control` [B,T,H,W,96] for VACE, and only there; `control_scale`
-        one number or one per VACE block. Frames where `frame_mask` is False are hidden from all others, and their own
-        velocity means nothing. Raises UserError for shapes that do not fit.
+        one number or one per VACE block. `frame_mask` [B,T] is True on a row's first frames; those behind are hidden from them, and
+        their own velocity means nothing. Raises UserError for shapes that do not fit.
         """
         config, stream = self.config, self.dtypes.residual
         self._check(latents, timesteps, text, control, frame_mask)
@@ -303,20 +311,31 @@ class WanTransformer(nnx.Module):
         grid = (frames, height // PATCH, width // PATCH)
 
         time, modulation, context = self.condition_embedder(timesteps, text.astype(self.dtypes.compute))
-        mask = None if frame_mask is None else jnp.repeat(frame_mask, grid[1] * grid[2], axis=1)
-        conditions = Conditions(modulation, context, rotary_tables(config.head_dim, *grid), mask)
-        x = self.patch_embedding(_patches(latents)).astype(stream)
+        time, modulation, context = (parallel.whole_rows(config.mesh, a) for a in (time, modulation, context))
+        tokens = frames * grid[1] * grid[2]
+        padding = parallel.padded(config.mesh, tokens) - tokens
+        lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
+        if padding and lengths is None:
+            lengths = jnp.full(b, tokens, jnp.int32)
+        cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rotary_tables(config.head_dim, *grid))
+        conditions = Conditions(modulation, context, (cos, sin), lengths)
+        x = self.patch_embedding(self._divided(latents, padding)).astype(stream)
         if config.vace_layers is None:
             x = self._run_plain(x, conditions)
         else:
-            c = self.vace_proj_in(self.vace_patch_embedding(_patches(control)))
+            c = self.vace_proj_in(self.vace_patch_embedding(self._divided(control, padding)))
             scale = self._scale(control_scale)
             x = self._run_groups(x, _add(x, c), scale, conditions)
 
         shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
+        y = parallel.whole_rows(config.mesh, y)[:, :tokens]
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
         return y.reshape(b, frames, height, width, config.out_channels)
+
+    def _divided(self, x: Array, padding: int) -> Float[Array, "B N F"]:
+        """The patches of x, followed by `padding` tokens of zeros, over the mesh."""
+        return parallel.divide(self.config.mesh, jnp.pad(_patches(x), ((0, 0), (0, padding), (0, 0))))
 
     def _run_plain(self, x: Array, conditions: Conditions) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
@@ -362,9 +381,10 @@ class WanTransformer(nnx.Module):
     def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
         """-> a function (parameters of one block, stream) -> stream under the remat policy, and the stacked parameters."""
         graph, parameters = nnx.split(stack)
+        mesh = self.config.mesh
 
         def apply(block: nnx.State, x: Array) -> Array:
-            return nnx.merge(graph, block)(x, conditions)
+            return parallel.divide(mesh, nnx.merge(graph, parallel.gathered(mesh, block))(x, conditions))
 
         policy = REMAT[self.config.remat]
         return apply if policy is None else jax.checkpoint(apply, policy=policy), parameters

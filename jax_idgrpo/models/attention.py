@@ -1,0 +1,226 @@
+"""softmax(q k^T / sqrt(d)) v, by the kernel that fits the machine. The only place that attends over tokens of a video.
+
+    cpu              exact: logits and softmax in float32, worked through in parts that fit the cache
+    gpu, bfloat16    cuDNN flash attention, through `jax.nn.dot_product_attention`
+    gpu, float32     exact: cuDNN has no float32 kernel
+    tpu              splash attention, a Pallas kernel that comes with JAX
+
+Keys are hidden from a row's length on, a right tail: padding always stands behind what counts. All of them keep logits and softmax in
+float32, and none holds more logits at once than a bound.
+
+Sources: FlashAttention, arXiv 2205.14135 and 2307.08691 (the backward pass from the log-sum-exp of each row).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jax_idgrpo import parallel
+
+# Largest number of float32 logits that exist at once: on the CPU what stays in its cache.
+MAX_LOGITS = {"cpu": 1 << 20}
+DEFAULT_MAX_LOGITS = 1 << 28
+
+KEPT = "attention"
+"""Name of what the backward pass needs of an attention beside its operands, for rematerialisation policies."""
+
+LANES = 128  # of a TPU: blocks of a kernel are multiples of it
+LARGEST_BLOCK = 1024
+
+
+def attention(
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    split_keys: bool = False,
+    max_logits: int | None = None,
+) -> Float[Array, "B N K d"]:
+    """Attention per head, in v's dtype; row b attends to the first `lengths[b]` keys, at least one, or to all.
+
+    q is scaled in float32 and then takes k's dtype. split_keys: see `parallel.attend`. max_logits: of the exact kernel; None is what
+    suits the platform.
+    """
+    platform = parallel.platform(mesh)
+    q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(k.dtype)
+    if platform == "tpu":
+        kernel = splash
+    elif platform == "gpu" and k.dtype == jnp.bfloat16:
+        kernel = functools.partial(fused, implementation="cudnn")
+    else:
+        kernel = functools.partial(exact, max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS))
+    return parallel.attend(mesh, kernel, q, k, v, lengths, split_keys)
+
+
+def fused(
+    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], lengths: Int[Array, "B"] | None, implementation: str
+) -> Float[Array, "B N K d"]:
+    """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library."""
+    return jax.nn.dot_product_attention(q, k, v, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation)
+
+
+# ---- exact ---------------------------------------------------------------------------------------------------------------
+
+
+def exact(
+    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], lengths: Int[Array, "B"] | None, max_logits: int
+) -> Float[Array, "B N K d"]:
+    """Attention of a scaled q in plain XLA, some heads or some queries at a time; the backward pass computes the weights again."""
+    b, n, heads, d = q.shape
+    together, parts = _parts(b * heads, n, k.shape[1], max_logits)
+    q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
+    q = jnp.pad(q, ((0, 0), (0, -n % parts), (0, 0)))  # queries of zeros, dropped below
+    hidden = None if lengths is None else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
+    out = _exact(q, k, v, hidden, together, parts)[:, :n]
+    return out.reshape(b, heads, n, d).swapaxes(1, 2)
+
+
+def _parts(groups: int, queries: int, keys: int, max_logits: int) -> tuple[int, int]:
+    """(heads worked on together, parts that the queries are cut into)."""
+    together = max(size for size in range(1, groups + 1) if groups % size == 0 and (size == 1 or size * queries * keys <= max_logits))
+    return together, min(queries, -(-queries * keys * together // max_logits))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _exact(q: Array, k: Array, v: Array, hidden: Array | None, together: int, parts: int) -> Array:
+    """q [G,N,d], k and v [G,M,d], hidden [G,M] -> [G,N,d]; `parts` divides N, `together` divides G."""
+    return _exact_forward(q, k, v, hidden, together, parts)[0]
+
+
+def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
+    logits = jnp.einsum("gnd,gmd->gnm", q, k, preferred_element_type=jnp.float32)
+    return logits if hidden is None else jnp.where(hidden[:, None, :], jnp.finfo(jnp.float32).min, logits)
+
+
+def _map(function, arrays, size: int):
+    """`function` over the leading axis of the arrays, `size` rows at a time."""
+    count = len(jax.tree.leaves(arrays)[0]) // size
+    if count == 1:
+        return function(arrays)
+    split = jax.tree.map(lambda x: x.reshape(count, size, *x.shape[1:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
+
+
+def _cut(x: Array, parts: int) -> Array:
+    """[G,N,...] -> [parts,G,N/parts,...]"""
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """The inverse of `_cut`."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, together: int, parts: int) -> tuple[Array, tuple]:
+    def heads(arrays: tuple) -> tuple[Array, Array]:
+        q, k, v, hidden = arrays
+
+        def queries(q: Array) -> tuple[Array, Array]:
+            logits = _weights(q, k, hidden)
+            top = jnp.max(logits, axis=-1, keepdims=True)
+            weights = jnp.exp(logits - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            out = jnp.einsum("gnm,gmd->gnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+            return out.astype(v.dtype), top + jnp.log(total)
+
+        if parts == 1:
+            return queries(q)
+        return jax.tree.map(_join, jax.lax.map(queries, _cut(q, parts)))
+
+    out, log_total = checkpoint_name(_map(heads, (q, k, v, hidden), together), KEPT)
+    return out, (q, k, v, hidden, out, log_total)
+
+
+def _exact_backward(together: int, parts: int, saved: tuple, gradient: Array) -> tuple:
+    def heads(arrays: tuple) -> tuple[Array, Array, Array]:
+        q, k, v, hidden, out, log_total, gradient = arrays
+
+        def queries(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
+            q, out, log_total, gradient = part
+            weights = jnp.exp(_weights(q, k, hidden) - log_total)
+            dv = jnp.einsum("gnm,gnd->gmd", weights.astype(v.dtype), gradient, preferred_element_type=jnp.float32)
+            dweights = jnp.einsum("gnd,gmd->gnm", gradient, v, preferred_element_type=jnp.float32)
+            delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+            dlogits = (weights * (dweights - delta)).astype(q.dtype)
+            dq = jnp.einsum("gnm,gmd->gnd", dlogits, k, preferred_element_type=jnp.float32)
+            dk = jnp.einsum("gnm,gnd->gmd", dlogits, q, preferred_element_type=jnp.float32)
+            return (sums[0] + dk, sums[1] + dv), dq
+
+        nothing = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+        over = (q, out, log_total, gradient)
+        if parts == 1:
+            (dk, dv), dq = queries(nothing, over)
+        else:
+            (dk, dv), dq = jax.lax.scan(queries, nothing, jax.tree.map(lambda x: _cut(x, parts), over))
+            dq = _join(dq)
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    return *_map(heads, (*saved, gradient), together), None
+
+
+_exact.defvjp(_exact_forward, _exact_backward)
+
+
+# ---- splash --------------------------------------------------------------------------------------------------------------
+
+
+def splash(
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    lengths: Int[Array, "B"] | None,
+    interpret: bool = False,
+) -> Float[Array, "B N K d"]:
+    """Attention of a scaled q by the TPU kernel; lengths that are no multiple of its blocks are padded, and the padding is hidden.
+
+    interpret: run the kernel's instructions on any machine, slowly, for tests.
+    """
+    _, n, heads, d = q.shape
+    m = k.shape[1]
+    block_q, block_kv = block(n), block(m)
+    size_q, size_kv = -(-n // block_q) * block_q, -(-m // block_kv) * block_kv
+
+    def fit(x: Array, size: int) -> Array:
+        """[B,N,K,d] -> [B,K,size,d'], zeros behind; d' fills the lanes."""
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, -d % LANES)))
+
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((size_q, size_kv))] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q, block_kv_dq=block_kv
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+
+    def row(q: Array, k: Array, v: Array, length: Array | None) -> Array:
+        if length is None:
+            return kernel(q, k, v)
+        ids = splash_attention_kernel.SegmentIds(
+            q=jnp.zeros(size_q, jnp.int32), kv=(jnp.arange(size_kv) >= length).astype(jnp.int32)
+        )
+        return kernel(q, k, v, segment_ids=ids)
+
+    if lengths is None and size_kv > m:
+        lengths = jnp.full(len(q), m, jnp.int32)
+    out = jax.vmap(row)(fit(q, size_q), fit(k, size_kv), fit(v, size_kv), lengths)
+    return out[:, :, :n, :d].swapaxes(1, 2)
+
+
+def block(length: int) -> int:
+    """Rows of a kernel's block for `length` tokens: a multiple of the lanes, large, that leaves little padding."""
+
+    def cost(size: int) -> float:
+        return -(-length // size) * (size + LANES / 2)  # the second term stands for what each block costs by itself
+
+    return min(range(LANES, LARGEST_BLOCK + 1, LANES), key=cost)
