@@ -5,20 +5,32 @@ Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one li
 
 import argparse
 import collections
+import contextlib
+import dataclasses
 import itertools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from checkpoints_convert import checkpoint
-from checkpoints_convert.checkpoint import Network
+from checkpoints_convert import card, checkpoint, store, writing
+from checkpoints_convert.checkpoint import ADAPTER_CONFIG, TRANSFORMER, Checkpoint
+from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError
 
-SHOWN = 10  # differences that `verify` prints
-FORMATS = ("diffusers", "peft")
+SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints
+PIPELINE_FORMATS = ("diffusers", "original")
+ADAPTER_FORMATS = ("peft", "diffusers-lora", "merged")
+SIZES = {  # tensors of the published transformers
+    (1264, 2_153_972_032): "1.3B",
+    (1331, 17_337_592_896): "14B",
+    (825, 1_418_996_800): "1.3B",
+    (1095, 14_288_491_584): "14B",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,89 +40,141 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def describe(networks: Sequence[Network]) -> None:
-    """One line per network: layout, counts, bytes, dtypes; then whatever does not fit, as a UserError."""
-    for network in networks:
+@contextlib.contextmanager
+def bar(total: int, done: int) -> Iterator[store.Progress]:
+    """A progress bar in bytes on standard error, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=4) as progress:
+        task = progress.add_task("writing", total=total, completed=done)
+        yield lambda name, count: progress.update(task, advance=count)
+
+
+def describe(found: Checkpoint) -> None:
+    """A line per network: layout, counts, bytes, dtypes; then whatever does not fit, as a UserError."""
+    for network in found.networks.values():
         tensors = network.tensors.values()
-        sizes = [int(np.prod(tensor.shape, dtype=np.int64)) for tensor in tensors]
-        total = sum(size * tensor.dtype.itemsize for size, tensor in zip(sizes, tensors, strict=True))
+        count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
-        kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+        kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
+        name = SIZES.get((len(tensors), count))
         print(
-            f"{network.part}: {network.layout} layout, {len(sizes)} tensors, {sum(sizes):,} parameters, "
-            f"{total:,} bytes, {kinds} ({network.source})"
+            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, {len(tensors)} tensors, {count:,} parameters, "
+            f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
         )
-    for network in networks:
+        if network.extra:
+            more = ", ..." if len(network.extra) > SHOWN else ""
+            print(f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}")
+    for network in found.networks.values():
         network.matched()
 
 
-def run_inspect(path: Path) -> int:
-    networks = checkpoint.open_checkpoint(path)
-    if networks[0].part == "transformer":
-        print(f"kind: {checkpoint.kind(path, takes_control(networks[0]))}")
-    describe(networks)
-    print("complete: every tensor of the network, no other")
+def run_inspect(path: Path, kind: str | None) -> int:
+    found = checkpoint.open_checkpoint(path, kind)
+    if found.kind is not None:
+        print(f"kind: {found.kind}" + (", or phantom, which has the same tensors" if found.kind == "wan" and kind is None else ""))
+    describe(found)
+    lacking = [] if found.adapter else found.missing()
+    print("complete: every tensor of " + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks"))
+    if lacking:
+        print(f"not here: {', '.join(lacking)}, for a whole pipeline")
     return 0
 
 
-def run_verify(left: Path, right: Path) -> int:
-    sides = [checkpoint.open_checkpoint(path) for path in (left, right)]
+def run_verify(left: Path, right: Path, kind: str | None) -> int:
+    sides = [checkpoint.open_checkpoint(path, kind) for path in (left, right)]
     count = 0
-    for line in itertools.islice(checkpoint.differences(*sides), SHOWN + 1):
+    if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
+        print(f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared")
+    for line in itertools.islice(checkpoint.differences(*(side.networks for side in sides)), SHOWN + 1):
         count += 1
         print(line if count <= SHOWN else "...")
     if count:
         return 1
-    tensors = sum(len(network.tensors) for network in sides[0])
+    tensors = sum(len(network.slots) for network in sides[0].networks.values())
     print(f"equal: {tensors} tensors, bit for bit")
     return 0
 
 
-def run_import(source: Path, destination: Path, kind: str | None) -> int:
-    networks = checkpoint.open_checkpoint(source)
-    if networks[0].part == "adapter":
-        if kind is not None:
-            raise UserError(f"--as {kind}: {source} is an adapter, which has no kind; leave it out")
-        checkpoint.write_adapter(networks[0], destination)
+def run_import(source: Path, destination: Path, kind: str | None, rest: Path | None) -> int:
+    found = checkpoint.open_checkpoint(source, kind)
+    if found.adapter is not None:
+        for option, value in (("--as", kind), ("--with", rest)):
+            if value is not None:
+                raise UserError(f"{option} {value}: {source} is an adapter, which needs none; leave it out")
+        writing.write_peft(found.adapter, destination)
     else:
-        found = pipeline_kind(source, networks, kind)
-        checkpoint.write_pipeline(networks, destination, "store", found)
+        if kind is not None and TRANSFORMER not in found.networks:
+            raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
+        if rest is not None:
+            found = checkpoint.completed(found, checkpoint.open_checkpoint(rest))
+        for network in found.networks.values():
+            if network.extra:
+                print(f"{network.part}: left out {len(network.extra)} tensors that it does not have: {', '.join(network.extra[:SHOWN])}")
+        writing.write_store(found, destination, bar)
     print(f"wrote {destination}")
     return 0
 
 
-def run_export(source: Path, destination: Path, form: str) -> int:
-    networks = checkpoint.open_checkpoint(source)
-    adapter = networks[0].part == "adapter"
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: cannot be written yet; choose {' or '.join(FORMATS)}")
-    if adapter != (form == "peft"):
-        raise UserError(
-            f"--format {form}: {source} is {'an adapter' if adapter else 'a pipeline'}; "
-            f"choose {'peft' if adapter else 'diffusers'}"
-        )
-    if adapter:
-        checkpoint.write_adapter(networks[0], destination)
+def adapter_place(source: Path) -> Path:
+    """The adapter that a run's workdir holds, or the path as it is."""
+    inside = source / "export"
+    return inside if not (source / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else source
+
+
+def training_of(export: Path) -> dict[str, Any] | None:
+    """The configuration of the run whose workdir the export lies in."""
+    file = export.absolute().parent / "config.json"
+    values = store.read_json(file) if file.is_file() else {}
+    return values if {"model", "rollout", "grpo"} <= values.keys() else None
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    form, destination = arguments.form, arguments.destination
+    source = adapter_place(arguments.source)
+    found = checkpoint.open_checkpoint(source, arguments.kind)
+    choices = PIPELINE_FORMATS if found.adapter is None else ADAPTER_FORMATS
+    if form not in choices:
+        what = "a pipeline" if found.adapter is None else "an adapter"
+        raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
+    if arguments.base is not None and form != "merged":
+        raise UserError(f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model")
+    training = training_of(source)
+    trained_on = (training or {}).get("model", {}).get("path") or None
+    named = arguments.base_model or trained_on
+    if found.adapter is None:
+        write = writing.write_diffusers if form == "diffusers" else writing.write_original
+        write(found, destination, card_of(arguments, found, named, training, None), bar)
+    elif form == "merged":
+        place = arguments.base or trained_on
+        if place is None:
+            raise UserError(f"--format merged: the base model of {source} is not known; give it with --base")
+        base = checkpoint.open_checkpoint(place, arguments.kind)
+        text = card_of(arguments, base, str(named or place), training, found.adapter.config)
+        writing.write_diffusers(base, destination, text, bar, adapter=found.adapter)
     else:
-        found = pipeline_kind(source, networks, None)
-        checkpoint.write_pipeline(networks, destination, "diffusers", found)
+        text = card_of(arguments, found, named, training, found.adapter.config)
+        if form == "peft":
+            values = {**found.adapter.values, "base_model_name_or_path": named and str(named)}
+            writing.write_peft(dataclasses.replace(found.adapter, values=values), destination, text)
+        else:
+            writing.write_diffusers_lora(found.adapter, destination, text)
     print(f"wrote {destination}")
     return 0
 
 
-def takes_control(transformer: Network) -> bool:
-    """Whether it has VACE blocks."""
-    return transformer.values.get("vace_layers") is not None
-
-
-def pipeline_kind(source: Path, networks: Sequence[Network], asked: str | None) -> str:
-    """The kind of a whole pipeline, which `asked` may narrow from wan to phantom."""
-    if len(networks) == 1:
-        raise UserError(f"{source}: is a single {networks[0].part}; give the pipeline folder that it belongs to")
-    found = checkpoint.kind(source, takes_control(networks[0]))
-    if asked is not None and (asked == "vace") != (found == "vace"):
-        raise UserError(f"--as {asked}: the transformer of {source} is {found}; leave it out")
-    return asked or found
+def card_of(
+    arguments: argparse.Namespace,
+    base: Checkpoint,
+    named: str | None,
+    training: Mapping[str, Any] | None,
+    scale: tuple[int, float] | None,
+) -> str:
+    """The model card of an export. base: what is in it, or the adapter."""
+    what = {"merged": "Video model with a merged adapter", "peft": "LoRA adapter", "diffusers-lora": "LoRA adapter"}
+    title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
+    pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
+    return card.render(arguments.form, title, named, arguments.license, training, scale, pipeline)
 
 
 def parser() -> Parser:
@@ -121,17 +185,22 @@ def parser() -> Parser:
     two = commands.add_parser("verify", help="compare two checkpoints of any layouts tensor by tensor")
     two.add_argument("left", type=Path)
     two.add_argument("right", type=Path)
-    into = commands.add_parser(
-        "import", help="a diffusers folder into the project's store, any adapter into PEFT's form"
-    )
-    out = commands.add_parser("export", help="the store or a pipeline to diffusers, an adapter to PEFT")
+    into = commands.add_parser("import", help="any published layout into the project's store, any adapter into PEFT's form")
+    out = commands.add_parser("export", help="the store or any layout to diffusers or the original names, an adapter to its formats")
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)
+    for command in (one, two, into, out):
+        command.add_argument(
+            "--as", dest="kind", choices=checkpoint.KINDS, help="phantom has plain Wan's tensors: say so here; the store remembers"
+        )
     into.add_argument(
-        "--as", dest="kind", choices=checkpoint.KINDS, help="phantom has plain Wan's tensors: say so here"
+        "--with", dest="rest", type=Path, metavar="FOLDER", help="where the networks and the tokenizer come from that SOURCE lacks"
     )
-    out.add_argument("--format", dest="form", required=True, metavar="|".join(FORMATS))
+    out.add_argument("--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS))
+    out.add_argument("--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into")
+    out.add_argument("--base-model", metavar="NAME", help="the base model as the model card names it; default: that of the run")
+    out.add_argument("--license", default=card.LICENSE, help="the licence field of the model card; default: %(default)s")
     return top
 
 
@@ -139,12 +208,12 @@ def run(words: Sequence[str]) -> int:
     """Run the command; -> exit status. UserError for a user's mistake."""
     arguments = parser().parse_args(words)
     if arguments.command == "inspect":
-        return run_inspect(arguments.path)
+        return run_inspect(arguments.path, arguments.kind)
     if arguments.command == "verify":
-        return run_verify(arguments.left, arguments.right)
+        return run_verify(arguments.left, arguments.right, arguments.kind)
     if arguments.command == "import":
-        return run_import(arguments.source, arguments.destination, arguments.kind)
-    return run_export(arguments.source, arguments.destination, arguments.form)
+        return run_import(arguments.source, arguments.destination, arguments.kind, arguments.rest)
+    return run_export(arguments)
 
 
 def main() -> None:

@@ -1,17 +1,19 @@
 """What a path holds, in whatever layout: its networks, each with its config, its table and its tensors.
 
-Layouts: the diffusers folder (a pipeline, or one network of it); the project's store, which is the same folder with the
-weights under our names (`parameters.safetensors`) and the kind of model in `store.json`; a PEFT adapter; a LoRA file of
-diffusers. Which one it is, is read off tensor names and config fields, never off the path.
+Layouts: the diffusers folder (a pipeline, or one network of it); the original folder of Wan and Phantom, or one file of it;
+the project's store, which is the diffusers folder with the weights under our names (`parameters*.safetensors`) and the kind
+of model in `store.json`; a PEFT adapter; a LoRA file of diffusers. Which network and which layout a file is, its tensors'
+names say, never its own name. Phantom has exactly plain Wan's tensors: the user or the store says that it is Phantom.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert import lora, rules, store, umt5, vae, wan
+from checkpoints_convert.lazy import LazyTensor, pieces
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32
@@ -31,64 +34,148 @@ INDEX = "model_index.json"
 STORE = "store.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OUR_WEIGHTS = "parameters.safetensors"
+SCHEDULER_CONFIG = "scheduler_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 KINDS = ("vace", "wan", "phantom")
+SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
+TRANSFORMER = "transformer"
+ADAPTER = "adapter"
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One kind of network: its table, its module, the name of its weights in the published layout."""
+    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
 
     table: ModuleType
     build: Callable[[Any], nnx.Module]
+    published: str  # of the layout that its table calls by its default
     weights: str
+    original: str
+    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
 
 
 FAMILIES = {
-    "transformer": Family(
+    TRANSFORMER: Family(
         wan,
         lambda config: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
         "diffusion_pytorch_model.safetensors",
     ),
-    "vae": Family(vae, lambda config: WanVAE(config, rngs=nnx.Rngs(0)), "diffusion_pytorch_model.safetensors"),
+    "vae": Family(
+        vae,
+        lambda config: WanVAE(config, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
+        "Wan2.1_VAE.pth",
+    ),
     "text_encoder": Family(
-        umt5, lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)), "model.safetensors"
+        umt5,
+        lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "transformers",
+        "model",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        umt5.IGNORED,
     ),
 }
-CLASSES = {  # class named by a config.json -> part
-    "WanTransformer3DModel": "transformer",
-    "WanVACETransformer3DModel": "transformer",
+CLASSES = {  # class named by a config.json of the diffusers layout -> part
+    "WanTransformer3DModel": TRANSFORMER,
+    "WanVACETransformer3DModel": TRANSFORMER,
     "AutoencoderKLWan": "vae",
     "UMT5EncoderModel": "text_encoder",
 }
+BLOCK = r"(vace_)?blocks\.\d+\."
+SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
+    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
+    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
+    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
+    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
+    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
+    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
+    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
+}
+
+
+def identify(names: Iterable[str]) -> tuple[str, str] | None:
+    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
+    names = list(names)
+    if any(".lora_" in name for name in names):
+        return ADAPTER, "peft"
+    stored = rules.is_stored(names)
+    counts = {
+        sign: sum(bool(re.match(pattern, name)) for name in names)
+        for sign, pattern in SIGNS.items()
+        if (sign[1] == "store") == stored
+    }
+    best = max(counts, key=lambda sign: counts[sign])
+    return best if counts[best] else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     """One network of a checkpoint.
 
-    part: transformer, vae, text_encoder or adapter. layout: diffusers, transformers, store, peft or diffusers-lora.
-    values: its config as found, or for an adapter {r, lora_alpha}. table: published names against ours.
-    shapes: abstract parameters. tensors: what the files hold, by the names of the layout.
+    part: transformer, vae, text_encoder or adapter. layout: diffusers, transformers, original, store, peft or diffusers-lora.
+    config: of our module, or (rank, alpha) of an adapter. values: the config as the published layout writes it.
+    table: names of the published layout against ours. shapes: abstract parameters. tensors: what the files hold, by the names
+    of the layout. source: what was opened. original: the config.json of the original layout, as found.
+    surplus: whether names that the network does not have are passed over, as in the published Phantom file.
     """
 
     part: str
     layout: str
+    config: Any
     values: Mapping[str, Any]
     table: list[Rule]
     shapes: Any
-    tensors: Mapping[str, store.LazyTensor]
+    tensors: Mapping[str, LazyTensor]
     source: Path
+    original: Mapping[str, Any] | None = None
+    surplus: bool = False
 
-    @property
+    @functools.cached_property
     def slots(self) -> list[Slot]:
         """The table written out, in the layout that the tensors are in."""
         return rules.expand(rules.stored(self.table) if self.layout == "store" else self.table, self.shapes)
 
-    def matched(self) -> Iterator[tuple[Slot, store.LazyTensor]]:
+    @functools.cached_property
+    def extra(self) -> list[str]:
+        """Tensors of the files that the network does not have and that are passed over."""
+        known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
+        ignored = () if self.part == ADAPTER else FAMILIES[self.part].ignored
+        return sorted(name for name in self.tensors if name not in known and (self.surplus or name.startswith(ignored)))
+
+    def matched(self) -> list[tuple[Slot, LazyTensor]]:
         """Each slot with its tensor; ConversionError when they do not fit."""
-        found = rules.match(self.slots, self.tensors, str(self.source))
-        return ((slot, found[slot.torch]) for slot in self.slots)
+        passed = set(self.extra)
+        wanted = {name: tensor for name, tensor in self.tensors.items() if name not in passed}
+        found = rules.match(self.slots, wanted, str(self.source))
+        return [(slot, found[slot.torch]) for slot in self.slots]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a path holds. networks: by part. kind: vace, wan or phantom, None without a transformer.
+
+    tokenizer, scheduler: the folders of these, where there are some.
+    """
+
+    path: Path
+    networks: Mapping[str, Network]
+    kind: str | None
+    tokenizer: Path | None = None
+    scheduler: Path | None = None
+
+    @property
+    def adapter(self) -> Network | None:
+        return self.networks.get(ADAPTER)
+
+    def missing(self) -> list[str]:
+        """The parts of a pipeline that are not here."""
+        parts = [part for part in FAMILIES if part not in self.networks]
+        return parts + ["tokenizer"] * (self.tokenizer is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +190,10 @@ class Moved:
     def dtype(self) -> np.dtype:
         return self.tensor.dtype
 
+    @property
+    def origin(self) -> str:
+        return self.tensor.origin
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.move(np.asarray(self.tensor)), dtype=dtype, copy=copy)
 
@@ -114,14 +205,17 @@ def ours(network: Network) -> dict[str, Moved]:
 
 def published(network: Network, table: list[Rule] | None = None) -> dict[str, Moved]:
     """The tensors under the names of `table` (default: the network's own) and in torch's layout."""
-    parameters = ours(network)
+    return renamed(ours(network), network.table if table is None else table, network.shapes)
+
+
+def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> dict[str, Moved]:
+    """Parameters under our names as tensors under the names of `table` and in torch's layout."""
     return {
-        slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape)
-        for slot in rules.expand(table or network.table, network.shapes)
+        slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape) for slot in rules.expand(table, shapes)
     }
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -137,27 +231,67 @@ def naming(file: Path) -> Iterator[None]:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
-def open_network(folder: Path) -> Network:
-    """One network with its `config.json`, in the published layout or the store's."""
-    values = store.read_json(folder / "config.json")
-    named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
-    if named not in CLASSES:
-        hint = "the original Wan layout is not read yet" if "model_type" in values else "no network of this project"
-        raise UserError(f"{folder / 'config.json'}: describes {named or 'no class'}, {hint}; give {', '.join(CLASSES)}")
-    part = CLASSES[named]
-    family = FAMILIES[part]
-    with naming(folder / "config.json"):
-        config = family.table.config_from_json(values)
-    tensors = store.open_tensors(folder)
+def open_network(path: Path, kind: str | None = None) -> Network:
+    """One network: a folder with `config.json` and weights, or a file of weights.
+
+    kind: "phantom" lets its published file hold names beside the network's. UserError for anything else.
+    """
+    return _network(store.weights_file(path), kind)
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(part: str, config: Any) -> nnx.State:
+    """The abstract parameters of a network; nobody changes them."""
+    return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
+
+
+def _network(file: Path, kind: str | None) -> Network:
+    """The network in a file of weights or in the shards of an index."""
+    tensors = store.open_tensors(file)
+    found = identify(tensors)
+    if found is None:
+        names = ", ".join(sorted(tensors)[:3]) or "none"
+        raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}")
+    part, layout = found
+    if part == ADAPTER:
+        return open_adapter(file)
+    family, beside, original = FAMILIES[part], file.parent / "config.json", None
+    if layout != "original":
+        values = store.read_json(beside)
+        named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
+        with naming(beside):
+            config = family.table.config_from_json(values)
+        if CLASSES.get(str(named)) != part:  # such as a class that holds this network among others
+            values = family.table.config_to_json(config)
+    else:
+        if part == TRANSFORMER and beside.is_file():
+            original = store.read_json(beside)
+        with naming(file if original is None else beside):
+            config = family.table.config_from_shapes(tensors, layout, *([original] if part == TRANSFORMER else []))
+        values = family.table.config_to_json(config)
     return Network(
         part=part,
-        layout="store" if rules.is_stored(tensors) else "transformers" if part == "text_encoder" else "diffusers",
+        layout=layout,
+        config=config,
         values=values,
-        table=family.table.rules(config),
-        shapes=nnx.state(nnx.eval_shape(lambda: family.build(config))),
+        table=family.table.rules(config, family.published if layout == "store" else layout),
+        shapes=_shapes(part, config),
         tensors=tensors,
-        source=folder,
+        source=file,
+        original=original,
+        surplus=kind == "phantom" and part == TRANSFORMER and layout == "original",
     )
+
+
+def fill(network: Network, abstract: Any) -> Any:
+    """The tree `abstract` with the tensors of the network, as in `rules.to_jax`: each host reads what its devices hold."""
+    table = rules.stored(network.table) if network.layout == "store" else network.table
+    extra = set(network.extra)
+    tensors = {name: tensor for name, tensor in network.tensors.items() if name not in extra}
+    return rules.to_jax(table, tensors, abstract, str(network.source))
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
@@ -203,8 +337,9 @@ def open_adapter(path: Path) -> Network:
     prefix = lora.prefix(tensors)
     table = lora.rules(lora.stacks_of(tensors, prefix), prefix)
     return Network(
-        part="adapter",
+        part=ADAPTER,
         layout="peft" if config is not None else "diffusers-lora",
+        config=(rank, alpha),
         values=lora.config_to_json(rank, alpha),
         table=table,
         shapes=rules.infer(table, tensors, str(weights)),
@@ -213,99 +348,132 @@ def open_adapter(path: Path) -> Network:
     )
 
 
-def open_checkpoint(path: str | Path) -> list[Network]:
-    """The networks at `path`: those of a pipeline folder, a single one, or an adapter. UserError for anything else."""
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
+    """What `path` holds: a pipeline or some networks of one, or an adapter. UserError for anything else.
+
+    kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: does not exist; give a checkpoint")
-    if (path / INDEX).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
+        networks = [open_adapter(path)]
+    elif (path / INDEX).is_file():
+        store.read_json(path / INDEX)
+        kind = _stated_kind(path, kind)
         missing = [part for part in FAMILIES if not (path / part).is_dir()]
         if missing:
             raise UserError(f"{path}: has no folder {missing[0]}/; get the whole pipeline")
-        return [open_network(path / part) for part in FAMILIES]
-    if (path / ADAPTER_CONFIG).is_file():
-        return [open_adapter(path)]
-    if (path / "config.json").is_file():
-        return [open_network(path)]
-    if path.suffix == ".pth":
-        raise UserError(f"{path}: .pth files are not read yet; give a diffusers folder or a PEFT adapter")
-    if path.is_file() or list(path.glob("*.safetensors")):
-        return [open_adapter(path)]
-    raise UserError(f"{path}: is no diffusers folder, adapter or store; it has no {INDEX}, config.json or safetensors")
+        networks = [open_network(path / part, kind) for part in FAMILIES]
+        for part, network in zip(FAMILIES, networks, strict=True):
+            if network.part != part:
+                raise UserError(f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again")
+    else:
+        kind = _stated_kind(path, kind)
+        networks = [_network(file, kind) for file in store.weights_files(path)]
+        if not networks:
+            raise UserError(
+                f"{path}: no {INDEX} in it, and no weights; it is no diffusers folder, original folder, adapter or store"
+            )
+    found: dict[str, Network] = {}
+    for network in networks:
+        if network.part in found:
+            first = found[network.part].source
+            raise UserError(f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file")
+        found[network.part] = network
+    scheduler = path / "scheduler"
+    return Checkpoint(
+        path=path,
+        networks=found,
+        kind=_kind(found[TRANSFORMER], kind) if TRANSFORMER in found else None,
+        tokenizer=None if ADAPTER in found else tokenizer_folder(path),
+        scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
+    )
 
 
-def kind(path: Path, control: bool) -> str:
-    """vace, wan or phantom: as the store at `path` says, else vace or wan by whether the transformer takes control."""
-    if (path / STORE).is_file():
-        stated = store.read_json(path / STORE).get("kind")
-        if stated not in KINDS:
-            raise UserError(f"{path / STORE}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
-        return stated
-    return "vace" if control else "wan"
+def tokenizer_folder(path: Path) -> Path | None:
+    """The folder with a tokenizer in a checkpoint of any layout: `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself."""
+    places = (file.parent for depth in ("", "*/", "*/*/") for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}")))
+    return next(places, None)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
+    """One part of the pipeline at `path`, a folder of any layout; the others are not looked at, if they can be told apart."""
+    path = Path(path)
+    if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
+        network = open_network(path / part, kind)
+        if network.part != part:
+            raise UserError(f"{network.source}: holds a {network.part}, not a {part}; get the folder again")
+        return network
+    found = open_checkpoint(path, kind).networks
+    if part not in found:
+        raise UserError(f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline")
+    return found[part]
 
 
-def write_pipeline(networks: list[Network], destination: Path, layout: str, kind: str) -> None:
-    """A whole pipeline in the `store` or `diffusers` layout; tensors pass through one at a time, bit for bit."""
-    root = networks[0].source.parent
-    with store.aside(destination, INDEX) as new:
-        new.mkdir()
-        for network in networks:
-            (new / network.part).mkdir()
-            shutil.copyfile(network.source / "config.json", new / network.part / "config.json")
-            if layout == "store":
-                store.write_file(new / network.part / OUR_WEIGHTS, ours(network))
-            else:
-                store.write_file(new / network.part / FAMILIES[network.part].weights, published(network))
-        for part in ("scheduler", "tokenizer"):
-            if not (root / part).is_dir():
-                raise UserError(f"{root}: has no folder {part}/; get the whole pipeline")
-            shutil.copytree(root / part, new / part, copy_function=shutil.copyfile)
-        shutil.copyfile(root / INDEX, new / INDEX)
-        if layout == "store":
-            store.write_json(new / STORE, {"kind": kind, "version": 1})
+def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """`checkpoint` with what it lacks taken from `other`, as Phantom takes the VAE and the text encoder of Wan."""
+    return dataclasses.replace(
+        checkpoint,
+        networks={**other.networks, **checkpoint.networks},
+        kind=checkpoint.kind or other.kind,
+        tokenizer=checkpoint.tokenizer or other.tokenizer,
+    )
 
 
-def write_adapter(network: Network, destination: Path) -> None:
-    """A PEFT directory, which `peft` loads and this project reads; dtypes kept."""
-    table = lora.rules(lora.stacks_of((rule.jax for rule in network.table), ""))
-    with store.aside(destination, ADAPTER_CONFIG) as new:
-        new.mkdir()
-        store.write_json(new / ADAPTER_CONFIG, dict(network.values))
-        store.write_file(new / ADAPTER_WEIGHTS, published(network, table))
+def _stated_kind(path: Path, asked: str | None) -> str | None:
+    """What the user or the store says; UserError when both do and differ."""
+    file = path / STORE
+    if not file.is_file():
+        return asked
+    stated = store.read_json(file).get("kind")
+    if stated not in (None, *KINDS):
+        raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
+    if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
+        raise UserError(f"{path}: kind {asked!r} was asked for, the store says {stated!r}; leave the kind out")
+    return asked or stated
+
+
+def _kind(transformer: Network, asked: str | None) -> str:
+    """vace, wan or phantom; `asked` may narrow wan to phantom."""
+    found = "wan" if transformer.config.vace_layers is None else "vace"
+    if asked is not None and (asked == "vace") != (found == "vace"):
+        raise UserError(f"{transformer.source}: kind {asked!r} was asked for, this transformer is {found!r}; leave the kind out")
+    return asked or found
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 
-def differences(left: list[Network], right: list[Network]) -> Iterator[str]:
+def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
     """One sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs."""
-    sides = [{network.part: network for network in networks} for networks in (left, right)]
-    for part in sorted(set(sides[0]) | set(sides[1])):
+    sides = (left, right)
+    for part in sorted(set(left) | set(right)):
         if not all(part in side for side in sides):
-            yield f"{part} is only in {(sides[0] if part in sides[0] else sides[1])[part].source}"
+            yield f"{part} is only in {(left if part in left else right)[part].source}"
             continue
-        if part == "adapter":
-            scales = [(side[part].values["r"], side[part].values["lora_alpha"]) for side in sides]
-            if scales[0] != scales[1]:
-                yield f"adapter: rank and alpha are {scales[0]} and {scales[1]}"
-        elif len({FAMILIES[part].table.config_from_json(side[part].values) for side in sides}) > 1:
+        configs = [side[part].config for side in sides]
+        if configs[0] != configs[1] and part == ADAPTER:
+            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(*configs[0], *configs[1])
+        elif configs[0] != configs[1]:
             yield f"{part}: the configs describe different networks"
         a, b = (ours(side[part]) for side in sides)
         for name in sorted(set(a) | set(b)):
             if name not in a or name not in b:
-                yield f"{part}: {name} is only in {(sides[0] if name in a else sides[1])[part].source}"
+                yield f"{part}: {name} is only in {(left if name in a else right)[part].source}"
             elif a[name].shape != b[name].shape:
                 yield f"{part}: {name} has shapes {list(a[name].shape)} and {list(b[name].shape)}"
             elif a[name].dtype != b[name].dtype:
                 yield f"{part}: {name} has dtypes {a[name].dtype} and {b[name].dtype}"
-            elif count := _different(np.asarray(a[name]), np.asarray(b[name])):
+            elif count := _different(a[name], b[name]):
                 yield f"{part}: {name} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
 
 
-def _different(a: np.ndarray, b: np.ndarray) -> int:
-    """How many values differ in their bits."""
-    bits = np.dtype(f"u{a.dtype.itemsize}")
-    return int(np.count_nonzero(np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)))
+def _different(a: Any, b: Any) -> int:
+    """How many values of two tensors of equal shape and dtype differ in their bits."""
+    bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
+    pairs = zip(pieces(a), pieces(b), strict=True)
+    return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

@@ -7,6 +7,7 @@ with `transformer.`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from checkpoints_convert import wan
 from checkpoints_convert.rules import TRANSPOSE, Rule
 
 PEFT_PREFIX = "base_model.model."
-PREFIXES = (PEFT_PREFIX, "transformer.")
+DIFFUSERS_PREFIX = "transformer."
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 HEADER = "lora_adapter_metadata"  # where diffusers keeps rank and alpha inside a safetensors file
 
@@ -71,8 +73,14 @@ def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:
 
 def scale_from_header(values: Mapping[str, Any]) -> tuple[int, float]:
     """The header entry of a diffusers LoRA file, whose fields start with `transformer.`, -> (rank, alpha)."""
-    fields = {name.removeprefix("transformer."): value for name, value in values.items()}
+    fields = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
     return scale_from_json(fields)
+
+
+def header(rank: int, alpha: float) -> dict[str, str]:
+    """The header of a diffusers LoRA file, without which diffusers takes alpha for the rank."""
+    fields = {name: value for name, value in config_to_json(rank, alpha).items() if name in ("r", "lora_alpha", "target_modules")}
+    return {HEADER: json.dumps({DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True)}
 
 
 def config_to_json(rank: int, alpha: float) -> dict[str, Any]:

@@ -12,15 +12,17 @@ both names stands for the leading axis of a stacked leaf: torch `blocks.3.attn1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from checkpoints_convert.lazy import finite
 from jax_idgrpo.errors import UserError
 
 LISTED = 6  # names of one kind shown in an error line
@@ -262,8 +264,9 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
 def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint") -> Any:
     """Fill the tree `abstract` (shapes, dtypes and, if given, shardings) from torch tensors -> a tree of jax arrays.
 
-    tensors: name -> array, or lazily read tensor with `shape`; each is read once, one leaf at a time is on the host.
-    Values are cast to the dtype of their leaf. ConversionError as in `match`, and for NaN or infinite values.
+    tensors: name -> array, or lazily read tensor with `shape`; of those, a host reads the slices that its devices hold, one
+    leaf at a time. Values are cast to the dtype of their leaf. ConversionError as in `match`, and for NaN or infinite values
+    in what is read.
     """
     slots = expand(rules, abstract)
     found = match(slots, tensors, source)
@@ -272,15 +275,38 @@ def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, sou
         by_leaf.setdefault(slot.leaf, []).append(slot)
 
     def fill(path, leaf):
-        host = np.empty(leaf.shape, leaf.dtype)
-        for slot in by_leaf[leaf_path(path)]:
-            value = np.asarray(found[slot.torch])
-            if not np.isfinite(value).all():
-                raise ConversionError(f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again")
-            host[slot.index if slot.index is not None else ...] = slot.op.apply(value)
-        return jax.device_put(host, leaf.sharding)
+        place = slices(by_leaf[leaf_path(path)], found, leaf, source)
+        if leaf.sharding is None:
+            return jax.device_put(place((slice(None),) * len(leaf.shape)))
+        return jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, place)
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def slices(
+    slots: Sequence[Slot], tensors: Mapping[str, Any], leaf: Any, source: str
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function from an index into `leaf` (shape, dtype) to its values, which reads nothing else of the tensors.
+
+    slots: of the leaf, in the order of its rows. The last few results are kept: devices that hold copies ask in turn.
+    ConversionError for NaN and infinite values.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        within = tuple(slice(*bound) for bound in bounds)
+        stacked = slots[0].index is not None
+        rows = slots[within[0]] if stacked else slots
+        values = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+        for row, slot in enumerate(rows):
+            value = slot.op.apply(np.asarray(tensors[slot.torch]))[within[1:] if stacked else within]
+            if not finite(value):
+                raise ConversionError(f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again")
+            values[row if stacked else ...] = value
+        return values
+
+    shape = tuple(leaf.shape)
+    return lambda index: read(tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True)))
 
 
 def to_torch(rules: Sequence[Rule], state: Any) -> dict[str, np.ndarray]:

@@ -1,26 +1,30 @@
-"""safetensors files, read lazily and written whole: one file, a sharded index, or a folder that holds either.
+"""Files of tensors, read lazily and written whole: one file, a sharded index, or a folder that holds either.
 
-Format (huggingface/safetensors): 8 bytes little endian n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
-Sizes are checked against the file before anything is read, values keep their dtype (bfloat16 through ml_dtypes), and a file
-appears under its name only when it is complete.
+safetensors (huggingface/safetensors): 8 bytes little endian n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
+Files of `torch.save` are read by `pth`; which of the two a file is, its first bytes say. Sizes are checked against the file
+before anything is read, values keep their dtype (bfloat16 through ml_dtypes), and a file appears under its name only when it
+is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import fcntl
+import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from checkpoints_convert import pth
+from checkpoints_convert.lazy import LazyTensor, pieces, size
 from jax_idgrpo.errors import UserError
 
 DTYPES = {
@@ -37,23 +41,8 @@ DTYPES = {
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
-INDEX = ".safetensors.index.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file; `np.asarray` maps it into memory, read only."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file: Path
-    offset: int  # bytes from the start of the file
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if not math.prod(self.shape):
-            return np.empty(self.shape, dtype or self.dtype)
-        return np.asarray(np.memmap(self.file, self.dtype, "r", self.offset, self.shape), dtype=dtype, copy=copy)
+INDEX = ".index.json"  # the end of the name of a list of shards
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of files that may hold tensors
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -71,9 +60,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """(tensors by name, metadata) of one .safetensors file. UserError when the header and the file disagree."""
+    """(tensors by name, metadata) of one file of safetensors or of `torch.save`. UserError when header and file disagree."""
     path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    return (pth.open_file(path), {}) if pth.is_pth(start) else _open_safetensors(path)
 
+
+def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     def broken(what: str) -> UserError:
         return UserError(f"{path}: {what}; the file is truncated or damaged, get it again")
 
@@ -112,7 +109,7 @@ def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def open_index(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a sharded checkpoint by its `*.safetensors.index.json`; shards lie beside it and nowhere else."""
+    """The tensors of a sharded checkpoint by its `*.index.json`; shards lie beside it and nowhere else."""
     path = Path(path)
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -133,23 +130,30 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
     return {name: shards[file][name] for name, file in files.items()}
 
 
-def weights_file(path: str | Path) -> Path:
-    """The one safetensors file or index that `path` is or, as a folder, holds."""
+def weights_files(path: str | Path) -> list[Path]:
+    """The files of weights that `path` is or, as a folder, holds: an index stands for its shards."""
     path = Path(path)
     if path.is_file():
-        return path
+        return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; give a safetensors file or the folder that holds it")
-    indices = sorted(path.glob(f"*{INDEX}"))
-    files = indices or sorted(path.glob("*.safetensors"))
+        raise UserError(f"{path}: does not exist; give a file of weights or the folder that holds it")
+    indices = sorted(file for file in path.glob(f"*{INDEX}") if file.is_file())
+    shards = {name for index in indices for name in (read_json(index).get("weight_map") or {}).values() if isinstance(name, str)}
+    files = (file for suffix in SUFFIXES for file in path.glob(f"*{suffix}") if file.is_file() and file.name not in shards)
+    return [*indices, *sorted(files)]
+
+
+def weights_file(path: str | Path) -> Path:
+    """The one file of weights or index that `path` is or, as a folder, holds."""
+    files = weights_files(path)
     if len(files) != 1:
         found = "none" if not files else ", ".join(file.name for file in files)
-        raise UserError(f"{path}: should hold one safetensors file or one {INDEX[1:]}, holds {found}; name the file")
+        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; name the file")
     return files[0]
 
 
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, of an index, or of the folder that holds one; nothing is read but headers."""
+    """The tensors of a file, of an index, or of the folder that holds one; nothing is read but headers."""
     file = weights_file(path)
     return open_index(file) if file.name.endswith(INDEX) else open_file(file)[0]
 
@@ -163,25 +167,115 @@ def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
     folder holds something else or nothing can be written.
     """
     path = Path(path)
+    _refuse_others(path, marker)
     try:
-        if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
-            raise UserError(f"{path}: holds something else (no {marker or 'file'} to replace); choose another place")
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    new, old = work / "new", work / "old"
     try:
-        yield new
-        if path.is_dir():
-            path.rename(old)  # a folder cannot be replaced in one call
-        new.replace(path)
+        yield work / "new"
+        _take_place(work, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)  # interrupted between the two renames
+        _give_back(work, path)
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterator[Path]:
+    """As `aside`, for a folder whose files take long: what a killed process had finished is still there for the next one.
+
+    plan: what is being written, as JSON; leftovers of another plan are thrown away. Yields the folder, which exists and may
+    hold finished files. The whole is given up when the block raises anything but KeyboardInterrupt.
+    """
+    path = Path(path)
+    _refuse_others(path, marker)
+    work = path.absolute().with_name(f".{path.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{path}: another process is writing it; wait for it or choose another place") from error
+        try:
+            _give_back(work, path)
+            new, planned = work / "new", work / "plan.json"
+            text = json.dumps(plan, sort_keys=True)
+            if not (planned.is_file() and planned.read_text("utf-8") == text):
+                shutil.rmtree(new, ignore_errors=True)
+                planned.write_text(text, "utf-8")
+            new.mkdir(exist_ok=True)
+            for folder, folders, _ in os.walk(new):
+                for name in [name for name in folders if name.startswith(".")]:  # of `aside`, in the killed process
+                    shutil.rmtree(Path(folder) / name)
+            yield new
+            _take_place(work, path)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            _give_back(work, path)
+            shutil.rmtree(work, ignore_errors=True)
+            if isinstance(error, OSError):
+                what = f"{path}: cannot be written ({error.strerror})"
+                raise UserError(f"{what}; free space or choose another place") from error
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _refuse_others(path: Path, marker: str | None) -> None:
+    try:
+        if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
+            raise UserError(f"{path}: holds something else (no {marker or 'file'} to replace); choose another place")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+
+
+def _take_place(work: Path, path: Path) -> None:
+    """`work/new` becomes `path`; a folder there goes to `work/old` first, since it cannot be replaced in one call."""
+    if path.is_dir():
+        path.rename(work / "old")
+    (work / "new").replace(path)
+
+
+def _give_back(work: Path, path: Path) -> None:
+    """Undo half a `_take_place` that was interrupted between its two renames."""
+    if (work / "old").exists() and not path.exists():
+        (work / "old").rename(path)
+
+
+def require_space(folder: Path, sizes: Mapping[str, int], what: Path) -> None:
+    """Refuse to start what cannot end. sizes: bytes by file name. UserError names the first file that would not fit."""
+    free = shutil.disk_usage(folder).free
+    for name, needed in zip(sizes, itertools.accumulate(sizes.values()), strict=True):
+        if needed > free:
+            total = f"{sum(sizes.values()):,} bytes"
+            raise UserError(f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place")
+
+
+def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The tensors in their order, cut into files of at most `limit` bytes; one that is larger has a file of its own."""
+    files: list[dict[str, Any]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if files[-1] and filled + size(tensor) > limit:
+            files.append({})
+            filled = 0
+        files[-1][name] = tensor
+        filled += size(tensor)
+    return files
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """The names of `count` safetensors files as all libraries number them."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
@@ -190,23 +284,60 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
         new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def write_file(path: str | Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """One .safetensors file, tensor by tensor, with the metadata `format: pt` that transformers asks for.
+Progress = Callable[[str, int], None]  # name of a tensor, bytes of it that went out
+
+
+def silent(name: str, count: int) -> None:
+    """Nobody watches."""
+
+
+def write_file(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    written: Progress = silent,
+    check: bool = False,
+) -> None:
+    """One file, tensor by tensor, flushed to the disk and renamed when it is whole; what its name ends in says the format.
 
     tensors: name -> array or anything `np.asarray` reads, with `shape` and `dtype`; each is read once, dtypes are kept.
+    path: `*.pth` is written as `torch.save` does; anything else is safetensors, with the metadata `format: pt` that
+    transformers asks for. check: refuse NaN and infinite values. UserError names the tensor that could not be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    path, now = Path(path), ""
+
+    def watched(name: str, count: int) -> None:
+        nonlocal now
+        now = name
+        written(name, count)
+
+    with aside(path) as new, new.open("wb") as file:
+        try:
+            if path.suffix == ".pth":
+                pth.write(file, path.stem, tensors, watched, check)
+            else:
+                _write_safetensors(file, tensors, metadata or {}, watched, check)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            what = f"{path}: cannot be written after tensor {now or next(iter(tensors), '')}"
+            raise UserError(f"{what} ({error.strerror}); free space or choose another place") from error
+
+
+def _write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str], written: Progress, check: bool
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # keeps data aligned
     end = 0
     for name in order:
-        dtype, shape = np.dtype(tensors[name].dtype), list(tensors[name].shape)
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + size(tensors[name])
+        dtype, shape = CODES[np.dtype(tensors[name].dtype)], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with aside(path) as new, new.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            np.ascontiguousarray(np.asarray(tensors[name])).tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        for piece in pieces(tensors[name], check):
+            file.write(piece.reshape(-1).view(np.uint8).data)
+            written(name, piece.nbytes)

@@ -6,15 +6,20 @@ One row per tensor: ours, transformers', the original's. Sources: transformers `
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from checkpoints_convert.rules import MATRIX, TRANSPOSE, VECTOR, Rule
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.umt5 import UMT5Config
 
 Layout = Literal["transformers", "original"]
 
 FIXED = {"is_gated_act": True, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 
+IGNORED = ("decoder.", "lm_head.")  # the other half of google/umt5-xxl, of no use here
+MAX_DISTANCE = 128  # of every published size; no shape tells it
 TIED = "encoder.embed_tokens.weight"  # a second name of transformers' shared.weight in some files
 EMBEDDING = ("embedding", "shared.weight", "token_embedding.weight")
 NORM = ("norm.scale", "encoder.final_layer_norm.weight", "norm.weight")
@@ -62,6 +67,30 @@ def config_from_json(values: dict[str, Any]) -> UMT5Config:
         num_buckets=values["relative_attention_num_buckets"],
         max_distance=values["relative_attention_max_distance"],
         eps=values["layer_norm_epsilon"],
+    )
+
+
+def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config:
+    """The config behind the tensors of a file without one. UserError when they do not say enough."""
+    column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
+    rows = {row[0]: f"{stack}.0.{row[column]}.weight" for row in BLOCK} | {EMBEDDING[0]: EMBEDDING[column]}
+    shapes = {}
+    for ours in ("embedding", "attention.q.kernel", "attention.relative_bias", "ffn.gate.kernel"):
+        shapes[ours] = tuple(tensors[rows[ours]].shape) if rows[ours] in tensors else ()
+        if len(shapes[ours]) != 2:
+            raise UserError(f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known")
+    buckets, heads = shapes["attention.relative_bias"]
+    found = (re.match(rf"{re.escape(stack)}\.(\d+)\.", name) for name in tensors)
+    return UMT5Config(
+        vocab_size=shapes["embedding"][0],
+        d_model=shapes["embedding"][1],
+        d_kv=shapes["attention.q.kernel"][0] // heads,
+        num_heads=heads,
+        d_ff=shapes["ffn.gate.kernel"][0],
+        num_layers=1 + max(int(match.group(1)) for match in found if match),
+        num_buckets=buckets,
+        max_distance=MAX_DISTANCE,
+        eps=1e-6,
     )
 
 

@@ -6,15 +6,20 @@ One row per module: ours, diffusers', the original repository's. Sources: diffus
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from checkpoints_convert.rules import TABLE, VECTOR, Rule, linear, patch
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.wan import WanConfig
 
 Layout = Literal["diffusers", "original"]
 
 DIFFUSERS_VERSION = "0.35.0"  # whose files ours look like
 PATCH = (1, 2, 2)
+HEAD_DIM = 128  # of every published size; no shape tells it
+TEXT_LENGTH = 512
 FIXED = {  # what the network assumes; a config that says otherwise describes another network
     "patch_size": list(PATCH),
     "cross_attn_norm": True,
@@ -128,6 +133,74 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
     if vace:
         values |= {"vace_in_channels": config.vace_in_channels, "vace_layers": list(config.vace_layers)}
     return values
+
+
+def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None) -> WanConfig:
+    """The config behind the tensors of a file, for layouts that do not state all of it.
+
+    values: the `config.json` of the original repository, if there is one: heads, epsilon and the layers with hints, which no
+    shape tells. Without it, heads are 128 wide and hints are evenly spread, as in every published size. UserError when the
+    tensors do not say enough.
+    """
+    column = 1 if layout == "diffusers" else 2
+
+    def axis(name: str, index: int) -> int:
+        shape = tuple(tensors[name].shape) if name in tensors else ()
+        if len(shape) <= index:
+            raise UserError(f"tensor {name} is {'missing' if not shape else 'of another shape'}, so that the sizes are not known")
+        return int(shape[index])
+
+    def count(stack: str) -> int:
+        found = (re.match(rf"{stack}\.(\d+)\.", name) for name in tensors)
+        return 1 + max((int(match.group(1)) for match in found if match), default=-1)
+
+    rows = {row[0]: f"{row[column]}.weight" for row in (*TOP_LINEAR, *FEED_FORWARD)}
+    width, layers, hints = axis("patch_embedding.weight", 0), count("blocks"), count("vace_blocks")
+    if values is None:
+        if width % HEAD_DIM:
+            raise UserError(f"width {width} is no multiple of {HEAD_DIM}; put the config.json of the model beside it")
+        if hints and layers % hints:
+            raise UserError(f"{hints} VACE blocks do not spread over {layers}; put the config.json of the model beside it")
+        values = {"num_heads": width // HEAD_DIM, "eps": 1e-6}
+        if hints:
+            values |= {"vace_layers": list(range(0, layers, layers // hints))}
+    elif values["dim"] != width or values["num_layers"] != layers:
+        raise UserError(f"config.json says width {values['dim']} and {values['num_layers']} layers, the tensors {width} and {layers}")
+    elif bool(values.get("vace_layers")) != bool(hints):
+        raise UserError(f"config.json and the tensors disagree: {hints} VACE blocks, vace_layers {values.get('vace_layers')}")
+    return WanConfig(
+        num_layers=layers,
+        num_heads=values["num_heads"],
+        head_dim=width // values["num_heads"],
+        ffn_dim=axis(f"blocks.0.{rows['ffn.linear_1']}", 0),
+        text_dim=axis(rows["condition_embedder.text_embedder.linear_1"], 1),
+        freq_dim=axis(rows["condition_embedder.time_embedder.linear_1"], 1),
+        eps=values["eps"],
+        in_channels=axis("patch_embedding.weight", 1),
+        out_channels=axis(rows["proj_out"], 0) // (PATCH[0] * PATCH[1] * PATCH[2]),
+        vace_layers=tuple(values["vace_layers"]) if hints else None,
+        **({"vace_in_channels": axis("vace_patch_embedding.weight", 1)} if hints else {}),
+    )
+
+
+def config_to_original(config: WanConfig) -> dict[str, Any]:
+    """The `config.json` of the original repository's folder."""
+    vace = config.vace_layers is not None
+    values = {
+        "_class_name": "VaceWanModel" if vace else "WanModel",
+        "_diffusers_version": "0.30.0",
+        "dim": config.width,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "model_type": "vace" if vace else "t2v",
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.out_channels,
+        "text_len": TEXT_LENGTH,
+    }
+    return values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels} if vace else values
 
 
 def scheduler_to_json(shift: float) -> dict[str, Any]:

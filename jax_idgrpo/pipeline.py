@@ -1,4 +1,5 @@
-"""A video model as one object: transformer, VAE, text encoder, tokenizer, read from and written to a diffusers folder.
+"""A video model as one object: transformer, VAE, text encoder, tokenizer. It is read from a folder of any layout that
+`checkpoints_convert` knows and written to a diffusers folder:
 
     model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
 
@@ -18,16 +19,15 @@ from jaxtyping import Array, Key
 
 from checkpoints_convert import checkpoint, lora, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
-from checkpoints_convert.rules import Rule, is_stored, leaves, stored, to_jax, to_torch
+from checkpoints_convert.rules import Rule, leaves, to_jax, to_torch
 from jax_idgrpo import keys, parallel
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
-from jax_idgrpo.models.vae import VAEConfig, WanVAE
+from jax_idgrpo.models.umt5 import UMT5Encoder
+from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 
 Network = TypeVar("Network", bound=nnx.Module)
-Config = TypeVar("Config")
 
 PARTS = {  # part -> library, and where its own files name the class
     "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
@@ -81,7 +81,7 @@ def load_pipeline(
     unroll: bool = False,
     mesh: Mesh | None = None,
 ) -> Pipeline:
-    """Read a diffusers folder, or the project's store that `idgrpo-convert import` makes of one.
+    """Read a diffusers folder, a folder of the original layout, or the store that `idgrpo-convert import` makes of either.
 
     dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
     kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
@@ -92,51 +92,62 @@ def load_pipeline(
     path = Path(path)
     if kind not in (None, *checkpoint.KINDS):
         raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
-    _check_index(path)
-    shift = _shift(path)
-    transformer = load_transformer(path, dtype, remat=remat, unroll=unroll, mesh=mesh)
-    found = checkpoint.kind(path, transformer.config.vace_layers is not None)
-    if kind is not None and (kind == "vace") != (found == "vace"):
-        raise UserError(f"{path}: kind {kind!r} was asked for, its transformer is {found!r}; leave kind out")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}, or one of the original layout")
+    found = checkpoint.open_checkpoint(path, kind)
+    if missing := found.missing():
+        raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
+    transformer = _load_transformer(found.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh)
     if rank:
         transformer = add_adapter(transformer, rank, alpha, keys.key(seed, "init"))
+    assert found.tokenizer is not None and found.kind is not None
     return Pipeline(
         transformer=transformer,
-        vae=load_vae(path),
-        text_encoder=load_text_encoder(path, dtype),
+        vae=_load_vae(found.networks["vae"]),
+        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype),
         tokenizer=load_tokenizer(path),
-        shift=shift,
-        kind=kind or found,
+        shift=_shift(found),
+        kind=found.kind,
         path=path,
     )
 
 
 def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:
-    """The transformer of a diffusers folder; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll, mesh."""
-    folder, dtypes = Path(path) / "transformer", Dtypes.named(dtype)
-    config = dataclasses.replace(_config(folder, wan.config_from_json), **run)
-    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), wan.rules(config), folder, config.mesh)
+    """The transformer of a folder of any layout; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll, mesh."""
+    return _load_transformer(checkpoint.open_part(path, "transformer"), dtype, **run)
 
 
 def load_vae(path: str | Path) -> WanVAE:
-    """The VAE of a diffusers folder, float32."""
-    folder = Path(path) / "vae"
-    config: VAEConfig = _config(folder, vae.config_from_json)
-    return _fill(lambda: WanVAE(config, rngs=nnx.Rngs(0)), vae.rules(config), folder)
+    """The VAE of a folder of any layout, float32."""
+    return _load_vae(checkpoint.open_part(path, "vae"))
 
 
 def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
-    """The text encoder of a diffusers folder."""
-    folder, dtypes = Path(path) / "text_encoder", Dtypes.named(dtype)
-    config: UMT5Config = _config(folder, umt5.config_from_json)
-    return _fill(lambda: UMT5Encoder(config, dtypes=dtypes, rngs=nnx.Rngs(0)), umt5.rules(config), folder)
+    """The text encoder of a folder of any layout."""
+    return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
+
+
+def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanTransformer:
+    config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
+    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, config.mesh)
+
+
+def _load_vae(found: checkpoint.Network) -> WanVAE:
+    return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found)
+
+
+def _load_text_encoder(found: checkpoint.Network, dtype: str) -> UMT5Encoder:
+    dtypes = Dtypes.named(dtype)
+    return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found)
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a diffusers folder; nothing is fetched."""
+    """The tokenizer of a folder of any layout; nothing is fetched."""
     from transformers import AutoTokenizer  # seconds to import
 
-    folder = Path(path) / "tokenizer"
+    folder = checkpoint.tokenizer_folder(Path(path))
+    if folder is None:
+        raise UserError(f"{path}: has no tokenizer; get the whole pipeline")
     for file in ("tokenizer_config.json", "tokenizer.json"):  # without the second the library may make one up
         store.read_json(folder / file)
     try:
@@ -148,33 +159,24 @@ def load_tokenizer(path: str | Path) -> Any:
         ) from error
 
 
-def _check_index(path: Path) -> None:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}")
-    if not (path / INDEX).is_file():
-        raise UserError(f"{path}: no {INDEX} in it; only the diffusers layout can be read as a pipeline")
-    store.read_json(path / INDEX)
-    for part in PARTS:
-        if not (path / part).is_dir():
-            raise UserError(f"{path}: has no folder {part}/; get the whole pipeline")
-
-
-def _config(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
-    values = store.read_json(folder / "config.json")
-    with checkpoint.naming(folder / "config.json"):
-        return parse(values)
-
-
-def _shift(path: Path) -> float:
-    file = path / "scheduler" / "scheduler_config.json"
+def _shift(found: checkpoint.Checkpoint) -> float:
+    """Of the scheduler's file, or, in the original layout, which has none, of the kind."""
+    if found.scheduler is None:
+        if (found.path / INDEX).is_file():
+            raise UserError(f"{found.path}: has no folder scheduler/; get the whole pipeline")
+        return checkpoint.SHIFTS[str(found.kind)]
+    file = found.scheduler / checkpoint.SCHEDULER_CONFIG
     shift = store.read_json(file).get("flow_shift")
     if not isinstance(shift, int | float) or shift <= 0:
         raise UserError(f"{file}: flow_shift is {shift!r}; it must be a positive number")
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path, mesh: Mesh | None = None) -> Network:
-    """The network that `build` describes with the tensors of `source`; no other copy of its parameters is made."""
+def _fill(build: Callable[[], Network], found: checkpoint.Network, mesh: Mesh | None = None) -> Network:
+    """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
+
+    mesh: every leaf goes where the table puts it, and a host reads only the slices that its devices hold.
+    """
     graph, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is not None:
         abstract = jax.tree.map(
@@ -182,10 +184,7 @@ def _fill(build: Callable[[], Network], rules: Sequence[Rule], source: Path, mes
             abstract,
             parallel.state_shardings(mesh, abstract),
         )
-    file = store.weights_file(source)
-    tensors = store.open_tensors(file)
-    table = stored(rules) if is_stored(tensors) else rules
-    return nnx.merge(graph, to_jax(table, tensors, abstract, str(file)))
+    return nnx.merge(graph, checkpoint.fill(found, abstract))
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], s
     with store.aside(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
-        store.write_file(new / checkpoint.FAMILIES[folder.name].weights, to_torch(rules, state))
+        store.write_file(new / f"{checkpoint.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
 
 
 def _write_index(path: Path) -> None:

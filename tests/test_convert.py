@@ -482,8 +482,8 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
     kept = {name: tensor for name, tensor in store.open_file(file)[0].items() if not name.startswith("vace")}
     store.write_file(file, {name: np.array(tensor) for name, tensor in kept.items()})
     assert run("import", source, tmp_path / "store", "--as", "phantom") == 0
-    assert checkpoint.kind(tmp_path / "store", False) == "phantom" and checkpoint.kind(source, False) == "wan"
-    with pytest.raises(UserError, match="--as vace"):
+    assert [checkpoint.open_checkpoint(path).kind for path in (tmp_path / "store", source)] == ["phantom", "wan"]
+    with pytest.raises(UserError, match="kind 'vace' was asked for"):
         run("import", source, tmp_path / "other", "--as", "vace")
     assert not (tmp_path / "other").exists()
 
@@ -493,12 +493,15 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
     [
         (("inspect", "nowhere"), "does not exist"),
         (("inspect", GOLDEN / "umt5_tiny.npz"), "umt5_tiny.npz"),
-        (("inspect", GOLDEN), "is no diffusers folder, adapter or store"),
-        (("export", ADAPTER, "{tmp}/x", "--format", "diffusers"), "is an adapter; choose peft"),
-        (("export", PIPELINE, "{tmp}/x", "--format", "peft"), "is a pipeline; choose diffusers"),
-        (("export", PIPELINE, "{tmp}/x", "--format", "merged"), "cannot be written yet; choose diffusers or peft"),
-        (("import", PIPELINE / "vae", "{tmp}/x"), "is a single vae"),
-        (("import", ADAPTER, "{tmp}/x", "--as", "phantom"), "is an adapter, which has no kind"),
+        (("inspect", GOLDEN), "is no diffusers folder, original folder, adapter or store"),
+        (("export", ADAPTER, "{tmp}/x", "--format", "diffusers"), "is an adapter; choose peft or diffusers-lora or merged"),
+        (("export", PIPELINE, "{tmp}/x", "--format", "peft"), "is a pipeline; choose diffusers or original"),
+        (("export", PIPELINE, "{tmp}/x", "--format", "merged"), "is a pipeline; choose diffusers or original"),
+        (("export", PIPELINE, "{tmp}/x", "--format", "gguf"), "invalid choice: 'gguf'"),
+        (("export", ADAPTER, "{tmp}/x", "--format", "merged"), "give it with --base"),
+        (("export", ADAPTER, "{tmp}/x", "--format", "peft", "--base", PIPELINE), "only --format merged needs it"),
+        (("import", PIPELINE / "vae", "{tmp}/x", "--as", "phantom"), "holds no transformer"),
+        (("import", ADAPTER, "{tmp}/x", "--as", "phantom"), "is an adapter, which needs none"),
         (("import", PIPELINE, "{tmp}"), "holds something else"),
         (("frobnicate",), "invalid choice"),
         (("export", PIPELINE, "{tmp}/x"), "--format"),

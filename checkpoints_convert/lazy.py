@@ -1,0 +1,119 @@
+"""A tensor that is still in its file: name, shape and dtype are known, values are mapped into memory when they are asked for.
+
+`np.asarray` of one is a read-only view of the file, so that a slice of it reads that slice alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jax_idgrpo.errors import UserError
+
+PIECE = 1 << 25  # bytes that are copied at a time
+TILE = (256, 64)  # rows and columns of a transposed copy that stay in the processor's cache
+
+EXPONENTS = {  # bits of a float that are all set in NaN and the infinities, and in nothing else
+    np.dtype(np.float64): 0x7FF0_0000_0000_0000,
+    np.dtype(np.float32): 0x7F80_0000,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file; `np.asarray` maps it into memory, read only.
+
+    strides: elements between neighbours on each axis, for tensors that are not row-major in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    offset: int  # bytes from the start of the file
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for complaints."""
+        return f"{self.file}: tensor {self.name}"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if not math.prod(self.shape):
+            return np.empty(self.shape, dtype or self.dtype)
+        mapped: np.ndarray
+        if self.strides is None:
+            mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        else:
+            flat = np.memmap(self.file, self.dtype, "r", self.offset, (span(self.shape, self.strides),))
+            bytes_apart = [step * self.dtype.itemsize for step in self.strides]
+            mapped = np.lib.stride_tricks.as_strided(flat, self.shape, bytes_apart, writeable=False)
+        return np.asarray(mapped, dtype=dtype, copy=copy)
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last of a strided tensor that is not empty."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def size(tensor: Any) -> int:
+    """Bytes of a tensor of a file, or of anything with `shape` and `dtype`."""
+    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def pieces(tensor: Any, check: bool = False) -> Iterator[np.ndarray]:
+    """The values of `tensor` in row-major order as contiguous pieces of some megabytes; the whole is never copied.
+
+    check: raise UserError that names the tensor's origin at NaN and infinite values.
+    """
+    array = np.asarray(tensor)
+    array = array.reshape(1) if array.ndim == 0 else array
+    per_row = max(1, array.nbytes // max(1, len(array)))
+    rows = max(1, PIECE // per_row)
+    rows = rows if rows < TILE[0] else rows // TILE[0] * TILE[0]
+    for start in range(0, len(array), rows):
+        piece = _contiguous(array[start : start + rows])
+        if check and not finite(piece):
+            raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
+        yield piece
+
+
+def _contiguous(view: np.ndarray) -> np.ndarray:
+    """A contiguous copy of `view`, or itself; transposed matrices are copied tile by tile."""
+    if view.flags.c_contiguous:
+        return view
+    if view.ndim != 2:
+        return np.ascontiguousarray(view)
+    copied = np.empty(view.shape, view.dtype)
+    bits = np.dtype(f"u{view.dtype.itemsize}")
+    source, target = view.view(bits), copied.view(bits)  # extension dtypes are copied element by element
+    for row, column in itertools.product(range(0, view.shape[0], TILE[0]), range(0, view.shape[1], TILE[1])):
+        tile = np.s_[row : row + TILE[0], column : column + TILE[1]]
+        target[tile] = source[tile]
+    return copied
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; what is no float is finite."""
+    mask = EXPONENTS.get(values.dtype)
+    if mask is None or not values.size:
+        return True
+    flat = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
+    block = 1 << 18
+    return all(
+        int((flat[start : start + block] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), block)
+    )

@@ -1,0 +1,316 @@
+"""PyTorch's `.pth` files, read without running anything in them, and written without PyTorch.
+
+A file of `torch.save` is a zip archive of uncompressed entries: `NAME/data.pkl`, a pickle of the mapping from names to
+tensors, and `NAME/data/KEY`, the bytes of each storage. Before PyTorch 1.6 it was a row of pickles followed by the storages.
+A pickle is a program; the reader below lets it build strings, numbers, tuples, lists, dictionaries and descriptions of
+tensors, and refuses any other name it asks for. Descriptions are checked against the file before they become tensors.
+Source: PyTorch `torch/serialization.py`, `torch/_utils.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from checkpoints_convert.lazy import LazyTensor, pieces, row_major, size, span
+from jax_idgrpo.errors import UserError
+
+STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
+PICKLE_LIMIT = 100_000_000  # bytes; names and shapes of a thousand tensors are some hundred thousand
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PICKLES = 3  # magic number, protocol, facts about the machine; then the mapping and the list of storages
+ALIGNMENT = 64  # of every storage in the file, as PyTorch writes it
+ZIP_MAGIC = b"PK\x03\x04"
+ENTRY = struct.Struct("<4s5H3L2H")  # local header of a zip entry
+FAULTS = (  # what taking apart a damaged pickle may raise
+    *(pickle.UnpicklingError, EOFError, MemoryError, AttributeError, ImportError, IndexError, KeyError),
+    *(OverflowError, RecursionError, TypeError, ValueError, struct.error),
+)
+
+
+class _Refused(Exception):
+    """What a pickle asked for that no weights need."""
+
+
+class _Type:
+    """A storage class of torch: the dtype of the elements."""
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+
+class _Storage:
+    def __init__(self, dtype: Any, key: Any, count: Any):
+        self.dtype, self.key, self.count = dtype, key, count
+
+
+class _Tensor:
+    """What the pickle says of a tensor, unchecked."""
+
+    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any):
+        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
+
+
+class _RebuildTensor:
+    """Stands for the function of torch; without attributes, so that no pickle can change it."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+        return _Tensor(storage, offset, shape, strides)
+
+
+class _RebuildParameter:
+    """As `_RebuildTensor`."""
+
+    __slots__ = ()
+
+    def __call__(self, data: Any, *_: Any) -> Any:
+        return data
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+    ("torch", "Size"): tuple,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """A pickle machine that knows the storages and the names of `ALLOWED` only; none does more than hold its arguments."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return _Type(np.dtype(STORAGES[name]))
+        try:
+            return ALLOWED[module, name]
+        except KeyError:
+            raise _Refused(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _Type):
+            raise _Refused(f"the object {str(pid)[:60]!r}")
+        return _Storage(pid[1].dtype, pid[2], pid[4])
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is taken apart as UserErrors that name it."""
+    try:
+        yield
+    except _Refused as error:
+        raise UserError(
+            f"{path}: its pickle asks for {error}, which no weights need; nothing of it was run, do not trust this file"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{path}: is no whole archive of torch.save ({error}); get the file again") from error
+    except FAULTS as error:
+        raise UserError(
+            f"{path}: holds no readable pickle of tensors ({type(error).__name__}: {error}); get the file again"
+        ) from error
+
+
+
+def is_pth(start: bytes) -> bool:
+    """Whether a file with these first nine bytes is one of `torch.save`: a zip archive, or a pickle of protocol 2 or later.
+
+    safetensors starts with any number, also one that looks like either, and goes on with a brace.
+    """
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return (start.startswith(ZIP_MAGIC) or pickled) and start[8:9] != b"{"
+
+
+def open_file(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a `.pth` file by name; nothing but the pickle is read. UserError for anything that is not plain weights."""
+    with _naming(path), path.open("rb") as file:
+        archive = file.read(4) == ZIP_MAGIC
+        file.seek(0)
+        values, places = _open_archive(path, file) if archive else _open_legacy(path, file)
+        return _tensors(path, values, places)
+
+
+def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:
+    """-> what the pickle holds, and a function from a storage's key to its (offset in the file, bytes)."""
+    total = path.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{path}: is a zip archive without the data.pkl of torch.save; give a file of weights")
+        root = pickles[0].removesuffix("data.pkl")
+        order = archive.read(entries[f"{root}byteorder"]) if f"{root}byteorder" in entries else b"little"
+        if order != b"little":
+            raise UserError(f"{path}: its numbers are {order[:10]!r} endian; save it again on a usual machine")
+        if entries[pickles[0]].file_size > min(PICKLE_LIMIT, total):
+            raise UserError(f"{path}: its data.pkl claims {entries[pickles[0]].file_size} bytes; do not trust this file")
+        values = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
+
+    def place(key: str) -> tuple[int, int]:
+        entry = entries.get(f"{root}data/{key}")
+        if entry is None:
+            raise UserError(f"{path}: has no entry data/{key}; the file is damaged, get it again")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise UserError(f"{path}: entry data/{key} is compressed, which torch.save never does; get the file again")
+        with path.open("rb") as header:
+            header.seek(entry.header_offset)
+            magic, *_, name, extra = ENTRY.unpack(header.read(ENTRY.size))
+        if magic != ZIP_MAGIC:
+            raise UserError(f"{path}: entry data/{key} has no header; the file is damaged, get it again")
+        return entry.header_offset + ENTRY.size + name + extra, entry.file_size
+
+    return values, place
+
+
+def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:
+    """As `_open_archive`, for files older than PyTorch 1.6."""
+    storages: dict[str, _Storage] = {}
+
+    class Remembering(_Unpickler):
+        def persistent_load(self, pid: Any) -> _Storage:
+            storage = super().persistent_load(pid)
+            if len(pid) > 5 and pid[5] is not None:
+                raise _Refused("a view into a storage")
+            return storages.setdefault(str(storage.key), storage)
+
+    head = [Remembering(file, encoding="utf-8").load() for _ in range(LEGACY_PICKLES)]
+    if head[0] != LEGACY_MAGIC:
+        raise UserError(f"{path}: is a pickle, but not one of torch.save; give a file of weights")
+    values = Remembering(file, encoding="utf-8").load()
+    keys = Remembering(file, encoding="utf-8").load()
+    places: dict[str, tuple[int, int]] = {}
+    at = file.tell()
+    for key in keys:
+        file.seek(at)
+        count = int.from_bytes(file.read(8), "little", signed=True)
+        bytes_of = count * storages[key].dtype.itemsize
+        places[key] = (at + 8, bytes_of)
+        at += 8 + bytes_of
+        if count < 0 or at > path.stat().st_size:
+            raise UserError(f"{path}: storage {key} of {bytes_of} bytes is not whole; the file is truncated, get it again")
+    return values, lambda key: places[key]
+
+
+def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -> dict[str, LazyTensor]:
+    """The descriptions of the pickle, each checked against its storage and the file."""
+    total = path.stat().st_size
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a file of weights")
+    found: dict[str, LazyTensor] = {}
+    places: dict[str, tuple[int, int]] = {}
+    for name, tensor in dict.items(values):  # whatever its attributes say
+        if not isinstance(name, str) or type(tensor) is not _Tensor:
+            raise UserError(
+                f"{path}: its entry {str(name)[:60]!r} is a {type(tensor).__name__.lstrip('_')}, not a tensor; save the weights alone"
+            )
+        storage, shape, strides, offset = tensor.storage, tensor.shape, tensor.strides, tensor.offset
+        numbers = (*shape, *strides, offset) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+        if (
+            type(storage) is not _Storage
+            or not isinstance(storage.key, str)
+            or not isinstance(storage.dtype, np.dtype)
+            or len(shape) != len(strides)
+            or any(type(number) is not int or number < 0 for number in numbers)
+        ):
+            raise UserError(f"{path}: tensor {name} is not described by plain numbers; do not trust this file")
+        if storage.key not in places:
+            places[storage.key] = place(storage.key)
+        start, available = places[storage.key]
+        begin, width = start + offset * storage.dtype.itemsize, storage.dtype.itemsize
+        end = begin + (span(shape, strides) * width if math.prod(shape) else 0)
+        if end > min(start + available, total):
+            raise UserError(
+                f"{path}: tensor {name} of shape {list(shape)} ends at byte {end} of {min(start + available, total)}; "
+                "the file is truncated or damaged, get it again"
+            )
+        contiguous = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
+        found[name] = LazyTensor(name, shape, storage.dtype, path, begin, None if contiguous else strides)
+    return found
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(
+    file: BinaryIO, root: str, tensors: Mapping[str, Any], written: Callable[[str, int], None], check: bool = False
+) -> None:
+    """What `torch.save({name: tensor})` writes, tensor by tensor: contiguous, each with a storage of its own.
+
+    file: seekable. root: the archive's name inside, of letters and digits. written(name, bytes) is called as bytes go out.
+    check: UserError for a tensor with NaN or infinite values, as in `lazy.pieces`.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _entry(archive, file, f"{root}/data.pkl", [_pickle(tensors)])
+        _entry(archive, file, f"{root}/byteorder", [b"little"])
+        for index, (name, tensor) in enumerate(tensors.items()):
+
+            def parts(name: str = name, tensor: Any = tensor) -> Iterator[memoryview]:
+                for piece in pieces(tensor, check):
+                    yield piece.reshape(-1).view(np.uint8).data
+                    written(name, piece.nbytes)
+
+            _entry(archive, file, f"{root}/data/{index}", parts(), size(tensor))
+        _entry(archive, file, f"{root}/version", [b"3\n"])
+
+
+def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, parts: Any, count: int = 0) -> None:
+    """One uncompressed entry whose data starts at a multiple of `ALIGNMENT`."""
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    large = count >= zipfile.ZIP64_LIMIT // 2
+    start = file.tell() + ENTRY.size + len(name.encode()) + (20 if large else 0) + 4
+    padding = -start % ALIGNMENT
+    entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    with archive.open(entry, "w", force_zip64=large) as target:
+        for part in parts:
+            target.write(part)
+
+
+def _pickle(tensors: Mapping[str, Any]) -> bytes:
+    """The pickle of the mapping, protocol 2, without the machinery of memos that `torch.save` uses to save room."""
+
+    def text(value: str) -> bytes:
+        encoded = value.encode("utf-8", "surrogatepass")
+        return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+    def number(value: int) -> bytes:
+        if value < 1 << 31:
+            return b"J" + struct.pack("<i", value)
+        return b"\x8a\x08" + struct.pack("<q", value)
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    parts = [b"\x80\x02}("]
+    for index, (name, tensor) in enumerate(tensors.items()):
+        shape = tuple(int(length) for length in tensor.shape)
+        storage = b"(" + text("storage") + f"ctorch\n{NAMES[np.dtype(tensor.dtype)]}\n".encode()
+        storage += text(str(index)) + text("cpu") + number(math.prod(shape)) + b"tQ"
+        parts.append(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + numbers(shape))
+        parts.append(numbers(row_major(shape)) + b"\x89ccollections\nOrderedDict\n)RtR")
+    return b"".join([*parts, b"u."])
