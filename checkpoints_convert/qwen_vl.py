@@ -6,6 +6,7 @@ reward uses the former. One row per tensor of a block. Source: transformers `mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from jax_idgrpo.models.qwen_vl import QwenConfig, VisionConfig
 
 Spelling = Literal["transformers4", "transformers5"]
 
+PEFT_PREFIX = "base_model.model."
 PREFIXES = {"transformers4": ("visual.", "model."), "transformers5": ("model.visual.", "model.language_model.")}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
@@ -24,6 +26,20 @@ HEAD, EMBEDDING, TIED = "rm_head.weight", "embed_tokens.weight", "lm_head.weight
 def spelling(names: Iterable[str]) -> Spelling:
     """Which transformers wrote the names."""
     return "transformers5" if any("language_model." in name or "model.visual." in name for name in names) else "transformers4"
+
+
+def canonical(name: str) -> str:
+    """A name as transformers 4 writes it, with what peft puts into the names of a wrapped network taken out again.
+
+    peft writes `base_model.model.` before every name, `base_layer.` into those of adapted layers, and the adapter's name ("default")
+    into those of the adapter where a whole state dict is stored.
+    """
+    name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    name = re.sub(r"\.lora_([AB])\.default\.", r".lora_\1.", name)
+    for ours, theirs in zip(PREFIXES["transformers4"], PREFIXES["transformers5"], strict=True):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _patch_embedding(config: VisionConfig) -> Op:
@@ -61,7 +77,7 @@ def rules(config: QwenConfig, layout: Spelling = "transformers4", head: bool = T
     ]
 
 
-def lora_rules(prefix: str = "base_model.model.model.") -> list[Rule]:
+def lora_rules(prefix: str = f"{PEFT_PREFIX}model.") -> list[Rule]:
     """The adapter of every linear layer of the language model. prefix: what stands before `layers.`."""
     return [
         Rule(f"{prefix}layers.{{i}}.{name}.lora_{part}.weight", f"layers.{{i}}.{name}.lora_{part.lower()}", TRANSPOSE)
