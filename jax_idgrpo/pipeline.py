@@ -143,11 +143,16 @@ def _load_text_encoder(found: checkpoint.Network, dtype: str) -> UMT5Encoder:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a folder of any layout; nothing is fetched."""
-    from transformers import AutoTokenizer  # seconds to import
-
     folder = checkpoint.tokenizer_folder(Path(path))
     if folder is None:
         raise UserError(f"{path}: has no tokenizer; get the whole pipeline")
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer whose files lie in `folder`; nothing is fetched."""
+    from transformers import AutoTokenizer  # seconds to import
+
     for file in ("tokenizer_config.json", "tokenizer.json"):  # without the second the library may make one up
         store.read_json(folder / file)
     try:

@@ -135,7 +135,7 @@ def other_rows(root):
         (lambda root: (root / "base" / "tokenizer.json").write_text("{}"), "cannot read this tokenizer|does not know"),
         (lambda root: edit(root / "adapter" / "model_config.json", "data_config", eval_dim=["SB", "SC"]), "output_dim is 1, but eval_dim"),
         (lambda root: edit(root / "adapter" / "model_config.json", "model_config", output_dim=2), "output_dim is 2"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "model_config", reward_token="first", use_special_tokens=False), "'first'"),
+        (lambda root: edit(root / "adapter" / "model_config.json", "model_config", use_special_tokens=False, reward_token=""), "reward_token"),
         (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", lora_r=8), "mis-shaped"),
         (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", use_rslora=True), "plain LoRA"),
         (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", lora_enable=False), "lora_enable false"),

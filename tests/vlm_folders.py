@@ -91,9 +91,9 @@ def described(outputs: tuple[str, ...] = ("SA",), pooling: str = "special", rank
     """`model_config.json` as the release has it, the fields that no reader needs among them."""
     return {
         "data_config": {
-            "meta_data": "train.csv", "data_dir": "DATA", "meta_data_test": None, "max_frame_pixels": 399360, "num_frames": 5.0, "fps": None,
-            "p_shuffle_frames": 0.0, "p_color_jitter": 0.0, "eval_dim": list(outputs), "prompt_template_type": "subject_alignment_special",
-            "add_noise": False, "sample_type": "uniform", "use_tied_data": True,
+            "meta_data": "train.csv", "data_dir": "DATA", "meta_data_test": None, "max_frame_pixels": 399360, "num_frames": 5.0,
+            "fps": None, "p_shuffle_frames": 0.0, "p_color_jitter": 0.0, "eval_dim": list(outputs),
+            "prompt_template_type": "subject_alignment_special", "add_noise": False, "sample_type": "uniform", "use_tied_data": True,
         },
         "training_args": {"learning_rate": 2e-06, "seed": 42},
         "model_config": {
@@ -101,7 +101,8 @@ def described(outputs: tuple[str, ...] = ("SA",), pooling: str = "special", rank
             "torch_dtype": dtype, "reward_token": pooling, "loss_type": "btt",
         },
         "peft_lora_config": {
-            "lora_enable": rank > 0, "vision_lora": False, "lora_r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05, "use_rslora": False,
+            "lora_enable": rank > 0, "vision_lora": False, "lora_r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05,
+            "use_rslora": False,
         },
         **({"inference_config": inference} if inference else {}),
     }

@@ -29,8 +29,9 @@ from jax_idgrpo import parallel
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.qwen_vl import QwenReward
+from jax_idgrpo.pipeline import read_tokenizer
 
-MODEL_CONFIG, CONFIG, TOKENIZER = "model_config.json", "config.json", ("tokenizer_config.json", "tokenizer.json")
+MODEL_CONFIG, CONFIG, TOKENIZER = "model_config.json", "config.json", "tokenizer_config.json"
 ADAPTER, TRAINED, WHOLE = "adapter_model.safetensors", "non_lora_state_dict.pth", "model.pth"
 EMBEDDING = "model.embed_tokens.weight"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -187,15 +188,7 @@ def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
     Raises:
       UserError: a file is missing or cannot be read, or the tokenizer is not of a Qwen2.5-VL.
     """
-    from transformers import AutoTokenizer  # seconds to import
-
-    for file in TOKENIZER:  # without the second the library may make one up
-        store.read_json(folder / file)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises whatever its parsers do
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again") from error
+    tokenizer = read_tokenizer(folder)
     known = tokenizer.get_vocab()
     if missing := [token for token in VISION_TOKENS if token not in known]:
         raise UserError(f"{folder}: the tokenizer does not know {missing[0]}; use that of a Qwen2.5-VL model")
@@ -253,7 +246,7 @@ def load(
         tensors = _named(_base(base, settings, str(checkpoint / ADAPTER))) | _named(checkpoint / TRAINED)
         if settings.rank or (checkpoint / ADAPTER).is_file():
             tensors |= _named(checkpoint / ADAPTER)
-    holder = folder if (folder / TOKENIZER[0]).is_file() else _base(base, settings, f"{folder}, which has no tokenizer,")
+    holder = folder if (folder / TOKENIZER).is_file() else _base(base, settings, f"{folder}, which has no tokenizer,")
     tokenizer = load_tokenizer(holder, settings.tokens)
     sizes = store.read_json((folder if (folder / CONFIG).is_file() else _base(base, settings, str(folder))) / CONFIG)
     network = _fill(sizes, settings, tensors, tokenizer, dtype, merge, mesh, str(checkpoint))
