@@ -121,6 +121,9 @@ def edit(path, section, **values):
     path.write_text(json.dumps(found))
 
 
+MODEL = vlm_files.MODEL_CONFIG
+
+
 def other_rows(root):
     path = root / "adapter" / "checkpoint-21" / "non_lora_state_dict.pth"
     tensors = torch.load(path)
@@ -133,15 +136,15 @@ def other_rows(root):
     [
         (lambda root: (root / "base" / "tokenizer.json").unlink(), "tokenizer.json: cannot be read"),
         (lambda root: (root / "base" / "tokenizer.json").write_text("{}"), "cannot read this tokenizer|does not know"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "data_config", eval_dim=["SB", "SC"]), "output_dim is 1, but eval_dim"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "model_config", output_dim=2), "output_dim is 2"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "model_config", use_special_tokens=False, reward_token=""), "reward_token"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", lora_r=8), "mis-shaped"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", use_rslora=True), "plain LoRA"),
-        (lambda root: edit(root / "adapter" / "model_config.json", "peft_lora_config", lora_enable=False), "lora_enable false"),
+        (lambda root: edit(root / "adapter" / MODEL, "data_config", eval_dim=["SB", "SC"]), "output_dim is 1, but eval_dim"),
+        (lambda root: edit(root / "adapter" / MODEL, "model_config", output_dim=2), "output_dim is 2"),
+        (lambda root: edit(root / "adapter" / MODEL, "model_config", use_special_tokens=False, reward_token=""), "reward_token"),
+        (lambda root: edit(root / "adapter" / MODEL, "peft_lora_config", lora_r=8), "mis-shaped"),
+        (lambda root: edit(root / "adapter" / MODEL, "peft_lora_config", use_rslora=True), "plain LoRA"),
+        (lambda root: edit(root / "adapter" / MODEL, "peft_lora_config", lora_enable=False), "lora_enable false"),
         (other_rows, r"table has 264 rows.*knows 265 tokens"),
         (lambda root: shutil.rmtree(root / "adapter" / "checkpoint-21"), "non_lora_state_dict.pth"),
-        (lambda root: (root / "adapter" / "model_config.json").unlink(), "model_config.json"),
+        (lambda root: (root / "adapter" / MODEL).unlink(), "model_config.json"),
     ],
 )
 def test_what_cannot_be_read_is_answered_in_one_line(folders, tmp_path, change, message):
