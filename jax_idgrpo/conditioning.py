@@ -8,7 +8,11 @@ VACE's control signal for generation from references alone, per latent frame 96 
 Rows with fewer people than `max_people` are padded behind the video, `[M references, T video, max_people - M padding]`: the real
 frames keep the rotary positions they have alone, the padding is masked, so a row does not depend on its neighbours.
 
-Source: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`, `prepare_masks`).
+Phantom has no control: the latents of the photos, one frame each, stand clean behind the video, `[T video, M references, max_people - M
+padding]`, for the transformer alone; what is denoised is the video.
+
+Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`, `prepare_masks`); Phantom-video/Phantom,
+`subject2video.py`.
 """
 
 import hashlib
@@ -47,21 +51,42 @@ class Pipeline(Protocol):
 
 @struct.dataclass
 class Conditioning:
-    """What P prompts ask for; N = max_people + T latent frames, laid out `[references, video, padding]` per row.
+    """What P prompts ask for; N latent frames are denoised per row, laid out `[references, video, padding]` (VACE, N = max_people + T) or
+    `[video]` (Phantom, N = T).
 
-    text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding.
+    text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding; None for Phantom.
     frame_mask: False in the padding. references: how many people each row has.
+    tail: Phantom's clean latents of the photos, zero in the padding; None for VACE.
     """
 
     text: Float[Array, "P L D"]
-    control: Float[Array, "P N H W 96"]
+    control: Float[Array, "P N H W 96"] | None
     frame_mask: Bool[Array, "P N"]
     references: Int[Array, "P"]
+    tail: Float[Array, "P M H W C"] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape [N, H, W, 16] of the latents that one row denoises."""
+        if self.tail is not None:
+            return (self.frame_mask.shape[1], *self.tail.shape[2:])
+        assert self.control is not None
         return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
+
+    @property
+    def tail_mask(self) -> Bool[Array, "P M"]:
+        """True on the photos behind the video."""
+        assert self.tail is not None
+        return jnp.arange(self.tail.shape[1]) < self.references[:, None]
+
+    @property
+    def video_start(self) -> Int[Array, "P"]:
+        """The first video frame of each row."""
+        return self.references if self.tail is None else jnp.zeros_like(self.references)
+
+    def video_frames(self, max_people: int) -> int:
+        """T, the latent frames of the video."""
+        return self.frame_mask.shape[1] - (max_people if self.tail is None else 0)
 
 
 def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
@@ -69,9 +94,9 @@ def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditionin
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 
 
-def video_latents(x: Float[Array, "B N H W C"], references: Int[Array, "B"], frames: int) -> Float[Array, "B T H W C"]:
-    """The T = `frames` video frames of each row: those behind its references."""
-    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, references)
+def video_latents(x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: int) -> Float[Array, "B T H W C"]:
+    """The T = `frames` video frames of each row, from its `start` on."""
+    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
 
 
 def frame_mask(references: Int[Array, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
@@ -90,6 +115,18 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
     top, left = (height - rows) // 2, (width - columns) // 2
     out[top : top + rows, left : left + columns] = _bilinear(_bilinear(pixels, rows, 0), columns, 1)
     return out
+
+
+def whole_canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
+    """Phantom's form of `canvas`: one Lanczos resize from the image's own size."""
+    image = on_white(image)
+    ratio = image.width / image.height
+    size = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
+    columns, rows = (max(side, 1) for side in size)
+    out = np.full((height, width, 3), 255, np.float32)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    out[top : top + rows, left : left + columns] = np.asarray(image.resize((columns, rows), Image.Resampling.LANCZOS), np.float32)
+    return out / np.float32(127.5) - 1
 
 
 def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
@@ -158,37 +195,40 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[Array, "L D"]:
 
 
 def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache) -> Conditioning:
-    """The conditioning of `prompts` for videos of the size in `config.video`.
+    """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it.
 
     cache: rows by prompt id and grey videos by size, filled here; the caller keeps it for the run, so each prompt is encoded once.
 
     Raises:
       UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
     """
-    video, data = config.video, config.data
-    if ("grey", video) not in cache:
+    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
+    if vace and ("grey", video) not in cache:
         cache["grey", video] = _encode_video(pipe.vae, jnp.zeros((1, video.frames, video.height, video.width, 3)))[0]
     for prompt in prompts:
         if (prompt.id, video) not in cache:
-            cache[prompt.id, video] = _encode_row(pipe, prompt, config, cache["grey", video])
-    frames = cache["grey", video].shape[0]
+            cache[prompt.id, video] = _encode_row(pipe, prompt, config, cache["grey", video] if vace else None)
     rows = [cache[prompt.id, video] for prompt in prompts]
     references = jnp.asarray([len(prompt.references) for prompt in prompts], jnp.int32)
-    return Conditioning(
-        text=jnp.stack([text for text, _ in rows]),
-        control=jnp.stack([row for _, row in rows]),
-        frame_mask=frame_mask(references, frames, data.max_people),
-        references=references,
-    )
+    text, images = jnp.stack([text for text, _ in rows]), jnp.stack([image for _, image in rows])
+    frames = (video.frames - 1) // 4 + 1
+    if vace:
+        return Conditioning(text=text, control=images, frame_mask=frame_mask(references, frames, people), references=references)
+    mask = jnp.ones((len(prompts), frames), bool)
+    return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=images)
 
 
-def _encode_row(pipe: Pipeline, prompt: Prompt, config: Config, grey: Array) -> tuple[Array, Array]:
-    """Text embedding [L, D] and control [N, H, W, 96] of one prompt."""
+def _encode_row(pipe: Pipeline, prompt: Prompt, config: Config, grey: Array | None) -> tuple[Array, Array]:
+    """Text embedding [L, D] of one prompt, and its control [N, H, W, 96] or (without `grey`) its tail [max_people, H, W, 16]."""
     data, video = config.data, config.video
     if not 1 <= len(prompt.references) <= data.max_people:
         raise UserError(
             f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
         )
-    photos = [canvas(load_reference(path), video.height, video.width) for path in prompt.references]
+    fit = whole_canvas if grey is None else canvas
+    photos = [fit(load_reference(path), video.height, video.width) for path in prompt.references]
     latents = jnp.concatenate([_encode_video(pipe.vae, jnp.asarray(photo)[None, None])[0] for photo in photos])
-    return encode_text(pipe, prompt.text, data.text_length), control(latents, grey, data.max_people, data.reference_order)
+    text = encode_text(pipe, prompt.text, data.text_length)
+    if grey is None:
+        return text, jnp.pad(latents, ((0, data.max_people - len(photos)), (0, 0), (0, 0), (0, 0)))
+    return text, control(latents, grey, data.max_people, data.reference_order)

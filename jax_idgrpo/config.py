@@ -31,6 +31,7 @@ class ModelConfig:
     """Which video model is the policy and how it is held.
 
     path: checkpoint folder (diffusers layout); "embedded" is the tiny set in the package.
+    kind: "vace", or "phantom", whose tensors cannot be told from plain Wan's: how the photos condition it (see `conditioning`).
     dtype: dtype of the transformer's matrix products, "float32" or "bfloat16"; everything else is float32.
     remat: what a block keeps for the backward pass, "none" (everything), "dots" (outputs of linear layers), "attention" (outputs of
         attentions) or "full" (its input alone); all but "none" compute the rest again. With "full" the forward pass of the replay is
@@ -50,7 +51,7 @@ class ModelConfig:
     adapter: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.kind == "vace", f"model.kind is {self.kind!r}; only 'vace' is supported")
+        _choice("model.kind", self.kind, ("vace", "phantom"))
         _require(self.dtype in ("float32", "bfloat16"), f"model.dtype is {self.dtype!r}; use float32 or bfloat16")
         _choice("model.remat", self.remat, ("none", "dots", "attention", "full"))
         _require(self.rank >= 1, f"model.rank is {self.rank}; an adapter needs a rank of 1 or more")
@@ -69,7 +70,7 @@ class DataConfig:
     max_people: most reference photos that a row may have; rows with fewer are padded and masked.
     text_length: tokens a prompt is padded or cut to.
     negative_prompt: text of the unguided branch; "@FILE" reads it from a file.
-    reference_order: order of the reference latents, "diffusers" (last photo first) or "original".
+    reference_order: order of VACE's reference latents, "diffusers" (last photo first) or "original"; Phantom has one order.
     """
 
     prompts: str = "embedded:rl"
@@ -120,7 +121,8 @@ class RolloutConfig:
 
     prompts, group: prompts per training step and videos per prompt; together the batch.
     micro_batch: rows per program call in rollout and update alike, 0 = all rows of an update.
-    steps, shift, guidance: denoising steps, flow shift (0 = the checkpoint's), guidance scale (1 = no negative branch).
+    steps, shift, guidance: denoising steps, flow shift (0 = the checkpoint's), guidance scale of the prompt (1 = no negative branch).
+    image_guidance: scale of the photos, for Phantom, which has such a branch (0 = its own 5.0); with both scales 1 no other branch runs.
     sampler: of the stochastic steps, "identity" (as published), "flow", "dance" or "cps" (see `flow`).
     noise_level: of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7).
     window: which steps are stochastic and trained; the others are Euler steps. "all" (as published); "fixed" (window_size from
@@ -139,6 +141,7 @@ class RolloutConfig:
     steps: int = 25
     shift: float = 0.0
     guidance: float = 4.5
+    image_guidance: float = 0.0
     sampler: str = "identity"
     noise_level: float = 0.0
     window: str = "all"
@@ -157,6 +160,7 @@ class RolloutConfig:
                  f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of {self.prompts} prompts x {self.group} videos")
         _require(self.steps >= 2, f"rollout.steps is {self.steps}; use 2 or more")
         _require(self.shift >= 0, f"rollout.shift is {self.shift}; use a positive number, or 0 for the checkpoint's own")
+        _require(self.image_guidance >= 0, f"rollout.image_guidance is {self.image_guidance}; use a scale, or 0 for Phantom's 5.0")
         _choice("rollout.sampler", self.sampler, ("identity", "flow", "dance", "cps"))
         _require(self.noise_level >= 0, f"rollout.noise_level is {self.noise_level}; use a positive number, or 0 for the sampler's own")
         _require(self.sampler != "cps" or self.noise_level <= 1,
@@ -325,7 +329,7 @@ class RewardConfig:
 class EvaluateConfig:
     """Evaluation: ODE sampling of `videos` videos per held-out prompt with fixed noise, and bootstrap intervals.
 
-    solver: of the ODE, "euler" (as published) or "unipc". guidance: scale, 0 = the rollout's.
+    solver: of the ODE, "euler" (as published) or "unipc". guidance, image_guidance: scales, 0 = the rollout's.
     """
 
     prompts: str = "embedded:eval"
@@ -333,6 +337,7 @@ class EvaluateConfig:
     steps: int = 50
     solver: str = "euler"
     guidance: float = 0.0
+    image_guidance: float = 0.0
     batch: int = 32
     bootstrap: int = 2000
     frames: int = 0
@@ -432,6 +437,12 @@ class Config:
 
     def __post_init__(self) -> None:
         rollout, grpo = self.rollout, self.grpo
+        if self.model.kind == "vace":
+            for section in ("rollout", "evaluate"):
+                scale = getattr(self, section).image_guidance
+                _require(scale == 0, f"{section}.image_guidance {scale} scales a branch that only model.kind phantom has; leave it out")
+        else:
+            _require(self.data.max_people <= 4, f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 photos")
         _require(rollout.prompts % grpo.updates == 0,
                  f"grpo.updates {grpo.updates} does not divide the {rollout.prompts} prompts of a rollout")
         _require(not grpo.replays or rollout.window != "none",
@@ -452,6 +463,11 @@ class Config:
                  f"one of {grpo.updates} updates")
         _require(grpo.objective != "dpo" or self.rows_per_call % 2 == 0,
                  f"rollout.micro_batch {self.rows_per_call} would part the two videos of a pair; use an even number")
+
+    def image_guidance(self, evaluation: bool = False) -> float | None:
+        """Scale of the photos' branch in rollouts or in evaluation; None for a model without it."""
+        chosen = (self.evaluate.image_guidance if evaluation else 0) or self.rollout.image_guidance or 5.0
+        return chosen if self.model.kind == "phantom" else None
 
     @property
     def trained_rows(self) -> int:

@@ -83,8 +83,8 @@ class Sampler:
         if mesh is not None:
             asked, noise = jax.device_put((asked, noise), parallel.batch_sharding(mesh))
         latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
-        frames = asked.frame_mask.shape[1] - self.config.data.max_people
-        return np.asarray(rollout.decode(nnx.split(self.pipe.vae), latents, asked.references, frames))[: len(rows)]
+        frames = asked.video_frames(self.config.data.max_people)
+        return np.asarray(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
 
     def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
         """`videos` of many rows, batch by batch, with a progress bar."""
@@ -108,7 +108,7 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     if pipe is None:
         mesh = parallel.make_mesh(config.mesh)
         parallel.check_rows(mesh, config.evaluate.batch, "evaluate.batch")
-        pipe = load_pipeline(model.folder(), dtype=model.dtype, remat=model.remat, unroll=model.unroll, mesh=mesh)
+        pipe = load_pipeline(model.folder(), model.dtype, model.kind, remat=model.remat, unroll=model.unroll, mesh=mesh)
     return Sampler(
         config=config,
         pipe=pipe,
@@ -124,10 +124,11 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
     Raises:
       UserError: an adapter does not fit the checkpoint.
     """
-    guidance, mesh = sampler.config.evaluate.guidance or sampler.config.rollout.guidance, sampler.pipe.transformer.config.mesh
+    config, mesh = sampler.config, sampler.pipe.transformer.config.mesh
+    guidance = config.evaluate.guidance or config.rollout.guidance, config.image_guidance(evaluation=True)
 
     def model(transformer: WanTransformer) -> Model:
-        actor, lora, base = policy.split(transformer, guidance)
+        actor, lora, base = policy.split(transformer, *guidance)
         return Model(actor, lora if mesh is None else parallel.place(mesh, lora), base)
 
     rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)

@@ -1,7 +1,12 @@
-"""The policy's velocity: a frozen transformer, an adapter that may be off, and classifier-free guidance in one batch.
+"""The policy's velocity: a frozen transformer, an adapter that may be off, and guidance with all its branches in one batch.
 
 Rollout and replay both call `Policy.velocity`; nothing else turns latents into velocities, so the two cannot disagree.
-For VACE, v = v_negative + guidance (v_prompt - v_negative), with the same control in both branches.
+
+    VACE      v = v_negative + guidance (v_prompt - v_negative), the same control in both
+    Phantom   v = v_none + image_guidance (v_photos - v_none) + guidance (v_both - v_photos)
+
+v_both sees prompt and photos, v_photos the negative prompt and the photos, v_none the negative prompt and zeros in the photos' place.
+Source: Phantom-video/Phantom, `subject2video.py`.
 """
 
 import dataclasses
@@ -21,12 +26,25 @@ from jax_idgrpo.models.wan import WanTransformer
 class Policy:
     """Structure of the transformer with and without its adapter; the arrays are passed in.
 
-    adapted, plain: the two graph definitions. guidance: scale s of the guidance; 1 runs the prompt's branch alone.
+    adapted, plain: the two graph definitions. guidance: scale of the prompt. image_guidance: scale of the photos, None for a model without
+    such a branch (VACE). With all scales 1 the branch of prompt and photos runs alone.
     """
 
     adapted: Any
     plain: Any
     guidance: float
+    image_guidance: float | None = None
+
+    @property
+    def branches(self) -> int:
+        """Passes of the transformer per velocity."""
+        if self.guidance == 1 and self.image_guidance in (None, 1):
+            return 1
+        return 2 if self.image_guidance is None else 3
+
+    def unguided(self) -> "Policy":
+        """The branch of prompt and photos alone."""
+        return dataclasses.replace(self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0)
 
     def velocity(
         self,
@@ -39,33 +57,43 @@ class Policy:
     ) -> Float[Array, "B N H W C"]:
         """The guided velocity [B,N,H,W,16], float32, at one integer timestep or one per row; `lora=None` is the frozen base.
 
-        negative: [L,D] the encoded negative prompt, shared by all rows; unused when guidance is 1.
+        negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
         """
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
         lora, base, x, timestep, conditioning, negative = jax.lax.optimization_barrier((lora, base, x, timestep, conditioning, negative))
         model = nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
-        if self.guidance == 1:
-            return jax.lax.optimization_barrier(
-                model(x, timestep, conditioning.text, conditioning.control, frame_mask=conditioning.frame_mask)
-            )
-        both = model(
-            _twice(x),
-            _twice(timestep),
-            jnp.concatenate([conditioning.text, jnp.broadcast_to(negative, conditioning.text.shape)]),
-            _twice(conditioning.control),
-            frame_mask=_twice(conditioning.frame_mask),
-        )
-        guided, unguided = jnp.split(both, 2)
-        return jax.lax.optimization_barrier(unguided + self.guidance * (guided - unguided))
+        text, frames = conditioning.text, x.shape[1]
+        others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
+
+        def repeat(array: Array) -> Array:
+            return jnp.concatenate([array] * self.branches)
+
+        latents, mask, control = repeat(x), repeat(conditioning.frame_mask), None
+        if conditioning.tail is None:
+            control = repeat(conditioning.control)
+        else:
+            tails = [conditioning.tail] * min(self.branches, 2) + [jnp.zeros_like(conditioning.tail)] * (self.branches - 2)
+            latents = jnp.concatenate([latents, jnp.concatenate(tails)], axis=1)
+            mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
+        found = model(latents, repeat(timestep), jnp.concatenate([text, *others]), control, frame_mask=mask)[:, :frames]
+        return jax.lax.optimization_barrier(self._combine(found))
+
+    def _combine(self, branches: Float[Array, "R N H W C"]) -> Float[Array, "B N H W C"]:
+        """The velocities of the branches, one after another, as one."""
+        if self.branches == 1:
+            return branches
+        if self.image_guidance is None:
+            prompt, none = jnp.split(branches, 2)
+            return none + self.guidance * (prompt - none)
+        both, photos, none = jnp.split(branches, 3)
+        return none + self.image_guidance * (photos - none) + self.guidance * (both - photos)
 
 
-def _twice(array: Array) -> Array:
-    return jnp.concatenate([array, array])
-
-
-def split(transformer: WanTransformer, guidance: float) -> tuple[Policy, nnx.State, nnx.State]:
+def split(
+    transformer: WanTransformer, guidance: float, image_guidance: float | None = None
+) -> tuple[Policy, nnx.State, nnx.State]:
     """A transformer with adapters -> (policy, adapter state, base state)."""
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))[0]
-    return Policy(adapted=adapted, plain=plain, guidance=guidance), lora, base
+    return Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance), lora, base

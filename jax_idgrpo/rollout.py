@@ -180,7 +180,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="frames")
 def decode(
-    vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], people: Int[Array, "B"], frames: int
+    vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], start: Int[Array, "B"], frames: int
 ) -> Float[Array, "B F H W 3"]:
-    """The videos in [-1, 1] of final latents: references dropped, `frames` latent frames decoded."""
-    return nnx.merge(*vae).decode(video_latents(latents, people, frames))
+    """The videos in [-1, 1] of final latents: `frames` latent frames from each row's `start` on, references dropped."""
+    return nnx.merge(*vae).decode(video_latents(latents, start, frames))

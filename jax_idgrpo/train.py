@@ -109,7 +109,7 @@ def score_latents(
 ) -> Float[Array, "B"]:
     """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks."""
     vae, state = scorer
-    video = rollout.decode(vae, latents, condition.references, condition.frame_mask.shape[1] - max_people)
+    video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
     return function(state, video, *people)["reward"]
 
 
@@ -156,7 +156,7 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
     model = config.model
     pipe = load_pipeline(
-        model.folder(), model.dtype, "vace", model.rank, model.alpha,
+        model.folder(), model.dtype, model.kind, model.rank, model.alpha,
         seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh,
     )
     if model.adapter:
@@ -187,13 +187,13 @@ def train(config: Config, workdir: Path) -> None:
     parallel.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     pipe = load(config, mesh)
-    actor, lora, base = policy.split(pipe.transformer, sampling.guidance)
+    actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
     through = config.grpo.objective == "reward_gradient"
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
     reward = make_reward(config.reward)
     objective = Objective(
-        policy=actor if config.grpo.replays or through else dataclasses.replace(actor, guidance=1.0),
+        policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,
         optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
         ema_decay=config.optimizer.ema_decay,
@@ -202,7 +202,7 @@ def train(config: Config, workdir: Path) -> None:
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     negative = conditioning.encode_negative(pipe, config.data)
     cache: conditioning.Cache = {}
-    passes = forward_passes(config, 1 if sampling.guidance == 1 else 2)
+    passes = forward_passes(config, actor.branches)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -212,7 +212,8 @@ def train(config: Config, workdir: Path) -> None:
     failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
     watch = Watch.make(config, pipe, workdir / "watch") if config.run.watch_every else None
     if watch is not None:
-        watched = dataclasses.replace(actor, guidance=config.evaluate.guidance or sampling.guidance)
+        guidance = config.evaluate.guidance or sampling.guidance
+        watched = dataclasses.replace(actor, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
         watch.begin(Model(watched, parallel.place(mesh, fresh.ema), base))
 
     def rows(tree: Any, chunk: slice) -> Any:
@@ -276,8 +277,8 @@ def train(config: Config, workdir: Path) -> None:
                     trajectory = rollout.Trajectory(latents=latents, x=x[:, None])
                 else:
                     trajectory = rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
-                frames = condition.frame_mask.shape[1] - config.data.max_people
-                video = rollout.decode(vae, trajectory.latents, condition.references, frames)
+                frames = condition.video_frames(config.data.max_people)
+                video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))
                 chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
                 if len(videos) < SHOWN:

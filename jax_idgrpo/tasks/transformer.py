@@ -224,8 +224,7 @@ def sample_clips(pipe: Pipeline, given: conditioning.Conditioning, config: Confi
     negative = conditioning.encode_negative(pipe, config.data)
     rows = keys.row_keys(keys.key(config.run.seed, "evaluate"), jnp.arange(len(given.text)), jnp.zeros(len(given.text), jnp.int32))
     x = rollout.generate(policy, None, base, given, negative, rollout.Schedule.make(config.rollout.steps, pipe.shift), rows)
-    frames = given.control.shape[1] - config.data.max_people
-    latents = conditioning.video_latents(x, given.references, frames)
+    latents = conditioning.video_latents(x, given.video_start, given.video_frames(config.data.max_people))
     return np.asarray(nnx.jit(type(pipe.vae).decode)(pipe.vae, latents))
 
 
@@ -245,6 +244,8 @@ def make(config: Config) -> Task:
     except TypeError as error:
         raise UserError(f"finetune.options of task transformer: {str(error).split('() ')[-1]}") from None
     folder, shift = config.model.folder(), config.rollout.shift
+    if config.model.kind != "vace":
+        raise UserError(f"model.kind is {config.model.kind}; the task transformer trains VACE alone, so leave it out")
     if shift <= 0:
         raise UserError("rollout.shift is 0; this task makes the checkpoint, so name the shift it is trained with, such as 3.0")
     vae, text_encoder, tokenizer = load_vae(folder), load_text_encoder(folder), load_tokenizer(folder)

@@ -1,0 +1,17 @@
+"""Identity-GRPO on Phantom-Wan-14B: the recipe of the 1.3B model, weights sharded over the mesh, at the model's 24 frames per second."""
+
+import dataclasses
+from pathlib import Path
+
+from jax_idgrpo import config as c
+
+
+def get_config() -> c.Config:
+    """As `phantom_1_3b`, with every device on the `fsdp` axis."""
+    base = c.load(Path(__file__).with_name("phantom_1_3b.py"))
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, path="Phantom-Wan-14B-diffusers"),
+        video=dataclasses.replace(base.video, fps=24),
+        mesh=c.MeshConfig(data=1, fsdp=-1),
+    )
