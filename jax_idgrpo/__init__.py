@@ -20,8 +20,6 @@ __all__ = ["flow", "grpo", "load_pipeline", "rewards"]
 def __getattr__(name: str) -> Any:
     if name == "load_pipeline":
         return importlib.import_module("jax_idgrpo.pipeline").load_pipeline
-    if name == "rewards":
-        importlib.import_module("jax_idgrpo.rewards.preference")  # part of what `rewards` offers
     if name in __all__:
         return importlib.import_module(f"jax_idgrpo.{name}")
     raise AttributeError(f"module 'jax_idgrpo' has no attribute {name!r}")

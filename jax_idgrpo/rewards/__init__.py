@@ -17,7 +17,7 @@ from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards import preference as preference     # `rewards.preference` is part of the interface
+from jax_idgrpo.rewards import preference as preference  # `rewards.preference` is part of the interface
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
 
