@@ -300,9 +300,15 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """The reward: face similarity over `frames` evenly spaced frames of each video.
+    """The reward: face similarity over `frames` evenly spaced frames of each video, or a vision-language model's score.
 
     faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package.
+    vlm: folder of a vision-language reward, as released or as `train-reward` exports it, which is then the reward; "" is the face reward.
+    vlm_base: folder of the Qwen2.5-VL model that it was trained from, for what its own folder does not hold.
+    vlm_prompt: file with the text that it is asked (text, or the release's prompt_template.py); "" is prompt.txt in its folder.
+    vlm_dtype: of its weights and products. vlm_fps: frames per second that it is told; the published scores are at 10.
+    vlm_rows: videos that it scores at once, 0 = all. vlm_devices: how many devices it has for itself, the last ones, so that scoring
+        overlaps with the next rollout; 0 = it shares the mesh of the video model.
     similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody.
     soft_weight: share of the soft-minimum over people against their mean.
     """
@@ -313,8 +319,20 @@ class RewardConfig:
     similarity_high: float = 0.9
     missing: float = 0.15
     soft_weight: float = 0.5
+    vlm: str = ""
+    vlm_base: str = ""
+    vlm_prompt: str = ""
+    vlm_dtype: str = "bfloat16"
+    vlm_fps: float = 10.0
+    vlm_rows: int = 0
+    vlm_devices: int = 0
 
     def __post_init__(self) -> None:
+        _choice("reward.vlm_dtype", self.vlm_dtype, ("float32", "bfloat16"))
+        _require(self.vlm_fps > 0, f"reward.vlm_fps is {self.vlm_fps}; use a positive number")
+        for name in ("vlm_rows", "vlm_devices"):
+            _require(getattr(self, name) >= 0, f"reward.{name} is {getattr(self, name)}; use 0 or more")
+        _require(self.faces != "" or self.vlm != "", "reward.faces is empty; only a reward.vlm can do without face networks")
         _require(self.frames >= 1, f"reward.frames is {self.frames}; use 1 or more")
         _require(self.similarity_low < self.similarity_high,
                  f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")

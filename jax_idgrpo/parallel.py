@@ -43,7 +43,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"ffn/linear_1/bias$", ("tensor",)),
     (r"ffn/linear_2/kernel$", ("tensor", "fsdp")),
     (r"/kernel$", (None, "fsdp")),
-    (r"embedding$", (None, "fsdp")),
+    (r"(embedding|embed_tokens)$", (None, "fsdp")),
     (r".*", ()),
 )
 

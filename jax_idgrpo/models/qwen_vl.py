@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm
 
-QUERIES = 512  # queries whose logits a language block holds at once
+QUERIES = 512  # queries whose logits exist at once
 
 
 def _require(condition: bool, message: str) -> None:
@@ -189,22 +189,28 @@ def attend(
     return out.reshape(*batch, n, heads, d).astype(v.dtype)
 
 
-def causal(q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]) -> Float[Array, "B N K d"]:
-    """`attend` to oneself and what came before; padding on the right is seen by padding alone. Queries are worked through in chunks."""
+def attend_in_parts(
+    q: Float[Array, "B N K d"], k: Float[Array, "B M G d"], v: Float[Array, "B M G d"], seen: Callable[[Array], Array]
+) -> Float[Array, "B N K d"]:
+    """`attend`, `QUERIES` queries at a time. seen: numbers of queries -> the mask [B or nothing, Q or 1, M] of what they see."""
     length = q.shape[1]
     if length <= QUERIES:
-        return attend(q, k, v, jnp.tril(jnp.ones((length, length), bool)))
+        return attend(q, k, v, seen(jnp.arange(length)))
     count = -(-length // QUERIES)
     padded = jnp.pad(q, ((0, 0), (0, count * QUERIES - length), (0, 0), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(len(q), count, QUERIES, *q.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def chunk(part: tuple[Array, Array]) -> Array:
-        queries, first = part
-        return attend(queries, k, v, jnp.arange(length) <= first + jnp.arange(QUERIES)[:, None])
+    def part(given: tuple[Array, Array]) -> Array:
+        return attend(given[0], k, v, seen(given[1] + jnp.arange(QUERIES)))
 
-    out = jax.lax.map(chunk, (parts, jnp.arange(count) * QUERIES))
+    out = jax.lax.map(part, (parts, jnp.arange(count) * QUERIES))
     return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
+
+
+def causal(q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]) -> Float[Array, "B N K d"]:
+    """Attention to oneself and what came before; padding on the right is seen by padding alone."""
+    return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
 
 def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
@@ -251,7 +257,7 @@ class VisionAttention(nnx.Module):
             return jnp.take_along_axis(out.reshape(rows, windows * size, self.heads, -1), grids.back[..., None, None], axis=1)
 
         def whole_grid() -> Array:
-            return jax.lax.map(lambda one: attend(one[0], one[1], one[2], one[3][None, :]), (q, k, v, grids.mask))
+            return attend_in_parts(q, k, v, lambda queries: grids.mask[:, None, :])
 
         out = jax.lax.cond(full, whole_grid, within_windows)
         return self.proj(out.reshape(x.shape))
@@ -369,7 +375,8 @@ class QwenReward(nnx.Module):
     def __call__(
         self, sequences: Sequences, pictures: Grids | None, frames: Grids | None, pooling: str = "special"
     ) -> Float[Array, "B K O"]:
-        """Scores, float32: at each reward token ("special"), at the last token ("last"), or of the mean of all tokens ("mean").
+        """Scores, float32: at each reward token ("special"), at the last token ("last"), or of the mean of all tokens before it ("mean",
+        which leaves out the last one, as published).
 
         pictures, frames: the grids of all rows' reference pictures and of their videos, those of one row together; a row's features are
         those of its pictures (all capacity of them), then those of its frames.
@@ -384,7 +391,8 @@ class QwenReward(nnx.Module):
             last = jnp.sum(sequences.mask, axis=1) - 1
             return self.rm_head(jnp.take_along_axis(hidden, last[:, None, None], axis=1))
         _require(pooling == "mean", f"pooling is {pooling!r}; choose special, last or mean")
-        weight = sequences.mask[..., None].astype(jnp.float32)
+        before = jnp.arange(sequences.mask.shape[1]) < jnp.sum(sequences.mask, axis=1, keepdims=True) - 1
+        weight = before[..., None].astype(jnp.float32)
         return self.rm_head(jnp.sum(hidden * weight, axis=1, keepdims=True) / jnp.sum(weight, axis=1, keepdims=True))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float
+from PIL import Image
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import preference as preference  # `rewards.preference` is part of the interface
@@ -26,10 +27,15 @@ Terms = dict[str, Float[Array, "B"]]
 
 @struct.dataclass
 class References:
-    """Reference photos of the people asked for, in [-1, 1]; mask is False on padding."""
+    """Reference photos of the people asked for, in [-1, 1]; mask is False on padding.
+
+    photos: each row's photos as they are stored, without padding, for rewards that look at them in their own size; empty where the
+    images are all there is.
+    """
 
     images: Float[Array, "B M h w 3"]
     mask: Bool[Array, "B M"]
+    photos: tuple[tuple[Image.Image, ...], ...] = struct.field(pytree_node=False, default=())
 
 
 def frame_numbers(frames: int, wanted: int) -> np.ndarray:

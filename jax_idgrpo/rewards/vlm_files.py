@@ -8,8 +8,8 @@
       or
         model.pth                      the whole network
 
-The first form needs the weights of the model that it was trained from. Source: `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`,
-`utils.py` and `train_reward.py`.
+Folders that are written here also hold the tokenizer and `prompt.txt`, what is asked. The first form needs the weights of the model that
+it was trained from. Source: `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`, `utils.py` and `train_reward.py`.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.qwen_vl import QwenReward
 from jax_idgrpo.pipeline import read_tokenizer
 
-MODEL_CONFIG, CONFIG, TOKENIZER = "model_config.json", "config.json", "tokenizer_config.json"
+MODEL_CONFIG, CONFIG, TOKENIZER, PROMPT = "model_config.json", "config.json", "tokenizer_config.json", "prompt.txt"
 ADAPTER, TRAINED, WHOLE = "adapter_model.safetensors", "non_lora_state_dict.pth", "model.pth"
 EMBEDDING = "model.embed_tokens.weight"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -342,11 +342,11 @@ def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
 # ---- writing -------------------------------------------------------------------------------------------------------------
 
 
-def save(model: RewardModel, folder: str | Path, number: int = 1) -> None:
+def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = "") -> None:
     """Write a reward folder with one checkpoint, of the form that its network has: adapter and the rest, or the whole.
 
-    Tensors have the dtype that the settings name where that loses nothing, float32 otherwise. The tokenizer goes with them. A folder
-    that is there is replaced if it is a reward or empty.
+    Tensors have the dtype that the settings name where that loses nothing, float32 otherwise. The tokenizer goes with them, and `text`,
+    what is asked, if it is given. A folder that is there is replaced if it is a reward or empty.
 
     Raises:
       UserError: it is something else, or cannot be written.
@@ -365,6 +365,8 @@ def save(model: RewardModel, folder: str | Path, number: int = 1) -> None:
         else:
             store.write_file(checkpoint / WHOLE, weights | {table.TIED: weights[EMBEDDING]})
         model.tokenizer.save_pretrained(new)
+        if text:
+            (new / PROMPT).write_text(text, "utf-8")
         store.write_json(new / CONFIG, {**model.sizes, "vocab_size": config.vocabulary})
         store.write_json(new / MODEL_CONFIG, described)
 

@@ -7,25 +7,30 @@ bicubic with antialiasing and rounded to whole grey levels, as the original does
 `KwaiVGI/VideoAlign`, transformers' Qwen2-VL processors.
 """
 
+import ast
 import dataclasses
+import hashlib
 import math
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from PIL import Image
 
+from jax_idgrpo.data.prompts import on_white
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.qwen_vl import Grids, Sequences, VisionConfig, grid_tables, layout, windows
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-PICTURE_PIXELS = (3136, 399_360)
-FRAME_PIXELS = (100_352, 399_360)
+LEAST_PICTURE, LEAST_FRAME, MOST_FRAME = 4 * 28**2, 128 * 28**2, 768 * 28**2     # pixels, whatever a configuration asks for
+FRAMES_BY_RATE = (4, 10)                                # fewest and most frames where a frame rate is asked for
 TOKENS_PER_SECOND = 2
 PATCHES = (256, 512, 768, 1024, 1536, 2048, 3072)       # capacities, so that a run compiles a handful of programs
 WINDOWS = (16, 32, 64, 128, 256, 512)
@@ -51,15 +56,21 @@ def smart_resize(height: int, width: int, pixels: tuple[int, int], factor: int =
     return rows, columns
 
 
-def frame_indices(total: int, wanted: float) -> np.ndarray:
-    """Which frames of `total` are looked at: `wanted` rounded to an even number (5 asks for 4), evenly spaced, first and last among them.
+def frame_indices(total: int, wanted: float, rate: float = 0.0, fps: float = 10.0) -> np.ndarray:
+    """Which frames of `total` are looked at, evenly spaced, first and last among them: an even number of them.
+
+    wanted: how many, rounded to an even number (5 asks for 4); 0 asks for `rate` frames per second of a video of `fps`.
 
     Raises:
       UserError: fewer than 2 frames, or more than there are.
     """
-    count = 2 * round(wanted / 2)
+    if wanted:
+        count = 2 * round(wanted / 2)
+    else:
+        fewest, most = FRAMES_BY_RATE
+        count = int(min(max(total / fps * rate, fewest), min(most, total) // 2 * 2)) // 2 * 2
     if not 2 <= count <= total:
-        raise UserError(f"{wanted:g} frames of a video of {total} were asked for; use 2 to {total}")
+        raise UserError(f"{count} frames of a video of {total} are to be looked at; the reward needs 2 to {total}")
     return np.round(np.linspace(0, total - 1, count)).astype(int)
 
 
@@ -68,7 +79,7 @@ def seconds_per_grid(total: int, fps: float, count: int) -> float:
     return 2 / (count / total * fps)
 
 
-def patches(pictures: Float[Array, "n H W 3"], config: VisionConfig) -> Float[Array, "t P F"]:
+def patches(pictures: Float[ArrayLike, "n H W 3"], config: VisionConfig) -> Float[ArrayLike, "t P F"]:
     """Grey levels 0 .. 255 of pictures of equal size, taken `config.frames` at a time -> their normalised patches, in merge order."""
     n, height, width, _ = pictures.shape
     merge, patch, frames = config.merge, config.patch, config.frames
@@ -78,22 +89,25 @@ def patches(pictures: Float[Array, "n H W 3"], config: VisionConfig) -> Float[Ar
     return x.reshape(n // frames, -1, config.features)
 
 
-def picture(image: Image.Image, config: VisionConfig) -> tuple[Float[np.ndarray, "P F"], tuple[int, int]]:
-    """A photo (RGB) as patches, the one picture standing for both frames, and its grid's height and width in patches."""
-    height, width = smart_resize(image.height, image.width, PICTURE_PIXELS, config.patch * config.merge)
-    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    found = patches(np.repeat(pixels[None], config.frames, 0), config)
+def picture(image: Image.Image, config: VisionConfig, pixels: int) -> tuple[Float[np.ndarray, "P F"], tuple[int, int]]:
+    """A photo as patches, the one picture standing for both frames, and its grid's height and width in patches. pixels: at most."""
+    height, width = smart_resize(image.height, image.width, (LEAST_PICTURE, pixels), config.patch * config.merge)
+    levels = np.asarray(on_white(image).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    found = patches(np.repeat(levels[None], config.frames, 0), config)
     return np.asarray(found[0]), (height // config.patch, width // config.patch)
 
 
-def frame_size(height: int, width: int, config: VisionConfig) -> tuple[int, int]:
-    """Height and width to which the frames of a video are resized."""
-    return smart_resize(height, width, FRAME_PIXELS, config.patch * config.merge)
+def frame_size(height: int, width: int, config: VisionConfig, pixels: int) -> tuple[int, int]:
+    """Height and width to which the frames of a video are resized. pixels: at most."""
+    return smart_resize(height, width, (LEAST_FRAME, min(pixels, MOST_FRAME)), config.patch * config.merge)
 
 
 def resized_frames(videos: Float[Array, "B T H W 3"], size: tuple[int, int]) -> Float[Array, "B T h w 3"]:
-    """Frames in [-1, 1] -> whole grey levels 0 .. 255 at `size`; cut to whole levels before and rounded after resizing."""
-    levels = jnp.floor(jnp.clip((videos.astype(jnp.float32) + 1) * 127.5, 0, 255))
+    """Frames in [-1, 1] -> whole grey levels 0 .. 255 at `size`; cut to whole levels before and rounded after resizing.
+
+    Levels that were whole, as those of a file, stay what they are: rounding errors of the range [-1, 1] do not cut them.
+    """
+    levels = jnp.floor(jnp.clip((videos.astype(jnp.float32) + 1) * 127.5, 0, 255) + 1e-3)
     shape = (*levels.shape[:2], *size, 3)
     if shape == levels.shape:
         return levels
@@ -110,13 +124,64 @@ def capacity(needed: int, steps: Sequence[int]) -> int:
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 BLOCK = "<|vision_start|><|{kind}_pad|><|vision_end|>"
+BEHIND = "<|im_end|>\n<|im_start|>assistant\n"          # read by other poolings than that at special tokens
+CAPTION = "{text_prompt}"                               # stands for the video's own prompt in texts that are not blind to it
+CONSTANTS = {                                           # in the published `prompt_template.py`, by the name of the template
+    "subject_alignment_special": "SUBJECT_ALIGNMENT_PROMPT_WITH_SPECIAL_TOKEN",
+    "detailed_special": "DETAILED_PROMPT_WITH_SPECIAL_TOKEN",
+    "detailed": "DETAILED_PROMPT",
+}
+DIGESTS = {"subject_alignment_special": "afe13a75fd89e39d841913f31ee02f0df832f8bbf20e17420449d2c3fcb8d894"}    # SHA-256 of the text
+
+
+def read_text(path: Path, template: str) -> str:
+    """What is asked: a text file as it is, or the constant of the template in the published `prompt_template.py`, which is not run.
+
+    A text that is not the published one of this template is used, with a warning.
+
+    Raises:
+      UserError: the file cannot be read, or does not hold the constant.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"reward.vlm_prompt {path}: cannot be read ({reason}); pass a text file or prompt_template.py") from None
+    if path.suffix == ".py":
+        text = _constant(path, text, template)
+    if template in DIGESTS and hashlib.sha256(text.encode()).hexdigest() != DIGESTS[template]:
+        warnings.warn(f"reward.vlm_prompt {path}: is not the published text of {template}; scores are not those of the paper", stacklevel=2)
+    return text
+
+
+def _constant(path: Path, source: str, template: str) -> str:
+    try:
+        found = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    except SyntaxError as error:
+        raise UserError(f"reward.vlm_prompt {path}: is not Python (line {error.lineno}); get the file again") from None
+    for node in found:
+        names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        if CONSTANTS.get(template) in names and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            return node.value.value
+    raise UserError(f"reward.vlm_prompt {path}: does not hold the text of the template {template}; pass it as a text file")
+
+
+def own_text(tokens: Sequence[str]) -> str:
+    """A text of this project, for rewards that are trained here."""
+    places = "".join(f"{token}\n" for token in tokens)
+    return (
+        "\nLook at every reference picture, then at the video. Does each person of the pictures appear in the video, and does the face "
+        "stay that of the same person in every frame? Weigh the shape of face and features most, then hair, then skin, clothing least.\n"
+        f"Rating:\n{places}END\n"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
     """The words around the pictures.
 
-    tokenizer: of transformers, which knows the reward tokens. text: what is asked, with the reward tokens in it. rewards: the tokens.
+    tokenizer: of transformers, which knows the reward tokens. text: what is asked, with the reward tokens in it; `CAPTION` in it stands
+    for a row's prompt. rewards: the tokens; without any the whole turn is read.
     """
 
     tokenizer: Any
@@ -126,22 +191,22 @@ class Prompting:
     def __post_init__(self) -> None:
         for token in self.rewards:
             if (count := self.text.count(token)) != 1:
-                raise UserError(f"vlm.text: holds the token {token} {count} times instead of once; is it this model's prompt?")
+                raise UserError(f"the text of the reward holds {token} {count} times instead of once; is it this model's prompt?")
 
-    def tokens(self, counts: Sequence[int], video: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def tokens(self, counts: Sequence[int], video: int, caption: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and kinds (0 text, 1 picture, 2 video) up to the last reward token, and where the reward tokens are.
 
-        counts: vision tokens of each photo. video: those of the video.
+        counts: vision tokens of each photo. video: those of the video. caption: the row's prompt.
         """
         pictures = "".join(f"Picture {n}: {BLOCK.format(kind='image')}" for n in range(1, len(counts) + 1))
-        words = f"{SYSTEM}{pictures}Video 1: {BLOCK.format(kind='video')}{self.text}"
+        words = f"{SYSTEM}{pictures}Video 1: {BLOCK.format(kind='video')}{self.text.replace(CAPTION, caption)}{BEHIND}"
         ids = np.asarray(self.tokenizer(words, add_special_tokens=False)["input_ids"])
         image, film, *rewards = (self.tokenizer.convert_tokens_to_ids(name) for name in ("<|image_pad|>", "<|video_pad|>", *self.rewards))
         kinds = np.where(ids == image, 1, np.where(ids == film, 2, 0))
         repeats = np.ones(len(ids), int)
         repeats[kinds > 0] = [*counts, video]
         ids, kinds = np.repeat(ids, repeats), np.repeat(kinds, repeats)
-        places = np.array([int(np.flatnonzero(ids == token)[0]) for token in rewards])
+        places = np.array([int(np.flatnonzero(ids == token)[0]) for token in rewards] or [len(ids) - 1])
         last = int(places.max()) + 1
         return ids[:last], kinds[:last], places
 
@@ -179,18 +244,27 @@ class Asked:
         )
 
 
-def video_grid(frames: int, height: int, width: int, config: VisionConfig) -> tuple[int, int, int]:
-    """(t, h, w) in patches of a video of which `frames` frames are looked at."""
-    rows, columns = frame_size(height, width, config)
+def video_grid(frames: int, height: int, width: int, config: VisionConfig, pixels: int) -> tuple[int, int, int]:
+    """(t, h, w) in patches of a video of which `frames` frames are looked at. pixels: of a frame, at most."""
+    rows, columns = frame_size(height, width, config, pixels)
     return frames // config.frames, rows // config.patch, columns // config.patch
 
 
 def ask(
-    photos: Sequence[Sequence[Image.Image]], video: tuple[int, int, int], seconds: float, prompting: Prompting, config: VisionConfig
+    photos: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str],
+    video: tuple[int, int, int],
+    seconds: float,
+    prompting: Prompting,
+    config: VisionConfig,
+    pixels: int,
 ) -> Asked:
-    """The photos and the prompt of each row, padded to common capacities. video: grid of the videos. seconds: of `seconds_per_grid`."""
+    """The photos and the prompt of each row, padded to common capacities.
+
+    video: grid of the videos. seconds: of `seconds_per_grid`. pixels: of a photo, at most.
+    """
     group = config.merge**2
-    shown = [[picture(photo, config) for photo in row] for row in photos]
+    shown = [[picture(photo, config, pixels) for photo in row] for row in photos]
     grids = [grid for row in shown for _, grid in row]
     slots = max(len(row) for row in shown)
     room = capacity(max(h * w for h, w in grids), PATCHES)
@@ -202,9 +276,9 @@ def ask(
 
     empty = slot(np.zeros((0, config.features), np.float32), (0, 0))
     rows = []
-    for row in shown:
+    for row, caption in zip(shown, captions, strict=True):
         counts = [h * w // group for _, (h, w) in row]
-        ids, kinds, token = prompting.tokens(counts, video[0] * video[1] * video[2] // group)
+        ids, kinds, token = prompting.tokens(counts, math.prod(video) // group, caption)
         shapes = [*((1, h, w) for _, (h, w) in row), video]
         position, order = layout(ids, kinds, shapes, seconds * TOKENS_PER_SECOND, config.merge)
         features = [np.arange(n * room // group, n * room // group + size) for n, size in enumerate(counts)]
@@ -229,9 +303,9 @@ def ask(
     )
 
 
-def frames_of(videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig) -> Grids:
+def frames_of(videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig, pixels: int) -> Grids:
     """The grids of the chosen frames of videos in [-1, 1], row by row; on the device, with tables that their size decides."""
-    size = frame_size(videos.shape[2], videos.shape[3], config)
+    size = frame_size(videos.shape[2], videos.shape[3], config, pixels)
     grid = size[0] // config.patch, size[1] // config.patch
     levels = resized_frames(videos[:, chosen], size)
     found = patches(levels.reshape(-1, *size, 3), config)
