@@ -298,6 +298,9 @@ class OptimizerConfig:
         _require(self.max_norm > 0, f"optimizer.max_norm is {self.max_norm}; use a positive number")
 
 
+PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area")
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """The reward: face similarity over `frames` evenly spaced frames of each video, or a vision-language model's score.
@@ -311,6 +314,8 @@ class RewardConfig:
         overlaps with the next rollout; 0 = it shares the mesh of the video model.
     similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody.
     soft_weight: share of the soft-minimum over people against their mean.
+    penalties: prices of what faces followed through the video show, as JSON {"swapped": 0.5}: missing, duplicated, swapped, switched,
+        blended and area (see `rewards.tracks`). All are logged; those without a price cost nothing.
     """
 
     faces: str = "embedded"
@@ -326,6 +331,7 @@ class RewardConfig:
     vlm_fps: float = 10.0
     vlm_rows: int = 0
     vlm_devices: int = 0
+    penalties: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _choice("reward.vlm_dtype", self.vlm_dtype, ("float32", "bfloat16"))
@@ -337,6 +343,9 @@ class RewardConfig:
         _require(self.similarity_low < self.similarity_high,
                  f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")
         _require(0 <= self.soft_weight <= 1, f"reward.soft_weight is {self.soft_weight}; use 0 to 1")
+        for name, price in self.penalties.items():
+            _require(name in PENALTIES, f"reward.penalties knows no {name!r}{_closest(name, list(PENALTIES))}")
+            _require(isinstance(price, int | float) and price >= 0, f"reward.penalties: {name} is {price!r}; use a number of 0 or more")
 
     def folder(self) -> Path:
         """Folder of the face networks."""

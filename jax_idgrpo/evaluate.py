@@ -150,6 +150,7 @@ def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
         low=config.similarity_low,
         high=config.similarity_high,
         mean_weight=1 - config.soft_weight,
+        penalties=tuple(config.penalties.items()),
     )
     return load_reward(config.folder(), embedder, config.frames if embedder == "embedder" else 0, constants)
 
@@ -174,6 +175,7 @@ def make_scorer(config: Config, batch: int) -> Scorer:
     counting 0, mean over frames and people; judge_minimum: that of the least alike person; judge_largest: of the largest face alone, as
     papers with one person measure. embedder_identity: as the judge's, by the embedder of the reward. faces: detected faces per person
     asked for, at most 1. count: share of frames with the right number. motion: mean change between neighbouring frames outside the faces.
+    swapped, duplicated, blended: see `rewards.tracks`, seen by the judge.
     """
     reward, judge = make_reward(config.reward), make_reward(config.reward, "judge")
 
@@ -193,6 +195,7 @@ def make_scorer(config: Config, batch: int) -> Scorer:
             "judge_largest": judge.terms["largest_face"],
             "embedder_identity": reward.terms["similarity"],
             "count": judge.terms["count_accuracy"],
+            **{name: judge.terms[name] for name in ("swapped", "duplicated", "blended")},
         }
         return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 

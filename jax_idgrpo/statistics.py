@@ -26,6 +26,9 @@ LABELS = {
     "judge_largest": "judge, largest face",
     "embedder_identity": "embedder identity",
     "count": "frames, right count",
+    "swapped": "swapped (less is better)",
+    "duplicated": "duplicated (less)",
+    "blended": "blended (less)",
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jax_idgrpo import flow, grpo
-from jax_idgrpo.config import Config, EvaluateConfig, GrpoConfig, RolloutConfig, load, override
+from jax_idgrpo.config import Config, EvaluateConfig, GrpoConfig, RewardConfig, RolloutConfig, load, override
 from jax_idgrpo.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -62,6 +62,8 @@ WRONG = {
     "time_weights changes nothing that guard has": lambda: build(objective="guard", time_weights=True),
     "does not divide the 16 prompts": lambda: build(updates=3),
     "or the 64 rows of one of 1 updates": lambda: build(dict(micro_batch=128), best=2, worst=2),
+    "penalties knows no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
+    "swapped is 'much'; use a number": lambda: RewardConfig(penalties={"swapped": "much"}),
     "solver is 'heun'": lambda: EvaluateConfig(solver="heun"),
 }
 

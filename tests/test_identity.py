@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from jax_idgrpo.rewards import identity
+from jax_idgrpo.rewards import identity, matching
 
 CONFIG = identity.IdentityConfig()
 
@@ -52,7 +52,7 @@ def test_matching_equals_the_assignment_oracle(people, faces):
     null = 0.15
     similarity = rng.uniform(-0.5, 1, (20, people, faces)).astype(np.float32)
     reference_mask, face_mask = rng.random((20, people)) < 0.8, rng.random((20, faces)) < 0.7
-    found = np.asarray(identity.match(jnp.asarray(similarity), jnp.asarray(reference_mask), jnp.asarray(face_mask), null))
+    found = np.asarray(matching.match(jnp.asarray(similarity), jnp.asarray(reference_mask), jnp.asarray(face_mask), null))
     for s, rows, columns, indices in zip(similarity, reference_mask, face_mask, found, strict=True):
         allowed = np.where(rows[:, None] & columns, s, -100.0)
         table = np.concatenate([allowed, np.full((people, people), null)], 1)
@@ -145,7 +145,7 @@ def test_gradient_reaches_matched_faces_only():
         return terms(inputs | {"embeddings": embeddings}, config)["reward"].sum()
 
     gradient = np.asarray(jax.grad(total)(jnp.asarray(inputs["embeddings"])))
-    matches = identity.match_videos(
+    matches = matching.match_videos(
         *(jnp.asarray(inputs[n]) for n in ("embeddings", "face_mask", "references", "reference_mask")), 0.15
     )
     matched = np.zeros((3, 4, 5), bool)

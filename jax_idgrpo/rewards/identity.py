@@ -6,7 +6,7 @@ and of fixed size); a reference may also stay unmatched, which is worth `null_si
 
     c_i  = (1/T) sum_t m_ti g(s_ti),   g(s) = clip((s - low) / (high - low), 0, 1),   a missing person counts 0
     mean = avg_i c_i                   soft = -(1/b) log(avg_i exp(-b c_i))           between the minimum and the mean
-    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness
+    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`)
 
 Gradients reach the embeddings through the similarities s, not through the assignment. Sources: optimal assignment as in UMO
 (bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the soft minimum and the penalties are ours.
@@ -14,11 +14,12 @@ Gradients reach the embeddings through the similarities s, not through the assig
 
 import dataclasses
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import ArrayLike, Bool, Float, Int
+from jaxtyping import ArrayLike, Bool, Float
+
+from jax_idgrpo.rewards.matching import Matches, masked_mean, match_videos
+from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class IdentityConfig:
     low, high: similarity that earns 0, and that earns 1 (two photos of one person: a copy earns no more).
     softness: b of the soft minimum. mean_weight: w. extra_weight: price of faces nobody asked for.
     motion_weight, motion_floor: price of a frozen video, whose mean absolute frame difference lies below the floor.
+    penalties: prices of the penalties of `tracks` by name; those without one are logged alone. tracks: their thresholds.
     """
 
     null_similarity: float = 0.15
@@ -39,77 +41,14 @@ class IdentityConfig:
     extra_weight: float = 0.1
     motion_weight: float = 0.2
     motion_floor: float = 0.005
-
-
-def match(
-    similarity: Float[ArrayLike, "*batch M K"],
-    reference_mask: Bool[ArrayLike, "*batch M"],
-    face_mask: Bool[ArrayLike, "*batch K"],
-    null_similarity: float,
-) -> Int[ArrayLike, "*batch M"]:
-    """Exact assignment: for each reference the index of its face, or K when it has none. Carries no gradient.
-
-    value[i, S] = max(value[i-1, S] + null, max over faces k in S of value[i-1, S without k] + similarity[i, k]) for every
-    set S of faces, then the choices are read back from the full set. Work grows as M K 2^K: meant for K up to about 12.
-    """
-    people, faces = similarity.shape[-2:]
-    batch = similarity.shape[:-2]
-    allowed = reference_mask[..., :, None] & face_mask[..., None, :]
-    utility = jax.lax.stop_gradient(jnp.where(allowed, similarity, -jnp.inf))
-    sets, bits = np.arange(2**faces), 2 ** np.arange(faces)
-    member = (sets[:, None] & bits) > 0
-    without = sets[:, None] & ~bits
-    value = jnp.zeros((*batch, 2**faces), utility.dtype)
-    choices = []
-    for i in range(people):
-        with_face = jnp.where(member, value[..., without] + utility[..., i, None, :], -jnp.inf)
-        options = jnp.concatenate([with_face, value[..., None] + null_similarity], -1)
-        choices.append(jnp.argmax(options, -1))
-        value = jnp.max(options, -1)
-    free = jnp.full(batch, 2**faces - 1)
-    drop = jnp.asarray([*bits, 0])
-    found = []
-    for choice in reversed(choices):
-        face = jnp.take_along_axis(choice, free[..., None], -1)[..., 0]
-        free = free & ~drop[face]
-        found.append(face)
-    return jnp.stack(found[::-1], -1)
-
-
-@flax.struct.dataclass
-class Matches:
-    """References matched to faces. face: index, K for none; similarity: raw cosine, 0 where nothing is matched."""
-
-    face: Int[ArrayLike, "B T M"]
-    matched: Bool[ArrayLike, "B T M"]
-    similarity: Float[ArrayLike, "B T M"]
-
-
-def match_videos(
-    embeddings: Float[ArrayLike, "B T K E"],
-    face_mask: Bool[ArrayLike, "B T K"],
-    references: Float[ArrayLike, "B M E"],
-    reference_mask: Bool[ArrayLike, "B M"],
-    null_similarity: float,
-) -> Matches:
-    """Match every frame by itself. Embeddings and references are unit vectors."""
-    similarity = jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
-    people = jnp.broadcast_to(reference_mask[:, None], similarity.shape[:-1])
-    face = match(similarity, people, face_mask, null_similarity)
-    padded = jnp.pad(similarity, ((0, 0), (0, 0), (0, 0), (0, 1)))
-    chosen = jnp.take_along_axis(padded, face[..., None], -1)[..., 0]
-    return Matches(face=face, matched=face < embeddings.shape[2], similarity=chosen)
+    penalties: tuple[tuple[str, float], ...] = ()
+    tracks: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
 
 def person_scores(matches: Matches, low: float, high: float) -> Float[ArrayLike, "B M"]:
     """c_i: mean over frames of the similarity mapped from [low, high] to [0, 1]; a missing person counts 0."""
     level = jnp.clip((matches.similarity - low) / (high - low), 0.0, 1.0)
     return jnp.mean(jnp.where(matches.matched, level, 0.0), axis=1)
-
-
-def masked_mean(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
-    """Mean over the people asked for."""
-    return jnp.sum(jnp.where(mask, values, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)
 
 
 def soft_minimum(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float) -> Float[ArrayLike, " B"]:
@@ -186,7 +125,8 @@ def reward_terms(
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
-    count_accuracy, largest_face: see the functions of these names.
+    count_accuracy, largest_face: see the functions of these names. missing, duplicated, swapped, switched, blended, area: see
+    `tracks.penalties`.
     """
     matches = match_videos(embeddings, face_mask, references, reference_mask, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
@@ -197,6 +137,10 @@ def reward_terms(
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
     reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     reward = reward - config.extra_weight * extra - config.motion_weight * stillness
+    prices = penalties(
+        boxes, embeddings, face_mask, references, reference_mask, matches, videos.shape[2:4], config.null_similarity, config.tracks
+    )
+    reward = reward - sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)
     asked = jnp.sum(reference_mask, -1)
     terms = {
@@ -213,5 +157,6 @@ def reward_terms(
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
         "largest_face": largest_face_similarity(boxes, embeddings, face_mask, references, reference_mask),
+        **prices,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}

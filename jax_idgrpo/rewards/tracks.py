@@ -1,0 +1,158 @@
+"""Faces followed through a video, and what that says about who is who: swapped, switched, duplicated, blended, missing, too small or large.
+
+A face of a frame joins the track whose last face it overlaps and resembles (2 intersection over union + cosine, assigned exactly: where a
+face stays in its place the place decides, or no exchange of identities would be seen); others begin tracks. References are then assigned
+to tracks once for the whole video, so that the total similarity is greatest, and a frame whose own assignment says otherwise shows an
+exchange. Static shapes: K faces per frame, 2 K tracks. No gradient runs through.
+
+Every penalty is 0 for the video that was asked for, at most 1, and a share of frames, people or similarity; the definitions are ours.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.rewards.matching import Matches, masked_mean, match
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackConfig:
+    """Thresholds; similarities are cosines in [-1, 1], areas shares of the frame.
+
+    link: 2 overlap + cosine below which a face begins a track of its own. duplicate: cosine of two faces of one frame above which they
+    are one person's. blend: how much more a face may resemble another reference than its own resembles that one. area_low, area_high:
+    size of a face below and above which it is no face to look at.
+    """
+
+    link: float = 0.5
+    duplicate: float = 0.5
+    blend: float = 0.15
+    area_low: float = 0.005
+    area_high: float = 0.35
+
+
+@flax.struct.dataclass
+class Tracks:
+    """track: the track of every face, 2 K for no face. of_reference: the track of every reference, 2 K for none."""
+
+    track: Int[Array, "B T K"]
+    of_reference: Int[Array, "B M"]
+
+
+def overlap(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
+    """Intersection over union of boxes left, top, right, bottom; the leading axes are broadcast."""
+    low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
+    shared = jnp.prod(jnp.maximum(high - low, 0), -1)
+    areas = [jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0), -1) for box in (a, b)]
+    return shared / jnp.maximum(areas[0] + areas[1] - shared, 1e-6)
+
+
+def link(
+    boxes: Float[Array, "B T K 4"], embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"], least: float
+) -> Int[Array, "B T K"]:
+    """The track of every face, 2 K where there is none. A track that lost its face waits for it, and ends when all others are taken."""
+    batch, _, faces = face_mask.shape
+    count = 2 * faces
+
+    def follow(
+        state: tuple[Array, Array, Array], frame: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array, Array], Int[Array, "B K"]]:
+        last_box, last_embedding, begun = state
+        box, embedding, seen = frame
+        alike = jnp.einsum("bne,bke->bnk", last_embedding, embedding, precision="highest")
+        near = overlap(last_box[:, :, None], box[:, None])
+        face = match(alike + 2 * near, begun, seen, least)                              # of each track
+        joined = jax.nn.one_hot(face, faces, dtype=bool, axis=-1)                   # [B, tracks, faces]
+        new = seen & ~jnp.any(joined, axis=1)
+        taken = jnp.any(joined, axis=-1)
+        free = jnp.argsort(2 * taken + begun, axis=-1)                              # unused tracks first, then those that wait
+        slot = jnp.take_along_axis(free, jnp.maximum(jnp.cumsum(new, -1) - 1, 0), axis=-1)
+        joined |= (jax.nn.one_hot(slot, count, dtype=bool) & new[..., None]).swapaxes(1, 2)
+        has = jnp.any(joined, axis=-1)
+        which = jnp.argmax(joined, axis=-1)[..., None]
+        last_box = jnp.where(has[..., None], jnp.take_along_axis(box, which, axis=1), last_box)
+        last_embedding = jnp.where(has[..., None], jnp.take_along_axis(embedding, which, axis=1), last_embedding)
+        track = jnp.where(seen, jnp.argmax(joined, axis=1), count)
+        return (last_box, last_embedding, begun | has), track
+
+    start = (jnp.zeros((batch, count, 4)), jnp.zeros((batch, count, embeddings.shape[-1])), jnp.zeros((batch, count), bool))
+    frames = tuple(jnp.moveaxis(leaf, 1, 0) for leaf in (boxes, embeddings, face_mask))
+    return jnp.moveaxis(jax.lax.scan(follow, start, frames)[1], 0, 1)
+
+
+def tracks(
+    boxes: Float[Array, "B T K 4"],
+    embeddings: Float[Array, "B T K E"],
+    face_mask: Bool[Array, "B T K"],
+    references: Float[Array, "B M E"],
+    reference_mask: Bool[Array, "B M"],
+    null_similarity: float,
+    config: TrackConfig,
+) -> Tracks:
+    """Faces linked to tracks, and references to them: the assignment with the greatest similarity summed over frames, null_similarity a
+    frame for a reference without a track."""
+    frames, faces = face_mask.shape[1:]
+    found = link(boxes, embeddings, face_mask, config.link)
+    alike = jnp.einsum("btke,bme->btkm", embeddings, references, precision="highest") - null_similarity
+    of_track = jax.nn.one_hot(found, 2 * faces)
+    total = jnp.einsum("btkn,btkm->bmn", of_track, jnp.where(face_mask[..., None], alike, 0.0), precision="highest") / frames
+    return Tracks(track=found, of_reference=match(total, reference_mask, jnp.any(of_track > 0, axis=(1, 2)), 0.0))
+
+
+def penalties(
+    boxes: Float[Array, "B T K 4"],
+    embeddings: Float[Array, "B T K E"],
+    face_mask: Bool[Array, "B T K"],
+    references: Float[Array, "B M E"],
+    reference_mask: Bool[Array, "B M"],
+    matches: Matches,
+    size: tuple[int, int],
+    null_similarity: float,
+    config: TrackConfig,
+) -> dict[str, Float[Array, "B"]]:
+    """Each [B] in [0, 1]. boxes in pixels of frames of `size` (height, width).
+
+    missing: share of people and frames without the person. duplicated: mean over frames of how far the most alike two faces of a frame
+    exceed `duplicate`. swapped: share of matched people and frames whose face lies on the track of another reference. switched: changes of
+    a reference's track from frame to frame. blended: by how much matched faces resemble another reference more than their own does, beyond
+    `blend`. area: how far matched faces leave the band of sizes.
+    """
+    frames, faces = face_mask.shape[1:]
+    found = tracks(boxes, embeddings, face_mask, references, reference_mask, null_similarity, config)
+    matched = matches.matched & reference_mask[:, None]
+    count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
+
+    alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
+    pair = face_mask[..., :, None] & face_mask[..., None, :] & ~jnp.eye(faces, dtype=bool)
+    most = jnp.max(jnp.where(pair, alike, -1.0), axis=(-2, -1), initial=-1.0)
+    duplicated = jnp.mean(jax.nn.relu(most - config.duplicate), axis=1) / (1 - config.duplicate)
+
+    padded = jnp.pad(found.track, ((0, 0), (0, 0), (0, 1)), constant_values=2 * faces)
+    here = jnp.take_along_axis(padded, matches.face, axis=-1)                               # [B,T,M] the track of the matched face
+    others = jnp.where(reference_mask, found.of_reference, -1)
+    foreign = jnp.any(here[..., None] == others[:, None, None, :], axis=-1) & (here != found.of_reference[:, None])
+    swapped = jnp.sum(foreign & matched, (1, 2)) / count
+    changes = (here[:, 1:] != here[:, :-1]) & matched[:, 1:] & matched[:, :-1]
+    switched = masked_mean(jnp.sum(changes, 1) / max(frames - 1, 1), reference_mask)
+
+    similar = jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
+    of_face = jnp.take_along_axis(jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1)   # [B,T,j,i]
+    mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
+    beyond = jnp.where(
+        (reference_mask[:, :, None] & ~jnp.eye(references.shape[1], dtype=bool))[:, None], of_face - mutual[:, None], -jnp.inf
+    )
+    excess = jax.nn.relu(jnp.max(beyond, axis=2, initial=-1.0) - config.blend)
+    blended = jnp.sum(jnp.where(matched, jnp.minimum(excess, 1.0), 0.0), (1, 2)) / count
+
+    share = jnp.prod(jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0), -1) / (size[0] * size[1])
+    share = jnp.take_along_axis(jnp.pad(share, ((0, 0), (0, 0), (0, 1))), matches.face, axis=-1)
+    small = jnp.clip(1 - share / config.area_low, 0, 1)
+    large = jnp.clip((share - config.area_high) / (1 - config.area_high), 0, 1)
+    area = jnp.sum(jnp.where(matched, small + large, 0.0), (1, 2)) / count
+
+    missing = 1 - masked_mean(jnp.mean(matched, 1), reference_mask)
+    named = dict(missing=missing, duplicated=duplicated, swapped=swapped, switched=switched, blended=blended, area=area)
+    return {name: value.astype(jnp.float32) for name, value in named.items()}
