@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import io
 import math
 import pickle
@@ -23,7 +24,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.lazy import LazyTensor, pieces, row_major, size, span
+from checkpoints_convert.lazy import LazyTensor, pour, row_major, size, span
 from jax_idgrpo.errors import UserError
 
 STORAGES = {
@@ -266,29 +267,22 @@ def write(
     check: UserError for a tensor with NaN or infinite values, as in `lazy.pieces`.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _entry(archive, file, f"{root}/data.pkl", [_pickle(tensors)])
-        _entry(archive, file, f"{root}/byteorder", [b"little"])
+        for name, text in (("data.pkl", _pickle(tensors)), ("byteorder", b"little"), ("version", b"3\n")):
+            with _entry(archive, file, f"{root}/{name}", len(text)) as target:
+                target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
-
-            def parts(name: str = name, tensor: Any = tensor) -> Iterator[memoryview]:
-                for piece in pieces(tensor, check):
-                    yield piece.reshape(-1).view(np.uint8).data
-                    written(name, piece.nbytes)
-
-            _entry(archive, file, f"{root}/data/{index}", parts(), size(tensor))
-        _entry(archive, file, f"{root}/version", [b"3\n"])
+            with _entry(archive, file, f"{root}/data/{index}", size(tensor)) as target:
+                pour(tensor, target.write, check, functools.partial(written, name))
 
 
-def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, parts: Any, count: int = 0) -> None:
-    """One uncompressed entry whose data starts at a multiple of `ALIGNMENT`."""
+def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> Any:
+    """An uncompressed entry to write `count` bytes to, whose data starts at a multiple of `ALIGNMENT`."""
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     large = count >= zipfile.ZIP64_LIMIT // 2
     start = file.tell() + ENTRY.size + len(name.encode()) + (20 if large else 0) + 4
     padding = -start % ALIGNMENT
     entry.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-    with archive.open(entry, "w", force_zip64=large) as target:
-        for part in parts:
-            target.write(part)
+    return archive.open(entry, "w", force_zip64=large)
 
 
 def _pickle(tensors: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import pth
-from checkpoints_convert.lazy import LazyTensor, pieces, size
+from checkpoints_convert.lazy import LazyTensor, pour, size
 from jax_idgrpo.errors import UserError
 
 DTYPES = {
@@ -338,6 +339,4 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        for piece in pieces(tensors[name], check):
-            file.write(piece.reshape(-1).view(np.uint8).data)
-            written(name, piece.nbytes)
+        pour(tensors[name], file.write, check, functools.partial(written, name))

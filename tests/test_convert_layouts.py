@@ -561,7 +561,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_tensor_and_file(tmp_path):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from checkpoints_convert import checkpoint, store, writing
+from checkpoints_convert import checkpoint, lazy, store, writing
 
 source, destination = Path(sys.argv[1]), Path(sys.argv[2])
 original = os.fsync, Path.rename, Path.replace
@@ -589,8 +589,8 @@ def convert(moment):
             return call
 
         os.fsync, Path.rename, Path.replace = (counted(function) for function in original)
-        pieces = store.pieces
-        store.pieces = lambda *arguments: (counted(lambda piece: piece)(piece) for piece in pieces(*arguments))
+        pieces = lazy.pieces
+        lazy.pieces = lambda *arguments: (counted(lambda piece: piece)(piece) for piece in pieces(*arguments))
         status = 1
         try:
             writing.write_diffusers(checkpoint.open_checkpoint(source), destination, "card", shard=200_000)
