@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+FILE = "README.md"
 LICENSE = "apache-2.0"  # of Wan 2.1, Phantom and this project
 LIBRARIES = {"peft": "peft", "diffusers-lora": "diffusers", "diffusers": "diffusers", "merged": "diffusers", "original": "wan2.1"}
 LOADING = {
@@ -35,7 +36,7 @@ def render(
     if scale is not None:
         fields["base_model_relation"] = "finetune" if form == "merged" else "adapter"
     lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---", ""]
-    lines += [f"# {what}", "", f"Written by `idgrpo-convert export --format {form}`.", ""]
+    lines += [f"# {what}", "", f"Written by jax-idgrpo in the format {form}.", ""]
     lines += [f"- Base model: {base or 'not stated'}", f"- Licence: {license}"]
     if scale is not None:
         lines.append(f"- LoRA: rank {scale[0]}, alpha {scale[1]:g}" + (", merged in float32" if form == "merged" else ""))

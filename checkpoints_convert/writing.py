@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert import lora, rules, store, wan
+from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -42,7 +43,6 @@ GIGABYTE = 10**9
 SHARD = 5 * GIGABYTE  # as diffusers and transformers cut
 ORIGINAL_SHARD = 10 * GIGABYTE  # as the original repositories are cut
 STORE_STEM = "parameters"
-CARD = "README.md"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 PIPELINE_CLASSES = {"vace": "WanVACEPipeline", "wan": "WanPipeline", "phantom": "WanPipeline"}

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from checkpoints_convert import checkpoint, lora, store, umt5, vae, wan
+from checkpoints_convert import card, checkpoint, lora, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
 from checkpoints_convert.rules import Rule, leaves, to_jax, to_torch
 from jax_idgrpo import keys, parallel
@@ -235,15 +235,19 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
     )
 
 
-def save_lora(path: str | Path, state: nnx.State, config: WanConfig) -> None:
-    """Write LoRA leaves as a PEFT directory, which `peft` loads onto diffusers' transformer.
+def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: dict[str, Any] | None = None) -> None:
+    """Write LoRA leaves as a PEFT directory with a model card, which `peft` loads onto diffusers' transformer.
 
-    state: of `WanTransformer(config)`, LoRA leaves only. A folder at `path` is replaced if it is an adapter or empty.
+    state: of `WanTransformer(config)`, LoRA leaves only. training: the configuration of the run, for the card.
+    A folder at `path` is replaced if it is an adapter or empty.
     """
+    base = (training or {}).get("model", {}).get("path") or None
+    text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
     with store.aside(path, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
         store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))
+        (new / card.FILE).write_text(text, "utf-8")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def train(config: Config, workdir: Path) -> None:
     def keep(state: TrainState, done: int) -> None:
         save(manager, done, state)
         if jax.process_index() == 0:
-            save_lora(workdir / "export", state.ema, pipe.transformer.config)
+            save_lora(workdir / "export", state.ema, pipe.transformer.config, dataclasses.asdict(config))
 
     # ---- train -----------------------------------------------------------------------------------------------------------
     with (

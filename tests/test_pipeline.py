@@ -118,7 +118,9 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
 
     # Written and read again, in PEFT's form and as single files, it is the same adapter.
     config, state = pipe.transformer.config, nnx.state(pipe.transformer, LoRAParam)
-    pipeline.save_lora(tmp_path / "adapter", state, config)
+    pipeline.save_lora(tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}})
+    told = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'license: "apache-2.0"' in told and 'base_model: "some/base"' in told and '"seed": 3' in told and "rank 4, alpha 8" in told
     header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
     for path in (
         tmp_path / "adapter",
