@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -99,6 +100,13 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
+def _join() -> None:
+    """Join the other processes of the run, if there are any (see `distributed`)."""
+    from jax_idgrpo.distributed import initialise
+
+    initialise()
+
+
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as configs/quickstart.py")
     parser.add_argument("--workdir", required=True, metavar="W", help="folder of the run; a run found there is continued")
@@ -107,6 +115,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
+    _join()
     from jax_idgrpo.train import train
 
     train(config, workdir)
@@ -115,6 +124,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
+    _join()
     from jax_idgrpo.finetune import finetune
 
     finetune(config, workdir)
@@ -132,6 +142,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     prompts = prompts_path(arguments.prompts)
     lora = existing(arguments.lora, "--lora", "pass an adapter folder, such as runs/quickstart/export") if arguments.lora else None
     out = require_writable(Path(arguments.out), "--out")
+    _join()
     from jax_idgrpo.evaluate import sample
 
     sample(config, prompts, out, lora)
@@ -149,6 +160,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     prompts = prompts_path(arguments.prompts)
     videos = existing(arguments.videos, "--videos", "pass a folder of videos")
     out = require_writable(Path(arguments.out), "--out", folder=False)
+    _join()
     from jax_idgrpo.evaluate import score
 
     score(config, videos, prompts, out)
@@ -166,6 +178,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
     out = require_writable(Path(arguments.out), "--out")
+    _join()
     from jax_idgrpo.evaluate import evaluate
 
     evaluate(config, prompts, out, loras)
@@ -267,19 +280,43 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the `idgrpo` program. Exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Entry point of the `idgrpo` program. Exit status: 0 done, 1 a process was lost, 2 a user's mistake, 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         run(sys.argv[1:])
     except UserError as error:
         print(f"idgrpo: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
         print(f"idgrpo: {error.filename or 'disk'}: {error.strerror}; free space or choose another path", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("\nidgrpo: interrupted; run the same command again", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+    except SystemExit as stop:
+        _leave(stop.code)
+    except Exception:
+        if not _together():
+            raise
+        traceback.print_exc()
+        print("idgrpo: this process stops, and with it the run: the error above is its own, or that of a process that was lost (see its "
+              "log); run the same command again to go on from the last checkpoint", file=sys.stderr)
+        _leave(1)
+
+
+def _together() -> bool:
+    """Whether this is one of several processes of a run."""
+    distributed = sys.modules.get("jax_idgrpo.distributed")
+    return distributed is not None and distributed.joined()
+
+
+def _leave(status: int | str | None) -> NoReturn:
+    """Exit; at once where other processes would be waited for that may never come."""
+    if status and _together():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)

@@ -25,6 +25,7 @@ from jax_idgrpo import conditioning, keys, parallel, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
 from jax_idgrpo.config import Config, RewardConfig, prompts_file
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
+from jax_idgrpo.distributed import say, to_host, written_once
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
@@ -81,10 +82,10 @@ class Sampler:
         noise = keys.row_keys(keys.key(self.config.run.seed, "evaluate"), ids, members)
         mesh = self.pipe.transformer.config.mesh
         if mesh is not None:
-            asked, noise = jax.device_put((asked, noise), parallel.batch_sharding(mesh))
+            asked, noise = parallel.put((asked, noise), parallel.batch_sharding(mesh))
         latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
         frames = asked.video_frames(self.config.data.max_people)
-        return np.asarray(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
+        return to_host(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
 
     def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
         """`videos` of many rows, batch by batch, with a progress bar."""
@@ -280,14 +281,15 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
     prepare_workdir(out)
     lines = []
-    for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
-        for row, video in zip(batch, videos, strict=True):
-            file = f"{row.prompt.id:04d}-{row.member}.mp4"
-            write_video(out / file, video, config.video.fps)
-            photos = [str(path) for path in row.prompt.references]
-            lines.append({"file": file, "prompt": row.prompt.text, "references": photos, "seed": config.run.seed, "lora": str(lora or "")})
-    write_text(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(lines)} videos in {out}")
+    with written_once(out) as folder:
+        for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
+            for row, video in zip(batch, videos, strict=True):
+                file = f"{row.prompt.id:04d}-{row.member}.mp4"
+                write_video(folder / file, video, config.video.fps)
+                asked = {"prompt": row.prompt.text, "references": [str(path) for path in row.prompt.references]}
+                lines.append({"file": file, **asked, "seed": config.run.seed, "lora": str(lora or "")})
+        write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    say(f"{len(lines)} videos in {out}")
 
 
 def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
@@ -309,8 +311,9 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
             lines.append({"file": file.name, "prompt": prompt.text, **{name: float(value[0]) for name, value in values.items()}})
             update(done)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
+    with written_once(out.parent) as folder:
+        write_text(folder / out.name, "".join(json.dumps(line) + "\n" for line in lines))
+    say(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
 
 
 def _row_number(file: Path, rows: int) -> int:
@@ -332,6 +335,14 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     models = make_models(sampler, loras)
     scorer = make_scorer(config, config.evaluate.batch)
     prepare_workdir(out)
+    with written_once(out) as folder:
+        _compare(config, listed, sampler, models, scorer, folder)
+
+
+def _compare(
+    config: Config, listed: Sequence[Prompt], sampler: Sampler, models: Mapping[str, Model], scorer: Scorer, out: Path
+) -> None:
+    """Sample, score and write what `evaluate` leaves."""
     rows = all_rows(listed, config.evaluate.videos)
     shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
     scores: dict[str, statistics.Scores] = {}
@@ -357,7 +368,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     table = statistics.markdown(means, changes) + (f"\n{statistics.pairs_markdown(compared)}" if compared else "")
     write_text(out / "metrics.json", json.dumps(document, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
-    print(f"{table}\n{note}")
+    say(f"{table}\n{note}")
 
 
 def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:

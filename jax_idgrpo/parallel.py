@@ -11,6 +11,7 @@ mesh, or on one device, these do nothing.
 Sources: ZeRO, arXiv 1910.02054 (fsdp); DeepSpeed-Ulysses, arXiv 2309.14509 (seq); Megatron-LM, arXiv 1909.08053 (tensor).
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -136,7 +137,35 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 def place(mesh: Mesh, state: Any) -> Any:
     """`state` on the mesh, every leaf where the table puts it."""
-    return jax.device_put(state, state_shardings(mesh, state))
+    return put(state, state_shardings(mesh, state))
+
+
+@functools.lru_cache(maxsize=64)
+def _reshard(sharding: NamedSharding) -> Callable[[Array], Array]:
+    """A program that moves an array which several processes hold; they all call it together."""
+    return jax.jit(lambda array: array, out_shardings=sharding)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """A tree on the devices of its shardings (one for all leaves, or a tree of them), those of other processes too.
+
+    Every process passes the same values; each hands over only what its own devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(leaf: Any, sharding: NamedSharding) -> Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return _reshard(sharding)(leaf)
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = one(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: one(leaf, shardings), tree)
+    return jax.tree.map(one, tree, shardings)
 
 
 # ---- inside a program ----------------------------------------------------------------------------------------------------

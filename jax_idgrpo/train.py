@@ -25,6 +25,7 @@ from jax_idgrpo import conditioning, grpo, keys, parallel, policy, rollout
 from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
 from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
+from jax_idgrpo.distributed import agree, any_process, folder_facts, to_host, versions
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import Model, Watch, make_reward, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
@@ -186,6 +187,13 @@ def train(config: Config, workdir: Path) -> None:
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    agree({
+        "the configuration": config.to_json(),
+        "the prompts": config.data.prompts_file().read_text(),
+        "the checkpoint": folder_facts(config.model.folder()),
+        "the workdir": folder_facts(workdir / "checkpoints"),
+        **versions(),
+    })
     pipe = load(config, mesh)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
     through = config.grpo.objective == "reward_gradient"
@@ -217,12 +225,13 @@ def train(config: Config, workdir: Path) -> None:
         watch.begin(Model(watched, parallel.place(mesh, fresh.ema), base))
 
     def rows(tree: Any, chunk: slice) -> Any:
-        return jax.tree.map(lambda leaf: jax.device_put(leaf[chunk], parallel.batch_sharding(mesh)), tree)
+        return parallel.put(jax.tree.map(lambda leaf: leaf[chunk], tree), parallel.batch_sharding(mesh))
 
     def keep(state: TrainState, done: int) -> None:
         save(manager, done, state)
+        ema = to_host(state.ema)
         if jax.process_index() == 0:
-            save_lora(workdir / "export", state.ema, pipe.transformer.config, dataclasses.asdict(config))
+            save_lora(workdir / "export", ema, pipe.transformer.config, dataclasses.asdict(config))
 
     # ---- train -----------------------------------------------------------------------------------------------------------
     with (
@@ -296,7 +305,7 @@ def train(config: Config, workdir: Path) -> None:
                 config.grpo, *(value.reshape(-1, sampling.group) for value in (rewards, values["motion"]))
             )
             batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
-            batch = jax.device_put(batch, parallel.batch_sharding(mesh, 1))
+            batch = parallel.put(batch, parallel.batch_sharding(mesh, 1))
             del chunks
             networks = Networks(
                 base=base,
@@ -311,7 +320,7 @@ def train(config: Config, workdir: Path) -> None:
                 state, scalars = update(objective, state, networks, part, schedule, step)
                 logged.append(scalars)
             state = state.replace(step=state.step + 1)
-            scalars = summary(jax.device_get(logged))
+            scalars = summary(to_host(logged))
             clock.append(time.monotonic())
 
             # What happened.
@@ -331,9 +340,11 @@ def train(config: Config, workdir: Path) -> None:
                     f"gradient_norm in {workdir / 'metrics.jsonl'}, and continue from the last checkpoint with a lower learning rate in "
                     "another --workdir"
                 )
-            if config.run.sample_every and (done % config.run.sample_every == 0 or done == 1) and jax.process_index() == 0:
-                write_samples(workdir / "samples" / f"{done:06d}", np.concatenate([np.asarray(video) for video in videos]), chosen, config)
-            stop = stopping()
+            if config.run.sample_every and (done % config.run.sample_every == 0 or done == 1):
+                shown = np.concatenate(to_host(videos))
+                if jax.process_index() == 0:
+                    write_samples(workdir / "samples" / f"{done:06d}", shown, chosen, config)
+            stop = any_process(stopping())
             if done % config.run.save_every == 0 or done == last or stop:
                 keep(state, done)
             if stop and done < last:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
+from jax_idgrpo.distributed import to_host
+
 Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 """Name of a term -> one value per video; "reward" is among them."""
 
@@ -75,4 +77,4 @@ class HostPool:
 def collect(scored: Terms | Pending) -> dict[str, Float[np.ndarray, "B"]]:
     """The terms on the host, once they are there."""
     terms = scored.result() if isinstance(scored, Pending) else scored
-    return {name: np.asarray(value) for name, value in terms.items()}
+    return to_host(dict(terms))

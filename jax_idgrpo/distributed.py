@@ -1,0 +1,165 @@
+"""Several processes as one run: how they find each other, what they must agree on before they start, and arrays that cross them.
+
+One process per host (or per GPU under Slurm). They are told of each other by
+
+    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i      explicitly, as launch/local_multiprocess.sh does
+    Slurm's own variables                                                      under srun
+    IDGRPO_DISTRIBUTED=auto                                                    on TPU slices, whose metadata JAX reads
+
+and without any of these a process runs alone. Every process does the same things in the same order; what differs between them is data that
+no program sees, such as who writes files.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jax_idgrpo.errors import UserError
+
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
+HEARTBEAT = 30      # seconds after which a process that says nothing is lost, and the run with it
+
+
+def _number(name: str, environment: Mapping[str, str], low: int) -> int:
+    text = environment[name]
+    if not text.isdecimal() or int(text) < low:
+        raise UserError(f"{name} is {text!r}; set it to a whole number of {low} or more")
+    return int(text)
+
+
+def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told, {} where it finds out by itself, None for a process that is alone.
+
+    Raises:
+      UserError: the explicit variables are incomplete or contradict one another.
+    """
+    given = [name for name in EXPLICIT if environment.get(name)]
+    if given:
+        missing = [name for name in EXPLICIT if name not in given]
+        if missing:
+            raise UserError(f"{' and '.join(given)} without {' and '.join(missing)}: set all three, or none to run alone")
+        count, number = _number(EXPLICIT[1], environment, 1), _number(EXPLICIT[2], environment, 0)
+        if number >= count:
+            raise UserError(f"JAX_PROCESS_ID is {number} and JAX_NUM_PROCESSES {count}; processes are numbered from 0 to {count - 1}")
+        address = environment[EXPLICIT[0]]
+        if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
+            raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it names a host and a port of process 0, such as 10.0.0.2:8476")
+        return {"coordinator_address": address, "num_processes": count, "process_id": number}
+    if environment.get("IDGRPO_DISTRIBUTED"):
+        if environment["IDGRPO_DISTRIBUTED"] != "auto":
+            raise UserError(f"IDGRPO_DISTRIBUTED is {environment['IDGRPO_DISTRIBUTED']!r}; set it to auto, or leave it out")
+        return {}
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return {}
+    return None
+
+
+def initialise(environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes, if there are any; before anything else is done with JAX.
+
+    Raises:
+      UserError: the variables cannot be used, or the others do not come within five minutes.
+    """
+    wanted = arguments(environment)
+    if wanted is None or wanted.get("num_processes") == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**wanted, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=_patience(environment))
+    except Exception as error:  # of many types, by the way in which the processes were to be found
+        reason = " ".join(str(error).split())[:200]
+        where = wanted.get("coordinator_address", "the addresses that the cluster gives")
+        raise UserError(
+            f"the processes did not find each other at {where} ({reason}); start all of them, and let them reach process 0 at that address"
+        ) from None
+
+
+def joined() -> bool:
+    """Whether other processes were joined; does not start JAX."""
+    return jax.distributed.is_initialized()
+
+
+def _patience(environment: Mapping[str, str]) -> int:
+    """Seconds that the processes wait for each other at the start."""
+    return _number("IDGRPO_PATIENCE", environment, 1) if environment.get("IDGRPO_PATIENCE") else 300
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that decide a number."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def folder_facts(folder: Path) -> str:
+    """Names and sizes of all files below a folder, hidden ones aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Refuse to start where processes would do different things.
+
+    facts: what is compared, by the name that the user knows it by. Compared are hashes; all processes call it with the same names.
+
+    Raises:
+      UserError: which facts differ from those of process 0, and in which processes.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
+    everyone = np.asarray(multihost_utils.process_allgather(digests))
+    differing = [
+        f"{name} (process {', '.join(map(str, others))})"
+        for row, name in enumerate(facts)
+        if (others := np.flatnonzero((everyone[:, row] != everyone[0, row]).any(-1)).tolist())
+    ]
+    if differing:
+        raise UserError(f"the hosts differ from process 0 in {'; '.join(differing)}; give all of them the same and start again")
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of any sharding as numpy arrays, whole, on every process; all processes call it together."""
+    gather = {}
+    leaves, structure = jax.tree.flatten(tree)
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            gather[place] = leaf
+    found = multihost_utils.process_allgather(gather, tiled=True) if gather else {}
+    whole = [found[place] if place in found else _local(leaf) for place, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, whole)
+
+
+def _local(leaf: Any) -> np.ndarray:
+    remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return np.asarray(leaf.addressable_data(0) if remote else leaf)
+
+
+def any_process(mark: bool) -> bool:
+    """Whether the mark is set in one process at least, known to all; all processes call it together."""
+    return mark if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(mark))))
+
+
+@contextlib.contextmanager
+def written_once(folder: Path) -> Iterator[Path]:
+    """Where a command that all processes run writes its files: the folder itself in process 0, one that is thrown away elsewhere."""
+    if jax.process_index() == 0:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside)
+
+
+def say(text: str) -> None:
+    """Print a result, once."""
+    if jax.process_index() == 0:
+        print(text)

@@ -1,0 +1,161 @@
+"""Several processes are one run: the same numbers, the same refusals, and an end when one of them is lost."""
+
+import json
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jax_idgrpo import distributed, keys
+from jax_idgrpo.errors import UserError
+from tests.distributed.processes import finish, start
+
+ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+def test_how_processes_find_each_other():
+    assert distributed.arguments({}) is None
+    assert distributed.arguments(ALL) == {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
+    assert distributed.arguments({"IDGRPO_DISTRIBUTED": "auto"}) == {}
+    assert distributed.arguments({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == {}
+    assert distributed.arguments({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
+    assert distributed.arguments(ALL | {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["process_id"] == 3
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"JAX_PROCESS_ID": ""}, r"JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES without JAX_PROCESS_ID: set all three"),
+    ({"JAX_PROCESS_ID": "4"}, r"JAX_PROCESS_ID is 4 and JAX_NUM_PROCESSES 4; processes are numbered from 0 to 3"),
+    ({"JAX_NUM_PROCESSES": "four"}, r"JAX_NUM_PROCESSES is 'four'; set it to a whole number"),
+    ({"JAX_COORDINATOR_ADDRESS": "host"}, r"JAX_COORDINATOR_ADDRESS is 'host'; it names a host and a port"),
+])
+def test_incomplete_variables_are_refused(change, reason):
+    with pytest.raises(UserError, match=reason):
+        distributed.arguments(ALL | change)
+    with pytest.raises(UserError, match="IDGRPO_DISTRIBUTED is 'yes'"):
+        distributed.arguments({"IDGRPO_DISTRIBUTED": "yes"})
+
+
+def test_alone_nothing_is_gathered_and_everything_agrees():
+    distributed.agree({"anything": "at all"})
+    assert distributed.any_process(True) and not distributed.any_process(False)
+    tree = distributed.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})
+    assert isinstance(tree["a"], np.ndarray) and tree["a"].tolist() == [0, 1, 2] and tree["b"][0].tolist() == [1, 1]
+
+
+def test_facts_of_a_folder_are_names_and_sizes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.bin").write_bytes(b"123")
+    before = distributed.folder_facts(tmp_path)
+    (tmp_path / "a" / "x.bin").write_bytes(b"321")
+    assert distributed.folder_facts(tmp_path) == before == "a/x.bin 3"
+    (tmp_path / "a" / "x.bin").write_bytes(b"3210")
+    assert distributed.folder_facts(tmp_path) != before
+
+
+def worker(folder, *facts):
+    answers = finish(start(["-m", "tests.distributed.worker", *facts], len(facts), 2, folder))
+    assert all(status == 0 for status, _ in answers), answers
+    return [json.loads(printed.splitlines()[-1]) for _, printed in answers]
+
+
+def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
+    one, other = worker(tmp_path, "same", "other")
+    rows = np.arange(24, dtype=np.float32).reshape(8, 3)
+    noise = jax.vmap(jax.random.uniform)(keys.row_keys(keys.key(0, "noise"), jnp.arange(8), jnp.arange(8)))
+    for found in (one, other):
+        assert found["devices"] == 4 and found["held"] == 4
+        assert found["doubled"] == (2 * rows).tolist() and found["moved"] == rows.tolist() and found["sum"] == rows.sum()
+        np.testing.assert_allclose(found["noise"], noise, rtol=1e-6)
+        assert found["marks"] == [True, False]
+        assert found["answer"].startswith("the hosts differ from process 0 in the configuration (process 1);")
+
+
+# ---- whole runs: minutes ------------------------------------------------------------------------------------------------
+
+CONFIG = """
+from jax_idgrpo import config as c
+
+def get_config():
+    return c.Config(
+        model=c.ModelConfig(rank=2, alpha=2.0, unroll=True),
+        data=c.DataConfig(max_people=3, text_length=80),
+        video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
+        rollout=c.RolloutConfig(prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_size=1),
+        grpo=c.GrpoConfig(kl=0.1),
+        optimizer=c.OptimizerConfig(learning_rate=3e-3, ema_decay=0.5),
+        reward=c.RewardConfig(frames=2),
+        run=c.RunConfig(steps=10, save_every=2, sample_every=5),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "short.py").write_text(CONFIG)
+    return folder
+
+
+def train(folder, name, processes, devices, *words):
+    return start(["-m", "jax_idgrpo", "train", folder / "short.py", "--workdir", folder / name, *words], processes, devices, folder)
+
+
+def rows(folder, name):
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder, name):
+    return load_file(folder / name / "export" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    """Ten steps of two processes with two devices each."""
+    answers = finish(train(folder, "together", 2, 2))
+    assert [status for status, _ in answers] == [0, 0], answers
+    return "together"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (1, 1)])
+def test_two_processes_equal_one(folder, together, processes, devices):
+    name = f"alone-{devices}"
+    answers = finish(train(folder, name, processes, devices))
+    assert answers[0][0] == 0, answers
+    for ours, _ in zip(rows(folder, together), rows(folder, name), strict=True):
+        assert ours["ratio_min"] == ours["ratio_max"] == 1
+    first, other = rows(folder, together)[0], rows(folder, name)[0]
+    for value in ("reward", "reward_group_std", "advantage_std", "gradient_norm", "policy_loss", "kl"):
+        assert first[value] == pytest.approx(other[value], rel=1e-5, abs=1e-5), value
+    ours, theirs = adapter(folder, together), adapter(folder, name)
+    for tensor, value in ours.items():
+        np.testing.assert_allclose(theirs[tensor], value, atol=1e-4, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_other_and_the_run_goes_on(folder, together):
+    started = train(folder, "lost", 2, 2)
+    while not (folder / "lost" / "metrics.jsonl").exists() or len(rows(folder, "lost")) < 3:
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGKILL)
+    lost = time.monotonic()
+    (status, printed), _ = finish(started)
+    assert status != 0 and time.monotonic() - lost < 60
+    assert "process that was lost" in printed or "distributed service detected fatal errors" in printed, printed
+    answers = finish(train(folder, "lost", 2, 2))
+    assert [status for status, _ in answers] == [0, 0], answers
+    for tensor, value in adapter(folder, together).items():
+        np.testing.assert_array_equal(adapter(folder, "lost")[tensor], value, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_a_run(folder, together):
+    assert finish(train(folder, "fewer", 2, 2, "--run.steps", "4"))[0][0] == 0
+    assert finish(train(folder, "fewer", 1, 1))[0][0] == 0
+    for tensor, value in adapter(folder, together).items():
+        np.testing.assert_allclose(adapter(folder, "fewer")[tensor], value, atol=1e-4, err_msg=tensor)
