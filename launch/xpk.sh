@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# A run on a GKE cluster through xpk, which makes the JobSet and queues it.
+#   CLUSTER=mine ZONE=us-east5-a TYPE=v5p-64 IMAGE=registry/idgrpo:tpu launch/xpk.sh NAME idgrpo train configs/vace_14b.py --workdir /data/runs/mine
+# SLICES (default 1) slices of TYPE; IMAGE is built from launch/Dockerfile. Priority, quotas and volumes are the cluster's.
+set -euo pipefail
+if [ $# -lt 2 ] || [ -z "${CLUSTER:-}" ] || [ -z "${ZONE:-}" ] || [ -z "${TYPE:-}" ] || [ -z "${IMAGE:-}" ]; then
+    echo "usage: CLUSTER=c ZONE=z TYPE=v5p-64 IMAGE=i launch/xpk.sh NAME COMMAND [ARGUMENTS]" >&2
+    exit 2
+fi
+name="$1"
+shift
+printf -v command '%q ' "$@"
+exec xpk workload create \
+    --cluster "$CLUSTER" --zone "$ZONE" --workload "$name" \
+    --tpu-type "$TYPE" --num-slices "${SLICES:-1}" --docker-image "$IMAGE" \
+    --env IDGRPO_DISTRIBUTED=auto --max-restarts "${RESTARTS:-10}" \
+    --command "$command"

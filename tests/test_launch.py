@@ -1,0 +1,53 @@
+"""What starts runs elsewhere: scripts without findings, a manifest of the right form, images of what exists."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / ".ci" / "run"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script):
+    found = subprocess.run(["shellcheck", "--external-sources", "--source-path", str(ROOT), str(script)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+CALLS = [
+    ("local_multiprocess.sh", []), ("local_multiprocess.sh", ["many", "true"]), ("slurm.sbatch", []), ("tpu_vm.sh", ["idgrpo"]),
+    ("xpk.sh", []),
+]
+
+
+@pytest.mark.parametrize(("script", "words"), CALLS)
+def test_scripts_say_how_they_are_used(script, words):
+    answer = subprocess.run(["bash", str(ROOT / "launch" / script), *words], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert answer.returncode == 2 and answer.stderr.startswith("usage: ") and answer.stderr.count("\n") == 1
+
+
+def test_the_manifest_is_a_jobset_of_one_pod_per_host():
+    manifest = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and manifest["kind"] == "JobSet"
+    (job,) = manifest["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = int(container["resources"]["limits"]["google.com/tpu"])
+    topology = [int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
+    assert spec["parallelism"] == spec["completions"] == topology[0] * topology[1] * topology[2] // chips
+    assert pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0         # a lost pod fails the job, and the set restarts together
+    assert {"name": "IDGRPO_DISTRIBUTED", "value": "auto"} in container["env"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert (ROOT / container["command"][2]).is_file()
+
+
+def test_images_hold_what_exists():
+    text = (ROOT / "launch" / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
+    assert stages == ["base", "cuda", "tpu"] and all(f"'.[{stage}]'" in text for stage in stages[1:])
