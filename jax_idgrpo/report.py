@@ -171,6 +171,12 @@ def interval(value: dict[str, float], sign: bool = False) -> str:
     return f'{form.format(value["mean"])} <small>[{form.format(value["low"])}, {form.format(value["high"])}]</small>'
 
 
+def judged(change: dict[str, float], less: bool) -> str:
+    """How a change is shown: "up" where it is beyond doubt for the better, "down" for the worse. less: less is better."""
+    low, high = (-change["high"], -change["low"]) if less else (change["low"], change["high"])
+    return "up" if low > 0 else "down" if high < 0 else "same"
+
+
 def table(evaluation: dict[str, Any]) -> str:
     """The comparison as an HTML table: base, then each adapter with its paired difference."""
     adapters = list(evaluation["differences"])
@@ -180,7 +186,7 @@ def table(evaluation: dict[str, Any]) -> str:
         cells = f'<td>{interval(evaluation["models"]["base"][name])}</td>'
         for adapter in adapters:
             change = evaluation["differences"][adapter][name]
-            verdict = "up" if change["low"] > 0 else "down" if change["high"] < 0 else "same"
+            verdict = judged(change, name in evaluation.get("less", ()))
             cells += f'<td>{interval(evaluation["models"][adapter][name])}</td><td class="{verdict}">{interval(change, sign=True)}</td>'
             cells += f'<td class="{verdict}">{change["relative"]:+.1%}</td>'
         body.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
@@ -195,7 +201,7 @@ def headline(evaluation: dict[str, Any]) -> str:
     cards = []
     for name, label in list(evaluation["labels"].items())[:CARDS]:
         change = evaluation["differences"][adapter][name]
-        verdict = "up" if change["low"] > 0 else "down" if change["high"] < 0 else "same"
+        verdict = judged(change, name in evaluation.get("less", ()))
         base, tuned = (evaluation["models"][model][name]["mean"] for model in ("base", adapter))
         cards.append(f'<div class="card"><small>{html.escape(label)}</small><b class="{verdict}">{change["relative"]:+.1%}</b>'
                      f"<span>{base:.3f} &rarr; {tuned:.3f}</span></div>")

@@ -30,6 +30,7 @@ LABELS = {
     "duplicated": "duplicated (less)",
     "blended": "blended (less)",
 }
+LESS = ("swapped", "duplicated", "blended")     # metrics of which less is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +99,13 @@ Pairs = dict[tuple[str, str], dict[str, Pair]]
 def pairs(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Pairs:
     """Every model against every one before it; rows are paired as in `summarise`."""
 
-    def compare(left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
+    def compare(name: str, left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
+        better = np.sign(right - left if name in LESS else left - right)
         return Pair(difference=bootstrap(left - right, clusters, seed, resamples),
-                    wins=bootstrap((np.sign(left - right) + 1) / 2, clusters, seed, resamples))
+                    wins=bootstrap((better + 1) / 2, clusters, seed, resamples))
 
     return {
-        (model, other): {name: compare(values, scores[other][name]) for name, values in scores[model].items()}
+        (model, other): {name: compare(name, values, scores[other][name]) for name, values in scores[model].items()}
         for other, model in itertools.combinations(scores, 2)
     }
 
@@ -117,6 +119,7 @@ def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str,
     """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base, and every two models."""
     return {
         "labels": LABELS,
+        "less": LESS,
         "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
         "differences": {
             model: {name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])} for name, value in metrics.items()}

@@ -70,6 +70,8 @@ def test_every_two_models_are_compared_and_equal_videos_count_half():
     assert got["a", "base"]["reward"].wins.mean == pytest.approx(0.625)
     assert got["b", "a"]["reward"].wins.mean == 1 and got["b", "a"]["reward"].difference.mean == pytest.approx(0.175)
     assert got["a", "base"]["reward"].wins.low < 0.625 < got["a", "base"]["reward"].wins.high
+    worse = statistics.pairs({"base": {"swapped": base}, "a": {"swapped": base + 0.1}}, np.arange(4), 0, 50)["a", "base"]["swapped"]
+    assert worse.wins.mean == 0 and worse.difference.mean == pytest.approx(0.1)         # of some metrics less is better
     full = {model: dict.fromkeys(statistics.LABELS, values["reward"]) for model, values in scores.items()}
     lines = statistics.pairs_markdown(statistics.pairs(full, np.arange(4), 0, 50)).splitlines()
     assert len(lines) == 2 + 2 * len(statistics.LABELS) and "b over a" in lines[0] and len({len(line) for line in lines}) == 1

@@ -137,10 +137,10 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(short):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_loses_nothing(short):
-    """A file system of a few megabytes, where this machine allows one to be mounted."""
+    """A file system of less than a megabyte, where this machine allows one to be mounted."""
     small = short.folder / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:
