@@ -197,12 +197,32 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     print(f"report: {report(require_writable(workdir, 'workdir'))}")
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    slices = "a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; cpu:8; or gpu, this machine's"
+    parser.add_argument("--topology", required=True, metavar="T", help=slices)
+    parser.add_argument("--sizes", metavar="S", help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine")
+    parser.add_argument("--programs", nargs="+", default=[], metavar="NAME", help="only these, such as rollout update; default: all")
+    parser.add_argument("--search", type=int, default=0, metavar="N", help="try N meshes and micro-batches, and plan the fastest that fits")
+    parser.add_argument("--out", default="plan", metavar="DIR", help="folder for plan.json and table.md")
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    out = require_writable(Path(arguments.out), "--out")
+    from jax_idgrpo.plan import plan
+
+    if not plan(config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search):
+        sys.exit(1)
+
+
 COMMANDS = {
     "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _train_options, _train),
     "finetune": Command("supervised training of the video model's parts and the face networks", _train_options, _finetune),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
     "score": Command("the reward of existing videos", _score_options, _score),
     "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),
+    "plan": Command("memory, work and time per chip on a machine that need not be here, by the real compiler", _plan_options, _plan),
     "report": Command("one HTML page of a run: curves, videos side by side, table, configuration", _report_options, _report),
 }
 

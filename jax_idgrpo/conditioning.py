@@ -157,7 +157,8 @@ def control(
 
 @nnx.jit
 def _encode_video(vae: nnx.Module, video: Float[Array, "B F H W 3"]) -> Float[Array, "B T h w C"]:
-    return vae.encode(video)
+    latent_frames, height, width = (video.shape[1] - 1) // 4 + 1, video.shape[2] // 8, video.shape[3] // 8
+    return vae.encode(video, vae.chunk(latent_frames, height, width))
 
 
 @nnx.jit

@@ -168,6 +168,17 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
+def spread(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a network that runs seldom and should take little room: each leaf over all devices, along an axis that divides."""
+
+    def one(leaf: Any) -> NamedSharding:
+        shape = np.shape(leaf)
+        axis = max((axis for axis, size in enumerate(shape) if size % mesh.size == 0), key=lambda axis: shape[axis], default=None)
+        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES))
+
+    return jax.tree.map(one, state)
+
+
 # ---- inside a program ----------------------------------------------------------------------------------------------------
 
 

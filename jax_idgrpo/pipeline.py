@@ -8,6 +8,7 @@ written aside and renamed, so a reader sees a whole one or none.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,8 +87,8 @@ def load_pipeline(
     dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
     kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
     rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
-    remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it.
-    UserError for a folder that is not such a pipeline or does not fit.
+    remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it,
+    and the text encoder is spread over all devices. UserError for a folder that is not such a pipeline or does not fit.
     """
     path = Path(path)
     if kind not in (None, *checkpoint.KINDS):
@@ -104,7 +105,7 @@ def load_pipeline(
     return Pipeline(
         transformer=transformer,
         vae=_load_vae(found.networks["vae"]),
-        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype),
+        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh),
         tokenizer=load_tokenizer(path),
         shift=_shift(found),
         kind=found.kind,
@@ -129,16 +130,18 @@ def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
 
 def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanTransformer:
     config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
-    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, config.mesh)
+    where = None if config.mesh is None else functools.partial(parallel.state_shardings, config.mesh)
+    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 
 def _load_vae(found: checkpoint.Network) -> WanVAE:
     return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found)
 
 
-def _load_text_encoder(found: checkpoint.Network, dtype: str) -> UMT5Encoder:
+def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None) -> UMT5Encoder:
     dtypes = Dtypes.named(dtype)
-    return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found)
+    where = None if mesh is None else functools.partial(parallel.spread, mesh)
+    return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -177,17 +180,15 @@ def _shift(found: checkpoint.Checkpoint) -> float:
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], found: checkpoint.Network, mesh: Mesh | None = None) -> Network:
+def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callable[[Any], Any] | None = None) -> Network:
     """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
 
-    mesh: every leaf goes where the table puts it, and a host reads only the slices that its devices hold.
+    where: shapes -> their shardings; a host reads only the slices that its devices hold. None is the default device.
     """
     graph, abstract = nnx.split(nnx.eval_shape(build))
-    if mesh is not None:
+    if where is not None:
         abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            parallel.state_shardings(mesh, abstract),
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, where(abstract)
         )
     return nnx.merge(graph, checkpoint.fill(found, abstract))
 

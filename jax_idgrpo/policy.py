@@ -10,6 +10,7 @@ Source: Phantom-video/Phantom, `subject2video.py`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,27 +67,33 @@ class Policy:
         others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
 
         def repeat(array: Array) -> Array:
-            return jnp.concatenate([array] * self.branches)
+            return _together([array] * self.branches)
 
         latents, mask, control = repeat(x), repeat(conditioning.frame_mask), None
         if conditioning.tail is None:
             control = repeat(conditioning.control)
         else:
             tails = [conditioning.tail] * min(self.branches, 2) + [jnp.zeros_like(conditioning.tail)] * (self.branches - 2)
-            latents = jnp.concatenate([latents, jnp.concatenate(tails)], axis=1)
+            latents = jnp.concatenate([latents, _together(tails)], axis=1)
             mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
-        found = model(latents, repeat(timestep), jnp.concatenate([text, *others]), control, frame_mask=mask)[:, :frames]
+        found = model(latents, repeat(timestep), _together([text, *others]), control, frame_mask=mask)[:, :frames]
         return jax.lax.optimization_barrier(self._combine(found))
 
     def _combine(self, branches: Float[Array, "R N H W C"]) -> Float[Array, "B N H W C"]:
-        """The velocities of the branches, one after another, as one."""
+        """The velocities of the branches, those of a row together, as one."""
         if self.branches == 1:
             return branches
+        parts = branches.reshape(-1, self.branches, *branches.shape[1:])
         if self.image_guidance is None:
-            prompt, none = jnp.split(branches, 2)
+            prompt, none = parts[:, 0], parts[:, 1]
             return none + self.guidance * (prompt - none)
-        both, photos, none = jnp.split(branches, 3)
+        both, photos, none = parts[:, 0], parts[:, 1], parts[:, 2]
         return none + self.image_guidance * (photos - none) + self.guidance * (both - photos)
+
+
+def _together(branches: Sequence[Array]) -> Array:
+    """One batch [branches B, ...] of all branches, those of a row together: where rows are divided over devices, each stays on its own."""
+    return jnp.stack(branches, axis=1).reshape(-1, *branches[0].shape[1:])
 
 
 def split(

@@ -183,4 +183,5 @@ def decode(
     vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], start: Int[Array, "B"], frames: int
 ) -> Float[Array, "B F H W 3"]:
     """The videos in [-1, 1] of final latents: `frames` latent frames from each row's `start` on, references dropped."""
-    return nnx.merge(*vae).decode(video_latents(latents, start, frames))
+    network, video = nnx.merge(*vae), video_latents(latents, start, frames)
+    return network.decode(video, network.chunk(*video.shape[1:4]))

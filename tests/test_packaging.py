@@ -15,13 +15,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # A layer imports from itself and from the layers before it, never from a later one; a circle within a layer is caught below.
 LAYERS = [
     {"errors"},
-    {"config", "keys", "parallel", "distributed", "flow", "grpo", "video"},
+    {"config", "keys", "parallel", "distributed", "flow", "grpo", "video", "accounting"},
     {"models", "data", "statistics"},
     {"checkpoints_convert"},
     {"pipeline", "rewards"},
     {"policy", "conditioning", "state", "optimizer"},
     {"rollout", "update", "checkpoint", "metrics"},
-    {"tasks", "finetune", "train", "evaluate", "report"},
+    {"tasks", "finetune", "train", "evaluate", "report", "plan"},
     {"cli"},
     {"__main__"},
 ]

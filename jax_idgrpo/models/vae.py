@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
+LARGEST_ACTIVATION = 2**28  # bytes of one activation of a video at full size; what is larger runs in chunks
 ATTENTION_LOGITS = 2**25  # how many float32 attention logits may exist at once: 128 MiB
 
 
@@ -363,6 +364,12 @@ class WanVAE(nnx.Module):
         """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
+
+    def chunk(self, frames: int, height: int, width: int) -> int | None:
+        """The `chunk` at which a video of so many latent frames, rows and columns takes little memory; None for a small one."""
+        pixels = FRAMES_PER_LATENT * height * width * PIXELS_PER_LATENT**2
+        size = 4 * self.config.base_dim * pixels
+        return None if frames * size <= LARGEST_ACTIVATION else max(1, LARGEST_ACTIVATION // size)
 
     def posterior(
         self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None

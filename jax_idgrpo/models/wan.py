@@ -350,32 +350,38 @@ class WanTransformer(nnx.Module):
         apply_control, controls = self._applied(self.vace_blocks, conditions)
         control_graph = nnx.graphdef(self.vace_blocks)
 
-        def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
-            x, c = carry
-            control, scale, first, rest = parts
-            c = apply_control(control, c)
-            x = apply(first, x) + scale * nnx.merge(control_graph, control).hint(c)
-            if isinstance(rest, list):
-                for block in rest:
-                    x = apply(block, x)
-            else:
-                x, _ = jax.lax.scan(lambda x, block: (apply(block, x), None), x, rest)
-            return (x, c), None
+        def control(c: Array, parameters: nnx.State, scale: Array) -> tuple[Array, Array]:
+            c = apply_control(parameters, c)
+            return c, scale * nnx.merge(control_graph, parameters).hint(c)
 
         if self.config.unroll:
-            mains, at = _unstack(blocks), 0
-            for control, s, size in zip(_unstack(controls), scale, group_sizes(self.config), strict=True):
-                (x, c), _ = group((x, c), (control, s, mains[at], mains[at + 1 : at + size]))
-                at += size
+            mains = iter(_unstack(blocks))
+            for parameters, s, size in zip(_unstack(controls), scale, group_sizes(self.config), strict=True):
+                c, hint = control(c, parameters, s)
+                x = apply(next(mains), x) + hint
+                for block in itertools.islice(mains, size - 1):
+                    x = apply(block, x)
             return x
-        at = first = 0
+
+        def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
+            x, c = carry
+            parameters, scale, mains, first = parts
+            c, hint = control(c, parameters, scale)
+
+            def main(x: Array, part: tuple) -> tuple[Array, None]:
+                block, first = part
+                return apply(block, x) + jnp.where(first, hint, 0), None  # one body for all blocks: half the program
+
+            return (jax.lax.scan(main, x, (mains, first))[0], c), None
+
+        at = done = 0
         for size, run in itertools.groupby(group_sizes(self.config)):
             count = len(list(run))
             mains = _rows(blocks, at, count * size, (count, size))
-            heads, tails = jax.tree.map(lambda p: p[:, 0], mains), jax.tree.map(lambda p: p[:, 1:], mains)
-            parts = (_rows(controls, first, count, (count,)), scale[first : first + count], heads, tails)
+            first = jnp.broadcast_to(jnp.arange(size) == 0, (count, size))
+            parts = (_rows(controls, done, count, (count,)), scale[done : done + count], mains, first)
             (x, c), _ = jax.lax.scan(group, (x, c), parts)
-            at, first = at + count * size, first + count
+            at, done = at + count * size, done + count
         return x
 
     def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:

@@ -69,6 +69,11 @@ class FaceReward:
         self._cache: dict[bytes, np.ndarray] = {}
         self.terms: Terms = {}
 
+    @property
+    def embedding_size(self) -> int:
+        """E, of the embeddings that it compares."""
+        return jax.eval_shape(self._best, self.state, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))[0].shape[-1]
+
     def embed_references(self, references: References, prompts: Sequence[str] | None = None) -> Float[Array, "B M E"]:
         """Unit embeddings of the best face in each reference photo, zero on padding; each photo is embedded once.
 

@@ -1,0 +1,133 @@
+"""The plan: what is counted is what runs, and what cannot be planned says why."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_idgrpo import accounting, config, parallel, plan
+from jax_idgrpo.cli import run
+from jax_idgrpo.errors import UserError
+
+CONFIGS = plan.Path(__file__).parents[1] / "configs"
+
+
+def loop(x, weights):
+    """12 x 3 products of [8,16] by [16,16]; the weights of a turn are sliced from an array of all of them."""
+
+    def turn(x, w):
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ w), x), None
+
+    return jax.lax.scan(turn, x, weights)[0]
+
+
+SHAPES = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((12, 16, 16), jnp.float32)
+
+
+def test_arithmetic_counts_loops_as_often_as_they_run():
+    one = 2 * 8 * 16 * 16
+    assert accounting.flops(jax.make_jaxpr(loop)(*SHAPES)) == 36 * one
+    gradient = jax.grad(lambda x, w: jnp.sum(jax.checkpoint(lambda x: x @ w[0])(x) @ w[1]), argnums=0)
+    assert accounting.flops(jax.make_jaxpr(gradient)(*SHAPES)) <= 5 * one
+    convolution = jax.make_jaxpr(lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"))(jnp.zeros((2, 3, 5, 5)), jnp.zeros((7, 3, 3, 3)))
+    assert accounting.flops(convolution) == 2 * (2 * 7 * 5 * 5) * 27
+    choice = jax.make_jaxpr(lambda p, x, w: jax.lax.cond(p, lambda: x @ w[0], lambda: x @ w[0] @ w[1]))(True, *SHAPES)
+    assert accounting.flops(choice) == 2 * one
+
+
+def test_traffic_counts_loops_as_often_as_they_run_and_slices_as_slices():
+    """At least every turn's weights and the state, read and written; far less than reading all weights in every turn."""
+    text = jax.jit(loop).lower(*SHAPES).compile().as_text()
+    moved = accounting.traffic(text).moved
+    weights, state = 4 * 16 * 16, 4 * 8 * 16
+    assert 12 * 3 * (weights + 2 * state) <= moved <= 4 * 12 * 3 * (weights + 2 * state)
+
+
+def test_collectives_of_a_compiled_line():
+    text = """
+ENTRY %main.1 (p.0: f32[4,8]) -> f32[4,8] {
+  %p.0 = f32[4,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[4,8]{1,0} all-reduce(%p.0), replica_groups={{0,1}}, to_apply=%add
+  %copy.2 = f32[4,8]{1,0:S(1)} copy(%all-reduce.1)
+  ROOT %all-gather.1 = bf16[16,8]{1,0} all-gather(%copy.2), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+    found = accounting.traffic(text)
+    assert found.received == 2 * 128 + 256
+    assert found.moved == 2 * 128 + 128 + 2 * 256        # the copy lands outside the main memory
+
+
+def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
+    """The quickstart's decode: figures that agree with the shapes, a table, and a record that can be read back."""
+    wanted = config.load(CONFIGS / "quickstart.py")
+    parts = plan.networks(wanted, None)
+    mesh = parallel.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    program, = (each for each in plan.programs(wanted, parts, mesh) if each.name == "decode")
+    cost = plan.measure(program, mesh, plan.CHIPS["TPU v5"])
+    video = 4 * wanted.rows_per_call * wanted.video.frames * wanted.video.height * wanted.video.width * 3
+    assert cost.peak > video + program.beside and cost.fits and cost.flops > 0 and cost.moved > video
+    assert 0 < cost.utilisation < 1 and cost.seconds * 459e12 >= cost.flops
+    assert f"{cost.peak / 1e9:.1f} GB" in plan.row(cost)
+    small = dataclasses.replace(plan.CHIPS["TPU v5"], memory=1e6)
+    assert not dataclasses.replace(cost, fits=cost.peak <= 0.9 * small.memory).fits
+
+
+@pytest.mark.parametrize("name", ["vace_1_3b", "phantom_14b"])
+def test_every_published_configuration_has_programs_for_a_pod(name):
+    """Shapes alone, on a mesh of 64 devices that do not exist; the update's chunks hold the rows of one of its updates."""
+    wanted = config.load(CONFIGS / f"{name}.py")
+    size = "14b" if "14b" in name else "1.3b"
+    wanted = config.override(wanted, [("rollout.micro_batch", "32")])
+    mesh = jax.sharding.Mesh(np.full((2, 16, 2, 1), jax.devices()[0]), parallel.AXES)
+    found = {program.name: program for program in plan.programs(wanted, plan.networks(wanted, size), mesh)}
+    assert list(found) == ["text encoder", "rollout", "decode", "reward", "update", "evaluation: sample", "evaluation: decode"]
+    batch = found["update"].arguments[3]
+    assert batch.advantage.size * wanted.grpo.updates == wanted.trained_rows
+    assert (batch.conditioning.control is None) == ("phantom" in name)
+    asked = found["evaluation: sample"].arguments[3]
+    assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)
+
+
+def test_meshes_that_are_searched_divide_everything():
+    parts = plan.networks(config.load(CONFIGS / "vace_1_3b.py"), "1.3b")
+    found = list(plan.meshes(16, parts, 128))
+    assert found[0] == (config.MeshConfig(data=1, fsdp=16), 16) and len(found) == len(set(found))
+    for mesh, rows in found:
+        sizes = dataclasses.asdict(mesh)
+        assert np.prod(list(sizes.values())) == 16 and 12 % mesh.tensor == 0 and 128 % rows == 0 and rows % (mesh.data * mesh.fsdp) == 0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--topology", "cpu:none"], "--topology cpu:none: cpu takes a number of devices"),
+        (["--topology", "gpu"], "--topology gpu: JAX finds no GPU here"),
+        (["--topology", "cpu:1", "--sizes", "7b"], "--sizes 7b: unknown; choose 1.3b or 14b"),
+        (["--topology", "cpu:1"], "pass --sizes 1.3b or 14b"),
+        (["--topology", "cpu:1", "--sizes", "1.3b", "--mesh.tensor", "5"], "does not use the 1 devices"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(tmp_path, options, said):
+    with pytest.raises(UserError, match=said):
+        run(["plan", str(CONFIGS / "vace_1_3b.py"), "--out", str(tmp_path / "plan"), *options])
+    assert not (tmp_path / "plan").exists()
+
+
+def test_an_unknown_slice_and_a_missing_compiler_say_what_to_do():
+    try:
+        import libtpu  # noqa: F401
+
+        said = "--topology v9z:4x4: the TPU compiler knows no such slice"
+    except ImportError:
+        said = "pip install 'jax-idgrpo\\[tpu\\]'"
+    with pytest.raises(UserError, match=said):
+        plan.devices("v9z:4x4")
+
+
+def test_record_is_json(tmp_path):
+    cost = plan.Cost("decode", 1, None, False, 1.0, float("nan"), float("nan"), None, None, 1.0, 10, "wants 17G of 16G")
+    assert "wants 17G of 16G" in plan.row(cost)
+    assert json.loads(json.dumps(dataclasses.asdict(cost)))["program"] == "decode"
