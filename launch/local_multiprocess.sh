@@ -2,7 +2,8 @@
 # The path of a pod on one machine: several processes that find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 #   launch/local_multiprocess.sh PROCESSES idgrpo train configs/quickstart.py --workdir runs/two [...]
 # On a machine with GPUs each process takes its own (CUDA_VISIBLE_DEVICES); DEVICES=n gives each process n CPU devices instead.
-# Process 0 prints here, the others into LOGS (default: runs/logs). When one of them fails, all end, with its exit status.
+# EXTRA=cuda installs with that extra. Process 0 prints here, the others into LOGS (default: runs/logs); when one of them fails, all end, with
+# its exit status.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
@@ -11,7 +12,7 @@ if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
 fi
 processes="$1"
 shift
-source launch/environment.sh
+source launch/environment.sh "${EXTRA:-}"
 
 port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
 logs="${LOGS:-runs/logs}"
@@ -37,7 +38,7 @@ done
 
 status=0
 for ((left = processes; left > 0; left--)); do
-    wait -n "${started[@]}" || {
+    wait -n || {
         status=$?
         echo "a process ended with status $status; the others are stopped; see $logs" >&2
         stop

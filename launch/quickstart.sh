@@ -9,7 +9,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
     workdir="$1"
     shift
 fi
-source launch/environment.sh
+source launch/environment.sh ""
 
 idgrpo train configs/quickstart.py --workdir "$workdir" "$@"
 idgrpo evaluate configs/quickstart.py --prompts embedded:eval --out "$workdir/evaluation" --lora "tuned=$workdir/export" "$@"

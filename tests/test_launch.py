@@ -51,3 +51,34 @@ def test_images_hold_what_exists():
         assert all((ROOT / name).exists() for name in line.split()), line
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
     assert stages == ["base", "cuda", "tpu"] and all(f"'.[{stage}]'" in text for stage in stages[1:])
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "local_multiprocess.sh"])
+def test_options_of_a_run_are_not_taken_for_an_extra(script, tmp_path):
+    """A sourced script sees the arguments of the one that sources it, unless it is given its own."""
+    (tmp_path / "launch").mkdir()
+    text = (ROOT / "launch" / script).read_text()
+    (tmp_path / "launch" / script).write_text(text)
+    (tmp_path / "launch" / "environment.sh").write_text('echo "extra=<${1:-}>"; exit 0\n')
+    words = ["runs/look", "--run.steps", "3"] if script == "quickstart.sh" else ["2", "idgrpo", "train"]
+    command = ["bash", str(tmp_path / "launch" / script), *words]
+    answer = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert answer.stdout == "extra=<>\n"
+
+
+def test_processes_end_together_with_the_status_of_the_first_that_fails(tmp_path):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "run.sh").write_text((ROOT / "launch" / "local_multiprocess.sh").read_text())
+    (tmp_path / "launch" / "environment.sh").write_text(":\n")
+    environment = {"PATH": "/usr/bin:/bin", "DEVICES": "1", "PORT": "1"}
+
+    def run(command):
+        words = ["bash", str(tmp_path / "launch" / "run.sh"), "2", "bash", "-c", command]
+        return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=60)
+
+    assert run("exit 0").returncode == 0
+    failed = run('if [ "$JAX_PROCESS_ID" = 1 ]; then exit 3; fi; sleep 600')
+    assert failed.returncode == 3 and "ended with status 3" in failed.stderr
+    seen = run('echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"')
+    assert seen.stdout == "0 of 2 at 127.0.0.1:1\n"
+    assert (tmp_path / "runs" / "logs" / "process-1.log").read_text() == "1 of 2 at 127.0.0.1:1\n"
