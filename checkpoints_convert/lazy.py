@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,56 +78,60 @@ def size(tensor: Any) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def pieces(tensor: Any, check: bool = False, buffers: Sequence[np.ndarray] = ()) -> Iterator[np.ndarray]:
+def pieces(tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] | None = None) -> Iterator[np.ndarray]:
     """The values of `tensor` in row-major order as contiguous pieces of some megabytes; the whole is never copied.
 
     check: raise UserError that names the tensor's origin at NaN and infinite values.
-    buffers: of `PIECE` bytes, which the copies that are needed take in turn.
+    buffers: of `PIECE` bytes; a copy that is needed takes the next one.
     """
     array = np.asarray(tensor)
     array = array.reshape(1) if array.ndim == 0 else array
     per_row = max(1, array.nbytes // max(1, len(array)))
     rows = max(1, PIECE // per_row)
     rows = rows if rows < TILE[0] else rows // TILE[0] * TILE[0]
-    for index, start in enumerate(range(0, len(array), rows)):
+    for start in range(0, len(array), rows):
         view = array[start : start + rows]
-        piece = view if view.flags.c_contiguous else _copied(view, buffers[index % len(buffers)] if buffers else None)
+        piece = view if view.flags.c_contiguous else _copied(view, buffers)
         if check and not finite(piece):
             raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
         yield piece
 
 
-def pour(tensor: Any, write: Callable[[memoryview], Any], check: bool, written: Callable[[int], None]) -> None:
-    """Hand the bytes of `tensor` to `write`, piece by piece, in a thread of its own: the next piece is made meanwhile.
+def pour(
+    tensors: Iterable[tuple[str, Any]], write: Callable[[memoryview], Any], check: bool, written: Callable[[str, int], None]
+) -> None:
+    """Hand the bytes of the tensors to `write`, piece by piece, in a thread of its own: the next piece is made meanwhile.
 
-    written(bytes) is called for each; check is as in `pieces`.
+    written(name, bytes) is called for each; check is as in `pieces`.
     """
     with _POURING, concurrent.futures.ThreadPoolExecutor(1) as writer:
+        buffers = itertools.cycle(_buffers())  # one is being written, the other filled
         pending: concurrent.futures.Future | None = None
-        for piece in pieces(tensor, check, _buffers()):
-            if pending is not None:
-                pending.result()
-            pending = writer.submit(write, piece.reshape(-1).view(np.uint8).data)
-            written(piece.nbytes)
+        for name, tensor in tensors:
+            for piece in pieces(tensor, check, buffers):
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(write, piece.reshape(-1).view(np.uint8).data)
+                written(name, piece.nbytes)
         if pending is not None:
             pending.result()
 
 
-_POURING = threading.Lock()  # the buffers are for one tensor at a time
+_POURING = threading.Lock()  # the buffers are for one file at a time
 
 
 @functools.cache
 def _buffers() -> tuple[np.ndarray, np.ndarray]:
-    """For the piece that is being written and the next one; new memory for every piece would take longer than the copy."""
+    """Kept, since new memory for every piece would take longer than the copy."""
     return np.empty(PIECE, np.uint8), np.empty(PIECE, np.uint8)
 
 
-def _copied(view: np.ndarray, buffer: np.ndarray | None) -> np.ndarray:
-    """A contiguous copy of `view`, in the buffer if it fits; matrices are copied tile by tile."""
-    if buffer is None or view.nbytes > len(buffer):
+def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarray:
+    """A contiguous copy of `view`, in the next buffer if it fits; matrices are copied tile by tile."""
+    if buffers is None or view.nbytes > PIECE:
         copied = np.empty(view.shape, view.dtype)
     else:
-        copied = buffer[: view.nbytes].view(view.dtype).reshape(view.shape)
+        copied = next(buffers)[: view.nbytes].view(view.dtype).reshape(view.shape)
     if view.ndim != 2:
         copied[...] = view
         return copied

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import io
 import math
 import pickle
@@ -272,7 +271,7 @@ def write(
                 target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
             with _entry(archive, file, f"{root}/data/{index}", size(tensor)) as target:
-                pour(tensor, target.write, check, functools.partial(written, name))
+                pour([(name, tensor)], target.write, check, written)
 
 
 def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> Any:

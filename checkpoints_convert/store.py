@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import itertools
 import json
 import math
@@ -338,5 +337,4 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        pour(tensors[name], file.write, check, functools.partial(written, name))
+    pour(((name, tensors[name]) for name in order), file.write, check, written)

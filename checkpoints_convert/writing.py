@@ -183,6 +183,7 @@ def _write(
 ) -> None:
     """All files of a folder, aside and renamed. texts: place -> JSON object, or text. besides: other sources of the tensors."""
     files: dict[str, dict[str, Any]] = {}
+    markers = [INDEX] if INDEX in texts else []  # a name that only a checkpoint has: config.json and README.md are in many folders
     for part in sets:
         cut = {str(Path(part.folder, name)): tensors for name, tensors in part.cut().items()}
         files |= cut
@@ -191,9 +192,10 @@ def _write(
             places = {name: Path(file).name for file, tensors in cut.items() for name in tensors}
             index = f"{part.stem}.safetensors{store.INDEX}"
             texts[str(Path(part.folder, index))] = {"metadata": {"total_size": total}, "weight_map": places}
+            markers.append(str(Path(part.folder, index)))
+        markers += cut
     sizes = {name: sum(map(size, tensors.values())) for name, tensors in files.items()}
-    marker = next(name for name in (INDEX, "config.json", *texts, *files) if name in texts or name in files)
-    with store.resumable(destination, marker, {"files": sizes, "sources": _sources([*checkpoint.networks.values(), *besides])}) as new:
+    with store.resumable(destination, markers[0], {"files": sizes, "sources": _sources([*checkpoint.networks.values(), *besides])}) as new:
         done = {name: sizes[name] for name in files if (new / name).is_file()}
         store.require_space(new, {name: count for name, count in sizes.items() if name not in done}, destination)
         for name, content in texts.items():

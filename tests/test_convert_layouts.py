@@ -530,6 +530,20 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, spoil, match):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("source", [WAN, WAN / VAE_FILE, PIPELINE], ids=["original", "one network", "diffusers"])
+@pytest.mark.parametrize("form", ["original", "diffusers"])
+def test_a_folder_that_is_no_checkpoint_is_not_replaced_by_one(tmp_path, source, form):
+    """A project or the workdir of a run: it has a README.md and a config.json too."""
+    for name in ("README.md", "config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match="holds something else"):
+        run("export", source, tmp_path, "--format", form)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "metrics.jsonl"]
+    assert run("export", source, tmp_path / "out", "--format", form) == 0
+    assert run("export", source, tmp_path / "out", "--format", form) == 0  # but a checkpoint is
+    assert run("verify", source, tmp_path / "out") == 0
+
+
 def test_no_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=500_000))
