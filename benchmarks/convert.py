@@ -1,6 +1,6 @@
 """Conversion of large checkpoints: time against `cp`, peak memory, and a full-size model against diffusers.
 
-    python benchmarks/convert.py streaming --folder DIR [--layers 4] [--dtype float32]
+    python benchmarks/convert.py streaming --folder DIR [--layers 4] [--dtype float32] [--repeats 2]
         a file of the original layout with the widths of Wan 14B and some of its layers, random values: copied with cp, imported
         into the store, exported to diffusers and to the original names, verified. Each step is a process of its own.
     python benchmarks/convert.py vace --folder DIR [--dtype float32]
@@ -86,7 +86,7 @@ def write_14b_shaped(folder: Path, layers: int, dtype: str) -> None:
     print(max(map(lazy.size, tensors.values())) / 1e9)
 
 
-def streaming(folder: Path, layers: int, dtype: str) -> None:
+def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
     script = (sys.executable, __file__, "source", "--folder", str(folder), "--layers", str(layers), "--dtype", dtype)
     made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)  # not here: a child's peak is the parent's
     largest = float(made.stdout)
@@ -95,7 +95,7 @@ def streaming(folder: Path, layers: int, dtype: str) -> None:
     print(f"{size:.2f} GB, {dtype}, {layers} layers of the widths of Wan 14B; largest tensor {largest:.2f} GB")
     os.sync()
     seconds = {}
-    for repeat in range(2):
+    for repeat in range(repeats):
         for name, words in {
             "cp": ("cp", str(file), str(folder / "copy")),
             "cp, flushed to the disk": ("sh", "-c", f"cp '{file}' '{folder / 'copy'}' && sync '{folder / 'copy'}'"),
@@ -205,6 +205,7 @@ def main() -> None:
     parser.add_argument("what", choices=("streaming", "vace", *STEPS), help="the last are steps of the first two")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2, help="of every step of streaming; the fastest counts")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
@@ -216,7 +217,7 @@ def main() -> None:
         return
     try:
         if arguments.what == "streaming":
-            streaming(arguments.folder, arguments.layers, arguments.dtype)
+            streaming(arguments.folder, arguments.layers, arguments.dtype, arguments.repeats)
         else:
             vace(arguments.folder, arguments.dtype)
     finally:
