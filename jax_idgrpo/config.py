@@ -484,6 +484,8 @@ class Config:
                  f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group")
         _require(grpo.objective != "reward_gradient" or grpo.gradient_steps < rollout.steps,
                  f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
+        _require(grpo.objective != "reward_gradient" or not self.reward.vlm,
+                 "grpo.objective reward_gradient needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
         share = self.trained_rows // grpo.updates
         _require(rollout.rows % self.rows_per_call == 0 and share % self.rows_per_call == 0,
                  f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of a rollout, or the {share} rows of "

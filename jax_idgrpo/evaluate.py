@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from PIL import Image
 
 from jax_idgrpo import conditioning, keys, parallel, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
-from jax_idgrpo.config import Config, RewardConfig, prompts_file
+from jax_idgrpo.config import Config, MeshConfig, RewardConfig, prompts_file
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
 from jax_idgrpo.distributed import say, to_host, written_once
 from jax_idgrpo.errors import UserError
@@ -32,6 +33,7 @@ from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
 from jax_idgrpo.rewards import FaceReward, References, load_reward
 from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.rewards.vlm import VlmReward, load_vlm
 from jax_idgrpo.video import read_video, to_uint8, write_video
 
 SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
@@ -107,7 +109,7 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     """The sampler of a configuration; reads the checkpoint unless it is given."""
     model = config.model
     if pipe is None:
-        mesh = parallel.make_mesh(config.mesh)
+        mesh = parallel.make_mesh(config.mesh, policy_devices(config))
         parallel.check_rows(mesh, config.evaluate.batch, "evaluate.batch")
         pipe = load_pipeline(model.folder(), model.dtype, model.kind, remat=model.remat, unroll=model.unroll, mesh=mesh)
     return Sampler(
@@ -156,29 +158,70 @@ def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
     return load_reward(config.folder(), embedder, config.frames if embedder == "embedder" else 0, constants)
 
 
+def policy_devices(config: Config) -> list[jax.Device]:
+    """The devices of the video model: all but those that the reward has for itself.
+
+    Raises:
+      UserError: the reward would have them all, or devices of other processes.
+    """
+    devices, own = jax.devices(), config.reward.vlm_devices
+    if own >= len(devices):
+        raise UserError(f"reward.vlm_devices is {own}, but there are {len(devices)} devices; leave one or more to the video model")
+    if own and jax.process_count() > 1:
+        raise UserError(f"reward.vlm_devices is {own}, but the run has several processes; use 0, so that the reward shares their mesh")
+    return devices[: len(devices) - own]
+
+
+def make_vlm(config: Config, mesh: Mesh | None) -> VlmReward:
+    """The vision-language reward, for videos of the configuration's size, on its own devices or on `mesh`."""
+    own, video = config.reward.vlm_devices, config.video
+    if own:
+        policy_devices(config)
+        mesh = parallel.make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[-own:])
+    return load_vlm(config.reward, (video.frames, video.height, video.width), mesh)
+
+
 def references(prompts: Sequence[Prompt], config: Config) -> References:
-    """The reference photos of each prompt at the size of the video, white padding behind them."""
+    """The reference photos of each prompt at the size of the video, white padding behind them, and as they are stored."""
     size, people = (config.video.height, config.video.width), config.data.max_people
     images, mask = np.ones((len(prompts), people, *size, 3), np.float32), np.zeros((len(prompts), people), bool)
-    for n, prompt in enumerate(prompts):
-        for m, path in enumerate(prompt.references):
-            images[n, m], mask[n, m] = conditioning.canvas(load_reference(path), *size), True
-    return References(images=images, mask=mask)
+    photos = tuple(tuple(load_reference(path) for path in prompt.references) for prompt in prompts)
+    for n, row in enumerate(photos):
+        for m, photo in enumerate(row):
+            images[n, m], mask[n, m] = conditioning.canvas(photo, *size), True
+    return References(images=images, mask=mask, photos=photos)
 
 
 Scorer = Callable[[np.ndarray, Sequence[Prompt]], statistics.Scores]
 
+JUDGED = {
+    "judge_identity": "similarity",
+    "faces": "faces_share",
+    "motion": "motion",
+    "judge_minimum": "similarity_min",
+    "judge_largest": "largest_face",
+    "count": "count_accuracy",
+    "swapped": "swapped",
+    "duplicated": "duplicated",
+    "blended": "blended",
+}
+"""Value of a video -> the judge's term."""
 
-def make_scorer(config: Config, batch: int) -> Scorer:
-    """A function from at most `batch` videos and their prompts to the values of `statistics.LABELS`, one of each per video.
+
+def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
+    """A function from at most `batch` videos and their prompts to values of `statistics.LABELS`, one of each per video.
 
     reward: the training reward. judge_identity: cosine between the judge's embeddings of photo and matched face, a missing person
     counting 0, mean over frames and people; judge_minimum: that of the least alike person; judge_largest: of the largest face alone, as
     papers with one person measure. embedder_identity: as the judge's, by the embedder of the reward. faces: detected faces per person
     asked for, at most 1. count: share of frames with the right number. motion: mean change between neighbouring frames outside the faces.
-    swapped, duplicated, blended: see `rewards.tracks`, seen by the judge.
+
+    A vision-language reward has no embedder of its own; where it has several dimensions each is there by its name, and without
+    `reward.faces` there is no judge, so that what it measures is left out.
     """
-    reward, judge = make_reward(config.reward), make_reward(config.reward, "judge")
+    vlm = make_vlm(config, mesh) if config.reward.vlm else None
+    reward = vlm or make_reward(config.reward)
+    judge = make_reward(config.reward, "judge") if config.reward.faces else None
 
     def score(videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt]) -> statistics.Scores:
         filled = np.minimum(np.arange(batch), len(prompts) - 1)     # one program, however many videos there are
@@ -186,18 +229,14 @@ def make_scorer(config: Config, batch: int) -> Scorer:
         asked, texts = references(listed, config), [prompt.text for prompt in listed]
         watched = jnp.asarray(videos[filled])
         reward(watched, asked, texts)
-        judge(watched, asked, texts)
-        found = {
-            "reward": reward.terms["reward"],
-            "judge_identity": judge.terms["similarity"],
-            "faces": judge.terms["faces_share"],
-            "motion": judge.terms["motion"],
-            "judge_minimum": judge.terms["similarity_min"],
-            "judge_largest": judge.terms["largest_face"],
-            "embedder_identity": reward.terms["similarity"],
-            "count": judge.terms["count_accuracy"],
-            **{name: judge.terms[name] for name in ("swapped", "duplicated", "blended")},
-        }
+        found = {"reward": reward.terms["reward"], "motion": reward.terms["motion"]}
+        if vlm is None:
+            found["embedder_identity"] = reward.terms["similarity"]
+        elif len(vlm.settings.dimensions) > 1:
+            found |= {name: vlm.terms[name] for name in vlm.settings.dimensions}
+        if judge is not None:
+            judge(watched, asked, texts)
+            found |= {name: judge.terms[term] for name, term in JUDGED.items()}
         return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 
     return score
@@ -228,7 +267,8 @@ class Watch:
         listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
         batch = parallel.rows_for(pipe.transformer.config.mesh, min(config.evaluate.batch, len(listed)))
         config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=batch))
-        return cls(sampler=make_sampler(config, pipe), scorer=make_scorer(config, batch), rows=all_rows(listed, 1), folder=folder)
+        scorer = make_scorer(config, batch, pipe.transformer.config.mesh)
+        return cls(sampler=make_sampler(config, pipe), scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> statistics.Scores:
         """Every video's values, which are also stored."""
@@ -252,7 +292,7 @@ class Watch:
         first = {name: np.asarray(values) for name, values in json.loads(self._file(0).read_text()).items()}
         scores, clusters = {"base": first, "now": now}, np.arange(len(self.rows))
         changes = statistics.summarise(scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap)[1]["now"]
-        parted = changes["reward"].low > 0 > changes["judge_identity"].high
+        parted = "judge_identity" in changes and changes["reward"].low > 0 > changes["judge_identity"].high
         if parted:
             warnings.warn(
                 f"step {step}: on {len(self.rows)} held-out prompts the reward rose by {changes['reward'].text(sign=True)} and the judge's "
@@ -333,7 +373,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     listed = load_prompts(prompts, config.data.max_people)
     sampler = make_sampler(config)
     models = make_models(sampler, loras)
-    scorer = make_scorer(config, config.evaluate.batch)
+    scorer = make_scorer(config, config.evaluate.batch, sampler.pipe.transformer.config.mesh)
     prepare_workdir(out)
     with written_once(out) as folder:
         _compare(config, listed, sampler, models, scorer, folder)
@@ -350,12 +390,13 @@ def _compare(
         parts = []
         for batch, videos in sampler.batches(model, rows, f"evaluating {name}"):
             parts.append(scorer(videos, [row.prompt for row in batch]))
-            for row, video, judged in zip(batch, videos, parts[-1]["judge_identity"], strict=True):
+            told = "judge_identity" if "judge_identity" in parts[-1] else "reward"
+            for row, video, value in zip(batch, videos, parts[-1][told], strict=True):
                 if row.member == 0 and row.prompt.id < SHOWN:
                     path = f"videos/{row.prompt.id:04d}/{name}.mp4"
                     write_video(out / path, video, config.video.fps)
-                    shown[row.prompt.id]["videos"][name] = {"path": path, "judge_identity": float(judged)}
-        scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in statistics.LABELS}
+                    shown[row.prompt.id]["videos"][name] = {"path": path, told: float(value)}
+        scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in statistics.LABELS if metric in parts[0]}
     clusters = np.asarray([row.prompt.id for row in rows])
     means, changes = statistics.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
     compared = statistics.pairs(scores, clusters, config.run.seed, config.evaluate.bootstrap)

@@ -208,6 +208,11 @@ def headline(evaluation: dict[str, Any]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
+def _told(video: dict[str, Any]) -> str:
+    """The judge's value of a video, or the reward's where there was no judge."""
+    return f"judge {video['judge_identity']:.2f}" if "judge_identity" in video else f"reward {video['reward']:.2f}"
+
+
 def gallery(evaluation: dict[str, Any], folder: Path) -> str:
     """The shown prompts: reference photos, then every model's video from the same noise."""
     items = []
@@ -215,7 +220,7 @@ def gallery(evaluation: dict[str, Any], folder: Path) -> str:
         photos = "".join(f'<img src="{data_uri(folder / path)}" alt="reference photo">' for path in shown["references"])
         videos = "".join(
             f'<div><video src="{data_uri(folder / video["path"])}" autoplay loop muted playsinline></video>'
-            f'<span>{html.escape(model)} <small>judge {video["judge_identity"]:.2f}</small></span></div>'
+            f'<span>{html.escape(model)} <small>{_told(video)}</small></span></div>'
             for model, video in shown["videos"].items())
         prompt = html.escape(shown["prompt"])
         items.append(f'<article><div class="photos">{photos}</div><div class="videos">{videos}</div><p>{prompt}</p></article>')

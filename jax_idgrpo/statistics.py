@@ -115,10 +115,15 @@ def relative(change: Interval, base: Interval) -> float:
     return change.mean / abs(base.mean) if base.mean else 0.0
 
 
+def labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of those metrics that were measured."""
+    return {name: label for name, label in LABELS.items() if name in metrics}
+
+
 def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, Any]:
     """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base, and every two models."""
     return {
-        "labels": LABELS,
+        "labels": labels(means["base"]),
         "less": LESS,
         "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
         "differences": {
@@ -144,7 +149,7 @@ def markdown(means: Intervals, changes: Intervals) -> str:
     """The comparison as a Markdown table whose columns line up in plain text too."""
     header = ["", "base", *(cell for name in changes for cell in (name, f"{name} - base", "relative"))]
     rows = [header]
-    for name, label in LABELS.items():
+    for name, label in labels(means["base"]).items():
         row = [label, means["base"][name].text()]
         for model, change in changes.items():
             row += [means[model][name].text(), change[name].text(sign=True), f"{relative(change[name], means['base'][name]):+.1%}"]
@@ -155,9 +160,10 @@ def markdown(means: Intervals, changes: Intervals) -> str:
 def pairs_markdown(compared: Pairs) -> str:
     """Win rates of every pair as a Markdown table, one metric per row; differences of two adapters with them."""
     rows = [["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]]
-    for name, label in LABELS.items():
+    named = labels(next(iter(compared.values())))
+    for name, label in named.items():
         rows.append([label, *(metrics[name].wins.text() for metrics in compared.values())])
-    for name, label in LABELS.items():
+    for name, label in named.items():
         between = [metrics[name].difference.text(sign=True) if other != "base" else "" for (_, other), metrics in compared.items()]
         if any(between):
             rows.append([f"{label}, difference", *between])

@@ -27,7 +27,7 @@ from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
 from jax_idgrpo.distributed import agree, any_process, folder_facts, to_host, versions
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluate import Model, Watch, make_reward, references
+from jax_idgrpo.evaluate import Model, Watch, make_reward, make_vlm, policy_devices, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
@@ -184,7 +184,7 @@ def train(config: Config, workdir: Path) -> None:
     sampling, seed, last = config.rollout, config.run.seed, config.run.steps
 
     # ---- what is trained, on what, by what -------------------------------------------------------------------------------
-    mesh = parallel.make_mesh(config.mesh)
+    mesh = parallel.make_mesh(config.mesh, policy_devices(config))
     parallel.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     agree({
@@ -199,7 +199,7 @@ def train(config: Config, workdir: Path) -> None:
     through = config.grpo.objective == "reward_gradient"
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
-    reward = make_reward(config.reward)
+    reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward)
     objective = Objective(
         policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,
@@ -249,7 +249,8 @@ def train(config: Config, workdir: Path) -> None:
             of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
             asked = conditioning.select(conditioning.encode(pipe, chosen, config, cache), of_row)
             photos = references(chosen, config)
-            people = (reward.embed_references(photos, [prompt.text for prompt in chosen])[of_row], jnp.asarray(photos.mask[of_row]))
+            faces = reward.embed_references(photos, [prompt.text for prompt in chosen])
+            people = jax.tree.map(lambda leaf: leaf[of_row], (faces, photos.mask))
             clock.append(time.monotonic())
             numbers = members(ids, sampling.group)
             first = np.repeat(numbers[:, :1], sampling.group, axis=1)
