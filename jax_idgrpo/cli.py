@@ -130,6 +130,19 @@ def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     finetune(config, workdir)
 
 
+def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    if config.finetune.task not in configuration.REWARD_TASKS:
+        raise UserError(
+            f"finetune.task is {config.finetune.task!r}; train-reward trains {', '.join(configuration.REWARD_TASKS)}, "
+            "as configs/reward_vlm.py does; use idgrpo finetune for other tasks"
+        )
+    workdir = require_writable(Path(arguments.workdir), "--workdir")
+    from jax_idgrpo.finetune import finetune
+
+    finetune(config, workdir)
+
+
 def _sample_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts and reference photos: header ref_paths,prompt")
@@ -219,6 +232,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
 COMMANDS = {
     "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _train_options, _train),
     "finetune": Command("supervised training of the video model's parts and the face networks", _train_options, _finetune),
+    "train-reward": Command("train a reward on preference pairs", _train_options, _train_reward),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
     "score": Command("the reward of existing videos", _score_options, _score),
     "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),

@@ -425,12 +425,16 @@ class MeshConfig:
         _require(list(sizes.values()).count(-1) <= 1, "mesh: only one axis can be -1")
 
 
+REWARD_TASKS = ("reward_vlm",)
+"""Tasks of supervised training that train a reward."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """Supervised training: which task, rows per step, and the task's own values as a flat dict (documented by the task).
 
-    task: "vae", "text", "transformer", "detector" or "embedder". out: where the trained network is stored, in published layout;
-    "" is `export/` in the workdir. start: folder to continue from; "" starts from random weights.
+    task: "vae", "text", "transformer", "detector", "embedder" or "reward_vlm". out: where the trained network is stored, in published
+    layout; "" is `export/` in the workdir. start: folder to continue from; "" starts from random weights.
     log_every: training steps that one row of metrics is the mean of.
     """
 

@@ -26,20 +26,20 @@ from jax_idgrpo.optimizer import apply_gradients, make_optimizer
 from jax_idgrpo.state import TrainState, start
 from jax_idgrpo.tasks import Task, make_task
 
-Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, decay: float, seed: int) -> Step:
-    """The training step as one program: (state, batch) -> (state, scalars). The state is donated."""
+    """The training step as one program: (state, what is frozen, batch) -> (state, scalars). The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = keys.fold(keys.key(seed, "augment"), state.step)
 
         def loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-            network = nnx.merge(graphdef, params, state.rest, copy=True)
+            network = nnx.merge(graphdef, params, frozen, state.rest, copy=True)
             value, scalars = task.loss(network, batch, key)
-            return value, (scalars, nnx.split(network, nnx.Param, ...)[2])
+            return value, (scalars, nnx.split(network, task.trained, task.frozen, ...)[3])
 
         (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
@@ -66,7 +66,9 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    graphdef, *parts = nnx.split(task.init(keys.key(seed, "init")), nnx.Param, ...)
+    graphdef, params, frozen, rest = nnx.split(task.init(keys.key(seed, "init")), task.trained, task.frozen, ...)
+    frozen, parts = parallel.place(mesh, frozen), (params, rest)
+    del params, rest
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
     def batch(number: int) -> Any:
@@ -75,7 +77,7 @@ def finetune(config: Config, workdir: Path) -> None:
 
     def averaged(state: TrainState) -> nnx.Module:
         ema = jax.tree.map(lambda average, value: average.astype(value.dtype), state.ema, state.params)
-        return nnx.merge(graphdef, ema, state.rest, copy=True)
+        return nnx.merge(graphdef, ema, frozen, state.rest, copy=True)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -96,7 +98,7 @@ def finetune(config: Config, workdir: Path) -> None:
         pending: list[dict[str, jax.Array]] = []
         began = time.monotonic()
         while done < last:
-            state, scalars = step(state, upcoming)
+            state, scalars = step(state, frozen, upcoming)
             pending.append(scalars)
             done += 1
             saving, stop = done % config.run.save_every == 0 or done == last, stopping()

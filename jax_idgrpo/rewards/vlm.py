@@ -95,8 +95,8 @@ class VlmReward:
         return vlm_inputs.ask(
             photos,
             prompts,
-            vlm_inputs.video_grid(count, height, width, self.vision, settings.pixels),
-            vlm_inputs.seconds_per_grid(total, self.fps, count),
+            [vlm_inputs.video_grid(count, height, width, self.vision, settings.pixels)] * len(photos),
+            [vlm_inputs.seconds_per_grid(total, self.fps, count)] * len(photos),
             self.prompting,
             self.vision,
             settings.pixels,

@@ -253,15 +253,15 @@ def video_grid(frames: int, height: int, width: int, config: VisionConfig, pixel
 def ask(
     photos: Sequence[Sequence[Image.Image]],
     captions: Sequence[str],
-    video: tuple[int, int, int],
-    seconds: float,
+    videos: Sequence[tuple[int, int, int]],
+    seconds: Sequence[float],
     prompting: Prompting,
     config: VisionConfig,
     pixels: int,
 ) -> Asked:
     """The photos and the prompt of each row, padded to common capacities.
 
-    video: grid of the videos. seconds: of `seconds_per_grid`. pixels: of a photo, at most.
+    videos: grid of each row's video, equally long in time. seconds: of `seconds_per_grid`. pixels: of a photo, at most.
     """
     group = config.merge**2
     shown = [[picture(photo, config, pixels) for photo in row] for row in photos]
@@ -269,18 +269,18 @@ def ask(
     slots = max(len(row) for row in shown)
     room = capacity(max(h * w for h, w in grids), PATCHES)
     count = capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS)
-    frame_room = capacity(video[1] * video[2], PATCHES)
+    frame_room = capacity(max(h * w for _, h, w in videos), PATCHES)
 
     def slot(values: Float[np.ndarray, "P F"], grid: tuple[int, int]) -> dict[str, np.ndarray]:
-        return grid_tables(*grid, config, room, count) | {"patches": np.pad(values, ((0, room - len(values)), (0, 0)))}
+        return padded_grid(values, grid, config, room, count)
 
     empty = slot(np.zeros((0, config.features), np.float32), (0, 0))
     rows = []
-    for row, caption in zip(shown, captions, strict=True):
+    for row, caption, video, apart in zip(shown, captions, videos, seconds, strict=True):
         counts = [h * w // group for _, (h, w) in row]
         ids, kinds, token = prompting.tokens(counts, math.prod(video) // group, caption)
         shapes = [*((1, h, w) for _, (h, w) in row), video]
-        position, order = layout(ids, kinds, shapes, seconds * TOKENS_PER_SECOND, config.merge)
+        position, order = layout(ids, kinds, shapes, apart * TOKENS_PER_SECOND, config.merge)
         features = [np.arange(n * room // group, n * room // group + size) for n, size in enumerate(counts)]
         behind = slots * room // group
         features += [behind + t * frame_room // group + np.arange(video[1] * video[2] // group) for t in range(video[0])]
@@ -301,6 +301,30 @@ def ask(
         token=np.stack([given["token"] for _, given in rows]).astype(np.int32),
         tokens=np.stack([np.arange(length) < len(given["ids"]) for _, given in rows]),
     )
+
+
+def padded_grid(
+    values: Float[np.ndarray, "P F"], grid: tuple[int, int], config: VisionConfig, room: int, count: int
+) -> dict[str, np.ndarray]:
+    """The leaves of `Grids` for one grid, padded to `room` patches and `count` windows."""
+    return grid_tables(*grid, config, room, count) | {"patches": np.pad(values, ((0, room - len(values)), (0, 0)))}
+
+
+_resized = jax.jit(resized_frames, static_argnames="size")
+
+
+def frame_grids(videos: Sequence[Float[np.ndarray, "T H W 3"]], config: VisionConfig, pixels: int) -> Grids:
+    """The grids of already chosen frames of videos in [-1, 1] of any sizes, row by row, on the host."""
+    sizes = [frame_size(video.shape[1], video.shape[2], config, pixels) for video in videos]
+    grids = [(height // config.patch, width // config.patch) for height, width in sizes]
+    room = capacity(max(h * w for h, w in grids), PATCHES)
+    count = capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS)
+    rows = [
+        padded_grid(np.asarray(part), grid, config, room, count)
+        for video, size, grid in zip(videos, sizes, grids, strict=True)
+        for part in patches(np.asarray(_resized(video[None], size=size))[0], config)
+    ]
+    return Grids(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def frames_of(videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig, pixels: int) -> Grids:

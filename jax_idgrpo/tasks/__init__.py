@@ -16,7 +16,7 @@ from flax import nnx
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 
-TASKS = ("vae", "text", "transformer", "detector", "embedder")
+TASKS = ("vae", "text", "transformer", "detector", "embedder", "reward_vlm")
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
 
@@ -31,6 +31,8 @@ class Task:
     loss: (network, batch, key) -> (scalar float32 loss, scalars to log); traced, pure but for the network's own variables.
     save: writes the network in its published layout into a folder.
     preview: writes pictures of what the network does into a folder, or None.
+    trained, frozen: filters of the network's variables: what the optimizer moves, and what stays as it is and is in no checkpoint.
+        Everything else changes with the network, such as running means.
     """
 
     init: Callable[[jax.Array], nnx.Module]
@@ -38,6 +40,8 @@ class Task:
     loss: Callable[[nnx.Module, Any, jax.Array], Loss]
     save: Callable[[nnx.Module, Path], None]
     preview: Callable[[nnx.Module, Path], None] | None = None
+    trained: Any = nnx.Param
+    frozen: Any = False
 
 
 def make_task(config: Config) -> Task:

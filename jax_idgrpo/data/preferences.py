@@ -1,0 +1,120 @@
+"""Preference pairs: two videos of one prompt, and which is better; and which pairs a training step reads.
+
+The CSV has VideoAlign's columns and photos: `path_A,path_B,prompt,ref_paths` and one column per scored dimension that holds A, B, same or
+invalid, such as SA. Optional: `fps_A,fps_B` (frames per second that the videos are taken to have) and `source`: `trusted` (labelled by
+people, the default) or `automatic`. Paths are relative to the CSV; photos are joined by `;`. Further columns are ignored.
+
+Automatic pairs are many and wrong in part. As published, a teacher that was trained on trusted pairs filters them, and the share of
+automatic pairs in a batch falls by half a cosine from its start to 0 at the end of training:
+
+    share(s) = share(0) (1 + cos(pi s / S)) / 2
+
+Sources: `KwaiVGI/VideoAlign` `data.py`; Identity-GRPO, section on the reward's data.
+"""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from jax_idgrpo import keys
+from jax_idgrpo.data.prompts import SEPARATOR
+from jax_idgrpo.errors import UserError
+
+COLUMNS = ("path_A", "path_B", "prompt", "ref_paths")
+LABELS = {"A": 1, "B": -1, "same": 0, "invalid": 22}
+SOURCES = {"": "trusted", "trusted": "trusted", "automatic": "automatic", "auto": "automatic", "synthetic": "automatic"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One row. labels: by dimension, as `rewards.preference` reads them. fps: of the two videos, 0 where the row does not say."""
+
+    references: tuple[Path, ...]
+    videos: tuple[Path, Path]
+    prompt: str
+    labels: tuple[int, ...]
+    source: str = "trusted"
+    fps: tuple[float, float] = (0.0, 0.0)
+
+
+def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
+    """The pairs of a CSV, labelled in `dimensions`; that the files exist is checked, not that they can be read.
+
+    Raises:
+      UserError: the file or a row is not as the module's docstring says; the message names the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"pairs {path}: no such file; pass a CSV with the columns {', '.join((*COLUMNS, *dimensions))}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if missing := [name for name in (*COLUMNS, *dimensions) if name not in (reader.fieldnames or ())]:
+                raise UserError(f"pairs {path}, line 1: has no column {missing[0]}; it needs {', '.join((*COLUMNS, *dimensions))}")
+            pairs = [_pair(row, path, reader.line_num, dimensions) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"pairs {path}: is not a CSV in UTF-8 ({error}); save it again") from None
+    if not pairs:
+        raise UserError(f"pairs {path}: no rows below the header; write one pair per line")
+    return pairs
+
+
+def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
+    where = f"pairs {path}, line {line}"
+    if None in row or None in row.values():
+        raise UserError(f"{where}: has more or fewer fields than the header; put texts with commas in double quotes")
+    labels = [row[name].strip() for name in dimensions]
+    if unknown := [label for label in labels if label not in LABELS]:
+        raise UserError(f"{where}: a label is {unknown[0]!r}; use {', '.join(LABELS)}")
+    source = row.get("source", "").strip()
+    if source not in SOURCES:
+        raise UserError(f"{where}: source is {source!r}; use trusted or automatic")
+    try:
+        fps = tuple(float(row.get(f"fps_{side}", "").strip() or 0) for side in "AB")
+    except ValueError:
+        raise UserError(f"{where}: fps_A or fps_B is not a number") from None
+    photos = tuple(path.parent / name.strip() for name in row["ref_paths"].split(SEPARATOR) if name.strip())
+    videos = tuple(path.parent / row[f"path_{side}"].strip() for side in "AB")
+    if not photos:
+        raise UserError(f"{where}: no reference photo; name image files in ref_paths, joined by {SEPARATOR}")
+    for file in (*photos, *videos):
+        if not file.is_file():
+            raise UserError(f"{where}: {file} is no file; paths are relative to the CSV")
+    return Pair(photos, (videos[0], videos[1]), row["prompt"].strip(), tuple(LABELS[label] for label in labels), SOURCES[source],
+                (fps[0], fps[1]))
+
+
+def automatic_share(step: int, steps: int, start: float) -> float:
+    """Share of automatic pairs at a step: half a cosine from `start` to 0."""
+    return start * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
+
+
+def agrees(difference: float, label: int, theta: float = 5.0) -> bool:
+    """Whether a teacher whose scores differ by `difference` (A minus B) takes a pair's label to be right.
+
+    A win by its sign; a tie where a tie is the likeliest outcome, which is |difference| < log((theta^2 - 2) / theta).
+    """
+    if label == 0:
+        return abs(difference) < math.log((theta**2 - 2) / theta)
+    return difference * label > 0
+
+
+def pair_batch(pairs: Sequence[Pair], seed: int, step: int, count: int, share: float) -> list[Pair]:
+    """The `count` pairs of a step: a pure function of (seed, step). Each is automatic with probability `share`.
+
+    Both kinds are read in endless sequences in which every pass is its own permutation. Where one kind is absent all are of the other.
+    """
+    kinds = [[pair for pair in pairs if pair.source == source] for source in ("trusted", "automatic")]
+    draws = np.asarray(jax.random.uniform(keys.fold(keys.key(seed, "data"), step), (count,)))
+    chosen = []
+    for row, draw in enumerate(draws):
+        wanted = kinds[1] if (draw < share and kinds[1]) or not kinds[0] else kinds[0]
+        order = grain.MapDataset.range(len(wanted)).seed(seed).shuffle().repeat()
+        chosen.append(wanted[int(order[step * count + row])])
+    return chosen
