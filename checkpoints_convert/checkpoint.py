@@ -32,6 +32,7 @@ from jax_idgrpo.models.wan import WanTransformer
 
 INDEX = "model_index.json"
 STORE = "store.json"
+STORE_VERSION = 2  # 1 had the axes of the matrices the other way round
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -429,7 +430,10 @@ def _stated_kind(path: Path, asked: str | None) -> str | None:
     file = path / STORE
     if not file.is_file():
         return asked
-    stated = store.read_json(file).get("kind")
+    values = store.read_json(file)
+    stated = values.get("kind")
+    if values.get("version") != STORE_VERSION:
+        raise UserError(f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again")
     if stated not in (None, *KINDS):
         raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
     if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):

@@ -143,12 +143,9 @@ def linear(torch: str, jax: str, bias: bool = True) -> list[Rule]:
 
 
 def stored(rules: Sequence[Rule]) -> list[Rule]:
-    """The same parameters under our own names and in our own layout, as the project's store keeps them."""
-    return [
-        Rule(rule.jax, rule.jax, Op(tuple(range(axes)), (1,) * axes, (None,) * axes))
-        for rule in rules
-        for axes in (len(rule.op.groups),)
-    ]
+    """The same tensors under our own names, as the project's store keeps them: with torch's axes, so that none is moved on its way
+    in or out, and the rows of a matrix that one device holds lie together."""
+    return [Rule(rule.jax, rule.jax, rule.op) for rule in rules]
 
 
 def is_stored(names: Iterable[str]) -> bool:

@@ -26,6 +26,7 @@ from checkpoints_convert.checkpoint import (
     SCHEDULER_CONFIG,
     SHIFTS,
     STORE,
+    STORE_VERSION,
     TOKENIZER_CONFIG,
     TRANSFORMER,
     Checkpoint,
@@ -80,11 +81,14 @@ def write_store(checkpoint: Checkpoint, destination: Path, watch: Watch = unwatc
     """The project's store, whole pipeline or single network; it remembers the kind and the original config."""
     networks = checkpoint.networks.values()
     alone = len(networks) == 1
-    remembered: dict[str, Any] = {"kind": checkpoint.kind, "version": 1}
+    remembered: dict[str, Any] = {"kind": checkpoint.kind, "version": STORE_VERSION}
     original = next((network.original for network in networks if network.original is not None), None)
     if original is not None:
         remembered["original_config"] = original
-    files = [Files("" if alone else network.part, STORE_STEM, ours(network)) for network in networks]
+    files = []
+    for network in networks:
+        tensors = renamed(ours(network), rules.stored(network.table), network.shapes)
+        files.append(Files("" if alone else network.part, STORE_STEM, tensors))
     _write(checkpoint, destination, files, _diffusers_texts(checkpoint) | {STORE: remembered}, "tokenizer", watch)
 
 
