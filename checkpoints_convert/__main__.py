@@ -1,6 +1,7 @@
 """The `idgrpo-convert` command: what a checkpoint is, whether two are equal, into the project's store and out again.
 
-Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard error.
+Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard error,
+130 interrupted.
 """
 
 import argparse
@@ -223,6 +224,9 @@ def main() -> None:
     except UserError as error:
         print(f"idgrpo-convert: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("idgrpo-convert: interrupted; the same command goes on with the files that were finished", file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

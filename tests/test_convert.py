@@ -522,3 +522,14 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(monkeypatch, capsy
     captured = capsys.readouterr()
     assert caught.value.code == 2 and captured.out == ""
     assert captured.err.startswith("idgrpo-convert: nowhere") and captured.err.count("\n") == 1
+
+
+def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
+    def interrupt(path, kind=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", interrupt)
+    monkeypatch.setattr(sys, "argv", ["idgrpo-convert", "inspect", "nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    assert caught.value.code == 130 and capsys.readouterr().err.count("\n") == 1
