@@ -314,6 +314,18 @@ def test_update_moves_the_adapter_once_and_a_gradient_that_is_not_finite_moves_n
     np.testing.assert_array_equal(vector(kept.params), vector(lora))
 
 
+def test_a_run_compiles_rollout_and_update_once():
+    """Three steps, each from the state that the one before returned: the first may compile, the others find their programs."""
+    actor, lora, base = model()
+    state, networks = start(optax.sgd(0.1), lora), update.Networks(base=base, negative=NEGATIVE)
+    fixed, sizes = objective(actor), []
+    for step in range(3):
+        batch = chunked([sampled((actor, state.params, base))], ADVANTAGE)
+        state, _ = update.update(fixed, state, networks, batch, SCHEDULE, jnp.int32(step))
+        sizes.append((rollout.sample._cache_size(), update.gather._cache_size(), update.update._cache_size()))
+    assert sizes[1] == sizes[2] == sizes[0]
+
+
 def test_noise_is_a_function_of_seed_prompt_member_and_step_and_prefix_stable():
     draw = functools.partial(keys.step_noise, shape=(3, 2, 2))
     first = draw(NOISE, 0)
