@@ -125,7 +125,7 @@ class VlmReward:
         filled = parallel.rows_for(self.mesh, count)
         if filled > count:
             tree = jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(filled), count - 1)], tree)
-        return count, jax.device_put(tree, parallel.batch_sharding(self.mesh))
+        return count, parallel.put(tree, parallel.batch_sharding(self.mesh))
 
     def __call__(self, videos: Float[ArrayLike, "B T H W 3"], references: Any, prompts: Sequence[str]) -> Float[Array, "B"]:
         """The reward of videos in [-1, 1].
