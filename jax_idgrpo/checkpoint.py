@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jax_idgrpo.config import Config
+from jax_idgrpo.distributed import any_process
 from jax_idgrpo.errors import UserError
 
 T = TypeVar("T")
@@ -184,12 +185,15 @@ def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
     wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()}
     damaged = []
     for step in sorted(manager.all_steps(), reverse=True):
+        reason, restored = "", {}
         try:
             restored = _read(manager, step, wanted)
         except UserError:
             raise
         except Exception as error:  # orbax and tensorstore raise many types for a file that is not whole
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        if any_process(reason != ""):
+            reason = reason or "another process cannot read its part"
             warnings.warn(f"checkpoint {manager.directory / str(step)} is damaged ({reason}); trying the one before", stacklevel=2)
             damaged.append(step)
             continue

@@ -16,14 +16,17 @@ import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -60,7 +63,7 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
         if environment["IDGRPO_DISTRIBUTED"] != "auto":
             raise UserError(f"IDGRPO_DISTRIBUTED is {environment['IDGRPO_DISTRIBUTED']!r}; set it to auto, or leave it out")
         return {}
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:      # a step is what srun starts; the batch script itself is alone
         return {}
     return None
 
@@ -75,14 +78,37 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
     if wanted is None or wanted.get("num_processes") == 1:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    patience = _patience(environment)
     try:
-        jax.distributed.initialize(**wanted, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=_patience(environment))
+        # JAX aborts the process when its own time is up, so ours is up before.
+        _within(patience, lambda: jax.distributed.initialize(
+            **wanted, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=patience + HEARTBEAT
+        ))
     except Exception as error:  # of many types, by the way in which the processes were to be found
         reason = " ".join(str(error).split())[:200]
         where = wanted.get("coordinator_address", "the addresses that the cluster gives")
         raise UserError(
             f"the processes did not find each other at {where} ({reason}); start all of them, and let them reach process 0 at that address"
         ) from None
+
+
+def _within(seconds: float, function: Callable[[], None]) -> None:
+    """Call a function in a thread of its own; TimeoutError, with the thread left behind, when it takes longer."""
+    failures: list[Exception] = []
+
+    def call() -> None:
+        try:
+            function()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"not all came within {seconds:.0f} s")
+    for failure in failures:
+        raise failure
 
 
 def joined() -> bool:
@@ -101,7 +127,9 @@ def versions() -> dict[str, str]:
 
 
 def folder_facts(folder: Path) -> str:
-    """Names and sizes of all files below a folder, hidden ones aside."""
+    """Names and sizes of all files below a folder, hidden ones aside; of a file its own."""
+    if folder.is_file():
+        return f"{folder.name} {folder.stat().st_size}"
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
 
@@ -127,6 +155,23 @@ def agree(facts: Mapping[str, str]) -> None:
         raise UserError(f"the hosts differ from process 0 in {'; '.join(differing)}; give all of them the same and start again")
 
 
+def prove(config: Config, prompts: Path | None, **folders: Path) -> None:
+    """`agree` on what every command reads: configuration, prompts, checkpoint, reward, library versions, and on more files by name.
+
+    Raises:
+      UserError: the processes differ.
+    """
+    reward = [config.reward.folder(), *(Path(folder) for folder in (config.reward.vlm, config.reward.vlm_base) if folder)]
+    agree({
+        "the configuration": config.to_json(),
+        "the prompts": prompts.read_text() if prompts else "",
+        "the checkpoint": folder_facts(config.model.folder()),
+        "the reward": "\n".join(map(folder_facts, reward)),
+        **{f"the {name}": folder_facts(folder) for name, folder in folders.items()},
+        **versions(),
+    })
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of any sharding as numpy arrays, whole, on every process; all processes call it together."""
     gather = {}
@@ -142,6 +187,12 @@ def to_host(tree: Any) -> Any:
 def _local(leaf: Any) -> np.ndarray:
     remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     return np.asarray(leaf.addressable_data(0) if remote else leaf)
+
+
+def to_device(tree: Any) -> Any:
+    """Arrays that this process can use alone: those that several hold are gathered; all processes call it together."""
+    alone = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    return tree if alone else jax.tree.map(jnp.asarray, to_host(tree))
 
 
 def any_process(mark: bool) -> bool:

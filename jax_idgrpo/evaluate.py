@@ -26,7 +26,7 @@ from jax_idgrpo import conditioning, keys, parallel, policy, rollout, statistics
 from jax_idgrpo.checkpoint import prepare_workdir, write_text
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig, prompts_file
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
-from jax_idgrpo.distributed import say, to_host, written_once
+from jax_idgrpo.distributed import prove, say, to_host, written_once
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
@@ -317,6 +317,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
+    prove(config, prompts, adapter=lora or out / "none")
     sampler = make_sampler(config)
     name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
     prepare_workdir(out)
@@ -343,6 +344,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     if not files:
         raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
     rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
+    prove(config, prompts, videos=videos)
     scorer = make_scorer(config, 1)
     lines = []
     with progress("scoring", len(rows)) as update:
@@ -371,6 +373,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
+    prove(config, prompts, **{f"adapter {name}": path for name, path in loras.items()})
     sampler = make_sampler(config)
     models = make_models(sampler, loras)
     scorer = make_scorer(config, config.evaluate.batch, sampler.pipe.transformer.config.mesh)

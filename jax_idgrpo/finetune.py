@@ -20,6 +20,7 @@ from flax import nnx
 from jax_idgrpo import keys, parallel
 from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
 from jax_idgrpo.config import Config
+from jax_idgrpo.distributed import any_process, prove, to_device, to_host
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import MetricsWriter, progress
 from jax_idgrpo.optimizer import apply_gradients, make_optimizer
@@ -66,6 +67,7 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_rows(mesh, config.finetune.batch, "finetune.batch")
+    prove(config, None, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
     graphdef, params, frozen, rest = nnx.split(task.init(keys.key(seed, "init")), task.trained, task.frozen, ...)
     frozen, parts = parallel.place(mesh, frozen), (params, rest)
     del params, rest
@@ -73,17 +75,19 @@ def finetune(config: Config, workdir: Path) -> None:
 
     def batch(number: int) -> Any:
         rows, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-        return jax.tree.map(lambda x: jax.device_put(x, rows if np.ndim(x) else whole), task.batch(seed, number))
+        made = task.batch(seed, number)
+        return parallel.put(made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made))
 
     def averaged(state: TrainState) -> nnx.Module:
-        ema = jax.tree.map(lambda average, value: average.astype(value.dtype), state.ema, state.params)
-        return nnx.merge(graphdef, ema, frozen, state.rest, copy=True)
+        average, kept, rest = to_device((state.ema, frozen, state.rest))
+        ema = jax.tree.map(lambda average, value: average.astype(value.dtype), average, state.params)
+        return nnx.merge(graphdef, ema, kept, rest, copy=True)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = functools.partial(start, optimizer)
     shardings = parallel.state_shardings(mesh, jax.eval_shape(fresh, *parts))
-    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*parts))
+    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*parallel.place(mesh, parts)))
     del parts
     done = int(state.step)
 
@@ -101,14 +105,14 @@ def finetune(config: Config, workdir: Path) -> None:
             state, scalars = step(state, frozen, upcoming)
             pending.append(scalars)
             done += 1
-            saving, stop = done % config.run.save_every == 0 or done == last, stopping()
+            saving, stop = done % config.run.save_every == 0 or done == last, any_process(stopping())
             upcoming = batch(done) if done < last else None  # made while the device works
             jax.block_until_ready(pending[-2:][0])  # one step in flight: batches do not pile up on the device
 
             # A row closes at every checkpoint, so that a resumed run groups the steps as an undisturbed one does.
             closing = done % config.finetune.log_every == 0 or saving or stop
             if closing:
-                rows = [jax.device_get(row) for row in pending]
+                rows = to_host(pending)
                 means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
                 if not math.isfinite(means["loss"]):
                     raise UserError(
@@ -125,8 +129,10 @@ def finetune(config: Config, workdir: Path) -> None:
                 save(manager, done, state)
             if task.preview is not None and config.run.sample_every and done % config.run.sample_every == 0:
                 folder = workdir / "samples" / f"{done:06d}"
-                folder.mkdir(parents=True, exist_ok=True)
-                task.preview(averaged(state), folder)
+                network = averaged(state)
+                if jax.process_index() == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    task.preview(network, folder)
             if closing:
                 pending, began = [], time.monotonic()
             if stop and done < last:
@@ -135,5 +141,6 @@ def finetune(config: Config, workdir: Path) -> None:
     # ---- store -----------------------------------------------------------------------------------------------------------
     network = averaged(state)
     for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
-        folder.mkdir(parents=True, exist_ok=True)
-        task.save(network, folder)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            task.save(network, folder)

@@ -25,7 +25,7 @@ from jax_idgrpo import conditioning, grpo, keys, parallel, policy, rollout
 from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
 from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
-from jax_idgrpo.distributed import agree, any_process, folder_facts, to_host, versions
+from jax_idgrpo.distributed import any_process, prove, to_host
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import Model, Watch, make_reward, make_vlm, policy_devices, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
@@ -187,13 +187,7 @@ def train(config: Config, workdir: Path) -> None:
     mesh = parallel.make_mesh(config.mesh, policy_devices(config))
     parallel.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
-    agree({
-        "the configuration": config.to_json(),
-        "the prompts": config.data.prompts_file().read_text(),
-        "the checkpoint": folder_facts(config.model.folder()),
-        "the workdir": folder_facts(workdir / "checkpoints"),
-        **versions(),
-    })
+    prove(config, config.data.prompts_file(), workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
     pipe = load(config, mesh)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
     through = config.grpo.objective == "reward_gradient"

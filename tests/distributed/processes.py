@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +17,13 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def start(words: Sequence[str], processes: int, devices: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """`python words...` in `processes` processes of `devices` CPU devices each; programs are compiled once for all of them."""
+def start(
+    words: Sequence[str | Path], processes: int, devices: int, folder: Path, own: Mapping[int, Sequence[str]] | None = None
+) -> list[subprocess.Popen[str]]:
+    """`python words...` in `processes` processes of `devices` CPU devices each; programs are compiled once for all of them.
+
+    own: more words for some of them, by number.
+    """
     port = free_port()
     started = []
     for number in range(processes):
@@ -34,7 +39,7 @@ def start(words: Sequence[str], processes: int, devices: int, folder: Path) -> l
             environment |= {
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number),
             }
-        command = [sys.executable, *map(str, words)]
+        command = [sys.executable, *map(str, words), *(own or {}).get(number, ())]
         started.append(subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ))

@@ -1,7 +1,10 @@
 """Several processes are one run: the same numbers, the same refusals, and an end when one of them is lost."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -12,7 +15,7 @@ from safetensors.numpy import load_file
 
 from jax_idgrpo import distributed, keys
 from jax_idgrpo.errors import UserError
-from tests.distributed.processes import finish, start
+from tests.distributed.processes import ROOT, finish, free_port, start
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
@@ -21,9 +24,9 @@ def test_how_processes_find_each_other():
     assert distributed.arguments({}) is None
     assert distributed.arguments(ALL) == {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
     assert distributed.arguments({"IDGRPO_DISTRIBUTED": "auto"}) == {}
-    assert distributed.arguments({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == {}
-    assert distributed.arguments({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) is None
-    assert distributed.arguments(ALL | {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"})["process_id"] == 3
+    assert distributed.arguments({"SLURM_STEP_NUM_TASKS": "8"}) == {}
+    assert distributed.arguments({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}) is None
+    assert distributed.arguments(ALL | {"SLURM_STEP_NUM_TASKS": "8"})["process_id"] == 3
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -74,6 +77,28 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         assert found["answer"].startswith("the hosts differ from process 0 in the configuration (process 1);")
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_waits_in_vain_says_for_whom(number, tmp_path):
+    where = f"127.0.0.1:{free_port()}"
+    variables = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(number), "IDGRPO_PATIENCE": "2"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "jax_idgrpo", "train", "configs/quickstart.py", "--workdir", str(tmp_path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables}, cwd=ROOT, capture_output=True, text=True,
+    )
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.stderr.startswith(f"idgrpo: the processes did not find each other at {where} (not all came within 2 s);")
+
+
+def test_hosts_with_another_configuration_do_not_start(folder):
+    answers = finish(train(folder, "differing", 2, 1, own={1: ("--run.seed", "1")}))
+    assert [status for status, _ in answers] == [2, 2], answers
+    for _, printed in answers:
+        assert printed.splitlines()[-1] == (
+            "idgrpo: the hosts differ from process 0 in the configuration (process 1); give all of them the same and start again"
+        )
+    assert not any((folder / "differing").iterdir())
+
+
 # ---- whole runs: minutes ------------------------------------------------------------------------------------------------
 
 CONFIG = """
@@ -100,8 +125,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder, name, processes, devices, *words):
-    return start(["-m", "jax_idgrpo", "train", folder / "short.py", "--workdir", folder / name, *words], processes, devices, folder)
+def idgrpo(folder, command, processes, devices, *words, own=None):
+    return start(["-m", "jax_idgrpo", command, folder / "short.py", *words], processes, devices, folder, own)
+
+
+def train(folder, name, processes, devices, *words, own=None):
+    return idgrpo(folder, "train", processes, devices, "--workdir", folder / name, *words, own=own)
 
 
 def rows(folder, name):
@@ -159,3 +188,52 @@ def test_another_number_of_processes_goes_on_with_a_run(folder, together):
     assert finish(train(folder, "fewer", 1, 1))[0][0] == 0
     for tensor, value in adapter(folder, together).items():
         np.testing.assert_allclose(adapter(folder, "fewer")[tensor], value, atol=1e-4, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_one_step(folder, together):
+    started = train(folder, "stopped", 2, 2, "--run.save_every", "100")
+    while not (folder / "stopped" / "metrics.jsonl").exists() or len(rows(folder, "stopped")) < 1:
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.1)
+    started[1].send_signal(signal.SIGTERM)
+    assert [status for status, _ in finish(started)] == [143, 143]
+    done = len(rows(folder, "stopped"))
+    assert 1 <= done < 10 and [int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir()] == [done]
+    assert finish(train(folder, "stopped", 2, 2))[0][0] == 0
+    for tensor, value in adapter(folder, together).items():
+        np.testing.assert_array_equal(adapter(folder, "stopped")[tensor], value, err_msg=tensor)
+
+
+@pytest.mark.slow
+def test_videos_scores_and_tables_of_two_processes_are_those_of_one(folder):
+    prompts = ["--prompts", "embedded:eval", "--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "32"]
+    found = {}
+    for processes, devices in ((2, 2), (1, 1)):
+        out = folder / f"evaluated-{processes}"
+        for command, words in (
+            ("sample", ["--out", out / "videos"]), ("score", ["--videos", out / "videos", "--out", out / "scores.jsonl"]),
+            ("evaluate", ["--out", out / "compared"]),
+        ):
+            answers = finish(idgrpo(folder, command, processes, devices, *prompts, *words))
+            assert all(status == 0 for status, _ in answers), answers
+        scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+        found[processes] = scores, json.loads((out / "compared" / "metrics.json").read_text())["videos"]
+    (ours, table), (theirs, other) = found[2], found[1]
+    assert len(ours) == len(theirs) > 0
+    np.testing.assert_allclose([row["reward"] for row in ours], [row["reward"] for row in theirs], atol=0.02)    # mp4 rounds
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), atol=1e-3), table, other)
+
+
+@pytest.mark.slow
+def test_supervised_training_of_two_processes_is_that_of_one(folder):
+    found = []
+    for processes, devices in ((2, 2), (1, 1)):
+        workdir = folder / f"detector-{processes}"
+        words = ["-m", "jax_idgrpo", "finetune", "configs/embedded_detector.py", "--workdir", workdir, "--run.steps", "3",
+                 "--finetune.batch", "4", "--finetune.log_every", "1", "--finetune.out", ""]
+        answers = finish(start(words, processes, devices, folder))
+        assert all(status == 0 for status, _ in answers), answers
+        found.append([row["loss"] for row in rows(folder, workdir.name)])
+        assert (workdir / "export" / "detector.safetensors").exists()
+    np.testing.assert_allclose(*found, rtol=1e-4)
