@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_idgrpo import distributed, keys
+from jax_idgrpo.config import prompts_file
+from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from tests.distributed.processes import ROOT, finish, free_port, start
 
@@ -207,7 +209,10 @@ def test_sigterm_to_one_process_stops_all_at_one_step(folder, together):
 
 @pytest.mark.slow
 def test_videos_scores_and_tables_of_two_processes_are_those_of_one(folder):
-    prompts = ["--prompts", "embedded:eval", "--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "32"]
+    listed = load_prompts(prompts_file("embedded:eval"), 3)[:6]
+    table = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
+    (folder / "six.csv").write_text("ref_paths,prompt\n" + "".join(table))
+    prompts = ["--prompts", folder / "six.csv", "--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "4"]
     found = {}
     for processes, devices in ((2, 2), (1, 1)):
         out = folder / f"evaluated-{processes}"
@@ -220,7 +225,7 @@ def test_videos_scores_and_tables_of_two_processes_are_those_of_one(folder):
         scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
         found[processes] = scores, json.loads((out / "compared" / "metrics.json").read_text())["videos"]
     (ours, table), (theirs, other) = found[2], found[1]
-    assert len(ours) == len(theirs) > 0
+    assert len(ours) == len(theirs) == 6
     np.testing.assert_allclose([row["reward"] for row in ours], [row["reward"] for row in theirs], atol=0.02)    # mp4 rounds
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), atol=1e-3), table, other)
 
