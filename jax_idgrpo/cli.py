@@ -138,6 +138,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
             "as configs/reward_vlm.py does; use idgrpo finetune for other tasks"
         )
     workdir = require_writable(Path(arguments.workdir), "--workdir")
+    _join()
     from jax_idgrpo.finetune import finetune
 
     finetune(config, workdir)
