@@ -4,7 +4,7 @@
 
 photo, frame: height and width in patches of 14 pixels of one photo and of each of the two temporal grids of a video. tokens: length of the
 sequence, vision tokens among them. The published sizes are --photo 36 36 --frame 18 30 --tokens 1024 for a 512 x 512 photo and a video of
-240 x 416 pixels.
+240 x 416 pixels. On a CPU set the XLA_FLAGS that benchmarks/RESULTS.md names: without them all weights are held in float32 as well.
 """
 
 import argparse
