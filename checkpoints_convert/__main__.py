@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from checkpoints_convert import card, checkpoint, store, writing
+from checkpoints_convert import card, checkpoint, faces, store, writing
 from checkpoints_convert.checkpoint import ADAPTER_CONFIG, TRANSFORMER, Checkpoint
 from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError
@@ -164,6 +164,13 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_faces(arguments: argparse.Namespace) -> int:
+    for part, name in faces.write_folder(arguments.destination, arguments.detector, arguments.embedder, arguments.judge).items():
+        print(f"{part}: {name}")
+    print(f"wrote {arguments.destination}")
+    return 0
+
+
 def card_of(
     arguments: argparse.Namespace,
     base: Checkpoint,
@@ -188,6 +195,11 @@ def parser() -> Parser:
     two.add_argument("right", type=Path)
     into = commands.add_parser("import", help="any published layout into the project's store, any adapter into PEFT's form")
     out = commands.add_parser("export", help="the store or any layout to diffusers or the original names, an adapter to its formats")
+    stack = commands.add_parser("faces", help="the folder for --reward.faces of the files that deepface and insightface download")
+    stack.add_argument("destination", type=Path)
+    stack.add_argument("--detector", type=Path, required=True, metavar="FILE", help="retinaface.pth")
+    stack.add_argument("--embedder", type=Path, required=True, metavar="FILE", help="weights of ArcFace, Facenet, IResNet or IR-101")
+    stack.add_argument("--judge", type=Path, metavar="FILE", help="another embedder, which measures and never rewards")
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)
@@ -214,6 +226,8 @@ def run(words: Sequence[str]) -> int:
         return run_verify(arguments.left, arguments.right, arguments.kind)
     if arguments.command == "import":
         return run_import(arguments.source, arguments.destination, arguments.kind, arguments.rest)
+    if arguments.command == "faces":
+        return run_faces(arguments)
     return run_export(arguments)
 
 

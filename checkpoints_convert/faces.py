@@ -1,18 +1,34 @@
 """Rule tables of the face networks.
 
-ArcFace: the names of deepface's PyTorch `arcface_weights.pth`, in which our small embedder is stored too. The counters
-`num_batches_tracked` of a PyTorch file carry no value; drop them (`without_counters`) before matching.
-Networks of our own keep our names (`plain`).
+The IR residual family has three sets of names: deepface's `arcface_weights.pth`, in which our small embedder is stored too,
+insightface's and CurricularFace's; the configuration says which, since no two of them build the same network (`arcface`).
+RetinaFace and Facenet name their modules as the published files do, so that only the leaves are renamed (`torch_names`).
+Networks of our own keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file carry no value; drop them
+(`without_counters`) before matching.
+
+`write_folder` makes of downloaded files the folder that `--reward.faces` takes.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
+from checkpoints_convert import rules as tables
+from checkpoints_convert import store
 from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule, leaves
-from jax_idgrpo.models.arcface import ArcFaceConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
+from jax_idgrpo.models.facenet import Facenet, FacenetConfig
+from jax_idgrpo.models.retinaface import RetinaFace, RetinaFaceConfig
+
+NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+TEMPLATE_SIZE = 112  # pixels of the crop that the template belongs to
+FACES, THRESHOLD = 8, 0.9  # kept per frame, and the detector's own default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +46,82 @@ class FlattenedDense(Op):
         return array.reshape(inputs // self.channels, self.channels, size).transpose(2, 1, 0).reshape(size, inputs)
 
 
-def _batch_norm(torch: str, jax: str) -> list[Rule]:
+def _batch_norm(torch: str, jax: str, norm: str = "affine") -> list[Rule]:
     pairs = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
-    return [Rule(f"{torch}.{theirs}", f"{jax}.{ours}", VECTOR) for theirs, ours in pairs]
+    return [Rule(f"{torch}.{theirs}", f"{jax}.{ours}", VECTOR) for theirs, ours in pairs[{"affine": 0, "bias": 1, "plain": 2}[norm] :]]
 
 
 def _conv(torch: str, jax: str) -> Rule:
     return Rule(f"{torch}.weight", f"{jax}.kernel", CONV2D)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Names:
+    """How one family of files calls the parts of an ArcFace network; units are numbered within a stage or through all of them."""
+
+    stem: tuple[str, str, str]  # convolution, norm, PReLU
+    unit: str  # with {stage} from 1, {k} within it, {n} over all
+    parts: tuple[str, ...]  # within a unit: norm, convolution, norm, PReLU, convolution, norm
+    shortcut: tuple[str, str]  # convolution, norm; within a unit
+    tail: tuple[str, str, str]  # norm, dense, norm of the embedding
+
+
+_DEEPFACE = _Names(
+    ("backbone.conv1_conv", "backbone.conv1_bn", "backbone.conv1_prelu"),
+    "backbone.conv{stage1}.{k}",
+    ("bn_1", "conv_1", "bn_2", "prelu_1", "conv_2", "bn_3"),
+    ("conv_0", "bn_0"),
+    ("bn", "dense", "embedding"),
+)
+_INSIGHTFACE = _Names(
+    ("conv1", "bn1", "prelu"),
+    "layer{stage}.{k}",
+    ("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"),
+    ("downsample.0", "downsample.1"),
+    ("bn2", "fc", "features"),
+)
+_CURRICULARFACE = _Names(
+    ("input_layer.0", "input_layer.1", "input_layer.2"),
+    "body.{n}",
+    tuple(f"res_layer.{k}" for k in range(6)),
+    ("shortcut_layer.0", "shortcut_layer.1"),
+    ("output_layer.0", "output_layer.3", "output_layer.4"),
+)
+_BY_NORM = {"affine": _DEEPFACE, "bias": _INSIGHTFACE, "plain": _CURRICULARFACE}
+
+
 def arcface(config: ArcFaceConfig) -> list[Rule]:
-    """deepface's names of an ArcFace network with convolution shortcuts and an affine last norm."""
-    rules = [_conv("backbone.conv1_conv", "conv"), *_batch_norm("backbone.conv1_bn", "norm")]
-    rules += [Rule("backbone.conv1_prelu.weight", "prelu.slope", VECTOR)]
+    """The names of an ArcFace network, those of the files that have its last norm: deepface, insightface or CurricularFace."""
+    names = _BY_NORM[config.embedding_norm]
+    rules = [_conv(names.stem[0], "conv"), *_batch_norm(names.stem[1], "norm")]
+    rules += [Rule(f"{names.stem[2]}.weight", "prelu.slope", VECTOR)]
+    number = 0
     for stage, units in enumerate(config.units):
         for k in range(units):
-            torch, jax = f"backbone.conv{stage + 2}.{k}", f"stages.{stage}.{k}"
-            if k == 0:
-                rules += [_conv(f"{torch}.conv_0", f"{jax}.shortcut.conv"), *_batch_norm(f"{torch}.bn_0", f"{jax}.shortcut.norm")]
-            for part in (1, 2):
-                rules += [_conv(f"{torch}.conv_{part}", f"{jax}.conv{part}")]
-            for part in (1, 2, 3):
-                rules += _batch_norm(f"{torch}.bn_{part}", f"{jax}.norm{part}")
-            rules += [Rule(f"{torch}.prelu_1.weight", f"{jax}.prelu.slope", VECTOR)]
+            torch = names.unit.format(stage=stage + 1, stage1=stage + 2, k=k, n=number)
+            jax = f"stages.{stage}.{k}"
+            number += 1
+            if k == 0 and (stage or config.first_shortcut == "conv"):
+                conv, norm = (f"{torch}.{part}" for part in names.shortcut)
+                rules += [_conv(conv, f"{jax}.shortcut.conv"), *_batch_norm(norm, f"{jax}.shortcut.norm")]
+            norm1, conv1, norm2, prelu, conv2, norm3 = (f"{torch}.{part}" for part in names.parts)
+            rules += [_conv(conv1, f"{jax}.conv1"), _conv(conv2, f"{jax}.conv2"), Rule(f"{prelu}.weight", f"{jax}.prelu.slope", VECTOR)]
+            for part, norm in ((1, norm1), (2, norm2), (3, norm3)):
+                rules += _batch_norm(norm, f"{jax}.norm{part}")
+    norm, dense, embedding = names.tail
     flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
-    dense = [Rule("dense.weight", "dense.kernel", flattened), Rule("dense.bias", "dense.bias", VECTOR)]
-    return [*rules, *_batch_norm("bn", "tail_norm"), *dense, *_batch_norm("embedding", "embedding_norm")]
+    rules += [Rule(f"{dense}.weight", "dense.kernel", flattened), Rule(f"{dense}.bias", "dense.bias", VECTOR)]
+    return [*rules, *_batch_norm(norm, "tail_norm"), *_batch_norm(embedding, "embedding_norm", config.embedding_norm)]
+
+
+def torch_names(state: Any) -> list[Rule]:
+    """For networks whose modules are named as in PyTorch: the same path, the last name and the axes as PyTorch has them."""
+    ops = {1: VECTOR, 2: TRANSPOSE, 4: CONV2D}
+    rules = []
+    for path, leaf in leaves(state).items():
+        module, _, name = path.rpartition(".")
+        rules.append(Rule(f"{module}.{NAMES_OF_LEAVES[name]}", path, ops[len(leaf.shape)]))
+    return rules
 
 
 def plain(state: Any) -> list[Rule]:
@@ -67,3 +133,77 @@ def plain(state: Any) -> list[Rule]:
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors without the batch counters of PyTorch's batch norms."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloaded files to the folder of a face stack.
+
+_EMBEDDERS: dict[str, tuple[str, ArcFaceConfig]] = {
+    "ArcFace-R34 of deepface": ("backbone.conv1_conv.weight", ARCFACE_R34),
+    "IResNet-34": ("layer1.0.bn1.weight", IRESNET_34),
+    "IResNet-50": ("layer1.0.bn1.weight", IRESNET_50),
+    "IResNet-100": ("layer1.0.bn1.weight", IRESNET_100),
+    "IR-101 of CurricularFace": ("input_layer.0.weight", IR_101),
+}
+
+
+def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
+    """What network a file of face weights holds -> (name for people, architecture, configuration). UserError for any other."""
+    if "face_rpn_stride32.cls_score.weight" in tensors:
+        return "RetinaFace-R50", "retinaface", RetinaFaceConfig()
+    if "block35.0.up.weight" in tensors and "bottleneck.weight" in tensors:
+        size = tensors["bottleneck.weight"].shape[0]
+        return f"Facenet, {size} numbers", "facenet", FacenetConfig(embedding_size=size)
+    for name, (example, config) in _EMBEDDERS.items():
+        names = {rule.torch for rule in arcface(config)}
+        if example in tensors and names <= set(tensors) and len(set(tensors) - names - {"features.weight"}) == 0:
+            return name, "arcface", config
+    known = ", ".join(["RetinaFace-R50", "Facenet", *_EMBEDDERS])
+    raise UserError(f"{source}: holds none of the face networks that can be read ({known}); give the file that the library downloads")
+
+
+def table(architecture: str, config: Any, state: Any) -> list[Rule]:
+    """The rules of a face network by its architecture's name."""
+    if architecture == "arcface":
+        return arcface(config)
+    return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
+
+
+_CLASSES = {"retinaface": RetinaFace, "arcface": ArcFace, "facenet": Facenet}
+
+
+def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
+    """(name for people, what the JSON says, checked tensors) of a downloaded file."""
+    tensors = without_counters(store.open_file(path)[0])
+    name, architecture, config = recognise(tensors, str(path))
+    if "features.weight" in tensors and not np.all(np.asarray(tensors.pop("features.weight")) == 1.0):
+        raise UserError(f"{path}: features.weight is not all ones, which the published networks hold it at; give the published file")
+    abstract = nnx.state(nnx.eval_shape(lambda: _CLASSES[architecture](config, rngs=nnx.Rngs(0))))
+    found = tables.match(tables.expand(table(architecture, config, abstract), abstract), tensors, str(path))
+    values: dict[str, Any] = {"architecture": architecture, "config": dataclasses.asdict(config), "source": path.name}
+    if architecture == "retinaface":
+        values |= {"max_faces": FACES, "threshold": THRESHOLD}
+    else:
+        values["template"] = [[config.input_size / TEMPLATE_SIZE * number for number in point] for point in ARCFACE_TEMPLATE]
+    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in found.items()}
+
+
+def write_folder(destination: Path, detector: Path, embedder: Path, judge: Path | None) -> dict[str, str]:
+    """Make the folder of a face stack of downloaded files -> the name of each network by its part.
+
+    detector: `retinaface.pth`. embedder, judge: any of ArcFace, Facenet, IResNet and IR-101; the judge never serves as reward.
+    UserError when a file is missing, damaged, or of another network; nothing is left then.
+    """
+    parts = {"detector": detector, "embedder": embedder, **({"judge": judge} if judge is not None else {})}
+    names = {}
+    with store.aside(destination, marker="detector.json") as new:
+        new.mkdir()
+        for part, path in parts.items():
+            names[part], values, tensors = _published(path)
+            if (values["architecture"] == "retinaface") != (part == "detector"):
+                raise UserError(f"--{part} {path}: holds {names[part]}; give {'a detector' if part == 'detector' else 'an embedder'}")
+            if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+                raise UserError(f"{path}: holds NaN or infinite values; get the file again")
+            store.write_file(new / f"{part}.safetensors", tensors)
+            store.write_json(new / f"{part}.json", values)
+    return names

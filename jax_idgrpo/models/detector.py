@@ -90,6 +90,10 @@ class Detector(nnx.Module):
         scale = self.config.scale
         return DetectorOutput(logits, scale * jax.nn.softplus(sides), scale * points.reshape(*points.shape[:-1], 5, 2))
 
+    def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
+        """The best `faces` faces above `threshold`."""
+        return decode(self(pictures), faces, threshold)
+
 
 def cell_centres(height: int, width: int) -> Float[Array, "h w 2"]:
     """x, y of the cells of a map of the given size, in pixels."""

@@ -23,12 +23,14 @@ from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
-from jax_idgrpo.models.detector import Detector, DetectorConfig, decode
+from jax_idgrpo.models.detector import Detector, DetectorConfig
+from jax_idgrpo.models.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.judge import Judge, JudgeConfig
+from jax_idgrpo.models.retinaface import RetinaFace, RetinaFaceConfig
 
 Points = tuple[tuple[float, float], ...]
 
-ARCFACE_TEMPLATE: Points = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+ARCFACE_TEMPLATE: Points = tables.ARCFACE_TEMPLATE
 
 
 @struct.dataclass
@@ -103,7 +105,14 @@ class FaceStack(nnx.Module):
     template, crop size: where the landmarks lie in the embedder's crop. max_faces: K. threshold: of the detector's score.
     """
 
-    def __init__(self, detector: Detector, embedder: ArcFace | Judge, template: Points, max_faces: int, threshold: float):
+    def __init__(
+        self,
+        detector: Detector | RetinaFace,
+        embedder: ArcFace | Facenet | Judge,
+        template: Points,
+        max_faces: int,
+        threshold: float,
+    ):
         self.detector = detector
         self.embedder = embedder
         self.template = template
@@ -111,10 +120,10 @@ class FaceStack(nnx.Module):
         self.threshold = threshold
 
     def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
-        """The faces of videos in [-1, 1]; H and W are multiples of 4."""
+        """The faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector."""
         batch, frames = videos.shape[:2]
         pictures = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32)
-        found = jax.lax.stop_gradient(decode(self.detector(pictures), self.max_faces, self.threshold))
+        found = jax.lax.stop_gradient(self.detector.find(pictures, self.max_faces, self.threshold))
         crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
         embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
         embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
@@ -134,18 +143,16 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "detector": (Detector, DetectorConfig),
     "arcface": (ArcFace, ArcFaceConfig),
     "judge": (Judge, JudgeConfig),
+    "retinaface": (RetinaFace, RetinaFaceConfig),
+    "facenet": (Facenet, FacenetConfig),
 }
-
-
-def _rules(kind: str, config: Any, state: Any) -> list[rules.Rule]:
-    return tables.arcface(config) if kind == "arcface" else tables.plain(state)
 
 
 def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
     """Write `path`.safetensors and `path`.json, which holds the network's configuration and the given values."""
     kind = next(name for name, (cls, _) in _KINDS.items() if type(network) is cls)
     state = nnx.state(network)
-    store.write_file(path.with_suffix(".safetensors"), rules.to_torch(_rules(kind, network.config, state), state))
+    store.write_file(path.with_suffix(".safetensors"), rules.to_torch(tables.table(kind, network.config, state), state))
     store.write_json(path.with_suffix(".json"), {"architecture": kind, "config": dataclasses.asdict(network.config), **values})
 
 
@@ -167,7 +174,7 @@ def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"{path.with_suffix('.json')}: config does not describe a {kind} ({error}); get the file again") from None
     graph, abstract = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
     tensors = tables.without_counters(store.open_tensors(path.with_suffix(".safetensors")))
-    state = rules.to_jax(_rules(kind, config, abstract), tensors, abstract, str(path.with_suffix(".safetensors")))
+    state = rules.to_jax(tables.table(kind, config, abstract), tensors, abstract, str(path.with_suffix(".safetensors")))
     return nnx.merge(graph, state), values
 
 
