@@ -158,7 +158,7 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
 @pytest.mark.slow
 def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_path):
     pairs, held_out = write_pairs(tmp_path / "pairs", 64, 0), write_pairs(tmp_path / "held_out", 64, 1000)
-    config = configuration(base, pairs, 160, held_out=held_out, batch=8, rate=2e-3)
+    config = configuration(base, pairs, 48, held_out=held_out, batch=8, rate=2e-3, pixels=20_000)
     from jax_idgrpo.finetune import finetune
 
     finetune(config, tmp_path / "run")
