@@ -161,6 +161,8 @@ def prove(config: Config, prompts: Path | None, **folders: Path) -> None:
     Raises:
       UserError: the processes differ.
     """
+    if jax.process_count() == 1:
+        return
     reward = [config.reward.folder(), *(Path(folder) for folder in (config.reward.vlm, config.reward.vlm_base) if folder)]
     agree({
         "the configuration": config.to_json(),

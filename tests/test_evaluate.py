@@ -47,12 +47,15 @@ class Blocks(WanVAE):
     def __init__(self):
         self.colours = nnx.Param(jnp.asarray(np.random.default_rng(4).normal(0, 0.5, (3, 16)), jnp.float32))
 
-    def encode(self, video):
+    def chunk(self, frames, height, width):
+        return None
+
+    def encode(self, video, chunk=None):
         batch, _, height, width, _ = video.shape
         blocks = video[:, ::4].reshape(batch, -1, height // 8, 8, width // 8, 8, 3).mean((3, 5))
         return blocks @ self.colours[...]
 
-    def decode(self, latents):
+    def decode(self, latents, chunk=None):
         frames = jnp.repeat(jnp.tanh(latents @ self.colours[...].T), 4, axis=1)[:, 3:]
         return jnp.repeat(jnp.repeat(frames, 8, axis=2), 8, axis=3)
 
