@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from checkpoints_convert import card, checkpoint, faces, store, writing
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, TRANSFORMER, Checkpoint
+from checkpoints_convert.checkpoint import ADAPTER_CONFIG, FACE, TRANSFORMER, Checkpoint
 from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError
 
 SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints
-PIPELINE_FORMATS = ("diffusers", "original")
-ADAPTER_FORMATS = ("peft", "diffusers-lora", "merged")
+PIPELINE_FORMATS: tuple[str, ...] = ("diffusers", "original")
+ADAPTER_FORMATS: tuple[str, ...] = ("peft", "diffusers-lora", "merged")
+FACE_FORMATS: tuple[str, ...] = ("original",)
 SIZES = {  # tensors of the published transformers
     (1264, 2_153_972_032): "1.3B",
     (1331, 17_337_592_896): "14B",
@@ -58,7 +59,7 @@ def describe(found: Checkpoint) -> None:
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
         kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
-        name = SIZES.get((len(tensors), count))
+        name = network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
         print(
             f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, {len(tensors)} tensors, {count:,} parameters, "
             f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
@@ -75,7 +76,7 @@ def run_inspect(path: Path, kind: str | None) -> int:
     if found.kind is not None:
         print(f"kind: {found.kind}" + (", or phantom, which has the same tensors" if found.kind == "wan" and kind is None else ""))
     describe(found)
-    lacking = [] if found.adapter else found.missing()
+    lacking = found.missing()
     print("complete: every tensor of " + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks"))
     if lacking:
         print(f"not here: {', '.join(lacking)}, for a whole pipeline")
@@ -107,6 +108,8 @@ def run_import(source: Path, destination: Path, kind: str | None, rest: Path | N
     else:
         if kind is not None and TRANSFORMER not in found.networks:
             raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
+        if rest is not None and FACE in found.networks:
+            raise UserError(f"--with {rest}: {source} is a face network, which needs none; leave it out")
         if rest is not None:
             found = checkpoint.completed(found, checkpoint.open_checkpoint(rest))
         for network in found.networks.values():
@@ -134,9 +137,12 @@ def run_export(arguments: argparse.Namespace) -> int:
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
     found = checkpoint.open_checkpoint(source, arguments.kind)
-    choices = PIPELINE_FORMATS if found.adapter is None else ADAPTER_FORMATS
+    what, choices = "a pipeline", PIPELINE_FORMATS
+    if found.adapter is not None:
+        what, choices = "an adapter", ADAPTER_FORMATS
+    elif FACE in found.networks:
+        what, choices = "a face network", FACE_FORMATS
     if form not in choices:
-        what = "a pipeline" if found.adapter is None else "an adapter"
         raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
     if arguments.base is not None and form != "merged":
         raise UserError(f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model")
@@ -180,7 +186,8 @@ def card_of(
 ) -> str:
     """The model card of an export. base: what is in it, or the adapter."""
     what = {"merged": "Video model with a merged adapter", "peft": "LoRA adapter", "diffusers-lora": "LoRA adapter"}
-    title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
+    face = base.networks.get(FACE)
+    title = face.values["name"] if face else what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
     return card.render(arguments.form, title, named, arguments.license, training, scale, pipeline)
 

@@ -2,8 +2,9 @@
 
 Layouts: the diffusers folder (a pipeline, or one network of it); the original folder of Wan and Phantom, or one file of it;
 the project's store, which is the diffusers folder with the weights under our names (`parameters*.safetensors`) and the kind
-of model in `store.json`; a PEFT adapter; a LoRA file of diffusers. Which network and which layout a file is, its tensors'
-names say, never its own name. Phantom has exactly plain Wan's tensors: the user or the store says that it is Phantom.
+of model in `store.json`; a PEFT adapter; a LoRA file of diffusers; a file of a face network. Which network and which layout
+a file is, its tensors' names say, never its own name. Phantom has exactly plain Wan's tensors: the user or the store says
+that it is Phantom.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert import lora, rules, store, umt5, vae, wan
+from checkpoints_convert import faces, lora, rules, store, umt5, vae, wan
 from checkpoints_convert.lazy import LazyTensor, pieces
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
@@ -41,6 +42,8 @@ KINDS = ("vace", "wan", "phantom")
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
 TRANSFORMER = "transformer"
 ADAPTER = "adapter"
+FACE = "face"
+ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,7 @@ def identify(names: Iterable[str]) -> tuple[str, str] | None:
 class Network:
     """One network of a checkpoint.
 
-    part: transformer, vae, text_encoder or adapter. layout: diffusers, transformers, original, store, peft or diffusers-lora.
+    part: transformer, vae, text_encoder, adapter or face. layout: diffusers, transformers, original, store, peft or diffusers-lora.
     config: of our module, or (rank, alpha) of an adapter. values: the config as the published layout writes it.
     table: names of the published layout against ours. shapes: abstract parameters. tensors: what the files hold, by the names
     of the layout. source: what was opened. original: the config.json of the original layout, as found.
@@ -145,7 +148,7 @@ class Network:
     def extra(self) -> list[str]:
         """Tensors of the files that the network does not have and that are passed over."""
         known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
-        ignored = () if self.part == ADAPTER else FAMILIES[self.part].ignored
+        ignored = () if self.part in ALONE else FAMILIES[self.part].ignored
         return sorted(name for name in self.tensors if name not in known and (self.surplus or name.startswith(ignored)))
 
     def matched(self) -> list[tuple[Slot, LazyTensor]]:
@@ -174,7 +177,9 @@ class Checkpoint:
         return self.networks.get(ADAPTER)
 
     def missing(self) -> list[str]:
-        """The parts of a pipeline that are not here."""
+        """The parts of a pipeline that are not here; nothing where this is no part of one."""
+        if any(part in self.networks for part in ALONE):
+            return []
         parts = [part for part in FAMILIES if part not in self.networks]
         return parts + ["tokenizer"] * (self.tokenizer is None)
 
@@ -250,9 +255,11 @@ def _network(file: Path, kind: str | None) -> Network:
     """The network in a file of weights or in the shards of an index."""
     tensors = store.open_tensors(file)
     found = identify(tensors)
+    if found is None and (face := open_face(file, tensors)) is not None:
+        return face
     if found is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
-        raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}")
+        raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}")
     part, layout = found
     if part == ADAPTER:
         return open_adapter(file)
@@ -281,6 +288,35 @@ def _network(file: Path, kind: str | None) -> Network:
         source=file,
         original=original,
         surplus=kind == "phantom" and part == TRANSFORMER and layout == "original",
+    )
+
+
+def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
+    """A face network: a file as deepface, insightface or CurricularFace publish it, or the store of one; None for another."""
+    beside = file.parent / "config.json"
+    stored = rules.is_stored(tensors) and beside.is_file()
+    if stored:
+        values = store.read_json(beside)
+        if values.get("architecture") not in faces.CLASSES:
+            return None
+        with naming(beside):
+            config = faces.config_from_json(values)
+    else:
+        known = faces.known(tensors)
+        if known is None:
+            return None
+        name, architecture, config = known
+        values = {"architecture": architecture, "config": json.loads(json.dumps(dataclasses.asdict(config))), "name": name}
+    table, shapes = faces.with_bystanders(values["architecture"], config, tensors)
+    return Network(
+        part=FACE,
+        layout="store" if stored else "original",
+        config=config,
+        values=values,
+        table=table,
+        shapes=shapes,
+        tensors=tensors,
+        source=file,
     )
 
 
@@ -353,7 +389,7 @@ def open_adapter(path: Path) -> Network:
 
 
 def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
-    """What `path` holds: a pipeline or some networks of one, or an adapter. UserError for anything else.
+    """What `path` holds: a pipeline or some networks of one, an adapter, or a face network. UserError for anything else.
 
     kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
     """
@@ -390,7 +426,7 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
         path=path,
         networks=found,
         kind=_kind(found[TRANSFORMER], kind) if TRANSFORMER in found else None,
-        tokenizer=None if ADAPTER in found else tokenizer_folder(path),
+        tokenizer=None if set(ALONE) & set(found) else tokenizer_folder(path),
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
     )
 

@@ -10,10 +10,12 @@ Networks of our own keep our names (`plain`). The counters `num_batches_tracked`
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -28,6 +30,7 @@ from jax_idgrpo.models.retinaface import RetinaFace, RetinaFaceConfig
 NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 TEMPLATE_SIZE = 112  # pixels of the crop that the template belongs to
+COUNTER, UNIT_SCALE = "num_batches_tracked", "features.weight"
 FACES, THRESHOLD = 8, 0.9  # kept per frame, and the detector's own default
 
 
@@ -132,7 +135,7 @@ def plain(state: Any) -> list[Rule]:
 
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors without the batch counters of PyTorch's batch norms."""
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,19 +150,30 @@ _EMBEDDERS: dict[str, tuple[str, ArcFaceConfig]] = {
 }
 
 
-def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
-    """What network a file of face weights holds -> (name for people, architecture, configuration). UserError for any other."""
+def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """What network a file of face weights holds -> (name for people, architecture, configuration); None for any other."""
+    tensors = without_counters(tensors)
     if "face_rpn_stride32.cls_score.weight" in tensors:
         return "RetinaFace-R50", "retinaface", RetinaFaceConfig()
     if "block35.0.up.weight" in tensors and "bottleneck.weight" in tensors:
         size = tensors["bottleneck.weight"].shape[0]
         return f"Facenet, {size} numbers", "facenet", FacenetConfig(embedding_size=size)
-    for name, (example, config) in _EMBEDDERS.items():
-        names = {rule.torch for rule in arcface(config)}
-        if example in tensors and names <= set(tensors) and len(set(tensors) - names - {"features.weight"}) == 0:
-            return name, "arcface", config
-    known = ", ".join(["RetinaFace-R50", "Facenet", *_EMBEDDERS])
-    raise UserError(f"{source}: holds none of the face networks that can be read ({known}); give the file that the library downloads")
+    there = set(tensors) - {UNIT_SCALE}
+    names = {
+        name: {rule.torch for rule in arcface(config)} for name, (example, config) in _EMBEDDERS.items() if example in there
+    }
+    if not names:
+        return None
+    nearest = min(names, key=lambda name: len(names[name] ^ there))  # what is then missing or too much, `rules.match` tells
+    return nearest, "arcface", _EMBEDDERS[nearest][1]
+
+
+def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
+    """As `known`; UserError that names the networks for a file of another."""
+    if (found := known(tensors)) is not None:
+        return found
+    networks = ", ".join(["RetinaFace-R50", "Facenet", *_EMBEDDERS])
+    raise UserError(f"{source}: holds none of the face networks that can be read ({networks}); give the file that the library downloads")
 
 
 def table(architecture: str, config: Any, state: Any) -> list[Rule]:
@@ -169,17 +183,51 @@ def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
 
 
-_CLASSES = {"retinaface": RetinaFace, "arcface": ArcFace, "facenet": Facenet}
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "retinaface": (RetinaFace, RetinaFaceConfig),
+    "arcface": (ArcFace, ArcFaceConfig),
+    "facenet": (Facenet, FacenetConfig),
+}
+
+
+def file_name(architecture: str, config: Any) -> str:
+    """What the published file of a face network is called."""
+    if architecture == "arcface":
+        return {"affine": "arcface_weights.pth", "bias": "backbone.pth", "plain": "CurricularFace_Backbone.pth"}[config.embedding_norm]
+    return "retinaface.pth" if architecture == "retinaface" else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
+
+
+def config_from_json(values: Mapping[str, Any]) -> Any:
+    """The configuration in the `architecture` and `config` of a JSON file. KeyError, TypeError: they describe no network."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()}
+    return CLASSES[values["architecture"]][1](**given)
+
+
+@functools.lru_cache(maxsize=8)
+def abstract(architecture: str, config: Any) -> nnx.State:
+    """The abstract parameters of a face network; nobody changes them."""
+    return nnx.state(nnx.eval_shape(lambda: CLASSES[architecture][0](config, rngs=nnx.Rngs(0))))
+
+
+def with_bystanders(architecture: str, config: Any, tensors: Mapping[str, Any]) -> tuple[list[Rule], dict[str, Any]]:
+    """Table and shapes of a whole file: the network's, and what the file keeps that carries no value, under its own name.
+
+    These are the batch counters and insightface's frozen scale of ones: nothing here uses them, `load_state_dict` asks for them.
+    """
+    parameters = abstract(architecture, config)
+    beside = {name: tensor for name, tensor in tensors.items() if name == UNIT_SCALE or name.endswith(COUNTER)}
+    shapes = {name: jax.ShapeDtypeStruct(tuple(tensor.shape), tensor.dtype) for name, tensor in beside.items()}
+    return [*table(architecture, config, parameters), *plain(shapes)], {**leaves(parameters), **shapes}
 
 
 def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
     """(name for people, what the JSON says, checked tensors) of a downloaded file."""
     tensors = without_counters(store.open_file(path)[0])
     name, architecture, config = recognise(tensors, str(path))
-    if "features.weight" in tensors and not np.all(np.asarray(tensors.pop("features.weight")) == 1.0):
-        raise UserError(f"{path}: features.weight is not all ones, which the published networks hold it at; give the published file")
-    abstract = nnx.state(nnx.eval_shape(lambda: _CLASSES[architecture](config, rngs=nnx.Rngs(0))))
-    found = tables.match(tables.expand(table(architecture, config, abstract), abstract), tensors, str(path))
+    if UNIT_SCALE in tensors and not np.all(np.asarray(tensors.pop(UNIT_SCALE)) == 1.0):
+        raise UserError(f"{path}: {UNIT_SCALE} is not all ones, which the published networks hold it at; give the published file")
+    parameters = abstract(architecture, config)
+    found = tables.match(tables.expand(table(architecture, config, parameters), parameters), tensors, str(path))
     values: dict[str, Any] = {"architecture": architecture, "config": dataclasses.asdict(config), "source": path.name}
     if architecture == "retinaface":
         values |= {"max_faces": FACES, "threshold": THRESHOLD}

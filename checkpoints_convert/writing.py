@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert import lora, rules, store, wan
+from checkpoints_convert import faces, lora, rules, store, wan
 from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    FACE,
     FAMILIES,
     INDEX,
     SCHEDULER_CONFIG,
@@ -123,6 +124,9 @@ def write_original(
     files = []
     texts: dict[str, Any] = {CARD: card}
     for network in checkpoint.networks.values():
+        if network.part == FACE:
+            files.append(Files("", faces.file_name(network.values["architecture"], network.config), published(network)))
+            continue
         family = FAMILIES[network.part]
         tensors = renamed(ours(network), family.table.rules(network.config, "original"), network.shapes)
         name = family.original
