@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "divergence": {"grpo.objective": "divergence"},
     "nft": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3},
     "awm": LATENTS | {"grpo.objective": "awm", "grpo.kl": 1e-3, "grpo.clip": 1.0},
-    "dpo": LATENTS | {"grpo.objective": "dpo", "grpo.kl": 1e-3, "grpo.best": 1, "grpo.worst": 1, "grpo.motion": 0.25},
+    "dpo": LATENTS | {"grpo.objective": "dpo", "grpo.kl": 1e-3, "grpo.best": 1, "grpo.worst": 1, "reward.mixture": '{"motion": 0.25}'},
     "sft": LATENTS | {"grpo.objective": "sft", "grpo.kl": 0, "grpo.best": 1},
     "reward_gradient": LATENTS | {"grpo.objective": "reward_gradient", "grpo.kl": 1e-3, "grpo.gradient_steps": 2},
     "fast_guided": FAST | {"rollout.guidance": 2.0},

@@ -7,6 +7,7 @@ pairs and returns the checked `Config`. Every error is one line that names the f
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -203,8 +204,7 @@ class GrpoConfig:
     time_weights: weigh steps by 1 / c(t), so that the gradient of each counts alike; for "clip" and "divergence".
     kl, kl_units: coefficient of the distance from the LoRA-off base, in units of the step's "std" (as published: the KL divergence) or
         of the "velocity" (mean squared difference, alike at all noise levels).
-    advantage_clip, advantage_eps, global_std: see `grpo.advantages`. motion: weight of a second advantage, that of the videos' motion
-        within their group, beside the reward's.
+    advantage_clip, advantage_eps, global_std: see `grpo.advantages`.
     best, worst: videos of each group that are trained, the best and the worst by advantage; 0 and 0 train all.
     drop_constant: leave out groups whose rewards are all equal; without it they still pull towards the base.
     updates, epochs: optimizer steps per pass over the rollout, each over an equal share of the prompts, and passes; all after the
@@ -224,7 +224,6 @@ class GrpoConfig:
     advantage_clip: float = 5.0
     advantage_eps: float = 1e-4
     global_std: bool = False
-    motion: float = 0.0
     best: int = 0
     worst: int = 0
     drop_constant: bool = False
@@ -242,7 +241,7 @@ class GrpoConfig:
         _choice("grpo.objective", self.objective, ("clip", "guard", "divergence", "nft", "awm", "dpo", "sft", "reward_gradient"))
         for name in ("clip", "divergence", "advantage_clip", "advantage_eps", "nft_beta", "dpo_beta"):
             _require(getattr(self, name) > 0, f"grpo.{name} is {getattr(self, name)}; use a positive number")
-        for name in ("kl", "motion", "best", "worst"):
+        for name in ("kl", "best", "worst"):
             _require(getattr(self, name) >= 0, f"grpo.{name} is {getattr(self, name)}; use 0 or more")
         for name in ("updates", "epochs", "times", "gradient_steps"):
             _require(getattr(self, name) >= 1, f"grpo.{name} is {getattr(self, name)}; use 1 or more")
@@ -316,6 +315,8 @@ class RewardConfig:
     soft_weight: share of the soft-minimum over people against their mean.
     penalties: prices of what faces followed through the video show, as JSON {"swapped": 0.5}: missing, duplicated, swapped, switched,
         blended and area (see `rewards.tracks`). All are logged; those without a price cost nothing.
+    mixture: weights of further terms by name, as JSON {"motion": 0.25}: the advantage of each within its group, in units of its own spread,
+        is added to the reward's, whose weight is 1 unless "reward" is among them. Any term that a step logs for the reward will do.
     """
 
     faces: str = "embedded"
@@ -332,6 +333,7 @@ class RewardConfig:
     vlm_rows: int = 0
     vlm_devices: int = 0
     penalties: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _choice("reward.vlm_dtype", self.vlm_dtype, ("float32", "bfloat16"))
@@ -346,6 +348,9 @@ class RewardConfig:
         for name, price in self.penalties.items():
             _require(name in PENALTIES, f"reward.penalties knows no {name!r}{_closest(name, list(PENALTIES))}")
             _require(isinstance(price, int | float) and price >= 0, f"reward.penalties: {name} is {price!r}; use a number of 0 or more")
+        for name, weight in self.mixture.items():
+            _require(isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
+                     f"reward.mixture: {name} is {weight!r}; use a number")
 
     def folder(self) -> Path:
         """Folder of the face networks."""
@@ -488,6 +493,8 @@ class Config:
                  f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group")
         _require(grpo.objective != "reward_gradient" or grpo.gradient_steps < rollout.steps,
                  f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
+        _require(grpo.objective != "reward_gradient" or not self.reward.mixture,
+                 "reward.mixture weighs advantages, and grpo.objective reward_gradient has none; use reward.penalties")
         _require(grpo.objective != "reward_gradient" or not self.reward.vlm,
                  "grpo.objective reward_gradient needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
         share = self.trained_rows // grpo.updates

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,21 @@ def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
 
 
 def choose(
-    config: GrpoConfig, rewards: Float[np.ndarray, "P G"], motion: Float[np.ndarray, "P G"]
+    config: GrpoConfig,
+    rewards: Float[np.ndarray, "P G"],
+    terms: Mapping[str, Float[np.ndarray, "P G"]],
+    mixture: Mapping[str, int | float],
 ) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
     """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
 
+    The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
     Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
+
+    Raises:
+      UserError: the mixture names a term that the reward has not.
     """
+    if unknown := set(mixture) - set(terms) - {"reward"}:
+        raise UserError(f"reward.mixture knows no {sorted(unknown)[0]!r}; the terms of this reward are reward, {', '.join(sorted(terms))}")
 
     def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
         groups = np.repeat(np.arange(len(values)), values.shape[1])
@@ -86,9 +95,11 @@ def choose(
         )
         return np.asarray(found).reshape(values.shape)
 
-    advantage, weight = advantages(rewards), np.isfinite(rewards)
-    if config.motion > 0:
-        advantage = np.where(weight, advantage + config.motion * advantages(motion), 0).astype(np.float32)
+    advantage, weight = mixture.get("reward", 1.0) * advantages(rewards), np.isfinite(rewards)
+    for name, factor in mixture.items():
+        if name != "reward":
+            advantage = advantage + factor * advantages(terms[name])
+    advantage = np.where(weight, advantage, 0).astype(np.float32)
     if config.drop_constant or config.objective == "dpo":
         weight &= np.any(advantage != 0, axis=1, keepdims=True)
     if config.best + config.worst == 0:
@@ -296,9 +307,8 @@ def train(config: Config, workdir: Path) -> None:
 
             # Advantages over whole groups, then one optimizer step per share of the rollout.
             rewards = values.pop("reward")
-            advantage, weight, picks = choose(
-                config.grpo, *(value.reshape(-1, sampling.group) for value in (rewards, values["motion"]))
-            )
+            grouped = {name: value.reshape(-1, sampling.group) for name, value in values.items()}
+            advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, sampling.group), grouped, config.reward.mixture)
             batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
             batch = parallel.put(batch, parallel.batch_sharding(mesh, 1))
             del chunks

@@ -64,6 +64,11 @@ WRONG = {
     "or the 64 rows of one of 1 updates": lambda: build(dict(micro_batch=128), best=2, worst=2),
     "penalties knows no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
     "swapped is 'much'; use a number": lambda: RewardConfig(penalties={"swapped": "much"}),
+    "reward.mixture: mimr is 'much'; use a number": lambda: RewardConfig(mixture={"mimr": "much"}),
+    "reward.mixture weighs advantages": lambda: Config(
+        rollout=RolloutConfig(window="none"), grpo=GrpoConfig(objective="reward_gradient", kl_units="velocity"),
+        reward=RewardConfig(mixture={"mimr": 1.0}),
+    ),
     "solver is 'heun'": lambda: EvaluateConfig(solver="heun"),
 }
 

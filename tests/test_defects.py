@@ -53,7 +53,7 @@ def test_every_defect_has_its_test():
 
 def test_4_one_caption_with_other_photos_is_another_group():
     rewards = np.array([[0.1, 0.2], [0.8, 0.9]], np.float32)        # two prompts of one text: the first photos are the harder ones
-    advantage, _, _ = loop.choose(c.GrpoConfig(), rewards, np.zeros_like(rewards))
+    advantage, _, _ = loop.choose(c.GrpoConfig(), rewards, {}, {})
     np.testing.assert_allclose(advantage[0], advantage[1], atol=1e-3)
     assert advantage[0, 0] < 0 < advantage[0, 1]                    # pooled, the whole first group would be negative
 

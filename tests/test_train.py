@@ -98,31 +98,46 @@ def test_group_statistics():
 
 
 REWARDS = np.array([[1.0, 4, 2, 3], [5, 5, 5, 5], [np.nan, 1, 0, 0.5]], np.float32)
-STILL = np.zeros_like(REWARDS)
+NONE: dict = {}
 
 
 def test_what_is_trained_is_decided_on_all_groups():
-    advantage, weight, picks = loop.choose(c.GrpoConfig(), REWARDS, STILL)
+    advantage, weight, picks = loop.choose(c.GrpoConfig(), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight, [[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     np.testing.assert_array_equal(advantage[1], np.zeros(4))
     assert picks is None and advantage[2, 0] == 0 and advantage[0].argmax() == 1
-    _, weight, _ = loop.choose(c.GrpoConfig(drop_constant=True), REWARDS, STILL)
+    _, weight, _ = loop.choose(c.GrpoConfig(drop_constant=True), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight[1], np.zeros(4))
-    _, weight, picks = loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS, STILL)
+    _, weight, picks = loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(picks, [1, 0, 4, 7, 9, 10])
     np.testing.assert_array_equal(weight.ravel()[picks], np.ones(6))
     pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
-    _, weight, picks = loop.choose(pairs, REWARDS, STILL)
+    _, weight, picks = loop.choose(pairs, REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight.ravel()[picks], [1, 1, 0, 0, 1, 1])          # equal rewards prefer nobody
-    _, weight, picks = loop.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), STILL[:1])
+    _, weight, picks = loop.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), NONE, NONE)
     np.testing.assert_array_equal(weight.ravel()[picks], [0, 0])
 
 
 def test_pairs_of_identity_and_motion():
-    motion = np.array([[9.0, 1, 1, 2]], np.float32)
-    pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1, motion=2.0)
-    assert loop.choose(pairs, REWARDS[:1], motion)[2][0] == 0
-    assert loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS[:1], motion)[2][0] == 1
+    motion = {"motion": np.array([[9.0, 1, 1, 2]], np.float32)}
+    pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
+    assert loop.choose(pairs, REWARDS[:1], motion, {"motion": 2.0})[2][0] == 0
+    assert loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS[:1], motion, NONE)[2][0] == 1
+
+
+def test_a_mixture_weighs_terms_in_units_of_their_own_spread():
+    rewards = np.array([[1.0, 2, 3, 4], [2, 2, 2, 2], [np.nan, 1, 2, 3]], np.float32)
+    other = np.random.default_rng(0).normal(size=rewards.shape).astype(np.float32)
+    alone, own = (loop.choose(c.GrpoConfig(), values, NONE, NONE)[0] for values in (rewards, other))
+    terms = {"mimr": 1000 * other, "motion": np.zeros_like(other)}
+    mixed, weight, _ = loop.choose(c.GrpoConfig(), rewards, terms, {"mimr": 0.5, "motion": 0.25})
+    seen = np.isfinite(rewards)
+    np.testing.assert_allclose(mixed[seen], (alone + 0.5 * own)[seen], rtol=1e-3)     # the spread of the large one makes 1e-4 smaller
+    assert mixed[2, 0] == weight[2, 0] == 0                                           # no reward, no say
+    only, _, _ = loop.choose(c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1})
+    np.testing.assert_array_equal(only[seen], own[seen])
+    with pytest.raises(UserError, match=r"reward\.mixture knows no 'mimir'; the terms of this reward are reward, mimr, motion"):
+        loop.choose(c.GrpoConfig(), rewards, {"motion": other, "mimr": other}, {"mimir": 1.0})
 
 
 def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():

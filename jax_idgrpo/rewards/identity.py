@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float
 
+from jax_idgrpo.rewards import related
 from jax_idgrpo.rewards.matching import Matches, masked_mean, match_videos
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
@@ -125,10 +126,11 @@ def reward_terms(
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
-    count_accuracy, largest_face: see the functions of these names. missing, duplicated, swapped, switched, blended, area: see
-    `tracks.penalties`.
+    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see `related`.
+    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
     """
-    matches = match_videos(embeddings, face_mask, references, reference_mask, config.null_similarity)
+    faces = (embeddings, face_mask, references, reference_mask)
+    matches = match_videos(*faces, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
     identity_mean = masked_mean(people, reference_mask)
     identity_soft_min = soft_minimum(people, reference_mask, config.softness)
@@ -138,7 +140,7 @@ def reward_terms(
     reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     reward = reward - config.extra_weight * extra - config.motion_weight * stillness
     prices = penalties(
-        boxes, embeddings, face_mask, references, reference_mask, matches, videos.shape[2:4], config.null_similarity, config.tracks
+        boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks
     )
     reward = reward - sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)
@@ -156,7 +158,10 @@ def reward_terms(
         "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / jnp.maximum(asked, 1)[:, None], 1.0), axis=1),
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
-        "largest_face": largest_face_similarity(boxes, embeddings, face_mask, references, reference_mask),
+        "largest_face": largest_face_similarity(boxes, *faces),
+        "mimr": related.multi_identity_matching(*faces),
+        "id_conf": related.identity_confidence(*faces),
+        "unique_faces": related.unique_faces(embeddings, face_mask),
         **prices,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
