@@ -202,6 +202,7 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
     assert not np.any(given.tail[1, 2]) and given.video_start.tolist() == [0, 0] and given.video_frames(3) == 2
 
 
+@pytest.mark.slow
 def test_training_and_resume(checkpoint, tmp_path):
     loop.train(short(checkpoint, 2), tmp_path / "whole")
     loop.train(short(checkpoint, 1), tmp_path / "stopped")

@@ -70,6 +70,7 @@ def configuration(base, pairs, steps, held_out="", batch=2, rate=1e-3, **options
     )
 
 
+@pytest.mark.slow
 def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 3, 0)
     config = configuration(base, pairs, 2, held_out=pairs)

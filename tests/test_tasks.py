@@ -183,6 +183,7 @@ def config(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "CHUNK", 4)
     task = make_task(config)

@@ -204,6 +204,7 @@ def failing(monkeypatch, broken):
     return calls
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_resume(monkeypatch, tmp_path):
     calls = failing(monkeypatch, lambda call: np.arange(4) == (1 if call == 3 else -1))
     loop.train(tiny(4), tmp_path / "whole")

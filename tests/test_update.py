@@ -151,7 +151,11 @@ OBJECTIVES = [
 ]
 
 
-@pytest.mark.parametrize("wanted", OBJECTIVES, ids=lambda wanted: "-".join(map(str, wanted.values())))
+@pytest.mark.parametrize(
+    "wanted",
+    [pytest.param(wanted, marks=[pytest.mark.slow] * (wanted["objective"] not in ("clip", "dpo"))) for wanted in OBJECTIVES],
+    ids=lambda wanted: "-".join(map(str, wanted.values())),
+)
 def test_micro_batches_equal_one_batch(wanted):
     """Rows are summed and divided by one count, also where one of them is left out."""
     actor, lora, base = model(guidance=1.0)
@@ -186,8 +190,14 @@ def test_time_weights_have_mean_one_and_change_only_the_policy_loss():
     np.testing.assert_array_equal(vector(same[0]), vector(same[1]))
 
 
-@pytest.mark.parametrize("levels", ["grid", "logit_normal"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def rarely(*values):
+    """A case that is left to the slow tests: it takes as long as the others and says little more."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "levels"), [(3.0, "grid"), rarely(1.0, "grid"), rarely(1.0, "logit_normal"), rarely(3.0, "logit_normal")]
+)
 def test_awm_is_on_policy_at_its_first_update_also_with_the_old_adapter_run_again(guidance, levels):
     actor, lora, base = model(guidance=guidance)
     batch = chunked([generated((actor, lora, base))], ADVANTAGE)

@@ -128,6 +128,7 @@ def test_windows_hold_a_face_of_every_row():
     assert (jnp.mean(group.weight == 3.0, axis=(1, 2, 3)) > 0.15).all()
 
 
+@pytest.mark.slow
 def test_batches_are_pictures_then_clips_too_and_repeat():
     task = small_task()
     (pictures,) = task.batch(5, 0)
@@ -167,6 +168,7 @@ def test_the_decoder_alone_leaves_the_encoder():
     assert optax.global_norm(gradients["encoder"]) == 0 and optax.global_norm(gradients["decoder"]) > 0
 
 
+@pytest.mark.slow
 def test_saved_statistics_normalise_the_latents():
     graph, state = tiny_vae()
     network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
