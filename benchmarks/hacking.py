@@ -1,0 +1,93 @@
+"""Does a trick pay? The face reward of drawn clips after what a policy that games it could do, against the honest clips.
+
+    python benchmarks/hacking.py [--clips 64] [--sheet FILE.png]
+
+Held-out drawn people, two or three to a clip; each trick of `jax_idgrpo.data.distortions` on every clip; paired differences of the
+reward with 95 % bootstrap intervals over clips, for the default reward, for one that saturates where two photos of a person do, and for
+that with every penalty priced. --sheet: one clip after every trick, a row each.
+"""
+
+import argparse
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+
+from jax_idgrpo import evaluate, statistics
+from jax_idgrpo.config import PENALTIES, RewardConfig
+from jax_idgrpo.data import cast
+from jax_idgrpo.data.distortions import DISTORTIONS, Subject
+from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards.faces import load_stack
+
+REWARDS = {
+    "default": RewardConfig(),
+    "saturating": RewardConfig(similarity_high=0.75),
+    "saturating, priced": RewardConfig(similarity_high=0.75, penalties=dict.fromkeys(PENALTIES, 0.5)),
+}
+BATCH = 16
+
+
+def subjects(count: int, stack) -> list[Subject]:
+    """Clips with two or three people whose faces are seen throughout, and photos in which a face is found."""
+    found: list[Subject] = []
+    for step in range(1000):
+        drawn = jax.device_get(cast.batch(7, step, BATCH, "eval"))
+        photos = drawn.portraits.reshape(-1, 1, *drawn.portraits.shape[2:])
+        faces = jax.device_get(stack(photos))
+        boxes, seen = (leaf[:, 0, 0].reshape(*drawn.mask.shape, *leaf.shape[3:]) for leaf in (faces.boxes, faces.mask))
+        for n in range(BATCH):
+            mask = drawn.mask[n]
+            if mask.sum() > 1 and seen[n][mask].all() and (drawn.visible[n][:, mask] > 0.9).all():
+                found.append(Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], boxes[n]))
+                if len(found) == count:
+                    return found
+    raise SystemExit(f"only {len(found)} clips of {count}")
+
+
+def score(config: RewardConfig, clips: list[Subject], videos: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Terms of every video, [clips]."""
+    reward = evaluate.make_reward(config)
+    rows: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(clips), BATCH):
+        part = clips[start : start + BATCH]
+        photos, mask = (np.stack([getattr(clip, name) for clip in part]) for name in ("photos", "mask"))
+        embeddings = reward.embed_references(References(images=photos, mask=mask))
+        terms = reward.score_terms(np.stack(videos[start : start + BATCH]), embeddings, mask)
+        for name, value in terms.items():
+            rows.setdefault(name, []).append(np.asarray(value))
+    return {name: np.concatenate(values) for name, values in rows.items()}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--clips", type=int, default=64)
+    options.add_argument("--sheet")
+    arguments = options.parse_args()
+    stack = load_stack(RewardConfig().folder(), "embedder")
+    clips = subjects(arguments.clips, jax.jit(lambda photos: stack(photos)))
+    tricked = {name: [trick(clip) for clip in clips] for name, trick in DISTORTIONS.items()}
+    if arguments.sheet:
+        rows = [clips[0].video, *(videos[0] for videos in tricked.values())]
+        picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
+        Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(clips), (2000, len(clips)))
+    print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval\n")
+    print("| trick |", " | ".join(REWARDS), "|")
+    print("| --- |" + " --- |" * len(REWARDS))
+    honest = {name: score(config, clips, [clip.video for clip in clips])["reward"] for name, config in REWARDS.items()}
+    print("| honest: the reward |", " | ".join(f"{value.mean():.3f}" for value in honest.values()), "|")
+    for trick, videos in tricked.items():
+        cells = []
+        for name, config in REWARDS.items():
+            gain = score(config, clips, videos)["reward"] - honest[name]
+            low, high = np.quantile(gain[picks].mean(1), (0.025, 0.975))
+            cells.append(statistics.Interval(float(gain.mean()), float(low), float(high)).text(sign=True))
+        print(f"| {trick} |", " | ".join(cells), "|")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
