@@ -180,9 +180,8 @@ def short(checkpoint, steps=1):
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(prompts=2, group=2, steps=3, guidance=7.5, window="fixed", window_size=1),
-        grpo=c.GrpoConfig(motion=1.0),      # a random model shows no face, so motion alone tells its videos apart
         optimizer=c.OptimizerConfig(learning_rate=1e-2, ema_decay=0.5),
-        reward=c.RewardConfig(frames=2),
+        reward=c.RewardConfig(frames=2, mixture={"motion": 1.0}),      # a random model shows no face: motion alone tells its videos apart
         run=c.RunConfig(steps=steps, save_every=1, sample_every=0),
     )
 

@@ -140,6 +140,7 @@ def test_batches_are_pictures_then_clips_too_and_repeat():
     assert set(np.unique(clips.weight)) <= {1.0, 3.0}
 
 
+@pytest.mark.slow
 def test_a_new_network_is_blind_to_earlier_frames_and_learns():
     task = small_task()
     network = task.init(keys.key(0, "init"))
@@ -159,6 +160,7 @@ def test_a_new_network_is_blind_to_earlier_frames_and_learns():
     assert loss(stepped)[0] < value
 
 
+@pytest.mark.slow
 def test_the_decoder_alone_leaves_the_encoder():
     task = small_task(train="decoder", pictures_beside_clips=[0, 0])
     graph, state = tiny_vae()

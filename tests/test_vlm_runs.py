@@ -86,6 +86,7 @@ def test_devices_for_the_reward_alone_leave_some_to_the_video_model(folder):
                  rollout=c.RolloutConfig(window="none"))
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_however_it_is_divided(folder):
     subprocess.run([sys.executable, "-m", "tests.vlm_worker", str(folder)], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
     with np.load(folder / "scores.npz") as found:
