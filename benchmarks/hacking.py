@@ -18,7 +18,7 @@ from jax_idgrpo import evaluate, statistics
 from jax_idgrpo.config import PENALTIES, RewardConfig
 from jax_idgrpo.data import cast
 from jax_idgrpo.data.distortions import DISTORTIONS, Subject
-from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards import FaceReward, References
 from jax_idgrpo.rewards.faces import load_stack
 
 REWARDS = {
@@ -46,18 +46,15 @@ def subjects(count: int, stack) -> list[Subject]:
     raise SystemExit(f"only {len(found)} clips of {count}")
 
 
-def score(config: RewardConfig, clips: list[Subject], videos: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Terms of every video, [clips]."""
-    reward = evaluate.make_reward(config)
-    rows: dict[str, list[np.ndarray]] = {}
+def score(reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]) -> np.ndarray:
+    """The reward of every video, [clips]."""
+    found = []
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
         photos, mask = (np.stack([getattr(clip, name) for clip in part]) for name in ("photos", "mask"))
         embeddings = reward.embed_references(References(images=photos, mask=mask))
-        terms = reward.score_terms(np.stack(videos[start : start + BATCH]), embeddings, mask)
-        for name, value in terms.items():
-            rows.setdefault(name, []).append(np.asarray(value))
-    return {name: np.concatenate(values) for name, values in rows.items()}
+        found.append(np.asarray(reward.score_terms(np.stack(videos[start : start + BATCH]), embeddings, mask)["reward"]))
+    return np.concatenate(found)
 
 
 def main() -> None:
@@ -77,12 +74,13 @@ def main() -> None:
     print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval\n")
     print("| trick |", " | ".join(REWARDS), "|")
     print("| --- |" + " --- |" * len(REWARDS))
-    honest = {name: score(config, clips, [clip.video for clip in clips])["reward"] for name, config in REWARDS.items()}
+    rewards = {name: evaluate.make_reward(config) for name, config in REWARDS.items()}
+    honest = {name: score(reward, clips, [clip.video for clip in clips]) for name, reward in rewards.items()}
     print("| honest: the reward |", " | ".join(f"{value.mean():.3f}" for value in honest.values()), "|")
     for trick, videos in tricked.items():
         cells = []
-        for name, config in REWARDS.items():
-            gain = score(config, clips, videos)["reward"] - honest[name]
+        for name, reward in rewards.items():
+            gain = score(reward, clips, videos) - honest[name]
             low, high = np.quantile(gain[picks].mean(1), (0.025, 0.975))
             cells.append(statistics.Interval(float(gain.mean()), float(low), float(high)).text(sign=True))
         print(f"| {trick} |", " | ".join(cells), "|")
