@@ -69,8 +69,6 @@ def main() -> None:
         rows = [clips[0].video, *(videos[0] for videos in tricked.values())]
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(clips), (2000, len(clips)))
     print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval\n")
     print("| trick |", " | ".join(REWARDS), "|")
     print("| --- |" + " --- |" * len(REWARDS))
@@ -81,8 +79,7 @@ def main() -> None:
         cells = []
         for name, reward in rewards.items():
             gain = score(reward, clips, videos) - honest[name]
-            low, high = np.quantile(gain[picks].mean(1), (0.025, 0.975))
-            cells.append(statistics.Interval(float(gain.mean()), float(low), float(high)).text(sign=True))
+            cells.append(statistics.bootstrap(gain, np.arange(len(clips)), 0, 2000).text(sign=True))
         print(f"| {trick} |", " | ".join(cells), "|")
         sys.stdout.flush()
 

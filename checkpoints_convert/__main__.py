@@ -186,10 +186,12 @@ def card_of(
 ) -> str:
     """The model card of an export. base: what is in it, or the adapter."""
     what = {"merged": "Video model with a merged adapter", "peft": "LoRA adapter", "diffusers-lora": "LoRA adapter"}
-    face = base.networks.get(FACE)
-    title = face.values["name"] if face else what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
+    if (face := base.networks.get(FACE)) is not None:
+        title = face.values.get("name", "Face network")
+        return card.render(card.FACE, title, named, arguments.license or card.OTHER_LICENSE, training)
+    title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
-    return card.render(arguments.form, title, named, arguments.license, training, scale, pipeline)
+    return card.render(arguments.form, title, named, arguments.license or card.LICENSE, training, scale, pipeline)
 
 
 def parser() -> Parser:
@@ -220,7 +222,8 @@ def parser() -> Parser:
     out.add_argument("--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS))
     out.add_argument("--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into")
     out.add_argument("--base-model", metavar="NAME", help="the base model as the model card names it; default: that of the run")
-    out.add_argument("--license", default=card.LICENSE, help="the licence field of the model card; default: %(default)s")
+    default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network"
+    out.add_argument("--license", help=f"the licence field of the model card; default: {default}")
     return top
 
 

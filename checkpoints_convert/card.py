@@ -8,7 +8,16 @@ from typing import Any
 
 FILE = "README.md"
 LICENSE = "apache-2.0"  # of Wan 2.1, Phantom and this project
-LIBRARIES = {"peft": "peft", "diffusers-lora": "diffusers", "diffusers": "diffusers", "merged": "diffusers", "original": "wan2.1"}
+FACE = "original face network"  # of the formats; its weights carry a licence of their own
+OTHER_LICENSE = "other"
+LIBRARIES = {
+    "peft": "peft",
+    "diffusers-lora": "diffusers",
+    "diffusers": "diffusers",
+    "merged": "diffusers",
+    "original": "wan2.1",
+    FACE: "pytorch",
+}
 LOADING = {
     "peft": "PeftModel.from_pretrained(transformer, FOLDER)",
     "diffusers-lora": "pipe.load_lora_weights(FOLDER)",
@@ -30,7 +39,9 @@ def render(
 
     training: the configuration of the run; None when these weights were not trained here. scale: rank and alpha of an adapter.
     """
-    fields = {"license": license, "library_name": LIBRARIES[form], "pipeline_tag": "text-to-video", "tags": ["jax-idgrpo", "video"]}
+    fields = {"license": license, "library_name": LIBRARIES[form], "tags": ["jax-idgrpo", "face" if form == FACE else "video"]}
+    if form != FACE:
+        fields["pipeline_tag"] = "text-to-video"
     if base is not None:
         fields["base_model"] = base
     if scale is not None:

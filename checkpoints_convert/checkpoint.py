@@ -231,7 +231,7 @@ def naming(file: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise UserError(f"{file}: has no {error}; it should describe this network") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: {' '.join(str(error).split())}") from error  # some libraries complain over many lines
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
@@ -254,9 +254,9 @@ def _shapes(part: str, config: Any) -> nnx.State:
 def _network(file: Path, kind: str | None) -> Network:
     """The network in a file of weights or in the shards of an index."""
     tensors = store.open_tensors(file)
-    found = identify(tensors)
-    if found is None and (face := open_face(file, tensors)) is not None:
+    if (face := open_face(file, tensors)) is not None:
         return face
+    found = identify(tensors)
     if found is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}")
@@ -300,7 +300,7 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
         if values.get("architecture") not in faces.CLASSES:
             return None
         with naming(beside):
-            config = faces.config_from_json(values)
+            config = faces.config_from_json(faces.CLASSES[values["architecture"]][1], values)
     else:
         known = faces.known(tensors)
         if known is None:

@@ -11,7 +11,7 @@ Networks of our own keep our names (`plain`). The counters `num_batches_tracked`
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +197,9 @@ def file_name(architecture: str, config: Any) -> str:
     return "retinaface.pth" if architecture == "retinaface" else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
 
 
-def config_from_json(values: Mapping[str, Any]) -> Any:
-    """The configuration in the `architecture` and `config` of a JSON file. KeyError, TypeError: they describe no network."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()}
-    return CLASSES[values["architecture"]][1](**given)
+def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """The configuration of class `schema` under `config` in a JSON file. KeyError, TypeError, AttributeError: it describes no network."""
+    return schema(**{name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()})
 
 
 @functools.lru_cache(maxsize=8)

@@ -55,7 +55,8 @@ def test_a_published_file_goes_in_and_out_with_every_bit(tmp_path, capsys, name)
     assert run("verify", tmp_path / "store", tmp_path / "download.pth") == 0
     assert run("export", tmp_path / "store", tmp_path / "out", "--format", "original") == 0
     assert bits(tmp_path / "out" / name) == bits(tmp_path / "download.pth")
-    assert f"# {what}" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"# {what}" in card and 'license: "other"' in card and "video" not in card
 
 
 def test_the_store_holds_the_network_under_our_names(tmp_path):
@@ -77,7 +78,7 @@ def reshaped(tensors):
 
 
 def added(tensors):
-    tensors["classifier.weight"] = np.zeros((2, 2), np.float32)
+    tensors["head.weight"] = np.zeros((2, 2), np.float32)
 
 
 def spoilt(tensors):
@@ -89,7 +90,7 @@ def spoilt(tensors):
     [
         (lacking, r"download\.pth.*1 missing: layer2\.0\.bn1\.bias"),
         (reshaped, r"download\.pth.*1 mis-shaped: fc\.weight \[512, 25087\] instead of \[512, 25088\]"),
-        (added, r"download\.pth.*1 unexpected: classifier\.weight"),
+        (added, r"download\.pth.*1 unexpected: head\.weight"),
         (spoilt, r"fc\.bias holds NaN"),
     ],
 )

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.rewards import related
+from jax_idgrpo.rewards.matching import cosines
 from tests.test_identity import case
 
 TERMS = {
-    "mimr": related.multi_identity_matching,
-    "id_conf": related.identity_confidence,
-    "unique_faces": lambda embeddings, mask, references, reference_mask: related.unique_faces(embeddings, mask),
+    "mimr": lambda embeddings, mask, references, asked: related.multi_identity_matching(cosines(embeddings, references), mask, asked),
+    "id_conf": lambda embeddings, mask, references, asked: related.identity_confidence(cosines(embeddings, references), mask, asked),
+    "unique_faces": lambda embeddings, mask, references, asked: related.unique_faces(embeddings, mask),
 }
 
 
@@ -92,7 +93,7 @@ def test_finite_without_faces_in_one_frame_for_eight_people(name):
     assert np.isfinite(got).all() and got[0] == {"mimr": 0, "id_conf": 0, "unique_faces": 0.5}[name]
 
 
-def test_two_people_alike_and_an_exchange_cost():
+def test_one_face_for_two_people_costs():
     """What each is for: MIMR and confidence fall when two people get one face, uniqueness too; a right video is near the best."""
     references = np.eye(2, 6, dtype=np.float32)[None]
     same = (references[:, :1] + references[:, 1:]) / np.sqrt(2)

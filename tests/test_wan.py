@@ -125,7 +125,7 @@ def test_impossible_configurations_say_why(change, reason):
 
 
 @functools.cache
-def plainly():
+def reference():
     return loss_and_gradients(TINY)
 
 
@@ -134,7 +134,7 @@ def plainly():
     [{"remat": "full"}, *(pytest.param(other, marks=pytest.mark.slow) for other in ({"unroll": True}, {"remat": "dots"}))],
 )
 def test_scan_unroll_and_remat_agree(change):
-    value, gradients = plainly()
+    value, gradients = reference()
     other_value, other = loss_and_gradients(dataclasses.replace(TINY, **change))
     assert relative_error(other_value, value) < 1e-5
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):

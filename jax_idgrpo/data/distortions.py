@@ -28,6 +28,18 @@ class Subject:
         """Indices of those who are asked for."""
         return np.flatnonzero(self.mask).tolist()
 
+    @property
+    def neighbours(self) -> list[tuple[int, int]]:
+        """Each with the next in a round; nobody for one person alone."""
+        people = self.people
+        return list(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else []
+
+
+def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
+    """The box with its sides times `factor`, about its middle."""
+    half, middle = (box[2:] - box[:2]) / 2 * factor, (box[2:] + box[:2]) / 2
+    return np.concatenate([middle - half, middle + half])
+
 
 def put(
     frame: Float[np.ndarray, "H W 3"],
@@ -90,9 +102,7 @@ def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W
 
     def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
         for i in subject.people[:1]:
-            half = (boxes[i, 2:] - boxes[i, :2]) / 2 * (1 + strength)
-            middle = (boxes[i, 2:] + boxes[i, :2]) / 2
-            put(new, np.concatenate([middle - half, middle + half]), old, boxes[i])
+            put(new, grown(boxes[i], 1 + strength), old, boxes[i])
 
     return _frames(subject, change)
 
@@ -112,10 +122,8 @@ def hide(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
 
     def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
         for i in subject.people[-1:]:
-            half = (boxes[i, 2:] - boxes[i, :2]) * 0.7
-            middle = (boxes[i, 2:] + boxes[i, :2]) / 2
             plain = np.broadcast_to(old.mean((0, 1)), (2, 2, 3))
-            put(new, np.concatenate([middle - half, middle + half]), plain, np.array([0.0, 0.0, 2.0, 2.0]), strength)
+            put(new, grown(boxes[i], 1.4), plain, np.array([0.0, 0.0, 2.0, 2.0]), strength)
 
     return _frames(subject, change)
 
@@ -124,22 +132,18 @@ def average(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W
     """Each face is mixed half and half with the next person's."""
 
     def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
-        people = subject.people
-        for i, other in zip(people, people[1:] + people[:1], strict=True):
-            if i != other:
-                put(new, boxes[i], old, boxes[other], 0.5 * strength)
+        for i, other in subject.neighbours:
+            put(new, boxes[i], old, boxes[other], 0.5 * strength)
 
     return _frames(subject, change)
 
 
 def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """From the middle of the clip on, each has the next person's face."""
-    people, half = subject.people, len(subject.video) // 2
     video = np.array(subject.video, np.float32)
-    for number in range(half, len(video)):
-        for i, other in zip(people, people[1:] + people[:1], strict=True):
-            if i != other:
-                put(video[number], subject.boxes[number, i], subject.video[number], subject.boxes[number, other], strength)
+    for number in range(len(video) // 2, len(video)):
+        for i, other in subject.neighbours:
+            put(video[number], subject.boxes[number, i], subject.video[number], subject.boxes[number, other], strength)
     return video
 
 

@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Float
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
+from jax_idgrpo.models.arcface import ArcFace
 from jax_idgrpo.models.detector import Detector, DetectorConfig
-from jax_idgrpo.models.facenet import Facenet, FacenetConfig
+from jax_idgrpo.models.facenet import Facenet
 from jax_idgrpo.models.judge import Judge, JudgeConfig
-from jax_idgrpo.models.retinaface import RetinaFace, RetinaFaceConfig
+from jax_idgrpo.models.retinaface import RetinaFace
 
 Points = tuple[tuple[float, float], ...]
 
@@ -141,10 +141,8 @@ class FaceStack(nnx.Module):
 
 _KINDS: dict[str, tuple[Any, Any]] = {
     "detector": (Detector, DetectorConfig),
-    "arcface": (ArcFace, ArcFaceConfig),
     "judge": (Judge, JudgeConfig),
-    "retinaface": (RetinaFace, RetinaFaceConfig),
-    "facenet": (Facenet, FacenetConfig),
+    **tables.CLASSES,
 }
 
 
@@ -168,8 +166,7 @@ def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
     kind = values["architecture"]
     network, schema = _KINDS[kind]
     try:
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()}
-        config = schema(**given)
+        config = tables.config_from_json(schema, values)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path.with_suffix('.json')}: config does not describe a {kind} ({error}); get the file again") from None
     graph, abstract = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float
 
 from jax_idgrpo.rewards import related
-from jax_idgrpo.rewards.matching import Matches, masked_mean, match_videos
+from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match_videos
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
 
@@ -130,6 +130,7 @@ def reward_terms(
     missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
     """
     faces = (embeddings, face_mask, references, reference_mask)
+    cosine = cosines(embeddings, references)
     matches = match_videos(*faces, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
     identity_mean = masked_mean(people, reference_mask)
@@ -139,9 +140,7 @@ def reward_terms(
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
     reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     reward = reward - config.extra_weight * extra - config.motion_weight * stillness
-    prices = penalties(
-        boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks
-    )
+    prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
     reward = reward - sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)
     asked = jnp.sum(reference_mask, -1)
@@ -159,8 +158,8 @@ def reward_terms(
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
         "largest_face": largest_face_similarity(boxes, *faces),
-        "mimr": related.multi_identity_matching(*faces),
-        "id_conf": related.identity_confidence(*faces),
+        "mimr": related.multi_identity_matching(cosine, face_mask, reference_mask),
+        "id_conf": related.identity_confidence(cosine, face_mask, reference_mask),
         "unique_faces": related.unique_faces(embeddings, face_mask),
         **prices,
     }

@@ -54,6 +54,18 @@ class Matches:
     similarity: Float[ArrayLike, "B T M"]
 
 
+def cosines(embeddings: Float[ArrayLike, "B T K E"], references: Float[ArrayLike, "B M E"]) -> Float[ArrayLike, "B T M K"]:
+    """Cosine of every reference and every face of a frame; both are unit vectors."""
+    return jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
+
+
+def most_alike(embeddings: Float[ArrayLike, "B T K E"], face_mask: Bool[ArrayLike, "B T K"]) -> Float[ArrayLike, "B T"]:
+    """The greatest cosine of two faces of a frame; -1 for a frame with fewer than two."""
+    alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
+    pair = face_mask[..., :, None] & face_mask[..., None, :] & ~jnp.eye(embeddings.shape[2], dtype=bool)
+    return jnp.max(jnp.where(pair, alike, -1.0), axis=(-2, -1), initial=-1.0)
+
+
 def match_videos(
     embeddings: Float[ArrayLike, "B T K E"],
     face_mask: Bool[ArrayLike, "B T K"],
@@ -62,7 +74,7 @@ def match_videos(
     null_similarity: float,
 ) -> Matches:
     """Match every frame by itself. Embeddings and references are unit vectors."""
-    similarity = jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
+    similarity = cosines(embeddings, references)
     people = jnp.broadcast_to(reference_mask[:, None], similarity.shape[:-1])
     face = match(similarity, people, face_mask, null_similarity)
     padded = jnp.pad(similarity, ((0, 0), (0, 0), (0, 0), (0, 1)))

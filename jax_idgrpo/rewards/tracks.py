@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_idgrpo.rewards.matching import Matches, masked_mean, match
+from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match, most_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +125,7 @@ def penalties(
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
 
-    alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
-    pair = face_mask[..., :, None] & face_mask[..., None, :] & ~jnp.eye(faces, dtype=bool)
-    most = jnp.max(jnp.where(pair, alike, -1.0), axis=(-2, -1), initial=-1.0)
+    most = most_alike(embeddings, face_mask)
     duplicated = jnp.mean(jax.nn.relu(most - config.duplicate), axis=1) / (1 - config.duplicate)
 
     padded = jnp.pad(found.track, ((0, 0), (0, 0), (0, 1)), constant_values=2 * faces)
@@ -138,7 +136,7 @@ def penalties(
     changes = (here[:, 1:] != here[:, :-1]) & matched[:, 1:] & matched[:, :-1]
     switched = masked_mean(jnp.sum(changes, 1) / max(frames - 1, 1), reference_mask)
 
-    similar = jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
+    similar = cosines(embeddings, references)
     of_face = jnp.take_along_axis(jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1)   # [B,T,j,i]
     mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
     beyond = jnp.where(
