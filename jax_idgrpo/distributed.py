@@ -13,6 +13,7 @@ no program sees, such as who writes files.
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import tempfile
@@ -200,6 +201,16 @@ def to_device(tree: Any) -> Any:
 def any_process(mark: bool) -> bool:
     """Whether the mark is set in one process at least, known to all; all processes call it together."""
     return mark if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(mark))))
+
+
+def of_all(value: Any) -> list[Any]:
+    """What every process passes, in their order: values that JSON can hold, of any size; all processes call it together."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).ravel()
+    everyone = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text)))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 A batch is handed over without waiting, so that the next one samples while this one is scored; at most `in_flight` batches are held, and
 handing over another waits for the oldest. A video whose scoring raises costs that video only: its terms are no numbers, and a warning says
-which video and why.
+which video and why. Where the arrays span several processes, each scores the rows that it holds, and the result is that of all.
 """
 
 import collections
@@ -11,41 +11,71 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_idgrpo.distributed import to_host
+from jax_idgrpo import parallel
+from jax_idgrpo.distributed import of_all, to_host
 
 Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 """Name of a term -> one value per video; "reward" is among them."""
 
 
 class Pending:
-    """Terms that are being computed."""
+    """Terms that are being computed, by the number of the video. shared: other processes compute those of other videos of the batch."""
 
-    def __init__(self, rows: Sequence[Future[Mapping[str, float]]], label: str):
-        self._rows, self._label = rows, label
+    def __init__(self, rows: Mapping[int, Future[Mapping[str, float]]], label: str, shared: bool):
+        self._rows, self._label, self._shared = rows, label, shared
 
     def done(self) -> bool:
-        """Whether every video is scored, or has failed."""
-        return all(row.done() for row in self._rows)
+        """Whether every video of this process is scored, or has failed."""
+        return all(row.done() for row in self._rows.values())
 
     def wait(self) -> None:
-        """Until every video is scored, or has failed."""
-        wait(self._rows)
+        """Until every video of this process is scored, or has failed."""
+        wait(self._rows.values())
 
     def result(self) -> Terms:
-        """The terms, float32; those of a video that could not be scored are NaN, and so is a term that a video has not."""
-        found: list[Mapping[str, float]] = []
-        for number, row in enumerate(self._rows):
+        """The terms, float32; those of a video that could not be scored are NaN, and so is a term that a video has not.
+
+        Of a batch that spans processes all of them call it together, and all get the whole.
+        """
+        found: list[tuple[int, dict[str, float]]] = []
+        for number, row in self._rows.items():
             error = row.exception()
             if error is not None:
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 warnings.warn(f"{self._label}: video {number} could not be scored ({type(error).__name__}: {reason}); it counts in nothing",
                               stacklevel=2)
-            found.append({} if error is not None else row.result())
-        names = dict.fromkeys(["reward", *(name for terms in found for name in terms)])
-        return {name: np.asarray([terms.get(name, np.nan) for terms in found], np.float32) for name in names}
+            found.append((number, {} if error is not None else {name: float(value) for name, value in row.result().items()}))
+        if self._shared:
+            found = [row for part in of_all(found) for row in part]
+        videos = [terms for _, terms in sorted(found, key=lambda row: row[0])]
+        names = dict.fromkeys(["reward", *(name for terms in videos for name in terms)])
+        return {name: np.asarray([terms.get(name, np.nan) for terms in videos], np.float32) for name in names}
+
+
+def _spans(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def _together(batch: Sequence[Any]) -> Sequence[Any]:
+    """The arrays, divided alike by rows if any of them spans processes."""
+    spanning = [array for array in batch if _spans(array)]
+    return parallel.put(list(batch), parallel.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
+
+
+def _parts(array: Any) -> list[tuple[range, Any]]:
+    """The rows that this process scores and where they lie: all, or of an array that spans processes those whose first copy it holds."""
+    count = len(array)
+    if not _spans(array):
+        return [(range(count), array)]
+    return [(range(*shard.index[0].indices(count)), shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+def _rows(array: Any) -> dict[int, Any]:
+    return {number: row for numbers, part in _parts(array) for number, row in zip(numbers, np.asarray(part), strict=True)}
 
 
 class HostPool:
@@ -60,16 +90,18 @@ class HostPool:
         """Score every row of `batch` (arrays with the batch first, of the host or of a device) by `function(*row)`; does not wait for it.
 
         The copy from the device is made by the first thread that needs it, which waits for the device in the place of the caller.
+        Arrays that span processes lie on a mesh with the axes of `parallel`; all processes hand over the same batches.
         """
         while len(self._held) >= self._in_flight:
             self._held.popleft().wait()
-        copied = self._threads.submit(lambda: [np.asarray(array) for array in batch])
+        arrays = _together(batch)
+        copied = self._threads.submit(lambda: [_rows(array) for array in arrays])
 
         def score(number: int) -> Mapping[str, float]:
             return function(*(array[number] for array in copied.result()))
 
-        rows = [self._threads.submit(score, number) for number in range(len(batch[0]))]
-        pending = Pending(rows, label)
+        numbers = [number for part, _ in _parts(arrays[0]) for number in part]
+        pending = Pending({number: self._threads.submit(score, number) for number in numbers}, label, _spans(arrays[0]))
         self._held.append(pending)
         return pending
 

@@ -77,6 +77,12 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         np.testing.assert_allclose(found["noise"], noise, rtol=1e-6)
         assert found["marks"] == [True, False]
         assert found["answer"].startswith("the hosts differ from process 0 in the configuration (process 1);")
+        rewards = rows.sum(1)
+        rewards[5] = -1     # could not be scored
+        assert found["scored"] == {"reward": rewards.tolist(), "odd": [-1, 1, -1, 1, -1, -1, -1, 1]}
+    assert sorted(one["mine"] + other["mine"]) == list(range(8)) and len(one["mine"]) == 4
+    assert not one["warned"]
+    assert other["warned"] == ["reward: video 5 could not be scored (ValueError: no face); it counts in nothing"]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -5,6 +5,7 @@
 
 import json
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jax_idgrpo import distributed, keys, parallel
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards.host import HostPool, collect
 
 distributed.initialise()
 mesh = parallel.make_mesh(MeshConfig())
@@ -25,7 +27,23 @@ try:
     answer = ""
 except UserError as error:
     answer = str(error)
+mine: list[float] = []
+
+
+def score(row, number):
+    """Row 5 cannot be scored, and only odd rows have a term more."""
+    mine.append(float(number))
+    if number == 5:
+        raise ValueError("no face")
+    return {"reward": row.sum(), **({"odd": 1.0} if number % 2 else {})}
+
+
+with warnings.catch_warnings(record=True) as warned:
+    scored = collect(HostPool().submit(score, (divided, np.arange(8))))
 found = {
+    "scored": {name: np.nan_to_num(values, nan=-1).tolist() for name, values in scored.items()},
+    "mine": sorted(mine),
+    "warned": [str(warning.message) for warning in warned],
     "devices": len(jax.devices()),
     "held": sum(shard.data.shape[0] for shard in divided.addressable_shards),
     "doubled": distributed.to_host(doubled[0]).tolist(),
