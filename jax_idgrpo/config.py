@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -304,7 +305,9 @@ PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area")
 class RewardConfig:
     """The reward: face similarity over `frames` evenly spaced frames of each video, or a vision-language model's score.
 
-    faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package.
+    faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package; "" where none of them is needed.
+    backend: what finds and embeds faces for the reward: "" is the networks of `faces`, on the accelerator; "deepface:DETECTOR/MODEL" is
+        deepface's, on the host, such as deepface:retinaface/ArcFace, or deepface:opencv/embedder with the embedder of `faces`.
     vlm: folder of a vision-language reward, as released or as `train-reward` exports it, which is then the reward; "" is the face reward.
     vlm_base: folder of the Qwen2.5-VL model that it was trained from, for what its own folder does not hold.
     vlm_prompt: file with the text that it is asked (text, or the release's prompt_template.py); "" is prompt.txt in its folder.
@@ -320,6 +323,7 @@ class RewardConfig:
     """
 
     faces: str = "embedded"
+    backend: str = ""
     frames: int = 5
     similarity_low: float = 0.0
     similarity_high: float = 0.9
@@ -340,7 +344,11 @@ class RewardConfig:
         _require(self.vlm_fps > 0, f"reward.vlm_fps is {self.vlm_fps}; use a positive number")
         for name in ("vlm_rows", "vlm_devices"):
             _require(getattr(self, name) >= 0, f"reward.{name} is {getattr(self, name)}; use 0 or more")
-        _require(self.faces != "" or self.vlm != "", "reward.faces is empty; only a reward.vlm can do without face networks")
+        _require(not self.backend or re.fullmatch(r"deepface:[\w-]+/[\w-]+", self.backend) is not None,
+                 f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as deepface:opencv/ArcFace, or leave it out")
+        _require(not (self.backend and self.vlm), "reward.backend and reward.vlm are both set; use one of them")
+        _require(self.faces != "" or self.vlm != "" or (self.backend != "" and not self.backend.endswith("/embedder")),
+                 "reward.faces is empty; only a reward.vlm and models of deepface can do without face networks")
         _require(self.frames >= 1, f"reward.frames is {self.frames}; use 1 or more")
         _require(self.similarity_low < self.similarity_high,
                  f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")
@@ -495,6 +503,8 @@ class Config:
                  f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
         _require(grpo.objective != "reward_gradient" or not self.reward.mixture,
                  "reward.mixture weighs advantages, and grpo.objective reward_gradient has none; use reward.penalties")
+        _require(grpo.objective != "reward_gradient" or not self.reward.backend,
+                 "grpo.objective reward_gradient needs a reward in JAX, and reward.backend runs beside it; leave the backend out")
         _require(grpo.objective != "reward_gradient" or not self.reward.vlm,
                  "grpo.objective reward_gradient needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
         share = self.trained_rows // grpo.updates

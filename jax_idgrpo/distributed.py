@@ -164,7 +164,8 @@ def prove(config: Config, prompts: Path | None, **folders: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    reward = [config.reward.folder(), *(Path(folder) for folder in (config.reward.vlm, config.reward.vlm_base) if folder)]
+    networks = [config.reward.folder()] if config.reward.faces else []
+    reward = [*networks, *(Path(folder) for folder in (config.reward.vlm, config.reward.vlm_base) if folder)]
     agree({
         "the configuration": config.to_json(),
         "the prompts": prompts.read_text() if prompts else "",

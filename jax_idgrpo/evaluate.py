@@ -32,6 +32,7 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
 from jax_idgrpo.rewards import FaceReward, References, load_reward
+from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.vlm import VlmReward, load_vlm
 from jax_idgrpo.video import read_video, to_uint8, write_video
@@ -147,7 +148,11 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
 
 
 def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
-    """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward."""
+    """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward, and by our own stack.
+
+    Raises:
+      UserError: a network is missing or damaged, or the backend is not installed.
+    """
     constants = IdentityConfig(
         null_similarity=config.missing,
         low=config.similarity_low,
@@ -155,6 +160,8 @@ def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.penalties.items()),
     )
+    if embedder == "embedder" and config.backend:
+        return HostFaceReward(DeepFace(config.backend, config.folder()), constants, config.frames)
     return load_reward(config.folder(), embedder, config.frames if embedder == "embedder" else 0, constants)
 
 

@@ -211,6 +211,8 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     """
     if not config.grpo.replays:
         raise UserError(f"plan: grpo.objective {config.grpo.objective} is not planned, only those on replayed steps are; leave it out")
+    if config.reward.backend:
+        raise UserError(f"plan: reward.backend {config.reward.backend} runs on the host and is not planned; leave it out")
     count, sampling = config.rows_per_call, config.rollout
     parallel.check_rows(mesh, count, "rows of one program call (rollout.micro_batch)")
     whole, rows, stacked = parallel.replicated(mesh), parallel.batch_sharding(mesh), parallel.batch_sharding(mesh, 1)

@@ -120,10 +120,17 @@ class FaceStack(nnx.Module):
         self.threshold = threshold
 
     def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
-        """The faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector."""
+        """The faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector.
+
+        Frames are searched one after the other, each of all videos: the detector's maps of one frame are all that is held of them.
+        """
         batch, frames = videos.shape[:2]
-        pictures = videos.reshape(-1, *videos.shape[2:]).astype(jnp.float32)
-        found = jax.lax.stop_gradient(self.detector.find(pictures, self.max_faces, self.threshold))
+        videos = videos.astype(jnp.float32)
+        found = jax.lax.map(
+            lambda frame: self.detector.find(frame, self.max_faces, self.threshold), jnp.moveaxis(jax.lax.stop_gradient(videos), 1, 0)
+        )
+        found = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), found)
+        pictures = videos.reshape(-1, *videos.shape[2:])
         crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
         embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
         embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
@@ -132,8 +139,8 @@ class FaceStack(nnx.Module):
 
     def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"]]:
         """Embedding of the best face of each picture, and whether there is one."""
-        faces = self(pictures[:, None])
-        return faces.embeddings[:, 0, 0], faces.mask[:, 0, 0]
+        faces = self(pictures[None])    # as the frames of one video: photos are searched one by one
+        return faces.embeddings[0, :, 0], faces.mask[0, :, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +189,14 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
       UserError: a file is missing or damaged.
     """
     detector, settings = load_network(Path(folder) / "detector")
-    network, values = load_network(Path(folder) / embedder)
-    template = tuple((float(x), float(y)) for x, y in values["template"])
-    return FaceStack(detector, network, template, settings["max_faces"], settings["threshold"])
+    return FaceStack(detector, *load_embedder(folder, embedder), settings["max_faces"], settings["threshold"])
+
+
+def load_embedder(folder: Path, name: str) -> tuple[ArcFace | Facenet | Judge, Points]:
+    """A network of a folder that embeds faces, and where the landmarks lie in its crops.
+
+    Raises:
+      UserError: a file is missing or damaged.
+    """
+    network, values = load_network(Path(folder) / name)
+    return network, tuple((float(x), float(y)) for x, y in values["template"])

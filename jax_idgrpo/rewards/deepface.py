@@ -1,0 +1,253 @@
+"""deepface as a backend of the face reward: any of its detectors, with one of its models or with our embedder, on the host.
+
+`reward.backend` "deepface:DETECTOR/MODEL" names both as deepface does ("deepface:retinaface/ArcFace"), and "embedder" for the one in the
+folder `reward.faces`. The faces go through the same `identity.reward_terms` as those of our own stack; what differs is
+
+    who is a face    whatever the detector says, by its own threshold; the largest 8 of a frame are kept, largest first
+    pixels           whole grey levels, RGB, in the size of the video; black and white is three channels alike
+    crops            a model of deepface gets deepface's own crop (turned by the eyes, letterboxed); our embedder gets the similarity from
+                     the landmarks to its template, from those that the detector gives, or from its box where they are fewer than two
+    gradients        none
+
+What to expect of "opencv", the one detector that works without a download (Haar cascades, which come with OpenCV): frontal upright faces of
+30 pixels or more; smaller ones, profiles and turned pictures show nobody. Photos are turned upright by their EXIF orientation when
+they are read (`data.prompts.load_reference`). A frame without a face has no faces, it is never embedded whole.
+
+deepface's models are shared by all threads and not made for that (OpenCV's cascades break), so one thread at a time is in it; its libraries
+use the cores themselves. Weights come from `$DEEPFACE_HOME/.deepface/weights` (default: the home folder) and are downloaded there
+when they lack; "deepface:opencv/embedder" reads and writes nothing there. Source: PyPI deepface 0.0.103, MIT.
+"""
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Bool, Float, UInt8
+
+from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards import FaceReward, References, frame_numbers
+from jax_idgrpo.rewards.faces import align, load_embedder, normalise
+from jax_idgrpo.rewards.host import HostPool, Pending, collect
+from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
+from jax_idgrpo.video import from_uint8, to_uint8
+
+OWN = "embedder"
+LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")      # of the person, so left in the picture first
+TEMPLATE_BOX = np.array([[16.0, 22.0], [96.0, 102.0]])    # corners of a detector's box where its landmarks lie on ARCFACE_TEMPLATE
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class Face(NamedTuple):
+    """A face that deepface found. box: x0 y0 x1 y1 in pixels. crop: deepface's own, RGB in [0, 1]."""
+
+    box: Float[np.ndarray, "4"]
+    landmarks: Float[np.ndarray, "5 2"]
+    crop: Float[np.ndarray, "h w 3"]
+
+
+Embed = Callable[[UInt8[np.ndarray, "T H W 3"], Sequence[int], Sequence[Face]], Float[np.ndarray, "N E"]]
+"""Embeddings of faces, given the frames, the frame of each face, and the faces."""
+
+
+def complete(box: Float[np.ndarray, "4"], known: Mapping[int, tuple[float, float]]) -> Float[np.ndarray, "5 2"]:
+    """Five landmarks: those that are known, by number, and the others where the template puts them.
+
+    The template is laid on by the least-squares similarity to the known ones, or to the box where they are fewer than two.
+    """
+    template = np.asarray(ARCFACE_TEMPLATE)
+    few = len(known) < 2
+    p = (TEMPLATE_BOX if few else template[list(known)]) @ [1, 1j]
+    q = (box.reshape(2, 2) if few else np.array(list(known.values()))) @ [1, 1j]
+    a = np.vdot(p - p.mean(), q - q.mean()) / np.vdot(p - p.mean(), p - p.mean())
+    placed = a * (template @ [1, 1j] - p.mean()) + q.mean()
+    points = np.stack([placed.real, placed.imag], -1)
+    for number, point in known.items():
+        points[number] = point
+    return points
+
+
+def find(picture: UInt8[np.ndarray, "H W 3"], detector: str) -> list[Face]:
+    """The faces of an RGB picture, the largest 8, largest first."""
+    from deepface.modules.detection import extract_faces
+    from deepface.modules.exceptions import FaceNotDetected
+
+    try:
+        found = extract_faces(np.ascontiguousarray(picture[..., ::-1]), detector, max_faces=FACES)
+    except FaceNotDetected:
+        return []
+    faces = []
+    for face in found:
+        area: dict[str, Any] = face["facial_area"]
+        box = np.array([area["x"], area["y"], area["x"] + area["w"], area["y"] + area["h"]], float)
+        seen = {number: area[name] for number, name in enumerate(LANDMARKS) if area.get(name) is not None}
+        known = {number: (float(x), float(y)) for number, (x, y) in seen.items()}
+        faces.append(Face(box, complete(box, known), np.asarray(face["face"], float)))
+    return sorted(faces, key=lambda face: -float(np.prod(face.box[2:] - face.box[:2])))
+
+
+def their_embeddings(model: str) -> Embed:
+    """A model of deepface on deepface's crops, as `DeepFace.represent` does it."""
+    from deepface.modules.representation import represent
+
+    def embed(frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]) -> Float[np.ndarray, "N E"]:
+        found = represent([face.crop[..., ::-1] for face in faces], model, detector_backend="skip")
+        return np.asarray([face[0]["embedding"] for face in (found if len(faces) > 1 else [found])])
+
+    return embed
+
+
+def our_embeddings(folder: Path) -> Embed:
+    """The embedder of a folder on crops by the landmarks, on the host's cores; compiled for 1, 2, 4, ... faces."""
+    network, template = load_embedder(folder, OWN)
+    graph, state = nnx.split(network)
+    state = jax.device_put(state, host_device())
+
+    @jax.jit
+    def apply(state: nnx.State, pictures: Float[Array, "N H W 3"], landmarks: Float[Array, "N 1 5 2"]) -> Float[Array, "N E"]:
+        network = nnx.merge(graph, state)
+        return network(align(pictures, landmarks, template, network.config.input_size)[:, 0])
+
+    def embed(frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]) -> Float[np.ndarray, "N E"]:
+        filled = np.minimum(np.arange(1 << (len(faces) - 1).bit_length()), len(faces) - 1)
+        landmarks = np.stack([face.landmarks for face in faces])[filled, None].astype(np.float32)
+        return np.asarray(apply(state, from_uint8(frames[np.asarray(of)[filled]]), landmarks))[: len(faces)]
+
+    return embed
+
+
+def host_device() -> jax.Device:
+    """The host's own cores as a device of JAX, which never waits for the accelerator.
+
+    Raises:
+      UserError: JAX was told to leave them out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError("reward.backend needs JAX on the CPU beside the accelerator; add it, as in JAX_PLATFORMS=cuda,cpu") from None
+
+
+@contextlib.contextmanager
+def _deepface(backend: str):
+    """deepface's warnings filters, which would hide ours, and its complaints, as one line."""
+    try:
+        with warnings.catch_warnings():
+            yield
+    except ImportError as error:
+        raise UserError(f"reward.backend {backend}: {error.name or error} is not installed; pip install jax-idgrpo[faces]") from None
+    except UserError:
+        raise
+    except Exception as error:      # of many types: no network, a damaged file, a package that one of its detectors needs
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"reward.backend {backend}: deepface cannot make it ({reason}); install or download what it asks for") from None
+
+
+def _checked(backend: str, what: str, name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        raise UserError(f"reward.backend {backend}: deepface has no {what} {name!r}; use one of {', '.join(names)}")
+
+
+class DeepFace:
+    """Faces of the frames of a video: boxes [T, K, 4], unit embeddings [T, K, E], mask [T, K]."""
+
+    def __init__(self, backend: str, folder: Path):
+        """backend: as in the configuration. folder: with our embedder, where that is asked for.
+
+        Raises:
+          UserError: deepface or a part of it is not installed, or a network is unknown or cannot be loaded.
+        """
+        self.detector, _, model = backend.removeprefix("deepface:").partition("/")
+        with _deepface(backend):
+            from deepface.commons.folder_utils import initialize_folder
+            from deepface.modules.modeling import AVAILABLE_MODELS, build_model
+
+            _checked(backend, "detector", self.detector, list(AVAILABLE_MODELS["face_detector"]))
+            _checked(backend, "model", model, [*AVAILABLE_MODELS["facial_recognition"], OWN])
+            if (self.detector, model) != ("opencv", OWN):
+                initialize_folder()
+            build_model("face_detector", self.detector)
+            if model == OWN:
+                self.embed = our_embeddings(folder)
+            else:
+                build_model("facial_recognition", model)
+                self.embed = their_embeddings(model)
+
+    def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with _ONE_AT_A_TIME:
+            found = [find(frame, self.detector) for frame in frames]
+            places = [(t, k) for t, faces in enumerate(found) for k in range(len(faces))]
+            embeddings = self.embed(frames, [t for t, _ in places], [found[t][k] for t, k in places]) if places else np.zeros((0, 1))
+        boxes, mask = np.zeros((len(frames), FACES, 4), np.float32), np.zeros((len(frames), FACES), bool)
+        vectors = np.zeros((len(frames), FACES, embeddings.shape[1]), np.float32)
+        for (t, k), vector in zip(places, np.asarray(normalise(jnp.asarray(embeddings, jnp.float32))), strict=True):
+            boxes[t, k], mask[t, k], vectors[t, k] = found[t][k].box, True, vector
+        return boxes, vectors, mask
+
+
+class HostFaceReward(FaceReward):
+    """The identity reward on faces that a function finds on the host. After a call, `terms` holds every named term of it, each [B].
+
+    It has no `function`: nothing flows back through it.
+    """
+
+    def __init__(
+        self,
+        faces: Callable[[UInt8[np.ndarray, "T H W 3"]], tuple[np.ndarray, np.ndarray, np.ndarray]],
+        config: IdentityConfig,
+        frames: int = 0,
+        pool: HostPool | None = None,
+    ):
+        """faces: boxes, embeddings and mask of a video, as `DeepFace` finds them. frames: how many of a video are looked at, 0 = all."""
+        self.faces, self.frames, self.state = faces, frames, None
+        self._pool, self._device = pool or HostPool(), host_device()
+        self._reward = jax.jit(functools.partial(reward_terms, config=config))
+        self._cache: dict[bytes, np.ndarray] = {}
+        self.terms = {}
+
+    def _best(self, state: None, pictures: Float[np.ndarray, "B h w 3"]) -> tuple[np.ndarray, np.ndarray]:
+        """Embedding of the largest face of each photo, and whether there is one."""
+        found = [self.faces(to_uint8(picture)[None]) for picture in pictures]
+        size = max(embeddings.shape[-1] for _, embeddings, _ in found)
+        best = [embeddings[0, 0] if mask[0, 0] else np.zeros(size, np.float32) for _, embeddings, mask in found]
+        return np.stack(best), np.array([mask[0, 0] for _, _, mask in found])
+
+    def _score(self, frames: UInt8[np.ndarray, "T H W 3"], references: np.ndarray, asked: np.ndarray) -> dict[str, float]:
+        boxes, embeddings, mask = self.faces(frames)
+        if not mask.any():      # nobody says how long an embedding is
+            embeddings = np.zeros((*mask.shape, references.shape[-1]), np.float32)
+        with jax.default_device(self._device):
+            given = (from_uint8(frames), boxes, embeddings, mask, references, asked)
+            terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
+        return {name: float(value[0]) for name, value in terms.items()}
+
+    def score_terms(  # type: ignore[override]    # `collect` takes either
+        self, videos: Float[ArrayLike, "B T H W 3"], embeddings: Float[ArrayLike, "B M E"], mask: Bool[ArrayLike, "B M"]
+    ) -> Pending:
+        """Every term (see `identity.reward_terms`), the reward among them; does not wait for them."""
+        return self._pool.submit(self._score, (_pixels(self.frames, videos), embeddings, mask), "face reward")
+
+    def __call__(
+        self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
+    ) -> Float[Array, "B"]:
+        """As `FaceReward`, by waiting for the host."""
+        pending = self.score_terms(videos, self.embed_references(references, prompts), np.asarray(references.mask))
+        self.terms = {name: jnp.asarray(value) for name, value in collect(pending).items()}
+        return self.terms["reward"]
+
+    score = __call__
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pixels(frames: int, videos: Float[Array, "B T H W 3"]) -> UInt8[Array, "B t H W 3"]:
+    """The frames that are looked at, as bytes: made where the videos are, so that a quarter is copied."""
+    chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
+    return jnp.round((jnp.clip(chosen, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
