@@ -208,3 +208,24 @@ def test_opencv_with_our_embedder_writes_nothing_at_home(tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True,
                    env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"})
     assert not home.exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_deepface_embeds_as_deepface_does(monkeypatch, tmp_path):
+    """Random weights in the file that deepface reads: the same numbers as `DeepFace.represent` gives for the photograph."""
+    monkeypatch.setenv("DEEPFACE_HOME", str(tmp_path))
+    monkeypatch.setenv("DEEPFACE_BACKEND_ENGINE", "pytorch")
+    import torch
+    from deepface.models.facial_recognition.pytorch.ArcFace import ArcFaceModel
+    from deepface.modules.representation import represent
+
+    (tmp_path / ".deepface" / "weights").mkdir(parents=True)
+    torch.save(ArcFaceModel().state_dict(), tmp_path / ".deepface" / "weights" / "arcface_weights.pth")
+    faces = DeepFace("deepface:opencv/ArcFace", Path("nowhere"))
+    for pictures in ([astronaut()], [astronaut(), np.full((512, 512, 3), 9, np.uint8), grey(astronaut())]):
+        boxes, embeddings, mask = faces(np.stack(pictures))
+        assert mask.sum(1).tolist() == [1, 0, 1][: len(pictures)]
+        (theirs,) = represent(pictures[0][..., ::-1], "ArcFace", detector_backend="opencv", l2_normalize=True)
+        np.testing.assert_allclose(embeddings[0, 0], np.ravel(theirs["embedding"]), atol=1e-5)
+        area = theirs["facial_area"]
+        assert boxes[0, 0].tolist() == [area["x"], area["y"], area["x"] + area["w"], area["y"] + area["h"]]
