@@ -185,14 +185,22 @@ class RetinaFace(nnx.Module):
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
         """The best `faces` faces above `threshold` of pictures in [-1, 1].
 
-        Pictures are resized as the published detector does it, bilinearly without antialiasing; not rounded to whole grey levels.
+        Pictures are resized as the published detector does it, bilinearly without antialiasing, by the scale itself and not by the ratio of
+        the rounded sizes; not rounded to whole grey levels.
         """
         height, width = pictures.shape[1:3]
         scale = resize_scale(height, width, self.config)
         size = round(height * scale), round(width * scale)
-        resized = jax.image.resize((pictures + 1.0) * 127.5, (pictures.shape[0], *size, 3), "bilinear", antialias=False)
-        found = decode(self(resized), size, faces, threshold, self.config)
+        found = decode(self(resized((pictures + 1.0) * 127.5, size, scale)), size, faces, threshold, self.config)
         return found._replace(boxes=found.boxes / scale, landmarks=found.landmarks / scale)
+
+
+def resized(pictures: Float[Array, "B H W 3"], size: tuple[int, int], scale: float) -> Float[Array, "B h w 3"]:
+    """Pictures times `scale`, cut to `size`; what lies beyond their border is the border, as in OpenCV."""
+    pictures = jnp.pad(pictures, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+    return jax.image.scale_and_translate(
+        pictures, (pictures.shape[0], *size, 3), (1, 2), jnp.full(2, scale), jnp.zeros(2), "linear", antialias=False, precision="highest"
+    )
 
 
 def resize_scale(height: int, width: int, config: RetinaFaceConfig) -> float:

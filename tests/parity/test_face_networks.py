@@ -119,10 +119,12 @@ def test_detections_equal_the_original(maps):
 def test_pictures_grow_as_in_the_original(height, width):
     from retinaface.commons.preprocess import resize_image
 
-    resized, scale = resize_image(np.zeros((height, width, 3), np.uint8), [1024, 1980], True)
+    picture = cv2.GaussianBlur(np.random.default_rng(0).uniform(0, 255, (height, width, 3)).astype(np.float32), (0, 0), 1.0)
+    theirs, scale = resize_image(picture, [1024, 1980], True)
     ours = retinaface.resize_scale(height, width, retinaface.RetinaFaceConfig())
     assert ours == pytest.approx(scale)
-    assert resized.shape[:2] == (round(height * ours), round(width * ours))
+    assert theirs.shape[:2] == (round(height * ours), round(width * ours))
+    assert np.abs(np.asarray(retinaface.resized(jnp.asarray(picture)[None], theirs.shape[:2], ours)[0]) - theirs).max() < 0.05
 
 
 def test_facenet_equals_the_original(folder, originals):
