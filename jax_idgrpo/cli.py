@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,13 +112,19 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, metavar="W", help="folder of the run; a run found there is continued")
 
 
+def _grpo_options(parser: argparse.ArgumentParser) -> None:
+    _train_options(parser)
+    parser.add_argument("--profile", metavar="DIR", help="folder for a trace of the second and third step, and seconds by phase")
+
+
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
+    profile = require_writable(Path(arguments.profile), "--profile") if arguments.profile else None
     _join()
     from jax_idgrpo.train import train
 
-    train(config, workdir)
+    train(config, workdir, profile)
 
 
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -231,7 +237,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
 
 
 COMMANDS = {
-    "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _train_options, _train),
+    "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _grpo_options, _train),
     "finetune": Command("supervised training of the video model's parts and the face networks", _train_options, _finetune),
     "train-reward": Command("train a reward on preference pairs", _train_options, _train_reward),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
@@ -317,6 +323,8 @@ def run(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Entry point of the `idgrpo` program. Exit status: 0 done, 1 a process was lost, 2 a user's mistake, 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (programs := programs_folder(os.environ)):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         run(sys.argv[1:])
@@ -340,6 +348,21 @@ def main() -> None:
         print("idgrpo: this process stops, and with it the run: the error above is its own, or that of a process that was lost (see its "
               "log); run the same command again to go on from the last checkpoint", file=sys.stderr)
         _leave(1)
+
+
+def programs_folder(environment: Mapping[str, str]) -> Path | None:
+    """Where compiled programs are kept for the next run: in the user's cache folder, or nowhere when that cannot be written."""
+    home = environment.get("HOME")
+    caches = environment.get("XDG_CACHE_HOME") or (f"{home}/.cache" if home else "")
+    if not caches:
+        return None
+    folder = Path(caches) / "jax-idgrpo" / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return None
 
 
 def _together() -> bool:

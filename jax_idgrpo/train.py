@@ -31,6 +31,7 @@ from jax_idgrpo.evaluate import Model, Watch, make_reward, make_vlm, policy_devi
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.pipeline import Pipeline, load_pipeline, save_lora
+from jax_idgrpo.profiling import Profile
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.state import TrainState, start
 from jax_idgrpo.update import Networks, Objective, gather, share, update
@@ -181,11 +182,12 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
     return pipe
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
 
     Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is a PEFT adapter of the averaged
-    weights, written with every checkpoint. On SIGTERM it writes a checkpoint and exits with status 143.
+    weights, written with every checkpoint. On SIGTERM it writes a checkpoint and exits with status 143. profile: a folder for a profile of
+    the second and third step.
 
     Raises:
       UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used.
@@ -222,6 +224,7 @@ def train(config: Config, workdir: Path) -> None:
     fresh = start(objective.optimizer, lora)
     state = resume(workdir, config, manager, parallel.place(mesh, fresh))
     done = int(state.step)
+    traced = Profile(profile, done, last)
     failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
     watch = Watch.make(config, pipe, workdir / "watch") if config.run.watch_every else None
     if watch is not None:
@@ -246,6 +249,7 @@ def train(config: Config, workdir: Path) -> None:
         stop_on_sigterm() as stopping,
     ):
         while done < last:
+            traced.begin(done)
             clock = [time.monotonic()]
 
             # Prompts and what they ask for: [P], then one row per video.
@@ -336,6 +340,7 @@ def train(config: Config, workdir: Path) -> None:
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(Model(watched, state.ema, base), done + 1)
             writer.write(done, row)
+            traced.end(done, row, PHASES)
             done += 1
             show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
             failed = failed + 1 if scalars["skipped"] == 1 else 0

@@ -42,12 +42,13 @@ def call(function: str, monkeypatch, arguments: list[str]) -> tuple:
 
 
 def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path):
-    given, workdir = call("jax_idgrpo.train:train", monkeypatch, [
+    given, workdir, profile = call("jax_idgrpo.train:train", monkeypatch, [
         "train", "--rollout.group", "4", str(config_file), "--workdir", str(tmp_path / "w"), "--mesh.data=-1", "--run.steps=7",
-        "--data.negative_prompt", "a=b, c"])
+        "--data.negative_prompt", "a=b, c", "--profile", str(tmp_path / "p")])
+    assert profile == tmp_path / "p"
     assert (given.rollout.group, given.run.steps, given.mesh.data, given.data.negative_prompt) == (4, 7, -1, "a=b, c")
     assert workdir == tmp_path / "w"
-    assert not workdir.exists()
+    assert not workdir.exists() and not profile.exists()
 
 
 def test_evaluate_takes_adapters_in_both_spellings(monkeypatch, config_file, prompts_file, tmp_path):
@@ -158,3 +159,11 @@ def test_help_does_not_wait_for_jax():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.endswith("False\n"), "help imports JAX"
     assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
+
+
+def test_programs_are_kept_in_the_users_cache_or_nowhere(tmp_path):
+    assert cli.programs_folder({"HOME": str(tmp_path)}) == tmp_path / ".cache" / "jax-idgrpo" / "programs"
+    assert cli.programs_folder({"HOME": "/x", "XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "jax-idgrpo" / "programs"
+    (tmp_path / "file").touch()
+    for environment in ({}, {"HOME": ""}, {"HOME": str(tmp_path / "file")}):
+        assert cli.programs_folder(environment) is None
