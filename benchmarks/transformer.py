@@ -1,12 +1,18 @@
-"""One call of the video transformer, and its gradient by a LoRA, against diffusers and peft on PyTorch.
+"""A call of the video transformer, the gradient of its LoRA, a rollout and an update, against diffusers and peft on PyTorch.
 
 Both sides load the same randomly filled VACE checkpoint and get the same input, in float32, alternating in one process; the figure is the
-ratio of medians, ours over theirs. Needs the `test` extra:
+ratio of medians, ours over theirs. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's
+loop is that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL
+term, backward; one optimizer step at the end. Needs the `test` extra:
 
-    python benchmarks/transformer.py [--rows 2] [--rounds 7]
+    python benchmarks/transformer.py [--rows 2] [--steps 4] [--rounds 5] [--compile]
+
+`--alone ours` (or `theirs`) runs one side by itself and prints its peak memory, which two sides in one process cannot show.
 """
 
 import argparse
+import functools
+import resource
 import statistics
 import tempfile
 import time
@@ -17,19 +23,153 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import torch
 from flax import nnx
 
-from jax_idgrpo import policy
-from jax_idgrpo.keys import key
+from jax_idgrpo import keys, policy, rollout, update
+from jax_idgrpo.conditioning import Conditioning
+from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.pipeline import add_adapter, load_transformer
+from jax_idgrpo.state import start
 
 SIZES = dict(
     num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, freq_dim=256, vace_layers=[0, 4, 8],
     in_channels=16, out_channels=16, vace_in_channels=96, patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads", cross_attn_norm=True,
 )
 FRAMES, HEIGHT, WIDTH, TEXT, RANK = 5, 16, 16, 64, 8
+GUIDANCE, SHIFT, CLIP, KL, RATE = 4.5, 3.0, 1e-3, 0.004, 1e-4
+
+Calls = dict[str, Callable[[], object]]
+Inputs = dict[str, np.ndarray]
+
+
+def inputs(rows: int) -> Inputs:
+    """What both sides are given, channels last."""
+    rng = np.random.default_rng(0)
+    shapes = dict(
+        latents=(rows, FRAMES, HEIGHT, WIDTH, 16), control=(rows, FRAMES, HEIGHT, WIDTH, 96), text=(rows, TEXT, SIZES["text_dim"]),
+        negative=(TEXT, SIZES["text_dim"]), advantage=(rows,),
+    )
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def our_calls(folder: str, given: Inputs, steps: int) -> Calls:
+    """Our forward, gradient, rollout and update; each returns when it is done."""
+    actor, lora, base = policy.split(add_adapter(load_transformer(folder), RANK, float(RANK), keys.key(0, "init")), GUIDANCE)
+    rows = len(given["latents"])
+    latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
+    timesteps = jnp.full(rows, 500)
+    asked = Conditioning(
+        text=text, control=control, frame_mask=jnp.ones((rows, FRAMES), bool), references=jnp.zeros(rows, jnp.int32)
+    )
+    row_keys = keys.row_keys(keys.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
+    schedule = rollout.Schedule.make(steps, SHIFT)
+    window = rollout.Window(start=jnp.zeros(rows, jnp.int32), size=steps - 1, final_noise=True)
+
+    def apply(lora: nnx.State, base: nnx.State) -> jax.Array:
+        return nnx.merge(actor.adapted, base, lora)(latents, timesteps, text, control)
+
+    forward = jax.jit(apply)
+    gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
+
+    def sample() -> rollout.Trajectory:
+        return jax.block_until_ready(rollout.sample(actor, lora, base, asked, negative, schedule, row_keys, row_keys, window))
+
+    objective = update.Objective(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
+    state = start(objective.optimizer, jax.tree.map(jnp.copy, lora))
+    networks = update.Networks(base=base, negative=negative)
+
+    @functools.cache
+    def batch() -> update.Rollout:
+        chunk = (sample(), asked, window.start, row_keys, None)
+        return update.gather([chunk], given["advantage"][None], np.ones((1, rows), np.float32))
+
+    def learn() -> None:
+        nonlocal state
+        state, _ = jax.block_until_ready(update.update(objective, state, networks, batch(), schedule, jnp.int32(0)))
+
+    return {
+        "forward": lambda: jax.block_until_ready(forward(lora, base)),
+        "gradient of the adapter": lambda: jax.block_until_ready(gradient(lora, base)),
+        "rollout": sample,
+        "update": learn,
+    }
+
+
+def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls:
+    """The same on PyTorch."""
+    targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+    network = peft.get_peft_model(diffusers.WanVACETransformer3DModel.from_pretrained(folder), lora).eval()
+    model = torch.compile(network) if compiled else network
+    latents, control = (
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))) for name in ("latents", "control")
+    )
+    text, negative, advantage = (torch.from_numpy(given[name]) for name in ("text", "negative", "advantage"))
+    schedule = rollout.Schedule.make(steps, SHIFT)
+    sigmas, timesteps = np.asarray(schedule.sigma).tolist(), np.asarray(schedule.timestep).tolist()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+
+    def call(x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+        return model(
+            hidden_states=x, timestep=torch.full((len(x),), timestep), encoder_hidden_states=text, control_hidden_states=control,
+            return_dict=False,
+        )[0]
+
+    def velocity(x: torch.Tensor, timestep: int) -> torch.Tensor:
+        both = torch.cat([text, negative.expand_as(text)])
+        prompt, none = call(torch.cat([x, x]), timestep, both, torch.cat([control, control])).chunk(2)
+        return none + GUIDANCE * (prompt - none)
+
+    def step(x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """-> next state, mean, standard deviation, log-probability [B]"""
+        sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
+        level = (sigma / (1 - min(sigma, sigmas[1]))) ** 0.5 * 0.7
+        mean = x * (1 + level**2 / (2 * sigma) * dt) + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
+        std = torch.tensor(level * (-dt) ** 0.5)
+        x_next = mean + std * torch.randn_like(x) if x_next is None else x_next
+        log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
+        return x_next, mean, std, log_prob.flatten(1).mean(1)
+
+    def gradient() -> None:
+        network.zero_grad()
+        (call(latents, 500, text, control) ** 2).sum().backward()
+
+    @torch.no_grad()
+    def sample() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        x, kept = torch.randn_like(latents), []
+        for index, timestep in enumerate(timesteps):
+            x_next, _, _, log_prob = step(x, velocity(x, timestep), index)
+            kept.append((x, x_next, log_prob))
+            x = x_next
+        return kept
+
+    @functools.cache
+    def trajectory() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return sample()[:-1]
+
+    def learn() -> None:
+        optimizer.zero_grad()
+        for index, (x, x_next, old) in enumerate(trajectory()):
+            _, mean, std, log_prob = step(x, velocity(x, timesteps[index]), index, x_next)
+            with torch.no_grad(), network.disable_adapter():
+                reference = step(x, velocity(x, timesteps[index]), index, x_next)[1]
+            ratio = torch.exp(log_prob - old)
+            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+            loss = loss + KL * ((mean - reference) ** 2 / (2 * std**2)).mean()
+            (loss / (steps - 1)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+
+    return {
+        "forward": torch.no_grad()(lambda: call(latents, 500, text, control)),
+        "gradient of the adapter": gradient,
+        "rollout": sample,
+        "update": learn,
+    }
 
 
 def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
@@ -46,57 +186,32 @@ def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile on their side")
+    parser.add_argument("--alone", choices=["ours", "theirs"])
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    theirs = diffusers.WanVACETransformer3DModel(**SIZES).eval()
+    given = inputs(arguments.rows)
+    sides: dict[str, Calls] = {}
     with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(Path(folder) / "transformer")
-        ours = load_transformer(folder)
-    parameters = sum(p.numel() for p in theirs.parameters())
-    targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
-    actor, lora, base = policy.split(add_adapter(ours, RANK, float(RANK), key(0, "init")), 1.0)
-
-    rng = np.random.default_rng(0)
-    rows = arguments.rows
-    latents = rng.standard_normal((rows, FRAMES, HEIGHT, WIDTH, 16), np.float32)
-    control = rng.standard_normal((rows, FRAMES, HEIGHT, WIDTH, 96), np.float32)
-    text = rng.standard_normal((rows, TEXT, SIZES["text_dim"]), np.float32)
-    time_steps = np.full(rows, 500)
-
-    def channels_first(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 1)))
-
-    given = dict(
-        hidden_states=channels_first(latents), timestep=torch.from_numpy(time_steps), encoder_hidden_states=torch.from_numpy(text),
-        control_hidden_states=channels_first(control), return_dict=False,
-    )
-
-    def apply(lora: nnx.State, base: nnx.State) -> jax.Array:
-        return nnx.merge(actor.adapted, base, lora)(jnp.asarray(latents), jnp.asarray(time_steps), jnp.asarray(text), jnp.asarray(control))
-
-    forward = jax.jit(apply)
-    gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
-
-    def their_gradient() -> None:
-        theirs.zero_grad()
-        (theirs(**given)[0] ** 2).sum().backward()
-
-    with torch.no_grad():
-        want = np.moveaxis(theirs(**given)[0].numpy(), 1, -1)
-        error = np.linalg.norm(forward(lora, base) - want) / np.linalg.norm(want)
-        tokens = FRAMES * HEIGHT * WIDTH // 4
-        print(f"{parameters / 1e6:.0f}M parameters, {rows} x {tokens} tokens, float32; relative difference {error:.1e}")
-        calls = medians(arguments.rounds, ours=lambda: jax.block_until_ready(forward(lora, base)), theirs=lambda: theirs(**given))
-    report("forward", calls)
-    calls = medians(arguments.rounds, ours=lambda: jax.block_until_ready(gradient(lora, base)), theirs=their_gradient)
-    report("gradient of the adapter", calls)
-
-
-def report(name: str, seconds: dict[str, float]) -> None:
-    print(f"{name}: ours {seconds['ours']:.3f} s, PyTorch {seconds['theirs']:.3f} s, ratio {seconds['ours'] / seconds['theirs']:.2f}")
+        diffusers.WanVACETransformer3DModel(**SIZES).save_pretrained(Path(folder) / "transformer")
+        if arguments.alone != "theirs":
+            sides["ours"] = our_calls(folder, given, arguments.steps)
+        if arguments.alone != "ours":
+            sides["theirs"] = their_calls(f"{folder}/transformer", given, arguments.steps, arguments.compile)
+    tokens = FRAMES * HEIGHT * WIDTH // 4
+    print(f"{arguments.rows} x {tokens} tokens, {arguments.steps} denoising steps, float32")
+    if arguments.alone is None:
+        want = np.moveaxis(sides["theirs"]["forward"]().numpy(), 1, -1)
+        print(f"relative difference {np.linalg.norm(sides['ours']['forward']() - want) / np.linalg.norm(want):.1e}")
+    for name in ("forward", "gradient of the adapter", "rollout", "update"):
+        found = medians(arguments.rounds, **{side: calls[name] for side, calls in sides.items()})
+        ratio = f", ratio {found['ours'] / found['theirs']:.2f}" if len(found) == 2 else ""
+        print(f"{name}: " + ", ".join(f"{side} {seconds:.3f} s" for side, seconds in found.items()) + ratio, flush=True)
+    if arguments.alone:
+        print(f"peak memory of {arguments.alone}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 if __name__ == "__main__":
