@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoints_convert"},
     {"pipeline", "rewards"},
     {"policy", "conditioning", "state", "optimizer"},
-    {"rollout", "update", "checkpoint", "metrics"},
+    {"rollout", "update", "checkpoint", "metrics", "profiling"},
     {"tasks", "finetune", "train", "evaluate", "report", "plan"},
     {"cli"},
     {"__main__"},
