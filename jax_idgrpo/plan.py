@@ -105,6 +105,7 @@ def devices(topology: str) -> list[jax.Device]:
         except RuntimeError:
             raise UserError("--topology gpu: JAX finds no GPU here; install the cuda extra on a machine that has one") from None
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"     # this machine need not be a TPU's
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"     # only one process may hold a TPU, but several may compile
     from jax.experimental import topologies
 
     try:
