@@ -17,7 +17,7 @@ from PIL import Image
 from jax_idgrpo import evaluate, statistics
 from jax_idgrpo.config import PENALTIES, RewardConfig
 from jax_idgrpo.data import cast
-from jax_idgrpo.data.distortions import DISTORTIONS, Subject
+from jax_idgrpo.data.distortions import DISTORTIONS, TRICKS, Subject
 from jax_idgrpo.rewards import FaceReward, References
 from jax_idgrpo.rewards.faces import load_stack
 
@@ -40,7 +40,8 @@ def subjects(count: int, stack) -> list[Subject]:
         for n in range(BATCH):
             mask = drawn.mask[n]
             if mask.sum() > 1 and seen[n][mask].all() and (drawn.visible[n][:, mask] > 0.9).all():
-                found.append(Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], boxes[n]))
+                stranger = drawn.video[n - 1], drawn.boxes[n - 1, :, 0]  # of the clip before
+                found.append(Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], boxes[n], *stranger))
                 if len(found) == count:
                     return found
     raise SystemExit(f"only {len(found)} clips of {count}")
@@ -64,7 +65,7 @@ def main() -> None:
     arguments = options.parse_args()
     stack = load_stack(RewardConfig().folder(), "embedder")
     clips = subjects(arguments.clips, jax.jit(lambda photos: stack(photos)))
-    tricked = {name: [trick(clip) for clip in clips] for name, trick in DISTORTIONS.items()}
+    tricked = {name: [DISTORTIONS[name](clip) for clip in clips] for name in TRICKS}
     if arguments.sheet:
         rows = [clips[0].video, *(videos[0] for videos in tricked.values())]
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)

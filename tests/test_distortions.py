@@ -1,22 +1,21 @@
 """Tricks and faults on clips: they do what they are named after, where they are asked to, and leave what they are given as it was."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from jax_idgrpo.data import distortions
-from jax_idgrpo.data.distortions import DISTORTIONS, Subject
+from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, STRANGER, TOGETHER, TRICKS, Subject
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
 COLOURS = np.array([[-0.8, 0.1, 0.2], [0.7, -0.3, 0.6]], np.float32)
+STRANGE = np.array([-0.2, 0.9, -0.7], np.float32)
 PHOTO_COLOURS = np.array([[0.9, 0.9, -0.9], [-0.5, 0.4, 0.8]], np.float32)
 
 
 @pytest.fixture
 def subject() -> Subject:
-    """Two people of one colour each in front of noise that moves; the third is absent. Their photos have other colours."""
+    """Two people of one colour each in front of noise that moves; the third is absent. Their photos have other colours, a stranger too."""
     video = np.random.default_rng(0).uniform(-0.2, 0.2, (FRAMES, SIZE, SIZE, 3)).astype(np.float32)
     boxes = np.repeat(BOXES[None], FRAMES, axis=0)
     photos = np.ones((3, 16, 16, 3), np.float32)
@@ -26,7 +25,11 @@ def subject() -> Subject:
             x0, y0, x1, y1 = boxes[t, i].astype(int)
             video[t, y0:y1, x0:x1] = COLOURS[i]
         photos[i, 4:12, 4:12] = PHOTO_COLOURS[i]
-    return Subject(video, boxes, np.array([True, True, False]), photos, np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32))
+    stranger = np.broadcast_to(STRANGE, (FRAMES, 8, 8, 3))
+    return Subject(
+        video, boxes, np.array([True, True, False]), photos, np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32),
+        stranger, np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32),
+    )
 
 
 def middle(subject, video, t, i):
@@ -46,20 +49,43 @@ def test_the_clip_given_stays_as_it_is_and_strength_0_changes_nothing(subject, n
 
 
 def test_each_does_what_it_is_named_after(subject):
-    made = {name: trick(subject) for name, trick in DISTORTIONS.items()}
+    made = {name: distort(subject) for name, distort in DISTORTIONS.items()}
     for t in range(FRAMES):
         seen = {name: [middle(subject, video, t, i) for i in range(2)] for name, video in made.items()}
         np.testing.assert_allclose(seen["paste"], PHOTO_COLOURS, atol=1e-5)
         np.testing.assert_allclose(seen["duplicate"], COLOURS[[0, 0]], atol=1e-5)
-        np.testing.assert_allclose(seen["average"], [COLOURS.mean(0)] * 2, atol=1e-5)
+        np.testing.assert_allclose(seen["blend"], [COLOURS.mean(0)] * 2, atol=1e-5)
         np.testing.assert_allclose(seen["swap"], COLOURS if t < FRAMES // 2 else COLOURS[::-1], atol=1e-5)
-        np.testing.assert_allclose(seen["hide"], [COLOURS[0], subject.video[t].mean((0, 1))], atol=1e-5)
+        np.testing.assert_allclose(seen["drop"], [COLOURS[0], subject.video[t].mean((0, 1))], atol=1e-5)
+        np.testing.assert_allclose(seen["replace"], [COLOURS[0], STRANGE], atol=1e-5)
+        share = t / (FRAMES - 1)
+        np.testing.assert_allclose(seen["drift"], [COLOURS[0], (1 - share) * COLOURS[1] + share * STRANGE], atol=1e-5)
         np.testing.assert_array_equal(made["freeze"][t], subject.video[0])
         area = [(np.abs(video[t] - COLOURS[0]).max(-1) < 1e-4).sum() for video in (subject.video, made["enlarge"])]
         assert area[1] > 1.5 * area[0]
 
 
-@pytest.mark.parametrize("name", sorted(set(DISTORTIONS) - {"freeze", "enlarge", "hide"}))
+def test_blur_takes_details_from_faces(subject):
+    noisy = subject.replace(video=np.random.default_rng(2).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
+    left, top, right, bottom = noisy.boxes[0, 0].astype(int)
+    detail = [distortions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
+    assert detail[0] > 1.3 * detail[1] > 1.3 * detail[2]
+
+
+@pytest.mark.parametrize("name", DISTORTIONS)
+def test_more_strength_is_further_from_the_clip(subject, name):
+    subject = subject.replace(video=np.random.default_rng(3).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
+    away = [np.abs(DISTORTIONS[name](subject, q) - subject.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
+    assert (np.diff(away) >= 0).all() and 0 < away[1] < away[3], away
+
+
+@pytest.mark.parametrize(("name", "frames"), [("drop", 2), ("duplicate", 2), ("swap", 1)])
+def test_strength_is_a_share_of_the_clip(subject, name, frames):
+    changed = np.abs(DISTORTIONS[name](subject, 0.5) - subject.video).max((1, 2, 3)) > 0.1
+    assert changed.tolist() == [False] * (FRAMES - frames) + [True] * frames
+
+
+@pytest.mark.parametrize("name", sorted(set(DISTORTIONS) - {"freeze", "enlarge", "drop"}))
 def test_nothing_but_faces_changes(subject, name):
     outside = np.ones((FRAMES, SIZE, SIZE), bool)
     for t in range(FRAMES):
@@ -68,10 +94,31 @@ def test_nothing_but_faces_changes(subject, name):
     np.testing.assert_array_equal(DISTORTIONS[name](subject)[outside], subject.video[outside])
 
 
-@pytest.mark.parametrize("name", ["duplicate", "average", "swap"])
-def test_one_person_alone_has_nobody_to_be_mixed_with(subject, name):
-    alone = dataclasses.replace(subject, mask=np.array([True, False, False]))
-    np.testing.assert_array_equal(DISTORTIONS[name](alone), subject.video)
+def test_what_needs_others_is_listed(subject):
+    alone = subject.replace(mask=np.array([True, False, False]))
+    lone = subject.replace(stranger=subject.video * 0 + COLOURS[1])
+    for name, distort in DISTORTIONS.items():
+        assert np.array_equal(distort(alone), subject.video) == (name in TOGETHER), name
+        assert np.array_equal(distort(lone), distort(subject)) == (name not in STRANGER), name
+    assert set(TRICKS) < set(DISTORTIONS)
+
+
+def test_people_in_another_order(subject):
+    other = subject.in_order([1, 0, 2])
+    np.testing.assert_allclose(middle(subject, distortions.drop(other), 0, 0), subject.video[0].mean((0, 1)), atol=1e-5)
+    np.testing.assert_allclose(middle(subject, distortions.paste(other), 0, 0), PHOTO_COLOURS[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NUISANCES)
+def test_a_nuisance_is_a_small_change_of_everything(name):
+    x, y = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))
+    slope = np.stack([x, y, np.sin(6 * x * y)], -1).astype(np.float32) * 0.7
+    video = np.stack([np.roll(slope, 2 * t, axis=1) for t in range(FRAMES)])
+    before, direction = video.copy(), np.array([0.8, -0.6, 0.7, -0.9])
+    little, much = (NUISANCES[name](video, q, direction) for q in (0.3, 1.0))
+    np.testing.assert_array_equal(video, before)
+    assert much.shape == video.shape and much.dtype == np.float32 and np.abs(much).max() <= 1
+    assert 0 < np.abs(little - video).mean() < np.abs(much - video).mean() < 0.25
 
 
 @pytest.mark.parametrize("box", [[-5.0, -5, 6, 6], [28.0, 28, 40, 40], [50.0, 50, 60, 60], [4.0, 4, 4, 9]])

@@ -1,27 +1,43 @@
-"""What can be done to a clip with known faces: the tricks of a policy that games a face reward, and faults of known kind.
+"""What can be done to a clip with known faces: faults of known kind and strength, the tricks among them, and changes that harm nobody.
 
-Each takes a clip of numpy float32 frames in [-1, 1] with the boxes of its people's faces (left, top, right, bottom in pixels) and returns
-a new clip. Faces are moved as ovals with soft edges, scaled from box to box; people who are absent (`mask` False) are left alone.
+A distortion takes a clip of numpy float32 frames in [-1, 1] with the boxes of its people's faces (left, top, right, bottom in pixels) and a
+strength in [0, 1], and returns a new clip; 0 changes nothing. Faces are moved as ovals with soft edges, scaled from box to box; people who
+are absent (`mask` False) are left alone. A nuisance takes frames, a strength and a direction of four numbers in [-1, 1], and leaves
+everybody who they are. Neither draws anything: what is random comes in from outside.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jax_idgrpo.video import recoded
+
 EDGE = 0.15  # of the oval's radius, over which a pasted face fades
+
+# What a nuisance changes at strength 1, at most
+GAIN, TINT = 0.25, 0.08  # of the light, and of one colour channel beyond it
+QUALITY = (14, 26)  # h264 quality factor at strength 0 and 1
+MARGIN = 0.06  # of a side, that is cut away
+ROLL = math.radians(6)
 
 
 @flax.struct.dataclass
 class Subject:
-    """A clip, its people and their photos, people in the same order. photo_boxes: of the faces in the photos."""
+    """A clip, its people and their photos, people in the same order. photo_boxes: of the faces in the photos.
+
+    stranger: a picture, for every frame, of somebody who is not in the clip; stranger_boxes: of the face in it.
+    """
 
     video: Float[np.ndarray, "F H W 3"]
     boxes: Float[np.ndarray, "F M 4"]
     mask: Bool[np.ndarray, "M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
+    stranger: Float[np.ndarray, "F y x 3"]
+    stranger_boxes: Float[np.ndarray, "F 4"]
 
     @property
     def people(self) -> list[int]:
@@ -34,11 +50,44 @@ class Subject:
         people = self.people
         return list(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else []
 
+    def in_order(self, order: Sequence[int]) -> "Subject":
+        """The same with the people in another order."""
+        chosen = list(order)
+        return self.replace(
+            boxes=self.boxes[:, chosen], mask=self.mask[chosen], photos=self.photos[chosen], photo_boxes=self.photo_boxes[chosen]
+        )
+
 
 def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
     """The box with its sides times `factor`, about its middle."""
     half, middle = (box[2:] - box[:2]) / 2 * factor, (box[2:] + box[:2]) / 2
     return np.concatenate([middle - half, middle + half])
+
+
+def sampled(
+    pictures: Float[np.ndarray, "*n H W 3"], x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]
+) -> Float[np.ndarray, "*n h w 3"]:
+    """Bilinear samples at x, y in pixels (the first pixel's middle is 0.5); the edge is repeated outside."""
+    height, width = pictures.shape[-3:-1]
+    column, row = np.clip(x - 0.5, 0, width - 1.0), np.clip(y - 0.5, 0, height - 1.0)
+    left, top = np.floor(column).astype(int), np.floor(row).astype(int)
+    right, below = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    a, b = (column - left)[..., None], (row - top)[..., None]
+    upper, lower = (pictures[..., line, left, :] * (1 - a) + pictures[..., line, right, :] * a for line in (top, below))
+    return upper * (1 - b) + lower * b
+
+
+def _pixels(left: int, top: int, right: int, bottom: int) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
+    """x and y of the middles of the pixels of a rectangle."""
+    x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)
+    return x, y
+
+
+def _inside(box: Float[np.ndarray, "4"], height: int, width: int) -> tuple[int, int, int, int]:
+    """The pixels that a box touches in a picture: left, top, right, bottom."""
+    low = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
+    high = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
 
 def put(
@@ -52,107 +101,191 @@ def put(
 
     strength: opacity. A box without area changes nothing.
     """
-    height, width = frame.shape[:2]
     size, middle = box[2:] - box[:2], (box[:2] + box[2:]) / 2
-    low = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
-    high = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)
-    if (size <= 0).any() or (high <= low).any():
+    left, top, right, bottom = _inside(box, *frame.shape[:2])
+    if (size <= 0).any() or right <= left or bottom <= top:
         return
-    x, y = np.meshgrid(np.arange(low[0], high[0]) + 0.5, np.arange(low[1], high[1]) + 0.5)
+    x, y = _pixels(left, top, right, bottom)
     radius = np.hypot((x - middle[0]) / (size[0] / 2), (y - middle[1]) / (size[1] / 2))
     opacity = strength * np.clip((1 - radius) / EDGE, 0, 1)[..., None]
     scale = (source[2:] - source[:2]) / size
-    column = np.clip((x - box[0]) * scale[0] + source[0] - 0.5, 0, picture.shape[1] - 1.0)
-    row = np.clip((y - box[1]) * scale[1] + source[1] - 0.5, 0, picture.shape[0] - 1.0)
-    left, top = np.floor(column).astype(int), np.floor(row).astype(int)
-    right, below = np.minimum(left + 1, picture.shape[1] - 1), np.minimum(top + 1, picture.shape[0] - 1)
-    a, b = (column - left)[..., None], (row - top)[..., None]
-    upper, lower = (picture[line, left] * (1 - a) + picture[line, right] * a for line in (top, below))
-    face = upper * (1 - b) + lower * b
-    part = frame[low[1] : high[1], low[0] : high[0]]
+    face = sampled(picture, (x - box[0]) * scale[0] + source[0], (y - box[1]) * scale[1] + source[1])
+    part = frame[top:bottom, left:right]
     part += opacity * (face - part)
 
 
-def _frames(subject: Subject, change: Callable[[np.ndarray, np.ndarray, np.ndarray], None]) -> Float[np.ndarray, "F H W 3"]:
-    """A new clip: `change(new frame, old frame, boxes)` on each."""
+def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndarray, "H W 3"]:
+    """Gaussian blur by `sigma` pixels; the edge is repeated outside."""
+    reach = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
+    for axis in (0, 1):
+        around = np.pad(picture, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge")
+        length = picture.shape[axis]
+        parts = (weight * around.take(range(k, k + length), axis) for k, weight in enumerate(kernel / kernel.sum()))
+        picture = sum(parts, np.zeros_like(picture))
+    return picture
+
+
+def _changed(subject: Subject, change: Callable[[np.ndarray, int], None], share: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """A new clip: `change(frame, its number)` on the last frames, a share of all rounded up."""
     video = np.array(subject.video, np.float32)
-    for new, old, boxes in zip(video, subject.video, subject.boxes, strict=True):
-        change(new, old, boxes)
+    for t in range(len(video) - math.ceil(round(share * len(video), 6)), len(video)):
+        change(video[t], t)
     return video
 
 
+# ---- distortions -----------------------------------------------------------------------------------------------------------
+
+
 def paste(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """Everybody's face is the one in their photo."""
+    """Everybody's face is the one in their photo; strength: its opacity."""
 
-    def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
+    def change(frame: np.ndarray, t: int) -> None:
         for i in subject.people:
-            put(new, boxes[i], subject.photos[i], subject.photo_boxes[i], strength)
+            put(frame, subject.boxes[t, i], subject.photos[i], subject.photo_boxes[i], strength)
 
-    return _frames(subject, change)
+    return _changed(subject, change)
 
 
 def freeze(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """The first frame stays; with strength below 1 the others shine through."""
-    video = np.asarray(subject.video, np.float32)
-    return np.float32(strength) * video[:1] + np.float32(1 - strength) * video
+    """The clip comes to a standstill; strength: for which share of it."""
+    last = len(subject.video) - 1
+    return np.asarray(subject.video, np.float32)[np.minimum(np.arange(last + 1), round((1 - strength) * last))]
 
 
 def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The first person's face grows about its middle, by 1 + strength."""
 
-    def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
+    def change(frame: np.ndarray, t: int) -> None:
         for i in subject.people[:1]:
-            put(new, grown(boxes[i], 1 + strength), old, boxes[i])
+            put(frame, grown(subject.boxes[t, i], 1 + strength), subject.video[t], subject.boxes[t, i], float(strength > 0))
 
-    return _frames(subject, change)
+    return _changed(subject, change)
 
 
 def duplicate(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """Everybody gets the first person's face."""
+    """In the end everybody has the first person's face; strength: for which share of the clip."""
 
-    def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
+    def change(frame: np.ndarray, t: int) -> None:
         for i in subject.people[1:]:
-            put(new, boxes[i], old, boxes[subject.people[0]], strength)
+            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, subject.people[0]])
 
-    return _frames(subject, change)
+    return _changed(subject, change, strength)
 
 
-def hide(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """The last person's face is painted over with the frame's mean colour."""
+def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """In the end the last person's face is gone, under the frame's mean colour; strength: for which share of the clip."""
 
-    def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
+    def change(frame: np.ndarray, t: int) -> None:
+        plain = np.broadcast_to(subject.video[t].mean((0, 1)), (2, 2, 3))
         for i in subject.people[-1:]:
-            plain = np.broadcast_to(old.mean((0, 1)), (2, 2, 3))
-            put(new, grown(boxes[i], 1.4), plain, np.array([0.0, 0.0, 2.0, 2.0]), strength)
+            put(frame, grown(subject.boxes[t, i], 1.4), plain, np.array([0.0, 0.0, 2.0, 2.0]))
 
-    return _frames(subject, change)
+    return _changed(subject, change, strength)
 
 
-def average(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """Each face is mixed half and half with the next person's."""
+def blend(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """Each face is mixed with the next person's, half and half at strength 1."""
 
-    def change(new: np.ndarray, old: np.ndarray, boxes: np.ndarray) -> None:
+    def change(frame: np.ndarray, t: int) -> None:
         for i, other in subject.neighbours:
-            put(new, boxes[i], old, boxes[other], 0.5 * strength)
+            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, other], 0.5 * strength)
 
-    return _frames(subject, change)
+    return _changed(subject, change)
 
 
 def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """From the middle of the clip on, each has the next person's face."""
-    video = np.array(subject.video, np.float32)
-    for number in range(len(video) // 2, len(video)):
+    """In the end each has the next person's face; at strength 1 for half of the clip, since exchanged throughout is not exchanged."""
+
+    def change(frame: np.ndarray, t: int) -> None:
         for i, other in subject.neighbours:
-            put(video[number], subject.boxes[number, i], subject.video[number], subject.boxes[number, other], strength)
-    return video
+            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, other])
+
+    return _changed(subject, change, strength / 2)
+
+
+def replace(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """The last person has the stranger's face; strength: its opacity."""
+
+    def change(frame: np.ndarray, t: int) -> None:
+        for i in subject.people[-1:]:
+            put(frame, subject.boxes[t, i], subject.stranger[t], subject.stranger_boxes[t], strength)
+
+    return _changed(subject, change)
+
+
+def drift(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """The last person turns into the stranger little by little; strength: opacity of the stranger's face in the last frame."""
+
+    def change(frame: np.ndarray, t: int) -> None:
+        share = strength * t / max(len(subject.video) - 1, 1)
+        for i in subject.people[-1:]:
+            put(frame, subject.boxes[t, i], subject.stranger[t], subject.stranger_boxes[t], share)
+
+    return _changed(subject, change)
+
+
+def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """Everybody's face loses its details, by a Gaussian of an eighth of its width at strength 1."""
+
+    def change(frame: np.ndarray, t: int) -> None:
+        for i in subject.people:
+            box = subject.boxes[t, i]
+            sigma = strength * float(box[2] - box[0]) / 8
+            left, top, right, bottom = _inside(grown(box, 1.5), *frame.shape[:2])
+            if right > left and bottom > top:
+                corner = np.array([left, top, left, top], box.dtype)
+                put(frame, box, _blurred(subject.video[t, top:bottom, left:right], sigma), box - corner, float(strength > 0))
+
+    return _changed(subject, change)
+
+
+# ---- nuisances -------------------------------------------------------------------------------------------------------------
+
+
+def light(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+    """Brighter or darker, warmer or colder. direction: of the gain, and of each channel beyond it."""
+    gain = 1 + strength * (GAIN * direction[0] + TINT * direction[1:])
+    return np.clip((video + 1) * gain.astype(np.float32) - 1, -1, 1)
+
+
+def codec(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+    """Through h264 and back, at a quality that falls with the strength."""
+    return recoded(video, QUALITY[0] + round(strength * (QUALITY[1] - QUALITY[0])))
+
+
+def crop(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+    """A margin is cut away and the rest fills the picture. direction: of the rest's place, across and down."""
+    height, width = video.shape[1:3]
+    cut = strength * MARGIN
+    x, y = _pixels(0, 0, width, height)
+    start = (direction[:2] + 1) / 2 * cut * np.array([width, height])
+    return sampled(video, x * (1 - cut) + start[0], y * (1 - cut) + start[1]).astype(np.float32)
+
+
+def pose(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+    """The camera leans, about the picture's middle. A mirror image would be somebody else: no face is symmetric."""
+    height, width = video.shape[1:3]
+    angle = strength * ROLL * float(direction[0])
+    x, y = _pixels(0, 0, width, height)
+    dx, dy = x - width / 2, y - height / 2
+    cos, sin = math.cos(angle), math.sin(angle)
+    return sampled(video, width / 2 + cos * dx - sin * dy, height / 2 + sin * dx + cos * dy).astype(np.float32)
 
 
 DISTORTIONS: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
-    "paste": paste,
-    "freeze": freeze,
-    "enlarge": enlarge,
-    "duplicate": duplicate,
-    "hide": hide,
-    "average": average,
     "swap": swap,
+    "replace": replace,
+    "drop": drop,
+    "duplicate": duplicate,
+    "blend": blend,
+    "drift": drift,
+    "blur": blur,
+    "enlarge": enlarge,
+    "freeze": freeze,
+    "paste": paste,
 }
+TRICKS = ("paste", "freeze", "enlarge", "duplicate", "drop", "blend", "swap")  # what a policy might do to please a face reward
+TOGETHER = ("swap", "duplicate", "blend")  # these need two people
+STRANGER = ("replace", "drift")  # these need somebody else
+NUISANCES: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {"light": light, "codec": codec, "crop": crop, "pose": pose}
