@@ -141,7 +141,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
     if config.finetune.task not in configuration.REWARD_TASKS:
         raise UserError(
             f"finetune.task is {config.finetune.task!r}; train-reward trains {', '.join(configuration.REWARD_TASKS)}, "
-            "as configs/reward_vlm.py does; use idgrpo finetune for other tasks"
+            "as configs/reward_face.py does; use idgrpo finetune for other tasks"
         )
     workdir = require_writable(Path(arguments.workdir), "--workdir")
     _join()

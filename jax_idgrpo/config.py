@@ -308,6 +308,8 @@ class RewardConfig:
     faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package; "" where none of them is needed.
     backend: what finds and embeds faces for the reward: "" is the networks of `faces`, on the accelerator; "deepface:DETECTOR/MODEL" is
         deepface's, on the host, such as deepface:retinaface/ArcFace, or deepface:opencv/embedder with the embedder of `faces`.
+    head: folder of a reward head trained on pairs (`train-reward` with the task reward_face), as its export; what it says, in log-odds,
+        less the costs is then the reward, and the price of a penalty is in log-odds too; "" is the fixed formula.
     vlm: folder of a vision-language reward, as released or as `train-reward` exports it, which is then the reward; "" is the face reward.
     vlm_base: folder of the Qwen2.5-VL model that it was trained from, for what its own folder does not hold.
     vlm_prompt: file with the text that it is asked (text, or the release's prompt_template.py); "" is prompt.txt in its folder.
@@ -329,6 +331,7 @@ class RewardConfig:
     similarity_high: float = 0.9
     missing: float = 0.15
     soft_weight: float = 0.5
+    head: str = ""
     vlm: str = ""
     vlm_base: str = ""
     vlm_prompt: str = ""
@@ -349,6 +352,9 @@ class RewardConfig:
         _require(not (self.backend and self.vlm), "reward.backend and reward.vlm are both set; use one of them")
         _require(self.faces != "" or self.vlm != "" or (self.backend != "" and not self.backend.endswith("/embedder")),
                  "reward.faces is empty; only a reward.vlm and models of deepface can do without face networks")
+        _require(not (self.head and self.vlm), "reward.head and reward.vlm are both the reward; leave one empty")
+        _require(not (self.head and self.backend),
+                 "reward.head reads the faces of reward.faces, and reward.backend takes others; leave one empty")
         _require(self.frames >= 1, f"reward.frames is {self.frames}; use 1 or more")
         _require(self.similarity_low < self.similarity_high,
                  f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")
@@ -438,7 +444,7 @@ class MeshConfig:
         _require(list(sizes.values()).count(-1) <= 1, "mesh: only one axis can be -1")
 
 
-REWARD_TASKS = ("reward_vlm",)
+REWARD_TASKS = ("reward_face", "reward_vlm")
 """Tasks of supervised training that train a reward."""
 
 
@@ -446,8 +452,8 @@ REWARD_TASKS = ("reward_vlm",)
 class FinetuneConfig:
     """Supervised training: which task, rows per step, and the task's own values as a flat dict (documented by the task).
 
-    task: "vae", "text", "transformer", "detector", "embedder" or "reward_vlm". out: where the trained network is stored, in published
-    layout; "" is `export/` in the workdir. start: folder to continue from; "" starts from random weights.
+    task: "vae", "text", "transformer", "detector", "embedder", "reward_face" or "reward_vlm". out: where the trained network is
+    stored, in published layout; "" is `export/` in the workdir. start: folder to continue from; "" starts from random weights.
     log_every: training steps that one row of metrics is the mean of.
     """
 

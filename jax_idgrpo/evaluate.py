@@ -33,6 +33,8 @@ from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.pipeline import Pipeline, add_adapter, load_pipeline, lora_scale
 from jax_idgrpo.rewards import FaceReward, References, load_reward
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
+from jax_idgrpo.rewards.faces import load_stack
+from jax_idgrpo.rewards.head import fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.vlm import VlmReward, load_vlm
 from jax_idgrpo.video import read_video, to_uint8, write_video
@@ -160,9 +162,13 @@ def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.penalties.items()),
     )
-    if embedder == "embedder" and config.backend:
+    if embedder != "embedder":
+        return load_reward(config.folder(), embedder, 0, constants)
+    if config.backend:
         return HostFaceReward(DeepFace(config.backend, config.folder()), constants, config.frames)
-    return load_reward(config.folder(), embedder, config.frames if embedder == "embedder" else 0, constants)
+    stack = load_stack(config.folder(), embedder)
+    head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
+    return FaceReward(stack, constants, config.frames, head)
 
 
 def policy_devices(config: Config) -> list[jax.Device]:

@@ -16,6 +16,7 @@ from jax_idgrpo.data.preferences import Pair, agrees, automatic_share, load_pair
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.rewards import vlm_files
+from jax_idgrpo.tasks import pairs as pairs_tasks
 from jax_idgrpo.tasks import reward_vlm
 from jax_idgrpo.video import write_video
 from tests import vlm_folders
@@ -77,7 +78,7 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
     from jax_idgrpo.finetune import finetune
 
     finetune(config, tmp_path / "run")
-    options = reward_vlm.Options.read(config.finetune.options)
+    options = pairs_tasks.read_options(reward_vlm.Options, config.finetune.options)
     from jax_idgrpo import keys
 
     before, text = reward_vlm.open_model(config, options, keys.key(config.run.seed, "init"))
@@ -118,12 +119,12 @@ def test_a_teacher_agrees_with_signs_and_with_likely_ties():
 def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path):
     listed = load_pairs(write_pairs(tmp_path / "pairs", 6, 20), ("SA",))
     config = configuration(base, tmp_path / "pairs" / "pairs.csv", 1, teacher=str(tmp_path / "teacher"))
-    options = reward_vlm.Options.read(config.finetune.options)
+    options = pairs_tasks.read_options(reward_vlm.Options, config.finetune.options)
     model, text = reward_vlm.open_model(config, options, jax.random.key(1))
     vlm_files.save(model, tmp_path / "teacher", text=text)
     trainee = reward_vlm.Trainee(model.network, 1, model.settings)
     said = reward_vlm.differences(trainee, listed, reward_vlm.read_with(model, text, 10.0), 2)[:, 0]
-    kept = reward_vlm.filtered(listed, config, options)
+    kept = pairs_tasks.filtered(listed, options, lambda: reward_vlm.read_teacher(config, options))
     want = [pair for pair, d in zip(listed, said, strict=True) if pair.source == "trusted" or d * pair.labels[0] > 0]
     assert {pair.videos for pair in kept} == {pair.videos for pair in want}
 
@@ -152,7 +153,7 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
             reward_vlm.make(configuration(base, pairs, 1, **options))
     with pytest.raises(UserError, match="no such file"):
         reward_vlm.make(configuration(base, tmp_path / "nowhere.csv", 1))
-    with pytest.raises(UserError, match="train-reward trains reward_vlm"):
+    with pytest.raises(UserError, match="train-reward trains reward_face, reward_vlm"):
         cli.run(["train-reward", str(ROOT / "configs" / "embedded_vae.py"), "--workdir", str(tmp_path / "run")])
 
 

@@ -112,9 +112,9 @@ def pair_batch(pairs: Sequence[Pair], seed: int, step: int, count: int, share: f
     """
     kinds = [[pair for pair in pairs if pair.source == source] for source in ("trusted", "automatic")]
     draws = np.asarray(jax.random.uniform(keys.fold(keys.key(seed, "data"), step), (count,)))
+    orders = [grain.MapDataset.range(max(len(kind), 1)).seed(seed).shuffle().repeat() for kind in kinds]
     chosen = []
     for row, draw in enumerate(draws):
-        wanted = kinds[1] if (draw < share and kinds[1]) or not kinds[0] else kinds[0]
-        order = grain.MapDataset.range(len(wanted)).seed(seed).shuffle().repeat()
-        chosen.append(wanted[int(order[step * count + row])])
+        kind = int((draw < share and bool(kinds[1])) or not kinds[0])
+        chosen.append(kinds[kind][int(orders[kind][step * count + row])])
     return chosen

@@ -1,8 +1,8 @@
 """Rewards: `score(videos, references, prompts) -> [B]`, higher is better.
 
 The face reward detects, aligns and embeds every face, matches the reference people to faces frame by frame and scores how alike
-they are (`identity`). All of it is one program on the device; only whether every reference photo shows a face is looked at on
-the host, once per photo.
+they are (`identity`), or lets a trained network judge what it finds (`head`). All of it is
+one program on the device; only whether every reference photo shows a face is looked at on the host, once per photo.
 """
 
 import functools
@@ -20,6 +20,7 @@ from PIL import Image
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import preference as preference  # `rewards.preference` is part of the interface
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
+from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
 
 Terms = dict[str, Float[Array, "B"]]
@@ -45,25 +46,37 @@ def frame_numbers(frames: int, wanted: int) -> np.ndarray:
     return np.round(np.linspace(0, frames - 1, wanted)).astype(int)
 
 
-def _score(graph, config, frames, state, videos, references, mask) -> Terms:
+def _read(graph, config, frames, state, videos, references, mask) -> tuple[Terms, Tokens]:
     chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
-    faces = nnx.merge(graph, state)(chosen)
-    return reward_terms(chosen, faces.boxes, faces.embeddings, faces.mask, references, mask, config)
+    faces = nnx.merge(graph, state)[0](chosen)
+    terms = reward_terms(chosen, faces.boxes, faces.embeddings, faces.mask, references, mask, config)
+    return terms, tokens(terms, faces, references, mask, chosen.shape[2:4], config)
+
+
+def _score(graph, config, frames, state, videos, references, mask) -> Terms:
+    terms, said = _read(graph, config, frames, state, videos, references, mask)
+    head = nnx.merge(graph, state)[1]
+    if head is None:
+        return terms
+    score = head(said)
+    return terms | {"head": score, "reward": score - terms["costs"]}
 
 
 def _best(graph, state, pictures):
-    return nnx.merge(graph, state).best(pictures)
+    return nnx.merge(graph, state)[0].best(pictures)
 
 
 class FaceReward:
     """A face stack with an identity reward on top. After a call, `terms` holds every named term of it, each [B].
 
-    function(state, videos, embeddings, mask) -> terms is the reward as a function of arrays alone, for programs that differentiate it.
+    function(state, videos, embeddings, mask) -> terms is the reward as a function of arrays alone, for programs that differentiate it;
+    read, of the same arguments, -> (terms without a head's, the tokens that a head looks at).
     """
 
-    def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0):
-        """frames: how many evenly spaced frames of a video are looked at; 0 means all."""
-        graph, self.state = nnx.split(stack)
+    def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
+        """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
+        graph, self.state = nnx.split((stack, head))
+        self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self.function = jax.jit(functools.partial(_score, graph, config, frames))
         self._best = jax.jit(functools.partial(_best, graph))
         self._cache: dict[bytes, np.ndarray] = {}

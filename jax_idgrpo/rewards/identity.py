@@ -46,10 +46,14 @@ class IdentityConfig:
     tracks: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
 
+def level(similarity: Float[ArrayLike, "*n"], low: float, high: float) -> Float[ArrayLike, "*n"]:
+    """g(s): the similarity mapped from [low, high] to [0, 1]."""
+    return jnp.clip((similarity - low) / (high - low), 0.0, 1.0)
+
+
 def person_scores(matches: Matches, low: float, high: float) -> Float[ArrayLike, "B M"]:
     """c_i: mean over frames of the similarity mapped from [low, high] to [0, 1]; a missing person counts 0."""
-    level = jnp.clip((matches.similarity - low) / (high - low), 0.0, 1.0)
-    return jnp.mean(jnp.where(matches.matched, level, 0.0), axis=1)
+    return jnp.mean(jnp.where(matches.matched, level(matches.similarity, low, high), 0.0), axis=1)
 
 
 def soft_minimum(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float) -> Float[ArrayLike, " B"]:
@@ -122,7 +126,7 @@ def reward_terms(
 ) -> dict[str, Float[ArrayLike, " B"]]:
     """Every term of the reward and the metrics that share its matching, each [B] in fp32.
 
-    reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms.
+    reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms. costs: all that is subtracted.
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
@@ -138,14 +142,15 @@ def reward_terms(
     extra = extra_faces(face_mask, reference_mask)
     moved = motion(videos, boxes, face_mask)
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
-    reward = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
-    reward = reward - config.extra_weight * extra - config.motion_weight * stillness
+    identity = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
-    reward = reward - sum(weight * prices[name] for name, weight in config.penalties)
+    costs = config.extra_weight * extra + config.motion_weight * stillness
+    costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)
     asked = jnp.sum(reference_mask, -1)
     terms = {
-        "reward": reward,
+        "reward": identity - costs,
+        "costs": costs,
         "identity_mean": identity_mean,
         "identity_soft_min": identity_soft_min,
         "extra": extra,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 
-TASKS = ("vae", "text", "transformer", "detector", "embedder", "reward_vlm")
+TASKS = ("vae", "text", "transformer", "detector", "embedder", "reward_face", "reward_vlm")
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
 

@@ -4,16 +4,14 @@ As published: an adapter on every linear layer of the language model, the vision
 table only the rows of the reward tokens are trained, with one learning rate; the rest is frozen. What is trained is held in float32. The
 published dropout of 0.05 inside the adapter is left out.
 
-Options (`finetune.options`): pairs, held_out (CSVs, see `data.preferences`; held_out may be ""), dimensions, rank, alpha, frames, pixels,
-pooling ("special", "last" or "mean"), text (file with what is asked, "" for the project's own), theta (of the loss), automatic (share of
-automatic pairs at the start), teacher (reward folder that filters the automatic pairs, "" for none), remat. `reward.vlm_base` is the model
-that training starts from, `finetune.start` a reward folder that it goes on with instead; `reward.vlm_fps` is what videos are taken to have
+Options (`finetune.options`): those of `tasks.pairs`, rank, alpha, frames, pixels, pooling ("special", "last" or "mean"), text (file with
+what is asked, "" for the project's own), remat. `reward.vlm_base` is the model that training starts from, `finetune.start` a reward
+folder that it goes on with instead; `reward.vlm_fps` is what videos are taken to have
 where a row does not say.
 """
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,60 +23,38 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 from PIL import Image
 
-from jax_idgrpo import keys, parallel, statistics
-from jax_idgrpo.checkpoint import write_text
+from jax_idgrpo import keys, parallel
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.preferences import Pair, agrees, automatic_share, load_pairs, pair_batch
+from jax_idgrpo.data.preferences import Pair, load_pairs
 from jax_idgrpo.data.prompts import load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.rewards import vlm_files, vlm_inputs
-from jax_idgrpo.rewards.preference import btt_loss
 from jax_idgrpo.rewards.vlm import dimension_scores
 from jax_idgrpo.rewards.vlm_files import RewardModel, Settings
 from jax_idgrpo.rewards.vlm_inputs import Asked, Prompting
 from jax_idgrpo.tasks import Task
+from jax_idgrpo.tasks.pairs import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
 from jax_idgrpo.video import read_video
-
-RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(PairOptions):
     """`finetune.options`, see the module's docstring."""
 
-    pairs: str
-    held_out: str = ""
-    dimensions: tuple[str, ...] = ("SA",)
     rank: int = 64
     alpha: float = 128.0
     frames: float = 5.0
     pixels: int = 399_360
     pooling: str = "special"
     text: str = ""
-    theta: float = 5.0
-    automatic: float = 1.0
-    teacher: str = ""
     remat: bool = True
 
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> "Options":
-        """From the configuration.
-
-        Raises:
-          UserError: an option is missing, unknown, or of no use.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := [name for name in values if name not in known]:
-            raise UserError(f"finetune.options knows no {unknown[0]!r}; use {', '.join(known)}")
-        if "pairs" not in values:
-            raise UserError("finetune.options names no pairs; name a CSV of preference pairs")
-        given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        found = cls(**given)
-        if not 0 <= found.automatic <= 1 or found.theta <= 1 or found.rank < 1 or found.pooling not in vlm_files.POOLINGS:
-            raise UserError("finetune.options: automatic is 0 to 1, theta above 1, rank 1 or more, pooling special, last or mean")
-        return found
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1 or self.pooling not in vlm_files.POOLINGS:
+            raise UserError("finetune.options: rank is 1 or more, pooling special, last or mean")
 
 
 @struct.dataclass
@@ -191,36 +167,15 @@ def differences(trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size:
     return np.concatenate(parts)[: len(pairs)]
 
 
-def accuracy(difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"], seed: int) -> dict[str, Any]:
-    """Agreement with the labels: without ties (they are left out, equal scores are wrong), with its interval; and with ties.
-
-    With ties: the best over eps of calling |difference| <= eps a tie. Source: arXiv 2305.14324.
-    """
-    valid = np.isin(label, (-1, 0, 1))
-    difference, label = difference[valid], label[valid]
-    decided = label != 0
-    found: dict[str, Any] = {"pairs": len(label), "ties": int((~decided).sum())}
-    if decided.any():
-        right = (difference * label > 0)[decided].astype(float)
-        found["without_ties"] = dataclasses.asdict(statistics.bootstrap(right, np.arange(len(right)), seed, RESAMPLES))
-    if len(label):
-        called = [np.where(np.abs(difference) <= eps, 0, np.sign(difference)) for eps in (-1.0, *np.abs(difference))]
-        found["with_ties"] = float(max(np.mean(row == label) for row in called))
-    return found
-
-
 # ---- the task ------------------------------------------------------------------------------------------------------------
 
 
-def filtered(pairs: list[Pair], config: Config, options: Options) -> list[Pair]:
-    """The pairs without those automatic ones that the teacher contradicts in a dimension; all of them without a teacher.
+def read_teacher(config: Config, options: Options) -> Differences:
+    """The teacher's opinion of pairs.
 
     Raises:
-      UserError: the teacher cannot be read.
+      UserError: the teacher cannot be read, or scores other dimensions than the pairs'.
     """
-    automatic = [pair for pair in pairs if pair.source == "automatic"]
-    if not (options.teacher and automatic):
-        return pairs
     reward = config.reward
     model = vlm_files.load(options.teacher, reward.vlm_base or None, reward.vlm_dtype)
     if model.settings.dimensions != options.dimensions:
@@ -228,11 +183,7 @@ def filtered(pairs: list[Pair], config: Config, options: Options) -> list[Pair]:
                         f"the pairs are labelled in {', '.join(options.dimensions)}")
     text = vlm_inputs.read_text(Path(options.teacher) / vlm_files.PROMPT, model.settings.template)
     trainee = Trainee(model.network, len(model.settings.tokens), model.settings)
-    found = differences(trainee, automatic, read_with(model, text, reward.vlm_fps), config.finetune.batch)
-    kept = [pair for pair, row in zip(automatic, found, strict=True)
-            if all(label not in (-1, 0, 1) or agrees(float(d), label, options.theta) for d, label in zip(row, pair.labels, strict=True))]
-    print(f"teacher: keeps {len(kept)} of {len(automatic)} automatic pairs")
-    return [pair for pair in pairs if pair.source != "automatic"] + kept
+    return lambda pairs: differences(trainee, pairs, read_with(model, text, reward.vlm_fps), config.finetune.batch)
 
 
 def open_model(config: Config, options: Options, key: jax.Array) -> tuple[RewardModel, str]:
@@ -263,10 +214,10 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
 
 def make(config: Config) -> Task:
     """The task of `configs/reward_vlm.py`."""
-    options = Options.read(config.finetune.options)
+    options = read_options(Options, config.finetune.options)
     pairs = load_pairs(options.pairs, options.dimensions)
     held_out = load_pairs(options.held_out, options.dimensions) if options.held_out else []
-    pairs = filtered(pairs, config, options)
+    pairs = filtered(pairs, options, lambda: read_teacher(config, options))
     model, text = open_model(config, options, keys.key(config.run.seed, "init"))
     reading = read_with(model, text, config.reward.vlm_fps)
 
@@ -274,23 +225,15 @@ def make(config: Config) -> Task:
         return make_trainee(model, options.remat)
 
     def batch(seed: int, step: int) -> PairBatch:
-        share = automatic_share(step, config.run.steps, options.automatic)
-        return reading.batch(pair_batch(pairs, seed, step, config.finetune.batch, share))
+        return reading.batch(step_pairs(pairs, options, config, seed, step))
 
     def loss(trainee: nnx.Module, given: PairBatch, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         a, b = jnp.split(trainee(given.asked, given.frames), 2)
-        value = jnp.mean(jnp.stack([btt_loss(a[:, n], b[:, n], given.labels[:, n], options.theta) for n in range(a.shape[1])]))
-        decided = jnp.abs(given.labels) == 1
-        right = decided & ((a - b) * given.labels > 0)
-        return value, {"accuracy": jnp.sum(right) / jnp.maximum(jnp.sum(decided), 1), "spread": jnp.std(jnp.concatenate([a, b]))}
+        return pair_loss(a, b, given.labels, options.theta)
 
     def save(trainee: nnx.Module, folder: Path) -> None:
-        if held_out:
-            found = differences(trainee, held_out, reading, config.finetune.batch)
-            labels = np.asarray([pair.labels for pair in held_out])
-            told = {name: accuracy(found[:, n], labels[:, n], config.run.seed) for n, name in enumerate(options.dimensions)}
-            write_text(folder.parent / "accuracy.json", json.dumps(told, indent=1))
-            print(f"held-out accuracy: {json.dumps(told)}")
+        size = config.finetune.batch
+        write_accuracy(folder.parent, held_out, lambda pairs: differences(trainee, pairs, reading, size), options, config.run.seed)
         trainee.fill()
         vlm_files.save(dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text)
 

@@ -1,0 +1,268 @@
+"""The learned reward: a small network on what the matched and followed faces of a video say, trained on preference pairs.
+
+Every person asked for becomes a token, every video a row of terms that know no person (`tokens`). Then, all in float32,
+
+    score = f(mean_i phi(x_i), min_i phi(x_i), max_i phi(x_i), z),   f = LayerNorm -> 64 -> 64 -> 1
+
+over the people i, with x the tokens and z the video's terms, each clipped to the range that training saw and mapped to [-1, 1]: a network
+extrapolates, and a policy finds where. So the order of people and of faces and padding change nothing by construction. Only differences
+of scores mean something; they are log-odds (see `preference`).
+
+A face is judged twice: as the face that is most like the person, wherever it is, and as the face in the person's place, along the track
+that is the person's over the whole video. Two people who exchange faces look well to the first and badly to the second.
+Gradients reach the embeddings through cosines; assignments, boxes and landmarks carry none. Sources: deep sets (arXiv 1703.06114); the
+choice of tokens is ours.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from checkpoints_convert import faces as tables
+from checkpoints_convert import rules, store
+from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards.faces import Faces
+from jax_idgrpo.rewards.identity import IdentityConfig, level
+from jax_idgrpo.rewards.matching import cosines, match_videos, most_alike
+from jax_idgrpo.rewards.tracks import tracks
+
+NAME = "head"
+WIDTH = 64
+_COURSE = ("mean", "least", "spread", "change")
+PEOPLE = (
+    *(f"alike_{name}" for name in _COURSE),
+    *(f"placed_{name}" for name in _COURSE),
+    "steady",
+    "lead",
+    "lead_least",
+    "rival",
+    "rival_most",
+    "presence",
+    "size",
+    "yaw",
+    "quality",
+)
+"""What a person's token holds, in its order (see `tokens`)."""
+TERMS = (
+    "identity_mean",
+    "identity_soft_min",
+    "similarity_min",
+    "extra",
+    "missing",
+    "duplicated",
+    "swapped",
+    "switched",
+    "blended",
+    "area",
+    "mimr",
+    "id_conf",
+    "unique_faces",
+)
+VIDEO = (*TERMS, "still", "twins", "twins_most", "people")
+"""What a video's row holds, in its order: terms of `identity.reward_terms`, and further ones (see `tokens`)."""
+
+
+@flax.struct.dataclass
+class Tokens:
+    """people: one token per person asked for, padding where mask is False. video: one row per video."""
+
+    people: Float[Array, "B M P"]
+    mask: Bool[Array, "B M"]
+    video: Float[Array, "B G"]
+
+
+def _of_face(values: Float[Array, "B T K"], face: Any) -> Float[Array, "B T M"]:
+    """The value of every person's face, 0 for nobody's."""
+    return jnp.take_along_axis(jnp.pad(values, ((0, 0), (0, 0), (0, 1))), face, axis=-1)
+
+
+def _mean(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float[Array, "B M"]:
+    return jnp.sum(jnp.where(where, values, 0.0), 1) / jnp.maximum(jnp.sum(where, 1), 1)
+
+
+def _spread(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float[Array, "B M"]:
+    """Standard deviation over frames, with a finite gradient at 0."""
+    return jnp.sqrt(_mean((values - _mean(values, where)[:, None]) ** 2, where) + 1e-8)
+
+
+def _course(values: Float[Array, "B T M"]) -> list[Float[Array, "B M"]]:
+    """Mean, least, spread and last less first of what is known in every frame."""
+    return [jnp.mean(values, 1), jnp.min(values, 1), _spread(values, jnp.ones_like(values, bool)), values[:, -1] - values[:, 0]]
+
+
+def tokens(
+    terms: Mapping[str, Float[Array, "B"]],
+    faces: Faces,
+    references: Float[Array, "B M E"],
+    reference_mask: Bool[Array, "B M"],
+    size: tuple[int, int],
+    config: IdentityConfig,
+) -> Tokens:
+    """What the head looks at, of faces in frames of `size` (height, width) and the terms of `reward_terms` on the same faces.
+
+    Of a person, over frames (0 where there is no face, g as in `identity`):
+    alike: mean, least, standard deviation and last less first of g(s), s the cosine of the matched face. placed: the same of the face on
+    the person's track. steady: least cosine of neighbouring faces on that track. lead, lead_least: s less the cosine of the next best
+    face, mean and least. rival, rival_most: by how much the matched face resembles another reference more than their own resembles that
+    one, mean and greatest. presence: share of frames with a matched face. size: its side as a share of the frame's, mean. yaw: standard
+    deviation of the nose's place between the eyes, in eye distances. quality: the detector's score, mean.
+
+    Of a video: `TERMS`; still: how far `motion` is below its floor; twins, twins_most: by how much the most alike faces of a frame are more
+    alike than the most alike references, mean and greatest; people: asked for, in units of 4.
+    """
+    embeddings, shown = faces.embeddings, faces.mask
+    everyone = (embeddings, shown, references, reference_mask)
+    matches = match_videos(*everyone, config.null_similarity)
+    followed = tracks(faces.boxes, *everyone, config.null_similarity, config.tracks)
+    cosine = cosines(embeddings, references)
+    matched = matches.matched & reference_mask[:, None]
+
+    placed = (followed.track[:, :, None] == followed.of_reference[:, None, :, None]) & shown[:, :, None]             # [B,T,M,K]
+    in_place = jnp.any(placed, -1)
+    of_place = jnp.einsum("btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest")
+    neighbours = jnp.sum(of_place[:, 1:] * of_place[:, :-1], -1)
+    steady = jnp.min(jnp.where(in_place[:, 1:] & in_place[:, :-1], neighbours, 1.0), 1, initial=1.0)
+
+    own = jax.nn.one_hot(matches.face, shown.shape[-1], dtype=bool)                                                 # [B,T,M,K]
+    second = jnp.max(jnp.where(shown[:, :, None] & ~own, cosine, 0.0), -1, initial=0.0)
+    lead = jnp.where(matched, matches.similarity - second, 0.0)
+
+    mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
+    others = reference_mask[:, :, None] & reference_mask[:, None] & ~jnp.eye(mutual.shape[-1], dtype=bool)
+    of_face = jnp.einsum("btmk,btjk->btmj", own.astype(jnp.float32), cosine, precision="highest")
+    rival = jnp.max(jnp.where(others[:, None], of_face - mutual[:, None], -1.0), -1)
+    rival = jnp.where(matched & jnp.any(others, -1)[:, None], rival, 0.0)
+
+    sides = (faces.boxes[..., 2:] - faces.boxes[..., :2]) / jnp.asarray((size[1], size[0]), jnp.float32)
+    eyes, nose = faces.landmarks[..., :2, 0], faces.landmarks[..., 2, 0]
+    turned = (nose - jnp.mean(eyes, -1)) / jnp.maximum(jnp.abs(eyes[..., 1] - eyes[..., 0]), 1.0)
+
+    people = [
+        *_course(jnp.where(matched, level(matches.similarity, config.low, config.high), 0.0)),
+        *_course(jnp.where(in_place, level(jnp.sum(jnp.where(placed, cosine, 0.0), -1), config.low, config.high), 0.0)),
+        steady,
+        jnp.mean(lead, 1),
+        jnp.min(lead, 1),
+        _mean(rival, matched),
+        jnp.max(rival, 1),
+        jnp.mean(matched, 1),
+        _mean(_of_face(jnp.sqrt(jnp.prod(jnp.maximum(sides, 0.0), -1)), matches.face), matched),
+        _spread(_of_face(jnp.clip(turned, -1, 1), matches.face), matched),
+        _mean(_of_face(faces.scores, matches.face), matched),
+    ]
+    expected = jnp.max(jnp.where(others, mutual, -1.0), (1, 2))[:, None]
+    twins = jnp.where(jnp.sum(shown, -1) > 1, most_alike(embeddings, shown) - jnp.maximum(expected, 0.0), 0.0)
+    video = {
+        **terms,
+        "still": jax.nn.relu(1.0 - terms["motion"] / config.motion_floor),
+        "twins": jnp.mean(twins, 1),
+        "twins_most": jnp.max(twins, 1),
+        "people": jnp.sum(reference_mask, -1) / 4,
+    }
+    return Tokens(
+        people=jnp.where(reference_mask[..., None], jnp.stack(people, -1), 0.0).astype(jnp.float32),
+        mask=jnp.asarray(reference_mask),
+        video=jnp.stack([video[name] for name in VIDEO], -1).astype(jnp.float32),
+    )
+
+
+class Seen(nnx.Variable):
+    """Least and greatest value of every entry of a token in training, [2, P]; not trained."""
+
+
+def seen(values: Float[np.ndarray, "N P"]) -> Float[np.ndarray, "2 P"]:
+    """The range of some tokens."""
+    return np.stack([values.min(0), values.max(0)])
+
+
+def _within(values: Float[Array, "*n P"], seen: Float[Array, "2 P"]) -> Float[Array, "*n P"]:
+    """Clipped to the range, which becomes [-1, 1]; 0 where there is none."""
+    low, high = seen
+    middle, half = (low + high) / 2, (high - low) / 2
+    return jnp.where(half > 0, (jnp.clip(values, low, high) - middle) / jnp.where(half > 0, half, 1.0), 0.0)
+
+
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, precision="highest", rngs=rngs)
+
+
+class Head(nnx.Module):
+    """Tokens to a score. people, video: the ranges that training saw, [2, P] and [2, G]."""
+
+    def __init__(self, people: Float[np.ndarray, "2 P"], video: Float[np.ndarray, "2 G"], *, rngs: nnx.Rngs):
+        self.people, self.video = Seen(jnp.asarray(people)), Seen(jnp.asarray(video))
+        self.phi = nnx.List([_linear(people.shape[1], WIDTH, rngs), _linear(WIDTH, WIDTH, rngs)])
+        pooled = 3 * WIDTH + video.shape[1]
+        self.norm = nnx.LayerNorm(pooled, rngs=rngs)
+        self.layers = nnx.List([_linear(pooled, WIDTH, rngs), _linear(WIDTH, WIDTH, rngs), _linear(WIDTH, 1, rngs)])
+
+    def __call__(self, given: Tokens) -> Float[Array, "B"]:
+        """The score of every video, in log-odds, higher is better."""
+        x = _within(given.people, self.people[...])
+        for layer in self.phi:
+            x = jax.nn.gelu(layer(x))
+        asked, some = given.mask[..., None], jnp.any(given.mask, -1, keepdims=True)
+        mean = jnp.sum(jnp.where(asked, x, 0.0), 1) / jnp.maximum(jnp.sum(asked, 1), 1)
+        least, most = jnp.min(jnp.where(asked, x, jnp.inf), 1), jnp.max(jnp.where(asked, x, -jnp.inf), 1)
+        pooled = [mean, *(jnp.where(some, end, 0.0) for end in (least, most))]
+        x = self.norm(jnp.concatenate([*pooled, _within(given.video, self.video[...])], -1))
+        for layer in self.layers[:-1]:
+            x = jax.nn.gelu(layer(x))
+        return self.layers[-1](x)[..., 0]
+
+
+# ---- stored heads --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(networks: Any) -> str:
+    """What tells face networks from others: a hash of their arrays, given as a module or a state."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(networks) if isinstance(networks, nnx.Module) else networks):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def reading(config: RewardConfig) -> dict[str, int | float]:
+    """The fields of the configuration that tokens depend on, beside the face networks."""
+    return {name: getattr(config, name) for name in ("frames", "similarity_low", "similarity_high", "missing")}
+
+
+def save_head(head: Head, folder: Path, networks: str, config: RewardConfig) -> None:
+    """Write `head.safetensors` and `head.json` into a folder.
+
+    networks: `fingerprint` of the face networks whose tokens it was trained on. config: under which they were made.
+    """
+    state = nnx.state(head)
+    store.write_file(folder / f"{NAME}.safetensors", rules.to_torch(tables.plain(state), state))
+    values = {"networks": networks, "reading": reading(config), "people": PEOPLE, "video": VIDEO}
+    store.write_json(folder / f"{NAME}.json", values)
+
+
+def load_head(folder: Path, networks: str, config: RewardConfig) -> Head:
+    """Read what `save_head` wrote.
+
+    Raises:
+      UserError: a file is missing or damaged, or the head was trained on tokens of other networks, settings or a version with others.
+    """
+    values, what = store.read_json(folder / f"{NAME}.json"), f"reward head {folder}"
+    if [values.get("people"), values.get("video")] != [list(PEOPLE), list(VIDEO)]:
+        raise UserError(f"{what}: was trained on other tokens than this version computes; train it again")
+    if values.get("networks") != networks:
+        raise UserError(f"{what}: was trained on other face networks than reward.faces has; name those, or train it again")
+    trained = values.get("reading") or {}
+    for name, value in reading(config).items():
+        if trained.get(name) != value:
+            then = trained.get(name)
+            raise UserError(f"{what}: was trained with reward.{name} {then}, not {value}; pass --reward.{name} {then}")
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Head(np.zeros((2, len(PEOPLE))), np.zeros((2, len(VIDEO))), rngs=nnx.Rngs(0))))
+    file = folder / f"{NAME}.safetensors"
+    return nnx.merge(graph, rules.to_jax(tables.plain(abstract), store.open_tensors(file), abstract, str(file)))

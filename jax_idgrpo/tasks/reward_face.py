@@ -1,0 +1,124 @@
+"""Training of the reward head (`rewards.head`) on preference pairs, by Bradley-Terry with ties.
+
+Faces are found and embedded once per video, as the face reward of the configuration does (`reward.faces`, `frames`, `similarity_low`,
+`similarity_high`, `missing`), and photos at the size of `video`; what is trained sees the tokens alone. The export is a folder for
+`reward.head`.
+
+Options (`finetune.options`): those of `tasks.pairs`, with one dimension. `finetune.start` is a head that training goes on with.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from jax_idgrpo.config import Config
+from jax_idgrpo.data.preferences import Pair, load_pairs
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluate import make_reward, references
+from jax_idgrpo.metrics import progress
+from jax_idgrpo.rewards import FaceReward
+from jax_idgrpo.rewards.head import Head, Tokens, fingerprint, load_head, save_head, seen
+from jax_idgrpo.tasks import Loss, Task
+from jax_idgrpo.tasks.pairs import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
+from jax_idgrpo.video import read_video
+
+Sides = dict[Pair, tuple[Tokens, Tokens]]
+"""The tokens of both videos of a pair, each without the batch's axis."""
+
+
+@struct.dataclass
+class PairBatch:
+    """B pairs: tokens of the A videos, then of the B videos, [2 B], and the labels."""
+
+    tokens: Tokens
+    labels: Int[Array, "B 1"]
+
+
+def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config) -> Sides:
+    """The tokens of every pair, each video looked at once for the same photos.
+
+    Raises:
+      UserError: a file cannot be read, a photo shows no face, or a pair has more photos than `data.max_people`.
+    """
+    listed, known, found = list(dict.fromkeys(pairs)), {}, {}
+    with progress("finding faces", len(listed)) as update:
+        for done, pair in enumerate(listed, 1):
+            for path in pair.videos:
+                if (pair.references, path) not in known:
+                    known[pair.references, path] = _video_tokens(reward, pair, path, config)
+            found[pair] = (known[pair.references, pair.videos[0]], known[pair.references, pair.videos[1]])
+            update(done)
+    return found
+
+
+def _video_tokens(reward: FaceReward, pair: Pair, path: Path, config: Config) -> Tokens:
+    if len(pair.references) > config.data.max_people:
+        raise UserError(f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}")
+    asked = references([Prompt(0, pair.prompt, pair.references)], config)
+    embeddings = reward.embed_references(asked, [pair.prompt])
+    read = jax.device_get(reward.read(reward.state, read_video(path)[None], embeddings, asked.mask)[1])
+    return jax.tree.map(lambda leaf: leaf[0], read)
+
+
+def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
+    """The arrays of some pairs."""
+    rows = [sides[pair][side] for side in (0, 1) for pair in pairs]
+    return PairBatch(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), np.asarray([pair.labels for pair in pairs], np.int32))
+
+
+def differences(head: Head, sides: Sides) -> Differences:
+    """The head's opinion of pairs whose tokens are known."""
+
+    def of(pairs: Sequence[Pair]) -> Float[np.ndarray, "N 1"]:
+        a, b = np.split(np.asarray(head(jax.device_put(collate(pairs, sides).tokens))), 2)
+        return (a - b)[:, None]
+
+    return of
+
+
+def new_head(pairs: Sequence[Pair], sides: Sides, key: Array) -> Head:
+    """A head with random weights, and the range of the tokens of the pairs."""
+    read = collate(pairs, sides).tokens
+    return Head(seen(read.people[read.mask]), seen(read.video), rngs=nnx.Rngs(key))
+
+
+def head_task(pairs: list[Pair], held_out: list[Pair], sides: Sides, networks: str, options: PairOptions, config: Config) -> Task:
+    """The task once the tokens of all pairs are known."""
+    start = Path(config.finetune.start)
+
+    def init(key: jax.Array) -> nnx.Module:
+        return load_head(start, networks, config.reward) if config.finetune.start else new_head(pairs, sides, key)
+
+    def batch(seed: int, step: int) -> PairBatch:
+        return collate(step_pairs(pairs, options, config, seed, step), sides)
+
+    def loss(head: nnx.Module, given: PairBatch, key: jax.Array) -> Loss:
+        a, b = jnp.split(head(given.tokens)[:, None], 2)
+        return pair_loss(a, b, given.labels, options.theta)
+
+    def save(head: nnx.Module, folder: Path) -> None:
+        write_accuracy(folder.parent, held_out, differences(head, sides), options, config.run.seed)
+        save_head(head, folder, networks, config.reward)
+
+    return Task(init=init, batch=batch, loss=loss, save=save)
+
+
+def make(config: Config) -> Task:
+    """The task of `configs/reward_face.py`."""
+    options = read_options(PairOptions, config.finetune.options)
+    if len(options.dimensions) != 1:
+        raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
+    pairs = load_pairs(options.pairs, options.dimensions)
+    held_out = load_pairs(options.held_out, options.dimensions) if options.held_out else []
+    reward = make_reward(dataclasses.replace(config.reward, head=""))
+    networks = fingerprint(reward.state)
+    sides = read_tokens(reward, [*pairs, *held_out], config)
+    pairs = filtered(pairs, options, lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides))
+    return head_task(pairs, held_out, sides, networks, options, config)

@@ -1,0 +1,198 @@
+"""The learned head: what does not matter to it, that it stays finite and inside what it saw, and its training from a CSV to a reward."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from jax_idgrpo import config as c
+from jax_idgrpo import evaluate
+from jax_idgrpo.data import cast
+from jax_idgrpo.data.distortions import Subject, duplicate, swap
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.finetune import finetune
+from jax_idgrpo.rewards import head as heads
+from jax_idgrpo.rewards.faces import Faces
+from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
+from jax_idgrpo.video import to_uint8, write_video
+from tests.test_identity import case, unit
+
+CONFIG = IdentityConfig()
+
+
+def make_head(seed=0):
+    rng = np.random.default_rng(seed)
+    ranges = (np.stack([-np.ones(n), np.ones(n)]).astype(np.float32) for n in (len(heads.PEOPLE), len(heads.VIDEO)))
+    head = heads.Head(*ranges, rngs=nnx.Rngs(seed))
+    head.norm.bias[...] = jnp.asarray(rng.normal(size=head.norm.bias[...].shape), jnp.float32)
+    return head
+
+
+HEAD = make_head()
+
+
+@jax.jit
+def read(inputs):
+    faces = Faces(*(inputs[name] for name in ("boxes", "landmarks", "scores", "face_mask", "embeddings")))
+    people = inputs["references"], inputs["reference_mask"]
+    terms = reward_terms(inputs["videos"], faces.boxes, faces.embeddings, faces.mask, *people, CONFIG)
+    return heads.tokens(terms, faces, *people, inputs["videos"].shape[2:4], CONFIG)
+
+
+def score(inputs):
+    return HEAD(read(inputs))
+
+
+def given(**options):
+    inputs = case(**options)
+    rng = np.random.default_rng(9)
+    shape = inputs["face_mask"].shape
+    points = inputs["boxes"][..., None, :2] + rng.uniform(0, 3, (*shape, 5, 2))
+    return inputs | {"landmarks": points.astype(np.float32), "scores": rng.uniform(0.5, 1, shape).astype(np.float32)}
+
+
+FACES = ("boxes", "landmarks", "scores", "face_mask", "embeddings")
+
+
+def test_order_of_people_and_faces_changes_nothing():
+    inputs = given()
+    p, k = np.random.default_rng(1).permutation(3), np.random.default_rng(2).permutation(5)
+    people = {name: inputs[name][:, p] for name in ("references", "reference_mask")}
+    shuffled = inputs | people | {name: inputs[name][:, :, k] for name in FACES}
+    np.testing.assert_allclose(score(shuffled), score(inputs), atol=1e-5)
+    assert np.ptp(score(inputs)) > 1e-3
+
+
+def test_padding_changes_nothing():
+    inputs = given()
+    padded = inputs | {name: np.concatenate([inputs[name], inputs[name][:, :, :2]], 2) for name in FACES}
+    padded["face_mask"] = np.pad(inputs["face_mask"], ((0, 0), (0, 0), (0, 2)))
+    padded["references"] = np.concatenate([inputs["references"], unit(np.random.default_rng(2), 3, 1, 16)], 1)
+    padded["reference_mask"] = np.pad(inputs["reference_mask"], ((0, 0), (0, 1)))
+    np.testing.assert_allclose(score(padded), score(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "people", "faces", "shown"), [(1, 1, 3, True), (4, 2, 3, False), (2, 8, 8, True)])
+def test_finite_with_gradients_without_faces_with_one_frame_and_with_eight_people(frames, people, faces, shown):
+    inputs = given(frames=frames, people=people, faces=faces)
+    inputs["face_mask"][:] &= shown
+    inputs["embeddings"][:] *= shown
+
+    def total(embeddings):
+        return score(inputs | {"embeddings": embeddings}).sum()
+
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(inputs["embeddings"]))
+    assert np.isfinite(value) and np.isfinite(gradient).all() and bool(np.any(gradient)) == shown
+
+
+def test_beyond_what_training_saw_nothing_changes():
+    said = read(given())
+    far, edge = (said.replace(people=said.people.at[..., 0].set(x), video=said.video.at[..., 3].set(x)) for x in (50.0, 1.0))
+    np.testing.assert_array_equal(HEAD(far), HEAD(edge))
+
+
+def test_two_people_who_exchange_faces_are_seen_in_their_places():
+    """Each keeps their place, and from the middle on has the other's face: every frame alone looks right."""
+    references = unit(np.random.default_rng(0), 1, 2, 16)
+    inputs = given(batch=1, people=2, faces=2, frames=4) | {"references": references, "reference_mask": np.ones((1, 2), bool)}
+    inputs["face_mask"][:] = True
+    inputs["boxes"][:] = np.asarray([[0, 0, 4, 4], [8, 8, 12, 12]], np.float32)
+    inputs["embeddings"] = np.stack([references, references, references, references[:, ::-1]], 1)
+    said = {name: np.asarray(read(inputs).people)[0, :, n] for n, name in enumerate(heads.PEOPLE)}
+    np.testing.assert_allclose(said["alike_mean"], 1, atol=1e-5)
+    assert (said["placed_mean"] < 0.85).all() and (said["placed_change"] < -0.5).all() and (said["steady"] < 0.9).all()
+
+
+# ---- from a CSV to a reward ----------------------------------------------------------------------------------------------
+
+
+def write_pairs(folder, count, seed, split):
+    """Clips of two or three people against the same with faces exchanged or doubled; a third of the pairs are automatic."""
+    folder.mkdir(parents=True)
+    rows, step = [], 0
+    reward = evaluate.make_reward(c.RewardConfig())
+    while len(rows) < count:
+        drawn, step = jax.device_get(cast.batch(seed, step, 16, split)), step + 1
+        photos = drawn.portraits.reshape(-1, *drawn.portraits.shape[2:])
+        found = np.asarray(reward._best(reward.state, photos)[1]).reshape(drawn.mask.shape)
+        for n in np.flatnonzero((drawn.mask.sum(1) > 1) & (found | ~drawn.mask).all(1)):
+            number, mask = len(rows), drawn.mask[n]
+            nobody = np.zeros((9, 8, 8, 3), np.float32), np.zeros((9, 4), np.float32)
+            subject = Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], np.zeros((3, 4), np.float32), *nobody)
+            videos = [subject.video, (swap, duplicate)[number % 2](subject)]
+            for side, video in zip("AB", videos[:: 1 if number % 3 else -1], strict=True):
+                write_video(folder / f"{number}{side}.mp4", np.clip(video, -1, 1), 8)
+            names = [f"{number}-{m}.png" for m in np.flatnonzero(mask)]
+            for name, m in zip(names, np.flatnonzero(mask), strict=True):
+                Image.fromarray(to_uint8(drawn.portraits[n, m])).save(folder / name)
+            rows.append({"path_A": f"{number}A.mp4", "path_B": f"{number}B.mp4", "prompt": "people", "ref_paths": ";".join(names),
+                         "SA": "A" if number % 3 else "B", "source": "automatic" if number % 3 == 2 else "trusted"})
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows[:count])
+    return folder / "pairs.csv"
+
+
+def configuration(pairs, held_out="", steps=60, **options):
+    return c.Config(
+        data=c.DataConfig(max_people=3),
+        video=c.VideoConfig(frames=9, height=64, width=64),
+        optimizer=c.OptimizerConfig(learning_rate=2e-3, ema_decay=0.0),
+        finetune=c.FinetuneConfig(task="reward_face", batch=16, options={"pairs": str(pairs), "held_out": str(held_out)} | options),
+        run=c.RunConfig(steps=steps, save_every=20, keep=5, sample_every=0),
+    )
+
+
+def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
+    pairs, held_out = write_pairs(tmp_path / "pairs", 36, 0, "train"), write_pairs(tmp_path / "held_out", 24, 1, "eval")
+    finetune(configuration(pairs, held_out), tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
+    print(found)
+    assert found["pairs"] == 24 and found["without_ties"]["low"] > 0.6
+
+    export = tmp_path / "run" / "export"
+    config = c.RewardConfig(head=str(export))
+    drawn = cast.batch(3, 0, 4, "eval")
+    reward = evaluate.make_reward(config)
+    embeddings = reward.embed_references(evaluate.References(images=drawn.portraits, mask=drawn.mask))
+    terms = reward.score_terms(drawn.video, embeddings, drawn.mask)
+    np.testing.assert_allclose(terms["reward"], terms["head"] - terms["costs"], atol=1e-5)
+    gradient = jax.grad(lambda video: reward.function(reward.state, video, embeddings, drawn.mask)["reward"].sum())(drawn.video)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert "head" not in evaluate.make_reward(config, "judge").score_terms(drawn.video, embeddings, drawn.mask)
+
+    with pytest.raises(UserError, match=r"trained with reward.frames 5, not 4; pass --reward.frames 5"):
+        evaluate.make_reward(c.RewardConfig(head=str(export), frames=4))
+    said = json.loads((export / "head.json").read_text())
+    (export / "head.json").write_text(json.dumps(said | {"networks": "other"}))
+    with pytest.raises(UserError, match=r"trained on other face networks"):
+        evaluate.make_reward(config)
+    with pytest.raises(UserError, match=r"head.json: cannot be read"):
+        evaluate.make_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_the_head_of_an_undisturbed_one(tmp_path):
+    config = configuration(write_pairs(tmp_path / "pairs", 8, 0, "train"), steps=40)
+    finetune(config, tmp_path / "run")
+    stored = tmp_path / "run" / "export" / "head.safetensors"
+    whole = stored.read_bytes()
+    stored.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
+    finetune(config, tmp_path / "run")
+    assert stored.read_bytes() == whole
+
+
+def test_one_dimension_only(tmp_path):
+    from jax_idgrpo.tasks import make_task
+
+    with pytest.raises(UserError, match="scores one dimension, not SA, VQ"):
+        make_task(configuration(Path("pairs.csv"), dimensions=["SA", "VQ"]))
