@@ -6,6 +6,7 @@ are absent (`mask` False) are left alone. A nuisance takes frames, a strength an
 everybody who they are. Neither draws anything: what is random comes in from outside.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -53,9 +54,8 @@ class Subject:
     def in_order(self, order: Sequence[int]) -> "Subject":
         """The same with the people in another order."""
         chosen = list(order)
-        return self.replace(
-            boxes=self.boxes[:, chosen], mask=self.mask[chosen], photos=self.photos[chosen], photo_boxes=self.photo_boxes[chosen]
-        )
+        people = dict(boxes=self.boxes[:, chosen], mask=self.mask[chosen], photos=self.photos[chosen], photo_boxes=self.photo_boxes[chosen])
+        return dataclasses.replace(self, **people)
 
 
 def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
