@@ -103,12 +103,6 @@ def test_what_needs_others_is_listed(subject):
     assert set(TRICKS) < set(DISTORTIONS)
 
 
-def test_people_in_another_order(subject):
-    other = subject.in_order([1, 0, 2])
-    np.testing.assert_allclose(middle(subject, distortions.drop(other), 0, 0), subject.video[0].mean((0, 1)), atol=1e-5)
-    np.testing.assert_allclose(middle(subject, distortions.paste(other), 0, 0), PHOTO_COLOURS[0], atol=1e-5)
-
-
 @pytest.mark.parametrize("name", NUISANCES)
 def test_a_nuisance_is_a_small_change_of_everything(name):
     x, y = np.meshgrid(np.linspace(-1, 1, SIZE), np.linspace(-1, 1, SIZE))

@@ -21,7 +21,7 @@ LAYERS = [
     {"pipeline", "rewards"},
     {"policy", "conditioning", "state", "optimizer"},
     {"rollout", "update", "checkpoint", "metrics", "profiling"},
-    {"tasks", "finetune", "train", "evaluate", "report", "plan"},
+    {"tasks", "finetune", "train", "evaluate", "report", "plan", "pairs"},
     {"cli"},
     {"__main__"},
 ]

@@ -778,6 +778,7 @@ class Batch:
 
     video: Float[Array, "B F H W 3"]
     portraits: Float[Array, "B M H W 3"]  # [-1, 1], reference order
+    portrait_boxes: Float[Array, "B M 4"]
     mask: Bool[Array, "B M"]
     ids: Int[Array, "B M"]
     boxes: Float[Array, "B F M 4"]
@@ -799,12 +800,13 @@ def draw(
     scene_key, portrait_key = jax.random.split(key)
     scene = jax.vmap(sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
-    portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(
-        people, jax.random.split(portrait_key, ids.shape)
-    )
+    portrait_keys = jax.random.split(portrait_key, ids.shape)
+    portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(people, portrait_keys)
+    portrait_boxes, _ = jax.vmap(jax.vmap(lambda p, k: portrait_truth(p, k, size)))(people, portrait_keys)
     return Batch(
         video=clip.video,
         portraits=jnp.where(mask[..., None, None, None], portraits, 1.0),
+        portrait_boxes=portrait_boxes * mask[..., None],
         mask=mask,
         ids=jnp.where(mask, ids, -1),
         boxes=clip.boxes,

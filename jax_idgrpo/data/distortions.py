@@ -6,9 +6,8 @@ are absent (`mask` False) are left alone. A nuisance takes frames, a strength an
 everybody who they are. Neither draws anything: what is random comes in from outside.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import flax.struct
 import numpy as np
@@ -50,12 +49,6 @@ class Subject:
         """Each with the next in a round; nobody for one person alone."""
         people = self.people
         return list(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else []
-
-    def in_order(self, order: Sequence[int]) -> "Subject":
-        """The same with the people in another order."""
-        chosen = list(order)
-        people = dict(boxes=self.boxes[:, chosen], mask=self.mask[chosen], photos=self.photos[chosen], photo_boxes=self.photo_boxes[chosen])
-        return dataclasses.replace(self, **people)
 
 
 def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:

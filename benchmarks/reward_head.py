@@ -1,0 +1,146 @@
+"""How often rewards agree with the truth on preference pairs: cosines, the fixed formula and the learned head, and what trains it best.
+
+    python -m benchmarks.reward_head [--train 1200] [--held-out 600] [--seeds 3] [--steps 600] [--folder DIR]
+
+Drawn people (`jax_idgrpo.pairs`); those of the held-out pairs are in no training pair. Three quarters of the training pairs are automatic:
+half of their labels are drawn among A, B and same. "No hard fault seen" trains on pairs without swap, blend, drift and duplicate, so that
+these are new to it in kind too; all other heads saw every kind of fault. The teacher of an arm is the head of the trusted pairs with the
+same seed. A head's figures are the mean over seeds, and their range.
+
+Accuracy is without ties unless it says so: share of the pairs with a better video whose better video scores higher.
+"""
+
+import argparse
+import csv
+import dataclasses
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jax_idgrpo import config as configuration
+from jax_idgrpo import keys
+from jax_idgrpo.data.preferences import Pair, load_pairs
+from jax_idgrpo.evaluate import make_reward
+from jax_idgrpo.finetune import make_step
+from jax_idgrpo.optimizer import make_optimizer
+from jax_idgrpo.pairs import write_pairs
+from jax_idgrpo.rewards.head import Head, fingerprint
+from jax_idgrpo.state import start
+from jax_idgrpo.tasks.pairs import PairOptions, accuracy, agreed
+from jax_idgrpo.tasks.reward_face import Sides, differences, head_task, read_one
+
+ROOT = Path(__file__).parents[1]
+HARD = ("swap", "blend", "drift", "duplicate")
+FIXED = {"mean cosine": "similarity", "min cosine": "similarity_min", "MIMR": "mimr", "fixed part": "reward"}
+ARMS = {
+    "trusted only": ("trusted", False),
+    "raw automatic": ("automatic", False),
+    "random mix": ("random", True),
+    "smooth mix": ("smooth", True),
+}
+"""Name -> (mixing, whether a teacher filters the automatic pairs)."""
+
+
+def column(folder: Path, name: str) -> list[str]:
+    with (folder / "pairs.csv").open(encoding="utf-8", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.ndarray]]:
+    """Tokens of both videos of every pair, and what the fixed rewards say of it: A less B."""
+    found, said = {}, {name: [] for name in FIXED}
+    for pair in pairs:
+        (terms, a), (others, b) = (read_one(reward, pair, path, config) for path in pair.videos)
+        found[pair] = a, b
+        for name, term in FIXED.items():
+            said[name].append(float(terms[term] - others[term]))
+    return found, {name: np.asarray(values) for name, values in said.items()}
+
+
+def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config) -> Head:
+    """A head, of the averaged weights as `finetune` stores them."""
+    task = head_task(pairs, [], sides, networks, PairOptions(pairs="", mixing=mixing), config)
+    graph, params, frozen, rest = nnx.split(task.init(keys.key(config.run.seed, "init")), task.trained, task.frozen, ...)
+    optimizer = make_optimizer(config.optimizer, config.run.steps)
+    step = make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed)
+    state = start(optimizer, params, rest)
+    for number in range(config.run.steps):
+        state, _ = step(state, frozen, task.batch(config.run.seed, number))
+    return nnx.merge(graph, state.ema, frozen, state.rest)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in dict(train=1200, held_out=600, seeds=3, steps=600).items():
+        options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
+    arguments = options.parse_args()
+    base = configuration.load(ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))])
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.folder or Path(made)
+        if not (folder / "train").exists():
+            write_pairs(folder / "train", "train", arguments.train, seed=1, automatic=0.75)
+        if not (folder / "held_out").exists():
+            write_pairs(folder / "held_out", "eval", arguments.held_out, seed=2)
+        pairs, held_out = (load_pairs(folder / name / "pairs.csv", ("SA",)) for name in ("train", "held_out"))
+        faults, held_faults = (np.asarray(column(folder / name, "distortion")) for name in ("train", "held_out"))
+        reward = make_reward(base.reward)
+        sides, _ = read(reward, pairs, base)
+        held_sides, said = read(reward, held_out, base)
+    networks = fingerprint(reward.state)
+    labels = np.asarray([pair.labels[0] for pair in held_out])
+    hard = np.isin(held_faults, HARD)
+    groups = {"all": np.ones(len(labels), bool), "hard": hard} | {name: held_faults == name for name in HARD}
+
+    def row(name: str, differences_: Sequence[np.ndarray]) -> str:
+        """One line of the table: accuracy of every group, and with ties."""
+
+        def cell(chosen: np.ndarray, kind: str) -> str:
+            if not (labels[chosen] != 0).any():
+                return "-"
+            told = [accuracy(d[chosen], labels[chosen], 0)[kind] for d in differences_]
+            values = [value["mean"] if isinstance(value, dict) else value for value in told]
+            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+            return f"{np.mean(values):.3f}{spread}"
+
+        cells = [cell(chosen, "without_ties") for chosen in groups.values()]
+        return f"| {name} | {' | '.join([cells[0], cell(groups['all'], 'with_ties'), *cells[1:]])} |"
+
+    trusted = sum(pair.source == "trusted" for pair in pairs)
+    print(f"{len(pairs)} training pairs, {trusted} of them trusted; {len(held_out)} held-out pairs, {int(hard.sum())} with a hard fault; "
+          f"{arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
+    print("| reward | without ties | with ties | hard |", " | ".join(HARD), "|")
+    print("| --- |" + " --- |" * (3 + len(HARD)), flush=True)
+    for name, difference in said.items():
+        print(row(name, [difference]), flush=True)
+    told: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "trusted only, no hard fault seen")}
+    for seed in range(arguments.seeds):
+        began, teacher = time.monotonic(), None
+        config = dataclasses.replace(base, run=dataclasses.replace(base.run, seed=seed))
+
+        def opinion(head: Head) -> np.ndarray:
+            return differences(head, held_sides)(held_out)[:, 0]
+
+        for name, (mixing, filters) in ARMS.items():
+            chosen = pairs
+            if filters:
+                kinds = [[pair for pair in pairs if pair.source == kind] for kind in ("trusted", "automatic")]
+                chosen = kinds[0] + agreed(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
+            head = trained(chosen, sides, networks, mixing, config)
+            teacher = teacher or head
+            told[name].append(opinion(head))
+        few = [pair for pair, fault in zip(pairs, faults, strict=True) if fault not in HARD]
+        told["trusted only, no hard fault seen"].append(opinion(trained(few, sides, networks, "trusted", config)))
+        jax.clear_caches()
+        print(f"<!-- seed {seed}: {time.monotonic() - began:.0f} s -->", flush=True)
+    for name, found in told.items():
+        print(row(f"head, {name}", found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Pairs of drawn people: the same for the same seed, labelled by what was done, read by the reader, and refused in one line."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from jax_idgrpo import pairs
+from jax_idgrpo.data.distortions import DISTORTIONS
+from jax_idgrpo.data.preferences import LABELS, load_pairs
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.video import read_video
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs") / "made"
+    pairs.write_pairs(folder, "train", 24, seed=3, automatic=0.5, careless=1.0)
+    with (folder / "pairs.csv").open(newline="") as file:
+        return folder, list(csv.DictReader(file))
+
+
+def test_the_lesser_fault_wins_and_no_fault_is_a_tie(written):
+    _, rows = written
+    for row in rows:
+        a, b = float(row["strength_A"]), float(row["strength_B"])
+        assert row["truth"] == ("same" if not row["distortion"] else "A" if a < b else "B")
+        assert row["distortion"] in DISTORTIONS and abs(a - b) >= pairs.GAP - 1e-3 if row["distortion"] else a == b == 0
+        assert row["SA"] == row["truth"] or row["source"] == "automatic"
+    assert {row["source"] for row in rows} == {"trusted", "automatic"}
+    assert any(row["SA"] != row["truth"] for row in rows)
+    assert {row["truth"] for row in rows} == {"A", "B", "same"}
+
+
+def test_the_folder_is_what_training_reads(written):
+    folder, rows = written
+    read = load_pairs(folder / "pairs.csv", ("SA",))
+    assert [pair.labels[0] for pair in read] == [LABELS[row["SA"]] for row in rows]
+    a, b = (read_video(path) for path in read[0].videos)
+    assert a.shape == b.shape == (9, 64, 64, 3) and np.abs(a - b).mean() > 0.01     # each has a nuisance of its own
+    assert read[0].fps == (pairs.FPS, pairs.FPS)
+
+
+def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
+    folder, _ = written
+    pairs.write_pairs(tmp_path / "few", "train", 4, seed=3, automatic=0.5, careless=1.0)
+    for path in sorted((tmp_path / "few").glob("*-*")):
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+    pairs.write_pairs(tmp_path / "other", "train", 2, seed=4)
+    assert (tmp_path / "other" / "00000-A.mp4").read_bytes() != (folder / "00000-A.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(("change", "answer"), [
+    (dict(split="test"), "no such split"), (dict(distortions="swap,melt"), "no 'melt'"), (dict(count=0), "1 or more"),
+    (dict(automatic=2.0), "0 to 1")])
+def test_mistakes_are_refused_and_leave_nothing(tmp_path, change, answer):
+    with pytest.raises(UserError, match=answer):
+        pairs.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    assert pairs.main(["--out", str(tmp_path / "there"), "--split", "train", "--count", "1"]) == 2
