@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jax_idgrpo.checkpoint import write_text
+from jax_idgrpo.distributed import say
 from jax_idgrpo.errors import UserError
 
 STEPS = 2  # that are traced
@@ -44,8 +45,9 @@ class Profile:
         if step == min(self.first + STEPS, self.last - 1):
             jax.profiler.stop_trace()
             table = phase_table(self.rows, phases)
-            write_text(self.folder / "phases.md", table + "\n")
-            print(f"\n{table}\n\nprofile of {len(self.rows)} steps: {self.folder}")
+            if jax.process_index() == 0:
+                write_text(self.folder / "phases.md", table + "\n")
+            say(f"\n{table}\n\nprofile of {len(self.rows)} steps: {self.folder}")
 
 
 def phase_table(rows: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:
