@@ -135,8 +135,9 @@ def write_pairs(
                     truth = "same" if a == b else "A" if a < b else "B"
                     own = u[20] < automatic
                     frames = len(subject.video)
-                    rows.writerow((*files, prompt, ";".join(photos), frames, frames, FPS, FPS, _said(truth, u[21:], careless if own else 0),
-                                   "automatic" if own else "trusted", name, f"{a:.3f}", f"{b:.3f}", truth))
+                    said = _said(truth, u[21:], careless if own else 0.0)
+                    rows.writerow((*files, prompt, ";".join(photos), frames, frames, FPS, FPS, said, "automatic" if own else "trusted",
+                                   name, f"{a:.3f}", f"{b:.3f}", truth))
                     update(number + 1)
             folder.rename(out)
     except OSError as error:
