@@ -1,11 +1,11 @@
 """How often rewards agree with the truth on preference pairs: cosines, the fixed formula and the learned head, and what trains it best.
 
-    python -m benchmarks.reward_head [--train 1200] [--held-out 600] [--seeds 3] [--steps 600] [--folder DIR]
+    python -m benchmarks.reward_head [--train 800] [--held-out 400] [--seeds 3] [--steps 600] [--folder DIR]
 
 Drawn people (`jax_idgrpo.pairs`); those of the held-out pairs are in no training pair. Three quarters of the training pairs are automatic:
 half of their labels are drawn among A, B and same. "No hard fault seen" trains on pairs without swap, blend, drift and duplicate, so that
-these are new to it in kind too; all other heads saw every kind of fault. The teacher of an arm is the head of the trusted pairs with the
-same seed. A head's figures are the mean over seeds, and their range.
+these are new to it in kind too; all other heads saw every kind of fault. "True labels" trains on all pairs with none of them wrong. The
+teacher of an arm is the head of the trusted pairs with the same seed. A head's figures are the mean over seeds, and their range.
 
 Accuracy is without ties unless it says so: share of the pairs with a better video whose better video scores higher.
 """
@@ -24,7 +24,8 @@ from flax import nnx
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo import keys
-from jax_idgrpo.data.preferences import Pair, load_pairs
+from jax_idgrpo.data.distortions import DISTORTIONS
+from jax_idgrpo.data.preferences import LABELS, Pair, load_pairs
 from jax_idgrpo.evaluate import make_reward
 from jax_idgrpo.finetune import make_step
 from jax_idgrpo.optimizer import make_optimizer
@@ -76,7 +77,7 @@ def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config)
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(train=1200, held_out=600, seeds=3, steps=600).items():
+    for name, value in dict(train=800, held_out=400, seeds=3, steps=600).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
     arguments = options.parse_args()
@@ -90,35 +91,39 @@ def main() -> None:
         pairs, held_out = (load_pairs(folder / name / "pairs.csv", ("SA",)) for name in ("train", "held_out"))
         faults, held_faults = (np.asarray(column(folder / name, "distortion")) for name in ("train", "held_out"))
         reward = make_reward(base.reward)
+        truth = column(folder / "train", "truth")
         sides, _ = read(reward, pairs, base)
         held_sides, said = read(reward, held_out, base)
     networks = fingerprint(reward.state)
+    right = [dataclasses.replace(pair, labels=(LABELS[label],), source="trusted") for pair, label in zip(pairs, truth, strict=True)]
+    sides |= {true: sides[pair] for pair, true in zip(pairs, right, strict=True)}
     labels = np.asarray([pair.labels[0] for pair in held_out])
     hard = np.isin(held_faults, HARD)
-    groups = {"all": np.ones(len(labels), bool), "hard": hard} | {name: held_faults == name for name in HARD}
+    groups = {"all": np.ones(len(labels), bool), "hard": hard}
+    kinds_of = {name: held_faults == name for name in DISTORTIONS}
 
     def row(name: str, differences_: Sequence[np.ndarray]) -> str:
         """One line of the table: accuracy of every group, and with ties."""
 
-        def cell(chosen: np.ndarray, kind: str) -> str:
+        def cell(chosen: np.ndarray, kind: str = "without_ties", ranged: bool = True) -> str:
             if not (labels[chosen] != 0).any():
                 return "-"
             told = [accuracy(d[chosen], labels[chosen], 0)[kind] for d in differences_]
             values = [value["mean"] if isinstance(value, dict) else value for value in told]
-            spread = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+            spread = f" ({min(values):.3f}-{max(values):.3f})" if ranged and len(values) > 1 else ""
             return f"{np.mean(values):.3f}{spread}"
 
-        cells = [cell(chosen, "without_ties") for chosen in groups.values()]
-        return f"| {name} | {' | '.join([cells[0], cell(groups['all'], 'with_ties'), *cells[1:]])} |"
+        cells = [cell(groups["all"]), cell(groups["all"], "with_ties"), cell(groups["hard"])]
+        return f"| {name} | {' | '.join([*cells, *(cell(chosen, ranged=False) for chosen in kinds_of.values())])} |"
 
     trusted = sum(pair.source == "trusted" for pair in pairs)
     print(f"{len(pairs)} training pairs, {trusted} of them trusted; {len(held_out)} held-out pairs, {int(hard.sum())} with a hard fault; "
           f"{arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
-    print("| reward | without ties | with ties | hard |", " | ".join(HARD), "|")
-    print("| --- |" + " --- |" * (3 + len(HARD)), flush=True)
+    print("| reward | without ties | with ties | hard |", " | ".join(kinds_of), "|")
+    print("| --- |" + " --- |" * (3 + len(kinds_of)), flush=True)
     for name, difference in said.items():
         print(row(name, [difference]), flush=True)
-    told: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "trusted only, no hard fault seen")}
+    told: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "true labels", "trusted only, no hard fault seen")}
     for seed in range(arguments.seeds):
         began, teacher = time.monotonic(), None
         config = dataclasses.replace(base, run=dataclasses.replace(base.run, seed=seed))
@@ -134,6 +139,7 @@ def main() -> None:
             head = trained(chosen, sides, networks, mixing, config)
             teacher = teacher or head
             told[name].append(opinion(head))
+        told["true labels"].append(opinion(trained(right, sides, networks, "trusted", config)))
         few = [pair for pair, fault in zip(pairs, faults, strict=True) if fault not in HARD]
         told["trusted only, no hard fault seen"].append(opinion(trained(few, sides, networks, "trusted", config)))
         jax.clear_caches()
