@@ -59,7 +59,7 @@ def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.nda
         (terms, a), (others, b) = (read_one(reward, pair, path, config) for path in pair.videos)
         found[pair] = a, b
         for name, term in FIXED.items():
-            said[name].append(float(terms[term] - others[term]))
+            said[name].append(terms[term] - others[term])
     return found, {name: np.asarray(values) for name, values in said.items()}
 
 

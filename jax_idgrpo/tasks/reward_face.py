@@ -23,7 +23,7 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import make_reward, references
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.rewards import FaceReward, Terms
+from jax_idgrpo.rewards import FaceReward
 from jax_idgrpo.rewards.head import Head, Tokens, fingerprint, load_head, save_head, seen
 from jax_idgrpo.tasks import Loss, Task
 from jax_idgrpo.tasks.pairs import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
@@ -58,7 +58,7 @@ def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config) -> Si
     return found
 
 
-def read_one(reward: FaceReward, pair: Pair, path: Path, config: Config) -> tuple[Terms, Tokens]:
+def read_one(reward: FaceReward, pair: Pair, path: Path, config: Config) -> tuple[dict[str, float], Tokens]:
     """The terms of the fixed reward and the tokens of one video of a pair, without the batch's axis.
 
     Raises:
@@ -68,8 +68,8 @@ def read_one(reward: FaceReward, pair: Pair, path: Path, config: Config) -> tupl
         raise UserError(f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}")
     asked = references([Prompt(0, pair.prompt, pair.references)], config)
     embeddings = reward.embed_references(asked, [pair.prompt])
-    read = jax.device_get(reward.read(reward.state, read_video(path)[None], embeddings, asked.mask))
-    return jax.tree.map(lambda leaf: leaf[0], read)
+    terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], embeddings, asked.mask))
+    return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(lambda leaf: leaf[0], said)
 
 
 def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
