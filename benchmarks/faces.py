@@ -5,7 +5,7 @@ nothing is fetched) and look at the same frames, in float32, alternating in one 
 embeds a fixed number of faces per frame, deepface gets one frame after the other and embeds those that it finds: random weights find
 hardly any or very many, so their last layer is set until deepface finds some, and no more are embedded by it than by us.
 
-    python benchmarks/faces.py [--rows 1] [--frames 2] [--height 240] [--width 416] [--faces 2] [--rounds 3]
+    python -m benchmarks.faces [--rows 1] [--frames 2] [--height 240] [--width 416] [--faces 2] [--rounds 3]
 """
 
 import argparse

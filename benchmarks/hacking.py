@@ -8,18 +8,17 @@ that with every penalty priced. --sheet: one clip after every trick, a row each.
 """
 
 import argparse
+import itertools
 import sys
 
-import jax
 import numpy as np
 from PIL import Image
 
 from jax_idgrpo import evaluate, statistics
 from jax_idgrpo.config import PENALTIES, RewardConfig
-from jax_idgrpo.data import cast
 from jax_idgrpo.data.distortions import DISTORTIONS, TRICKS, Subject
+from jax_idgrpo.pairs import subjects
 from jax_idgrpo.rewards import FaceReward, References
-from jax_idgrpo.rewards.faces import load_stack
 
 REWARDS = {
     "default": RewardConfig(),
@@ -27,24 +26,6 @@ REWARDS = {
     "saturating, priced": RewardConfig(similarity_high=0.75, penalties=dict.fromkeys(PENALTIES, 0.5)),
 }
 BATCH = 16
-
-
-def subjects(count: int, stack) -> list[Subject]:
-    """Clips with two or three people whose faces are seen throughout, and photos in which a face is found."""
-    found: list[Subject] = []
-    for step in range(1000):
-        drawn = jax.device_get(cast.batch(7, step, BATCH, "eval"))
-        photos = drawn.portraits.reshape(-1, 1, *drawn.portraits.shape[2:])
-        faces = jax.device_get(stack(photos))
-        boxes, seen = (leaf[:, 0, 0].reshape(*drawn.mask.shape, *leaf.shape[3:]) for leaf in (faces.boxes, faces.mask))
-        for n in range(BATCH):
-            mask = drawn.mask[n]
-            if mask.sum() > 1 and seen[n][mask].all() and (drawn.visible[n][:, mask] > 0.9).all():
-                stranger = drawn.video[n - 1], drawn.boxes[n - 1, :, 0]  # of the clip before
-                found.append(Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], boxes[n], *stranger))
-                if len(found) == count:
-                    return found
-    raise SystemExit(f"only {len(found)} clips of {count}")
 
 
 def score(reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]) -> np.ndarray:
@@ -63,8 +44,8 @@ def main() -> None:
     options.add_argument("--clips", type=int, default=64)
     options.add_argument("--sheet")
     arguments = options.parse_args()
-    stack = load_stack(RewardConfig().folder(), "embedder")
-    clips = subjects(arguments.clips, jax.jit(lambda photos: stack(photos)))
+    several = (subject for subject, _ in subjects(7, "eval") if len(subject.people) > 1)
+    clips = list(itertools.islice(several, arguments.clips))
     tricked = {name: [DISTORTIONS[name](clip) for clip in clips] for name in TRICKS}
     if arguments.sheet:
         rows = [clips[0].video, *(videos[0] for videos in tricked.values())]

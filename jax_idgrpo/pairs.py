@@ -11,10 +11,8 @@ distortion, strength_A, strength_B, truth), mp4 files as `video.FINE` and one PN
 pair's number; people of one split are in no other.
 """
 
-import argparse
 import csv
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from PIL import Image
 
 from jax_idgrpo import keys
 from jax_idgrpo.config import RewardConfig
-from jax_idgrpo.data import cast
+from jax_idgrpo.data import cast, folders
 from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, TOGETHER, Subject
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
@@ -58,8 +56,8 @@ def subjects(seed: int, split: str) -> Iterator[tuple[Subject, str]]:
             other = (n - 1) % BATCH
             stranger = drawn.video[other], drawn.boxes[other, :, 0]
             scene, people = jax.tree.map(lambda leaf: leaf[n], (drawn.scene, drawn.people))  # noqa: B023
-            yield Subject(drawn.video[n], drawn.boxes[n], drawn.mask[n], drawn.portraits[n], drawn.portrait_boxes[n], *stranger), \
-                cast.prompt(scene, people, drawn.mask[n])
+            subject = Subject(drawn.video[n], drawn.boxes[n], drawn.mask[n], drawn.portraits[n], drawn.portrait_boxes[n], *stranger)
+            yield subject, cast.prompt(scene, people, drawn.mask[n])
         step += 1
 
 
@@ -68,21 +66,21 @@ def _among(names: Sequence[str], u: float) -> str:
 
 
 def pair(
-    subject: Subject, u: Float[np.ndarray, "20"], distortions: Sequence[str]
+    subject: Subject, u: Float[np.ndarray, "18"], distortions: Sequence[str]
 ) -> tuple[str, tuple[float, float], list[Float[np.ndarray, "F H W 3"]]]:
-    """(distortion or "", strengths of A and B, the two videos) of a clip, by twenty numbers in [0, 1)."""
+    """(distortion or "", strengths of A and B, the two videos) of a clip, by eighteen numbers in [0, 1)."""
+    tie, kind, much, second, little, order, *nuisances = u
     usable = [name for name in distortions if len(subject.people) > 1 or name not in TOGETHER]
-    name = "" if u[0] < TIES or not usable else _among(usable, u[1])
-    high = LEAST + (1 - LEAST) * u[2] if name else 0.0
-    low = u[4] * (high - GAP) if name and u[3] < 0.5 else 0.0
-    strengths = (high, low) if u[5] < 0.5 else (low, high)
+    name = "" if tie < TIES or not usable else _among(usable, kind)
+    high = LEAST + (1 - LEAST) * much if name else 0.0
+    low = little * (high - GAP) if name and second < 0.5 else 0.0
+    a, b = (high, low) if order < 0.5 else (low, high)
     videos = []
-    for side, strength in enumerate(strengths):
-        kind, much, *direction = u[6 + 6 * side : 12 + 6 * side]
+    for strength, (which, amount, *direction) in zip((a, b), (nuisances[:6], nuisances[6:12]), strict=True):
         video = DISTORTIONS[name](subject, float(strength)) if name else subject.video
-        changed = NUISANCES[_among(list(NUISANCES), kind)](video, float(much), 2 * np.asarray(direction) - 1)
+        changed = NUISANCES[_among(list(NUISANCES), which)](video, float(amount), 2 * np.asarray(direction) - 1)
         videos.append(np.clip(changed, -1, 1).astype(np.float32))
-    return name, (float(strengths[0]), float(strengths[1])), videos
+    return name, (float(a), float(b)), videos
 
 
 def _said(truth: str, u: Float[np.ndarray, "2"], wrong: float) -> str:
@@ -106,60 +104,44 @@ def write_pairs(
       UserError: `out` exists or cannot be made, or an option is of no use.
     """
     names = distortions.split(",")
-    if split not in cast.SPLITS:
-        raise UserError(f"--split {split}: no such split; use one of {', '.join(cast.SPLITS)}")
+    cast.check_asked(split, count)
     if unknown := [name for name in names if name not in DISTORTIONS]:
         raise UserError(f"--distortions: no {unknown[0]!r}; use {', '.join(DISTORTIONS)}")
-    if count < 1 or not 0 <= automatic <= 1 or not 0 <= careless <= 1:
-        raise UserError("--count is 1 or more, --automatic and --careless are 0 to 1")
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or name another folder")
+    if not 0 <= automatic <= 1 or not 0 <= careless <= 1:
+        raise UserError("--automatic and --careless are shares; use 0 to 1")
     root = keys.key(seed, "augment")
-    draws = np.asarray(jax.vmap(lambda n: jax.random.uniform(keys.fold(root, n), (23,)))(np.arange(count)), np.float64)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside, progress("pairs", count) as update:
-            folder = Path(aside) / out.name
-            folder.mkdir()
-            with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(COLUMNS)
-                for number, u, (subject, prompt) in zip(range(count), draws, subjects(seed, split), strict=False):
-                    name, (a, b), videos = pair(subject, u[:20], names)
-                    files = [f"{number:05d}-{side}.mp4" for side in "AB"]
-                    for path, video in zip(files, videos, strict=True):
-                        write_video(folder / path, video, FPS, FINE)
-                    photos = [f"{number:05d}-{m}.png" for m in subject.people]
-                    for path, m in zip(photos, subject.people, strict=True):
-                        Image.fromarray(to_uint8(subject.photos[m])).save(folder / path)
-                    truth = "same" if a == b else "A" if a < b else "B"
-                    own = u[20] < automatic
-                    frames = len(subject.video)
-                    said = _said(truth, u[21:], careless if own else 0.0)
-                    rows.writerow((*files, prompt, ";".join(photos), frames, frames, FPS, FPS, said, "automatic" if own else "trusted",
-                                   name, f"{a:.3f}", f"{b:.3f}", truth))
-                    update(number + 1)
-            folder.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a folder you may write to") from None
+    draws = np.asarray(jax.vmap(lambda n: jax.random.uniform(keys.fold(root, n), (21,)))(np.arange(count)), np.float64)
+    with (
+        folders.new_folder(out) as folder,
+        progress("pairs", count) as update,
+        (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file,
+    ):
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for number, u, (subject, prompt) in zip(range(count), draws, subjects(seed, split), strict=False):
+            name, (a, b), videos = pair(subject, u[:18], names)
+            files = [f"{number:05d}-{side}.mp4" for side in "AB"]
+            for path, video in zip(files, videos, strict=True):
+                write_video(folder / path, video, FPS, FINE)
+            photos = [f"{number:05d}-{m}.png" for m in subject.people]
+            for path, m in zip(photos, subject.people, strict=True):
+                Image.fromarray(to_uint8(subject.photos[m])).save(folder / path)
+            truth = "same" if a == b else "A" if a < b else "B"
+            source = "automatic" if u[18] < automatic else "trusted"
+            said = _said(truth, u[19:], careless if source == "automatic" else 0.0)
+            sizes = (len(subject.video),) * 2 + (FPS,) * 2
+            rows.writerow((*files, prompt, ";".join(photos), *sizes, said, source, name, f"{a:.3f}", f"{b:.3f}", truth))
+            update(number + 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write preference pairs of drawn people, with known truth.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make: pairs.csv, mp4 and PNG files")
-    parser.add_argument("--split", required=True, help=f"whose people: {', '.join(cast.SPLITS)}")
-    parser.add_argument("--count", type=int, required=True, metavar="N", help="pairs")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
+    parser = folders.options("Write preference pairs of drawn people, with known truth.", "pairs.csv, mp4 and PNG files", "pairs",
+                             ", ".join(cast.SPLITS))
     parser.add_argument("--distortions", default=",".join(DISTORTIONS), help="faults that occur, joined by commas (default: all)")
     parser.add_argument("--automatic", type=float, default=0.0, help="share of automatic pairs, with labels that are partly wrong")
     parser.add_argument("--careless", type=float, default=0.5, help="share of the automatic labels that is drawn (default 0.5)")
-    try:
-        write_pairs(**vars(parser.parse_args(arguments)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return folders.run(write_pairs, vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

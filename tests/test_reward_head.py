@@ -1,6 +1,5 @@
 """The learned head: what does not matter to it, that it stays finite and inside what it saw, and its training from a CSV to a reward."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,18 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate
+from jax_idgrpo import evaluate, pairs
 from jax_idgrpo.data import cast
-from jax_idgrpo.data.distortions import Subject, duplicate, swap
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.finetune import finetune
 from jax_idgrpo.rewards import head as heads
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.video import to_uint8, write_video
+from jax_idgrpo.tasks import make_task
 from tests.test_identity import case, unit
 
 CONFIG = IdentityConfig()
@@ -114,48 +111,25 @@ def test_two_people_who_exchange_faces_are_seen_in_their_places():
 
 
 def write_pairs(folder, count, seed, split):
-    """Clips of two or three people against the same with faces exchanged or doubled; a third of the pairs are automatic."""
-    folder.mkdir(parents=True)
-    rows, step = [], 0
-    reward = evaluate.make_reward(c.RewardConfig())
-    while len(rows) < count:
-        drawn, step = jax.device_get(cast.batch(seed, step, 16, split)), step + 1
-        photos = drawn.portraits.reshape(-1, *drawn.portraits.shape[2:])
-        found = np.asarray(reward._best(reward.state, photos)[1]).reshape(drawn.mask.shape)
-        for n in np.flatnonzero((drawn.mask.sum(1) > 1) & (found | ~drawn.mask).all(1)):
-            number, mask = len(rows), drawn.mask[n]
-            nobody = np.zeros((9, 8, 8, 3), np.float32), np.zeros((9, 4), np.float32)
-            subject = Subject(drawn.video[n], drawn.boxes[n], mask, drawn.portraits[n], np.zeros((3, 4), np.float32), *nobody)
-            videos = [subject.video, (swap, duplicate)[number % 2](subject)]
-            for side, video in zip("AB", videos[:: 1 if number % 3 else -1], strict=True):
-                write_video(folder / f"{number}{side}.mp4", np.clip(video, -1, 1), 8)
-            names = [f"{number}-{m}.png" for m in np.flatnonzero(mask)]
-            for name, m in zip(names, np.flatnonzero(mask), strict=True):
-                Image.fromarray(to_uint8(drawn.portraits[n, m])).save(folder / name)
-            rows.append({"path_A": f"{number}A.mp4", "path_B": f"{number}B.mp4", "prompt": "people", "ref_paths": ";".join(names),
-                         "SA": "A" if number % 3 else "B", "source": "automatic" if number % 3 == 2 else "trusted"})
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows[:count])
+    """Clips against the same with faces exchanged or doubled; a third of the pairs are automatic, and rightly labelled."""
+    pairs.write_pairs(folder, split, count, seed, "swap,duplicate", automatic=1 / 3, careless=0.0)
     return folder / "pairs.csv"
 
 
-def configuration(pairs, held_out="", steps=60, **options):
+def configuration(csv, held_out="", steps=60, **options):
     return c.Config(
         data=c.DataConfig(max_people=3),
         video=c.VideoConfig(frames=9, height=64, width=64),
         optimizer=c.OptimizerConfig(learning_rate=2e-3, ema_decay=0.0),
-        finetune=c.FinetuneConfig(task="reward_face", batch=16, options={"pairs": str(pairs), "held_out": str(held_out)} | options),
+        finetune=c.FinetuneConfig(task="reward_face", batch=16, options={"pairs": str(csv), "held_out": str(held_out)} | options),
         run=c.RunConfig(steps=steps, save_every=20, keep=5, sample_every=0),
     )
 
 
 def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
-    pairs, held_out = write_pairs(tmp_path / "pairs", 36, 0, "train"), write_pairs(tmp_path / "held_out", 24, 1, "eval")
-    finetune(configuration(pairs, held_out), tmp_path / "run")
+    train, held_out = write_pairs(tmp_path / "pairs", 36, 0, "train"), write_pairs(tmp_path / "held_out", 24, 1, "eval")
+    finetune(configuration(train, held_out), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
-    print(found)
     assert found["pairs"] == 24 and found["without_ties"]["low"] > 0.6
 
     export = tmp_path / "run" / "export"
@@ -192,7 +166,5 @@ def test_a_stopped_run_ends_with_the_head_of_an_undisturbed_one(tmp_path):
 
 
 def test_one_dimension_only(tmp_path):
-    from jax_idgrpo.tasks import make_task
-
     with pytest.raises(UserError, match="scores one dimension, not SA, VQ"):
         make_task(configuration(Path("pairs.csv"), dimensions=["SA", "VQ"]))

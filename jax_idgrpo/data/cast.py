@@ -10,11 +10,9 @@ Lengths of a scene are in points: the picture is 64 points high and wide whateve
 Times are in seconds; a clip has 8 frames per second.
 """
 
-import argparse
 import csv
 import functools
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
 from PIL import Image
 
 from jax_idgrpo import keys
+from jax_idgrpo.data import folders
 from jax_idgrpo.errors import UserError
 
 FRAMES_PER_SECOND = 8
@@ -927,48 +926,38 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
     Raises:
       UserError: `out` exists already or cannot be made, or there is no such split.
     """
+    check_asked(split, count)
+    with folders.new_folder(out) as folder:
+        photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
+        pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
+        with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("ref_paths", "prompt"))
+            for k in range(count):
+                names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
+                for slot, name in enumerate(names):
+                    Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
+                scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))  # noqa: B023
+                rows.writerow((";".join(names), prompt(scene, who, mask[k])))
+
+
+def check_asked(split: str, count: int) -> None:
+    """Whether that can be drawn.
+
+    Raises:
+      UserError: there is no such split, or nothing is asked for.
+    """
     if split not in SPLITS:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")
     if count < 1:
         raise UserError(f"--count {count}: nothing to write; use 1 or more")
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; remove it or name another folder")
-    photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
-    pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-            folder = Path(aside) / out.name
-            folder.mkdir()
-            with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(("ref_paths", "prompt"))
-                for k in range(count):
-                    names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
-                    for slot, name in enumerate(names):
-                        Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
-                    scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))  # noqa: B023
-                    rows.writerow((";".join(names), prompt(scene, who, mask[k])))
-            folder.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a folder you may write to") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m jax_idgrpo.data.cast --out DIR --split rl --count N`; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Write prompts and reference photos of drawn people.")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to make: prompts.csv and PNG portraits"
-    )
-    parser.add_argument("--split", required=True, help=f"whose people: {', '.join(SPLITS)}")
-    parser.add_argument("--count", type=int, required=True, metavar="N", help="rows of prompts.csv")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
-    try:
-        write_prompts(**vars(parser.parse_args(arguments)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    parser = folders.options("Write prompts and reference photos of drawn people.", "prompts.csv and PNG portraits", "rows of prompts.csv",
+                             ", ".join(SPLITS))
+    return folders.run(write_prompts, vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

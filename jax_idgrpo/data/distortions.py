@@ -280,5 +280,4 @@ DISTORTIONS: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
 }
 TRICKS = ("paste", "freeze", "enlarge", "duplicate", "drop", "blend", "swap")  # what a policy might do to please a face reward
 TOGETHER = ("swap", "duplicate", "blend")  # these need two people
-STRANGER = ("replace", "drift")  # these need somebody else
 NUISANCES: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {"light": light, "codec": codec, "crop": crop, "pose": pose}

@@ -1,13 +1,13 @@
 """Rewards: `score(videos, references, prompts) -> [B]`, higher is better.
 
 The face reward detects, aligns and embeds every face, matches the reference people to faces frame by frame and scores how alike
-they are (`identity`), or lets a trained network judge what it finds (`head`). All of it is
-one program on the device; only whether every reference photo shows a face is looked at on the host, once per photo.
+they are (`identity`), or lets a trained network judge what it finds (`head`). All of it is one program on the device; only whether
+every reference photo shows a face is looked at on the host, once per photo.
 """
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -46,19 +46,25 @@ def frame_numbers(frames: int, wanted: int) -> np.ndarray:
     return np.round(np.linspace(0, frames - 1, wanted)).astype(int)
 
 
-def _read(graph, config, frames, state, videos, references, mask) -> tuple[Terms, Tokens]:
+def _look(stack, config, frames, videos, references, mask) -> tuple[Terms, Callable[[], Tokens]]:
+    """The terms, and what makes the tokens of the same faces."""
     chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
-    faces = nnx.merge(graph, state)[0](chosen)
+    faces = stack(chosen)
     terms = reward_terms(chosen, faces.boxes, faces.embeddings, faces.mask, references, mask, config)
-    return terms, tokens(terms, faces, references, mask, chosen.shape[2:4], config)
+    return terms, lambda: tokens(terms, faces, references, mask, chosen.shape[2:4], config)
 
 
-def _score(graph, config, frames, state, videos, references, mask) -> Terms:
-    terms, said = _read(graph, config, frames, state, videos, references, mask)
-    head = nnx.merge(graph, state)[1]
+def _read(graph, config, frames, state, *given) -> tuple[Terms, Tokens]:
+    terms, said = _look(nnx.merge(graph, state)[0], config, frames, *given)
+    return terms, said()
+
+
+def _score(graph, config, frames, state, *given) -> Terms:
+    stack, head = nnx.merge(graph, state)
+    terms, said = _look(stack, config, frames, *given)
     if head is None:
         return terms
-    score = head(said)
+    score = head(said())
     return terms | {"head": score, "reward": score - terms["costs"]}
 
 
