@@ -4,10 +4,11 @@
     python benchmarks/recipes.py --workdir runs/recipes --only fast nft
     python benchmarks/recipes.py --workdir runs/recipes --table         the table of what is there
 
-The parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
+The first steps of every recipe are taken one recipe after the other and timed (`seconds.json`): only they need a quiet machine. The
+parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
 trained to the number of steps that either budget buys, and `idgrpo evaluate` compares both adapters with the base on held-out people.
 The fast recipe is also stopped at one eighth of the forward passes. Guidance is off but in the last row: the embedded base is at its best
-without.
+without. Several such calls may share a folder, each with its own `--only`, once `seconds.json` is complete.
 """
 
 import argparse
@@ -78,13 +79,21 @@ def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
         shutil.copytree(folder / "export", kept)
 
 
-def seconds_per_step(folder: Path) -> float:
-    """Median of the steps that compiled nothing."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return numbers.median(sum(row[phase] for phase in PHASES) for row in rows[2:])
+def seconds_per_step(workdir: Path) -> dict[str, float]:
+    """By recipe, the median of the first steps that compiled nothing; what was not timed yet is."""
+    kept = workdir / "seconds.json"
+    seconds: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    for recipe in RECIPES:
+        if recipe not in seconds:
+            folder = workdir / f"{recipe}-1"
+            train(folder, recipe, 1, CALIBRATION)
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            seconds[recipe] = numbers.median(sum(row[phase] for phase in PHASES) for row in rows[2:CALIBRATION])
+            kept.write_text(json.dumps(seconds))
+    return seconds
 
 
-def run(workdir: Path, recipe: str, seed: int, parity_steps: int) -> None:
+def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[str, float]) -> None:
     """Train a recipe to both budgets and evaluate its adapters."""
     folder = workdir / f"{recipe}-{seed}"
     if (folder / "evaluation" / "metrics.json").exists():
@@ -92,8 +101,7 @@ def run(workdir: Path, recipe: str, seed: int, parity_steps: int) -> None:
     budget = parity_steps * passes_per_step("parity")
     steps = {"passes": round(budget / passes_per_step(recipe))}
     if recipe != "parity":
-        train(folder, recipe, seed, CALIBRATION)
-        steps["time"] = round(parity_steps * seconds_per_step(workdir / "parity-1") / seconds_per_step(folder))
+        steps["time"] = round(parity_steps * seconds["parity"] / seconds[recipe])
     if recipe == "fast":
         steps["eighth"] = round(budget / 8 / passes_per_step(recipe))
     for count in sorted(steps.values()):
@@ -108,6 +116,7 @@ def table(workdir: Path) -> str:
     names = ("judge_identity", "reward", "faces", "motion")
     head = ["recipe", "budget", "seeds", "steps", "forward passes", "s / step"]
     rows = [[*head, *(statistics.LABELS[name] for name in names)]]
+    seconds = json.loads((workdir / "seconds.json").read_text())
     for recipe in RECIPES:
         folders = [folder for seed in SEEDS.get(recipe, (1,)) if (folder := workdir / f"{recipe}-{seed}") and
                    (folder / "evaluation" / "metrics.json").exists()]
@@ -117,7 +126,7 @@ def table(workdir: Path) -> str:
         clusters = np.asarray([video["prompt"] for video in found[0]])
         for budget, steps in json.loads((folders[0] / "steps.json").read_text()).items():
             cells = [recipe, budget, str(len(folders)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
-                     f"{numbers.median(map(seconds_per_step, folders)):.1f}"]
+                     f"{seconds[recipe]:.1f}"]
             for name in names:
                 change = np.mean([[video[budget][name] - video["base"][name] for video in videos] for videos in found], axis=0)
                 cells.append(statistics.bootstrap(change, clusters, 0, 2000).text(sign=True))
@@ -135,10 +144,11 @@ def main() -> None:
     given = parser.parse_args()
     given.workdir.mkdir(parents=True, exist_ok=True)
     if not given.table:
+        seconds = seconds_per_step(given.workdir.absolute())
         first = [("parity", 1), *((recipe, 1) for recipe in given.only if recipe != "parity")]
         more = [(recipe, seed) for recipe in given.only for seed in SEEDS.get(recipe, ())[1:]]
         for recipe, seed in [*first, *more]:
-            run(given.workdir.absolute(), recipe, seed, given.parity_steps)
+            run(given.workdir.absolute(), recipe, seed, given.parity_steps, seconds)
     print(table(given.workdir))
 
 
