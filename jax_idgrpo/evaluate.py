@@ -115,13 +115,11 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
         mesh = parallel.make_mesh(config.mesh, policy_devices(config))
         parallel.check_rows(mesh, config.evaluate.batch, "evaluate.batch")
         pipe = load_pipeline(model.folder(), model.dtype, model.kind, remat=model.remat, unroll=model.unroll, mesh=mesh)
-    return Sampler(
-        config=config,
-        pipe=pipe,
-        schedule=rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver),
-        negative=conditioning.encode_negative(pipe, config.data),
-        cache={},
-    )
+    schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver)
+    given = schedule, conditioning.encode_negative(pipe, config.data)
+    mesh = pipe.transformer.config.mesh
+    schedule, negative = given if mesh is None else parallel.put(given, parallel.replicated(mesh))
+    return Sampler(config=config, pipe=pipe, schedule=schedule, negative=negative, cache={})
 
 
 def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
@@ -149,8 +147,10 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
 # ---- scoring -------------------------------------------------------------------------------------------------------------
 
 
-def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
+def make_reward(config: RewardConfig, embedder: str = "embedder", mesh: Mesh | None = None) -> FaceReward:
     """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward, and by our own stack.
+
+    mesh: where the videos will be; the networks are then on each of its devices.
 
     Raises:
       UserError: a network is missing or damaged, or the backend is not installed.
@@ -168,7 +168,10 @@ def make_reward(config: RewardConfig, embedder: str = "embedder") -> FaceReward:
         return HostFaceReward(DeepFace(config.backend, config.folder()), constants, config.frames)
     stack = load_stack(config.folder(), embedder)
     head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
-    return FaceReward(stack, constants, config.frames, head)
+    reward = FaceReward(stack, constants, config.frames, head)
+    if mesh is not None:
+        reward.state = parallel.put(reward.state, parallel.replicated(mesh))
+    return reward
 
 
 def policy_devices(config: Config) -> list[jax.Device]:

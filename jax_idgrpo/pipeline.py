@@ -88,7 +88,10 @@ def load_pipeline(
     kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
     rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
     remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it,
-    and the text encoder is spread over all devices. UserError for a folder that is not such a pipeline or does not fit.
+    the text encoder is spread over all devices, and the VAE lies on each.
+
+    Raises:
+      UserError: the folder is not such a pipeline or does not fit.
     """
     path = Path(path)
     if kind not in (None, *checkpoint.KINDS):
@@ -104,7 +107,7 @@ def load_pipeline(
     assert found.tokenizer is not None and found.kind is not None
     return Pipeline(
         transformer=transformer,
-        vae=_load_vae(found.networks["vae"]),
+        vae=_load_vae(found.networks["vae"], mesh),
         text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh),
         tokenizer=load_tokenizer(path),
         shift=_shift(found),
@@ -134,8 +137,9 @@ def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanT
     return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_vae(found: checkpoint.Network) -> WanVAE:
-    return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found)
+def _load_vae(found: checkpoint.Network, mesh: Mesh | None = None) -> WanVAE:
+    where = None if mesh is None else functools.partial(jax.tree.map, lambda _: parallel.replicated(mesh))
+    return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
 
 
 def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None) -> UMT5Encoder:

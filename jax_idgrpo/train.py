@@ -1,7 +1,8 @@
 """GRPO: sample groups of videos, score them, move the adapter. Reads from top to bottom.
 
 Step k's prompts, noise and window are functions of (seed, k), so a run that was stopped anywhere goes on to the same adapter as
-one that was not. Everything between prompt and updated weights stays on the device.
+one that was not. Everything between prompt and updated weights stays on the device: the
+programs of a step run under a guard that refuses transfers.
 """
 
 import collections
@@ -126,6 +127,29 @@ def score_latents(
     return function(state, video, *people)["reward"]
 
 
+Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
+"""What a velocity depends on beside its latents: policy, adapter, base, conditioning, negative prompt."""
+
+
+def sample(
+    config: Config,
+    given: Given,
+    schedule: rollout.Schedule,
+    start_keys: Key[Array, "B"],
+    noise_keys: Key[Array, "B"],
+    window: rollout.Window,
+) -> rollout.Trajectory:
+    """What the objective trains on, of one chunk: trained steps, or where reward gradients begin, or final latents alone."""
+    if config.grpo.replays:
+        return rollout.sample(*given, schedule, start_keys, noise_keys, window)
+    if config.grpo.objective == "reward_gradient":
+        before = config.rollout.steps - config.grpo.gradient_steps
+        x = rollout.generate(*given, schedule.part(0, before), start_keys)
+        latents = rollout.denoise(*given, schedule.part(before, config.rollout.steps), x)
+        return rollout.Trajectory(latents=latents, x=x[:, None])
+    return rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
+
+
 def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
     first, *rest = logged
@@ -206,7 +230,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     through = config.grpo.objective == "reward_gradient"
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
-    reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward)
+    reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward, mesh=mesh)
     objective = Objective(
         policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,
@@ -215,7 +239,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         score=functools.partial(score_latents, reward.function, config.data.max_people) if through else None,
     )
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
-    negative = conditioning.encode_negative(pipe, config.data)
+    schedule, negative = parallel.put((schedule, conditioning.encode_negative(pipe, config.data)), parallel.replicated(mesh))
     cache: conditioning.Cache = {}
     passes = forward_passes(config, actor.branches)
 
@@ -286,18 +310,11 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
                 condition, start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
                     rows(tree, chunk) for tree in (asked, starts, noise, again, window, people)
                 )
-                given = (actor, state.params, base, condition, negative)
-                if config.grpo.replays:
-                    trajectory = rollout.sample(*given, schedule, start_keys, noise_keys, where)
-                elif through:
-                    before = sampling.steps - config.grpo.gradient_steps
-                    x = rollout.generate(*given, schedule.part(0, before), start_keys)
-                    latents = rollout.denoise(*given, schedule.part(before, sampling.steps), x)
-                    trajectory = rollout.Trajectory(latents=latents, x=x[:, None])
-                else:
-                    trajectory = rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
-                frames = condition.video_frames(config.data.max_people)
-                video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
+                with jax.transfer_guard("disallow"):
+                    given = (actor, state.params, base, condition, negative)
+                    trajectory = sample(config, given, schedule, start_keys, noise_keys, where)
+                    frames = condition.video_frames(config.data.max_people)
+                    video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
                 terms.append(reward.score_terms(video, faces, face_mask))
                 chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
                 if len(videos) < SHOWN:
@@ -325,8 +342,9 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             logged: list[dict[str, Array]] = []
             for number in range(config.grpo.optimizer_steps):
                 part = share(batch, number % config.grpo.updates, config.grpo.updates)
-                step = jnp.int32(done * config.grpo.optimizer_steps + number)
-                state, scalars = update(objective, state, networks, part, schedule, step)
+                step = parallel.put(jnp.int32(done * config.grpo.optimizer_steps + number), parallel.replicated(mesh))
+                with jax.transfer_guard("disallow"):
+                    state, scalars = update(objective, state, networks, part, schedule, step)
                 logged.append(scalars)
             state = state.replace(step=state.step + 1)
             scalars = summary(to_host(logged))

@@ -153,7 +153,7 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
 @pytest.mark.slow
 def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
     constants = IdentityConfig(null_similarity=-1.0)
-    monkeypatch.setattr(loop, "make_reward", lambda config: HostFaceReward(fake(), constants, config.frames))
+    monkeypatch.setattr(loop, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.frames))
     loop.train(tiny(1, micro_batch=2), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["faces_seen"] == 1 and row["rewards_failed"] == 0 and row["skipped"] == 0 and row["gradient_norm"] > 0

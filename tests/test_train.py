@@ -188,8 +188,8 @@ def failing(monkeypatch, broken):
     real = loop.make_reward
     calls = []
 
-    def make(config):
-        reward = real(config)
+    def make(config, **placed):
+        reward = real(config, **placed)
         scored = reward.score_terms
 
         def score_terms(*given):
@@ -216,6 +216,13 @@ def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_res
     one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("whole", "stopped"))
     for name, tensor in one.items():
         np.testing.assert_array_equal(other[name], tensor, err_msg=name)
+
+
+def test_a_step_that_waits_for_the_host_is_refused(monkeypatch, tmp_path):
+    decode = loop.rollout.decode
+    monkeypatch.setattr(loop.rollout, "decode", lambda vae, latents, start, frames: decode(vae, latents, np.asarray(start), frames))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(tiny(1), tmp_path / "run")
 
 
 def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ Sources: Wan, arXiv 2503.20314, github.com/Wan-Video/Wan2.1 wan/modules/model.py
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -237,9 +238,26 @@ def _add(x: Array, update: Array) -> Array:
 SMALL = nnx.initializers.normal(0.02)
 
 
+@jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """The tanh form, in float32."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    """The tanh form, in float32; the backward pass keeps x alone and computes the rest again."""
+    return (x.astype(jnp.float32) * _gate(x)[0]).astype(x.dtype)
+
+
+def _gate(x: Array) -> tuple[Array, Array]:
+    """The factor of x in its gelu, (1 + tanh u(x)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and u's derivative; float32."""
+    x = x.astype(jnp.float32)
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    return (1 + jnp.tanh(scale * (x + cubic * x**3))) / 2, scale * (1 + 3 * cubic * x**2)
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    gate, slope = _gate(x)
+    dx = dy.astype(jnp.float32) * (gate + 2 * x.astype(jnp.float32) * gate * (1 - gate) * slope)
+    return (dx.astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Embedder(nnx.Module):
