@@ -32,7 +32,7 @@ LATENTS = {"rollout.window": "none", "rollout.window_size": 0, "rollout.start_no
 FAST = {"rollout.steps": 8, "rollout.window": "per_prompt", "rollout.window_size": 1, "grpo.kl": 0, "grpo.time_weights": True}
 RECIPES: dict[str, dict[str, object]] = {
     "parity": {"rollout.steps": 25, "rollout.window": "all", "rollout.window_size": 0, "rollout.final_step": "sde",
-               "rollout.start_noise": "distinct", "optimizer.learning_rate": 1e-3},
+               "rollout.start_noise": "distinct"},
     "window": {},
     "fast": FAST,
     "cps": FAST | {"rollout.sampler": "cps", "grpo.kl_units": "velocity"},

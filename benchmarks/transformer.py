@@ -57,7 +57,7 @@ def inputs(rows: int) -> Inputs:
 
 def our_calls(folder: str, given: Inputs, steps: int) -> Calls:
     """Our forward, gradient, rollout and update; each returns when it is done."""
-    actor, lora, base = policy.split(add_adapter(load_transformer(folder), RANK, float(RANK), keys.key(0, "init")), GUIDANCE)
+    actor, lora, base = policy.split(add_adapter(load_transformer(folder, unroll=True), RANK, float(RANK), keys.key(0, "init")), GUIDANCE)
     rows = len(given["latents"])
     latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
     timesteps = jnp.full(rows, 500)
