@@ -15,6 +15,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
+
+CONTAINERS = "mov,matroska,avi,gif"
+"""FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
+
 
 
 def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -58,8 +63,8 @@ def _encode(target: str | io.BytesIO, pixels: UInt8[np.ndarray, "frames height w
         container.mux(stream.encode())
 
 
-def _decode(source: str | io.BytesIO) -> list[UInt8[np.ndarray, "height width 3"]]:
-    with av.open(source) as container:
+def _decode(source: io.BytesIO) -> list[UInt8[np.ndarray, "height width 3"]]:
+    with av.open(source, options={"format_whitelist": CONTAINERS}) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
@@ -86,14 +91,14 @@ def recoded(video: Float[np.ndarray, "frames height width 3"], factor: int) -> F
     return from_uint8(np.stack(_decode(buffer)))
 
 
-def read_video(path: str | Path) -> Float[np.ndarray, "frames height width 3"]:
-    """The frames of a video file, values in [-1, 1].
+def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
+    """The frames of a video file, values in [-1, 1]; decoded from its bytes alone, whatever else it names.
 
     Raises:
-      UserError: the file is missing, is no video, or holds no frame.
+      UserError: the file is missing, is no video of `CONTAINERS`, or holds no frame.
     """
     try:
-        frames = _decode(str(path))
+        frames = _decode(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()))
     except (OSError, IndexError, av.FFmpegError) as error:
         raise UserError(f"video {path}: cannot be read ({type(error).__name__}); pass an mp4 such as `idgrpo sample` writes") from None
     if not frames:

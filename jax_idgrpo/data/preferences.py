@@ -1,8 +1,9 @@
 """Preference pairs: two videos of one prompt, and which is better; and which pairs a training step reads.
 
 The CSV has VideoAlign's columns and photos: `path_A,path_B,prompt,ref_paths` and one column per scored dimension that holds A, B, same or
-invalid, such as SA. Optional: `fps_A,fps_B` (frames per second that the videos are taken to have) and `source`: `trusted` (labelled by
-people, the default) or `automatic`. Paths are relative to the CSV; photos are joined by `;`. Further columns are ignored.
+invalid, such as SA. Optional: `fps_A,fps_B` (frames per second that the videos are taken to have), `num_frames_A,num_frames_B` and
+`source`: `trusted` (labelled by people, the default) or `automatic`. Paths are relative to the CSV; photos are joined by `;`. Further
+columns are ignored. `data.stored_pairs` reads the same from a data set that was made of such a CSV.
 
 Automatic pairs are many and wrong in part. As published, a teacher that was trained on trusted pairs filters them, and the share of
 automatic pairs in a batch falls by half a cosine from its start to 0 at the end of training:
@@ -17,23 +18,57 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jax_idgrpo import keys
 from jax_idgrpo.data.prompts import SEPARATOR
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
 
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths")
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": 22}
 SOURCES = {"": "trusted", "trusted": "trusted", "automatic": "automatic", "auto": "automatic", "synthetic": "automatic"}
 
 
+@runtime_checkable
+class Pair(Protocol):
+    """Two videos of one prompt. Its labels and source are at hand, the rest may be read when it is asked for. It can be hashed."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """By dimension, as `rewards.preference` reads them."""
+
+    @property
+    def source(self) -> str:
+        """"trusted" or "automatic"."""
+
+    @property
+    def references(self) -> tuple[File, ...]:
+        """Photos, one per person."""
+
+    @property
+    def videos(self) -> tuple[File, File]:
+        """A and B."""
+
+    @property
+    def prompt(self) -> str:
+        """What both were to show."""
+
+    @property
+    def fps(self) -> tuple[float, float]:
+        """Frames per second of both videos, 0 where nobody said."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """One row. labels: by dimension, as `rewards.preference` reads them. fps: of the two videos, 0 where the row does not say."""
+class Row:
+    """A pair in a CSV. num_frames: of both videos, 0 where the row does not say."""
 
     references: tuple[Path, ...]
     videos: tuple[Path, Path]
@@ -41,9 +76,10 @@ class Pair:
     labels: tuple[int, ...]
     source: str = "trusted"
     fps: tuple[float, float] = (0.0, 0.0)
+    num_frames: tuple[int, int] = (0, 0)
 
 
-def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
+def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Row]:
     """The pairs of a CSV, labelled in `dimensions`; that the files exist is checked, not that they can be read.
 
     Raises:
@@ -57,7 +93,7 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
             reader = csv.DictReader(file, strict=True)
             if missing := [name for name in (*COLUMNS, *dimensions) if name not in (reader.fieldnames or ())]:
                 raise UserError(f"pairs {path}, line 1: has no column {missing[0]}; it needs {', '.join((*COLUMNS, *dimensions))}")
-            pairs = [_pair(row, path, reader.line_num, dimensions) for row in reader]
+            pairs = [_row(row, path, reader.line_num, dimensions) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"pairs {path}: is not a CSV in UTF-8 ({error}); save it again") from None
     if not pairs:
@@ -65,7 +101,7 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
     return pairs
 
 
-def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
+def _row(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Row:
     where = f"pairs {path}, line {line}"
     if None in row or None in row.values():
         raise UserError(f"{where}: has more or fewer fields than the header; put texts with commas in double quotes")
@@ -75,10 +111,9 @@ def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
     source = row.get("source", "").strip()
     if source not in SOURCES:
         raise UserError(f"{where}: source is {source!r}; use trusted or automatic")
-    try:
-        fps = tuple(float(row.get(f"fps_{side}", "").strip() or 0) for side in "AB")
-    except ValueError:
-        raise UserError(f"{where}: fps_A or fps_B is not a number") from None
+    fps, frames = (
+        tuple(_number(row.get(f"{name}_{side}", ""), f"{where}: {name}_{side}") for side in "AB") for name in ("fps", "num_frames")
+    )
     photos = tuple(path.parent / name.strip() for name in row["ref_paths"].split(SEPARATOR) if name.strip())
     videos = tuple(path.parent / row[f"path_{side}"].strip() for side in "AB")
     if not photos:
@@ -86,8 +121,19 @@ def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
     for file in (*photos, *videos):
         if not file.is_file():
             raise UserError(f"{where}: {file} is no file; paths are relative to the CSV")
-    return Pair(photos, (videos[0], videos[1]), row["prompt"].strip(), tuple(LABELS[label] for label in labels), SOURCES[source],
-                (fps[0], fps[1]))
+    return Row(photos, (videos[0], videos[1]), row["prompt"].strip(), tuple(LABELS[label] for label in labels), SOURCES[source],
+               (fps[0], fps[1]), (int(frames[0]), int(frames[1])))
+
+
+def _number(text: str, where: str) -> float:
+    """A number from 0 on; 0 for an empty field."""
+    try:
+        number = float(text.strip() or 0)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"{where} is {text!r}; write a number, or leave it empty")
+    return number
 
 
 def automatic_share(step: int, steps: int, start: float) -> float:
@@ -105,16 +151,31 @@ def agrees(difference: float, label: int, theta: float = 5.0) -> bool:
     return difference * label > 0
 
 
-def pair_batch(pairs: Sequence[Pair], seed: int, step: int, count: int, share: float) -> list[Pair]:
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Pairs, and the numbers of those of either source among them."""
+
+    pairs: Sequence[Pair]
+    trusted: Int[np.ndarray, "T"]
+    automatic: Int[np.ndarray, "U"]
+
+
+def by_source(pairs: Sequence[Pair]) -> Mixture:
+    """Which of the pairs are trusted, and which automatic."""
+    automatic = np.fromiter((pair.source == "automatic" for pair in pairs), bool, len(pairs))
+    return Mixture(pairs, np.flatnonzero(~automatic), np.flatnonzero(automatic))
+
+
+def pair_batch(given: Mixture, seed: int, step: int, count: int, share: float) -> list[Pair]:
     """The `count` pairs of a step: a pure function of (seed, step). Each is automatic with probability `share`.
 
     Both kinds are read in endless sequences in which every pass is its own permutation. Where one kind is absent all are of the other.
     """
-    kinds = [[pair for pair in pairs if pair.source == source] for source in ("trusted", "automatic")]
+    kinds = (given.trusted, given.automatic)
     draws = np.asarray(jax.random.uniform(keys.fold(keys.key(seed, "data"), step), (count,)))
     orders = [grain.MapDataset.range(max(len(kind), 1)).seed(seed).shuffle().repeat() for kind in kinds]
     chosen = []
     for row, draw in enumerate(draws):
-        kind = int((draw < share and bool(kinds[1])) or not kinds[0])
-        chosen.append(kinds[kind][int(orders[kind][step * count + row])])
+        kind = int((draw < share and len(kinds[1]) > 0) or not len(kinds[0]))
+        chosen.append(given.pairs[int(kinds[kind][int(orders[kind][step * count + row])])])
     return chosen

@@ -8,6 +8,7 @@ Everything is checked when the file is loaded, images included, so that a broken
 import concurrent.futures
 import csv
 import dataclasses
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +18,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
 
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Prompt:
 
     id: int  # rows counted from 0
     text: str
-    references: tuple[Path, ...]
+    references: tuple[File, ...]
 
     @property
     def people(self) -> int:
@@ -104,18 +108,17 @@ def _parse(row: dict, path: Path, line: int, max_people: int) -> tuple[str, tupl
     return text, tuple(path.parent / name for name in names)
 
 
-def load_reference(path: str | Path) -> Image.Image:
+def load_reference(path: str | File) -> Image.Image:
     """An image file of any mode, size and EXIF orientation as upright RGB; transparent parts become white.
 
     Raises:
       UserError: the file is missing, is not an image, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"image {path}: no such file; check ref_paths, which are relative to the CSV")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()), formats=FORMATS) as image:
             return on_white(ImageOps.exif_transpose(image))
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"image {path}: no such file; check ref_paths, which are relative to the CSV") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise UserError(f"image {path}: cannot be read ({reason}); store it again as PNG or JPEG") from None

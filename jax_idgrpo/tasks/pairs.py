@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jax_idgrpo import statistics
 from jax_idgrpo.checkpoint import write_text
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.preferences import Pair, agrees, automatic_share, pair_batch
+from jax_idgrpo.data.preferences import Mixture, Pair, agrees, automatic_share, pair_batch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.preference import btt_loss
 
@@ -37,7 +37,8 @@ Differences = Callable[[Sequence[Pair]], Float[np.ndarray, "N O"]]
 class PairOptions:
     """Options (`finetune.options`) of every such task.
 
-    pairs, held_out: CSVs, see `data.preferences`; held_out may be "". dimensions: columns that hold the labels. theta: of the loss.
+    pairs, held_out: a CSV (`data.preferences`) or the folder of a data set (`data.stored_pairs`); held_out may be "". dimensions: columns
+    that hold the labels. theta: of the loss.
     teacher: folder of the reward that filters the automatic pairs, "" for none. mixing: see the module's docstring. automatic: share of
     automatic pairs that "smooth" starts from.
     """
@@ -68,7 +69,7 @@ def read_options(kind: type[Chosen], values: Mapping[str, Any]) -> Chosen:
     if unknown := [name for name in values if name not in known]:
         raise UserError(f"finetune.options knows no {unknown[0]!r}; use {', '.join(known)}")
     if "pairs" not in values:
-        raise UserError("finetune.options names no pairs; name a CSV of preference pairs")
+        raise UserError("finetune.options names no pairs; name a CSV of preference pairs, or a data set of them")
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return kind(**given)
 
@@ -81,7 +82,7 @@ def agreed(pairs: Sequence[Pair], found: Float[np.ndarray, "N O"], theta: float)
     ]
 
 
-def filtered(pairs: list[Pair], options: PairOptions, teacher: Callable[[], Differences]) -> list[Pair]:
+def filtered(pairs: Sequence[Pair], options: PairOptions, teacher: Callable[[], Differences]) -> Sequence[Pair]:
     """The pairs without those automatic ones that the teacher contradicts; all of them where `options` names none.
 
     teacher: reads it, and is asked only where there is something to filter.
@@ -94,11 +95,11 @@ def filtered(pairs: list[Pair], options: PairOptions, teacher: Callable[[], Diff
     return [pair for pair in pairs if pair.source != "automatic"] + kept
 
 
-def step_pairs(pairs: Sequence[Pair], options: PairOptions, config: Config, seed: int, step: int) -> list[Pair]:
+def step_pairs(pairs: Mixture, options: PairOptions, config: Config, seed: int, step: int) -> list[Pair]:
     """The pairs of a training step: a pure function of (seed, step)."""
     share = {
         "smooth": automatic_share(step, config.run.steps, options.automatic),
-        "random": sum(pair.source == "automatic" for pair in pairs) / len(pairs),
+        "random": len(pairs.automatic) / len(pairs.pairs),
         "trusted": 0.0,
         "automatic": 1.0,
     }[options.mixing]

@@ -18,10 +18,12 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.preferences import Pair, load_pairs
+from jax_idgrpo.data.preferences import Pair, by_source
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.stored_pairs import open_pairs
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import make_reward, references
+from jax_idgrpo.files import File
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards import FaceReward
 from jax_idgrpo.rewards.head import Head, Tokens, fingerprint, load_head, save_head, seen
@@ -58,7 +60,7 @@ def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config) -> Si
     return found
 
 
-def read_one(reward: FaceReward, pair: Pair, path: Path, config: Config) -> tuple[dict[str, float], Tokens]:
+def read_one(reward: FaceReward, pair: Pair, path: File, config: Config) -> tuple[dict[str, float], Tokens]:
     """The terms of the fixed reward and the tokens of one video of a pair, without the batch's axis.
 
     Raises:
@@ -94,15 +96,15 @@ def new_head(pairs: Sequence[Pair], sides: Sides, key: Array) -> Head:
     return Head(seen(read.people[read.mask]), seen(read.video), rngs=nnx.Rngs(key))
 
 
-def head_task(pairs: list[Pair], held_out: list[Pair], sides: Sides, networks: str, options: PairOptions, config: Config) -> Task:
+def head_task(pairs: Sequence[Pair], held_out: Sequence[Pair], sides: Sides, networks: str, options: PairOptions, config: Config) -> Task:
     """The task once the tokens of all pairs are known."""
-    start = Path(config.finetune.start)
+    start, mixed = Path(config.finetune.start), by_source(pairs)
 
     def init(key: jax.Array) -> nnx.Module:
         return load_head(start, networks, config.reward) if config.finetune.start else new_head(pairs, sides, key)
 
     def batch(seed: int, step: int) -> PairBatch:
-        return collate(step_pairs(pairs, options, config, seed, step), sides)
+        return collate(step_pairs(mixed, options, config, seed, step), sides)
 
     def loss(head: nnx.Module, given: PairBatch, key: jax.Array) -> Loss:
         a, b = jnp.split(head(given.tokens)[:, None], 2)
@@ -120,8 +122,8 @@ def make(config: Config) -> Task:
     options = read_options(PairOptions, config.finetune.options)
     if len(options.dimensions) != 1:
         raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
-    pairs = load_pairs(options.pairs, options.dimensions)
-    held_out = load_pairs(options.held_out, options.dimensions) if options.held_out else []
+    pairs = open_pairs(options.pairs, options.dimensions)
+    held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
     reward = make_reward(dataclasses.replace(config.reward, head=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config)

@@ -25,9 +25,11 @@ from PIL import Image
 
 from jax_idgrpo import keys, parallel
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.preferences import Pair, load_pairs
+from jax_idgrpo.data.preferences import Pair, by_source
 from jax_idgrpo.data.prompts import load_reference
+from jax_idgrpo.data.stored_pairs import open_pairs
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.rewards import vlm_files, vlm_inputs
@@ -105,12 +107,12 @@ def make_trainee(model: RewardModel, remat: bool) -> Trainee:
 
 
 @functools.lru_cache(maxsize=256)
-def _photo(path: Path) -> Image.Image:
+def _photo(path: File) -> Image.Image:
     return load_reference(path)
 
 
 @functools.lru_cache(maxsize=256)
-def _frames(path: Path, frames: float) -> tuple[Float[np.ndarray, "T H W 3"], int]:
+def _frames(path: File, frames: float) -> tuple[Float[np.ndarray, "T H W 3"], int]:
     """The frames of a video that are looked at, and how many it has."""
     video = read_video(path)
     return video[vlm_inputs.frame_indices(len(video), frames)], len(video)
@@ -215,9 +217,9 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
 def make(config: Config) -> Task:
     """The task of `configs/reward_vlm.py`."""
     options = read_options(Options, config.finetune.options)
-    pairs = load_pairs(options.pairs, options.dimensions)
-    held_out = load_pairs(options.held_out, options.dimensions) if options.held_out else []
-    pairs = filtered(pairs, options, lambda: read_teacher(config, options))
+    pairs = open_pairs(options.pairs, options.dimensions)
+    held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
+    mixed = by_source(filtered(pairs, options, lambda: read_teacher(config, options)))
     model, text = open_model(config, options, keys.key(config.run.seed, "init"))
     reading = read_with(model, text, config.reward.vlm_fps)
 
@@ -225,7 +227,7 @@ def make(config: Config) -> Task:
         return make_trainee(model, options.remat)
 
     def batch(seed: int, step: int) -> PairBatch:
-        return reading.batch(step_pairs(pairs, options, config, seed, step))
+        return reading.batch(step_pairs(mixed, options, config, seed, step))
 
     def loss(trainee: nnx.Module, given: PairBatch, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         a, b = jnp.split(trainee(given.asked, given.frames), 2)
