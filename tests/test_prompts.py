@@ -86,6 +86,12 @@ def test_truncated_image_is_found_at_the_start(folder, name):
         load_prompts(write(folder, HEADER + f"a.png,fine\n{name},x\n"), 2)
 
 
+def test_what_another_program_would_draw_is_no_photo(folder):
+    Image.new("RGB", (4, 4)).save(folder / "drawing.png", format="EPS")
+    with pytest.raises(UserError, match=r"drawing.png: cannot be read \(not an image\)"):
+        load_prompts(write(folder, HEADER + "drawing.png,x\n"), 2)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"])
 def test_every_mode_becomes_rgb(mode):
     grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (8, 1))

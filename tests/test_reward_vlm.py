@@ -12,7 +12,7 @@ from PIL import Image
 
 from jax_idgrpo import cli
 from jax_idgrpo import config as c
-from jax_idgrpo.data.preferences import Row, agrees, automatic_share, by_source, load_pairs, pair_batch
+from jax_idgrpo.data.preferences import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.rewards import vlm_files
@@ -102,7 +102,9 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
 def test_the_share_of_automatic_pairs_falls_by_half_a_cosine():
     assert automatic_share(0, 10, 0.8) == pytest.approx(0.8) and automatic_share(10, 10, 0.8) == pytest.approx(0)
     assert automatic_share(5, 10, 0.8) == pytest.approx(0.4)
-    pairs = by_source([Row((Path("a"),), (Path("b"), Path(str(n))), "", (1,), ("trusted", "automatic")[n % 2]) for n in range(20)])
+    pairs = by_source([
+        Pair(Row((Path("a"),), (Path("b"), Path(str(n))), ""), (1,), ("trusted", "automatic")[n % 2]) for n in range(20)
+    ])
     drawn = [pair_batch(pairs, 3, step, 4, 0.25) for step in range(40)]
     assert drawn[7] == pair_batch(pairs, 3, 7, 4, 0.25) != drawn[8]
     share = np.mean([pair.source == "automatic" for batch in drawn for pair in batch])

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jax_idgrpo.data.preferences import LABELS, Row
+from jax_idgrpo.data.preferences import LABELS, Pair
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
 
 NAME, VERSION, SPLIT = "identity_pairs", "1.0.0", "pairs"
 SOURCES = ("trusted", "automatic")
@@ -24,7 +25,7 @@ SHARD = 2**28
 def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
     """What an example holds."""
     file = tfds.features.Tensor(shape=(), dtype=np.object_)
-    sides = {"video": file, "fps": np.float64, "num_frames": np.int64}
+    sides = {"video": file, "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"), "num_frames": np.int64}
     return tfds.features.FeaturesDict({
         "prompt": tfds.features.Text(),
         "references": tfds.features.Sequence(file),
@@ -56,7 +57,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
     name = NAME
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, pairs: Sequence[Row], dimensions: Sequence[str], update: Callable[[int], None], data_dir: Path):
+    def __init__(self, *, pairs: Sequence[Pair], dimensions: Sequence[str], update: Callable[[int], None], data_dir: Path):
         """update: is told how many pairs are written."""
         self._pairs, self._dimensions, self._update = pairs, tuple(dimensions), update
         super().__init__(data_dir=data_dir, file_format="array_record")
@@ -70,7 +71,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
-        sizes = [sum(file.stat().st_size for file in (*pair.references, *pair.videos)) for pair in self._pairs]
+        sizes = [sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos)) for pair in self._pairs]
         return {SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]}
 
     def _examples(self, numbers: range) -> Iterator[tuple[int, dict]]:
@@ -79,23 +80,24 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
             self._update(number + 1)
 
 
-def example(pair: Row, dimensions: Sequence[str]) -> dict[str, Any]:
+def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
     """A pair as `features` has it, with the bytes of its files.
 
     Raises:
       UserError: a file cannot be read.
     """
-    a_b = {"video": [_bytes(file) for file in pair.videos], "fps": pair.fps, "num_frames": pair.num_frames}
+    row = pair.row.read()
+    a_b = {"video": [_bytes(file) for file in row.videos], "fps": row.fps, "num_frames": row.num_frames}
     return {
-        "prompt": pair.prompt,
-        "references": [_bytes(file) for file in pair.references],
+        "prompt": row.prompt,
+        "references": [_bytes(file) for file in row.references],
         "labels": {name: named(label) for name, label in zip(dimensions, pair.labels, strict=True)},
         "source": pair.source,
         **{f"{name}_{side}": values[n] for name, values in a_b.items() for n, side in enumerate("AB")},
     }
 
 
-def _bytes(file: Path) -> bytes:
+def _bytes(file: File) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:

@@ -35,51 +35,64 @@ LABELS = {"A": 1, "B": -1, "same": 0, "invalid": 22}
 SOURCES = {"": "trusted", "trusted": "trusted", "automatic": "automatic", "auto": "automatic", "synthetic": "automatic"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a pair is of. references: photos, one per person. fps, num_frames: of A and B, 0 where nobody said."""
+
+    references: tuple[File, ...]
+    videos: tuple[File, File]
+    prompt: str
+    fps: tuple[float, float] = (0.0, 0.0)
+    num_frames: tuple[int, int] = (0, 0)
+
+    def read(self) -> "Row":
+        """Itself: nothing remains to be read."""
+        return self
+
+
 @runtime_checkable
-class Pair(Protocol):
-    """Two videos of one prompt. Its labels and source are at hand, the rest may be read when it is asked for. It can be hashed."""
+class Readable(Protocol):
+    """A row that may have to be read first."""
 
     def __hash__(self) -> int: ...
 
-    @property
-    def labels(self) -> tuple[int, ...]:
-        """By dimension, as `rewards.preference` reads them."""
+    def read(self) -> Row:
+        """The row."""
 
-    @property
-    def source(self) -> str:
-        """"trusted" or "automatic"."""
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two videos of one prompt. labels: by dimension, as `rewards.preference` reads them. source: "trusted" or "automatic".
+
+    These two are at hand; the rest is read when it is asked for.
+    """
+
+    row: Readable
+    labels: tuple[int, ...]
+    source: str = "trusted"
 
     @property
     def references(self) -> tuple[File, ...]:
         """Photos, one per person."""
+        return self.row.read().references
 
     @property
     def videos(self) -> tuple[File, File]:
         """A and B."""
+        return self.row.read().videos
 
     @property
     def prompt(self) -> str:
         """What both were to show."""
+        return self.row.read().prompt
 
     @property
     def fps(self) -> tuple[float, float]:
-        """Frames per second of both videos, 0 where nobody said."""
+        """Frames per second of A and B, 0 where nobody said."""
+        return self.row.read().fps
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A pair in a CSV. num_frames: of both videos, 0 where the row does not say."""
-
-    references: tuple[Path, ...]
-    videos: tuple[Path, Path]
-    prompt: str
-    labels: tuple[int, ...]
-    source: str = "trusted"
-    fps: tuple[float, float] = (0.0, 0.0)
-    num_frames: tuple[int, int] = (0, 0)
-
-
-def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Row]:
+def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
     """The pairs of a CSV, labelled in `dimensions`; that the files exist is checked, not that they can be read.
 
     Raises:
@@ -93,7 +106,7 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Row]:
             reader = csv.DictReader(file, strict=True)
             if missing := [name for name in (*COLUMNS, *dimensions) if name not in (reader.fieldnames or ())]:
                 raise UserError(f"pairs {path}, line 1: has no column {missing[0]}; it needs {', '.join((*COLUMNS, *dimensions))}")
-            pairs = [_row(row, path, reader.line_num, dimensions) for row in reader]
+            pairs = [_pair(row, path, reader.line_num, dimensions) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"pairs {path}: is not a CSV in UTF-8 ({error}); save it again") from None
     if not pairs:
@@ -101,7 +114,7 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Row]:
     return pairs
 
 
-def _row(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Row:
+def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
     where = f"pairs {path}, line {line}"
     if None in row or None in row.values():
         raise UserError(f"{where}: has more or fewer fields than the header; put texts with commas in double quotes")
@@ -121,8 +134,8 @@ def _row(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Row:
     for file in (*photos, *videos):
         if not file.is_file():
             raise UserError(f"{where}: {file} is no file; paths are relative to the CSV")
-    return Row(photos, (videos[0], videos[1]), row["prompt"].strip(), tuple(LABELS[label] for label in labels), SOURCES[source],
-               (fps[0], fps[1]), (int(frames[0]), int(frames[1])))
+    content = Row(photos, (videos[0], videos[1]), row["prompt"].strip(), (fps[0], fps[1]), (int(frames[0]), int(frames[1])))
+    return Pair(content, tuple(LABELS[label] for label in labels), SOURCES[source])
 
 
 def _number(text: str, where: str) -> float:

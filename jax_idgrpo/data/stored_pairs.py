@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import grain
 
-from jax_idgrpo.data.preferences import LABELS, Pair, load_pairs
+from jax_idgrpo.data.preferences import LABELS, Pair, Row, load_pairs
 from jax_idgrpo.errors import UserError
 
 LETTERS = {name[0]: value for name, value in LABELS.items()}
@@ -49,68 +49,43 @@ def builder() -> ModuleType:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredFile:
-    """A photo or a video of a pair of a data set."""
-
-    pair: "StoredPair"
-    name: str
-    place: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.pair}, {self.name} {self.place}" if self.name == "references" else f"{self.pair}, {self.name}"
-
-    def read_bytes(self) -> bytes:
-        """Raises UserError where the data set is damaged."""
-        found = self.pair.example[self.name]
-        return bytes(found[self.place] if self.name == "references" else found)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredPair:
-    """A pair of a data set. What is not at hand raises UserError where the data set is damaged."""
+class StoredRow:
+    """A row of a data set."""
 
     among: "StoredPairs"
     number: int
 
     def __str__(self) -> str:
-        return f"{self.among.folder}: pair {self.number}"
+        return f"pairs {self.among.folder}, pair {self.number}"
 
-    @property
-    def labels(self) -> tuple[int, ...]:
-        return tuple(LETTERS[column[self.number]] for column in self.among.labels)
-
-    @property
-    def source(self) -> str:
-        return SOURCES[self.among.sources[self.number]]
-
-    @property
-    def example(self) -> dict[str, Any]:
-        """The record, as `pairs_builder.features` has it."""
-        return self.among.example(self.number)
-
-    @property
-    def references(self) -> tuple[StoredFile, ...]:
-        return tuple(StoredFile(self, "references", place) for place in range(len(self.example["references"])))
-
-    @property
-    def videos(self) -> tuple[StoredFile, StoredFile]:
-        return StoredFile(self, "video_A"), StoredFile(self, "video_B")
-
-    @property
-    def prompt(self) -> str:
-        return self.example["prompt"]
-
-    @property
-    def fps(self) -> tuple[float, float]:
-        return float(self.example["fps_A"]), float(self.example["fps_B"])
-
-    @property
-    def num_frames(self) -> tuple[int, int]:
-        """Of both videos, 0 where nobody said."""
-        return int(self.example["num_frames_A"]), int(self.example["num_frames_B"])
+    def read(self) -> Row:
+        """Raises UserError where the data set is damaged."""
+        found = self.among.example(self.number)
+        photos = tuple(StoredFile(self, "references", place) for place in range(len(found["references"])))
+        return Row(
+            photos, (StoredFile(self, "video_A"), StoredFile(self, "video_B")), found["prompt"],
+            (float(found["fps_A"]), float(found["fps_B"])), (int(found["num_frames_A"]), int(found["num_frames_B"])),
+        )
 
 
-class StoredPairs(Sequence[StoredPair]):
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """A photo or a video of a data set. place: among the photos, -1 for a video."""
+
+    row: StoredRow
+    name: str
+    place: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.name}" if self.place < 0 else f"{self.row}, {self.name} {self.place}"
+
+    def read_bytes(self) -> bytes:
+        """Raises UserError where the data set is damaged."""
+        found = self.row.among.example(self.row.number)[self.name]
+        return bytes(found if self.place < 0 else found[self.place])
+
+
+class StoredPairs(Sequence[Pair]):
     """The pairs of a data set, in the order of the CSV that it was made of.
 
     Raises:
@@ -120,11 +95,11 @@ class StoredPairs(Sequence[StoredPair]):
     def __init__(self, folder: Path, dimensions: Sequence[str]):
         written = builder()
         lengths = _lengths(folder, written)
-        self.folder, (self._columns, self.sources) = folder, _index(folder, sum(lengths))
+        self.folder, (self._columns, self._sources) = folder, _index(folder, sum(lengths))
         if missing := [name for name in dimensions if name not in self._columns]:
             raise UserError(f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
                             f"make it again with --dimensions {','.join(dimensions)}")
-        self.labels = [self._columns[name] for name in dimensions]
+        self._labels = [self._columns[name] for name in dimensions]
         self._features = written.features(list(self._columns))
         stem = folder / f"{written.NAME}-{written.SPLIT}.array_record"
         files = [Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))]
@@ -140,17 +115,20 @@ class StoredPairs(Sequence[StoredPair]):
         self.example = functools.lru_cache(KEPT)(self._read)
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self._sources)
 
     @overload
-    def __getitem__(self, number: int) -> StoredPair: ...
+    def __getitem__(self, number: int) -> Pair: ...
 
     @overload
-    def __getitem__(self, number: slice) -> list[StoredPair]: ...
+    def __getitem__(self, number: slice) -> list[Pair]: ...
 
-    def __getitem__(self, number: int | slice) -> StoredPair | list[StoredPair]:
-        chosen = range(len(self))[number]
-        return StoredPair(self, chosen) if isinstance(chosen, int) else [StoredPair(self, n) for n in chosen]
+    def __getitem__(self, number: int | slice) -> Pair | list[Pair]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        number = range(len(self))[number]
+        labels = tuple(LETTERS[column[number]] for column in self._labels)
+        return Pair(StoredRow(self, number), labels, SOURCES[self._sources[number]])
 
     def _read(self, number: int) -> dict[str, Any]:
         try:
@@ -158,9 +136,9 @@ class StoredPairs(Sequence[StoredPair]):
             read["prompt"] = read["prompt"].decode()
             said = {name: list(LETTERS)[label] for name, label in read["labels"].items()}, list(SOURCES)[read["source"]]
         except Exception as error:      # whatever the libraries raise over damaged bytes
-            raise UserError(f"pairs {self.folder}, pair {number}: {_damaged(error)}") from None
-        if said != ({name: column[number] for name, column in self._columns.items()}, self.sources[number]):
-            raise UserError(f"pairs {self.folder}, pair {number}: its labels are not those of {INDEX}; {AGAIN}")
+            raise UserError(f"{StoredRow(self, number)}: {_damaged(error)}") from None
+        if said != ({name: column[number] for name, column in self._columns.items()}, self._sources[number]):
+            raise UserError(f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}")
         return read
 
 
