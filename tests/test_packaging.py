@@ -85,8 +85,8 @@ def exact_versions() -> dict[str, Version]:
 
 def test_exact_versions_satisfy_the_ranges_of_what_both_commands_install():
     versions, extras = exact_versions(), PROJECT["optional-dependencies"]
-    assert "jax-idgrpo[faces]" in extras["test"]
-    for requirement in requirements(PROJECT["dependencies"] + extras["test"] + extras["faces"]):
+    assert {"jax-idgrpo[data]", "jax-idgrpo[faces]"} <= set(extras["test"])
+    for requirement in requirements(PROJECT["dependencies"] + extras["test"] + extras["data"] + extras["faces"]):
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier.contains(versions[requirement.name.lower().replace("_", "-")]), requirement
 

@@ -23,7 +23,8 @@ from jax_idgrpo.files import File
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
 Image.init()
-FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP") if name in Image.OPEN]
+_KNOWN = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS: list[str] = [name for name in _KNOWN if name in Image.OPEN]
 """Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
 
 
