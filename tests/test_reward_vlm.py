@@ -140,6 +140,8 @@ def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path)
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,,A", "no reference photo"),
         ("path_A,path_B,prompt,ref_paths,SA,source", "a.mp4,b.mp4,x,p.png,A,robot", "source is 'robot'"),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4", "more or fewer fields"),
+        ("path_A,path_B,prompt,ref_paths,SA,fps_A", "a.mp4,b.mp4,x,p.png,A,nan", "line 2: fps_A is 'nan'; write a number"),
+        ("path_A,path_B,prompt,ref_paths,SA,num_frames_B", "a.mp4,b.mp4,x,p.png,A,-3", "line 2: num_frames_B is '-3'"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, header, row, message):

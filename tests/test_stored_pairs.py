@@ -178,6 +178,7 @@ def relabel(folder):
     (lambda folder: (folder / INFO).unlink(), f"without {INFO}, so no data set; name a CSV, or make one: python -m"),
     (lambda folder: (folder / INFO).write_text("{"), f"{INFO}: cannot be read"),
     (lambda folder: (folder / INFO).write_text("[]"), f"{INFO}: cannot be read"),
+    (lambda folder: (folder / INFO).write_text("[" * 100_000), f"{INFO}: cannot be read"),
     (lambda folder: edit(folder / INFO, name="mnist"), "holds mnist 1.0.0 array_record, not identity_pairs 1.0.0 array_record"),
     (lambda folder: edit(folder / INFO, version="2.0.0"), "holds identity_pairs 2.0.0"),
     (lambda folder: edit(folder / INFO, splits=[]), "make one of the CSV"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import importlib_resources  # noqa: F401    TFDS writes with it and does not ask for it: missing is better said at once
 import numpy as np
 import tensorflow_datasets as tfds
 

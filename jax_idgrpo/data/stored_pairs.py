@@ -149,8 +149,8 @@ def _damaged(error: Exception) -> str:
 def _json(file: Path) -> Any:
     """What a JSON file holds."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"pairs {file}: {_damaged(error)}") from None
 
 
