@@ -298,7 +298,8 @@ class OptimizerConfig:
         _require(self.max_norm > 0, f"optimizer.max_norm is {self.max_norm}; use a positive number")
 
 
-PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area")
+PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
+PRICES = {"copied": 0.5}  # of penalties that cost something unless the configuration says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +320,8 @@ class RewardConfig:
     similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody.
     soft_weight: share of the soft-minimum over people against their mean.
     penalties: prices of what faces followed through the video show, as JSON {"swapped": 0.5}: missing, duplicated, swapped, switched,
-        blended and area (see `rewards.tracks`). All are logged; those without a price cost nothing.
+        blended, area (see `rewards.tracks`) and copied (see `rewards.copies`). All are logged; those without a price cost nothing, but for
+        copied, which costs 0.5 unless it is given another.
     mixture: weights of further terms by name, as JSON {"motion": 0.25}: the advantage of each within its group, in units of its own spread,
         is added to the reward's, whose weight is 1 unless "reward" is among them. Any term that a step logs for the reward will do.
     """
@@ -365,6 +367,10 @@ class RewardConfig:
         for name, weight in self.mixture.items():
             _require(isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
                      f"reward.mixture: {name} is {weight!r}; use a number")
+
+    def prices(self) -> dict[str, float]:
+        """What every penalty costs that costs anything."""
+        return PRICES | self.penalties
 
     def folder(self) -> Path:
         """Folder of the face networks."""

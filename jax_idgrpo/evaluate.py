@@ -160,7 +160,7 @@ def make_reward(config: RewardConfig, embedder: str = "embedder", mesh: Mesh | N
         low=config.similarity_low,
         high=config.similarity_high,
         mean_weight=1 - config.soft_weight,
-        penalties=tuple(config.penalties.items()),
+        penalties=tuple(config.prices().items()),
     )
     if embedder != "embedder":
         return load_reward(config.folder(), embedder, 0, constants)

@@ -270,7 +270,7 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
 
     size = config.video
     video = jax.ShapeDtypeStruct((count, size.frames, size.height, size.width, 3), jnp.float32, sharding=rows)
-    faces = jax.ShapeDtypeStruct((count, people, reward.embedding_size), jnp.float32, sharding=rows)
+    faces = _on(rows, reward.shapes(count, people))
     present = jax.ShapeDtypeStruct((count, people), jnp.bool, sharding=rows)
     beside = resident - _bytes(scorer) + stored
     yield Program("reward", reward.function, (scorer, video, faces, present), {}, beside, chunks)

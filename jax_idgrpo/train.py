@@ -119,9 +119,10 @@ def score_latents(
     scorer: tuple[Any, nnx.State],
     latents: Float[Array, "B N h w C"],
     condition: conditioning.Conditioning,
-    people: tuple[Float[Array, "B M E"], Bool[Array, "B M"]],
+    people: tuple[Any, Bool[Array, "B M"]],
 ) -> Float[Array, "B"]:
-    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks."""
+    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks,
+    `people` what `embed_references` says of those asked for and who is asked for."""
     vae, state = scorer
     video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
     return function(state, video, *people)["reward"]

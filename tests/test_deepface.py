@@ -106,7 +106,7 @@ def test_the_terms_are_those_of_the_reward_in_jax():
     reward()(videos, photo(astronaut(256), astronaut(256)))
     terms = {name: np.asarray(value) for name, value in reward().terms.items()}
     inside = evaluate.make_reward(c.RewardConfig(frames=2))
-    shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), jnp.zeros((2, 1, 96)), jnp.ones((2, 1), bool))
+    shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1), jnp.ones((2, 1), bool))
     assert terms.keys() == shapes.keys()
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])
     assert terms["similarity"][0] > 0.9 and terms["similarity"][1] == 0 and terms["missing"].tolist() == [0, 1]
@@ -129,7 +129,9 @@ def fake(gate=None):
         colour = frames.reshape(len(frames), -1, 3).mean(1)
         embeddings = np.zeros((len(frames), 8, 3), np.float32)
         embeddings[:, 0] = colour / np.linalg.norm(colour, axis=-1, keepdims=True)
-        return np.tile(np.float32([4, 4, 40, 40]), (len(frames), 8, 1)), embeddings, np.arange(8) == np.zeros((len(frames), 1))
+        boxes, landmarks = np.float32([4, 4, 40, 40]), np.asarray(ARCFACE_TEMPLATE, np.float32) / 3
+        shown = np.arange(8) == np.zeros((len(frames), 1))
+        return np.tile(boxes, (len(frames), 8, 1)), np.tile(landmarks, (len(frames), 8, 1, 1)), embeddings, shown
 
     return faces
 
@@ -223,7 +225,7 @@ def test_a_model_of_deepface_embeds_as_deepface_does(monkeypatch, tmp_path):
     torch.save(ArcFaceModel().state_dict(), tmp_path / ".deepface" / "weights" / "arcface_weights.pth")
     faces = DeepFace("deepface:opencv/ArcFace", Path("nowhere"))
     for pictures in ([astronaut()], [astronaut(), np.full((512, 512, 3), 9, np.uint8), grey(astronaut())]):
-        boxes, embeddings, mask = faces(np.stack(pictures))
+        boxes, _, embeddings, mask = faces(np.stack(pictures))
         assert mask.sum(1).tolist() == [1, 0, 1][: len(pictures)]
         (theirs,) = represent(pictures[0][..., ::-1], "ArcFace", detector_backend="opencv", l2_normalize=True)
         np.testing.assert_allclose(embeddings[0, 0], np.ravel(theirs["embedding"]), atol=1e-5)

@@ -74,7 +74,7 @@ def test_7_videos_go_to_the_reward_as_they_are_and_files_have_the_frame_rate(tmp
 def test_8_rewards_are_float32_whatever_the_videos_are():
     reward = evaluate.make_reward(c.RewardConfig(frames=1))
     videos = jax.ShapeDtypeStruct((2, 5, 64, 64, 3), jnp.bfloat16)
-    people = jax.ShapeDtypeStruct((2, 1, 96), jnp.float32), jax.ShapeDtypeStruct((2, 1), bool)
+    people = reward.shapes(2, 1), jax.ShapeDtypeStruct((2, 1), bool)
     terms = jax.eval_shape(reward.function, reward.state, videos, *people)
     assert {term.dtype for term in terms.values()} == {jnp.dtype("float32")}
 

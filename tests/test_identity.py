@@ -11,6 +11,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from jax_idgrpo.rewards import identity, matching
+from jax_idgrpo.rewards.copies import SIDE
 
 CONFIG = identity.IdentityConfig()
 
@@ -35,8 +36,10 @@ def case(seed=0, batch=3, frames=4, faces=5, people=3, size=16, noise=0.3):
         "videos": rng.uniform(-1, 1, (batch, frames, 16, 16, 3)).astype(np.float32),
         "boxes": np.concatenate([corner, corner + rng.uniform(2, 5, corner.shape)], -1).astype(np.float32),
         "embeddings": embeddings.astype(np.float32),
+        "landmarks": (corner[..., None, :] + rng.uniform(0, 5, (*corner.shape[:-1], 5, 2))).astype(np.float32),
         "face_mask": face_mask,
         "references": references,
+        "photos": rng.uniform(-1, 1, (batch, people, SIDE, SIDE, 3)).astype(np.float32),
         "reference_mask": reference_mask,
     }
 
@@ -72,6 +75,8 @@ def test_order_of_references_faces_and_frames_changes_nothing():
         "references": inputs["references"][:, p],
         "reference_mask": inputs["reference_mask"][:, p],
         "boxes": inputs["boxes"][:, :, k],
+        "landmarks": inputs["landmarks"][:, :, k],
+        "photos": inputs["photos"][:, p],
         "embeddings": inputs["embeddings"][:, :, k],
         "face_mask": inputs["face_mask"][:, :, k],
     }
@@ -89,6 +94,8 @@ def test_padding_changes_nothing():
         "references": np.concatenate([inputs["references"], unit(rng, 3, 1, 16)], 1),
         "reference_mask": np.pad(inputs["reference_mask"], ((0, 0), (0, 1))),
         "boxes": np.concatenate([inputs["boxes"], inputs["boxes"][:, :, :2]], 2),
+        "landmarks": np.concatenate([inputs["landmarks"], inputs["landmarks"][:, :, :2]], 2),
+        "photos": np.pad(inputs["photos"], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))),
         "embeddings": np.concatenate([inputs["embeddings"], np.repeat(inputs["references"][:, None, :2], 4, 1)], 2),
         "face_mask": np.pad(inputs["face_mask"], ((0, 0), (0, 0), (0, 2))),
     }

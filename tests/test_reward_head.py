@@ -38,9 +38,9 @@ HEAD = make_head()
 @jax.jit
 def read(inputs):
     faces = Faces(*(inputs[name] for name in ("boxes", "landmarks", "scores", "face_mask", "embeddings")))
-    people = inputs["references"], inputs["reference_mask"]
-    terms = reward_terms(inputs["videos"], faces.boxes, faces.embeddings, faces.mask, *people, CONFIG)
-    return heads.tokens(terms, faces, *people, inputs["videos"].shape[2:4], CONFIG)
+    found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
+    terms = reward_terms(inputs["videos"], *found, inputs["references"], inputs["photos"], inputs["reference_mask"], CONFIG)
+    return heads.tokens(terms, faces, inputs["references"], inputs["reference_mask"], inputs["videos"].shape[2:4], CONFIG)
 
 
 def score(inputs):
@@ -51,8 +51,7 @@ def given(**options):
     inputs = case(**options)
     rng = np.random.default_rng(9)
     shape = inputs["face_mask"].shape
-    points = inputs["boxes"][..., None, :2] + rng.uniform(0, 3, (*shape, 5, 2))
-    return inputs | {"landmarks": points.astype(np.float32), "scores": rng.uniform(0.5, 1, shape).astype(np.float32)}
+    return inputs | {"scores": rng.uniform(0.5, 1, shape).astype(np.float32)}
 
 
 FACES = ("boxes", "landmarks", "scores", "face_mask", "embeddings")

@@ -7,6 +7,7 @@ every reference photo shows a face is looked at on the host, once per photo.
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import preference as preference  # `rewards.preference` is part of the interface
+from jax_idgrpo.rewards.copies import photo_crops
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
@@ -39,6 +41,15 @@ class References:
     photos: tuple[tuple[Image.Image, ...], ...] = struct.field(pytree_node=False, default=())
 
 
+@struct.dataclass
+class Known:
+    """What is known of the people asked for, from their photos: unit embeddings of their faces, and crops of them (see `copies`); zero on
+    padding."""
+
+    embeddings: Float[Array, "B M E"]
+    crops: Float[Array, "B M S S 3"]
+
+
 def frame_numbers(frames: int, wanted: int) -> np.ndarray:
     """`wanted` evenly spaced frame numbers of `frames`, first and last among them; all of them for 0."""
     if wanted == 0 or wanted >= frames:
@@ -46,12 +57,13 @@ def frame_numbers(frames: int, wanted: int) -> np.ndarray:
     return np.round(np.linspace(0, frames - 1, wanted)).astype(int)
 
 
-def _look(stack, config, frames, videos, references, mask) -> tuple[Terms, Callable[[], Tokens]]:
+def _look(stack, config, frames, videos, known, mask) -> tuple[Terms, Callable[[], Tokens]]:
     """The terms, and what makes the tokens of the same faces."""
     chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
     faces = stack(chosen)
-    terms = reward_terms(chosen, faces.boxes, faces.embeddings, faces.mask, references, mask, config)
-    return terms, lambda: tokens(terms, faces, references, mask, chosen.shape[2:4], config)
+    found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
+    terms = reward_terms(chosen, *found, known.embeddings, known.crops, mask, config)
+    return terms, lambda: tokens(terms, faces, known.embeddings, mask, chosen.shape[2:4], config)
 
 
 def _read(graph, config, frames, state, *given) -> tuple[Terms, Tokens]:
@@ -68,14 +80,15 @@ def _score(graph, config, frames, state, *given) -> Terms:
     return terms | {"head": score, "reward": score - terms["costs"]}
 
 
-def _best(graph, state, pictures):
-    return nnx.merge(graph, state)[0].best(pictures)
+def _best(graph, state, pictures) -> tuple[Known, Bool[Array, "B"]]:
+    embeddings, found, landmarks = nnx.merge(graph, state)[0].best(pictures)
+    return Known(embeddings[:, None], photo_crops(pictures, landmarks)[:, None]), found
 
 
 class FaceReward:
     """A face stack with an identity reward on top. After a call, `terms` holds every named term of it, each [B].
 
-    function(state, videos, embeddings, mask) -> terms is the reward as a function of arrays alone, for programs that differentiate it;
+    function(state, videos, known, mask) -> terms is the reward as a function of arrays alone, for programs that differentiate it;
     read, of the same arguments, -> (terms without a head's, the tokens that a head looks at).
     """
 
@@ -85,16 +98,16 @@ class FaceReward:
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self.function = jax.jit(functools.partial(_score, graph, config, frames))
         self._best = jax.jit(functools.partial(_best, graph))
-        self._cache: dict[bytes, np.ndarray] = {}
+        self._cache: dict[bytes, Known] = {}
         self.terms: Terms = {}
 
-    @property
-    def embedding_size(self) -> int:
-        """E, of the embeddings that it compares."""
-        return jax.eval_shape(self._best, self.state, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))[0].shape[-1]
+    def shapes(self, rows: int, people: int) -> Known:
+        """Shapes of what `embed_references` makes of `rows` prompts with room for so many people."""
+        one, _ = jax.eval_shape(self._best, self.state, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, people, *leaf.shape[2:]), leaf.dtype), one)
 
-    def embed_references(self, references: References, prompts: Sequence[str] | None = None) -> Float[Array, "B M E"]:
-        """Unit embeddings of the best face in each reference photo, zero on padding; each photo is embedded once.
+    def embed_references(self, references: References, prompts: Sequence[str] | None = None) -> Known:
+        """What the best face in each reference photo says; each photo is looked at once.
 
         Raises:
           UserError: no face is found in a photo.
@@ -104,21 +117,21 @@ class FaceReward:
         unknown = {names[b][m]: (b, m) for b, m in np.argwhere(mask) if names[b][m] not in self._cache}
         if unknown:
             places = list(unknown.values())
-            embeddings, found = jax.device_get(self._best(self.state, np.stack([images[place] for place in places])))
-            for (b, m), seen in zip(places, found, strict=True):
-                if not seen:
+            seen, found = jax.device_get(self._best(self.state, np.stack([images[place] for place in places])))
+            for (b, m), face in zip(places, found, strict=True):
+                if not face:
                     of = f"prompt {b + 1}" if prompts is None else f"the prompt {prompts[b]!r}"
                     raise UserError(f"reference photo {m + 1} of {of}: no face is found; use a photo that shows one face, large and clear")
-            self._cache.update(zip(unknown, embeddings, strict=True))
-        rows = [[self._cache[name] if keep else None for name, keep in zip(*row, strict=True)] for row in zip(names, mask, strict=True)]
-        size = next(iter(self._cache.values())).shape[0] if self._cache else 1
-        return jnp.asarray([[np.zeros(size, np.float32) if e is None else e for e in row] for row in rows])
+            self._cache |= {name: jax.tree.map(lambda leaf: leaf[n, 0], seen) for n, name in enumerate(unknown)}  # noqa: B023
+        nobody = jax.tree.map(np.zeros_like, next(iter(self._cache.values())))
+        rows = [[self._cache[name] if keep else nobody for name, keep in zip(*row, strict=True)] for row in zip(names, mask, strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves).reshape(*mask.shape, *leaves[0].shape)), *itertools.chain(*rows))
 
     def score_terms(
-        self, videos: Float[ArrayLike, "B T H W 3"], embeddings: Float[ArrayLike, "B M E"], mask: Bool[ArrayLike, "B M"]
+        self, videos: Float[ArrayLike, "B T H W 3"], known: Known, mask: Bool[ArrayLike, "B M"]
     ) -> Terms:
         """Every term (see `identity.reward_terms`), the reward among them; stays on the device."""
-        return self.function(self.state, videos, embeddings, mask)
+        return self.function(self.state, videos, known, mask)
 
     def __call__(
         self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None

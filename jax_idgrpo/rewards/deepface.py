@@ -34,7 +34,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, UInt8
 
 from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards import FaceReward, References, frame_numbers
+from jax_idgrpo.rewards import FaceReward, Known, References, frame_numbers
+from jax_idgrpo.rewards.copies import photo_crops
 from jax_idgrpo.rewards.faces import align, load_embedder, normalise
 from jax_idgrpo.rewards.host import HostPool, Pending, collect
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
@@ -54,6 +55,7 @@ class Face(NamedTuple):
     crop: Float[np.ndarray, "h w 3"]
 
 
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Embed = Callable[[UInt8[np.ndarray, "T H W 3"], Sequence[int], Sequence[Face]], Float[np.ndarray, "N E"]]
 """Embeddings of faces, given the frames, the frame of each face, and the faces."""
 
@@ -157,7 +159,7 @@ def _checked(backend: str, what: str, name: str, names: Sequence[str]) -> None:
 
 
 class DeepFace:
-    """Faces of the frames of a video: boxes [T, K, 4], unit embeddings [T, K, E], mask [T, K]."""
+    """Faces of the frames of a video: boxes [T, K, 4], landmarks [T, K, 5, 2], unit embeddings [T, K, E], mask [T, K]."""
 
     def __init__(self, backend: str, folder: Path):
         """backend: as in the configuration. folder: with our embedder, where that is asked for.
@@ -181,16 +183,17 @@ class DeepFace:
                 build_model("facial_recognition", model)
                 self.embed = their_embeddings(model)
 
-    def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Found:
         with _ONE_AT_A_TIME:
             found = [find(frame, self.detector) for frame in frames]
             places = [(t, k) for t, faces in enumerate(found) for k in range(len(faces))]
             embeddings = self.embed(frames, [t for t, _ in places], [found[t][k] for t, k in places]) if places else np.zeros((0, 1))
         boxes, mask = np.zeros((len(frames), FACES, 4), np.float32), np.zeros((len(frames), FACES), bool)
+        landmarks = np.zeros((len(frames), FACES, 5, 2), np.float32)
         vectors = np.zeros((len(frames), FACES, embeddings.shape[1]), np.float32)
         for (t, k), vector in zip(places, np.asarray(normalise(jnp.asarray(embeddings, jnp.float32))), strict=True):
-            boxes[t, k], mask[t, k], vectors[t, k] = found[t][k].box, True, vector
-        return boxes, vectors, mask
+            boxes[t, k], landmarks[t, k], mask[t, k], vectors[t, k] = found[t][k].box, found[t][k].landmarks, True, vector
+        return boxes, landmarks, vectors, mask
 
 
 class HostFaceReward(FaceReward):
@@ -201,39 +204,43 @@ class HostFaceReward(FaceReward):
 
     def __init__(
         self,
-        faces: Callable[[UInt8[np.ndarray, "T H W 3"]], tuple[np.ndarray, np.ndarray, np.ndarray]],
+        faces: Callable[[UInt8[np.ndarray, "T H W 3"]], Found],
         config: IdentityConfig,
         frames: int = 0,
         pool: HostPool | None = None,
     ):
-        """faces: boxes, embeddings and mask of a video, as `DeepFace` finds them. frames: how many of a video are looked at, 0 = all."""
+        """faces: boxes, landmarks, embeddings and mask of a video, as `DeepFace` finds them. frames: how many are looked at, 0 = all."""
         self.faces, self.frames, self.state = faces, frames, None
         self._pool, self._device = pool or HostPool(), host_device()
-        self._reward = jax.jit(functools.partial(reward_terms, config=config))
-        self._cache: dict[bytes, np.ndarray] = {}
+        self._reward, self._crops = jax.jit(functools.partial(reward_terms, config=config)), jax.jit(photo_crops)
+        self._cache: dict[bytes, Known] = {}
         self.terms = {}
 
-    def _best(self, state: None, pictures: Float[np.ndarray, "B h w 3"]) -> tuple[np.ndarray, np.ndarray]:
-        """Embedding of the largest face of each photo, and whether there is one."""
+    def _best(self, state: None, pictures: Float[np.ndarray, "B h w 3"]) -> tuple[Known, np.ndarray]:
+        """What the largest face of each photo says, and whether there is one."""
         found = [self.faces(to_uint8(picture)[None]) for picture in pictures]
-        size = max(embeddings.shape[-1] for _, embeddings, _ in found)
-        best = [embeddings[0, 0] if mask[0, 0] else np.zeros(size, np.float32) for _, embeddings, mask in found]
-        return np.stack(best), np.array([mask[0, 0] for _, _, mask in found])
+        size = max(embeddings.shape[-1] for _, _, embeddings, _ in found)
+        best = [embeddings[:, 0] if mask[0, 0] else np.zeros((1, size), np.float32) for _, _, embeddings, mask in found]
+        with jax.default_device(self._device):
+            crops = np.asarray(self._crops(jnp.asarray(pictures), jnp.asarray([landmarks[0, 0] for _, landmarks, _, _ in found])))
+        return Known(np.stack(best), crops[:, None]), np.array([mask[0, 0] for *_, mask in found])
 
-    def _score(self, frames: UInt8[np.ndarray, "T H W 3"], references: np.ndarray, asked: np.ndarray) -> dict[str, float]:
-        boxes, embeddings, mask = self.faces(frames)
+    def _score(
+        self, frames: UInt8[np.ndarray, "T H W 3"], references: np.ndarray, crops: np.ndarray, asked: np.ndarray
+    ) -> dict[str, float]:
+        boxes, landmarks, embeddings, mask = self.faces(frames)
         if not mask.any():      # nobody says how long an embedding is
             embeddings = np.zeros((*mask.shape, references.shape[-1]), np.float32)
         with jax.default_device(self._device):
-            given = (from_uint8(frames), boxes, embeddings, mask, references, asked)
+            given = (from_uint8(frames), boxes, landmarks, embeddings, mask, references, crops, asked)
             terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
         return {name: float(value[0]) for name, value in terms.items()}
 
     def score_terms(  # type: ignore[override]    # `collect` takes either
-        self, videos: Float[ArrayLike, "B T H W 3"], embeddings: Float[ArrayLike, "B M E"], mask: Bool[ArrayLike, "B M"]
+        self, videos: Float[ArrayLike, "B T H W 3"], known: Known, mask: Bool[ArrayLike, "B M"]
     ) -> Pending:
         """Every term (see `identity.reward_terms`), the reward among them; does not wait for them."""
-        return self._pool.submit(self._score, (_pixels(self.frames, videos), embeddings, mask), "face reward")
+        return self._pool.submit(self._score, (_pixels(self.frames, videos), known.embeddings, known.crops, mask), "face reward")
 
     def __call__(
         self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None

@@ -56,10 +56,10 @@ def similarity(points: Float[Array, "*n 5 2"], template: Float[Array, "5 2"]) ->
     real = jnp.sum(p * q, (-2, -1)) / power
     imaginary = jnp.sum(p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0], -1) / power
     a = jnp.stack([real, imaginary], -1)
-    return a, (mean_q - _multiply(a[..., None, :], mean_p))[..., 0, :]
+    return a, (mean_q - multiply(a[..., None, :], mean_p))[..., 0, :]
 
 
-def _multiply(a: Float[Array, "*n 2"], b: Float[Array, "*m 2"]) -> Float[Array, "*k 2"]:
+def multiply(a: Float[Array, "*n 2"], b: Float[Array, "*m 2"]) -> Float[Array, "*k 2"]:
     """Product of complex numbers held as (real, imaginary)."""
     real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
     return jnp.stack([real, a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]], -1)
@@ -90,7 +90,7 @@ def align(
     inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)
     x, y = jnp.meshgrid(jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32))
     grid = jnp.stack([x, y], -1)
-    places = _multiply(inverse[..., None, None, :], grid - t[..., None, None, :])
+    places = multiply(inverse[..., None, None, :], grid - t[..., None, None, :])
     return jax.vmap(warp)(pictures, places)
 
 
@@ -137,10 +137,10 @@ class FaceStack(nnx.Module):
         faces = (found.boxes, found.landmarks, found.scores, found.mask, embeddings)
         return Faces(*(leaf.reshape(batch, frames, *leaf.shape[1:]) for leaf in faces))
 
-    def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"]]:
-        """Embedding of the best face of each picture, and whether there is one."""
+    def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
+        """Embedding of the best face of each picture, whether there is one, and its landmarks."""
         faces = self(pictures[None])    # as the frames of one video: photos are searched one by one
-        return faces.embeddings[0, :, 0], faces.mask[0, :, 0]
+        return faces.embeddings[0, :, 0], faces.mask[0, :, 0], faces.landmarks[0, :, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ and of fixed size); a reference may also stay unmatched, which is worth `null_si
 
     c_i  = (1/T) sum_t m_ti g(s_ti),   g(s) = clip((s - low) / (high - low), 0, 1),   a missing person counts 0
     mean = avg_i c_i                   soft = -(1/b) log(avg_i exp(-b c_i))           between the minimum and the mean
-    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`)
+    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`, `copies`)
 
 Gradients reach the embeddings through the similarities s, not through the assignment. Sources: optimal assignment as in UMO
 (bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the soft minimum and the penalties are ours.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float
 
-from jax_idgrpo.rewards import related
+from jax_idgrpo.rewards import copies, related
 from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match_videos
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
@@ -31,7 +31,7 @@ class IdentityConfig:
     low, high: similarity that earns 0, and that earns 1 (two photos of one person: a copy earns no more).
     softness: b of the soft minimum. mean_weight: w. extra_weight: price of faces nobody asked for.
     motion_weight, motion_floor: price of a frozen video, whose mean absolute frame difference lies below the floor.
-    penalties: prices of the penalties of `tracks` by name; those without one are logged alone. tracks: their thresholds.
+    penalties: prices by name of the penalties of `tracks` and of "copied"; those without one are logged alone. tracks: their thresholds.
     """
 
     null_similarity: float = 0.15
@@ -115,23 +115,39 @@ def motion(
     return jnp.sum(difference * outside, (1, 2, 3)) / jnp.maximum(jnp.sum(outside, (1, 2, 3)), 1.0)
 
 
+def copied(
+    videos: Float[ArrayLike, "B T H W 3"],
+    landmarks: Float[ArrayLike, "B T K 5 2"],
+    matches: Matches,
+    photos: Float[ArrayLike, "B M S S 3"],
+    reference_mask: Bool[ArrayLike, "B M"],
+) -> Float[ArrayLike, " B"]:
+    """Share of the matched faces that are a copy of the person's photo (see `copies`), in [0, 1]; 0 without any."""
+    padded = jnp.pad(landmarks, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    found = copies.copies(videos, jnp.take_along_axis(padded, matches.face[..., None, None], axis=2), photos)
+    matched = matches.matched & reference_mask[:, None]
+    return jnp.sum(jnp.where(matched, found, 0.0), (1, 2)) / jnp.maximum(jnp.sum(matched, (1, 2)), 1)
+
+
 def reward_terms(
     videos: Float[ArrayLike, "B T H W 3"],
     boxes: Float[ArrayLike, "B T K 4"],
+    landmarks: Float[ArrayLike, "B T K 5 2"],
     embeddings: Float[ArrayLike, "B T K E"],
     face_mask: Bool[ArrayLike, "B T K"],
     references: Float[ArrayLike, "B M E"],
+    photos: Float[ArrayLike, "B M S S 3"],
     reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """Every term of the reward and the metrics that share its matching, each [B] in fp32.
+    """Every term of the reward and the metrics that share its matching, each [B] in fp32. photos: `copies.photo_crops` of the references.
 
     reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms. costs: all that is subtracted.
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
     count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see `related`.
-    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
+    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. copied: see `copied`.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
@@ -144,6 +160,7 @@ def reward_terms(
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
     identity = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
+    prices["copied"] = copied(videos, landmarks, matches, photos, reference_mask)
     costs = config.extra_weight * extra + config.motion_weight * stillness
     costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)

@@ -1,0 +1,149 @@
+"""Is a face of a video the reference photo itself? A pasted photo is registered onto the face, and no part of it then stands elsewhere.
+
+The photo's face is a small crop P in which the landmarks lie on a template. The frame is sampled on the same grid g through a similarity
+that starts from its landmarks, F(g) = frame(a g + t), and a, t are refined by Gauss-Newton steps on
+
+    e = F - fit,   fit = b0 + b1 P + b2 (P - blur P) per colour channel
+    d, s = argmin |e - grad(fit) . (d g + s)|^2,   a -= a d,   t -= a s
+
+inside an ellipse, points as complex numbers: b0, b1 take up the light, b2 what scaling and compression did to the sharpness. What is left
+is looked at in small windows, each with a displacement of its own (Lucas-Kanade). In an honest video the head turns, speaks and blinks, so
+that eyes, nose and mouth stand a percent of the crop and more from where they are in the photo; in a copy they stand there to a few
+tenths of a percent. Correlation tells the two worse apart: a codec takes away more of it than an expression does.
+
+The registration carries no gradient; the last look at the pixels does. Sources: B. Lucas and T. Kanade, IJCAI 1981; S. Baker and
+I. Matthews, IJCV 2004; the measure is ours.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, multiply, similarity, warp
+
+SIDE = 28                               # S, of a crop in pixels
+APART = (0.004, 0.005)                  # displacement as a share of the crop's side: a copy up to the first, none from the second on
+ALIKE = 0.8                             # least share of the face's variance that a copy explains
+_STEPS = 8
+_PHOTO_SAMPLES, _FRAME_SAMPLES = 8, 2   # per pixel of the crop and axis: photos are large, and looked at once
+_SHARP, _WINDOW = 1.0, 2.0              # widths of Gaussians in pixels: of the blur in the fit, and of the windows
+_MIDDLE, _HALF = (56.0, 55.0), 50.0     # of the crop, where ARCFACE_TEMPLATE's coordinates hold: hairline to chin
+_WIDTH, _EDGE = 0.72, 0.1               # the ellipse: half its width, its height being the crop's, and the share over which it fades
+
+
+def _grid(samples: int) -> Float[np.ndarray, "S S n 2"]:
+    """x, y of the samples of every pixel of the crop, whose sides are -1 and 1."""
+    centres, parts = ((np.arange(count) + 0.5) * 2 / count - 1 for count in (SIDE, samples))
+    x, y = np.meshgrid(centres, centres)
+    dx, dy = np.meshgrid(parts / SIDE, parts / SIDE)
+    return np.stack([x[..., None] + dx.ravel(), y[..., None] + dy.ravel()], -1).astype(np.float32)
+
+
+def _gaussian(width: float) -> Float[np.ndarray, "S S"]:
+    """Matrix that blurs along an axis; the edge counts what there is."""
+    distance = np.subtract.outer(np.arange(SIDE), np.arange(SIDE))
+    weights = np.exp(-0.5 * (distance / width) ** 2)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+_POINTS = _grid(1)[:, :, 0]
+_RADIUS = np.hypot(_POINTS[..., 0] / _WIDTH, _POINTS[..., 1])
+WEIGHTS = np.clip((1 - _RADIUS) / _EDGE, 0, 1)
+WEIGHTS = (WEIGHTS / WEIGHTS.sum()).astype(np.float32)
+
+
+def _blurred(values: Float[Array, "S S *c"], width: float) -> Float[Array, "S S *c"]:
+    matrix = jnp.asarray(_gaussian(width))
+    return jnp.einsum("ij,kl,jl...->ik...", matrix, matrix, values, precision="highest")
+
+
+def _weighted(values: Float[Array, "S S *c"]) -> Float[Array, "*c"]:
+    """Mean over the ellipse."""
+    return jnp.einsum("ij,ij...->...", WEIGHTS, values, precision="highest")
+
+
+def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
+    """The similarity a g + t from the crop to a picture in which the landmarks lie on the template."""
+    template = (np.asarray(ARCFACE_TEMPLATE, np.float32) - _MIDDLE) / _HALF
+    a, t = similarity(landmarks, jnp.asarray(template, jnp.float32))
+    inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)
+    return inverse, -multiply(inverse, t)
+
+
+def sampled(picture: Float[Array, "H W 3"], a: Float[Array, "2"], t: Float[Array, "2"], samples: int) -> Float[Array, "S S 3"]:
+    """The crop of a picture under a g + t."""
+    return jnp.mean(warp(picture, multiply(a, jnp.asarray(_grid(samples))) + t), axis=2)
+
+
+def photo_crops(photos: Float[Array, "N h w 3"], landmarks: Float[Array, "N 5 2"]) -> Float[Array, "N S S 3"]:
+    """The faces of photos, for `apart`."""
+    return jax.vmap(lambda photo, a, t: sampled(photo, a, t, _PHOTO_SAMPLES))(photos, *start(landmarks))
+
+
+def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
+    """What a photo's face may look like in a frame: itself and its details, of mean 0, norm 1 and orthogonal over the ellipse."""
+    plain = photo - _weighted(photo)
+    plain = plain * jax.lax.rsqrt(_weighted(plain * plain) + 1e-6)
+    sharp = photo - _blurred(photo, _SHARP)
+    sharp = sharp - _weighted(sharp)
+    sharp = sharp - plain * _weighted(plain * sharp)
+    return jnp.stack([plain, sharp * jax.lax.rsqrt(_weighted(sharp * sharp) + 1e-6)])
+
+
+def _fitted(crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]) -> tuple[Float[Array, "S S 3"], Float[Array, "S S 3"]]:
+    """(the fit less its mean, what it leaves of the crop)."""
+    crop = crop - _weighted(crop)
+    fit = sum(shape * _weighted(shape * crop) for shape in shapes)
+    return fit, crop - fit
+
+
+def _register(
+    frame: Float[Array, "H W 3"], shapes: Float[Array, "2 S S 3"], a: Float[Array, "2"], t: Float[Array, "2"]
+) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
+    """a, t refined."""
+    x, y = _POINTS[..., None, 0], _POINTS[..., None, 1]
+
+    def step(place: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
+        a, t = place
+        fit, left = _fitted(sampled(frame, a, t, _FRAME_SAMPLES), shapes)
+        down, right, _ = jnp.gradient(fit * (SIDE / 2))
+        moves = jnp.stack([right * x + down * y, down * x - right * y, right, down])
+        power = jnp.einsum("ij,mijc,nijc->mn", WEIGHTS, moves, moves, precision="highest")
+        power = power + (1e-4 * jnp.trace(power) + 1e-6) * jnp.eye(4)
+        change = jnp.linalg.solve(power, jnp.einsum("ij,mijc,ijc->m", WEIGHTS, moves, left, precision="highest"))
+        change = jnp.clip(change, -0.15, 0.15)
+        return (a - multiply(a, change[:2]), t - multiply(a, change[2:])), None
+
+    return jax.lax.scan(step, (a, t), length=_STEPS)[0]
+
+
+def apart(
+    frame: Float[Array, "H W 3"], landmarks: Float[Array, "5 2"], photo: Float[Array, "S S 3"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How far the parts of a face of a frame stand from where they stand in a photo's crop, root mean square as a share of the crop's side;
+    and the share of the face's variance that the photo explains, in [0, 1]."""
+    shapes = _shapes(photo)
+    place = _register(*jax.lax.stop_gradient((frame, shapes, *start(landmarks))))
+    fit, left = _fitted(sampled(frame, *place, _FRAME_SAMPLES), shapes)
+    down, right, _ = jnp.gradient(fit)
+    products = jnp.stack([right * right, right * down, down * down, right * left, down * left])
+    xx, xy, yy, xe, ye = jnp.moveaxis(_blurred(jnp.moveaxis(jnp.sum(products, -1) * WEIGHTS, 0, -1), _WINDOW), -1, 0)
+    ridge = 0.05 * jnp.mean(xx + yy) + 1e-9
+    xx, yy = xx + ridge, yy + ridge
+    determinant = xx * yy - xy * xy
+    u, v = (yy * xe - xy * ye) / determinant, (xx * ye - xy * xe) / determinant
+    moved = jnp.sqrt(_weighted(u * u + v * v) + 1e-12) / SIDE
+    power, lost = jnp.sum(_weighted((fit + left) ** 2)), jnp.sum(_weighted(left**2))
+    return moved, 1 - (lost + 1e-6) / (power + 1e-6)
+
+
+def copies(
+    videos: Float[Array, "B T H W 3"], landmarks: Float[Array, "B T M 5 2"], photos: Float[Array, "B M S S 3"]
+) -> Float[Array, "B T M"]:
+    """How much of a copy of their photo every person's face is, the one with these landmarks: 0 no copy, 1 a copy."""
+    of_people = jax.vmap(apart, (None, 0, 0))
+    of_frames = jax.vmap(of_people, (0, 0, None))
+    moved, alike = jax.vmap(of_frames)(videos, jax.lax.stop_gradient(landmarks), photos)
+    low, high = APART
+    return jnp.where(alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0)
