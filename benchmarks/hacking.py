@@ -3,40 +3,54 @@
     python benchmarks/hacking.py [--clips 64] [--sheet FILE.png]
 
 Held-out drawn people, two or three to a clip; each trick of `jax_idgrpo.data.distortions` on every clip; paired differences of the
-reward with 95 % bootstrap intervals over clips, for the default reward, for one that saturates where two photos of a person do, and for
-that with every penalty priced. --sheet: one clip after every trick, a row each.
+reward with 95 % bootstrap intervals over clips, for the default reward, for one that does not price copies of the photo, for one that
+saturates where two photos of a person do, and for that with every penalty priced; and which share of faces counts as a copy.
+--sheet: one clip after every trick, a row each.
 """
 
 import argparse
 import itertools
 import sys
 
+import jax
 import numpy as np
 from PIL import Image
 
 from jax_idgrpo import evaluate, statistics
-from jax_idgrpo.config import PENALTIES, RewardConfig
+from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
 from jax_idgrpo.data.distortions import DISTORTIONS, TRICKS, Subject
 from jax_idgrpo.pairs import subjects
 from jax_idgrpo.rewards import FaceReward, References
 
-REWARDS = {
-    "default": RewardConfig(),
-    "saturating": RewardConfig(similarity_high=0.75),
-    "saturating, priced": RewardConfig(similarity_high=0.75, penalties=dict.fromkeys(PENALTIES, 0.5)),
+Levels = tuple[RewardConfig, dict[str, float]]
+PLAIN, SATURATING = RewardConfig(penalties={"copied": 0.0}), RewardConfig(similarity_high=0.75, penalties={"copied": 0.0})
+REWARDS: dict[str, Levels] = {
+    "default": (PLAIN, PRICES),
+    "copies unpriced": (PLAIN, {}),
+    "saturating": (SATURATING, PRICES),
+    "saturating, priced": (SATURATING, dict.fromkeys(PENALTIES, 0.5)),
 }
+OPACITIES = (1.0, 0.75, 0.5, 0.25)
 BATCH = 16
 
 
-def score(reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]) -> np.ndarray:
-    """The reward of every video, [clips]."""
+def score(reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The terms of the reward of every video, each [clips]."""
     found = []
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
         photos, mask = (np.stack([getattr(clip, name) for clip in part]) for name in ("photos", "mask"))
-        embeddings = reward.embed_references(References(images=photos, mask=mask))
-        found.append(np.asarray(reward.score_terms(np.stack(videos[start : start + BATCH]), embeddings, mask)["reward"]))
-    return np.concatenate(found)
+        known = reward.embed_references(References(images=photos, mask=mask))
+        found.append(jax.device_get(reward.score_terms(np.stack(videos[start : start + BATCH]), known, mask)))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def columns(clips: list[Subject], videos: list[np.ndarray], made: list[tuple[RewardConfig, FaceReward]]) -> dict[str, np.ndarray]:
+    """Every reward of `REWARDS`, and `copied`, each [clips]; the faces are found once for those that differ in their prices alone."""
+    terms = [(config, score(reward, clips, videos)) for config, reward in made]
+    of = {name: next(found for config, found in terms if config == level) for name, (level, _) in REWARDS.items()}
+    costs = {name: sum(price * of[name][term] for term, price in prices.items()) for name, (_, prices) in REWARDS.items()}
+    return {name: of[name]["reward"] - costs[name] for name in REWARDS} | {"copied": terms[0][1]["copied"]}
 
 
 def main() -> None:
@@ -46,23 +60,22 @@ def main() -> None:
     arguments = options.parse_args()
     several = (subject for subject, _ in subjects(7, "eval") if len(subject.people) > 1)
     clips = list(itertools.islice(several, arguments.clips))
-    tricked = {name: [DISTORTIONS[name](clip) for clip in clips] for name in TRICKS}
+    tricked = {f"paste, {share:.0%} opaque": [DISTORTIONS["paste"](clip, share) for clip in clips] for share in OPACITIES}
+    tricked |= {name: [DISTORTIONS[name](clip) for clip in clips] for name in TRICKS if name != "paste"}
     if arguments.sheet:
         rows = [clips[0].video, *(videos[0] for videos in tricked.values())]
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
-    print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval\n")
-    print("| trick |", " | ".join(REWARDS), "|")
-    print("| --- |" + " --- |" * len(REWARDS))
-    rewards = {name: evaluate.make_reward(config) for name, config in REWARDS.items()}
-    honest = {name: score(reward, clips, [clip.video for clip in clips]) for name, reward in rewards.items()}
+    print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, and the share of copies\n")
+    made = [(config, evaluate.make_reward(config)) for config in (PLAIN, SATURATING)]
+    honest = columns(clips, [clip.video for clip in clips], made)
+    print("| trick |", " | ".join(honest), "|")
+    print("| --- |" + " --- |" * len(honest))
     print("| honest: the reward |", " | ".join(f"{value.mean():.3f}" for value in honest.values()), "|")
     for trick, videos in tricked.items():
-        cells = []
-        for name, reward in rewards.items():
-            gain = score(reward, clips, videos) - honest[name]
-            cells.append(statistics.bootstrap(gain, np.arange(len(clips)), 0, 2000).text(sign=True))
-        print(f"| {trick} |", " | ".join(cells), "|")
+        found = columns(clips, videos, made)
+        gains = [statistics.bootstrap(found[name] - honest[name], np.arange(len(clips)), 0, 2000).text(sign=True) for name in REWARDS]
+        print(f"| {trick} |", " | ".join([*gains, f"{found['copied'].mean():.3f}"]), "|")
         sys.stdout.flush()
 
 
