@@ -19,8 +19,8 @@ from PIL import Image
 from jax_idgrpo import evaluate, statistics
 from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
 from jax_idgrpo.data.distortions import DISTORTIONS, TRICKS, Subject
-from jax_idgrpo.pairs import subjects
 from jax_idgrpo.rewards import FaceReward, References
+from jax_idgrpo.subjects import drawn
 
 Levels = tuple[RewardConfig, dict[str, float]]
 PLAIN, SATURATING = RewardConfig(penalties={"copied": 0.0}), RewardConfig(similarity_high=0.75, penalties={"copied": 0.0})
@@ -58,7 +58,7 @@ def main() -> None:
     options.add_argument("--clips", type=int, default=64)
     options.add_argument("--sheet")
     arguments = options.parse_args()
-    several = (subject for subject, _ in subjects(7, "eval") if len(subject.people) > 1)
+    several = (takes.subjects[0] for takes in drawn(7, "eval") if len(takes.photos) > 1)
     clips = list(itertools.islice(several, arguments.clips))
     tricked = {f"paste, {share:.0%} opaque": [DISTORTIONS["paste"](clip, share) for clip in clips] for share in OPACITIES}
     tricked |= {name: [DISTORTIONS[name](clip) for clip in clips] for name in TRICKS if name != "paste"}

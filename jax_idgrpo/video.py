@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.files import File
@@ -104,6 +104,29 @@ def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
     if not frames:
         raise UserError(f"video {path}: holds no frames; write it again")
     return from_uint8(np.stack(frames))
+
+
+def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -> Float[np.ndarray, "frames height width 3"]:
+    """The first `count` frames of a video file at `fps` frames per second, fewer where it is shorter; values in [-1, 1].
+
+    A frame is scaled to cover `size` (height, width), and cut about its middle. No more is held of a long video than is kept.
+
+    Raises:
+      UserError: the file is no video.
+    """
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            start = None
+            for frame in container.decode(video=0):
+                start = frame.time if start is None else start
+                if frame.time - start >= len(frames) / fps - 1e-3:
+                    frames.append(np.asarray(ImageOps.fit(frame.to_image(), size[::-1], Image.Resampling.LANCZOS)))
+                if len(frames) == count:
+                    break
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise UserError(f"video {path}: cannot be read ({type(error).__name__}); store it again as mp4") from None
+    return from_uint8(np.stack(frames)) if frames else np.zeros((0, *size, 3), np.float32)
 
 
 def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1) -> Image.Image:

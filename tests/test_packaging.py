@@ -21,7 +21,7 @@ LAYERS = [
     {"pipeline", "rewards"},
     {"policy", "conditioning", "state", "optimizer"},
     {"rollout", "update", "checkpoint", "metrics", "profiling"},
-    {"tasks", "finetune", "train", "evaluate", "report", "plan", "pairs", "pairs_dataset"},
+    {"tasks", "finetune", "train", "evaluate", "report", "plan", "pairs", "pairs_dataset", "subjects"},
     {"cli"},
     {"__main__"},
 ]

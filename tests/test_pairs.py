@@ -1,14 +1,17 @@
 """Pairs of drawn people: the same for the same seed, labelled by what was done, read by the reader, and refused in one line."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jax_idgrpo import pairs
+from jax_idgrpo.data import cast
 from jax_idgrpo.data.distortions import DISTORTIONS
 from jax_idgrpo.data.preferences import LABELS, load_pairs
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.subjects import Shape, drawn
 from jax_idgrpo.video import read_video
 
 
@@ -37,8 +40,20 @@ def test_the_folder_is_what_training_reads(written):
     read = load_pairs(folder / "pairs.csv", ("SA",))
     assert [pair.labels[0] for pair in read] == [LABELS[row["SA"]] for row in rows]
     a, b = (read_video(path) for path in read[0].videos)
-    assert a.shape == b.shape == (9, 64, 64, 3) and np.abs(a - b).mean() > 0.01     # each has a nuisance of its own
-    assert read[0].fps == (pairs.FPS, pairs.FPS)
+    assert a.shape == b.shape == (9, 64, 64, 3) and np.abs(a - b).mean() > 0.01
+    assert read[0].fps == (cast.FRAMES_PER_SECOND,) * 2
+
+
+def test_both_videos_are_takes_of_one_prompt():
+    for _, takes in zip(range(4), drawn(2, "eval"), strict=False):
+        one, other = takes.subjects
+        assert np.array_equal(one.photos, other.photos) and np.array_equal(one.mask, other.mask)
+        people = one.people
+        assert len(takes.photos) == len(people) and takes.prompt.count("person with") == len(people)
+        assert np.abs(one.video - other.video).mean() > 0.02
+        assert np.abs(one.boxes - other.boxes)[:, people].max() > 1             # pixels: poses, sizes and motion differ
+        order = [np.argsort(take.boxes[0, people, 0]).tolist() for take in (one, other)]
+        assert order[0] == order[1]                                             # who stands where does not
 
 
 def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
@@ -52,7 +67,7 @@ def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
 
 @pytest.mark.parametrize(("change", "answer"), [
     (dict(split="test"), "no such split"), (dict(distortions="swap,melt"), "no 'melt'"), (dict(count=0), "1 or more"),
-    (dict(automatic=2.0), "0 to 1")])
+    (dict(automatic=2.0), "0 to 1"), (dict(shape=Shape(fps=16)), "--clips"), (dict(faces=Path("networks")), "--clips")])
 def test_mistakes_are_refused_and_leave_nothing(tmp_path, change, answer):
     with pytest.raises(UserError, match=answer):
         pairs.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)

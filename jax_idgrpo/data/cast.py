@@ -574,6 +574,9 @@ class Scene:
     decor: Float[Array, "*n 4"]  # free numbers in [0, 1] of the background
 
 
+_TOLD_OF_ALL = (3, 8, 9, 10)  # numbers of a scene that its prompt tells: colours, light and background
+
+
 def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
     """Poses [M] of one scene (no batch axis) at a time in seconds."""
     wave = jnp.sin(2 * jnp.pi * (scene.rate * time + scene.phase))
@@ -585,12 +588,18 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
     )
 
 
-def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"]) -> Scene:
-    """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background."""
+def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Array, ""] = 0) -> Scene:
+    """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background.
+
+    take: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
+    """
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
     fields = len(Pose._fields)
-    numbers = jax.random.uniform(key, (people * (25 + len(Pose._fields)) + 16,), jnp.float32)
+    shape = (people * (25 + fields) + 16,)
+    numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, keys.fold(key, take)))
+    told = np.concatenate([np.isin(np.arange(16), _TOLD_OF_ALL), np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people)])
+    numbers = jnp.where(told | (jnp.asarray(take) == 0), numbers, anew)
     w, per_person = numbers[:16], numbers[16:].reshape(people, -1)
     phase, place, u = per_person[:, :fields], per_person[:, fields], 2.0 * per_person[:, fields + 1 :] - 1.0
     index = lambda number, count: jnp.minimum((number * count).astype(jnp.int32), count - 1)  # noqa: E731
@@ -793,11 +802,12 @@ def draw(
     mask: Bool[Array, "B M"],
     frames: int = 9,
     size: tuple[int, int] = (64, 64),
+    take: int | Int[Array, ""] = 0,
 ) -> Batch:
     """Clips and portraits of the given people; scenes and portraits are drawn from the key. Trace it inside `jit`."""
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
-    scene = jax.vmap(sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
+    scene = jax.vmap(lambda k, m: sample_scene(k, m, take))(jax.random.split(scene_key, ids.shape[0]), mask)
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
     portrait_keys = jax.random.split(portrait_key, ids.shape)
     portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(people, portrait_keys)
@@ -833,12 +843,21 @@ def sample_mask(key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE) -> Bool
 
 @functools.partial(jax.jit, static_argnames=("size", "split", "frames", "resolution"))
 def batch(
-    seed: int | Int[Array, ""], step: int | Int[Array, ""], size: int, split: str, frames: int = 9, resolution: tuple[int, int] = (64, 64)
+    seed: int | Int[Array, ""],
+    step: int | Int[Array, ""],
+    size: int,
+    split: str,
+    frames: int = 9,
+    resolution: tuple[int, int] = (64, 64),
+    take: int | Int[Array, ""] = 0,
 ) -> Batch:
-    """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments."""
+    """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments.
+
+    take: further takes are other clips of the same people, photos and prompts (see `sample_scene`).
+    """
     key = keys.fold(keys.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)
-    return draw(draw_key, sample_ids(id_key, size, split), sample_mask(mask_key, size), frames, resolution)
+    return draw(draw_key, sample_ids(id_key, size, split), sample_mask(mask_key, size), frames, resolution, take)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

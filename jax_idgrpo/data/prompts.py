@@ -50,7 +50,7 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
         `max_people` references; the message names the file and the line in it.
     """
     path = Path(path)
-    rows = list(_rows(path))
+    rows = list(read_rows(path))
     if not rows:
         raise UserError(f"prompts {path}: no rows below the header; write one prompt per line: {','.join(COLUMNS)}")
     prompts = [Prompt(k, *_parse(row, path, line, max_people)) for k, (line, row) in enumerate(rows)]
@@ -64,20 +64,24 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     return prompts
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers and fields of the rows below the header; empty lines are skipped."""
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[int, dict]]:
+    """Line numbers and fields of the rows below the header; empty lines are skipped.
+
+    Raises:
+      UserError: the file cannot be read as a CSV, or its header has not each of the columns once.
+    """
     where = f"prompts {path}"
     if path.is_dir():
         raise UserError(f"{where}: is a folder; name the CSV file in it")
     if not path.is_file():
-        raise UserError(f"{where}: no such file; pass a CSV with the header {','.join(COLUMNS)}")
+        raise UserError(f"{where}: no such file; pass a CSV with the header {','.join(columns)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header = [name.strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
-            if missing := [name for name in COLUMNS if header.count(name) != 1]:
-                raise UserError(f"{where}, line 1: needs one column {missing[0]}; start the file with the header {','.join(COLUMNS)}")
+            if missing := [name for name in columns if header.count(name) != 1]:
+                raise UserError(f"{where}, line 1: needs one column {missing[0]}; start the file with the header {','.join(columns)}")
             for row in reader:
                 yield reader.line_num, row
     except UnicodeDecodeError as error:
