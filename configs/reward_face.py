@@ -13,7 +13,7 @@ def get_config() -> Config:
     return Config(
         data=DataConfig(max_people=3),
         video=VideoConfig(frames=9, height=64, width=64, fps=8),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=1e-2, max_norm=1.0, warmup=50, schedule="cosine", ema_decay=0.99),
+        optimizer=OptimizerConfig(learning_rate=3e-4, weight_decay=1.0, max_norm=1.0, warmup=50, schedule="cosine", ema_decay=0.99),
         finetune=FinetuneConfig(task="reward_face", batch=64, log_every=50, options={"pairs": "pairs.csv", "held_out": "held_out.csv"}),
-        run=RunConfig(steps=1500, save_every=500, keep=1, sample_every=0),
+        run=RunConfig(steps=600, save_every=200, keep=1, sample_every=0),
     )

@@ -104,6 +104,9 @@ def test_two_people_who_exchange_faces_are_seen_in_their_places():
     said = {name: np.asarray(read(inputs).people)[0, :, n] for n, name in enumerate(heads.PEOPLE)}
     np.testing.assert_allclose(said["alike_mean"], 1, atol=1e-5)
     assert (said["placed_mean"] < 0.85).all() and (said["placed_change"] < -0.5).all() and (said["steady"] < 0.9).all()
+    apart = float(references[0, 0] @ references[0, 1])
+    np.testing.assert_allclose(said["kept"], apart, atol=1e-5)                  # least of all pairs of frames
+    np.testing.assert_allclose(said["kept_last"], (3 * apart + 1) / 4, atol=1e-5)
 
 
 # ---- from a CSV to a reward ----------------------------------------------------------------------------------------------

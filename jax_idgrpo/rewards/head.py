@@ -42,6 +42,8 @@ PEOPLE = (
     *(f"alike_{name}" for name in _COURSE),
     *(f"placed_{name}" for name in _COURSE),
     "steady",
+    "kept",
+    "kept_last",
     "lead",
     "lead_least",
     "rival",
@@ -49,6 +51,7 @@ PEOPLE = (
     "presence",
     "size",
     "yaw",
+    "turned",
     "quality",
 )
 """What a person's token holds, in its order (see `tokens`)."""
@@ -95,8 +98,11 @@ def _spread(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float
 
 
 def _course(values: Float[Array, "B T M"]) -> list[Float[Array, "B M"]]:
-    """Mean, least, spread and last less first of what is known in every frame."""
-    return [jnp.mean(values, 1), jnp.min(values, 1), _spread(values, jnp.ones_like(values, bool)), values[:, -1] - values[:, 0]]
+    """Mean, least, spread and change of what is known in every frame: how much a straight line through it rises from first to last."""
+    time = jnp.linspace(-1.0, 1.0, values.shape[1])[:, None]
+    time = time - jnp.mean(time)        # 0 for one frame
+    change = 2 * jnp.sum(time * values, 1) / jnp.maximum(jnp.sum(time * time), 1.0)
+    return [jnp.mean(values, 1), jnp.min(values, 1), _spread(values, jnp.ones_like(values, bool)), change]
 
 
 def tokens(
@@ -110,11 +116,12 @@ def tokens(
     """What the head looks at, of faces in frames of `size` (height, width) and the terms of `reward_terms` on the same faces.
 
     Of a person, over frames (0 where there is no face, g as in `identity`):
-    alike: mean, least, standard deviation and last less first of g(s), s the cosine of the matched face. placed: the same of the face on
-    the person's track. steady: least cosine of neighbouring faces on that track. lead, lead_least: s less the cosine of the next best
-    face, mean and least. rival, rival_most: by how much the matched face resembles another reference more than their own resembles that
-    one, mean and greatest. presence: share of frames with a matched face. size: its side as a share of the frame's, mean. yaw: standard
-    deviation of the nose's place between the eyes, in eye distances. quality: the detector's score, mean.
+    alike: mean, least, standard deviation and change of g(s), s the cosine of the matched face. placed: the same of the face on the
+    person's track. steady, kept: least cosine of neighbouring faces, and of any two, on that track; kept_last: mean of the last with all.
+    lead, lead_least: s less the cosine of the next best face, mean and least. rival, rival_most: by how much the matched face resembles
+    another reference more than their own resembles that one, mean and greatest. presence: share of frames with a matched face. size: its
+    side as a share of the frame's, mean. yaw, turned: standard deviation and mean size of the nose's place between the eyes, in eye
+    distances. quality: the detector's score, mean.
 
     Of a video: `TERMS`; still: how far `motion` is below its floor; twins, twins_most: by how much the most alike faces of a frame are more
     alike than the most alike references, mean and greatest; people: asked for, in units of 4.
@@ -131,6 +138,9 @@ def tokens(
     of_place = jnp.einsum("btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest")
     neighbours = jnp.sum(of_place[:, 1:] * of_place[:, :-1], -1)
     steady = jnp.min(jnp.where(in_place[:, 1:] & in_place[:, :-1], neighbours, 1.0), 1, initial=1.0)
+    with_all = jnp.einsum("btme,bsme->btsm", of_place, of_place, precision="highest")
+    with_all = jnp.where(in_place[:, :, None] & in_place[:, None], with_all, 1.0)
+    kept, kept_last = jnp.min(with_all, (1, 2)), jnp.mean(with_all[:, -1], 1)
 
     own = jax.nn.one_hot(matches.face, shown.shape[-1], dtype=bool)                                                 # [B,T,M,K]
     second = jnp.max(jnp.where(shown[:, :, None] & ~own, cosine, 0.0), -1, initial=0.0)
@@ -150,6 +160,8 @@ def tokens(
         *_course(jnp.where(matched, level(matches.similarity, config.low, config.high), 0.0)),
         *_course(jnp.where(in_place, level(jnp.sum(jnp.where(placed, cosine, 0.0), -1), config.low, config.high), 0.0)),
         steady,
+        kept,
+        kept_last,
         jnp.mean(lead, 1),
         jnp.min(lead, 1),
         _mean(rival, matched),
@@ -157,6 +169,7 @@ def tokens(
         jnp.mean(matched, 1),
         _mean(_of_face(jnp.sqrt(jnp.prod(jnp.maximum(sides, 0.0), -1)), matches.face), matched),
         _spread(_of_face(jnp.clip(turned, -1, 1), matches.face), matched),
+        _mean(_of_face(jnp.abs(jnp.clip(turned, -1, 1)), matches.face), matched),
         _mean(_of_face(faces.scores, matches.face), matched),
     ]
     expected = jnp.max(jnp.where(others, mutual, -1.0), (1, 2))[:, None]
