@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jax_idgrpo.data.prompts import COLUMNS, load_prompts, read_rows
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
 
 MOST = 4  # people of a clip
 UPTO = {"train": 0.8, "rl": 0.9, "eval": 1.0}
@@ -24,7 +25,7 @@ class Clip:
 
     video: Path
     prompt: str
-    references: tuple[Path, ...]
+    references: tuple[File, ...]
     people: tuple[str, ...]
     circle: str = ""
 
