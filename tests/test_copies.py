@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate, pairs
+from jax_idgrpo import evaluate
 from jax_idgrpo.data.distortions import codec, light, paste
 from jax_idgrpo.rewards import References, copies
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, warp
+from jax_idgrpo.subjects import drawn
 
 apart, photo_crops = jax.jit(copies.apart), jax.jit(copies.photo_crops)
 DIRECTION = np.array([0.6, 0.9, -0.4, -0.8])
@@ -26,7 +27,7 @@ def reward():
 @functools.cache
 def clips():
     """Of held-out people."""
-    return [subject for subject, _ in itertools.islice(pairs.subjects(5, "eval"), 12)]
+    return [takes.subjects[0] for takes in itertools.islice(drawn(5, "eval"), 12)]
 
 
 def asked(people=slice(None)):

@@ -66,6 +66,7 @@ TERMS = (
     "switched",
     "blended",
     "area",
+    "copied",
     "mimr",
     "id_conf",
     "unique_faces",
