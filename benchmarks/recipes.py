@@ -7,8 +7,8 @@
 The first steps of every recipe are taken one recipe after the other and timed (`seconds.json`): only they need a quiet machine. The
 parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
 trained to the number of steps that either budget buys, and `idgrpo evaluate` compares both adapters with the base on held-out people.
-The fast recipe is also stopped at one eighth of the forward passes. Guidance is off but in the last row: the embedded base is at its best
-without. Several such calls may share a folder, each with its own `--only`, once `seconds.json` is complete.
+The fast recipe is also stopped at one eighth of the forward passes; parity's run and that one are repeated with two more seeds. Guidance is
+off but in the last row: the embedded base is at its best without. Several such calls may share a folder, each with its own `--only`, once `seconds.json` is complete.
 """
 
 import argparse
@@ -103,7 +103,8 @@ def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[
     if recipe != "parity":
         steps["time"] = round(parity_steps * seconds["parity"] / seconds[recipe])
     if recipe == "fast":
-        steps["eighth"] = round(budget / 8 / passes_per_step(recipe))
+        eighth = {"eighth": round(budget / 8 / passes_per_step(recipe))}
+        steps = steps | eighth if seed == 1 else eighth
     for count in sorted(steps.values()):
         train(folder, recipe, seed, count)
     (folder / "steps.json").write_text(json.dumps(steps))
@@ -122,10 +123,11 @@ def table(workdir: Path) -> str:
                    (folder / "evaluation" / "metrics.json").exists()]
         if not folders:
             continue
-        found = [json.loads((folder / "evaluation" / "metrics.json").read_text())["videos"] for folder in folders]
-        clusters = np.asarray([video["prompt"] for video in found[0]])
+        evaluated = [json.loads((folder / "evaluation" / "metrics.json").read_text())["videos"] for folder in folders]
+        clusters = np.asarray([video["prompt"] for video in evaluated[0]])
         for budget, steps in json.loads((folders[0] / "steps.json").read_text()).items():
-            cells = [recipe, budget, str(len(folders)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
+            found = [videos for videos in evaluated if budget in videos[0]]
+            cells = [recipe, budget, str(len(found)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
                      f"{seconds[recipe]:.1f}"]
             for name in names:
                 change = np.mean([[video[budget][name] - video["base"][name] for video in videos] for videos in found], axis=0)
