@@ -8,7 +8,8 @@ The first steps of every recipe are taken one recipe after the other and timed (
 parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
 trained to the number of steps that either budget buys, and `idgrpo evaluate` compares both adapters with the base on held-out people.
 The fast recipe is also stopped at one eighth of the forward passes; parity's run and that one are repeated with two more seeds. Guidance is
-off but in the last row: the embedded base is at its best without. Several such calls may share a folder, each with its own `--only`, once `seconds.json` is complete.
+off but in the last row: the embedded base is at its best without. Several such calls may share a folder, each with its own `--only`, once
+`seconds.json` is complete.
 """
 
 import argparse
