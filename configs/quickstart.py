@@ -6,7 +6,7 @@ from jax_idgrpo import config as c
 def get_config() -> c.Config:
     """Values only; every field is described in jax_idgrpo/config.py."""
     return c.Config(
-        model=c.ModelConfig(path="embedded", rank=8, alpha=8.0, unroll=True),
+        model=c.ModelConfig(path="embedded", remat="full", rank=8, alpha=8.0, unroll=True),
         data=c.DataConfig(prompts="embedded:rl", max_people=3, text_length=80),
         video=c.VideoConfig(frames=9, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(prompts=4, group=8, steps=12, guidance=1.0, window="random", window_size=3, start_noise="shared"),
