@@ -60,7 +60,7 @@ FACES = ("boxes", "landmarks", "scores", "face_mask", "embeddings")
 def test_order_of_people_and_faces_changes_nothing():
     inputs = given()
     p, k = np.random.default_rng(1).permutation(3), np.random.default_rng(2).permutation(5)
-    people = {name: inputs[name][:, p] for name in ("references", "reference_mask")}
+    people = {name: inputs[name][:, p] for name in ("references", "photos", "reference_mask")}
     shuffled = inputs | people | {name: inputs[name][:, :, k] for name in FACES}
     np.testing.assert_allclose(score(shuffled), score(inputs), atol=1e-5)
     assert np.ptp(score(inputs)) > 1e-3
@@ -72,6 +72,7 @@ def test_padding_changes_nothing():
     padded["face_mask"] = np.pad(inputs["face_mask"], ((0, 0), (0, 0), (0, 2)))
     padded["references"] = np.concatenate([inputs["references"], unit(np.random.default_rng(2), 3, 1, 16)], 1)
     padded["reference_mask"] = np.pad(inputs["reference_mask"], ((0, 0), (0, 1)))
+    padded["photos"] = np.concatenate([inputs["photos"], inputs["photos"][:, :1]], 1)
     np.testing.assert_allclose(score(padded), score(inputs), atol=1e-5)
 
 
