@@ -1,8 +1,8 @@
 """GRPO: sample groups of videos, score them, move the adapter. Reads from top to bottom.
 
 Step k's prompts, noise and window are functions of (seed, k), so a run that was stopped anywhere goes on to the same adapter as
-one that was not. Everything between prompt and updated weights stays on the device: the
-programs of a step run under a guard that refuses transfers.
+one that was not. Everything between prompt and updated weights stays on the device: the programs of a step run under a guard
+that refuses transfers.
 """
 
 import collections

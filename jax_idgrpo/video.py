@@ -8,9 +8,11 @@ import dataclasses
 import io
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
@@ -19,7 +21,6 @@ from jax_idgrpo.files import File
 
 CONTAINERS = "mov,matroska,avi,gif"
 """FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
-
 
 
 def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -63,8 +64,13 @@ def _encode(target: str | io.BytesIO, pixels: UInt8[np.ndarray, "frames height w
         container.mux(stream.encode())
 
 
+def _open(source: io.BytesIO | BinaryIO) -> InputContainer:
+    """A video's container, read from its bytes alone."""
+    return av.open(source, options={"format_whitelist": CONTAINERS})
+
+
 def _decode(source: io.BytesIO) -> list[UInt8[np.ndarray, "height width 3"]]:
-    with av.open(source, options={"format_whitelist": CONTAINERS}) as container:
+    with _open(source) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
@@ -112,11 +118,11 @@ def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -
     A frame is scaled to cover `size` (height, width), and cut about its middle. No more is held of a long video than is kept.
 
     Raises:
-      UserError: the file is no video.
+      UserError: the file is missing or no video of `CONTAINERS`.
     """
     frames: list[np.ndarray] = []
     try:
-        with av.open(str(path)) as container:
+        with Path(path).open("rb") as file, _open(file) as container:
             start = None
             for frame in container.decode(video=0):
                 start = frame.time if start is None else start

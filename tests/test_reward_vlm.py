@@ -24,6 +24,15 @@ from tests import vlm_folders
 ROOT = Path(__file__).parents[1]
 
 
+def write_rows(path, rows):
+    """A CSV with the columns of its first row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
 def write_pairs(folder, count, first, size=64, frames=5):
     """Drawn people: a head of a person's colour on a field of another, moving; in the worse video it is gone. Ten pairs in a row differ."""
     folder.mkdir(parents=True)
@@ -47,11 +56,7 @@ def write_pairs(folder, count, first, size=64, frames=5):
         Image.fromarray(((np.clip(head((0.5, 0.5)), -1, 1) + 1) * 127.5).astype(np.uint8)).save(folder / f"{number}.png")
         rows.append({"path_A": f"{number}A.mp4", "path_B": f"{number}B.mp4", "prompt": "a person", "ref_paths": f"{number}.png",
                      "SA": "B" if flip else "A", "source": ("trusted", "automatic")[number % 2]})
-    with (folder / "pairs.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "pairs.csv"
+    return write_rows(folder / "pairs.csv", rows)
 
 
 @pytest.fixture(scope="module")

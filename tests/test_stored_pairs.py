@@ -1,6 +1,5 @@
 """Pairs of a data set are those of the CSV that it was made of: to the byte, in the same steps, for training; and mistakes are named."""
 
-import csv
 import json
 import shutil
 import sys
@@ -16,9 +15,10 @@ from jax_idgrpo.data.preferences import LABELS, by_source, load_pairs, pair_batc
 from jax_idgrpo.data.stored_pairs import INDEX, INFO, KEPT, StoredPairs, open_pairs
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.finetune import finetune
-from jax_idgrpo.video import read_video, write_video
+from jax_idgrpo.video import read_frames, read_video, write_video
 from tests import vlm_folders
 from tests.test_reward_vlm import configuration as vlm_configuration
+from tests.test_reward_vlm import write_rows
 
 DIMENSIONS = ("SA", "VQ")
 
@@ -36,11 +36,7 @@ def write_csv(folder, count=3 * KEPT):
         "fps_A": "" if number % 5 else repr(rng.uniform(1, 60)), "fps_B": "23.976", "num_frames_A": number, "num_frames_B": "",
         "source": rng.choice(["", "trusted", "automatic", "synthetic"]), "MOS_A_SA": "4.5",
     } for number in range(count)]
-    with (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "pairs.csv"
+    return write_rows(folder / "pairs.csv", rows)
 
 
 @pytest.fixture(scope="module")
@@ -262,4 +258,7 @@ def test_files_that_name_others_are_no_videos(tmp_path):
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     with pytest.raises(UserError, match=r"list.mp4: cannot be read"):
         read_video(tmp_path / "list.mp4")
+    with pytest.raises(UserError, match=r"list.mp4: cannot be read"):
+        read_frames(tmp_path / "list.mp4", 5, (32, 32), 8)
+    assert read_frames(tmp_path / "a.mp4", 5, (32, 32), 8).shape == (5, 32, 32, 3)
     assert read_video(str(tmp_path / "a.mp4")).shape == (5, 32, 32, 3)

@@ -8,6 +8,7 @@ Everything is checked when the file is loaded, images included, so that a broken
 import concurrent.futures
 import csv
 import dataclasses
+import functools
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,7 @@ from jax_idgrpo.files import File
 
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
-Image.init()
-_KNOWN = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-FORMATS: list[str] = [name for name in _KNOWN if name in Image.OPEN]
+PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
 
 
@@ -114,6 +113,13 @@ def _parse(row: dict, path: Path, line: int, max_people: int) -> tuple[str, tupl
     return text, tuple(path.parent / name for name in names)
 
 
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `PICTURES` that this Pillow reads."""
+    Image.init()
+    return [name for name in PICTURES if name in Image.OPEN]
+
+
 def load_reference(path: str | File) -> Image.Image:
     """An image file of any mode, size and EXIF orientation as upright RGB; transparent parts become white.
 
@@ -121,7 +127,7 @@ def load_reference(path: str | File) -> Image.Image:
       UserError: the file is missing, is not an image, or is damaged.
     """
     try:
-        with Image.open(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()), formats=FORMATS) as image:
+        with Image.open(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()), formats=_formats()) as image:
             return on_white(ImageOps.exif_transpose(image))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"image {path}: no such file; check ref_paths, which are relative to the CSV") from None
