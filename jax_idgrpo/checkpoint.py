@@ -30,8 +30,9 @@ from jax_idgrpo.errors import UserError
 T = TypeVar("T")
 
 MAY_CHANGE = ("run.steps", "run.save_every", "run.keep", "run.sample_every", "run.give_up_after", "run.watch_*", "run.wandb",
-              "evaluate.*", "finetune.out", "finetune.log_every")
-"""Fields that a resumed run may set anew: they say how long, how often and where, and change no number of a step."""
+              "model.text_memory", "mesh.*", "evaluate.*", "finetune.out", "finetune.log_every")
+"""Fields that a resumed run may set anew: they say how long, how often and where, and change no number of a step but, for another mesh,
+by rounding."""
 
 _CHECKSUMS = "checksums"
 

@@ -20,7 +20,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,18 @@ from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
+from jax_idgrpo import parallel
 from jax_idgrpo.config import Config, DataConfig
 from jax_idgrpo.data.prompts import Prompt, load_reference, on_white
+from jax_idgrpo.distributed import to_host
 from jax_idgrpo.errors import UserError
 
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
+ROOM = 4 * 2**30  # bytes of the host's memory that a run may fill with encoded prompts
 
-Cache = dict[Any, Any]
+Values: TypeAlias = Array | np.ndarray
 
 
 @runtime_checkable
@@ -59,11 +62,11 @@ class Conditioning:
     tail: Phantom's clean latents of the photos, zero in the padding; None for VACE.
     """
 
-    text: Float[Array, "P L D"]
-    control: Float[Array, "P N H W 96"] | None
-    frame_mask: Bool[Array, "P N"]
-    references: Int[Array, "P"]
-    tail: Float[Array, "P M H W C"] | None = None
+    text: Float[Values, "P L D"]
+    control: Float[Values, "P N H W 96"] | None
+    frame_mask: Bool[Values, "P N"]
+    references: Int[Values, "P"]
+    tail: Float[Values, "P M H W C"] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -74,13 +77,13 @@ class Conditioning:
         return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
 
     @property
-    def tail_mask(self) -> Bool[Array, "P M"]:
+    def tail_mask(self) -> Bool[Values, "P M"]:
         """True on the photos behind the video."""
         assert self.tail is not None
         return jnp.arange(self.tail.shape[1]) < self.references[:, None]
 
     @property
-    def video_start(self) -> Int[Array, "P"]:
+    def video_start(self) -> Int[Values, "P"]:
         """The first video frame of each row."""
         return self.references if self.tail is None else jnp.zeros_like(self.references)
 
@@ -90,7 +93,7 @@ class Conditioning:
 
 
 def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
-    """The given rows, which may repeat: `jnp.repeat(jnp.arange(P), G)` makes groups of G."""
+    """The given rows, which may repeat: `np.repeat(np.arange(P), G)` makes groups of G."""
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 
 
@@ -99,7 +102,7 @@ def video_latents(x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: 
     return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
 
 
-def frame_mask(references: Int[Array, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
+def frame_mask(references: Int[Values, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
     """[B, max_people + frames]: True on the references and the video of each row, False on the padding behind them."""
     return jnp.arange(max_people + frames) < references[:, None] + frames
 
@@ -140,7 +143,7 @@ def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
 
 
 def control(
-    references: Float[Array, "M H W C"], grey: Float[Array, "T H W C"], max_people: int, order: str = "diffusers"
+    references: Float[Values, "M H W C"], grey: Float[Values, "T H W C"], max_people: int, order: str = "diffusers"
 ) -> Float[Array, "N H W D"]:
     """The control of one row from the latents of its photos (as given) and of a mid-grey video; D = 2 C + 64.
 
@@ -156,21 +159,32 @@ def control(
 
 
 @nnx.jit
-def _encode_video(vae: nnx.Module, video: Float[Array, "B F H W 3"]) -> Float[Array, "B T h w C"]:
+def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[Array, "B T h w C"]:
     latent_frames, height, width = (video.shape[1] - 1) // 4 + 1, video.shape[2] // 8, video.shape[3] // 8
     return vae.encode(video, vae.chunk(latent_frames, height, width))
 
 
 @nnx.jit
-def _encode_tokens(text_encoder: nnx.Module, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+def _encode_tokens(text_encoder: nnx.Module, ids: Int[Values, "B L"], mask: Int[Values, "B L"]) -> Float[Array, "B L D"]:
     return text_encoder(ids, mask).astype(jnp.float32)
 
 
-def encode_text(pipe: Pipeline, text: str, length: int) -> Float[Array, "L D"]:
-    """The float32 text embedding of one prompt, cut or padded to `length` tokens; zero past its end."""
-    tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="np")
-    ids, mask = (jnp.asarray(tokens[name], jnp.int32) for name in ("input_ids", "attention_mask"))
-    return _encode_tokens(pipe.text_encoder, ids, mask)[0]
+def encode_texts(pipe: Pipeline, texts: Sequence[str], length: int) -> list[Float[np.ndarray, "n D"]]:
+    """The float32 text embeddings of prompts, each cut to `length` tokens; on the host, without padding.
+
+    A text encoder that waits in the host's memory is on the devices while this runs.
+    """
+    encoder, found = parallel.on_devices(pipe.text_encoder) if texts else None, []
+    for text in texts:
+        tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        ids, mask = (np.asarray(tokens[name], np.int32) for name in ("input_ids", "attention_mask"))
+        found.append(to_host(_encode_tokens(encoder, ids, mask))[0, : mask.sum()])
+    return found
+
+
+def padded(text: Float[np.ndarray, "n D"], length: int) -> Float[np.ndarray, "{length} D"]:
+    """A text embedding as the transformer takes it: zero past its end."""
+    return np.pad(text, ((0, length - len(text)), (0, 0)))
 
 
 def negative_prompt(config: DataConfig) -> str:
@@ -190,46 +204,64 @@ def negative_prompt(config: DataConfig) -> str:
     return text
 
 
-def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[Array, "L D"]:
+def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L D"]:
     """The text embedding of the unguided branch."""
-    return encode_text(pipe, negative_prompt(config), config.text_length)
+    return padded(encode_texts(pipe, [negative_prompt(config)], config.text_length)[0], config.text_length)
+
+
+class Cache(dict[Any, Any]):
+    """Encoded prompts of a run, on the host. room: bytes that are left for further ones; what does not fit is not kept."""
+
+    def __init__(self, room: int = ROOM):
+        super().__init__()
+        self.room = room
+
+    def keep(self, name: Any, made: Any) -> None:
+        """Keep a pytree of numpy arrays under a name, if it fits."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+        if size <= self.room:
+            self.room -= size
+            self[name] = made
 
 
 def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache) -> Conditioning:
-    """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it.
+    """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it; on the host.
 
-    cache: rows by prompt id and grey videos by size, filled here; the caller keeps it for the run, so each prompt is encoded once.
+    cache: the caller keeps it for the run, so that a prompt is encoded once, or, when the cache is full, whenever it is asked for.
 
     Raises:
       UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
     """
-    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
-    if vace and ("grey", video) not in cache:
-        cache["grey", video] = _encode_video(pipe.vae, jnp.zeros((1, video.frames, video.height, video.width, 3)))[0]
-    for prompt in prompts:
-        if (prompt.id, video) not in cache:
-            cache[prompt.id, video] = _encode_row(pipe, prompt, config, cache["grey", video] if vace else None)
-    rows = [cache[prompt.id, video] for prompt in prompts]
-    references = jnp.asarray([len(prompt.references) for prompt in prompts], jnp.int32)
-    text, images = jnp.stack([text for text, _ in rows]), jnp.stack([image for _, image in rows])
+    data, video = config.data, config.video
+    new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
+    photos = {number: _encode_photos(pipe, prompt, config) for number, prompt in new.items()}
+    texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
+    made = {number: (text, photos[number]) for number, text in zip(new, texts, strict=True)}
+    for number, row in made.items():
+        cache.keep((number, video), row)
+    rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
+    references = np.asarray([len(prompt.references) for prompt in prompts], np.int32)
+    text = np.stack([padded(text, data.text_length) for text, _ in rows])
     frames = (video.frames - 1) // 4 + 1
-    if vace:
-        return Conditioning(text=text, control=images, frame_mask=frame_mask(references, frames, people), references=references)
-    mask = jnp.ones((len(prompts), frames), bool)
-    return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=images)
+    if config.model.kind == "vace":
+        if "grey" not in cache:
+            blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)
+            cache["grey"] = to_host(_encode_video(pipe.vae, blank))[0]
+        controls = [np.asarray(control(latents, cache["grey"], data.max_people, data.reference_order)) for _, latents in rows]
+        mask = np.asarray(frame_mask(references, frames, data.max_people))
+        return Conditioning(text=text, control=np.stack(controls), frame_mask=mask, references=references)
+    tail = [np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0))) for _, latents in rows]
+    mask = np.ones((len(prompts), frames), bool)
+    return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail))
 
 
-def _encode_row(pipe: Pipeline, prompt: Prompt, config: Config, grey: Array | None) -> tuple[Array, Array]:
-    """Text embedding [L, D] of one prompt, and its control [N, H, W, 96] or (without `grey`) its tail [max_people, H, W, 16]."""
+def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config) -> Float[np.ndarray, "M H W C"]:
+    """The latents of a prompt's photos."""
     data, video = config.data, config.video
     if not 1 <= len(prompt.references) <= data.max_people:
         raise UserError(
             f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
         )
-    fit = whole_canvas if grey is None else canvas
+    fit = canvas if config.model.kind == "vace" else whole_canvas
     photos = [fit(load_reference(path), video.height, video.width) for path in prompt.references]
-    latents = jnp.concatenate([_encode_video(pipe.vae, jnp.asarray(photo)[None, None])[0] for photo in photos])
-    text = encode_text(pipe, prompt.text, data.text_length)
-    if grey is None:
-        return text, jnp.pad(latents, ((0, data.max_people - len(photos)), (0, 0), (0, 0), (0, 0)))
-    return text, control(latents, grey, data.max_people, data.reference_order)
+    return np.concatenate([to_host(_encode_video(pipe.vae, photo[None, None]))[0] for photo in photos])

@@ -39,6 +39,8 @@ class ModelConfig:
         attentions) or "full" (its input alone); all but "none" compute the rest again. With "full" the forward pass of the replay is
         the rollout's to the bit; with the others, to rounding.
     unroll: unroll the block scan (fast on CPU for few layers; program size grows with depth).
+    text_memory: where the text encoder lies while no prompt is encoded, "device", or "host" where the devices have no room for it: it is
+        then fetched whenever a step has a prompt that was not encoded yet.
     rank, alpha: LoRA rank and alpha on q, k, v, o of both attentions, in main and VACE blocks.
     adapter: PEFT adapter to start from; "" starts from B = 0.
     """
@@ -48,6 +50,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: bool = False
+    text_memory: str = "device"
     rank: int = 32
     alpha: float = 32.0
     adapter: str = ""
@@ -56,6 +59,7 @@ class ModelConfig:
         _choice("model.kind", self.kind, ("vace", "phantom"))
         _require(self.dtype in ("float32", "bfloat16"), f"model.dtype is {self.dtype!r}; use float32 or bfloat16")
         _choice("model.remat", self.remat, ("none", "dots", "attention", "full"))
+        _choice("model.text_memory", self.text_memory, ("device", "host"))
         _require(self.rank >= 1, f"model.rank is {self.rank}; an adapter needs a rank of 1 or more")
         _require(self.alpha > 0, f"model.alpha is {self.alpha}; use a positive number, usually the rank")
 
@@ -382,6 +386,7 @@ class EvaluateConfig:
     """Evaluation: ODE sampling of `videos` videos per held-out prompt with fixed noise, and bootstrap intervals.
 
     solver: of the ODE, "euler" (as published) or "unipc". guidance, image_guidance: scales, 0 = the rollout's.
+    batch: videos per program call, or the next number that the mesh divides.
     """
 
     prompts: str = "embedded:eval"

@@ -70,17 +70,21 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What turns prompts into videos: the networks, the schedule, the encoded negative prompt, and what was encoded so far."""
+    """What turns prompts into videos: the networks, the schedule, the encoded negative prompt, and what was encoded so far.
+
+    batch: rows per program call, `evaluate.batch` or the next number that the mesh divides.
+    """
 
     config: Config
     pipe: Pipeline
+    batch: int
     schedule: rollout.Schedule
     negative: Float[Array, "L D"]
     cache: conditioning.Cache
 
     def videos(self, model: Model, rows: Sequence[Row]) -> Float[np.ndarray, "B F H W 3"]:
         """One video in [-1, 1] per row; few rows are filled up to the batch, so that one program serves all."""
-        filled = [rows[min(n, len(rows) - 1)] for n in range(self.config.evaluate.batch)]
+        filled = [rows[min(n, len(rows) - 1)] for n in range(self.batch)]
         asked = conditioning.encode(self.pipe, [row.prompt for row in filled], self.config, self.cache)
         ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
         members = jnp.asarray([row.member for row in filled], jnp.int32)
@@ -94,10 +98,9 @@ class Sampler:
 
     def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
         """`videos` of many rows, batch by batch, with a progress bar."""
-        size = self.config.evaluate.batch
         with progress(label, len(rows)) as update:
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
+            for start in range(0, len(rows), self.batch):
+                batch = rows[start : start + self.batch]
                 yield batch, self.videos(model, batch)
                 update(start + len(batch), {})
 
@@ -113,13 +116,16 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     model = config.model
     if pipe is None:
         mesh = parallel.make_mesh(config.mesh, policy_devices(config))
-        parallel.check_rows(mesh, config.evaluate.batch, "evaluate.batch")
-        pipe = load_pipeline(model.folder(), model.dtype, model.kind, remat=model.remat, unroll=model.unroll, mesh=mesh)
+        pipe = load_pipeline(
+            model.folder(), model.dtype, model.kind,
+            remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
+        )
     schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver)
     given = schedule, conditioning.encode_negative(pipe, config.data)
     mesh = pipe.transformer.config.mesh
-    schedule, negative = given if mesh is None else parallel.put(given, parallel.replicated(mesh))
-    return Sampler(config=config, pipe=pipe, schedule=schedule, negative=negative, cache={})
+    schedule, negative = jax.device_put(given) if mesh is None else parallel.put(given, parallel.replicated(mesh))
+    batch = parallel.rows_for(mesh, config.evaluate.batch)
+    return Sampler(config=config, pipe=pipe, batch=batch, schedule=schedule, negative=negative, cache=conditioning.Cache())
 
 
 def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
@@ -281,14 +287,14 @@ class Watch:
           UserError: the prompts or their photos cannot be used.
         """
         listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
-        batch = parallel.rows_for(pipe.transformer.config.mesh, min(config.evaluate.batch, len(listed)))
-        config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=batch))
-        scorer = make_scorer(config, batch, pipe.transformer.config.mesh)
-        return cls(sampler=make_sampler(config, pipe), scorer=scorer, rows=all_rows(listed, 1), folder=folder)
+        few = min(config.evaluate.batch, len(listed))
+        sampler = make_sampler(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)), pipe)
+        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh)
+        return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> statistics.Scores:
         """Every video's values, which are also stored."""
-        size = self.sampler.config.evaluate.batch
+        size = self.sampler.batch
         batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
         parts = [self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch]) for batch in batches]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -392,7 +398,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     prove(config, prompts, **{f"adapter {name}": path for name, path in loras.items()})
     sampler = make_sampler(config)
     models = make_models(sampler, loras)
-    scorer = make_scorer(config, config.evaluate.batch, sampler.pipe.transformer.config.mesh)
+    scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh)
     prepare_workdir(out)
     with written_once(out) as folder:
         _compare(config, listed, sampler, models, scorer, folder)

@@ -34,7 +34,7 @@ from jax_idgrpo.subjects import Shape, among, drawn, filmed
 from jax_idgrpo.video import FINE, write_video
 
 TIES = 0.2          # share of pairs without a fault
-LEAST, GAP = 0.5, 0.4       # of the stronger fault, and between the two
+LEAST, GAP = 0.2, 0.15      # of the stronger fault, and between the two: what a policy is paid for is finer than a ruined face
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths", "num_frames_A", "num_frames_B", "fps_A", "fps_B", "SA", "source", "distortion",
            "strength_A", "strength_B", "truth")
 

@@ -15,17 +15,20 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
+
+Network = TypeVar("Network", bound=nnx.Module)
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROWS = ("data", "fsdp")
@@ -177,6 +180,21 @@ def spread(mesh: Mesh, state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES))
 
     return jax.tree.map(one, state)
+
+
+def in_host_memory(shardings: Any) -> Any:
+    """The same shardings in the memory of the hosts, from which an array must be fetched before it is of use (see `on_devices`)."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+
+
+def on_devices(network: Network) -> Network:
+    """The network with its arrays in the memory of the devices that they belong to; itself where they are there."""
+    graph, state = nnx.split(network)
+    leaves = jax.tree.leaves(state)
+    if all(leaf.sharding.memory_kind != "pinned_host" for leaf in leaves):
+        return network
+    there = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), state)
+    return nnx.merge(graph, jax.jit(lambda state: state, out_shardings=there)(state))
 
 
 # ---- inside a program ----------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def load_pipeline(
     remat: str = "none",
     unroll: bool = False,
     mesh: Mesh | None = None,
+    text_memory: str = "device",
 ) -> Pipeline:
     """Read a diffusers folder, a folder of the original layout, or the store that `idgrpo-convert import` makes of either.
 
@@ -88,7 +89,8 @@ def load_pipeline(
     kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
     rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
     remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it,
-    the text encoder is spread over all devices, and the VAE lies on each.
+    the text encoder is spread over all devices, and the VAE lies on each. text_memory: on a mesh, where the text encoder lies while
+    it is not used, "device" or "host".
 
     Raises:
       UserError: the folder is not such a pipeline or does not fit.
@@ -108,7 +110,7 @@ def load_pipeline(
     return Pipeline(
         transformer=transformer,
         vae=_load_vae(found.networks["vae"], mesh),
-        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh),
+        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh, text_memory),
         tokenizer=load_tokenizer(path),
         shift=_shift(found),
         kind=found.kind,
@@ -142,9 +144,14 @@ def _load_vae(found: checkpoint.Network, mesh: Mesh | None = None) -> WanVAE:
     return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None) -> UMT5Encoder:
+def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
     dtypes = Dtypes.named(dtype)
-    where = None if mesh is None else functools.partial(parallel.spread, mesh)
+
+    def spread(state: Any) -> Any:
+        shardings = parallel.spread(mesh, state)
+        return parallel.in_host_memory(shardings) if memory == "host" else shardings
+
+    where = None if mesh is None else spread
     return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 

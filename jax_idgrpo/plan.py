@@ -233,7 +233,8 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     encoder = _on(parallel.spread(mesh, encoder), encoder)
     reward = make_reward(config.reward)
     scorer = _on(whole, reward.state)
-    resident = _bytes(base, state, decoder, encoder, scorer)
+    waiting = _bytes(encoder) if config.model.text_memory == "device" else 0.0
+    resident = _bytes(base, state, decoder, scorer) + waiting
     width = parts.text_encoder.d_model
     negative = jax.ShapeDtypeStruct((config.data.text_length, width), jnp.float32, sharding=whole)
 
@@ -253,7 +254,7 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     # ---- what runs -----------------------------------------------------------------------------------------------------
     ids = jax.ShapeDtypeStruct((1, config.data.text_length), jnp.int32, sharding=whole)
     encode = jax.jit(lambda state, ids, mask: nnx.merge(text_graph, state)(ids, mask))
-    yield Program("text encoder", encode, (encoder, ids, ids), {}, resident - _bytes(encoder), sampling.prompts)
+    yield Program("text encoder", encode, (encoder, ids, ids), {}, resident - waiting, sampling.prompts)
 
     starts = _on(rows, row_keys(count))
     first = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)

@@ -195,7 +195,7 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
     model = config.model
     pipe = load_pipeline(
         model.folder(), model.dtype, model.kind, model.rank, model.alpha,
-        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh,
+        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
     )
     if model.adapter:
         pipe.load_lora(model.adapter)
@@ -241,7 +241,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     )
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     schedule, negative = parallel.put((schedule, conditioning.encode_negative(pipe, config.data)), parallel.replicated(mesh))
-    cache: conditioning.Cache = {}
+    cache = conditioning.Cache()
     passes = forward_passes(config, actor.branches)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             chosen = [prompts[index] for index in prompt_batch(prompts, seed, done, sampling.prompts)]
             ids = [prompt.id for prompt in chosen]
             of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
-            asked = conditioning.select(conditioning.encode(pipe, chosen, config, cache), of_row)
+            asked = conditioning.encode(pipe, chosen, config, cache)
             photos = references(chosen, config)
             faces = reward.embed_references(photos, [prompt.text for prompt in chosen])
             people = jax.tree.map(lambda leaf: leaf[of_row], (faces, photos.mask))
@@ -308,9 +308,10 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             videos: list[Array] = []
             for begin in range(0, sampling.rows, config.rows_per_call):
                 chunk = slice(begin, begin + config.rows_per_call)
-                condition, start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
-                    rows(tree, chunk) for tree in (asked, starts, noise, again, window, people)
+                start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
+                    rows(tree, chunk) for tree in (starts, noise, again, window, people)
                 )
+                condition = parallel.put(conditioning.select(asked, of_row[chunk]), parallel.batch_sharding(mesh))
                 with jax.transfer_guard("disallow"):
                     given = (actor, state.params, base, condition, negative)
                     trajectory = sample(config, given, schedule, start_keys, noise_keys, where)

@@ -69,9 +69,14 @@ def _open(source: io.BytesIO | BinaryIO) -> InputContainer:
     return av.open(source, options={"format_whitelist": CONTAINERS})
 
 
+def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "height width 3"]:
+    """Its pixels, turned as a player shows them: telephones store what they film lying on its side."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
 def _decode(source: io.BytesIO) -> list[UInt8[np.ndarray, "height width 3"]]:
     with _open(source) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return [_upright(frame) for frame in container.decode(video=0)]
 
 
 def write_video(path: str | Path, video: Float[np.ndarray, "frames height width 3"], fps: int, quality: Quality = Quality()) -> None:
@@ -127,7 +132,7 @@ def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -
             for frame in container.decode(video=0):
                 start = frame.time if start is None else start
                 if frame.time - start >= len(frames) / fps - 1e-3:
-                    frames.append(np.asarray(ImageOps.fit(frame.to_image(), size[::-1], Image.Resampling.LANCZOS)))
+                    frames.append(np.asarray(ImageOps.fit(Image.fromarray(_upright(frame)), size[::-1], Image.Resampling.LANCZOS)))
                 if len(frames) == count:
                     break
     except (OSError, IndexError, av.FFmpegError) as error:

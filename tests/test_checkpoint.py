@@ -132,7 +132,10 @@ def change(config: Config, **sections) -> Config:
 
 def test_what_may_change_on_resume():
     old = Config()
-    new = change(old, run={"steps": 7, "save_every": 2, "keep": 9, "sample_every": 0, "wandb": "x"}, evaluate={"steps": 3, "batch": 2})
+    new = change(
+        old, run={"steps": 7, "save_every": 2, "keep": 9, "sample_every": 0, "wandb": "x"}, evaluate={"steps": 3, "batch": 2},
+        mesh={"data": 1, "fsdp": -1}, model={"text_memory": "host"},
+    )
     check_resume(old.to_json(), new)
 
 

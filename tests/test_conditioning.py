@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import conditioning
-from jax_idgrpo.config import Config, DataConfig, VideoConfig
+from jax_idgrpo import conditioning, parallel
+from jax_idgrpo.config import EMBEDDED, Config, DataConfig, MeshConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt, load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
+from jax_idgrpo.pipeline import load_pipeline
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5
 
@@ -71,7 +72,7 @@ def config():
 
 
 def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
-    got = conditioning.encode(pipe, prompts, config, {})
+    got = conditioning.encode(pipe, prompts, config, conditioning.Cache())
     frames = (FRAMES - 1) // 4 + 1
     assert got.control.shape == (3, 3 + frames, HEIGHT // 8, WIDTH // 8, 96)
     assert got.latent_shape == (3 + frames, HEIGHT // 8, WIDTH // 8, 16)
@@ -93,7 +94,7 @@ def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
 
 def test_reference_order_is_an_option(pipe, prompts, config):
     original = Config(data=DataConfig(max_people=3, text_length=6, reference_order="original"), video=config.video)
-    one, other = (conditioning.encode(pipe, prompts[2:], c, {}).control[0] for c in (config, original))
+    one, other = (conditioning.encode(pipe, prompts[2:], c, conditioning.Cache()).control[0] for c in (config, original))
     np.testing.assert_array_equal(one[:3], other[:3][::-1])
     assert np.abs(one[:3] - other[:3]).max() > 0.1
 
@@ -101,7 +102,7 @@ def test_reference_order_is_an_option(pipe, prompts, config):
 def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
     calls = []
     monkeypatch.setattr(conditioning, "load_reference", lambda path: calls.append(path) or load_reference(path))
-    cache = {}
+    cache = conditioning.Cache()
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts[::-1], config, cache)
     assert len(calls) == 6
@@ -109,24 +110,37 @@ def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
     np.testing.assert_array_equal(first.text[::-1], again.text)
 
 
+def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(pipe, prompts, config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(conditioning, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    whole, none = conditioning.Cache(), conditioning.Cache(room=1000)
+    first = conditioning.encode(pipe, prompts, config, whole)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first))
+    assert 0 < conditioning.ROOM - whole.room < first.control.nbytes, "padding and masks are kept as well"
+    for _ in range(2):
+        got = conditioning.encode(pipe, prompts, config, none)
+        jax.tree.map(np.testing.assert_array_equal, got, first)
+    assert len(calls) == 3 * 6
+
+
 def test_text_is_cut_padded_and_float32(pipe, prompts, config):
-    text = conditioning.encode(pipe, prompts, config, {}).text
+    text = conditioning.encode(pipe, prompts, config, conditioning.Cache()).text
     assert text.shape == (3, 6, 8) and text.dtype == jnp.float32
     assert not text[0, 4:].any() and text[0, :4].any(axis=-1).all()
 
 
 def test_groups_and_video_frames(pipe, prompts, config):
-    got = conditioning.select(conditioning.encode(pipe, prompts, config, {}), jnp.repeat(jnp.arange(3), 2))
+    got = conditioning.select(conditioning.encode(pipe, prompts, config, conditioning.Cache()), np.repeat(np.arange(3), 2))
     assert got.references.tolist() == [1, 1, 2, 2, 3, 3]
     x = jnp.broadcast_to(jnp.arange(5.0)[None, :, None, None, None], (6, 5, 2, 2, 16))
-    video = conditioning.video_latents(x, got.references, 2)
+    video = conditioning.video_latents(x, jnp.asarray(got.references), 2)
     assert video[:, :, 0, 0, 0].tolist() == [[1, 2], [1, 2], [2, 3], [2, 3], [3, 4], [3, 4]]
 
 
 def test_too_many_people_is_one_line(pipe, prompts, config):
     narrow = Config(data=DataConfig(max_people=2, text_length=6), video=config.video)
     with pytest.raises(UserError, match="prompt 4: has 3 reference photos; data.max_people allows 1 to 2"):
-        conditioning.encode(pipe, prompts, narrow, {})
+        conditioning.encode(pipe, prompts, narrow, conditioning.Cache())
 
 
 @pytest.mark.parametrize("size", [(3, 500), (700, 5), (1, 1), (9, 9)])
@@ -142,3 +156,19 @@ def test_negative_prompt_from_a_file(tmp_path):
     assert conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/n.txt")) == "grey , static"
     with pytest.raises(UserError, match="data.negative_prompt: cannot read"):
         conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/none.txt"))
+
+
+def test_a_text_encoder_that_waits_in_the_hosts_memory_says_the_same():
+    folder = EMBEDDED / "pipeline"
+    mesh = parallel.make_mesh(MeshConfig())
+    ready, waiting = (load_pipeline(folder, mesh=mesh, text_memory=memory) for memory in ("device", "host"))
+
+    def kinds(pipe):
+        return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(pipe.text_encoder))}
+
+    texts = ["a person waves", "two people , one nods"]
+    assert kinds(ready) == {"device"} and kinds(waiting) == {"pinned_host"}
+    got, want = (conditioning.encode_texts(pipe, texts, 20) for pipe in (waiting, ready))
+    assert all(len(text) < 20 and text.any(-1).all() for text in want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert kinds(waiting) == {"pinned_host"}

@@ -193,7 +193,8 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
     for n in range(3):
         paths.append(tmp_path / f"{n}.png")
         Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 30 + 9 * n, 3), dtype=np.uint8)).save(paths[-1])
-    given = conditioning.encode(pipe, [Prompt(0, "a person", (paths[2],)), Prompt(1, "two people", (paths[0], paths[1]))], config, {})
+    prompts = [Prompt(0, "a person", (paths[2],)), Prompt(1, "two people", (paths[0], paths[1]))]
+    given = conditioning.encode(pipe, prompts, config, conditioning.Cache())
     assert given.control is None and given.latent_shape == (2, 8, 8, 16) and given.frame_mask.all()
     assert given.tail_mask.tolist() == [[True, False, False], [True, True, False]]
     photo = conditioning.whole_canvas(Image.open(paths[1]), 64, 64)

@@ -31,6 +31,27 @@ def test_round_trip_keeps_frames_rate_and_content(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["clip.mp4"]
 
 
+def turned(path, quarter_turns: int) -> None:
+    """Have players turn a stored mp4, clockwise: the matrix of its track's header says so, in 16.16 fixed point."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
+    content[matrix : matrix + 20] = b"".join((value << 16).to_bytes(4, "big", signed=True) for value in (cos, sin, 0, -sin, cos))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("quarter_turns", [1, 2, 3])
+def test_a_video_filmed_on_its_side_is_read_upright(tmp_path, quarter_turns):
+    clip, path = moving_clip()[:, :48], tmp_path / "clip.mp4"
+    lying = np.rot90(clip, quarter_turns, axes=(1, 2))
+    video.write_video(path, lying, fps=8, quality=video.FINE)
+    turned(path, quarter_turns)
+    upright = video.read_video(path)
+    assert upright.shape == clip.shape
+    assert np.abs(upright - clip).mean() < 0.03
+    assert np.abs(video.read_frames(path, 9, (48, 64), 8) - clip).mean() < 0.03
+
+
 def test_bytes_round_trip_exactly():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3)).astype(np.uint8)
     np.testing.assert_array_equal(video.to_uint8(video.from_uint8(pixels)), pixels)

@@ -103,7 +103,8 @@ def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshol
         for name, value in jax.device_get(measure(state, truth, jax.random.key(number))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     pictures = rounds * (frames + portraits)
-    return {"recall": sums["hit"] / sums["wanted"], "wrong": sums["wrong"] / pictures, "landmark_error": sums["error"] / sums["hit"]}
+    recall, error = sums["hit"] / max(sums["wanted"], 1), sums["error"] / max(sums["hit"], 1)
+    return {"recall": recall, "wrong": sums["wrong"] / pictures, "landmark_error": error}
 
 
 def make(config: Config) -> Task:

@@ -208,9 +208,10 @@ def eval_conditioning(pipe: Pipeline, drawn: cast.Batch, config: Config) -> cond
     photos = encode(pipe.vae, jnp.asarray(drawn.portraits).reshape(-1, 1, *drawn.portraits.shape[2:]))
     photos = photos.reshape(*drawn.portraits.shape[:2], *photos.shape[2:])
     people, most, order = drawn.mask.sum(axis=1), config.data.max_people, config.data.reference_order
-    text = [conditioning.encode_text(pipe, prompt, config.data.text_length) for prompt in cast.prompts(drawn)]
+    length = config.data.text_length
+    text = [conditioning.padded(text, length) for text in conditioning.encode_texts(pipe, cast.prompts(drawn), length)]
     return conditioning.Conditioning(
-        text=jnp.stack(text),
+        text=np.stack(text),
         control=jnp.stack([conditioning.control(row[:count], grey, most, order) for row, count in zip(photos, people, strict=True)]),
         frame_mask=conditioning.frame_mask(jnp.asarray(people), len(grey), most),
         references=jnp.asarray(people),

@@ -218,7 +218,7 @@ def test_videos_scores_and_tables_of_two_processes_are_those_of_one(folder):
     listed = load_prompts(prompts_file("embedded:eval"), 3)[:6]
     table = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
     (folder / "six.csv").write_text("ref_paths,prompt\n" + "".join(table))
-    prompts = ["--prompts", folder / "six.csv", "--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "4"]
+    prompts = ["--prompts", folder / "six.csv", "--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "3"]
     found = {}
     for processes, devices in ((2, 2), (1, 1)):
         out = folder / f"evaluated-{processes}"

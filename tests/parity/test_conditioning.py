@@ -86,7 +86,7 @@ def test_canvas_and_control_equal_diffusers(theirs, ours, tmp_path, people, firs
         np.testing.assert_allclose(conditioning.canvas(image, HEIGHT, WIDTH), canvas, atol=5e-6)
 
     config = Config(data=DataConfig(max_people=3, text_length=4), video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH))
-    got = np.asarray(conditioning.encode(ours, [Prompt(0, "", tuple(paths))], config, {}).control[0])
+    got = np.asarray(conditioning.encode(ours, [Prompt(0, "", tuple(paths))], config, conditioning.Cache()).control[0])
     frames = people + 3
     assert want.shape == got[:frames].shape
     assert np.linalg.norm(got[:frames] - want) <= 1e-6 * np.linalg.norm(want)
