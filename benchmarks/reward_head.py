@@ -1,12 +1,13 @@
 """How often rewards agree with the truth on preference pairs: cosines, the fixed formula and the learned head, and what trains it best.
 
-    python -m benchmarks.reward_head [--train 1600] [--held-out 400] [--seeds 3] [--steps 600] [--folder DIR]
+    python -m benchmarks.reward_head [--train 1600] [--held-out 400] [--seeds 3] [--steps 1200] [--folder DIR]
 
-Drawn people (`jax_idgrpo.pairs`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair. Three quarters
-of the training pairs are automatic: half of their labels are drawn among A, B and same. "No hard fault seen" trains on pairs without swap,
-blend, drift and duplicate, so that these are new to it in kind too; all other heads saw every kind of fault. "True labels" trains on all
-pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A head's figures are the mean over
-seeds, and their range.
+Drawn people (`jax_idgrpo.pairs`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair. Training and
+held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate), of which the
+column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same. "No hard fault
+seen" trains on the pairs without one, so that these are new to it in kind too; all other heads saw every kind of fault. "True labels"
+trains on all pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A head's figures are
+the mean over seeds, and their range.
 
 Accuracy is without ties unless it says so: share of the pairs with a better video whose better video scores higher.
 """
@@ -37,6 +38,14 @@ from jax_idgrpo.tasks.reward_face import Sides, differences, head_task, read_one
 
 ROOT = Path(__file__).parents[1]
 HARD = ("swap", "blend", "drift", "duplicate")
+SETS = {
+    "train": ("train", 11, tuple(DISTORTIONS), 0.75),
+    "train_hard": ("train", 12, HARD, 0.75),
+    "held_out": ("eval", 3, tuple(DISTORTIONS), 0.0),
+    "hard": ("eval", 5, HARD, 0.0),
+}
+"""Name -> (split, seed, kinds of faults, share of automatic pairs)."""
+TRAIN, HELD_OUT = ("train", "train_hard"), ("held_out", "hard")
 FIXED = {"mean cosine": "similarity", "min cosine": "similarity_min", "MIMR": "mimr", "fixed part": "reward"}
 ARMS = {
     "trusted only": ("trusted", False),
@@ -77,30 +86,33 @@ def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config,
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(train=1600, held_out=400, seeds=3, steps=600).items():
+    for name, value in dict(train=1600, held_out=400, seeds=3, steps=1200).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
     arguments = options.parse_args()
     base = configuration.load(ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))])
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
-        if not (folder / "train").exists():
-            write_pairs(folder / "train", "train", arguments.train, seed=11, automatic=0.75)
-        if not (folder / "held_out").exists():
-            write_pairs(folder / "held_out", "eval", arguments.held_out, seed=3)
-        pairs, held_out = (load_pairs(folder / name / "pairs.csv", ("SA",)) for name in ("train", "held_out"))
-        faults, held_faults = (np.asarray(column(folder / name, "distortion")) for name in ("train", "held_out"))
+        for name, (split, seed, kinds, automatic) in SETS.items():
+            if not (folder / name).exists():
+                count = arguments.train if split == "train" else arguments.held_out
+                write_pairs(folder / name, split, count, seed=seed, distortions=",".join(kinds), automatic=automatic)
+        pairs, held_out = (
+            [pair for name in names for pair in load_pairs(folder / name / "pairs.csv", ("SA",))] for names in (TRAIN, HELD_OUT)
+        )
+        faults, held_faults = (np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
+                               for names in (TRAIN, HELD_OUT))
         reward = make_reward(base.reward)
-        truth = column(folder / "train", "truth")
+        truth = [label for name in TRAIN for label in column(folder / name, "truth")]
         sides, _ = read(reward, pairs, base)
         held_sides, said = read(reward, held_out, base)
     networks = fingerprint(reward.state)
     right = [dataclasses.replace(pair, labels=(LABELS[label],), source="trusted") for pair, label in zip(pairs, truth, strict=True)]
     sides |= {true: sides[pair] for pair, true in zip(pairs, right, strict=True)}
     labels = np.asarray([pair.labels[0] for pair in held_out])
-    hard = np.isin(held_faults, HARD)
-    groups = {"all": np.ones(len(labels), bool), "no paste": held_faults != "paste", "hard": hard}
-    kinds_of = {name: held_faults == name for name in DISTORTIONS}
+    hard = np.arange(len(labels)) >= arguments.held_out     # the pairs of the second set
+    groups = {"all": ~hard, "no paste": ~hard & (held_faults != "paste"), "hard": hard}
+    kinds_of = {name: (held_faults == name) & (hard if name in HARD else ~hard) for name in DISTORTIONS}
 
     def row(name: str, differences_: Sequence[np.ndarray]) -> str:
         """One line of the table: accuracy of every group, and with ties."""
@@ -117,8 +129,8 @@ def main() -> None:
         return f"| {name} | {' | '.join([*cells, *(cell(chosen, ranged=False) for chosen in kinds_of.values())])} |"
 
     trusted = sum(pair.source == "trusted" for pair in pairs)
-    print(f"{len(pairs)} training pairs, {trusted} of them trusted; {len(held_out)} held-out pairs, {int(hard.sum())} with a hard fault; "
-          f"{arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
+    print(f"{len(pairs)} training pairs, {trusted} of them trusted; {int((~hard).sum())} held-out pairs and {int(hard.sum())} of hard "
+          f"faults alone; {arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
     print("| reward | without ties | with ties | no paste | hard |", " | ".join(kinds_of), "|")
     print("| --- |" + " --- |" * (4 + len(kinds_of)), flush=True)
     for name, difference in said.items():

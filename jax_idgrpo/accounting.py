@@ -10,16 +10,23 @@ from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 # ---- arithmetic ----------------------------------------------------------------------------------------------------------
 
 
-def flops(jaxpr: Any) -> float:
+def flops(jaxpr: ClosedJaxpr) -> float:
     """Floating-point operations of the products and convolutions of a jaxpr, on all devices together.
 
     Loops count as often as they run, of a choice the dearest branch; a kernel counts once per point of its grid. A loop whose end is
-    not known counts once.
+    not known counts once. What no output depends on does not count: a traced backward pass holds the gradients of frozen weights, and no
+    compiler keeps them.
     """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr: Any) -> float:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum((_flops(equation) for equation in jaxpr.eqns), 0.0)
 
@@ -34,7 +41,7 @@ def _flops(equation: Any) -> float:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
-    inner = [flops(body) for value in parameters.values() for body in _bodies(value)]
+    inner = [_count(body) for value in parameters.values() for body in _bodies(value)]
     if name == "cond":
         return max(inner, default=0.0)
     if name == "scan":

@@ -27,14 +27,16 @@ from jaxtyping import Float
 from jax_idgrpo import keys
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data import cast, folders
-from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, TOGETHER, Subject
+from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, SEEN, TOGETHER, Subject
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.subjects import Shape, among, drawn, filmed
 from jax_idgrpo.video import FINE, write_video
 
 TIES = 0.2          # share of pairs without a fault
-LEAST, GAP = 0.2, 0.15      # of the stronger fault, and between the two: what a policy is paid for is finer than a ruined face
+STRENGTHS = {name: (0.5, 0.4) if name in SEEN else (0.2, 0.15) for name in DISTORTIONS}
+"""Kind -> least strength of the stronger fault, and least difference of the two: who somebody is counts however little is changed, while
+what is wrong with a picture must be seen."""
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths", "num_frames_A", "num_frames_B", "fps_A", "fps_B", "SA", "source", "distortion",
            "strength_A", "strength_B", "truth")
 
@@ -46,8 +48,9 @@ def pair(
     tie, kind, much, second, little, order, *nuisances = u
     usable = [name for name in distortions if len(subjects[0].people) > 1 or name not in TOGETHER]
     name = "" if tie < TIES or not usable else among(usable, kind)
-    high = LEAST + (1 - LEAST) * much if name else 0.0
-    low = little * (high - GAP) if name and second < 0.5 else 0.0
+    least, gap = STRENGTHS.get(name, (0.0, 0.0))
+    high = least + (1 - least) * much if name else 0.0
+    low = little * (high - gap) if name and second < 0.5 else 0.0
     a, b = (high, low) if order < 0.5 else (low, high)
     videos = []
     for subject, strength, (which, amount, *direction) in zip(subjects, (a, b), (nuisances[:6], nuisances[6:12]), strict=True):

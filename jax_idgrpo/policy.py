@@ -61,7 +61,9 @@ class Policy:
         negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
         """
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
-        lora, base, x, timestep, conditioning, negative = jax.lax.optimization_barrier((lora, base, x, timestep, conditioning, negative))
+        lora, x = jax.lax.optimization_barrier((lora, x))
+        # Apart: a barrier that has a gradient makes one for everything in it, and the frozen weights' would be computed for nobody.
+        base, timestep, conditioning, negative = jax.lax.optimization_barrier((base, timestep, conditioning, negative))
         model = nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
         text, frames = conditioning.text, x.shape[1]
         others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)

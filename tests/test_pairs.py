@@ -28,7 +28,8 @@ def test_the_lesser_fault_wins_and_no_fault_is_a_tie(written):
     for row in rows:
         a, b = float(row["strength_A"]), float(row["strength_B"])
         assert row["truth"] == ("same" if not row["distortion"] else "A" if a < b else "B")
-        assert row["distortion"] in DISTORTIONS and abs(a - b) >= pairs.GAP - 1e-3 if row["distortion"] else a == b == 0
+        least, gap = pairs.STRENGTHS[row["distortion"]] if row["distortion"] else (0, 0)
+        assert max(a, b) >= least and abs(a - b) >= gap - 1e-3 if row["distortion"] else a == b == 0
         assert row["SA"] == row["truth"] or row["source"] == "automatic"
     assert {row["source"] for row in rows} == {"trusted", "automatic"}
     assert any(row["SA"] != row["truth"] for row in rows)

@@ -38,6 +38,13 @@ def test_arithmetic_counts_loops_as_often_as_they_run():
     assert accounting.flops(choice) == 2 * one
 
 
+def test_arithmetic_that_nothing_needs_is_not_counted():
+    """The gradient of frozen weights, which a traced backward pass holds: of 12 products each is done, done again and undone."""
+    turn = jax.checkpoint(lambda x, w: (jnp.sin(x @ w), None))
+    gradient = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum(jax.lax.scan(turn, x, w)[0])))(*SHAPES)
+    assert accounting.flops(gradient) == 3 * 12 * 2 * 8 * 16 * 16
+
+
 def test_traffic_counts_loops_as_often_as_they_run_and_slices_as_slices():
     """At least every turn's weights and the state, read and written; far less than reading all weights in every turn."""
     text = jax.jit(loop).lower(*SHAPES).compile().as_text()
