@@ -8,7 +8,6 @@ import pytest
 
 from jax_idgrpo import pairs
 from jax_idgrpo.data import cast
-from jax_idgrpo.data.distortions import DISTORTIONS
 from jax_idgrpo.data.preferences import LABELS, load_pairs
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.subjects import Shape, drawn
