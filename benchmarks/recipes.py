@@ -8,17 +8,20 @@ The first steps of every recipe are taken one recipe after the other and timed (
 parity recipe sets both budgets: the forward passes of its run and, from the median seconds per step, its time. Every other recipe is
 trained to the number of steps that either budget buys, and `idgrpo evaluate` compares both adapters with the base on held-out people.
 The fast recipe is also stopped at one eighth of the forward passes; parity's run and that one are repeated with two more seeds. Guidance is
-off but in the last row: the embedded base is at its best without. Several such calls may share a folder, each with its own `--only`, once
-`seconds.json` is complete.
+off but in the last recipes: the embedded base is at its best without. Their adapters are evaluated with guidance as well, so that it shows
+whether sampling still needs it. Several such calls may share a folder, each with its own `--only`, once `seconds.json` is complete.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics as numbers
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +30,7 @@ from jax_idgrpo import statistics
 from jax_idgrpo.train import PHASES, forward_passes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
+UNGUIDED, GUIDED = "evaluation", "evaluation-guided"  # folders
 CALIBRATION = 6     # steps before a run's seconds per step are known; the first ones compile
 
 LATENTS = {"rollout.window": "none", "rollout.window_size": 0, "rollout.start_noise": "distinct", "grpo.kl_units": "velocity"}
@@ -42,21 +46,29 @@ RECIPES: dict[str, dict[str, object]] = {
     "nft": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3},
     "awm": LATENTS | {"grpo.objective": "awm", "grpo.kl": 1e-3, "grpo.clip": 1.0},
     "dpo": LATENTS | {"grpo.objective": "dpo", "grpo.kl": 1e-3, "grpo.best": 1, "grpo.worst": 1, "reward.mixture": '{"motion": 0.25}'},
-    "sft": LATENTS | {"grpo.objective": "sft", "grpo.kl": 0, "grpo.best": 1},
+    "sft": LATENTS | {"grpo.objective": "sft", "grpo.kl": 0, "grpo.best": 1, "optimizer.learning_rate": 3e-4},  # at 3e-3 it collapses
     "reward_gradient": LATENTS | {"grpo.objective": "reward_gradient", "grpo.kl": 1e-3, "grpo.gradient_steps": 2},
     "fast_guided": FAST | {"rollout.guidance": 2.0},
+    "nft_guided": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3, "rollout.guidance": 2.0},
 }
+SHARED = {"model.remat": "none", "reward.penalties": '{"copied": 0}'}  # faster; and a price that these videos do not pay
 SEEDS = {"parity": (1, 2, 3), "fast": (1, 2, 3)}
 
 
 def overrides(recipe: str, seed: int) -> dict[str, str]:
     """Options of `idgrpo train` for a recipe."""
-    return {name: str(value) for name, value in (RECIPES[recipe] | {"run.seed": seed, "run.sample_every": 0, "run.save_every": 10}).items()}
+    of_run = {"run.seed": seed, "run.sample_every": 0, "run.save_every": 10}
+    return {name: str(value) for name, value in (SHARED | RECIPES[recipe] | of_run).items()}
 
 
 def load(recipe: str, seed: int) -> configuration.Config:
     """Its configuration."""
     return configuration.load(CONFIG, list(overrides(recipe, seed).items()))
+
+
+def words(options: Mapping[str, object]) -> list[object]:
+    """Options as a command takes them."""
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def passes_per_step(recipe: str) -> float:
@@ -75,8 +87,7 @@ def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
     """Train, or go on training, to `steps` steps, and keep the adapter under the number of steps."""
     kept = folder / f"export-{steps}"
     if not kept.exists():
-        options = [word for name, value in overrides(recipe, seed).items() for word in (f"--{name}", value)]
-        idgrpo("train", CONFIG, "--workdir", folder, *options, "--run.steps", steps)
+        idgrpo("train", CONFIG, "--workdir", folder, *words(overrides(recipe, seed)), "--run.steps", steps)
         shutil.copytree(folder / "export", kept)
 
 
@@ -97,7 +108,9 @@ def seconds_per_step(workdir: Path) -> dict[str, float]:
 def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[str, float]) -> None:
     """Train a recipe to both budgets and evaluate its adapters."""
     folder = workdir / f"{recipe}-{seed}"
-    if (folder / "evaluation" / "metrics.json").exists():
+    guidance = RECIPES[recipe].get("rollout.guidance", 1.0)
+    scales = {UNGUIDED: 1.0} if guidance == 1.0 else {UNGUIDED: 1.0, GUIDED: guidance}
+    if all((folder / name / "metrics.json").exists() for name in scales):
         return
     budget = parity_steps * passes_per_step("parity")
     steps = {"passes": round(budget / passes_per_step(recipe))}
@@ -110,29 +123,38 @@ def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[
         train(folder, recipe, seed, count)
     (folder / "steps.json").write_text(json.dumps(steps))
     adapters = [f"{name}={folder / f'export-{count}'}" for name, count in steps.items()]
-    idgrpo("evaluate", CONFIG, "--out", folder / "evaluation", "--evaluate.videos", 4, "--lora", *adapters)
+    for name, scale in scales.items():
+        options = SHARED | {"evaluate.videos": 4, "evaluate.guidance": scale}
+        idgrpo("evaluate", CONFIG, "--out", folder / name, *words(options), "--lora", *adapters)
+
+
+def evaluated(workdir: Path, recipe: str, name: str) -> list[list[dict[str, Any]]]:
+    """The videos of every seed's evaluation of this name, as far as there is one."""
+    files = [workdir / f"{recipe}-{seed}" / name / "metrics.json" for seed in SEEDS.get(recipe, (1,))]
+    return [json.loads(file.read_text())["videos"] for file in files if file.exists()]
 
 
 def table(workdir: Path) -> str:
-    """What was evaluated so far: change from the base, seeds averaged video by video, 95 % intervals over prompts."""
+    """What was evaluated so far: change from the base without guidance, seeds averaged video by video, 95 % intervals over prompts."""
     names = ("judge_identity", "reward", "faces", "motion")
-    head = ["recipe", "budget", "seeds", "steps", "forward passes", "s / step"]
+    head = ["recipe", "sampled with", "budget", "seeds", "steps", "forward passes", "s / step"]
     rows = [[*head, *(statistics.LABELS[name] for name in names)]]
     seconds = json.loads((workdir / "seconds.json").read_text())
-    for recipe in RECIPES:
-        folders = [folder for seed in SEEDS.get(recipe, (1,)) if (folder := workdir / f"{recipe}-{seed}") and
-                   (folder / "evaluation" / "metrics.json").exists()]
-        if not folders:
+    base = [video["base"] for video in evaluated(workdir, "parity", UNGUIDED)[0]]
+    for recipe, name in itertools.product(RECIPES, (UNGUIDED, GUIDED)):
+        found = evaluated(workdir, recipe, name)
+        if not found:
             continue
-        evaluated = [json.loads((folder / "evaluation" / "metrics.json").read_text())["videos"] for folder in folders]
-        clusters = np.asarray([video["prompt"] for video in evaluated[0]])
-        for budget, steps in json.loads((folders[0] / "steps.json").read_text()).items():
-            found = [videos for videos in evaluated if budget in videos[0]]
-            cells = [recipe, budget, str(len(found)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
+        clusters = np.asarray([video["prompt"] for video in found[0]])
+        budgets = json.loads((workdir / f"{recipe}-1" / "steps.json").read_text())
+        for budget, steps in (budgets if name == UNGUIDED else budgets | {"base": 0}).items():
+            seeds = [videos for videos in found if budget in videos[0]]
+            scale = 1.0 if name == UNGUIDED else RECIPES[recipe]["rollout.guidance"]
+            cells = [recipe, f"guidance {scale:g}", budget, str(len(seeds)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
                      f"{seconds[recipe]:.1f}"]
-            for name in names:
-                change = np.mean([[video[budget][name] - video["base"][name] for video in videos] for videos in found], axis=0)
-                cells.append(statistics.bootstrap(change, clusters, 0, 2000).text(sign=True))
+            for term in names:
+                change = [[video[budget][term] - before[term] for video, before in zip(videos, base, strict=True)] for videos in seeds]
+                cells.append(statistics.bootstrap(np.mean(change, axis=0), clusters, 0, 2000).text(sign=True))
             rows.append(cells)
     return statistics.align(rows)
 
