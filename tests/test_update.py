@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_idgrpo import flow, keys, policy, rollout, update
+from jax_idgrpo import accounting, flow, keys, policy, rollout, update
 from jax_idgrpo.conditioning import Conditioning, frame_mask, select
 from jax_idgrpo.config import GrpoConfig, RolloutConfig
 from jax_idgrpo.models.layers import Dtypes
@@ -388,3 +388,15 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
     np.testing.assert_array_equal(x[0, 0], x[1, 0])
     assert float(jnp.abs(x[0, 0] - x[2, 0]).max()) > 0.1
     assert float(jnp.abs(x[0, 1] - x[1, 1]).max()) > 0.01
+
+
+def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
+    """Else every update would cost the products of a training of all weights: forward, backward, and their gradients."""
+    actor, lora, base = model()
+    latents = sampled((actor, lora, base))[0].latents
+
+    def total(lora):
+        return jnp.sum(actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE))
+
+    forward, gradient = (accounting.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total)))
+    assert 1.5 * forward < gradient < 2.5 * forward
