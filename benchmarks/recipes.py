@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "fast_guided": FAST | {"rollout.guidance": 2.0},
     "nft_guided": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3, "rollout.guidance": 2.0},
 }
-SHARED = {"model.remat": "none", "reward.penalties": '{"copied": 0}'}  # faster; and a price that these videos do not pay
+SHARED = {"model.remat": "none", "reward.penalties": '{"copied": 0}'}  # faster, and no price for copies, which these videos are not
 SEEDS = {"parity": (1, 2, 3), "fast": (1, 2, 3)}
 
 

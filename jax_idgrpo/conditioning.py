@@ -244,10 +244,11 @@ def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cac
     text = np.stack([padded(text, data.text_length) for text, _ in rows])
     frames = (video.frames - 1) // 4 + 1
     if config.model.kind == "vace":
-        if "grey" not in cache:
+        if ("grey", video) not in cache:
             blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)
-            cache["grey"] = to_host(_encode_video(pipe.vae, blank))[0]
-        controls = [np.asarray(control(latents, cache["grey"], data.max_people, data.reference_order)) for _, latents in rows]
+            cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
+        grey, order = cache["grey", video], data.reference_order
+        controls = [np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows]
         mask = np.asarray(frame_mask(references, frames, data.max_people))
         return Conditioning(text=text, control=np.stack(controls), frame_mask=mask, references=references)
     tail = [np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0))) for _, latents in rows]

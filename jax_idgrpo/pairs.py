@@ -27,14 +27,14 @@ from jaxtyping import Float
 from jax_idgrpo import keys
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data import cast, folders
-from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, SEEN, TOGETHER, Subject
+from jax_idgrpo.data.distortions import DISTORTIONS, LOOKS, NUISANCES, TOGETHER, Subject
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.subjects import Shape, among, drawn, filmed
 from jax_idgrpo.video import FINE, write_video
 
 TIES = 0.2          # share of pairs without a fault
-STRENGTHS = {name: (0.5, 0.4) if name in SEEN else (0.2, 0.15) for name in DISTORTIONS}
+STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS}
 """Kind -> least strength of the stronger fault, and least difference of the two: who somebody is counts however little is changed, while
 what is wrong with a picture must be seen."""
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths", "num_frames_A", "num_frames_B", "fps_A", "fps_B", "SA", "source", "distortion",

@@ -279,6 +279,6 @@ DISTORTIONS: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
     "paste": paste,
 }
 TRICKS = ("paste", "freeze", "enlarge", "duplicate", "drop", "blend", "swap")  # what a policy might do to please a face reward
-SEEN = ("blur", "enlarge", "freeze", "paste")  # these change how a face or the clip looks, not who is there
+LOOKS = ("blur", "enlarge", "freeze", "paste")  # these change how a face or the clip looks, not who is there
 TOGETHER = ("swap", "duplicate", "blend")  # these need two people
 NUISANCES: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {"light": light, "codec": codec, "crop": crop, "pose": pose}
