@@ -31,6 +31,7 @@ from flax import nnx
 from jax_idgrpo import keys, policy, rollout, update
 from jax_idgrpo.conditioning import Conditioning
 from jax_idgrpo.config import GrpoConfig
+from jax_idgrpo.memory import give_back_after_compiling
 from jax_idgrpo.pipeline import add_adapter, load_transformer
 from jax_idgrpo.state import start
 
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=["ours", "theirs"])
     arguments = parser.parse_args()
 
+    give_back_after_compiling()     # as every command of ours does
     torch.manual_seed(0)
     given = inputs(arguments.rows)
     sides: dict[str, Calls] = {}

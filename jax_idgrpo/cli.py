@@ -100,11 +100,13 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
-def _join() -> None:
-    """Join the other processes of the run, if there are any (see `distributed`)."""
+def _start() -> None:
+    """What comes before any work on the devices: the other processes of the run are joined, if there are any (see `distributed`)."""
     from jax_idgrpo.distributed import initialise
+    from jax_idgrpo.memory import give_back_after_compiling
 
     initialise()
+    give_back_after_compiling()
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +123,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
     profile = require_writable(Path(arguments.profile), "--profile") if arguments.profile else None
-    _join()
+    _start()
     from jax_idgrpo.train import train
 
     train(config, workdir, profile)
@@ -130,7 +132,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
-    _join()
+    _start()
     from jax_idgrpo.finetune import finetune
 
     finetune(config, workdir)
@@ -144,7 +146,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
             "as configs/reward_face.py does; use idgrpo finetune for other tasks"
         )
     workdir = require_writable(Path(arguments.workdir), "--workdir")
-    _join()
+    _start()
     from jax_idgrpo.finetune import finetune
 
     finetune(config, workdir)
@@ -162,7 +164,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     prompts = prompts_path(arguments.prompts)
     lora = existing(arguments.lora, "--lora", "pass an adapter folder, such as runs/quickstart/export") if arguments.lora else None
     out = require_writable(Path(arguments.out), "--out")
-    _join()
+    _start()
     from jax_idgrpo.evaluate import sample
 
     sample(config, prompts, out, lora)
@@ -180,7 +182,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     prompts = prompts_path(arguments.prompts)
     videos = existing(arguments.videos, "--videos", "pass a folder of videos")
     out = require_writable(Path(arguments.out), "--out", folder=False)
-    _join()
+    _start()
     from jax_idgrpo.evaluate import score
 
     score(config, videos, prompts, out)
@@ -198,7 +200,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
     out = require_writable(Path(arguments.out), "--out")
-    _join()
+    _start()
     from jax_idgrpo.evaluate import evaluate
 
     evaluate(config, prompts, out, loras)
@@ -230,8 +232,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     out = require_writable(Path(arguments.out), "--out")
+    from jax_idgrpo.memory import give_back_after_compiling
     from jax_idgrpo.plan import plan
 
+    give_back_after_compiling()
     if not plan(config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search):
         sys.exit(1)
 
