@@ -11,6 +11,7 @@ term, backward; one optimizer step at the end. Needs the `test` extra:
 """
 
 import argparse
+import dataclasses
 import functools
 import resource
 import statistics
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import jax
@@ -42,8 +44,31 @@ SIZES = dict(
 FRAMES, HEIGHT, WIDTH, TEXT, RANK = 5, 16, 16, 64, 8
 GUIDANCE, SHIFT, CLIP, KL, RATE = 4.5, 3.0, 1e-3, 0.004, 1e-4
 
-Calls = dict[str, Callable[[], object]]
 Inputs = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """What one side does; every call returns when it is done.
+
+    sample: -> trajectory; latents: of a trajectory, those at the end; learn: of a trajectory and the advantage [B] of its rows.
+    """
+
+    forward: Callable[[], Any]
+    gradient: Callable[[], Any]
+    sample: Callable[[], Any]
+    latents: Callable[[Any], Any]
+    learn: Callable[[Any, np.ndarray], Any]
+
+    def calls(self, advantage: np.ndarray) -> dict[str, Callable[[], Any]]:
+        """What is timed; every update learns from the same trajectory."""
+        trajectory = functools.cache(self.sample)
+        return {
+            "forward": self.forward,
+            "gradient of the adapter": self.gradient,
+            "rollout": self.sample,
+            "update": lambda: self.learn(trajectory(), advantage),
+        }
 
 
 def inputs(rows: int) -> Inputs:
@@ -56,8 +81,13 @@ def inputs(rows: int) -> Inputs:
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def our_calls(folder: str, given: Inputs, steps: int) -> Calls:
-    """Our forward, gradient, rollout and update; each returns when it is done."""
+def write_transformer(folder: str) -> None:
+    """A randomly filled checkpoint, in `folder`/transformer."""
+    diffusers.WanVACETransformer3DModel(**SIZES).save_pretrained(Path(folder) / "transformer")
+
+
+def ours(folder: str, given: Inputs, steps: int) -> Side:
+    """This package."""
     actor, lora, base = policy.split(add_adapter(load_transformer(folder, unroll=True), RANK, float(RANK), keys.key(0, "init")), GUIDANCE)
     rows = len(given["latents"])
     latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
@@ -82,25 +112,23 @@ def our_calls(folder: str, given: Inputs, steps: int) -> Calls:
     state = start(objective.optimizer, jax.tree.map(jnp.copy, lora))
     networks = update.Networks(base=base, negative=negative)
 
-    @functools.cache
-    def batch() -> update.Rollout:
-        chunk = (sample(), asked, window.start, row_keys, None)
-        return update.gather([chunk], given["advantage"][None], np.ones((1, rows), np.float32))
-
-    def learn() -> None:
+    def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(update.update(objective, state, networks, batch(), schedule, jnp.int32(0)))
+        chunk = (trajectory, asked, window.start, row_keys, None)
+        batch = update.gather([chunk], advantage[None], np.ones((1, rows), np.float32))
+        state, _ = jax.block_until_ready(update.update(objective, state, networks, batch, schedule, jnp.int32(0)))
 
-    return {
-        "forward": lambda: jax.block_until_ready(forward(lora, base)),
-        "gradient of the adapter": lambda: jax.block_until_ready(gradient(lora, base)),
-        "rollout": sample,
-        "update": learn,
-    }
+    return Side(
+        forward=lambda: jax.block_until_ready(forward(lora, base)),
+        gradient=lambda: jax.block_until_ready(gradient(lora, base)),
+        sample=sample,
+        latents=lambda trajectory: trajectory.latents,
+        learn=learn,
+    )
 
 
-def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls:
-    """The same on PyTorch."""
+def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
+    """diffusers and peft on PyTorch."""
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
     network = peft.get_peft_model(diffusers.WanVACETransformer3DModel.from_pretrained(folder), lora).eval()
@@ -108,11 +136,13 @@ def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls
     latents, control = (
         torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))) for name in ("latents", "control")
     )
-    text, negative, advantage = (torch.from_numpy(given[name]) for name in ("text", "negative", "advantage"))
+    text, negative = (torch.from_numpy(given[name]) for name in ("text", "negative"))
     schedule = rollout.Schedule.make(steps, SHIFT)
     sigmas, timesteps = np.asarray(schedule.sigma).tolist(), np.asarray(schedule.timestep).tolist()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
+
+    Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]     # before and after a step, and its log-probability
 
     def call(x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
         return model(
@@ -140,7 +170,7 @@ def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls
         (call(latents, 500, text, control) ** 2).sum().backward()
 
     @torch.no_grad()
-    def sample() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def sample() -> Steps:
         x, kept = torch.randn_like(latents), []
         for index, timestep in enumerate(timesteps):
             x_next, _, _, log_prob = step(x, velocity(x, timestep), index)
@@ -148,13 +178,10 @@ def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls
             x = x_next
         return kept
 
-    @functools.cache
-    def trajectory() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        return sample()[:-1]
-
-    def learn() -> None:
+    def learn(trajectory: Steps, weights: np.ndarray) -> None:
         optimizer.zero_grad()
-        for index, (x, x_next, old) in enumerate(trajectory()):
+        advantage = torch.from_numpy(weights)
+        for index, (x, x_next, old) in enumerate(trajectory[:-1]):
             _, mean, std, log_prob = step(x, velocity(x, timesteps[index]), index, x_next)
             with torch.no_grad(), network.disable_adapter():
                 reference = step(x, velocity(x, timesteps[index]), index, x_next)[1]
@@ -165,12 +192,13 @@ def their_calls(folder: str, given: Inputs, steps: int, compiled: bool) -> Calls
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    return {
-        "forward": torch.no_grad()(lambda: call(latents, 500, text, control)),
-        "gradient of the adapter": gradient,
-        "rollout": sample,
-        "update": learn,
-    }
+    return Side(
+        forward=torch.no_grad()(lambda: call(latents, 500, text, control)),
+        gradient=gradient,
+        sample=sample,
+        latents=lambda trajectory: trajectory[-1][1],
+        learn=learn,
+    )
 
 
 def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
@@ -196,20 +224,21 @@ def main() -> None:
     give_back_after_compiling()     # as every command of ours does
     torch.manual_seed(0)
     given = inputs(arguments.rows)
-    sides: dict[str, Calls] = {}
+    sides: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as folder:
-        diffusers.WanVACETransformer3DModel(**SIZES).save_pretrained(Path(folder) / "transformer")
+        write_transformer(folder)
         if arguments.alone != "theirs":
-            sides["ours"] = our_calls(folder, given, arguments.steps)
+            sides["ours"] = ours(folder, given, arguments.steps)
         if arguments.alone != "ours":
-            sides["theirs"] = their_calls(f"{folder}/transformer", given, arguments.steps, arguments.compile)
+            sides["theirs"] = theirs(f"{folder}/transformer", given, arguments.steps, arguments.compile)
     tokens = FRAMES * HEIGHT * WIDTH // 4
     print(f"{arguments.rows} x {tokens} tokens, {arguments.steps} denoising steps, float32")
     if arguments.alone is None:
-        want = np.moveaxis(sides["theirs"]["forward"]().numpy(), 1, -1)
-        print(f"relative difference {np.linalg.norm(sides['ours']['forward']() - want) / np.linalg.norm(want):.1e}")
+        want = np.moveaxis(sides["theirs"].forward().numpy(), 1, -1)
+        print(f"relative difference {np.linalg.norm(sides['ours'].forward() - want) / np.linalg.norm(want):.1e}")
+    calls = {side: network.calls(given["advantage"]) for side, network in sides.items()}
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
-        found = medians(arguments.rounds, **{side: calls[name] for side, calls in sides.items()})
+        found = medians(arguments.rounds, **{side: timed[name] for side, timed in calls.items()})
         ratio = f", ratio {found['ours'] / found['theirs']:.2f}" if len(found) == 2 else ""
         print(f"{name}: " + ", ".join(f"{side} {seconds:.3f} s" for side, seconds in found.items()) + ratio, flush=True)
     if arguments.alone:

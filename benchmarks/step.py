@@ -1,0 +1,159 @@
+"""A whole GRPO step: rollout, decoding, face reward and update, against diffusers, peft and deepface on PyTorch.
+
+Both sides load the same random weights: the transformer of `transformer.py`, a VAE of narrow channels, RetinaFace-R50 and ArcFace-R34,
+in float32. A step samples one group with guidance, decodes its videos, finds and embeds the faces of some frames of each, scores how
+alike they are to two people in the best assignment, and updates the adapter with the group's advantages. deepface looks at one frame after
+the other, as it does. The sides take steps in turn in one process; the figures are medians of each phase. Needs the `test` extra:
+
+    python -m benchmarks.step [--rows 2] [--steps 4] [--looked 1] [--rounds 3] [--compile]
+
+looked: frames per video that the reward looks at. Random weights find arbitrary faces, so the rewards say nothing; see `faces.py`.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from scipy.optimize import linear_sum_assignment
+
+from benchmarks import transformer
+from benchmarks.faces import calibrate, write_weights
+from checkpoints_convert.faces import write_folder
+from jax_idgrpo import rollout
+from jax_idgrpo.memory import give_back_after_compiling
+from jax_idgrpo.pipeline import load_vae
+from jax_idgrpo.rewards import FaceReward, Known, frame_numbers
+from jax_idgrpo.rewards.copies import SIDE
+from jax_idgrpo.rewards.faces import load_stack
+from jax_idgrpo.rewards.identity import IdentityConfig
+
+PHASES = ("rollout", "decode", "reward", "update")
+PEOPLE = 2
+VAE_CHANNELS = 32       # of the published VAE's 96, whose decoding would hide all else on a CPU
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Of one group."""
+    return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).astype(np.float32)
+
+
+def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[[Any], np.ndarray]) -> dict[str, float]:
+    """Take a step -> seconds by phase."""
+    times = [time.perf_counter()]
+    trajectory = side.sample()
+    times.append(time.perf_counter())
+    videos = decode(side.latents(trajectory))
+    times.append(time.perf_counter())
+    rewards = reward(videos)
+    times.append(time.perf_counter())
+    side.learn(trajectory, advantages(rewards))
+    times.append(time.perf_counter())
+    return dict(zip(PHASES, np.diff(times).tolist(), strict=True))
+
+
+def write(home: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Random networks of both sides in `home` -> mean and standard deviation of the VAE's latents."""
+    transformer.write_transformer(str(home))
+    vae = diffusers.AutoencoderKLWan(base_dim=VAE_CHANNELS)
+    vae.save_pretrained(home / "vae")
+    return np.asarray(vae.config.latents_mean, np.float32), np.asarray(vae.config.latents_std, np.float32)
+
+
+def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Callable[[Any], Any], Callable[[Any], np.ndarray]]:
+    """Decoding and reward by this package."""
+    vae = nnx.split(load_vae(home))
+    reward = FaceReward(load_stack(home / "ours", "embedder"), IdentityConfig(), looked)
+    everywhere = np.broadcast_to(people, (rows, *people.shape))
+    known = Known(jnp.asarray(everywhere), jnp.zeros((rows, len(people), SIDE, SIDE, 3)))
+    start = jnp.zeros(rows, jnp.int32)
+
+    def decode(latents: jax.Array) -> jax.Array:
+        return jax.block_until_ready(rollout.decode(vae, latents, start, transformer.FRAMES))
+
+    def score(videos: jax.Array) -> np.ndarray:
+        return np.asarray(reward.score_terms(videos, known, np.ones((rows, len(people)), bool))["reward"])
+
+    return decode, score
+
+
+def their_eyes(home: Path, looked: int, people: np.ndarray, scale: tuple[np.ndarray, np.ndarray]) -> tuple[Callable[..., Any], ...]:
+    """Decoding by diffusers, reward by deepface."""
+    from deepface import DeepFace
+
+    vae = diffusers.AutoencoderKLWan.from_pretrained(home / "vae").eval()
+    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in scale)
+    DeepFace.build_model("retinaface", "face_detector")
+    DeepFace.build_model("ArcFace")
+
+    @torch.no_grad()
+    def decode(latents: torch.Tensor) -> np.ndarray:
+        videos = np.moveaxis(vae.decode(latents * std + mean).sample.numpy(), 1, -1)
+        return np.round((np.clip(videos, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+    def likeness(frame: np.ndarray) -> float:
+        found = DeepFace.represent(frame[..., ::-1], "ArcFace", detector_backend="retinaface", enforce_detection=False, max_faces=PEOPLE)
+        faces = np.asarray([face["embedding"] for face in found])
+        cosine = people @ (faces / np.linalg.norm(faces, axis=1, keepdims=True)).T
+        return float(cosine[linear_sum_assignment(-cosine)].sum() / len(people))
+
+    def score(videos: np.ndarray) -> np.ndarray:
+        seen = frame_numbers(videos.shape[1], looked)
+        return np.asarray([np.mean([likeness(video[number]) for number in seen]) for video in videos])
+
+    return decode, score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rows", 2), ("steps", 4), ("looked", 1), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="torch.compile of their transformer")
+    arguments = parser.parse_args()
+
+    give_back_after_compiling()     # as every command of ours does
+    torch.manual_seed(0)
+    given = transformer.inputs(arguments.rows)
+    people = np.random.default_rng(1).standard_normal((PEOPLE, 512)).astype(np.float32)
+    people /= np.linalg.norm(people, axis=1, keepdims=True)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        os.environ |= {"DEEPFACE_HOME": folder, "DEEPFACE_BACKEND_ENGINE": "pytorch"}
+        scale = write(home)
+        files = write_weights(home)
+        theirs = transformer.theirs(f"{folder}/transformer", given, arguments.steps, arguments.compile)
+        calibrate(files / "retinaface.pth", PEOPLE, np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
+        write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
+        eyes = {
+            "ours": our_eyes(home, arguments.looked, people, arguments.rows),
+            "theirs": their_eyes(home, arguments.looked, people, scale),
+        }
+        sides = {"ours": transformer.ours(folder, given, arguments.steps), "theirs": theirs}
+
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for number in range(arguments.rounds + 1):
+        for name, side in sides.items():
+            seconds[name].append(step(side, *eyes[name]))
+            print(f"round {number} of {arguments.rounds}, {name}: {sum(seconds[name][-1].values()):.1f} s", flush=True)
+    found = {
+        name: {phase: statistics.median(row[phase] for row in rows[1:]) for phase in PHASES}
+        | {"step": statistics.median(sum(row.values()) for row in rows[1:])}
+        for name, rows in seconds.items()
+    }
+    print("\n| | ours | PyTorch | ratio of medians |\n| --- | --- | --- | --- |")
+    for phase in (*PHASES, "step"):
+        ours, other = (found[name][phase] for name in ("ours", "theirs"))
+        print(f"| {phase} | {ours:.3f} s | {other:.3f} s | {ours / other:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
