@@ -7,11 +7,12 @@ from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """As `phantom_1_3b`, with every device on the `fsdp` axis."""
+    """As `phantom_1_3b`, with the weights divided over 16 devices; on fewer, give `--mesh.data 1 --mesh.fsdp -1`."""
     base = c.load(Path(__file__).with_name("phantom_1_3b.py"))
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, path="Phantom-Wan-14B-diffusers"),
         video=dataclasses.replace(base.video, fps=24),
-        mesh=c.MeshConfig(data=1, fsdp=-1),
+        rollout=dataclasses.replace(base.rollout, micro_batch=64),
+        mesh=c.MeshConfig(data=-1, fsdp=16),
     )

@@ -7,10 +7,11 @@ from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """As `vace_1_3b`, with every device on the `fsdp` axis."""
+    """As `vace_1_3b`, with the weights divided over 16 devices; on fewer, give `--mesh.data 1 --mesh.fsdp -1`."""
     base = c.load(Path(__file__).with_name("vace_1_3b.py"))
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, path="Wan2.1-VACE-14B-diffusers"),
-        mesh=c.MeshConfig(data=1, fsdp=-1),
+        rollout=dataclasses.replace(base.rollout, micro_batch=64),
+        mesh=c.MeshConfig(data=-1, fsdp=16),
     )

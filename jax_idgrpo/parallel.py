@@ -67,7 +67,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name} {getattr(config, name)}" for name in AXES)
-        raise UserError(f"mesh: {asked} does not use the {len(devices)} devices; set one axis to -1, or make their product {len(devices)}")
+        raise UserError(f"mesh: {asked} does not use the {len(devices)} devices; make their product {len(devices)}, or let an axis take "
+                        "what is left, as --mesh.data 1 --mesh.fsdp -1 does")
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
