@@ -6,7 +6,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import importlib.metadata
 import logging
@@ -19,16 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.errors import UserError
+from jax_idgrpo.errors import UserError, closest
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
-
-
-def closest(name: str, names: Sequence[str]) -> str:
-    """The hint "; did you mean NAME?" with the name most like `name`, or nothing when no name resembles it."""
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,6 @@ pairs and returns the checked `Config`. Every error is one line that names the f
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from jax_idgrpo.errors import UserError
+from jax_idgrpo.errors import UserError, closest
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -366,7 +365,7 @@ class RewardConfig:
                  f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")
         _require(0 <= self.soft_weight <= 1, f"reward.soft_weight is {self.soft_weight}; use 0 to 1")
         for name, price in self.penalties.items():
-            _require(name in PENALTIES, f"reward.penalties knows no {name!r}{_closest(name, list(PENALTIES))}")
+            _require(name in PENALTIES, f"reward.penalties knows no {name!r}{closest(name, list(PENALTIES))}")
             _require(isinstance(price, int | float) and price >= 0, f"reward.penalties: {name} is {price!r}; use a number of 0 or more")
         for name, weight in self.mixture.items():
             _require(isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
@@ -551,11 +550,6 @@ class Config:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def _closest(name: str, names: list[str]) -> str:
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"; did you mean {match[0]}?" if match else ""
-
-
 def _parse(name: str, text: str, kind: Any) -> Any:
     """`text` as a value of type `kind`."""
     if kind is bool:
@@ -586,7 +580,7 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
     sections: dict[str, dict[str, Any]] = {}
     for name, text in overrides:
         if name not in known:
-            raise UserError(f"unknown option --{name}{_closest(name, list(known))}")
+            raise UserError(f"unknown option --{name}{closest(name, list(known))}")
         section, field, kind = known[name]
         sections.setdefault(section, {})[field] = _parse(name, text, kind)
     changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}

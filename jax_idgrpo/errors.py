@@ -1,4 +1,7 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and the hint that goes with a misspelt name."""
+
+import difflib
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -6,3 +9,9 @@ class UserError(Exception):
 
     The command line prints the line on standard error and exits with status 2, without a traceback.
     """
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """The hint "; did you mean NAME?" with the name most like `name`, or nothing when no name resembles it."""
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

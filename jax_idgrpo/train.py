@@ -27,7 +27,7 @@ from jax_idgrpo.checkpoint import TERMINATED, open_checkpoints, prepare_workdir,
 from jax_idgrpo.config import Config, GrpoConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
 from jax_idgrpo.distributed import any_process, prove, to_host
-from jax_idgrpo.errors import UserError
+from jax_idgrpo.errors import UserError, closest
 from jax_idgrpo.evaluate import Model, Watch, make_reward, make_vlm, policy_devices, references
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.optimizer import make_optimizer
@@ -83,13 +83,7 @@ def choose(
 
     The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
     Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
-
-    Raises:
-      UserError: the mixture names a term that the reward has not.
     """
-    if unknown := set(mixture) - set(terms) - {"reward"}:
-        raise UserError(f"reward.mixture knows no {sorted(unknown)[0]!r}; the terms of this reward are reward, {', '.join(sorted(terms))}")
-
     def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
         groups = np.repeat(np.arange(len(values)), values.shape[1])
         found = grpo.advantages(
@@ -111,6 +105,18 @@ def choose(
         weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
     rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
     return advantage, weight.astype(np.float32), rows.ravel()
+
+
+def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
+    """Refuse a mixture of other terms than the reward has.
+
+    Raises:
+      UserError: it names another.
+    """
+    for name in mixture:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise UserError(f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})")
 
 
 def score_latents(
@@ -232,6 +238,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     base = parallel.place(mesh, base)
     vae = nnx.split(pipe.vae)
     reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward, mesh=mesh)
+    check_mixture(config.reward.mixture, reward.names)
     objective = Objective(
         policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,

@@ -107,7 +107,7 @@ def test_the_terms_are_those_of_the_reward_in_jax():
     terms = {name: np.asarray(value) for name, value in reward().terms.items()}
     inside = evaluate.make_reward(c.RewardConfig(frames=2))
     shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1), jnp.ones((2, 1), bool))
-    assert terms.keys() == shapes.keys()
+    assert set(terms) == set(shapes) == set(reward().names) == set(inside.names)
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])
     assert terms["similarity"][0] > 0.9 and terms["similarity"][1] == 0 and terms["missing"].tolist() == [0, 1]
     assert terms["motion"][0] > 0.01 and terms["motion"][1] == 0

@@ -142,6 +142,7 @@ def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
     embeddings = reward.embed_references(evaluate.References(images=drawn.portraits, mask=drawn.mask))
     terms = reward.score_terms(drawn.video, embeddings, drawn.mask)
     np.testing.assert_allclose(terms["reward"], terms["head"] - terms["costs"], atol=1e-5)
+    assert set(reward.names) == set(terms)
     gradient = jax.grad(lambda video: reward.function(reward.state, video, embeddings, drawn.mask)["reward"].sum())(drawn.video)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
     assert "head" not in evaluate.make_reward(config, "judge").score_terms(drawn.video, embeddings, drawn.mask)

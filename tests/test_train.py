@@ -136,8 +136,9 @@ def test_a_mixture_weighs_terms_in_units_of_their_own_spread():
     assert mixed[2, 0] == weight[2, 0] == 0                                           # no reward, no say
     only, _, _ = loop.choose(c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1})
     np.testing.assert_array_equal(only[seen], own[seen])
-    with pytest.raises(UserError, match=r"reward\.mixture knows no 'mimir'; the terms of this reward are reward, mimr, motion"):
-        loop.choose(c.GrpoConfig(), rewards, {"motion": other, "mimr": other}, {"mimir": 1.0})
+    loop.check_mixture({"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr"))
+    with pytest.raises(UserError, match=r"knows no 'mimir'; did you mean mimr\? \(the terms of this reward: mimr, motion, reward\)"):
+        loop.check_mixture({"mimir": 1.0}, ("reward", "motion", "mimr"))
 
 
 def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():

@@ -215,6 +215,7 @@ def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
     first = scored(values(videos), references(photos), ["a dog"] * 3)
     raw = [(scored.terms[name] * deviation + mean) for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)]
     np.testing.assert_allclose(first, sum(scored.terms[name] for name in ("VQ", "MQ", "TA")), rtol=1e-6)
+    assert set(scored.names) == set(scored.terms)
     assert np.abs(np.stack(raw)).max() < 10
     other = scored(values(videos), references(photos), ["a dog", "two cats", "a dog"])
     np.testing.assert_allclose(other[jnp.array([0, 2])], first[jnp.array([0, 2])], atol=1e-5)

@@ -23,7 +23,7 @@ from jax_idgrpo.rewards import preference as preference  # `rewards.preference` 
 from jax_idgrpo.rewards.copies import photo_crops
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
-from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
+from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 
 Terms = dict[str, Float[Array, "B"]]
 
@@ -95,11 +95,17 @@ class FaceReward:
     def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
         """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
         graph, self.state = nnx.split((stack, head))
+        self.config, self.judges = config, head is not None
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self.function = jax.jit(functools.partial(_score, graph, config, frames))
         self._best = jax.jit(functools.partial(_best, graph))
         self._cache: dict[bytes, Known] = {}
         self.terms: Terms = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the terms."""
+        return (*term_names(self.config), *(["head"] if self.judges else []))
 
     def shapes(self, rows: int, people: int) -> Known:
         """Shapes of what `embed_references` makes of `rows` prompts with room for so many people."""

@@ -13,6 +13,7 @@ Gradients reach the embeddings through the similarities s, not through the assig
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -186,3 +187,14 @@ def reward_terms(
         **prices,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
+
+
+def term_names(config: IdentityConfig) -> tuple[str, ...]:
+    """Names of what `reward_terms` says, from shapes alone."""
+    def zeros(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    one, people = jax.ShapeDtypeStruct((1, 2, 1), jnp.bool), jax.ShapeDtypeStruct((1, 1), jnp.bool)
+    seen = zeros(1, 2, 8, 8, 3), zeros(1, 2, 1, 4), zeros(1, 2, 1, 5, 2), zeros(1, 2, 1, 4), one
+    known = zeros(1, 1, 4), zeros(1, 1, copies.SIDE, copies.SIDE, 3), people
+    return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))

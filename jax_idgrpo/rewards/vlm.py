@@ -55,7 +55,7 @@ def _score(
 class VlmReward:
     """A reward model with its words. After a call, `terms` holds the reward, every dimension, and the motion of the video, each [B].
 
-    function(state, videos, asked, mask) -> terms is the reward as a function of arrays alone.
+    names: of the terms. function(state, videos, asked, mask) -> terms is the reward as a function of arrays alone.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class VlmReward:
         """
         graph, self.state = nnx.split(model.network)
         self.settings, self.vision = model.settings, model.network.config.vision
+        self.names = ("reward", *model.settings.dimensions, "motion", "faces_asked")
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
         self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
         self.function = jax.jit(functools.partial(_score, graph, model.settings, fps))
