@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from flax import nnx
 from jax_idgrpo import keys, parallel, policy, rollout, update
 from jax_idgrpo.conditioning import Conditioning, frame_mask
 from jax_idgrpo.config import GrpoConfig, MeshConfig
+from jax_idgrpo.models import vae
 from jax_idgrpo.models.layers import FLOAT32
-from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.state import start
 
@@ -49,11 +50,11 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     actor, lora, base = policy.split(transformer, 3.0)
     state = parallel.place(mesh, start(optax.adam(1e-3), lora))
     base = parallel.place(mesh, base)
-    vae_config = VAEConfig(
+    vae_config = vae.VAEConfig(
         base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(False, True, True),
         latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
     )
-    graph, weights = nnx.split(WanVAE(vae_config, rngs=nnx.Rngs(0)))
+    graph, weights = nnx.split(vae.WanVAE(vae_config, rngs=nnx.Rngs(0)))
 
     def on_mesh(tree):
         return jax.device_put(tree, parallel.batch_sharding(mesh))
@@ -63,7 +64,9 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
     trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, noise, noise, window)
-    video = rollout.decode((graph, random(weights)), trajectory.latents, condition.references, FRAMES)
+    decoded = (graph, parallel.put(random(weights), parallel.replicated(mesh))), trajectory.latents, condition.references, FRAMES
+    video = rollout.decode(*decoded)
+    exchanges = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", rollout.decode.lower(*decoded).compile().as_text())
     rewards = np.asarray(jnp.mean(jnp.sin(3 * video), axis=(1, 2, 3, 4)))
 
     advantage = (rewards - rewards.mean())[None] / rewards.std()
@@ -78,6 +81,7 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
         "latents": np.asarray(trajectory.latents),
         "log_prob": np.asarray(trajectory.log_prob),
         "rewards": rewards,
+        "exchanges": np.asarray(exchanges),
         "ratio": np.asarray(rows["ratio"]),
         "loss": np.asarray(rows["policy_loss"] + 0.1 * rows["kl"]),
         "gradient": np.concatenate([flat[name].ravel() for name in sorted(flat)]),
@@ -85,6 +89,7 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
 
 
 def main(out: str, *meshes: str) -> None:
+    vae.ATTENTION_LOGITS = 1        # as of a large video: its frames attend one after the other
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
         count = int(np.prod(list(sizes.values())))

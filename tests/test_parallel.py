@@ -55,6 +55,11 @@ def test_every_mesh_equals_one_device(runs, number):
     np.testing.assert_allclose(other["log_prob"], one["log_prob"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("number", range(1, len(MESHES)), ids=lambda number: "-".join(f"{k}{v}" for k, v in MESHES[number].items()))
+def test_rows_are_decoded_where_they_are(runs, number):
+    assert runs[number]["exchanges"].tolist() == []
+
+
 @pytest.mark.parametrize("number", range(len(MESHES)), ids=lambda number: "-".join(f"{k}{v}" for k, v in MESHES[number].items()))
 def test_on_policy_ratio_is_one_on_every_mesh(runs, number):
     np.testing.assert_array_equal(runs[number]["ratio"], np.ones_like(runs[number]["ratio"]))

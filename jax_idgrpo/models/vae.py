@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Float
 PIXELS_PER_LATENT = 8
 FRAMES_PER_LATENT = 4
 LARGEST_ACTIVATION = 2**28  # bytes of one activation of a video at full size; what is larger runs in chunks
-ATTENTION_LOGITS = 2**25  # how many float32 attention logits may exist at once: 128 MiB
+ATTENTION_LOGITS = 2**25  # how many float32 attention logits of a video may exist at once: 128 MiB
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,14 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t h w C"]:
         batch, frames, height, width, channels = x.shape
         positions = height * width
-        qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, positions, 3, channels)
+        qkv = self.to_qkv(self.norm(x)).reshape(batch, frames, positions, 3, channels)
 
-        def attend(qkv):  # of one frame, [N,3,C]
-            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-            return jax.nn.softmax(q @ k.T * channels**-0.5, axis=-1) @ v
+        def attend(qkv):  # of one frame of every video, [B,N,3,C]: rows stay whole, so that they may lie on different devices
+            q, k, v = jnp.moveaxis(qkv, 2, 0)
+            return jax.nn.softmax(q @ k.mT * channels**-0.5, axis=-1) @ v
 
-        attended = jax.lax.map(attend, qkv, batch_size=max(1, ATTENTION_LOGITS // positions**2))
-        return x + self.proj(attended.reshape(x.shape))
+        attended = jax.lax.map(attend, qkv.swapaxes(0, 1), batch_size=max(1, ATTENTION_LOGITS // positions**2))
+        return x + self.proj(attended.swapaxes(0, 1).reshape(x.shape))
 
 
 class Downsample(nnx.Module):
