@@ -40,6 +40,7 @@ from jax_idgrpo.rewards.identity import IdentityConfig
 
 PHASES = ("rollout", "decode", "reward", "update")
 PEOPLE = 2
+SIZE = transformer.SIZES["40m"]
 VAE_CHANNELS = 32       # of the published VAE's 96, whose decoding would hide all else on a CPU
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -63,7 +64,7 @@ def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[
 
 def write(home: Path) -> tuple[np.ndarray, np.ndarray]:
     """Random networks of both sides in `home` -> mean and standard deviation of the VAE's latents."""
-    transformer.write_transformer(str(home))
+    transformer.write_transformer(str(home), SIZE)
     vae = diffusers.AutoencoderKLWan(base_dim=VAE_CHANNELS)
     vae.save_pretrained(home / "vae")
     return np.asarray(vae.config.latents_mean, np.float32), np.asarray(vae.config.latents_std, np.float32)
@@ -78,7 +79,7 @@ def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Ca
     start = jnp.zeros(rows, jnp.int32)
 
     def decode(latents: jax.Array) -> jax.Array:
-        return jax.block_until_ready(rollout.decode(vae, latents, start, transformer.FRAMES))
+        return jax.block_until_ready(rollout.decode(vae, latents, start, SIZE.shape[0]))
 
     def score(videos: jax.Array) -> np.ndarray:
         return np.asarray(reward.score_terms(videos, known, np.ones((rows, len(people)), bool))["reward"])
@@ -117,12 +118,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 2), ("steps", 4), ("looked", 1), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of their transformer")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of their transformer's blocks")
     arguments = parser.parse_args()
 
     give_back_after_compiling()     # as every command of ours does
     torch.manual_seed(0)
-    given = transformer.inputs(arguments.rows)
+    given = transformer.inputs(arguments.rows, SIZE)
     people = np.random.default_rng(1).standard_normal((PEOPLE, 512)).astype(np.float32)
     people /= np.linalg.norm(people, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,14 +131,14 @@ def main() -> None:
         os.environ |= {"DEEPFACE_HOME": folder, "DEEPFACE_BACKEND_ENGINE": "pytorch"}
         scale = write(home)
         files = write_weights(home)
-        theirs = transformer.theirs(f"{folder}/transformer", given, arguments.steps, arguments.compile)
+        theirs = transformer.theirs(f"{folder}/transformer", given, arguments.steps, SIZE, arguments.compile)
         calibrate(files / "retinaface.pth", PEOPLE, np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
         write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
         eyes = {
             "ours": our_eyes(home, arguments.looked, people, arguments.rows),
             "theirs": their_eyes(home, arguments.looked, people, scale),
         }
-        sides = {"ours": transformer.ours(folder, given, arguments.steps), "theirs": theirs}
+        sides = {"ours": transformer.ours(folder, given, arguments.steps, SIZE), "theirs": theirs}
 
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(arguments.rounds + 1):

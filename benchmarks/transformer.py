@@ -1,25 +1,33 @@
 """A call of the video transformer, the gradient of its LoRA, a rollout and an update, against diffusers and peft on PyTorch.
 
-Both sides load the same randomly filled VACE checkpoint and get the same input, in float32, alternating in one process; the figure is the
-ratio of medians, ours over theirs. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's
-loop is that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL
-term, backward; one optimizer step at the end. Needs the `test` extra:
+Both sides load the same randomly filled VACE checkpoint and get the same input, alternating in one process; the figure is the ratio of
+medians, ours over theirs. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's loop is
+that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL term,
+backward; one optimizer step at the end. Needs the `test` extra:
 
     python benchmarks/transformer.py [--rows 2] [--steps 4] [--rounds 5] [--compile]
+    python benchmarks/transformer.py --size 1.3b                                         on a GPU, with a PyTorch that uses it
 
-`--alone ours` (or `theirs`) runs one side by itself and prints its peak memory, which two sides in one process cannot show.
+`--alone ours` (or `theirs`) runs one side by itself and prints its peak memory, which two sides in one process cannot show. `--size 1.3b`
+is the published model at 33 x 240 x 416 with two photos, 25 steps, in bfloat16; PyTorch's side then is as its recipe runs it, float32
+weights under autocast with gradient checkpointing. Utilisation is the arithmetic of the model alone, counted by PyTorch, nothing that
+is computed twice, over time and the speed of a large product on the same device.
 """
 
 import argparse
 import dataclasses
 import functools
+import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # a GPU has to hold both sides
 
 import diffusers
 import jax
@@ -29,6 +37,7 @@ import optax
 import peft
 import torch
 from flax import nnx
+from torch.utils.flop_counter import FlopCounterMode
 
 from jax_idgrpo import keys, policy, rollout, update
 from jax_idgrpo.conditioning import Conditioning
@@ -37,11 +46,49 @@ from jax_idgrpo.memory import give_back_after_compiling
 from jax_idgrpo.pipeline import add_adapter, load_transformer
 from jax_idgrpo.state import start
 
-SIZES = dict(
-    num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, freq_dim=256, vace_layers=[0, 4, 8],
-    in_channels=16, out_channels=16, vace_in_channels=96, patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads", cross_attn_norm=True,
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A network, what it is given (latent frames, photos among them, of height x width; text tokens), and how it runs.
+
+    checkpointing: of PyTorch's side. remat, unroll: of ours.
+    """
+
+    network: dict[str, Any]
+    shape: tuple[int, int, int]
+    text: int
+    rank: int
+    steps: int
+    dtype: str
+    checkpointing: bool
+    remat: str
+    unroll: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of a video: a patch is two by two."""
+        return int(np.prod(self.shape)) // 4
+
+
+SHARED = dict(
+    freq_dim=256, in_channels=16, out_channels=16, vace_in_channels=96, patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads",
+    cross_attn_norm=True,
 )
-FRAMES, HEIGHT, WIDTH, TEXT, RANK = 5, 16, 16, 64, 8
+SIZES = {
+    "40m": Size(
+        SHARED | dict(
+            num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, vace_layers=[0, 4, 8]
+        ),
+        shape=(5, 16, 16), text=64, rank=8, steps=4, dtype="float32", checkpointing=False, remat="none", unroll=True,
+    ),
+    "1.3b": Size(
+        SHARED | dict(
+            num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, vace_layers=list(range(0, 30, 2))
+        ),
+        shape=(9 + 2, 30, 52), text=512, rank=32, steps=25, dtype="bfloat16", checkpointing=True, remat="attention", unroll=False,
+    ),
+}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUIDANCE, SHIFT, CLIP, KL, RATE = 4.5, 3.0, 1e-3, 0.004, 1e-4
 
 Inputs = dict[str, np.ndarray]
@@ -51,7 +98,8 @@ Inputs = dict[str, np.ndarray]
 class Side:
     """What one side does; every call returns when it is done.
 
-    sample: -> trajectory; latents: of a trajectory, those at the end; learn: of a trajectory and the advantage [B] of its rows.
+    forward, gradient: of one call without guidance. sample: -> trajectory; latents: of a trajectory, those at the end; learn: of a
+    trajectory and the advantage [B] of its rows.
     """
 
     forward: Callable[[], Any]
@@ -71,29 +119,30 @@ class Side:
         }
 
 
-def inputs(rows: int) -> Inputs:
+def inputs(rows: int, size: Size) -> Inputs:
     """What both sides are given, channels last."""
-    rng = np.random.default_rng(0)
+    rng, width = np.random.default_rng(0), size.network["text_dim"]
     shapes = dict(
-        latents=(rows, FRAMES, HEIGHT, WIDTH, 16), control=(rows, FRAMES, HEIGHT, WIDTH, 96), text=(rows, TEXT, SIZES["text_dim"]),
-        negative=(TEXT, SIZES["text_dim"]), advantage=(rows,),
+        latents=(rows, *size.shape, 16), control=(rows, *size.shape, 96), text=(rows, size.text, width), negative=(size.text, width),
+        advantage=(rows,),
     )
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def write_transformer(folder: str) -> None:
+def write_transformer(folder: str, size: Size) -> None:
     """A randomly filled checkpoint, in `folder`/transformer."""
-    diffusers.WanVACETransformer3DModel(**SIZES).save_pretrained(Path(folder) / "transformer")
+    diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(Path(folder) / "transformer")
 
 
-def ours(folder: str, given: Inputs, steps: int) -> Side:
+def ours(folder: str, given: Inputs, steps: int, size: Size) -> Side:
     """This package."""
-    actor, lora, base = policy.split(add_adapter(load_transformer(folder, unroll=True), RANK, float(RANK), keys.key(0, "init")), GUIDANCE)
+    network = load_transformer(folder, size.dtype, remat=size.remat, unroll=size.unroll)
+    actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), keys.key(0, "init")), GUIDANCE)
     rows = len(given["latents"])
     latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
     timesteps = jnp.full(rows, 500)
     asked = Conditioning(
-        text=text, control=control, frame_mask=jnp.ones((rows, FRAMES), bool), references=jnp.zeros(rows, jnp.int32)
+        text=text, control=control, frame_mask=jnp.ones((rows, size.shape[0]), bool), references=jnp.zeros(rows, jnp.int32)
     )
     row_keys = keys.row_keys(keys.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
     schedule = rollout.Schedule.make(steps, SHIFT)
@@ -127,16 +176,20 @@ def ours(folder: str, given: Inputs, steps: int) -> Side:
     )
 
 
-def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
+def theirs(folder: str, given: Inputs, steps: int, size: Size, compiled: bool) -> Side:
     """diffusers and peft on PyTorch."""
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-    lora = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
-    network = peft.get_peft_model(diffusers.WanVACETransformer3DModel.from_pretrained(folder), lora).eval()
-    model = torch.compile(network) if compiled else network
+    lora = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets)
+    network = peft.get_peft_model(diffusers.WanVACETransformer3DModel.from_pretrained(folder), lora).eval().to(DEVICE)
+    torch.backends.cuda.matmul.allow_tf32 = True        # as the recipe has it
+    if size.checkpointing:
+        network.get_base_model().enable_gradient_checkpointing()
+    if compiled:
+        network.get_base_model().compile_repeated_blocks()
     latents, control = (
-        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))) for name in ("latents", "control")
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE) for name in ("latents", "control")
     )
-    text, negative = (torch.from_numpy(given[name]) for name in ("text", "negative"))
+    text, negative = (torch.from_numpy(given[name]).to(DEVICE) for name in ("text", "negative"))
     schedule = rollout.Schedule.make(steps, SHIFT)
     sigmas, timesteps = np.asarray(schedule.sigma).tolist(), np.asarray(schedule.timestep).tolist()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -145,10 +198,10 @@ def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
     Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]     # before and after a step, and its log-probability
 
     def call(x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
-        return model(
-            hidden_states=x, timestep=torch.full((len(x),), timestep), encoder_hidden_states=text, control_hidden_states=control,
-            return_dict=False,
-        )[0]
+        times = torch.full((len(x),), timestep, device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=size.dtype == "bfloat16"):
+            v = network(hidden_states=x, timestep=times, encoder_hidden_states=text, control_hidden_states=control, return_dict=False)
+        return v[0].float()
 
     def velocity(x: torch.Tensor, timestep: int) -> torch.Tensor:
         both = torch.cat([text, negative.expand_as(text)])
@@ -160,7 +213,7 @@ def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
         sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
         level = (sigma / (1 - min(sigma, sigmas[1]))) ** 0.5 * 0.7
         mean = x * (1 + level**2 / (2 * sigma) * dt) + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
-        std = torch.tensor(level * (-dt) ** 0.5)
+        std = torch.tensor(level * (-dt) ** 0.5, device=DEVICE)
         x_next = mean + std * torch.randn_like(x) if x_next is None else x_next
         log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
         return x_next, mean, std, log_prob.flatten(1).mean(1)
@@ -180,7 +233,7 @@ def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
 
     def learn(trajectory: Steps, weights: np.ndarray) -> None:
         optimizer.zero_grad()
-        advantage = torch.from_numpy(weights)
+        advantage = torch.from_numpy(weights).to(DEVICE)
         for index, (x, x_next, old) in enumerate(trajectory[:-1]):
             _, mean, std, log_prob = step(x, velocity(x, timesteps[index]), index, x_next)
             with torch.no_grad(), network.disable_adapter():
@@ -193,12 +246,59 @@ def theirs(folder: str, given: Inputs, steps: int, compiled: bool) -> Side:
         optimizer.step()
 
     return Side(
-        forward=torch.no_grad()(lambda: call(latents, 500, text, control)),
-        gradient=gradient,
-        sample=sample,
+        forward=_done(torch.no_grad()(lambda: call(latents, 500, text, control))),
+        gradient=_done(gradient),
+        sample=_done(sample),
         latents=lambda trajectory: trajectory[-1][1],
-        learn=learn,
+        learn=_done(learn),
     )
+
+
+def _done(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, returning when its work on a GPU is done."""
+
+    def wrapped(*given: Any) -> Any:
+        found = call(*given)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return found
+
+    return wrapped
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------------
+
+
+def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
+    """Floating-point operations of the model in PyTorch's calls; those that checkpointing repeats are left out."""
+
+    def counted(call: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return float(counter.get_total_flops())
+
+    forward = counted(side.forward)
+    both = counted(side.gradient) - (forward if size.checkpointing else 0.0)
+    return {
+        "forward": forward,
+        "gradient of the adapter": both,
+        "rollout": 2 * steps * forward,
+        "update": 2 * (steps - 1) * (both + forward),   # the adapter's replay, and the frozen base
+    }
+
+
+def product_speed(dtype: str) -> float:
+    """Floating-point operations per second of a large matrix product on JAX's device; the fastest of ten."""
+    side = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
 
 
 def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
@@ -214,33 +314,44 @@ def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="40m")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="denoising steps; default 4, and 25 for 1.3b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile on their side")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of their blocks, which diffusers calls regional")
     parser.add_argument("--alone", choices=["ours", "theirs"])
     arguments = parser.parse_args()
 
+    if jax.default_backend() == "gpu" and DEVICE == "cpu":
+        sys.exit("transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu")
+    size = SIZES[arguments.size]
+    steps = arguments.steps or size.steps
     give_back_after_compiling()     # as every command of ours does
     torch.manual_seed(0)
-    given = inputs(arguments.rows)
+    given = inputs(arguments.rows, size)
     sides: dict[str, Side] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_transformer(folder)
+        write_transformer(folder, size)
         if arguments.alone != "theirs":
-            sides["ours"] = ours(folder, given, arguments.steps)
+            sides["ours"] = ours(folder, given, steps, size)
         if arguments.alone != "ours":
-            sides["theirs"] = theirs(f"{folder}/transformer", given, arguments.steps, arguments.compile)
-    tokens = FRAMES * HEIGHT * WIDTH // 4
-    print(f"{arguments.rows} x {tokens} tokens, {arguments.steps} denoising steps, float32")
+            sides["theirs"] = theirs(f"{folder}/transformer", given, steps, size, arguments.compile)
+    on = jax.devices()[0].device_kind
+    print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}")
+    counted, speed = {}, product_speed(size.dtype)
     if arguments.alone is None:
-        want = np.moveaxis(sides["theirs"].forward().numpy(), 1, -1)
+        if not arguments.compile:
+            counted = arithmetic(sides["theirs"], size, steps)
+        want = np.moveaxis(sides["theirs"].forward().cpu().numpy(), 1, -1)
         print(f"relative difference {np.linalg.norm(sides['ours'].forward() - want) / np.linalg.norm(want):.1e}")
     calls = {side: network.calls(given["advantage"]) for side, network in sides.items()}
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
         found = medians(arguments.rounds, **{side: timed[name] for side, timed in calls.items()})
         ratio = f", ratio {found['ours'] / found['theirs']:.2f}" if len(found) == 2 else ""
-        print(f"{name}: " + ", ".join(f"{side} {seconds:.3f} s" for side, seconds in found.items()) + ratio, flush=True)
+        used = {side: f" ({counted[name] / seconds / speed:.0%})" if counted else "" for side, seconds in found.items()}
+        print(f"{name}: " + ", ".join(f"{side} {seconds:.3f} s{used[side]}" for side, seconds in found.items()) + ratio, flush=True)
+    if counted:
+        print(f"in brackets utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product")
     if arguments.alone:
         print(f"peak memory of {arguments.alone}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
