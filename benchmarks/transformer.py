@@ -37,6 +37,7 @@ import optax
 import peft
 import torch
 from flax import nnx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from jax_idgrpo import keys, policy, rollout, update
@@ -273,7 +274,7 @@ def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
     """Floating-point operations of the model in PyTorch's calls; those that checkpointing repeats are left out."""
 
     def counted(call: Callable[[], Any]) -> float:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # plain products, which are counted everywhere
             call()
         return float(counter.get_total_flops())
 
