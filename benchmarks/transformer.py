@@ -186,6 +186,7 @@ def theirs(folder: str, given: Inputs, steps: int, size: Size, compiled: bool) -
     if size.checkpointing:
         network.get_base_model().enable_gradient_checkpointing()
     if compiled:
+        torch._dynamo.config.recompile_limit = 64       # rows, gradients on and off, adapter on and off: beyond 8 it falls back to eager
         network.get_base_model().compile_repeated_blocks()
     latents, control = (
         torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE) for name in ("latents", "control")

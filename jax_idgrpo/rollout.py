@@ -47,8 +47,9 @@ class Schedule:
         )
         return jax.tree.map(jnp.asarray, made)
 
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def part(self, first: int, last: int) -> "Schedule":
-        """The steps from `first` to before `last`."""
+        """The steps from `first` to before `last`; a program, so that cutting reads nothing from the host."""
         steps = slice(first, last)
         cut = jax.tree.map(lambda leaf: leaf[steps], (self.timestep, self.transition, self.solver))
         timestep, transition, solver = cut

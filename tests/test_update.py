@@ -10,9 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_idgrpo import accounting, flow, keys, policy, rollout, update
+from jax_idgrpo import accounting, flow, keys, parallel, policy, rollout, train, update
 from jax_idgrpo.conditioning import Conditioning, frame_mask, select
-from jax_idgrpo.config import GrpoConfig, RolloutConfig
+from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.state import start
@@ -227,6 +227,18 @@ def test_objectives_on_latents_store_no_trajectory_and_descend(wanted):
 def pull(scorer, latents, conditioning, people):
     """A reward with a known gradient: the mean of the latents times a constant."""
     return flow.row_mean(latents * scorer, conditioning.frame_mask) * people
+
+
+@pytest.mark.parametrize("kind", ["nft", "reward_gradient"])
+def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
+    wanted = GrpoConfig(objective=kind, kl_units="velocity", gradient_steps=2)
+    config = Config(rollout=RolloutConfig(steps=STEPS, window="none"), grpo=wanted)
+    actor, lora, base = model()
+    on_device = parallel.replicated(parallel.make_mesh(MeshConfig(), jax.devices()[:1]))
+    given, course, noise, window = parallel.put(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
+    with jax.transfer_guard("disallow"):
+        trajectory = train.sample(config, (actor, *given), course, noise, noise, window)
+    np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, course, noise), atol=1e-5)
 
 
 @pytest.mark.parametrize("last", [rarely(1), STEPS - 1])
