@@ -30,22 +30,19 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks import transformer
 from benchmarks.faces import calibrate, write_weights
 from checkpoints_convert.faces import write_folder
-from jax_idgrpo import rollout
+from jax_idgrpo import grpo, rollout
 from jax_idgrpo.memory import give_back_after_compiling
 from jax_idgrpo.pipeline import load_vae
 from jax_idgrpo.rewards import FaceReward, Known, frame_numbers
 from jax_idgrpo.rewards.copies import SIDE
 from jax_idgrpo.rewards.faces import load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.video import to_uint8
 
 PHASES = ("rollout", "decode", "reward", "update")
 PEOPLE = 2
 SIZE = transformer.SIZES["40m"]
 VAE_CHANNELS = 32       # of the published VAE's 96, whose decoding would hide all else on a CPU
-
-def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Of one group."""
-    return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).astype(np.float32)
 
 
 def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[[Any], np.ndarray]) -> dict[str, float]:
@@ -57,17 +54,9 @@ def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[
     times.append(time.perf_counter())
     rewards = reward(videos)
     times.append(time.perf_counter())
-    side.learn(trajectory, advantages(rewards))
+    side.learn(trajectory, np.asarray(grpo.advantages(rewards, np.zeros(len(rewards), int)), np.float32))
     times.append(time.perf_counter())
     return dict(zip(PHASES, np.diff(times).tolist(), strict=True))
-
-
-def write(home: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Random networks of both sides in `home` -> mean and standard deviation of the VAE's latents."""
-    transformer.write_transformer(str(home), SIZE)
-    vae = diffusers.AutoencoderKLWan(base_dim=VAE_CHANNELS)
-    vae.save_pretrained(home / "vae")
-    return np.asarray(vae.config.latents_mean, np.float32), np.asarray(vae.config.latents_std, np.float32)
 
 
 def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Callable[[Any], Any], Callable[[Any], np.ndarray]]:
@@ -87,19 +76,18 @@ def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Ca
     return decode, score
 
 
-def their_eyes(home: Path, looked: int, people: np.ndarray, scale: tuple[np.ndarray, np.ndarray]) -> tuple[Callable[..., Any], ...]:
+def their_eyes(home: Path, looked: int, people: np.ndarray) -> tuple[Callable[..., Any], ...]:
     """Decoding by diffusers, reward by deepface."""
     from deepface import DeepFace
 
     vae = diffusers.AutoencoderKLWan.from_pretrained(home / "vae").eval()
-    mean, std = (torch.tensor(values).reshape(1, -1, 1, 1, 1) for values in scale)
+    mean, std = (torch.tensor(getattr(vae.config, name)).reshape(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     DeepFace.build_model("retinaface", "face_detector")
     DeepFace.build_model("ArcFace")
 
     @torch.no_grad()
     def decode(latents: torch.Tensor) -> np.ndarray:
-        videos = np.moveaxis(vae.decode(latents * std + mean).sample.numpy(), 1, -1)
-        return np.round((np.clip(videos, -1, 1) + 1) * 127.5).astype(np.uint8)
+        return to_uint8(np.moveaxis(vae.decode(latents * std + mean).sample.numpy(), 1, -1))
 
     def likeness(frame: np.ndarray) -> float:
         found = DeepFace.represent(frame[..., ::-1], "ArcFace", detector_backend="retinaface", enforce_detection=False, max_faces=PEOPLE)
@@ -129,14 +117,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         os.environ |= {"DEEPFACE_HOME": folder, "DEEPFACE_BACKEND_ENGINE": "pytorch"}
-        scale = write(home)
+        transformer.write_transformer(folder, SIZE)
+        diffusers.AutoencoderKLWan(base_dim=VAE_CHANNELS).save_pretrained(home / "vae")
         files = write_weights(home)
         theirs = transformer.theirs(f"{folder}/transformer", given, arguments.steps, SIZE, arguments.compile)
         calibrate(files / "retinaface.pth", PEOPLE, np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
         write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
         eyes = {
             "ours": our_eyes(home, arguments.looked, people, arguments.rows),
-            "theirs": their_eyes(home, arguments.looked, people, scale),
+            "theirs": their_eyes(home, arguments.looked, people),
         }
         sides = {"ours": transformer.ours(folder, given, arguments.steps, SIZE), "theirs": theirs}
 

@@ -340,10 +340,10 @@ def main() -> None:
             sides["theirs"] = theirs(f"{folder}/transformer", given, steps, size, arguments.compile)
     on = jax.devices()[0].device_kind
     print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}")
-    counted, speed = {}, product_speed(size.dtype)
+    counted: dict[str, float] = {}
     if arguments.alone is None:
-        if not arguments.compile:
-            counted = arithmetic(sides["theirs"], size, steps)
+        if not arguments.compile:       # whose kernels PyTorch does not count
+            counted, speed = arithmetic(sides["theirs"], size, steps), product_speed(size.dtype)
         want = np.moveaxis(sides["theirs"].forward().cpu().numpy(), 1, -1)
         print(f"relative difference {np.linalg.norm(sides['ours'].forward() - want) / np.linalg.norm(want):.1e}")
     calls = {side: network.calls(given["advantage"]) for side, network in sides.items()}

@@ -84,6 +84,7 @@ def choose(
     The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
     Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
     """
+
     def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
         groups = np.repeat(np.arange(len(values)), values.shape[1])
         found = grpo.advantages(

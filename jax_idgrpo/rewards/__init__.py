@@ -95,7 +95,7 @@ class FaceReward:
     def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
         """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
         graph, self.state = nnx.split((stack, head))
-        self.config, self.judges = config, head is not None
+        self.config, self.has_head = config, head is not None
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self.function = jax.jit(functools.partial(_score, graph, config, frames))
         self._best = jax.jit(functools.partial(_best, graph))
@@ -105,7 +105,7 @@ class FaceReward:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the terms."""
-        return (*term_names(self.config), *(["head"] if self.judges else []))
+        return (*term_names(self.config), *(["head"] if self.has_head else []))
 
     def shapes(self, rows: int, people: int) -> Known:
         """Shapes of what `embed_references` makes of `rows` prompts with room for so many people."""

@@ -210,7 +210,7 @@ class HostFaceReward(FaceReward):
         pool: HostPool | None = None,
     ):
         """faces: boxes, landmarks, embeddings and mask of a video, as `DeepFace` finds them. frames: how many are looked at, 0 = all."""
-        self.faces, self.frames, self.state, self.config, self.judges = faces, frames, None, config, False
+        self.faces, self.frames, self.state, self.config, self.has_head = faces, frames, None, config, False
         self._pool, self._device = pool or HostPool(), host_device()
         self._reward, self._crops = jax.jit(functools.partial(reward_terms, config=config)), jax.jit(photo_crops)
         self._cache: dict[bytes, Known] = {}

@@ -191,6 +191,7 @@ def reward_terms(
 
 def term_names(config: IdentityConfig) -> tuple[str, ...]:
     """Names of what `reward_terms` says, from shapes alone."""
+
     def zeros(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
