@@ -1,6 +1,6 @@
 """How often rewards agree with the truth on preference pairs: cosines, the fixed formula and the learned head, and what trains it best.
 
-    python -m benchmarks.reward_head [--train 1600] [--held-out 400] [--seeds 3] [--steps 1200] [--folder DIR]
+    python -m benchmarks.reward_head [--train 1600] [--held-out 800] [--seeds 3] [--steps 1200] [--folder DIR]
 
 Drawn people (`jax_idgrpo.pairs`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair. Training and
 held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate), of which the
@@ -86,7 +86,7 @@ def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config,
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in dict(train=1600, held_out=400, seeds=3, steps=1200).items():
+    for name, value in dict(train=1600, held_out=800, seeds=3, steps=1200).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
     arguments = options.parse_args()

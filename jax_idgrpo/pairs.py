@@ -34,9 +34,9 @@ from jax_idgrpo.subjects import Shape, among, drawn, filmed
 from jax_idgrpo.video import FINE, write_video
 
 TIES = 0.2          # share of pairs without a fault
-STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS}
+STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS} | {"swap": (0.2, 0.25)}
 """Kind -> least strength of the stronger fault, and least difference of the two: who somebody is counts however little is changed, while
-what is wrong with a picture must be seen."""
+what is wrong with a picture must be seen. Faults that last for a share of the clip differ by one frame of nine at least."""
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths", "num_frames_A", "num_frames_B", "fps_A", "fps_B", "SA", "source", "distortion",
            "strength_A", "strength_B", "truth")
 

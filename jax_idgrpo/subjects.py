@@ -7,7 +7,8 @@ Two takes show the same people and what one prompt says, as two videos that a mo
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ from jax_idgrpo import conditioning, keys
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data import cast, clips
 from jax_idgrpo.data.clips import Clip
-from jax_idgrpo.data.distortions import Subject
+from jax_idgrpo.data.distortions import Subject, pasted
 from jax_idgrpo.data.prompts import load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
@@ -63,7 +64,8 @@ class Shape:
 def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
     """Takes of drawn people, endlessly: everybody's face is seen throughout and found in their photo.
 
-    The stranger of a clip is the first person of the one before it in its batch.
+    The stranger of a clip is the first person of the one before it in its batch. Faces that people do not have are drawn, too: head and
+    hair in the same pose and light, above the same clothes.
     """
     stack = load_stack(RewardConfig().folder(), "embedder")
     best = jax.jit(lambda photos: stack.best(photos))
@@ -84,9 +86,22 @@ def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
 
 def _drawn_subject(batch: cast.Batch, n: int) -> Subject:
     """The n-th clip of a batch."""
-    other = (n - 1) % BATCH
-    video, stranger, boxes = batch.video[n], batch.video[other], batch.boxes
-    return Subject(video, boxes[n], batch.mask[n], batch.portraits[n], batch.portrait_boxes[n], stranger, boxes[other, :, 0])
+    video, mask = batch.video[n], batch.mask[n]
+    people, scene = jax.tree.map(lambda leaf: leaf[n], (batch.people, batch.scene))
+    known = jax.tree.map(lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people)
+
+    def recast(faces: Sequence[int]) -> Float[np.ndarray, "F H W 3"]:
+        heads = jax.tree.map(lambda leaf: leaf[np.asarray(faces)], known)      # STRANGER is the last
+        return np.asarray(_drawn(cast.dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
+
+    return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _drawn(
+    people: cast.Identity, mask: Bool[Array, "M"], scene: cast.Scene, frames: int, size: tuple[int, int]
+) -> Float[Array, "F H W 3"]:
+    return cast.render_clip(people, mask, scene, frames, size).video
 
 
 # ---- videos of a folder ----------------------------------------------------------------------------------------------------
@@ -190,7 +205,8 @@ def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -
 def _filmed_subject(one: Located, stranger: Located, shape: Shape) -> Subject:
     photos, asked = _canvases(one.clip, shape)
     video, other = (read_frames(clip.video, shape.frames, shape.size, shape.fps) for clip in (one.clip, stranger.clip))
-    return Subject(video, one.boxes, asked, photos, one.photo_boxes, other, stranger.boxes[:, 0])
+    recast = functools.partial(pasted, video, one.boxes, other, stranger.boxes[:, 0])
+    return Subject(video, one.boxes, asked, photos, one.photo_boxes, recast)
 
 
 def among(values: list, u: float):

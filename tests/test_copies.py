@@ -10,7 +10,7 @@ import pytest
 
 from jax_idgrpo import config as c
 from jax_idgrpo import evaluate
-from jax_idgrpo.data.distortions import codec, light, paste
+from jax_idgrpo.data.distortions import blur, codec, light, paste
 from jax_idgrpo.rewards import References, copies
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, warp
 from jax_idgrpo.subjects import drawn
@@ -71,6 +71,14 @@ def test_nuisances_neither_make_copies_nor_hide_them(nuisance):
     assert terms([nuisance(paste(clip), 0.7, DIRECTION) for clip in clips()])["copied"].mean() > 0.3
 
 
+def test_a_blurred_face_has_lost_detail_by_how_much_it_is_blurred_whatever_the_light():
+    sharp = honest()["detail"]
+    little, much = (terms([blur(clip, strength) for clip in clips()])["detail"] for strength in (0.4, 1.0))
+    assert (much < little).all() and (little < sharp).mean() > 0.9 and 0.6 < sharp.mean() < 1.2 and much.mean() < 0.6 * sharp.mean()
+    lit = terms([light(clip.video, 0.7, DIRECTION) for clip in clips()])["detail"]
+    np.testing.assert_allclose(lit, sharp, rtol=0.1)
+
+
 def test_order_of_people_changes_nothing():
     order = np.array([2, 0, 1])
     np.testing.assert_allclose(terms([paste(clip) for clip in clips()], asked(order))["copied"], pasted()["copied"], atol=1e-5)
@@ -88,7 +96,7 @@ def test_padding_changes_nothing():
 
 def test_nobody_is_no_copy():
     found = terms([np.zeros_like(clip.video) for clip in clips()])
-    assert not np.any(found["copied"]) and np.isfinite(found["reward"]).all()
+    assert not np.any(found["copied"]) and not np.any(found["detail"]) and np.isfinite(found["reward"]).all()
 
 
 @functools.cache

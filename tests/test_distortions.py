@@ -1,10 +1,12 @@
 """Tricks and faults on clips: they do what they are named after, where they are asked to, and leave what they are given as it was."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from jax_idgrpo.data import distortions
-from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, TOGETHER, TRICKS, Subject
+from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, STRANGER, TOGETHER, TRICKS, Subject, pasted
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
@@ -25,11 +27,14 @@ def subject() -> Subject:
             x0, y0, x1, y1 = boxes[t, i].astype(int)
             video[t, y0:y1, x0:x1] = COLOURS[i]
         photos[i, 4:12, 4:12] = PHOTO_COLOURS[i]
-    stranger = np.broadcast_to(STRANGE, (FRAMES, 8, 8, 3))
-    return Subject(
-        video, boxes, np.array([True, True, False]), photos, np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32),
-        stranger, np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32),
-    )
+    photo_boxes = np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32)
+    return with_video(Subject(video, boxes, np.array([True, True, False]), photos, photo_boxes, lambda faces: video), video)
+
+
+def with_video(subject, video, stranger=STRANGE):
+    """The same people in another clip, and somebody else of one colour."""
+    others = np.broadcast_to(stranger, (FRAMES, 8, 8, 3)), np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32)
+    return subject.replace(video=video, recast=functools.partial(pasted, video, subject.boxes, *others))
 
 
 def middle(subject, video, t, i):
@@ -66,7 +71,7 @@ def test_each_does_what_it_is_named_after(subject):
 
 
 def test_blur_takes_details_from_faces(subject):
-    noisy = subject.replace(video=np.random.default_rng(2).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
+    noisy = with_video(subject, np.random.default_rng(2).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
     left, top, right, bottom = noisy.boxes[0, 0].astype(int)
     detail = [distortions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
     assert detail[0] > 1.3 * detail[1] > 1.3 * detail[2]
@@ -74,7 +79,7 @@ def test_blur_takes_details_from_faces(subject):
 
 @pytest.mark.parametrize("name", DISTORTIONS)
 def test_more_strength_is_further_from_the_clip(subject, name):
-    subject = subject.replace(video=np.random.default_rng(3).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
+    subject = with_video(subject, np.random.default_rng(3).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
     away = [np.abs(DISTORTIONS[name](subject, q) - subject.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
     assert (np.diff(away) >= 0).all() and 0 < away[1] < away[3], away
 
@@ -96,11 +101,18 @@ def test_nothing_but_faces_changes(subject, name):
 
 def test_what_needs_others_is_listed(subject):
     alone = subject.replace(mask=np.array([True, False, False]))
-    lone = subject.replace(stranger=subject.video * 0 + COLOURS[1])
+    lone = with_video(subject, subject.video, stranger=COLOURS[1])
     for name, distort in DISTORTIONS.items():
         assert np.array_equal(distort(alone), subject.video) == (name in TOGETHER), name
         assert np.array_equal(distort(lone), distort(subject)) == (name not in ("replace", "drift")), name
     assert set(TRICKS) < set(DISTORTIONS)
+
+
+def test_faces_are_pasted_where_they_are_asked_for(subject):
+    for faces, expected in (([0, 1, 2], COLOURS), ([1, 0, 2], COLOURS[::-1]), ([STRANGER, 0, 2], [STRANGE, COLOURS[0]])):
+        changed = subject.recast(faces)
+        for t in range(FRAMES):
+            np.testing.assert_allclose([middle(subject, changed, t, i) for i in range(2)], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NUISANCES)

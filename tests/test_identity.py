@@ -181,6 +181,17 @@ def test_motion_ignores_what_happens_inside_faces():
     assert float(identity.motion(videos, boxes, ~mask)[0]) == pytest.approx(9 / 64)
 
 
+def test_a_video_that_comes_to_a_standstill_has_stalled_for_a_share_of_its_steps():
+    moving = np.random.default_rng(0).uniform(-1, 1, (1, 5, 8, 8, 3)).astype(np.float32)
+    boxes, mask = jnp.zeros((1, 5, 1, 4)), jnp.zeros((1, 5, 1), bool)
+    for last in range(5):
+        video = jnp.asarray(moving[:, np.minimum(np.arange(5), last)])
+        assert float(identity.stalled(video, boxes, mask, 0.01)[0]) == pytest.approx(1 - last / 4)
+    slow = jnp.asarray(moving[:, :1]) * 0 + 0.005 * jnp.arange(5.0)[:, None, None, None]
+    assert float(identity.stalled(slow, boxes, mask, 0.02)[0]) == pytest.approx(0.75, abs=1e-5)
+    assert float(identity.stalled(slow[:, :1], boxes[:, :1], mask[:, :1], 0.02)[0]) == 0
+
+
 def test_frames_with_the_right_count():
     shown = np.zeros((1, 4, 3), bool)
     shown[0, 0, :2] = shown[0, 1, :1] = shown[0, 2, :3] = True

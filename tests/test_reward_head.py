@@ -1,5 +1,6 @@
 """The learned head: what does not matter to it, that it stays finite and inside what it saw, and its training from a CSV to a reward."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +14,13 @@ from flax import nnx
 from jax_idgrpo import config as c
 from jax_idgrpo import evaluate, pairs
 from jax_idgrpo.data import cast
+from jax_idgrpo.data.preferences import load_pairs
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.finetune import finetune
 from jax_idgrpo.rewards import head as heads
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.tasks import make_task
+from jax_idgrpo.tasks import make_task, reward_face
 from tests.test_identity import case, unit
 
 CONFIG = IdentityConfig()
@@ -167,6 +169,33 @@ def test_a_stopped_run_ends_with_the_head_of_an_undisturbed_one(tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "40")
     finetune(config, tmp_path / "run")
     assert stored.read_bytes() == whole
+
+
+def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_made_of(tmp_path):
+    config = configuration(write_pairs(tmp_path / "pairs", 2, 0, "train"))
+    pair, other = load_pairs(tmp_path / "pairs" / "pairs.csv", ("SA",))
+    reward, folder = evaluate.make_reward(config.reward), tmp_path / "tokens"
+    looked = []
+
+    def tokens_of(pair, config=config):
+        of = reward_face.kept(str(folder), reward, config)
+        return of(pair, pair.videos[0], lambda: looked.append(pair) or reward_face.read_one(reward, pair, pair.videos[0], config)[1])
+
+    first, again = tokens_of(pair), tokens_of(pair)
+    assert looked == [pair]
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    tokens_of(other)
+    tokens_of(pair, dataclasses.replace(config, reward=dataclasses.replace(config.reward, missing=0.2)))
+    assert looked == [pair, other, pair]
+    (Path(pair.videos[0])).write_bytes(Path(other.videos[0]).read_bytes())
+    assert np.abs(tokens_of(pair).video - first.video).max() > 0 and len(looked) == 4
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:40])            # as a full disk leaves it
+    tokens_of(other)
+    assert len(looked) == 5
+    sides = reward_face.read_tokens(reward, [pair, other], config, str(folder))
+    jax.tree.map(np.testing.assert_array_equal, sides[other][0], tokens_of(other))
+    assert len(looked) == 5 and not list(folder.glob(".*"))
 
 
 def test_one_dimension_only(tmp_path):

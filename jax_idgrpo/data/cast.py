@@ -11,6 +11,7 @@ Times are in seconds; a clip has 8 frames per second.
 """
 
 import csv
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -253,6 +254,15 @@ def identity(ids: Int[Array, "*n"]) -> Identity:
     ids = jnp.asarray(ids)
     flat = jax.vmap(_one_identity)(ids.reshape(-1))
     return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), flat)
+
+
+def dressed(heads: Identity, people: Identity) -> Identity:
+    """The heads on the bodies of the people, in their clothes."""
+    garments = np.array([_Labels._fields.index(name) for name in ("clothes", "garment")])
+    labels = jnp.asarray(heads.labels).at[..., garments].set(people.labels[..., garments])
+    shoulders = _Shape._fields.index("shoulders")
+    shape = jnp.asarray(heads.shape).at[..., shoulders].set(people.shape[..., shoulders])
+    return dataclasses.replace(heads, clothes=people.clothes, trim=people.trim, labels=labels, shape=shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """What can be done to a clip with known faces: faults of known kind and strength, the tricks among them, and changes that harm nobody.
 
 A distortion takes a clip of numpy float32 frames in [-1, 1] with the boxes of its people's faces (left, top, right, bottom in pixels) and a
-strength in [0, 1], and returns a new clip; 0 changes nothing. Faces are moved as ovals with soft edges, scaled from box to box; people who
-are absent (`mask` False) are left alone. A nuisance takes frames, a strength and a direction of four numbers in [-1, 1], and leaves
-everybody who they are. Neither draws anything: what is random comes in from outside.
+strength in [0, 1], and returns a new clip; 0 changes nothing. People who are absent (`mask` False) are left alone. Who has whose face is up
+to the clip (`Subject.recast`): where faces can only be moved they are ovals with soft edges, scaled from box to box (`pasted`). A nuisance
+takes frames, a strength and a direction of four numbers in [-1, 1], and leaves everybody who they are. Neither draws anything: what is
+random comes in from outside.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import numpy as np
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 
 from jax_idgrpo.video import recoded
 
+STRANGER = -1  # the number of somebody who is not in a clip
 EDGE = 0.15  # of the oval's radius, over which a pasted face fades
 
 # What a nuisance changes at strength 1, at most
@@ -28,7 +30,8 @@ ROLL = math.radians(6)
 class Subject:
     """A clip, its people and their photos, people in the same order. photo_boxes: of the faces in the photos.
 
-    stranger: a picture, for every frame, of somebody who is not in the clip; stranger_boxes: of the face in it.
+    recast: the same clip in which the m-th person has the face of the person with the m-th of the given numbers, or, for `STRANGER`, of
+    somebody who is not in the clip.
     """
 
     video: Float[np.ndarray, "F H W 3"]
@@ -36,19 +39,16 @@ class Subject:
     mask: Bool[np.ndarray, "M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
-    stranger: Float[np.ndarray, "F y x 3"]
-    stranger_boxes: Float[np.ndarray, "F 4"]
+    recast: Callable[[Sequence[int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(pytree_node=False)
 
     @property
     def people(self) -> list[int]:
         """Indices of those who are asked for."""
         return np.flatnonzero(self.mask).tolist()
 
-    @property
-    def neighbours(self) -> list[tuple[int, int]]:
-        """Each with the next in a round; nobody for one person alone."""
-        people = self.people
-        return list(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else []
+    def cast(self, faces: Mapping[int, int]) -> list[int]:
+        """For `recast`: whose face everybody has, by number; their own where nothing is said."""
+        return [faces.get(i, i) for i in range(len(self.mask))]
 
 
 def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
@@ -107,6 +107,27 @@ def put(
     part += opacity * (face - part)
 
 
+def pasted(
+    video: Float[np.ndarray, "F H W 3"],
+    boxes: Float[np.ndarray, "F M 4"],
+    stranger: Float[np.ndarray, "F y x 3"],
+    stranger_boxes: Float[np.ndarray, "F 4"],
+    faces: Sequence[int],
+) -> Float[np.ndarray, "F H W 3"]:
+    """A clip with other faces painted over those in it: `Subject.recast` where all there is are pictures.
+
+    stranger: a picture, for every frame, of somebody who is not in the clip; stranger_boxes: of the face in it.
+    """
+    changed = np.array(video, np.float32)
+    for i, other in enumerate(faces):
+        for t, frame in enumerate(changed):
+            if other == STRANGER:
+                put(frame, boxes[t, i], stranger[t], stranger_boxes[t])
+            elif other != i:
+                put(frame, boxes[t, i], video[t], boxes[t, other])
+    return changed
+
+
 def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndarray, "H W 3"]:
     """Gaussian blur by `sigma` pixels; the edge is repeated outside."""
     reach = math.ceil(3 * sigma)
@@ -120,11 +141,30 @@ def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndar
 
 
 def _changed(subject: Subject, change: Callable[[np.ndarray, int], None], share: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """A new clip: `change(frame, its number)` on the last frames, a share of all rounded up."""
+    """A new clip: `change(frame, its number)` on the last frames, a share of all."""
     video = np.array(subject.video, np.float32)
-    for t in range(len(video) - math.ceil(round(share * len(video), 6)), len(video)):
+    for t in np.flatnonzero(_last(len(video), share)).tolist():
         change(video[t], t)
     return video
+
+
+def _last(frames: int, share: float) -> Float[np.ndarray, "F"]:
+    """1 for the last frames, a share of all rounded up, 0 for the others."""
+    return (np.arange(frames) >= frames - math.ceil(round(share * frames, 6))).astype(np.float32)
+
+
+def _recast(subject: Subject, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]) -> Float[np.ndarray, "F H W 3"]:
+    """A new clip in which some have other faces, by number; opacity: of these, for every frame."""
+    video = np.array(subject.video, np.float32)
+    if faces and opacity.any():
+        video += opacity[:, None, None, None] * (subject.recast(subject.cast(faces)) - video)
+    return video
+
+
+def _round(subject: Subject) -> dict[int, int]:
+    """Each has the next one's face, the last the first's; nobody for one person alone."""
+    people = subject.people
+    return dict(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else {}
 
 
 # ---- distortions -----------------------------------------------------------------------------------------------------------
@@ -158,12 +198,7 @@ def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W
 
 def duplicate(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end everybody has the first person's face; strength: for which share of the clip."""
-
-    def change(frame: np.ndarray, t: int) -> None:
-        for i in subject.people[1:]:
-            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, subject.people[0]])
-
-    return _changed(subject, change, strength)
+    return _recast(subject, dict.fromkeys(subject.people[1:], subject.people[0]), _last(len(subject.video), strength))
 
 
 def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
@@ -179,43 +214,22 @@ def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
 
 def blend(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """Each face is mixed with the next person's, half and half at strength 1."""
-
-    def change(frame: np.ndarray, t: int) -> None:
-        for i, other in subject.neighbours:
-            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, other], 0.5 * strength)
-
-    return _changed(subject, change)
+    return _recast(subject, _round(subject), np.full(len(subject.video), 0.5 * strength, np.float32))
 
 
 def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end each has the next person's face; at strength 1 for half of the clip, since exchanged throughout is not exchanged."""
-
-    def change(frame: np.ndarray, t: int) -> None:
-        for i, other in subject.neighbours:
-            put(frame, subject.boxes[t, i], subject.video[t], subject.boxes[t, other])
-
-    return _changed(subject, change, strength / 2)
+    return _recast(subject, _round(subject), _last(len(subject.video), strength / 2))
 
 
 def replace(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The last person has the stranger's face; strength: its opacity."""
-
-    def change(frame: np.ndarray, t: int) -> None:
-        for i in subject.people[-1:]:
-            put(frame, subject.boxes[t, i], subject.stranger[t], subject.stranger_boxes[t], strength)
-
-    return _changed(subject, change)
+    return _recast(subject, dict.fromkeys(subject.people[-1:], STRANGER), np.full(len(subject.video), strength, np.float32))
 
 
 def drift(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The last person turns into the stranger little by little; strength: opacity of the stranger's face in the last frame."""
-
-    def change(frame: np.ndarray, t: int) -> None:
-        share = strength * t / max(len(subject.video) - 1, 1)
-        for i in subject.people[-1:]:
-            put(frame, subject.boxes[t, i], subject.stranger[t], subject.stranger_boxes[t], share)
-
-    return _changed(subject, change)
+    return _recast(subject, dict.fromkeys(subject.people[-1:], STRANGER), np.linspace(0, strength, len(subject.video), dtype=np.float32))
 
 
 def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:

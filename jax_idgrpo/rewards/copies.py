@@ -24,6 +24,7 @@ from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, multiply, similarity, war
 
 SIDE = 28                               # S, of a crop in pixels
 APART = (0.004, 0.005)                  # displacement as a share of the crop's side: a copy up to the first, none from the second on
+FAR = 0.05                              # displacement that says no more than that the faces are not in one pose
 ALIKE = 0.8                             # least share of the face's variance that a copy explains
 _STEPS = 8
 _PHOTO_SAMPLES, _FRAME_SAMPLES = 8, 1   # per pixel of the crop and axis: photos are large, and looked at once
@@ -140,10 +141,29 @@ def apart(
 
 def copies(
     videos: Float[Array, "B T H W 3"], landmarks: Float[Array, "B T M 5 2"], photos: Float[Array, "B M S S 3"]
-) -> Float[Array, "B T M"]:
-    """How much of a copy of their photo every person's face is, the one with these landmarks: 0 no copy, 1 a copy."""
+) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
+    """How much of a copy of their photo every person's face is, the one with these landmarks: 0 no copy, 1 a copy; and how far its parts
+    stand from the photo's, at most `FAR` of the crop's side."""
     of_people = jax.vmap(apart, (None, 0, 0))
     of_frames = jax.vmap(of_people, (0, 0, None))
     moved, alike = jax.vmap(of_frames)(videos, jax.lax.stop_gradient(landmarks), photos)
     low, high = APART
-    return jnp.where(alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0)
+    return jnp.where(alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0), jnp.minimum(moved, FAR)
+
+
+def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
+    """How much of a crop's variance over the ellipse is detail: what a blur by `_SHARP` pixels takes away."""
+    plain, fine = crop - _weighted(crop), crop - _blurred(crop, _SHARP)
+    return (jnp.sum(_weighted(fine * fine)) + 1e-6) / (jnp.sum(_weighted(plain * plain)) + 1e-4)
+
+
+def detail(
+    videos: Float[Array, "B T H W 3"], landmarks: Float[Array, "B T M 5 2"], photos: Float[Array, "B M S S 3"]
+) -> Float[Array, "B T M"]:
+    """How sharp every person's face is against their photo, the face with these landmarks: 0 no detail, 1 as much as the photo, at most 2.
+
+    The amplitude of what lies between a blur by one pixel of the crop and the crop itself, of both as a share of their contrast.
+    """
+    of_frame = jax.vmap(lambda frame, places: _texture(sampled(frame, *start(jax.lax.stop_gradient(places)), _FRAME_SAMPLES)), (None, 0))
+    of_photos = jax.vmap(jax.vmap(_texture))(photos)
+    return jnp.minimum(jnp.sqrt(jax.vmap(jax.vmap(of_frame))(videos, landmarks) / of_photos[:, None]), 2.0)

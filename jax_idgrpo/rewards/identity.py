@@ -96,15 +96,13 @@ def largest_face_similarity(
     return jnp.sum(jnp.where(shown, jnp.maximum(jnp.max(cosine, -1), 0.0), 0.0), 1) / jnp.maximum(jnp.sum(shown, 1), 1)
 
 
-def motion(
+def _changes(
     videos: Float[ArrayLike, "B T H W 3"],
     boxes: Float[ArrayLike, "B T K 4"],
     face_mask: Bool[ArrayLike, "B T K"],
-) -> Float[ArrayLike, " B"]:
-    """Mean absolute difference of neighbouring frames, in units of [-1, 1], outside the faces of both; 0 for one frame."""
-    frames, height, width = videos.shape[1:4]
-    if frames == 1:
-        return jnp.zeros(videos.shape[0], jnp.float32)
+) -> tuple[Float[ArrayLike, "B t H W"], Float[ArrayLike, "B t H W"]]:
+    """Absolute difference of neighbouring frames, 0 inside the faces of both; and 1 outside of them, 0 inside. t = T - 1."""
+    height, width = videos.shape[2:4]
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside_x = (columns >= boxes[..., 0:1]) & (columns <= boxes[..., 2:3])
     inside_y = (rows >= boxes[..., 1:2]) & (rows <= boxes[..., 3:4])
@@ -112,22 +110,51 @@ def motion(
         "btkh,btkw->bthw", (inside_y & face_mask[..., None]).astype(jnp.float32), inside_x.astype(jnp.float32)
     )
     outside = ((face[:, 1:] + face[:, :-1]) == 0).astype(jnp.float32)
-    difference = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), -1)
-    return jnp.sum(difference * outside, (1, 2, 3)) / jnp.maximum(jnp.sum(outside, (1, 2, 3)), 1.0)
+    return jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), -1) * outside, outside
 
 
-def copied(
+def motion(
+    videos: Float[ArrayLike, "B T H W 3"],
+    boxes: Float[ArrayLike, "B T K 4"],
+    face_mask: Bool[ArrayLike, "B T K"],
+) -> Float[ArrayLike, " B"]:
+    """Mean absolute difference of neighbouring frames, in units of [-1, 1], outside the faces of both; 0 for one frame."""
+    changed, outside = _changes(videos, boxes, face_mask)
+    return jnp.sum(changed, (1, 2, 3)) / jnp.maximum(jnp.sum(outside, (1, 2, 3)), 1.0)
+
+
+def stalled(
+    videos: Float[ArrayLike, "B T H W 3"],
+    boxes: Float[ArrayLike, "B T K 4"],
+    face_mask: Bool[ArrayLike, "B T K"],
+    floor: float,
+) -> Float[ArrayLike, " B"]:
+    """Share of the steps from frame to frame in which nothing moves, in [0, 1]: how far the `motion` of each lies below the floor, as a
+    share of it. A video that comes to a standstill late has a `motion` like another's, but not this. 0 for one frame."""
+    changed, outside = _changes(videos, boxes, face_mask)
+    moved = jnp.sum(changed, (2, 3)) / jnp.maximum(jnp.sum(outside, (2, 3)), 1.0)
+    return jnp.sum(jax.nn.relu(1.0 - moved / floor), 1) / max(moved.shape[1], 1)
+
+
+def of_photos(
     videos: Float[ArrayLike, "B T H W 3"],
     landmarks: Float[ArrayLike, "B T K 5 2"],
     matches: Matches,
     photos: Float[ArrayLike, "B M S S 3"],
     reference_mask: Bool[ArrayLike, "B M"],
-) -> Float[ArrayLike, " B"]:
-    """Share of the matched faces that are a copy of the person's photo (see `copies`), in [0, 1]; 0 without any."""
+) -> dict[str, Float[ArrayLike, " B"]]:
+    """What the matched faces have of the person's photo (see `copies`), mean over them; 0 without any.
+
+    copied: share of them that are a copy of it, in [0, 1]. apart: how far eyes, nose and mouth stand from where they do in it, as a share
+    of the face. detail: how sharp they are, 1 as the photo, 0 without any detail.
+    """
     padded = jnp.pad(landmarks, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-    found = copies.copies(videos, jnp.take_along_axis(padded, matches.face[..., None, None], axis=2), photos)
+    theirs = jnp.take_along_axis(padded, matches.face[..., None, None], axis=2)
     matched = matches.matched & reference_mask[:, None]
-    return jnp.sum(jnp.where(matched, found, 0.0), (1, 2)) / jnp.maximum(jnp.sum(matched, (1, 2)), 1)
+    count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
+    copied, apart = copies.copies(videos, theirs, photos)
+    measured = {"copied": copied, "apart": apart, "detail": copies.detail(videos, theirs, photos)}
+    return {name: jnp.sum(jnp.where(matched, values, 0.0), (1, 2)) / count for name, values in measured.items()}
 
 
 def reward_terms(
@@ -148,7 +175,8 @@ def reward_terms(
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
     count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see `related`.
-    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. copied: see `copied`.
+    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. stalled: see the function.
+    copied, apart, detail: see `of_photos`.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
@@ -161,7 +189,8 @@ def reward_terms(
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
     identity = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
-    prices["copied"] = copied(videos, landmarks, matches, photos, reference_mask)
+    compared = of_photos(videos, landmarks, matches, photos, reference_mask)
+    prices["copied"] = compared["copied"]
     costs = config.extra_weight * extra + config.motion_weight * stillness
     costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)
@@ -173,6 +202,7 @@ def reward_terms(
         "identity_soft_min": identity_soft_min,
         "extra": extra,
         "motion": moved,
+        "stalled": stalled(videos, boxes, face_mask, config.motion_floor),
         "similarity": masked_mean(raw, reference_mask),
         "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
         "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),
@@ -184,6 +214,7 @@ def reward_terms(
         "mimr": related.multi_identity_matching(cosine, face_mask, reference_mask),
         "id_conf": related.identity_confidence(cosine, face_mask, reference_mask),
         "unique_faces": related.unique_faces(embeddings, face_mask),
+        **compared,
         **prices,
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}

@@ -4,11 +4,14 @@ Faces are found and embedded once per video, as the face reward of the configura
 `similarity_high`, `missing`), and photos at the size of `video`; what is trained sees the tokens alone. The export is a folder for
 `reward.head`.
 
-Options (`finetune.options`): those of `tasks.pairs`, with one dimension. `finetune.start` is a head that training goes on with.
+Options (`finetune.options`): those of `tasks.pairs`, with one dimension; and `tokens`, a folder that keeps the tokens of every video: a run
+that goes on, or another on the same pairs, then finds no face again. `finetune.start` is a head that training goes on with.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +20,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from checkpoints_convert import store
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.preferences import Pair, by_source
 from jax_idgrpo.data.prompts import Prompt
@@ -26,7 +30,7 @@ from jax_idgrpo.evaluate import make_reward, references
 from jax_idgrpo.files import File
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards import FaceReward
-from jax_idgrpo.rewards.head import Head, Tokens, fingerprint, load_head, save_head, seen
+from jax_idgrpo.rewards.head import PEOPLE, VIDEO, Head, Tokens, fingerprint, load_head, reading, save_head, seen
 from jax_idgrpo.tasks import Loss, Task
 from jax_idgrpo.tasks.pairs import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
 from jax_idgrpo.video import read_video
@@ -43,18 +47,51 @@ class PairBatch:
     labels: Int[Array, "B 1"]
 
 
-def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config) -> Sides:
-    """The tokens of every pair, each video looked at once for the same photos.
+@dataclasses.dataclass(frozen=True)
+class HeadOptions(PairOptions):
+    """tokens: folder that keeps tokens, "" for none; see the module's docstring."""
+
+    tokens: str = ""
+
+
+def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
+    """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them.
+
+    A file is named by all that its tokens depend on: the bytes of video and photos, the face networks, the settings, this version.
+    """
+    names, size = (*PEOPLE, *VIDEO), (config.video.height, config.video.width, config.data.max_people)
+    common = repr((names, size, reading(config.reward), importlib.metadata.version("jax-idgrpo"), fingerprint(reward.state)))
+
+    def of(pair: Pair, path: File, read: Callable[[], Tokens]) -> Tokens:
+        try:
+            parts = [common.encode(), *(file.read_bytes() for file in (path, *pair.references))]
+        except OSError:
+            return read()           # which says what cannot be read
+        name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        file = Path(folder) / f"{name}.safetensors"
+        try:
+            return Tokens(**{name: np.asarray(value) for name, value in store.open_tensors(file).items()})
+        except (UserError, TypeError):      # there is none, or a damaged one
+            tokens = read()
+            store.write_file(file, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)})
+            return tokens
+
+    return of if folder else lambda pair, path, read: read()
+
+
+def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = "") -> Sides:
+    """The tokens of every pair, each video looked at once for the same photos. folder: see `kept`.
 
     Raises:
-      UserError: a file cannot be read, a photo shows no face, or a pair has more photos than `data.max_people`.
+      UserError: a file cannot be read, a photo shows no face, a pair has more photos than `data.max_people`, or `folder` cannot be used.
     """
     listed, known, found = list(dict.fromkeys(pairs)), {}, {}
+    tokens_of = kept(folder, reward, config)
     with progress("finding faces", len(listed)) as update:
         for done, pair in enumerate(listed, 1):
             for path in pair.videos:
                 if (pair.references, path) not in known:
-                    known[pair.references, path] = read_one(reward, pair, path, config)[1]
+                    known[pair.references, path] = tokens_of(pair, path, lambda: read_one(reward, pair, path, config)[1])  # noqa: B023
             found[pair] = (known[pair.references, pair.videos[0]], known[pair.references, pair.videos[1]])
             update(done)
     return found
@@ -119,13 +156,13 @@ def head_task(pairs: Sequence[Pair], held_out: Sequence[Pair], sides: Sides, net
 
 def make(config: Config) -> Task:
     """The task of `configs/reward_face.py`."""
-    options = read_options(PairOptions, config.finetune.options)
+    options = read_options(HeadOptions, config.finetune.options)
     if len(options.dimensions) != 1:
         raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
     reward = make_reward(dataclasses.replace(config.reward, head=""))
     networks = fingerprint(reward.state)
-    sides = read_tokens(reward, [*pairs, *held_out], config)
+    sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
     pairs = filtered(pairs, options, lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides))
     return head_task(pairs, held_out, sides, networks, options, config)
