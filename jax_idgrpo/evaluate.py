@@ -146,7 +146,7 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
     models = {"base": model(plain)}
     for name, path in loras.items():
         sampler.pipe.load_lora(path)
-        models[name] = model(sampler.pipe.transformer)
+        models[name] = dataclasses.replace(model(sampler.pipe.transformer), base=models["base"].base)
     return models
 
 

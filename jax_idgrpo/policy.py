@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.conditioning import Conditioning
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.models.wan import WanTransformer
+from jax_idgrpo.models.wan import WanTransformer, unstacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,4 +105,6 @@ def split(
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))[0]
+    if config.unroll and config.mesh is None:
+        base = unstacked(base)
     return Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance), lora, base

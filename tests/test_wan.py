@@ -12,7 +12,7 @@ from flax import nnx
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstacked, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 
 TINY = WanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=40, text_dim=8, freq_dim=16, vace_layers=(0, 2, 4))
 SCALE = jnp.array([0.7, 1.0, 1.3])
@@ -139,6 +139,24 @@ def test_scan_unroll_and_remat_agree(change):
     assert relative_error(other_value, value) < 1e-5
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+def test_an_unrolled_policy_holds_its_blocks_apart_and_copies_no_weight():
+    """The velocity of a stack, to the bit; no program cuts a kernel out of a stack."""
+    config = dataclasses.replace(TINY, unroll=True, rank=2, alpha=2.0)
+    graph, lora, stacked = nnx.split(model(config), LoRAParam, ...)
+    apart = unstacked(stacked)
+    given = inputs()
+
+    def velocity(base):
+        return nnx.merge(graph, base, lora)(*given)
+
+    np.testing.assert_array_equal(jax.jit(velocity)(apart), jax.jit(velocity)(stacked))
+    cut = [
+        max(np.prod(v.aval.shape) for v in e.outvars)
+        for e in equations(jax.make_jaxpr(velocity)(apart).jaxpr) if e.primitive.name in ("split", "slice", "dynamic_slice")
+    ]
+    assert max(cut, default=0) < config.width**2 and len(jax.tree.leaves(apart)) > len(jax.tree.leaves(stacked))
 
 
 def equations(jaxpr):

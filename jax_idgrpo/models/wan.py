@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -471,11 +471,27 @@ def _rows(parameters: nnx.State, start: int, count: int, shape: tuple[int, ...])
     return jax.tree.map(lambda p: p[start : start + count].reshape(*shape, *p.shape[1:]), parameters)
 
 
+def unstacked(parameters: nnx.State) -> nnx.State:
+    """The parameters of a network with every block's arrays apart, as tuples, which an unrolled network reads as they are.
+
+    Out of a stack a program copies them at every call: XLA has no views.
+    """
+
+    def apart(path: tuple, leaf: Any) -> Any:
+        return _layers(leaf) if path[0].key in ("blocks", "vace_blocks") else leaf
+
+    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(apart, tree))(parameters)
+
+
+def _layers(leaf: Array | tuple[Array, ...]) -> tuple[Array, ...]:
+    """One array per layer; a split, so that the gradients come back by concatenation and not by adding padded arrays."""
+    return leaf if isinstance(leaf, tuple) else tuple(part[0] for part in jax.lax.split(leaf, (1,) * len(leaf)))
+
+
 def _unstack(parameters: nnx.State) -> list[nnx.State]:
-    """One state per layer; a split, so that the gradients come back by concatenation and not by adding padded arrays."""
-    leaves, treedef = jax.tree.flatten(parameters)
-    layers = [[part[0] for part in jax.lax.split(leaf, (1,) * len(leaf))] for leaf in leaves]
-    return [jax.tree.unflatten(treedef, layer) for layer in zip(*layers, strict=True)]
+    """One state per layer."""
+    leaves, treedef = jax.tree.flatten(parameters, is_leaf=lambda node: isinstance(node, tuple))
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*map(_layers, leaves), strict=True)]
 
 
 def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N F"]:
