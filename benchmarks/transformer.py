@@ -1,22 +1,24 @@
 """A call of the video transformer, the gradient of its LoRA, a rollout and an update, against diffusers and peft on PyTorch.
 
-Both sides load the same randomly filled VACE checkpoint and get the same input, alternating in one process; the figure is the ratio of
-medians, ours over theirs. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's loop is
-that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL term,
+Both sides load the same randomly filled VACE checkpoint and get the same input. Each has a process of its own, and they alternate: one
+waits while the other works. A turn is two calls, of which the second counts: after a pause the first one pays for memory that the system
+took back meanwhile (0.3 s of 1.0 s for our gradient), and training does not pause. The figure is the ratio of medians, ours over theirs;
+and each process's peak memory. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's loop
+is that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL term,
 backward; one optimizer step at the end. Needs the `test` extra:
 
     python benchmarks/transformer.py [--rows 2] [--steps 4] [--rounds 5] [--compile]
     python benchmarks/transformer.py --size 1.3b                                         on a GPU, with a PyTorch that uses it
 
-`--alone ours` (or `theirs`) runs one side by itself and prints its peak memory, which two sides in one process cannot show. `--size 1.3b`
-is the published model at 33 x 240 x 416 with two photos, 25 steps, in bfloat16; PyTorch's side then is as its recipe runs it, float32
-weights under autocast with gradient checkpointing. Utilisation is the arithmetic of the model alone, counted by PyTorch, nothing that
-is computed twice, over time and the speed of a large product on the same device.
+`--size 1.3b` is the published model at 33 x 240 x 416 with two photos, 25 steps, in bfloat16; PyTorch's side then is as its recipe runs it,
+float32 weights under autocast with gradient checkpointing. Utilisation is the arithmetic of the model alone, counted by PyTorch, nothing
+that is computed twice, over time and the speed of a large product on the same device.
 """
 
 import argparse
 import dataclasses
 import functools
+import multiprocessing
 import os
 import resource
 import statistics
@@ -314,6 +316,55 @@ def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
+class Apart:
+    """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer."""
+
+    def __init__(self, name: str, *given: Any) -> None:
+        self.name = name
+        self._pipe, end = multiprocessing.get_context("spawn").Pipe()
+        multiprocessing.get_context("spawn").Process(target=_answer, args=(end, name, *given), daemon=True).start()
+        end.close()
+
+    def __call__(self, asked: str) -> Any:
+        self._pipe.send(asked)
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            sys.exit(f"transformer: the process of {self.name} ended; what it said is above")
+
+
+def _answer(pipe: Any, name: str, folder: str, rows: int, steps: int, size: str, compiled: bool) -> None:
+    """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
+    give_back_after_compiling()     # as every command of ours does
+    torch.manual_seed(0)
+    sized, given = SIZES[size], inputs(rows, SIZES[size])
+    if name == "ours":
+        side = ours(folder, given, steps, sized)
+    else:
+        side = theirs(f"{folder}/transformer", given, steps, sized, compiled)
+    answers: dict[str, Callable[[], Any]] = {
+        "velocity": lambda: np.asarray(side.forward()) if name == "ours" else np.moveaxis(side.forward().cpu().numpy(), 1, -1),
+        "arithmetic": lambda: arithmetic(side, sized, steps),
+        "speed": lambda: product_speed(sized.dtype),
+        "peak": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    calls = side.calls(given["advantage"])
+    while True:
+        try:
+            asked = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(answers[asked]() if asked in answers else _again(calls[asked]))
+
+
+def _again(call: Callable[[], Any]) -> float:
+    """Seconds of the second of two calls."""
+    call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="40m")
@@ -321,41 +372,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default 4, and 25 for 1.3b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile of their blocks, which diffusers calls regional")
-    parser.add_argument("--alone", choices=["ours", "theirs"])
     arguments = parser.parse_args()
 
     if jax.default_backend() == "gpu" and DEVICE == "cpu":
         sys.exit("transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu")
     size = SIZES[arguments.size]
     steps = arguments.steps or size.steps
-    give_back_after_compiling()     # as every command of ours does
-    torch.manual_seed(0)
-    given = inputs(arguments.rows, size)
-    sides: dict[str, Side] = {}
+    on = jax.devices()[0].device_kind
+    print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(folder, size)
-        if arguments.alone != "theirs":
-            sides["ours"] = ours(folder, given, steps, size)
-        if arguments.alone != "ours":
-            sides["theirs"] = theirs(f"{folder}/transformer", given, steps, size, arguments.compile)
-    on = jax.devices()[0].device_kind
-    print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}")
-    counted: dict[str, float] = {}
-    if arguments.alone is None:
-        if not arguments.compile:       # whose kernels PyTorch does not count
-            counted, speed = arithmetic(sides["theirs"], size, steps), product_speed(size.dtype)
-        want = np.moveaxis(sides["theirs"].forward().cpu().numpy(), 1, -1)
-        print(f"relative difference {np.linalg.norm(sides['ours'].forward() - want) / np.linalg.norm(want):.1e}")
-    calls = {side: network.calls(given["advantage"]) for side, network in sides.items()}
+        given = (folder, arguments.rows, steps, arguments.size, arguments.compile)
+        sides = {name: Apart(name, *given) for name in ("ours", "theirs")}
+        velocity, want = (side("velocity") for side in sides.values())
+    print(f"relative difference {np.linalg.norm(velocity - want) / np.linalg.norm(want):.1e}")
+    seconds = {}
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
-        found = medians(arguments.rounds, **{side: timed[name] for side, timed in calls.items()})
-        ratio = f", ratio {found['ours'] / found['theirs']:.2f}" if len(found) == 2 else ""
-        used = {side: f" ({counted[name] / seconds / speed:.0%})" if counted else "" for side, seconds in found.items()}
-        print(f"{name}: " + ", ".join(f"{side} {seconds:.3f} s{used[side]}" for side, seconds in found.items()) + ratio, flush=True)
-    if counted:
-        print(f"in brackets utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product")
-    if arguments.alone:
-        print(f"peak memory of {arguments.alone}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+        turns = [{side: call(name) for side, call in sides.items()} for _ in range(arguments.rounds)]
+        seconds[name] = {side: statistics.median(turn[side] for turn in turns) for side in sides}
+        figures = ", ".join(f"{side} {found:.3f} s" for side, found in seconds[name].items())
+        print(f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}", flush=True)
+    print("peak memory: " + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()), flush=True)
+    if not arguments.compile:       # whose kernels PyTorch does not count
+        counted, speed = sides["theirs"]("arithmetic"), sides["ours"]("speed")
+        print(f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product")
+        for name, found in seconds.items():
+            print(f"{name}: " + ", ".join(f"{side} {counted[name] / each / speed:.0%}" for side, each in found.items()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Two takes show the same people and what one prompt says, as two videos that a mo
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -90,8 +90,9 @@ def _drawn_subject(batch: cast.Batch, n: int) -> Subject:
     people, scene = jax.tree.map(lambda leaf: leaf[n], (batch.people, batch.scene))
     known = jax.tree.map(lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people)
 
-    def recast(faces: Sequence[int]) -> Float[np.ndarray, "F H W 3"]:
-        heads = jax.tree.map(lambda leaf: leaf[np.asarray(faces)], known)      # STRANGER is the last
+    def recast(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
+        whose = np.asarray([faces.get(m, m) for m in range(len(mask))])        # STRANGER is the last that is known
+        heads = jax.tree.map(lambda leaf: leaf[whose], known)
         return np.asarray(_drawn(cast.dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
 
     return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)

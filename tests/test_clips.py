@@ -94,7 +94,7 @@ def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
         different.append(np.abs(one.video - other.video).mean() > 0.02)
         assert np.array_equal(one.photos, other.photos) and len(take.photos) == len(one.people)
         for subject in (one, other):
-            strange = subject.recast(subject.cast(dict.fromkeys(subject.people, STRANGER)))
+            strange = subject.recast(dict.fromkeys(subject.people, STRANGER))
             boxes = np.maximum(subject.boxes[0, subject.people], 0).astype(int)
             assert all(np.abs(strange - subject.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
     assert sum(different) >= 5                      # a clip whose other take does not show everybody is both takes

@@ -109,7 +109,7 @@ def test_what_needs_others_is_listed(subject):
 
 
 def test_faces_are_pasted_where_they_are_asked_for(subject):
-    for faces, expected in (([0, 1, 2], COLOURS), ([1, 0, 2], COLOURS[::-1]), ([STRANGER, 0, 2], [STRANGE, COLOURS[0]])):
+    for faces, expected in (({}, COLOURS), ({0: 1, 1: 0}, COLOURS[::-1]), ({0: STRANGER, 1: 0}, [STRANGE, COLOURS[0]])):
         changed = subject.recast(faces)
         for t in range(FRAMES):
             np.testing.assert_allclose([middle(subject, changed, t, i) for i in range(2)], expected, atol=1e-5)

@@ -8,7 +8,7 @@ random comes in from outside.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import numpy as np
@@ -30,8 +30,7 @@ ROLL = math.radians(6)
 class Subject:
     """A clip, its people and their photos, people in the same order. photo_boxes: of the faces in the photos.
 
-    recast: the same clip in which the m-th person has the face of the person with the m-th of the given numbers, or, for `STRANGER`, of
-    somebody who is not in the clip.
+    recast: the same clip in which people have other faces: whose, by number, and `STRANGER` for somebody who is not in the clip.
     """
 
     video: Float[np.ndarray, "F H W 3"]
@@ -39,16 +38,12 @@ class Subject:
     mask: Bool[np.ndarray, "M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
-    recast: Callable[[Sequence[int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(pytree_node=False)
+    recast: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(pytree_node=False)
 
     @property
     def people(self) -> list[int]:
         """Indices of those who are asked for."""
         return np.flatnonzero(self.mask).tolist()
-
-    def cast(self, faces: Mapping[int, int]) -> list[int]:
-        """For `recast`: whose face everybody has, by number; their own where nothing is said."""
-        return [faces.get(i, i) for i in range(len(self.mask))]
 
 
 def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
@@ -112,19 +107,17 @@ def pasted(
     boxes: Float[np.ndarray, "F M 4"],
     stranger: Float[np.ndarray, "F y x 3"],
     stranger_boxes: Float[np.ndarray, "F 4"],
-    faces: Sequence[int],
+    faces: Mapping[int, int],
 ) -> Float[np.ndarray, "F H W 3"]:
     """A clip with other faces painted over those in it: `Subject.recast` where all there is are pictures.
 
     stranger: a picture, for every frame, of somebody who is not in the clip; stranger_boxes: of the face in it.
     """
     changed = np.array(video, np.float32)
-    for i, other in enumerate(faces):
+    for i, other in faces.items():
         for t, frame in enumerate(changed):
-            if other == STRANGER:
-                put(frame, boxes[t, i], stranger[t], stranger_boxes[t])
-            elif other != i:
-                put(frame, boxes[t, i], video[t], boxes[t, other])
+            source = (stranger[t], stranger_boxes[t]) if other == STRANGER else (video[t], boxes[t, other])
+            put(frame, boxes[t, i], *source)
     return changed
 
 
@@ -157,7 +150,7 @@ def _recast(subject: Subject, faces: Mapping[int, int], opacity: Float[np.ndarra
     """A new clip in which some have other faces, by number; opacity: of these, for every frame."""
     video = np.array(subject.video, np.float32)
     if faces and opacity.any():
-        video += opacity[:, None, None, None] * (subject.recast(subject.cast(faces)) - video)
+        video += opacity[:, None, None, None] * (subject.recast(faces) - video)
     return video
 
 
