@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from benchmarks.transformer import medians
+from benchmarks.timing import medians
 from checkpoints_convert.faces import write_folder
 from jax_idgrpo.rewards.faces import load_stack
 from jax_idgrpo.video import from_uint8

@@ -305,17 +305,6 @@ def product_speed(dtype: str) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each call, taken in turn; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 class Apart:
     """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from benchmarks.transformer import medians
+from benchmarks.timing import medians
 from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
 from jax_idgrpo.pipeline import load_vae
 

@@ -73,7 +73,7 @@ TERMS = (
     "stalled",
     "detail",
 )
-VIDEO = (*TERMS, "apart", "still", "twins", "twins_most", "people")
+VIDEO = (*TERMS, "apart_log", "still", "twins", "twins_most", "people")
 """What a video's row holds, in its order: terms of `identity.reward_terms`, and further ones (see `tokens`)."""
 
 
@@ -126,7 +126,7 @@ def tokens(
     side as a share of the frame's, mean. yaw, turned: standard deviation and mean size of the nose's place between the eyes, in eye
     distances. quality: the detector's score, mean.
 
-    Of a video: `TERMS`; apart: the term's logarithm, since near a copy little is much; still: how far `motion` is below its floor; twins,
+    Of a video: `TERMS`; apart_log: of `apart`, since near a copy little is much; still: how far `motion` is below its floor; twins,
     twins_most: by how much the most alike faces of a frame are more alike than the most alike references, mean and greatest; people: asked
     for, in units of 4.
     """
@@ -180,7 +180,7 @@ def tokens(
     twins = jnp.where(jnp.sum(shown, -1) > 1, most_alike(embeddings, shown) - jnp.maximum(expected, 0.0), 0.0)
     video = {
         **terms,
-        "apart": jnp.log(1e-3 + terms["apart"]),
+        "apart_log": jnp.log(1e-3 + terms["apart"]),
         "still": jax.nn.relu(1.0 - terms["motion"] / config.motion_floor),
         "twins": jnp.mean(twins, 1),
         "twins_most": jnp.max(twins, 1),

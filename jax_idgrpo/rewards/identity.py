@@ -190,7 +190,7 @@ def reward_terms(
     identity = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
     prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
     compared = of_photos(videos, landmarks, matches, photos, reference_mask)
-    prices["copied"] = compared["copied"]
+    prices["copied"] = compared.pop("copied")
     costs = config.extra_weight * extra + config.motion_weight * stillness
     costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)

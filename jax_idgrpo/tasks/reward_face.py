@@ -55,10 +55,12 @@ class HeadOptions(PairOptions):
 
 
 def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
-    """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them.
+    """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them; "" is no folder.
 
     A file is named by all that its tokens depend on: the bytes of video and photos, the face networks, the settings, this version.
     """
+    if not folder:
+        return lambda pair, path, read: read()
     names, size = (*PEOPLE, *VIDEO), (config.video.height, config.video.width, config.data.max_people)
     common = repr((names, size, reading(config.reward), importlib.metadata.version("jax-idgrpo"), fingerprint(reward.state)))
 
@@ -76,7 +78,7 @@ def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, Fil
             store.write_file(file, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)})
             return tokens
 
-    return of if folder else lambda pair, path, read: read()
+    return of
 
 
 def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = "") -> Sides:
