@@ -233,6 +233,13 @@ def whole_rows(mesh: Mesh | None, x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def divide_heads(mesh: Mesh | None, x: Float[Array, "B M K d"]) -> Float[Array, "B M K d"]:
+    """Keys or values of a short text, as `attend` takes them without `split_keys`: rows over the batch axes and heads over `tensor`."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor", None)))
+
+
 def attend(
     mesh: Mesh | None,
     kernel: Callable[[Array, Array, Array, Array | None], Array],

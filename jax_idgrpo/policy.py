@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.conditioning import Conditioning
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.models.wan import WanTransformer, unstacked
+from jax_idgrpo.models.wan import Prompt, WanTransformer, unstacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,24 @@ class Policy:
         """The branch of prompt and photos alone."""
         return dataclasses.replace(self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0)
 
+    # Both programs below stand between barriers, so that they are compiled to the same products wherever they are called. What has no
+    # gradient stands in a barrier of its own: one that has a gradient makes one for everything in it, the frozen weights' for nobody.
+
+    def prefill(
+        self, lora: nnx.State | None, base: nnx.State, conditioning: Conditioning, negative: Float[Array, "L D"]
+    ) -> Prompt:
+        """What a velocity needs of the prompts alone, for all noise levels; `lora=None` is the frozen base.
+
+        negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
+        """
+        text, control = conditioning.text, conditioning.control
+        lora = jax.lax.optimization_barrier(lora)
+        base, text, control, negative = jax.lax.optimization_barrier((base, text, control, negative))
+        others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
+        prompt = self._network(lora, base).prefill(_together([text, *others]), control)
+        main, vace = jax.lax.optimization_barrier((prompt.main, prompt.vace))
+        return Prompt(main, vace, jax.lax.optimization_barrier(prompt.control))
+
     def velocity(
         self,
         lora: nnx.State | None,
@@ -55,31 +73,33 @@ class Policy:
         timestep: Int[Array, "..."],
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
+        prompt: Prompt | None = None,
     ) -> Float[Array, "B N H W C"]:
         """The guided velocity [B,N,H,W,16], float32, at one integer timestep or one per row; `lora=None` is the frozen base.
 
-        negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
+        prompt: what `prefill` says for the same adapter, conditioning and negative prompt; worked out here where it is not given.
         """
+        prompt = self.prefill(lora, base, conditioning, negative) if prompt is None else prompt
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
-        lora, x = jax.lax.optimization_barrier((lora, x))
-        # Apart: a barrier that has a gradient makes one for everything in it, and the frozen weights' would be computed for nobody.
-        base, timestep, conditioning, negative = jax.lax.optimization_barrier((base, timestep, conditioning, negative))
-        model = nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
-        text, frames = conditioning.text, x.shape[1]
-        others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
+        lora, x, main, vace = jax.lax.optimization_barrier((lora, x, prompt.main, prompt.vace))
+        base, timestep, conditioning, control = jax.lax.optimization_barrier((base, timestep, conditioning, prompt.control))
+        frames = x.shape[1]
 
         def repeat(array: Array) -> Array:
             return _together([array] * self.branches)
 
-        latents, mask, control = repeat(x), repeat(conditioning.frame_mask), None
+        latents, mask = repeat(x), repeat(conditioning.frame_mask)
         if conditioning.tail is None:
-            control = repeat(conditioning.control)
+            control = repeat(control)
         else:
             tails = [conditioning.tail] * min(self.branches, 2) + [jnp.zeros_like(conditioning.tail)] * (self.branches - 2)
             latents = jnp.concatenate([latents, _together(tails)], axis=1)
             mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
-        found = model(latents, repeat(timestep), _together([text, *others]), control, frame_mask=mask)[:, :frames]
+        found = self._network(lora, base).velocity(latents, repeat(timestep), Prompt(main, vace, control), frame_mask=mask)[:, :frames]
         return jax.lax.optimization_barrier(self._combine(found))
+
+    def _network(self, lora: nnx.State | None, base: nnx.State) -> WanTransformer:
+        return nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
 
     def _combine(self, branches: Float[Array, "R N H W C"]) -> Float[Array, "B N H W C"]:
         """The velocities of the branches, those of a row together, as one."""

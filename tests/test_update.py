@@ -402,6 +402,27 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
     assert float(jnp.abs(x[0, 1] - x[1, 1]).max()) > 0.01
 
 
+def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
+    """The arithmetic of a rollout is that of its steps and one prefill; a velocity by itself has a prefill of its own, to the same bits."""
+    actor, lora, base = model(guidance=3.0)
+    latents = sampled((actor, lora, base))[0].latents
+
+    def rollout_of(steps):
+        schedule = rollout.Schedule.make(steps, 3.0)
+        given = (lora, base, asked(), NEGATIVE, schedule, NOISE, NOISE, whole())
+        return accounting.flops(jax.make_jaxpr(functools.partial(rollout.sample, actor))(*given))
+
+    def velocity(prompt=None):
+        return actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE, prompt)
+
+    prefill = functools.partial(actor.prefill, lora, base, asked(), NEGATIVE)
+    alone, before = (accounting.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill))
+    assert 0.01 * alone < before < 0.5 * alone
+    for steps in (2, 8):
+        assert abs(rollout_of(steps) - (steps * (alone - before) + before)) < 0.01 * before
+    np.testing.assert_array_equal(jax.jit(velocity)(jax.jit(prefill)()), jax.jit(velocity)())
+
+
 def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
     """Else every update would cost the products of a training of all weights: forward, backward, and their gradients."""
     actor, lora, base = model()

@@ -13,6 +13,7 @@ Sources: FlashAttention, arXiv 2205.14135 and 2307.08691 (the backward pass from
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,22 @@ def _map(function, arrays, size: int):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
 
 
+def _map_in_place(function, arrays, others, size: int):
+    """`_map` of a function of arrays and others that returns new arrays, each of which takes the place of the one it comes from.
+
+    A map's own output is zeros before the loop, which on a CPU wait in memory from the program's start.
+    """
+    count = len(jax.tree.leaves(arrays)[0]) // size
+    if count == 1:
+        return function(arrays, others)
+
+    def body(i: Array, arrays: Any) -> Any:
+        rows, beside = (jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree) for tree in (arrays, others))
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0), arrays, function(rows, beside))
+
+    return jax.lax.fori_loop(0, count, body, arrays)
+
+
 def _cut(x: Array, parts: int) -> Array:
     """[G,N,...] -> [parts,G,N/parts,...]"""
     return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
@@ -140,8 +157,8 @@ def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, together:
 
 
 def _exact_backward(together: int, parts: int, saved: tuple, gradient: Array) -> tuple:
-    def heads(arrays: tuple) -> tuple[Array, Array, Array]:
-        q, k, v, hidden, out, log_total, gradient = arrays
+    def heads(operands: tuple[Array, Array, Array], others: tuple) -> tuple[Array, Array, Array]:
+        (q, k, v), (hidden, out, log_total, gradient) = operands, others
 
         def queries(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
             q, out, log_total, gradient = part
@@ -163,7 +180,7 @@ def _exact_backward(together: int, parts: int, saved: tuple, gradient: Array) ->
             dq = _join(dq)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    return *_map(heads, (*saved, gradient), together), None
+    return *_map_in_place(heads, saved[:3], (*saved[3:], gradient), together), None
 
 
 _exact.defvjp(_exact_forward, _exact_backward)

@@ -133,11 +133,33 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
-    """(x - mean) / sqrt(var + eps) over the last axis in float32; the biased variance, in two passes."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    """(x - mean) / sqrt(var + eps) over the last axis in float32; the biased variance, in two passes.
+
+    The backward pass keeps x and the two numbers of each token.
+    """
+    return _layer_norm_forward(x, eps)[0]
+
+
+def _layer_norm_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array, Array]]:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    centred = wide - mean
+    scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    return centred * scale, (x, mean, scale)
+
+
+def _layer_norm_backward(eps: float, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array]:
+    # Behind a barrier and in this form no array of the size of x is kept from the forward pass, or made before dy is there.
+    (x, mean, scale), dy = jax.lax.optimization_barrier((saved, dy))
+    wide = x.astype(jnp.float32)
+    slope = scale**3 * jnp.mean(dy * (wide - mean), axis=-1, keepdims=True)
+    offset = slope * mean - scale * jnp.mean(dy, axis=-1, keepdims=True)
+    return ((scale * dy - slope * wide + offset).astype(x.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nnx.Module):

@@ -149,9 +149,24 @@ class Conditions(NamedTuple):
     """What every block of both stacks reads besides its stream."""
 
     modulation: Float[Array, "B 6 D"]
-    context: Float[Array, "B L D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
     lengths: Int[Array, "B"] | None
+
+
+Keys = tuple[Float[Array, "B M K d"], Float[Array, "B M K d"]]
+"""Keys and values of an attention, in the dtype of its products."""
+
+
+class Prompt(NamedTuple):
+    """What the network computes of text and control alone: the same at every noise level, so that sampling needs it once.
+
+    main, vace: keys and values of the text for every block of the two stacks, stacked or, where blocks are written out, a tuple of
+    them. control: the tokens of the control.
+    """
+
+    main: Any
+    vace: Any = None
+    control: Float[Array, "B N D"] | None = None
 
 
 class Attention(nnx.Module):
@@ -166,19 +181,22 @@ class Attention(nnx.Module):
         self.norm_k = RMSNorm(config.width, eps=config.eps)
         self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
 
+    def keys(self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None) -> Keys:
+        """What the tokens of the context are asked for, and what they answer."""
+        k, v = self._heads(self.norm_k(self.to_k(context))), self._heads(self.to_v(context))
+        return (k if rotary is None else apply_rotary(k, *rotary)).astype(self.compute), v
+
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        context: Float[Array, "B M D"],
+        keys: Keys,
         rotary: tuple[Array, Array] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B N D"]:
-        """From the tokens x to those of the context; with `rotary` these are x itself, so that both are divided alike."""
-        q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
-        q, k, v = self._heads(q), self._heads(k), self._heads(self.to_v(context))
-        if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        out = attention(q, k.astype(self.compute), v, lengths, mesh=self.mesh, split_keys=rotary is not None)
+        """From the tokens x to those of the keys; with `rotary` these are x's own, so that both are divided alike."""
+        q = self._heads(self.norm_q(self.to_q(x)))
+        q = q if rotary is None else apply_rotary(q, *rotary)
+        out = attention(q, *keys, lengths, mesh=self.mesh, split_keys=rotary is not None)
         return self.to_out(out.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:
@@ -208,12 +226,13 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, dtypes=dtypes, rngs=rngs)
         self.eps = config.eps
 
-    def __call__(self, x: Float[Array, "B N D"], conditions: Conditions) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], text: Keys, conditions: Conditions) -> Float[Array, "B N D"]:
         rows = self.scale_shift_table[...] + conditions.modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (rows[:, i, None, :] for i in range(6))
         h = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
-        x = _add(x, gate_a * self.attn1(h, h, conditions.rotary, conditions.lengths).astype(jnp.float32))
-        x = _add(x, self.attn2(self.norm2(x), conditions.context))
+        keys, rotary = self.attn1.keys(h, conditions.rotary), conditions.rotary
+        x = _add(x, gate_a * self.attn1(h, keys, rotary, conditions.lengths).astype(jnp.float32))
+        x = _add(x, self.attn2(self.norm2(x), text))
         h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
         return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
 
@@ -252,6 +271,7 @@ def _gate(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    x, dy = jax.lax.optimization_barrier((x, dy))
     gate, slope = _gate(x)
     dx = dy.astype(jnp.float32) * (gate + 2 * x.astype(jnp.float32) * gate * (1 - gate) * slope)
     return (dx.astype(x.dtype),)
@@ -282,13 +302,11 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = Embedder(config.text_dim, width, gelu, dtypes=dtypes, rngs=rngs)
         self.freq_dim = config.freq_dim
 
-    def __call__(
-        self, timesteps: Int[Array, "B"], text: Float[Array, "B L Dt"]
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"], Float[Array, "B L D"]]:
-        """-> the head's modulation, the blocks' modulation, the text's tokens."""
+    def __call__(self, timesteps: Int[Array, "B"]) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        """-> the head's modulation, the blocks' modulation; the text's tokens are `text_embedder`'s."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         rows = self.time_proj(jax.nn.silu(time))
-        return time, rows.reshape(len(rows), 6, -1), self.text_embedder(text)
+        return time, rows.reshape(len(rows), 6, -1)
 
 
 class WanTransformer(nnx.Module):
@@ -323,27 +341,44 @@ class WanTransformer(nnx.Module):
         one number or one per VACE block. `frame_mask` [B,T] is True on a row's first frames; those behind are hidden from them, and
         their own velocity means nothing. Raises UserError for shapes that do not fit.
         """
-        config, stream = self.config, self.dtypes.residual
-        self._check(latents, timesteps, text, control, frame_mask)
+        return self.velocity(latents, timesteps, self.prefill(text, control), control_scale, frame_mask)
+
+    def prefill(self, text: Array, control: Array | None = None) -> Prompt:
+        """What `velocity` needs of text and control, as `__call__` takes them; each may have rows of its own."""
+        config = self.config
+        self._check_prompt(text, control)
+        context = parallel.whole_rows(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
+        if config.vace_layers is None:
+            return Prompt(self._keys(self.blocks, context))
+        tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
+        return Prompt(self._keys(self.blocks, context), self._keys(self.vace_blocks, context), tokens)
+
+    def velocity(
+        self,
+        latents: Array,
+        timesteps: Array,
+        prompt: Prompt,
+        control_scale: float | Array = 1.0,
+        frame_mask: Array | None = None,
+    ) -> Float[Array, "B T H W C"]:
+        """`__call__` of a prompt that was worked on before, by this network and with the adapter that it has now."""
+        config = self.config
+        self._check(latents, timesteps, prompt, frame_mask)
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
-
-        time, modulation, context = self.condition_embedder(timesteps, text.astype(self.dtypes.compute))
-        time, modulation, context = (parallel.whole_rows(config.mesh, a) for a in (time, modulation, context))
         tokens = frames * grid[1] * grid[2]
+        time, modulation = (parallel.whole_rows(config.mesh, a) for a in self.condition_embedder(timesteps))
         padding = parallel.padded(config.mesh, tokens) - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
         if padding and lengths is None:
             lengths = jnp.full(b, tokens, jnp.int32)
         cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rotary_tables(config.head_dim, *grid))
-        conditions = Conditions(modulation, context, (cos, sin), lengths)
-        x = self.patch_embedding(self._divided(latents, padding)).astype(stream)
-        if config.vace_layers is None:
-            x = self._run_plain(x, conditions)
+        conditions = Conditions(modulation, (cos, sin), lengths)
+        x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
+        if prompt.control is None:
+            x = self._run_plain(x, prompt, conditions)
         else:
-            c = self.vace_proj_in(self.vace_patch_embedding(self._divided(control, padding)))
-            scale = self._scale(control_scale)
-            x = self._run_groups(x, _add(x, c), scale, conditions)
+            x = self._run_groups(x, _add(x, prompt.control), self._scale(control_scale), prompt, conditions)
 
         shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
@@ -351,64 +386,80 @@ class WanTransformer(nnx.Module):
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
         return y.reshape(b, frames, height, width, config.out_channels)
 
-    def _divided(self, x: Array, padding: int) -> Float[Array, "B N F"]:
-        """The patches of x, followed by `padding` tokens of zeros, over the mesh."""
-        return parallel.divide(self.config.mesh, jnp.pad(_patches(x), ((0, 0), (0, padding), (0, 0))))
+    def _divided(self, x: Array) -> Float[Array, "B N F"]:
+        """The patches of x, followed by tokens of zeros where the mesh needs them, over the mesh."""
+        mesh, tokens = self.config.mesh, _patches(x)
+        padding = parallel.padded(mesh, tokens.shape[1]) - tokens.shape[1]
+        return parallel.divide(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
-    def _run_plain(self, x: Array, conditions: Conditions) -> Array:
+    def _keys(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
+        """Keys and values of the text for every block, as `Prompt` holds them."""
+        graph, parameters = nnx.split(stack)
+        mesh = self.config.mesh
+
+        def keys(block: nnx.State) -> Keys:
+            found = nnx.merge(graph, parallel.gathered(mesh, block)).attn2.keys(context)
+            return tuple(parallel.divide_heads(mesh, x) for x in found)
+
+        policy = REMAT[self.config.remat]
+        keys = keys if policy is None else jax.checkpoint(keys, policy=policy)
+        if self.config.unroll:
+            return tuple(keys(block) for block in _unstack(parameters))
+        return jax.lax.map(keys, parameters)
+
+    def _run_plain(self, x: Array, prompt: Prompt, conditions: Conditions) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
         if self.config.unroll:
-            for block in _unstack(blocks):
-                x = apply(block, x)
+            for block, text in zip(_unstack(blocks), prompt.main, strict=True):
+                x = apply(block, x, text)
             return x
-        return jax.lax.scan(lambda x, block: (apply(block, x), None), x, blocks)[0]
+        return jax.lax.scan(lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, prompt.main))[0]
 
-    def _run_groups(self, x: Array, c: Array, scale: Array, conditions: Conditions) -> Array:
+    def _run_groups(self, x: Array, c: Array, scale: Array, prompt: Prompt, conditions: Conditions) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
         apply_control, controls = self._applied(self.vace_blocks, conditions)
         control_graph = nnx.graphdef(self.vace_blocks)
 
-        def control(c: Array, parameters: nnx.State, scale: Array) -> tuple[Array, Array]:
-            c = apply_control(parameters, c)
+        def control(c: Array, parameters: nnx.State, text: Keys, scale: Array) -> tuple[Array, Array]:
+            c = apply_control(parameters, c, text)
             return c, scale * nnx.merge(control_graph, parameters).hint(c)
 
         if self.config.unroll:
-            mains = iter(_unstack(blocks))
-            for parameters, s, size in zip(_unstack(controls), scale, group_sizes(self.config), strict=True):
-                c, hint = control(c, parameters, s)
-                x = apply(next(mains), x) + hint
-                for block in itertools.islice(mains, size - 1):
-                    x = apply(block, x)
+            mains = zip(_unstack(blocks), prompt.main, strict=True)
+            for parameters, text, s, size in zip(_unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True):
+                c, hint = control(c, parameters, text, s)
+                for number, (block, text) in enumerate(itertools.islice(mains, size)):
+                    x = apply(block, x, text) + hint if number == 0 else apply(block, x, text)
             return x
 
         def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
             x, c = carry
-            parameters, scale, mains, first = parts
-            c, hint = control(c, parameters, scale)
+            (parameters, text), scale, mains, first = parts
+            c, hint = control(c, parameters, text, scale)
 
             def main(x: Array, part: tuple) -> tuple[Array, None]:
-                block, first = part
-                return apply(block, x) + jnp.where(first, hint, 0), None  # one body for all blocks: half the program
+                (block, text), first = part
+                return apply(block, x, text) + jnp.where(first, hint, 0), None  # one body for all blocks: half the program
 
             return (jax.lax.scan(main, x, (mains, first))[0], c), None
 
         at = done = 0
         for size, run in itertools.groupby(group_sizes(self.config)):
             count = len(list(run))
-            mains = _rows(blocks, at, count * size, (count, size))
+            mains = _rows((blocks, prompt.main), at, count * size, (count, size))
             first = jnp.broadcast_to(jnp.arange(size) == 0, (count, size))
-            parts = (_rows(controls, done, count, (count,)), scale[done : done + count], mains, first)
+            parts = (_rows((controls, prompt.vace), done, count, (count,)), scale[done : done + count], mains, first)
             (x, c), _ = jax.lax.scan(group, (x, c), parts)
             at, done = at + count * size, done + count
         return x
 
     def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
-        """-> a function (parameters of one block, stream) -> stream under the remat policy, and the stacked parameters."""
+        """-> a function (parameters of one block, stream, the text's keys) -> stream under the remat policy, and the stacked parameters."""
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
 
-        def apply(block: nnx.State, x: Array) -> Array:
-            return parallel.divide(mesh, nnx.merge(graph, parallel.gathered(mesh, block))(x, conditions))
+        def apply(block: nnx.State, x: Array, text: Keys) -> Array:
+            return parallel.divide(mesh, nnx.merge(graph, parallel.gathered(mesh, block))(x, text, conditions))
 
         policy = REMAT[self.config.remat]
         return apply if policy is None else jax.checkpoint(apply, policy=policy), parameters
@@ -421,7 +472,19 @@ class WanTransformer(nnx.Module):
         )
         return jnp.broadcast_to(scale, (count,))
 
-    def _check(self, latents: Array, timesteps: Array, text: Array, control: Array | None, frame_mask: Array | None):
+    def _check_prompt(self, text: Array, control: Array | None) -> None:
+        config = self.config
+        _require(text.ndim == 3 and text.shape[2] == config.text_dim, f"text has shape {text.shape}; expected [B,L,{config.text_dim}]")
+        if config.vace_layers is None:
+            _require(control is None, "control was given, but this model has no VACE blocks")
+            return
+        _require(control is not None, "this is a VACE model; give control")
+        _require(
+            control.ndim == 5 and control.shape[-1] == config.vace_in_channels,
+            f"control has shape {control.shape}; expected [B,T,H,W,{config.vace_in_channels}]",
+        )
+
+    def _check(self, latents: Array, timesteps: Array, prompt: Prompt, frame_mask: Array | None) -> None:
         config, shape = self.config, latents.shape
         _require(
             len(shape) == 5 and shape[-1] == config.in_channels,
@@ -436,16 +499,14 @@ class WanTransformer(nnx.Module):
         _require(
             jnp.issubdtype(timesteps.dtype, jnp.integer), f"timesteps are {timesteps.dtype}; give integers 0 .. 999"
         )
-        _require(
-            text.ndim == 3 and text.shape[::2] == (shape[0], config.text_dim),
-            f"text has shape {text.shape}; expected [{shape[0]},L,{config.text_dim}]",
-        )
-        if config.vace_layers is None:
-            _require(control is None, "control was given, but this model has no VACE blocks")
-        else:
-            expected = (*shape[:4], config.vace_in_channels)
-            _require(control is not None, "this is a VACE model; give control")
-            _require(control.shape == expected, f"control has shape {control.shape}; expected {expected}")
+        rows = jax.tree.leaves(prompt.main)[0].shape[-4]
+        _require(rows == shape[0], f"text has {rows} rows; expected the {shape[0]} of the latents")
+        if prompt.control is not None:
+            tokens = parallel.padded(config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH))
+            _require(
+                prompt.control.shape[:2] == (shape[0], tokens),
+                f"control has {prompt.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",
+            )
         if frame_mask is not None:
             _require(frame_mask.shape == shape[:2], f"frame_mask has shape {frame_mask.shape}; expected {shape[:2]}")
 
@@ -466,9 +527,9 @@ def _stack(block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rn
     return make(rngs)
 
 
-def _rows(parameters: nnx.State, start: int, count: int, shape: tuple[int, ...]) -> nnx.State:
+def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
     """`count` layers from `start` on, their axis folded to `shape`."""
-    return jax.tree.map(lambda p: p[start : start + count].reshape(*shape, *p.shape[1:]), parameters)
+    return jax.tree.map(lambda leaf: leaf[start : start + count].reshape(*shape, *leaf.shape[1:]), stacked)
 
 
 def unstacked(parameters: nnx.State) -> nnx.State:
