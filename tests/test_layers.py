@@ -90,6 +90,20 @@ def test_norms_keep_their_digits_far_from_zero():
     np.testing.assert_allclose(norm(small), want * np.asarray(norm.scale[...]), atol=1e-6)
 
 
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_gradient_of_the_norm_is_that_of_the_formula(mean):
+    """In float64 by hand; as far from zero as its digits allow."""
+    x, dy = np.float32(mean) + normal(0, 3, 64), normal(1, 3, 64)
+    exact, wide = np.asarray(x, np.float64), np.asarray(dy, np.float64)
+    centred = exact - exact.mean(-1, keepdims=True)
+    scale = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    y = centred * scale
+    want = scale * (wide - wide.mean(-1, keepdims=True) - y * (wide * y).mean(-1, keepdims=True))
+    got = jax.vjp(lambda x: layer_norm(x, 1e-6), x)[1](dy)[0]
+    np.testing.assert_allclose(got, want, atol=1e-6 if mean == 0 else 3e-4)
+    assert layer_norm(x.astype(jnp.bfloat16), 1e-6).dtype == jnp.float32
+
+
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 

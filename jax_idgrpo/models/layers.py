@@ -152,7 +152,7 @@ def _layer_norm_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array
 
 def _layer_norm_backward(eps: float, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array]:
     # Behind a barrier and in this form no array of the size of x is kept from the forward pass, or made before dy is there.
-    (x, mean, scale), dy = jax.lax.optimization_barrier((saved, dy))
+    x, mean, scale = jax.lax.optimization_barrier(saved)
     wide = x.astype(jnp.float32)
     slope = scale**3 * jnp.mean(dy * (wide - mean), axis=-1, keepdims=True)
     offset = slope * mean - scale * jnp.mean(dy, axis=-1, keepdims=True)
