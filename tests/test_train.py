@@ -15,7 +15,7 @@ from jax_idgrpo.errors import UserError
 def tiny(steps, grpo=None, **rollout):
     values = dict(prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1) | rollout
     return c.Config(
-        model=c.ModelConfig(rank=2, alpha=2.0, unroll=True),
+        model=c.ModelConfig(rank=2, alpha=2.0, unroll=True, remat="full"),
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(**values),
