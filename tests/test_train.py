@@ -15,7 +15,7 @@ from jax_idgrpo.errors import UserError
 def tiny(steps, grpo=None, **rollout):
     values = dict(prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1) | rollout
     return c.Config(
-        model=c.ModelConfig(rank=2, alpha=2.0, unroll=True, remat="full"),
+        model=c.ModelConfig(rank=2, alpha=2.0, unroll=True),
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(**values),
@@ -175,7 +175,9 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
     values, logged = RECIPES[recipe]
-    loop.train(tiny(2, **values), tmp_path)
+    config = tiny(2, **values)
+    exact = dataclasses.replace(config.model, remat="full")      # without, a ratio may be a unit in the last place off, by CPU
+    loop.train(dataclasses.replace(config, model=exact), tmp_path)
     for row in rows(tmp_path):
         assert row["skipped"] == 0 and row["gradient_norm"] > 0 and np.isfinite(row["policy_loss"]) and row["kl"] >= 0
         assert row.get("ratio_min", 1) == row.get("ratio_max", 1) == 1

@@ -343,7 +343,10 @@ class WanTransformer(nnx.Module):
         return self.velocity(latents, timesteps, self.prefill(text, control), control_scale, frame_mask)
 
     def prefill(self, text: Array, control: Array | None = None) -> Prompt:
-        """What `velocity` needs of text and control, as `__call__` takes them; each may have rows of its own."""
+        """What `velocity` needs of text and control, as `__call__` takes them.
+
+        Rows that share their control, as branches of a guidance do, may have it worked on once and its tokens repeated.
+        """
         config = self.config
         self._check_prompt(text, control)
         context = parallel.whole_rows(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
@@ -367,13 +370,13 @@ class WanTransformer(nnx.Module):
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
         time, modulation = (parallel.whole_rows(config.mesh, a) for a in self.condition_embedder(timesteps))
-        padding = parallel.padded(config.mesh, tokens) - tokens
+        x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
+        padding = x.shape[1] - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
         if padding and lengths is None:
             lengths = jnp.full(b, tokens, jnp.int32)
         cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rotary_tables(config.head_dim, *grid))
         conditions = Conditions(modulation, (cos, sin), lengths)
-        x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
         if prompt.control is None:
             x = self._run_plain(x, prompt, conditions)
         else:
@@ -400,8 +403,7 @@ class WanTransformer(nnx.Module):
             found = nnx.merge(graph, parallel.gathered(mesh, block)).attn2.keys(context)
             return tuple(parallel.divide_heads(mesh, x) for x in found)
 
-        policy = REMAT[self.config.remat]
-        keys = keys if policy is None else jax.checkpoint(keys, policy=policy)
+        keys = self._remat(keys)
         if self.config.unroll:
             return tuple(keys(block) for block in _unstack(parameters))
         return jax.lax.map(keys, parameters)
@@ -425,10 +427,12 @@ class WanTransformer(nnx.Module):
 
         if self.config.unroll:
             mains = zip(_unstack(blocks), prompt.main, strict=True)
-            for parameters, text, s, size in zip(_unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True):
-                c, hint = control(c, parameters, text, s)
+            for parameters, keys, s, size in zip(_unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True):
+                c, hint = control(c, parameters, keys, s)
                 for number, (block, text) in enumerate(itertools.islice(mains, size)):
-                    x = apply(block, x, text) + hint if number == 0 else apply(block, x, text)
+                    x = apply(block, x, text)
+                    if number == 0:
+                        x = x + hint
             return x
 
         def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
@@ -460,8 +464,11 @@ class WanTransformer(nnx.Module):
         def apply(block: nnx.State, x: Array, text: Keys) -> Array:
             return parallel.divide(mesh, nnx.merge(graph, parallel.gathered(mesh, block))(x, text, conditions))
 
+        return self._remat(apply), parameters
+
+    def _remat(self, function: Callable) -> Callable:
         policy = REMAT[self.config.remat]
-        return apply if policy is None else jax.checkpoint(apply, policy=policy), parameters
+        return function if policy is None else jax.checkpoint(function, policy=policy)
 
     def _scale(self, control_scale: float | Array) -> Float[Array, "G"]:
         """One scale per VACE block, in the stream's dtype so that multiplying a hint does not promote the stream."""
