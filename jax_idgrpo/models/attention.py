@@ -13,7 +13,8 @@ Sources: FlashAttention, arXiv 2205.14135 and 2307.08691 (the backward pass from
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,14 @@ from jaxtyping import Array, Float, Int
 
 from jax_idgrpo import parallel
 
-# Largest number of float32 logits that exist at once: on the CPU what stays in its cache.
+# Largest number of float32 logits of the heads that are worked on together: on the CPU what stays in its cache.
 MAX_LOGITS = {"cpu": 1 << 20}
 DEFAULT_MAX_LOGITS = 1 << 28
+
+# So many times that number exist at once in a forward pass, where whole heads fit it: a CPU loses by dividing one small product between its
+# cores what it gains, and works on independent ones side by side. Not in a backward pass: those that do not wait for each other do not
+# wait for the gradient either, and all blocks' weights would be made early and kept.
+ABREAST = {"cpu": 4}
 
 KEPT = "attention"
 """Name of what the backward pass needs of an attention beside its operands, for rematerialisation policies."""
@@ -57,7 +63,9 @@ def attention(
     elif platform == "gpu" and k.dtype == jnp.bfloat16:
         kernel = functools.partial(fused, implementation="cudnn")
     else:
-        kernel = functools.partial(exact, max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS))
+        kernel = functools.partial(
+            exact, max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS), abreast=ABREAST.get(platform, 1)
+        )
     return parallel.attend(mesh, kernel, q, k, v, lengths, split_keys)
 
 
@@ -72,28 +80,50 @@ def fused(
 
 
 def exact(
-    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], lengths: Int[Array, "B"] | None, max_logits: int
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    lengths: Int[Array, "B"] | None,
+    max_logits: int,
+    abreast: int = 1,
 ) -> Float[Array, "B N K d"]:
-    """Attention of a scaled q in plain XLA, some heads or some queries at a time; the backward pass computes the weights again."""
+    """Attention of a scaled q in plain XLA, some heads or some queries at a time; the backward pass computes the weights again.
+
+    max_logits: of the heads, or the queries of one head, that are worked on together. abreast: so many groups of heads at once, forwards.
+    """
     b, n, heads, d = q.shape
-    together, parts = _parts(b * heads, n, k.shape[1], max_logits)
+    tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, abreast)
     q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
-    q = jnp.pad(q, ((0, 0), (0, -n % parts), (0, 0)))  # queries of zeros, dropped below
+    q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # queries of zeros, dropped below
     hidden = None if lengths is None else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
-    out = _exact(q, k, v, hidden, together, parts)[:, :n]
+    out = _exact(q, k, v, hidden, tiling)[:, :n]
     return out.reshape(b, heads, n, d).swapaxes(1, 2)
 
 
-def _parts(groups: int, queries: int, keys: int, max_logits: int) -> tuple[int, int]:
-    """(heads worked on together, parts that the queries are cut into)."""
-    together = max(size for size in range(1, groups + 1) if groups % size == 0 and (size == 1 or size * queries * keys <= max_logits))
-    return together, min(queries, -(-queries * keys * together // max_logits))
+class Tiling(NamedTuple):
+    """How an attention is worked through: `together` heads as one product, `abreast` such products at once, queries in `parts`."""
+
+    together: int
+    abreast: int
+    parts: int
+
+    @classmethod
+    def of(cls, groups: int, queries: int, keys: int, max_logits: int, abreast: int) -> "Tiling":
+        """That of `groups` heads, whose number `together` times `abreast` divides."""
+        together = _largest_divisor(groups, max_logits // (queries * keys))
+        parts = min(queries, -(-queries * keys * together // max_logits))
+        return cls(together, _largest_divisor(groups // together, abreast) if parts == 1 else 1, parts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _exact(q: Array, k: Array, v: Array, hidden: Array | None, together: int, parts: int) -> Array:
-    """q [G,N,d], k and v [G,M,d], hidden [G,M] -> [G,N,d]; `parts` divides N, `together` divides G."""
-    return _exact_forward(q, k, v, hidden, together, parts)[0]
+def _largest_divisor(number: int, bound: int) -> int:
+    """The largest one up to the bound; 1 where there is none."""
+    return max(size for size in range(1, number + 1) if number % size == 0 and size <= max(1, bound))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _exact(q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling) -> Array:
+    """q [G,N,d], k and v [G,M,d], hidden [G,M] -> [G,N,d]; the tiling is one of G heads, its parts divide N."""
+    return _exact_forward(q, k, v, hidden, tiling)[0]
 
 
 def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
@@ -101,8 +131,19 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
     return logits if hidden is None else jnp.where(hidden[:, None, :], jnp.finfo(jnp.float32).min, logits)
 
 
-def _map(function, arrays, size: int):
-    """`function` over the leading axis of the arrays, `size` rows at a time."""
+def _abreast(function: Callable, size: int) -> Callable:
+    """`function` of arrays, over their leading axis `size` rows at a time, none waiting for another."""
+
+    def whole(*arrays: Any) -> Any:
+        count = len(jax.tree.leaves(arrays)[0]) // size
+        pieces = [function(*jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays)) for i in range(count)]
+        return pieces[0] if count == 1 else jax.tree.map(lambda *found: jnp.concatenate(found), *pieces)
+
+    return whole
+
+
+def _map(function: Callable, arrays: Any, size: int) -> Any:
+    """`function` over the leading axis of the arrays, `size` rows after `size` rows."""
     count = len(jax.tree.leaves(arrays)[0]) // size
     if count == 1:
         return function(arrays)
@@ -110,7 +151,7 @@ def _map(function, arrays, size: int):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
 
 
-def _map_in_place(function, arrays, others, size: int):
+def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> Any:
     """`_map` of a function of arrays and others that returns new arrays, each of which takes the place of the one it comes from.
 
     A map's own output is zeros before the loop, which on a CPU wait in memory from the program's start.
@@ -136,7 +177,7 @@ def _join(x: Array) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, together: int, parts: int) -> tuple[Array, tuple]:
+def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling) -> tuple[Array, tuple]:
     def heads(arrays: tuple) -> tuple[Array, Array]:
         q, k, v, hidden = arrays
 
@@ -148,15 +189,15 @@ def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, together:
             out = jnp.einsum("gnm,gmd->gnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
             return out.astype(v.dtype), top + jnp.log(total)
 
-        if parts == 1:
+        if tiling.parts == 1:
             return queries(q)
-        return jax.tree.map(_join, jax.lax.map(queries, _cut(q, parts)))
+        return jax.tree.map(_join, jax.lax.map(queries, _cut(q, tiling.parts)))
 
-    out, log_total = checkpoint_name(_map(heads, (q, k, v, hidden), together), KEPT)
+    out, log_total = checkpoint_name(_map(_abreast(heads, tiling.together), (q, k, v, hidden), tiling.together * tiling.abreast), KEPT)
     return out, (q, k, v, hidden, out, log_total)
 
 
-def _exact_backward(together: int, parts: int, saved: tuple, gradient: Array) -> tuple:
+def _exact_backward(tiling: Tiling, saved: tuple, gradient: Array) -> tuple:
     def heads(operands: tuple[Array, Array, Array], others: tuple) -> tuple[Array, Array, Array]:
         (q, k, v), (hidden, out, log_total, gradient) = operands, others
 
@@ -173,14 +214,14 @@ def _exact_backward(together: int, parts: int, saved: tuple, gradient: Array) ->
 
         nothing = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
         over = (q, out, log_total, gradient)
-        if parts == 1:
+        if tiling.parts == 1:
             (dk, dv), dq = queries(nothing, over)
         else:
-            (dk, dv), dq = jax.lax.scan(queries, nothing, jax.tree.map(lambda x: _cut(x, parts), over))
+            (dk, dv), dq = jax.lax.scan(queries, nothing, jax.tree.map(lambda x: _cut(x, tiling.parts), over))
             dq = _join(dq)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
-    return *_map_in_place(heads, saved[:3], (*saved[3:], gradient), together), None
+    return *_map_in_place(heads, saved[:3], (*saved[3:], gradient), tiling.together), None
 
 
 _exact.defvjp(_exact_forward, _exact_backward)
