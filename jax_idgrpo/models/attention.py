@@ -134,9 +134,9 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
 def _abreast(function: Callable, size: int) -> Callable:
     """`function` of arrays, over their leading axis `size` rows at a time, none waiting for another."""
 
-    def whole(*arrays: Any) -> Any:
+    def whole(arrays: Any) -> Any:
         count = len(jax.tree.leaves(arrays)[0]) // size
-        pieces = [function(*jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays)) for i in range(count)]
+        pieces = [function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays)) for i in range(count)]
         return pieces[0] if count == 1 else jax.tree.map(lambda *found: jnp.concatenate(found), *pieces)
 
     return whole
