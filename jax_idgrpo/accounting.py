@@ -15,6 +15,10 @@ from jax.interpreters import partial_eval
 # ---- arithmetic ----------------------------------------------------------------------------------------------------------
 
 
+# Products of cuDNN's flash attention: q k and weights v; backwards q k again, and those that make the gradients of v, weights, q and k.
+FLASH = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def flops(jaxpr: ClosedJaxpr) -> float:
     """Floating-point operations of the products and convolutions of a jaxpr, on all devices together.
 
@@ -41,6 +45,9 @@ def _flops(equation: Any) -> float:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
+    if name in FLASH:
+        q, k = (equation.invars[operand].aval.shape for operand in (0, 1))     # [B,N,K,d], [B,M,K,d]
+        return 2.0 * FLASH[name] * math.prod(q) * k[1]
     inner = [_count(body) for value in parameters.values() for body in _bodies(value)]
     if name == "cond":
         return max(inner, default=0.0)

@@ -15,6 +15,7 @@ The compiler's own cost analysis counts a loop body once, which is why programs 
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ from jax_idgrpo.conditioning import MASK_CHANNELS, Conditioning
 from jax_idgrpo.config import Config, MeshConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluate import evaluated, make_reward
+from jax_idgrpo.models.attention import fused
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEConfig, WanVAE
@@ -83,27 +85,108 @@ CHIPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the GPU compiler asks of a device that is not here, in its own units; `device` is JAX's name of it."""
+
+    device: str
+    cores: int
+    fpus_per_core: int
+    clock_ghz: float
+    l2_cache: int
+    shared_memory_per_core: int
+    memory: int
+    bandwidth: int
+    capability: str
+
+
+# Figures: openxla/xla, xla/backends/gpu/target_config/specs.
+HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 41_943_040, 167_936, 85_100_068_864, 2_039_040_000_000, "major: 8"),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 128, 1.98, 52_428_800, 233_472, 84_942_979_072, 3_352_320_000_000, HOPPER),
+    "h200": Gpu("NVIDIA H200", 132, 128, 1.98, 52_428_800, 233_472, 151_397_597_184, 4_800_000_000_000, HOPPER),
+}
+
+
+# The compiler times its own kernels for a product against cuBLAS's on the device; without one, cuBLAS's are taken.
+ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
+
+
+def _target(gpu: Gpu) -> str:
+    """The GPU compiler's description of a device (a text of its `GpuTargetConfigProto`)."""
+    return f"""
+        gpu_device_info {{
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          core_count: {gpu.cores} fpus_per_core: {gpu.fpus_per_core} clock_rate_ghz: {gpu.clock_ghz}
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_memory_per_core}
+          shared_memory_per_block_optin: {gpu.shared_memory_per_core - 1024}
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          l2_cache_size: {gpu.l2_cache} device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth}
+          cuda_compute_capability {{ {gpu.capability} }}
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 12 minor: 8 }}
+        device_description_str: "{gpu.device}"
+    """
+
+
 def devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology: "v5p:4x4x4" and the like for TPUs, "cpu:8" for virtual CPU devices, "gpu" for this machine's.
+    """The devices of a topology: "v5p:4x4x4" and the like for TPUs, "h200:8" or "h200:4x8" for 8 GPUs or 4 hosts of 8, "cpu:8" for
+    virtual CPU devices, "gpu" for this machine's.
 
     Raises:
       UserError: there is no such topology, or what it needs is not here.
     """
     name, _, shape = topology.partition(":")
     if name == "cpu":
-        if not re.fullmatch(r"[1-9]\d*", shape):
-            raise UserError(f"--topology {topology}: cpu takes a number of devices, as in cpu:8")
-        with contextlib.suppress(RuntimeError):     # JAX has started: it has the devices that it has
-            jax.config.update("jax_num_cpu_devices", int(shape))
-        here = jax.devices("cpu")
-        if len(here) < int(shape):
-            raise UserError(f"--topology {topology}: JAX has started with {len(here)} CPU devices; plan in a process of its own")
-        return here[: int(shape)]
+        return _cpus(topology, shape)
+    if name in GPUS:
+        return _gpus(topology, GPUS[name], shape)
     if name == "gpu":
         try:
             return jax.devices("gpu")
         except RuntimeError:
-            raise UserError("--topology gpu: JAX finds no GPU here; install the cuda extra on a machine that has one") from None
+            raise UserError(
+                "--topology gpu: JAX finds no GPU here; install the cuda extra on a machine that has one, or name GPUs, as in h200:8"
+            ) from None
+    return _tpus(topology)
+
+
+def _cpus(topology: str, shape: str) -> list[jax.Device]:
+    if not re.fullmatch(r"[1-9]\d*", shape):
+        raise UserError(f"--topology {topology}: cpu takes a number of devices, as in cpu:8")
+    with contextlib.suppress(RuntimeError):     # JAX has started: it has the devices that it has
+        jax.config.update("jax_num_cpu_devices", int(shape))
+    here = jax.devices("cpu")
+    if len(here) < int(shape):
+        raise UserError(f"--topology {topology}: JAX has started with {len(here)} CPU devices; plan in a process of its own")
+    return here[: int(shape)]
+
+
+def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
+    if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
+        raise UserError(f"--topology {topology}: GPUs take a number, or hosts x GPUs of each, as in h200:8 or h200:4x8")
+    from jax.experimental import topologies
+
+    jax.config.update("jax_platforms", "cpu")     # with this the plugin does not look for a GPU before it compiles
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=_target(gpu), topology=f"1x{shape}" if "x" in shape else f"1x1x{shape}"
+        ).devices
+        tokens = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+        jax.eval_shape(functools.partial(fused, lengths=None, implementation="cudnn"), tokens, tokens, tokens)   # wants cuDNN
+    except (NotImplementedError, RuntimeError):
+        raise UserError(
+            f"--topology {topology}: the GPU compiler, or cuDNN, is not installed; pip install 'jax-idgrpo[cuda]'"
+        ) from None
+    return found
+
+
+def _tpus(topology: str) -> list[jax.Device]:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"     # this machine need not be a TPU's
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"     # only one process may hold a TPU, but several may compile
     from jax.experimental import topologies
@@ -114,7 +197,7 @@ def devices(topology: str) -> list[jax.Device]:
         if "not installed" in str(error):
             raise UserError(f"--topology {topology}: the TPU compiler is not installed; pip install 'jax-idgrpo[tpu]'") from None
         raise UserError(
-            f"--topology {topology}: the TPU compiler knows no such slice; use one such as v5e:4x4, v6e:8x8, v5p:4x4x4, cpu:8, or gpu"
+            f"--topology {topology}: no such slice; use one such as v5e:4x4, v6e:8x8, v5p:4x4x4, h200:8, cpu:8, or gpu"
         ) from None
 
 
@@ -325,15 +408,15 @@ class Cost:
     note: str = ""
 
 
-def measure(program: Program, mesh: Mesh, chip: Chip | None) -> Cost:
-    """Compile one program and count it."""
+def measure(program: Program, mesh: Mesh, chip: Chip | None, options: dict[str, Any] | None = None) -> Cost:
+    """Compile one program, with the compiler's `options`, and count it."""
     began = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.options)
     arithmetic = flops(traced.jaxpr) / mesh.size
     lowered = traced.lower()
     size = len(lowered.as_text())
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -386,13 +469,14 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
     found = devices(topology)
     parts = networks(config, sizes)
     chip = CHIPS.get(found[0].device_kind)
+    options = ABSENT_GPU if topology.partition(":")[0] in GPUS else None
     tried: list[dict[str, Any]] = []
     if search:
         share = config.trained_rows // config.grpo.updates
         for chosen, rows in itertools.islice(meshes(len(found), parts, share), search):
             candidate = dataclasses.replace(config, mesh=chosen, rollout=dataclasses.replace(config.rollout, micro_batch=rows))
             mesh = parallel.make_mesh(chosen, found)
-            costs = [measure(each, mesh, chip) for each in programs(candidate, parts, mesh) if each.name in ("rollout", "update")]
+            costs = [measure(each, mesh, chip, options) for each in programs(candidate, parts, mesh) if each.name in ("rollout", "update")]
             tried.append({"mesh": dataclasses.asdict(chosen), "micro_batch": rows, "costs": [dataclasses.asdict(cost) for cost in costs]})
             total = sum(cost.calls * (cost.seconds or math.inf) for cost in costs)
             tried[-1] |= {"fits": all(cost.fits for cost in costs), "seconds_per_step": total, "config": candidate}
@@ -405,7 +489,7 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
     costs = []
     for program in programs(config, parts, mesh):
         if not wanted or program.name in wanted:
-            costs.append(measure(program, mesh, chip))
+            costs.append(measure(program, mesh, chip, options))
             print(row(costs[-1]), flush=True)
     heading = (
         f"{topology}, {len(found)} x {found[0].device_kind}, mesh {_sizes(mesh)}, {config.rows_per_call} rows per call, "

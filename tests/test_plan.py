@@ -111,6 +111,7 @@ def test_meshes_that_are_searched_divide_everything():
     "options, said",
     [
         (["--topology", "cpu:none"], "--topology cpu:none: cpu takes a number of devices"),
+        (["--topology", "h200:eight"], "--topology h200:eight: GPUs take a number, or hosts x GPUs of each"),
         (["--topology", "gpu"], "--topology gpu: JAX finds no GPU here"),
         (["--topology", "cpu:1", "--sizes", "7b"], "--sizes 7b: unknown; choose 1.3b or 14b"),
         (["--topology", "cpu:1"], "pass --sizes 1.3b or 14b"),
@@ -127,11 +128,27 @@ def test_an_unknown_slice_and_a_missing_compiler_say_what_to_do():
     try:
         import libtpu  # noqa: F401
 
-        said = "--topology v9z:4x4: the TPU compiler knows no such slice"
+        said = "--topology v9z:4x4: no such slice"
     except ImportError:
         said = "pip install 'jax-idgrpo\\[tpu\\]'"
     with pytest.raises(UserError, match=said):
         plan.devices("v9z:4x4")
+
+
+def test_gpus_that_are_not_here(tmp_path, capsys):
+    """With the compiler of the cuda extra a plan for GPUs is made; without it one line says what to install."""
+    mesh = ["--topology", "h200:2", "--mesh.data", "1", "--mesh.fsdp", "2", "--rollout.micro_batch", "16"]
+    asked = ["plan", str(CONFIGS / "vace_1_3b.py"), "--sizes", "1.3b", "--programs", "rollout", "--out", str(tmp_path / "plan"), *mesh]
+    try:
+        found = plan.devices("h200:2")
+    except UserError as error:
+        assert "pip install 'jax-idgrpo[cuda]'" in str(error)
+        return
+    assert [device.device_kind for device in found] == ["NVIDIA H200"] * 2
+    run(asked)
+    assert "2 x NVIDIA H200, mesh fsdp 2" in capsys.readouterr().out
+    cost = json.loads((tmp_path / "plan" / "plan.json").read_text())["programs"][0]
+    assert cost["fits"] and cost["received"] > 0
 
 
 def test_record_is_json(tmp_path):

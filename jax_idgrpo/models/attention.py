@@ -34,11 +34,18 @@ DEFAULT_MAX_LOGITS = 1 << 28
 # wait for the gradient either, and all blocks' weights would be made early and kept.
 ABREAST = {"cpu": 4}
 
-KEPT = "attention"
-"""Name of what the backward pass needs of an attention beside its operands, for rematerialisation policies."""
+KEPT = "attention"  # name of what the backward pass needs of an attention beside its operands
+CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive of cuDNN's forward pass, whose outputs cannot be named from outside
+
+_named = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 LANES = 128  # of a TPU: blocks of a kernel are multiples of it
 LARGEST_BLOCK = 1024
+
+
+def kept(primitive: Any, *values: Any, **parameters: Any) -> Any:
+    """The rematerialisation policy (of `jax.checkpoint`) that keeps what attention's backward pass needs, whichever kernel it is."""
+    return primitive.name == CUDNN or _named(primitive, *values, **parameters)
 
 
 def attention(
@@ -72,8 +79,14 @@ def attention(
 def fused(
     q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], lengths: Int[Array, "B"] | None, implementation: str
 ) -> Float[Array, "B N K d"]:
-    """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library."""
-    return jax.nn.dot_product_attention(q, k, v, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation)
+    """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library.
+
+    Its log-sum-exp, which the backward pass needs, is asked for always: so a rollout runs the same kernel as its replay.
+    """
+    out, _ = jax.nn.dot_product_attention(
+        q, k, v, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation, return_residual=True
+    )
+    return out
 
 
 # ---- exact ---------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_idgrpo import parallel
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.attention import KEPT, attention
+from jax_idgrpo.models.attention import attention, kept
 from jax_idgrpo.models.layers import (
     FLOAT32,
     Dtypes,
@@ -44,7 +44,7 @@ PATCH = 2  # rows and columns of latents in one token; one latent frame deep
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "attention": kept,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
