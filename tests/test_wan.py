@@ -246,13 +246,29 @@ def test_leaf_dtypes():
         assert leaf.get_value().dtype == (jnp.float32 if small else jnp.bfloat16), name
 
 
-def test_matrix_products_take_bfloat16_operands():
+@pytest.mark.parametrize("rank", [0, 2])
+def test_matrix_products_take_bfloat16_operands(rank):
     """All but the timestep's three layers and the head; none of the streams is promoted, scale or no scale."""
-    products = [e for e in program(TINY, "bfloat16") if e.primitive.name == "dot_general"]
-    assert sum(any(v.aval.dtype == jnp.float32 for v in e.invars) for e in products) == 4
+    products = [e for e in program(dataclasses.replace(TINY, rank=rank, alpha=2.0), "bfloat16") if e.primitive.name == "dot_general"]
+    assert sum(wide(e) for e in products) == 4
     assert all(e.outvars[0].aval.dtype == jnp.float32 for e in products)
     carries = [v.aval.dtype for e in program(TINY, "bfloat16") if e.primitive.name == "scan" for v in e.outvars]
     assert set(carries) == {jnp.dtype("bfloat16")}
+
+
+def wide(product) -> bool:
+    return any(operand.aval.dtype == jnp.float32 for operand in product.invars)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float32_means_float32_on_every_machine(dtype):
+    """A TPU rounds the operands of a float32 product to bfloat16, and a GPU to TF32, unless all their bits are asked for."""
+    config = dataclasses.replace(TINY, rank=2, alpha=2.0)
+    graph = nnx.graphdef(abstract(config, dtype))
+    gradient = jax.make_jaxpr(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(*inputs(), SCALE))))
+    found = [e for e in equations(gradient(random_state(config, dtype)).jaxpr) if e.primitive.name == "dot_general" and wide(e)]
+    assert len(found) > 8
+    assert all(e.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for e in found)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
     cpu              exact: logits and softmax in float32, worked through in parts that fit the cache
     gpu, bfloat16    cuDNN flash attention, through `jax.nn.dot_product_attention`
-    gpu, float32     exact: cuDNN has no float32 kernel
-    tpu              splash attention, a Pallas kernel that comes with JAX
+    tpu, bfloat16    splash attention, a Pallas kernel that comes with JAX
+    else             exact: the kernels of GPU and TPU have no float32 that is worth its name
 
 Keys are hidden from a row's length on, a right tail: padding always stands behind what counts. All of them keep logits and softmax in
 float32, and none holds more logits at once than a bound.
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo import parallel
+from jax_idgrpo.models.layers import precision
 
 # Largest number of float32 logits of the heads that are worked on together: on the CPU what stays in its cache.
 MAX_LOGITS = {"cpu": 1 << 20}
@@ -65,9 +66,10 @@ def attention(
     """
     platform = parallel.platform(mesh)
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(k.dtype)
-    if platform == "tpu":
+    narrow = k.dtype == jnp.bfloat16
+    if narrow and platform == "tpu":
         kernel = splash
-    elif platform == "gpu" and k.dtype == jnp.bfloat16:
+    elif narrow and platform == "gpu":
         kernel = functools.partial(fused, implementation="cudnn")
     else:
         kernel = functools.partial(
@@ -139,8 +141,13 @@ def _exact(q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling) -
     return _exact_forward(q, k, v, hidden, tiling)[0]
 
 
+def _product(axes: str, x: Array, y: Array) -> Array:
+    """`jnp.einsum`, with all the bits of its operands, in float32."""
+    return jnp.einsum(axes, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
+
+
 def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
-    logits = jnp.einsum("gnd,gmd->gnm", q, k, preferred_element_type=jnp.float32)
+    logits = _product("gnd,gmd->gnm", q, k)
     return logits if hidden is None else jnp.where(hidden[:, None, :], jnp.finfo(jnp.float32).min, logits)
 
 
@@ -199,7 +206,7 @@ def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, tiling: T
             top = jnp.max(logits, axis=-1, keepdims=True)
             weights = jnp.exp(logits - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = jnp.einsum("gnm,gmd->gnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+            out = _product("gnm,gmd->gnd", weights.astype(v.dtype), v) / total
             return out.astype(v.dtype), top + jnp.log(total)
 
         if tiling.parts == 1:
@@ -217,12 +224,12 @@ def _exact_backward(tiling: Tiling, saved: tuple, gradient: Array) -> tuple:
         def queries(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
             q, out, log_total, gradient = part
             weights = jnp.exp(_weights(q, k, hidden) - log_total)
-            dv = jnp.einsum("gnm,gnd->gmd", weights.astype(v.dtype), gradient, preferred_element_type=jnp.float32)
-            dweights = jnp.einsum("gnd,gmd->gnm", gradient, v, preferred_element_type=jnp.float32)
+            dv = _product("gnm,gnd->gmd", weights.astype(v.dtype), gradient)
+            dweights = _product("gnd,gmd->gnm", gradient, v)
             delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
             dlogits = (weights * (dweights - delta)).astype(q.dtype)
-            dq = jnp.einsum("gnm,gmd->gnd", dlogits, k, preferred_element_type=jnp.float32)
-            dk = jnp.einsum("gnm,gnd->gmd", dlogits, q, preferred_element_type=jnp.float32)
+            dq = _product("gnm,gmd->gnd", dlogits, k)
+            dk = _product("gnm,gnd->gmd", dlogits, q)
             return (sums[0] + dk, sums[1] + dv), dq
 
         nothing = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))

@@ -48,6 +48,17 @@ class LoRAParam(nnx.Param):
     """A leaf of a low-rank adapter; `nnx.state(model, LoRAParam)` is everything that reinforcement learning trains."""
 
 
+def precision(*operands: Array) -> jax.lax.Precision:
+    """Of a product: all bits of float32 operands, which a TPU would round to bfloat16 and a GPU to TF32 by default."""
+    wide = any(operand.dtype == jnp.float32 for operand in operands)
+    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
+
+
+def product(x: Array, y: Array, axes: int | tuple = 1) -> Array:
+    """`jnp.tensordot`, accumulated and returned in float32, with all the bits of its operands."""
+    return jnp.tensordot(x, y, axes, precision=precision(x, y), preferred_element_type=jnp.float32)
+
+
 @jax.custom_vjp
 def matmul(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
     """x W, accumulated and returned in float32; the backward products take the operands' dtype too.
@@ -55,7 +66,7 @@ def matmul(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Floa
     The gradient of W sums over all tokens. On the CPU that is one product over flattened tokens, twice as fast; elsewhere
     the axes stay apart, because flattening two sharded axes would gather them.
     """
-    return jnp.dot(x, kernel, preferred_element_type=jnp.float32)
+    return product(x, kernel)
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -65,14 +76,14 @@ def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     dy = dy.astype(x.dtype)
-    dx = jnp.dot(dy, kernel.T, preferred_element_type=jnp.float32).astype(x.dtype)
+    dx = product(dy, kernel.T).astype(x.dtype)
     dkernel = jax.lax.platform_dependent(x, dy, cpu=_kernel_gradient_flat, default=_kernel_gradient)
     return dx, dkernel.astype(kernel.dtype)
 
 
 def _kernel_gradient(x: Array, dy: Array) -> Array:
     tokens = tuple(range(x.ndim - 1))
-    return jnp.tensordot(x, dy, (tokens, tokens), preferred_element_type=jnp.float32)
+    return product(x, dy, (tokens, tokens))
 
 
 def _kernel_gradient_flat(x: Array, dy: Array) -> Array:
@@ -88,8 +99,8 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
     """y = x W + b + (alpha / R) (x A) B; rank 0 is a plain layer.
 
-    W [in, out] and b [out] are stored in `dtypes.parameters` and multiplied in `dtypes.compute`; A [in, R] and B [R, out]
-    are float32 and so is their product. A ~ N(0, 1/R^2) and B = 0, so a fresh adapter leaves the layer bit-equal.
+    W [in, out] and b [out] are stored in `dtypes.parameters`, A [in, R] and B [R, out] in float32; operands of the products are
+    `dtypes.compute`, sums float32. A ~ N(0, 1/R^2) and B = 0, so a fresh adapter leaves the layer bit-equal.
     """
 
     def __init__(
@@ -117,7 +128,8 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         if self.rank:
-            y = y + (self.alpha / self.rank) * matmul(matmul(x.astype(jnp.float32), self.lora_a[...]), self.lora_b[...])
+            a, b = (factor[...].astype(self.compute) for factor in (self.lora_a, self.lora_b))
+            y = y + (self.alpha / self.rank) * matmul(matmul(x, a).astype(self.compute), b)
         return y.astype(self.compute)
 
 

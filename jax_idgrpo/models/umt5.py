@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import Dtypes, Linear, RMSNorm
+from jax_idgrpo.models.layers import Dtypes, Linear, RMSNorm, precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +89,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
         q, k, v = (layer(x).reshape(*x.shape[:2], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision(q, k), preferred_element_type=jnp.float32)
         logits = logits + jnp.moveaxis(self.relative_bias[...].astype(jnp.float32)[buckets], -1, 0)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision(weights, v))
         return self.o(out.reshape(*x.shape[:2], -1))
 
 
