@@ -10,6 +10,8 @@ import pytest
 from jax_idgrpo.accounting import flops
 from jax_idgrpo.models.attention import LANES, LARGEST_BLOCK, attention, block, exact, fused, kept, splash
 
+CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
@@ -80,9 +82,9 @@ def test_memory_is_bounded():
 @pytest.mark.parametrize("keys, lengths", [(130, None), (77, [5, 77])])
 def test_the_kernels_agree(keys, lengths):
     """cuDNN's call in its plain form, and the TPU kernel's instructions run one by one: no multiple of a block, short heads."""
-    q, k, v = normal(0, 2, 129, 2, 24) / 24**0.5, normal(1, 2, keys, 2, 24), normal(2, 2, keys, 2, 24)
+    q, k, v = normal(0, 2, 129, 2, 20) / 20**0.5, normal(1, 2, keys, 2, 20), normal(2, 2, keys, 2, 20)
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    want = reference(q * 24**0.5, k, v, lengths)
+    want = reference(q * 20**0.5, k, v, lengths)
     kernels = {
         "exact": functools.partial(exact, max_logits=1 << 12),
         "fused": functools.partial(fused, implementation="xla"),
@@ -97,6 +99,17 @@ def test_the_kernels_agree(keys, lengths):
             np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("tokens, keys, lengths, d", [(5, 4, None, 8), (4, 5, None, 8), (5, 5, [2, 5], 12), (4, 4, None, 128)])
+def test_cudnn_takes_every_shape(tokens, keys, lengths, d, monkeypatch):
+    """Its gradient is refused by JAX for odd numbers of tokens, and all of it for heads of no multiple of 8."""
+    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)     # for the trace alone
+    shapes = [jax.ShapeDtypeStruct((2, count, 3, d), jnp.bfloat16) for count in (tokens, keys, keys)]
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    kernel = functools.partial(fused, lengths=lengths, implementation="cudnn")
+    found = jax.eval_shape(jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v)), (0, 1, 2)), *shapes)
+    assert [x.shape for x in found] == [x.shape for x in shapes]
+
+
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 512, 4290, 5070, 35_880])
 def test_blocks_of_the_kernel_leave_little_padding(length):
     size = block(length)
@@ -107,7 +120,7 @@ def test_blocks_of_the_kernel_leave_little_padding(length):
 @pytest.mark.parametrize("kernel", [attention, functools.partial(fused, lengths=None, implementation="cudnn")])
 def test_rematerialisation_can_keep_the_output(kernel, monkeypatch):
     """With the policy the forward pass of attention is not run again: 5 products of the gradient, and 2 of the forward pass."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)     # for the trace alone
+    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)     # for the trace alone
 
     def products(policy):
         def loss(q, k, v):

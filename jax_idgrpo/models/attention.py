@@ -83,12 +83,20 @@ def fused(
 ) -> Float[Array, "B N K d"]:
     """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library.
 
-    Its log-sum-exp, which the backward pass needs, is asked for always: so a rollout runs the same kernel as its replay.
+    That one takes an even number of tokens and heads of a multiple of 8: what is not is padded, and the padding is hidden. Its log-sum-exp,
+    which the backward pass needs, is asked for always, so that a rollout runs the same kernel as its replay.
     """
+    n, m, d = q.shape[1], k.shape[1], q.shape[-1]
+
+    def fit(x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, -d % 8)))
+
+    if lengths is None and m % 2:
+        lengths = jnp.full(len(q), m, jnp.int32)
     out, _ = jax.nn.dot_product_attention(
-        q, k, v, scale=1.0, key_value_seq_lengths=lengths, implementation=implementation, return_residual=True
+        fit(q), fit(k), fit(v), scale=1.0, key_value_seq_lengths=lengths, implementation=implementation, return_residual=True
     )
-    return out
+    return out[:, :n, :, :d]
 
 
 # ---- exact ---------------------------------------------------------------------------------------------------------------
