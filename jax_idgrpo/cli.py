@@ -321,7 +321,8 @@ def main() -> None:
     """Entry point of the `idgrpo` program. Exit status: 0 done, 1 a process was lost, 2 a user's mistake, 130 interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")      # of a GPU's memory, as `plan` counts on; JAX takes 0.75
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (programs := programs_folder(os.environ)):
+    planning = sys.argv[1:2] == ["plan"]     # what it compiles is for a machine that is not here, and cannot be read back without it
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not planning and (programs := programs_folder(os.environ)):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

@@ -172,6 +172,7 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
         raise UserError(f"--topology {topology}: GPUs take a number, or hosts x GPUs of each, as in h200:8 or h200:4x8")
     from jax.experimental import topologies
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")     # else the compiler says several times that there is no driver
     jax.config.update("jax_platforms", "cpu")     # with this the plugin does not look for a GPU before it compiles
     try:
         found = topologies.get_topology_desc(
@@ -186,8 +187,14 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
     return found
 
 
+# Where libtpu would run, if it ran; it complains when it finds none.
+NOWHERE = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
 def _tpus(topology: str) -> list[jax.Device]:
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"     # this machine need not be a TPU's
+    for name, value in NOWHERE.items():
+        os.environ.setdefault(name, value)
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"     # only one process may hold a TPU, but several may compile
     from jax.experimental import topologies
 
