@@ -1,12 +1,13 @@
 """What the user types: what is called, and what a mistake answers (one line, status 2, no traceback, nothing written)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jax_idgrpo import cli, config
+from jax_idgrpo import cli, config, plan
 from jax_idgrpo.errors import UserError
 
 CONFIG = """
@@ -167,3 +168,14 @@ def test_programs_are_kept_in_the_users_cache_or_nowhere(tmp_path):
     (tmp_path / "file").touch()
     for environment in ({}, {"HOME": ""}, {"HOME": str(tmp_path / "file")}):
         assert cli.programs_folder(environment) is None
+
+
+@pytest.mark.parametrize("command, kept", [("train", True), ("plan", False)])
+def test_what_a_command_asks_of_jax(command, kept, tmp_path, monkeypatch):
+    """As much of a GPU as a plan counts on; and a plan's programs, which only the planned machine could read, are not kept."""
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
+    monkeypatch.setattr("sys.argv", ["idgrpo", command])
+    monkeypatch.setattr(cli, "run", lambda arguments: None)
+    cli.main()
+    assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(1 - plan.SPARE)
+    assert ("JAX_COMPILATION_CACHE_DIR" in os.environ) == kept
