@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_idgrpo.accounting import flops
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstacked, vace_1_3b, vace_14b, wan_1_3b, wan_14b
@@ -139,6 +140,22 @@ def test_scan_unroll_and_remat_agree(change):
     assert relative_error(other_value, value) < 1e-5
     for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max() + 1e-6))
+
+
+def test_rematerialisation_keeps_what_it_says():
+    """"attention" runs the linear layers again, "dots" the attentions, and "full" both."""
+
+    def again(remat):
+        return work(remat) - work("none")
+
+    def work(remat):
+        graph, state = nnx.split(abstract(dataclasses.replace(TINY, remat=remat)))
+        loss = jax.value_and_grad(lambda state: jnp.sum(nnx.merge(graph, state)(*inputs(), SCALE)))
+        return flops(jax.make_jaxpr(loss)(state))
+
+    attentions = 4 * 2 * TINY.width * (TINY.num_layers + 3) * 18 * (18 + 5)     # of 18 tokens with themselves and with the text's 5
+    assert again("dots") == attentions
+    assert again("full") == again("dots") + again("attention") > 2 * attentions
 
 
 def test_an_unrolled_policy_holds_its_blocks_apart_and_copies_no_weight():
