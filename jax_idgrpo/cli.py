@@ -214,7 +214,7 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
-    slices = "a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; cpu:8; or gpu, this machine's"
+    slices = "a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; GPUs such as h200:8 or h100:4x8; cpu:8; or gpu, this machine's"
     parser.add_argument("--topology", required=True, metavar="T", help=slices)
     parser.add_argument("--sizes", metavar="S", help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine")
     parser.add_argument("--programs", nargs="+", default=[], metavar="NAME", help="only these, such as rollout update; default: all")
