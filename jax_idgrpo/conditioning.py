@@ -85,7 +85,7 @@ class Conditioning:
     @property
     def video_start(self) -> Int[Values, "P"]:
         """The first video frame of each row."""
-        return self.references if self.tail is None else jnp.zeros_like(self.references)
+        return self.references if self.tail is None else self.references - self.references  # zeros that come from no host
 
     def video_frames(self, max_people: int) -> int:
         """T, the latent frames of the video."""
