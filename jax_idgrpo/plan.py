@@ -87,27 +87,24 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the GPU compiler asks of a device that is not here, in its own units; `device` is JAX's name of it."""
+    """What the GPU compiler asks of a device that is not here, beside what its `Chip` says; sizes in bytes."""
 
-    device: str
+    device: str     # JAX's name of it
+    capability: str
     cores: int
     fpus_per_core: int
     clock_ghz: float
     l2_cache: int
     shared_memory_per_core: int
-    memory: int
-    bandwidth: int
-    capability: str
 
 
 # Figures: openxla/xla, xla/backends/gpu/target_config/specs.
-HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"
+HOPPER = ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128, 1.98, 52_428_800, 233_472)
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 41_943_040, 167_936, 85_100_068_864, 2_039_040_000_000, "major: 8"),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 128, 1.98, 52_428_800, 233_472, 84_942_979_072, 3_352_320_000_000, HOPPER),
-    "h200": Gpu("NVIDIA H200", 132, 128, 1.98, 52_428_800, 233_472, 151_397_597_184, 4_800_000_000_000, HOPPER),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 1.41, 41_943_040, 167_936),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", *HOPPER),
+    "h200": Gpu("NVIDIA H200", *HOPPER),
 }
-
 
 # The compiler times its own kernels for a product against cuBLAS's on the device; without one, cuBLAS's are taken.
 ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
@@ -115,6 +112,7 @@ ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 def _target(gpu: Gpu) -> str:
     """The GPU compiler's description of a device (a text of its `GpuTargetConfigProto`)."""
+    chip = CHIPS[gpu.device]
     return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -124,7 +122,7 @@ def _target(gpu: Gpu) -> str:
           shared_memory_per_block: 49152 shared_memory_per_core: {gpu.shared_memory_per_core}
           shared_memory_per_block_optin: {gpu.shared_memory_per_core - 1024}
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          l2_cache_size: {gpu.l2_cache} device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth}
+          l2_cache_size: {gpu.l2_cache} device_memory_size: {chip.memory:.0f} memory_bandwidth: {chip.bandwidth:.0f}
           cuda_compute_capability {{ {gpu.capability} }}
         }}
         platform_name: "CUDA"
@@ -180,9 +178,9 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
         ).devices
         tokens = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
         jax.eval_shape(functools.partial(fused, lengths=None, implementation="cudnn"), tokens, tokens, tokens)   # wants cuDNN
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError as error:
         raise UserError(
-            f"--topology {topology}: the GPU compiler, or cuDNN, is not installed; pip install 'jax-idgrpo[cuda]'"
+            f"--topology {topology}: no GPU compiler with cuDNN is installed; pip install 'jax-idgrpo[cuda]' (JAX says: {error})"
         ) from None
     return found
 

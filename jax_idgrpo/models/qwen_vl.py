@@ -20,7 +20,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm
+from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm, precision
 
 QUERIES = 512  # queries whose logits exist at once
 
@@ -182,10 +182,10 @@ def attend(
     *batch, n, heads, d = q.shape
     groups = k.shape[-2]
     q = (q.astype(jnp.float32) * d**-0.5).astype(v.dtype).reshape(*batch, n, groups, heads // groups, d)
-    logits = jnp.einsum("...ngqd,...mgd->...gqnm", q, k.astype(v.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...ngqd,...mgd->...gqnm", q, k.astype(v.dtype), precision=precision(v), preferred_element_type=jnp.float32)
     logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...gqnm,...mgd->...ngqd", weights, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("...gqnm,...mgd->...ngqd", weights, v, precision=precision(v), preferred_element_type=jnp.float32)
     return out.reshape(*batch, n, heads, d).astype(v.dtype)
 
 
