@@ -166,7 +166,7 @@ def ours(folder: Path, dtype: str) -> None:
     import jax
     from flax import nnx
 
-    from jax_idgrpo.pipeline import load_transformer
+    from jax_idgrpo.sampling.pipeline import load_transformer
 
     began = time.perf_counter()
     model = load_transformer(folder / "store", dtype)

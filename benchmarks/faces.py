@@ -22,8 +22,8 @@ from flax import nnx
 
 from benchmarks.timing import medians
 from checkpoints_convert.faces import write_folder
+from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.rewards.faces import load_stack
-from jax_idgrpo.video import from_uint8
 
 
 def write_weights(home: Path) -> Path:

@@ -31,10 +31,12 @@ import matplotlib
 import numpy as np
 
 from jax_idgrpo import config as c
-from jax_idgrpo import parallel, plan, rollout
 from jax_idgrpo.metrics import read_metrics
 from jax_idgrpo.models.umt5 import UMT5Config
 from jax_idgrpo.models.wan import WanConfig
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.planning import plan
+from jax_idgrpo.sampling import rollout
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -86,7 +88,7 @@ class Case:
         )
         width = self.network.text_dim
         text_encoder = UMT5Config(d_model=width, d_ff=width, num_heads=4, d_kv=width // 4, num_layers=1, vocab_size=64)
-        mesh = parallel.make_mesh(c.MeshConfig(**{"data": 1, "fsdp": 1} | {self.axis: -1}), devices)
+        mesh = sharding.make_mesh(c.MeshConfig(**{"data": 1, "fsdp": 1} | {self.axis: -1}), devices)
         parts = plan.Networks(self.network, plan.PUBLISHED_VAE, text_encoder)
         return next(program for program in plan.programs(config, parts, mesh) if program.name == "update")
 

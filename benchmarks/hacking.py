@@ -2,7 +2,7 @@
 
     python benchmarks/hacking.py [--clips 64] [--sheet FILE.png]
 
-Held-out drawn people, two or three to a clip; each trick of `jax_idgrpo.data.distortions` on every clip; paired differences of the
+Held-out drawn people, two or three to a clip; each trick of `jax_idgrpo.preferences.corruptions` on every clip; paired differences of the
 reward with 95 % bootstrap intervals over clips, for the default reward, for one that does not price copies of the photo, for one that
 saturates where two photos of a person do, and for that with every penalty priced; and which share of faces counts as a copy.
 --sheet: one clip after every trick, a row each.
@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jax_idgrpo import evaluate, statistics
 from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
-from jax_idgrpo.data.distortions import DISTORTIONS, TRICKS, Subject
+from jax_idgrpo.evaluation import bootstrap, commands
+from jax_idgrpo.preferences.clip_pairs import drawn
+from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS, Subject
 from jax_idgrpo.rewards import FaceReward, References
-from jax_idgrpo.subjects import drawn
 
 Levels = tuple[RewardConfig, dict[str, float]]
 PLAIN, SATURATING = RewardConfig(penalties={"copied": 0.0}), RewardConfig(similarity_high=0.75, penalties={"copied": 0.0})
@@ -67,14 +67,14 @@ def main() -> None:
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
     print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, and the share of copies\n")
-    made = [(config, evaluate.make_reward(config)) for config in (PLAIN, SATURATING)]
+    made = [(config, commands.make_reward(config)) for config in (PLAIN, SATURATING)]
     honest = columns(clips, [clip.video for clip in clips], made)
     print("| trick |", " | ".join(honest), "|")
     print("| --- |" + " --- |" * len(honest))
     print("| honest: the reward |", " | ".join(f"{value.mean():.3f}" for value in honest.values()), "|")
     for trick, videos in tricked.items():
         found = columns(clips, videos, made)
-        gains = [statistics.bootstrap(found[name] - honest[name], np.arange(len(clips)), 0, 2000).text(sign=True) for name in REWARDS]
+        gains = [bootstrap.bootstrap(found[name] - honest[name], np.arange(len(clips)), 0, 2000).text(sign=True) for name in REWARDS]
         print(f"| {trick} |", " | ".join([*gains, f"{found['copied'].mean():.3f}"]), "|")
         sys.stdout.flush()
 

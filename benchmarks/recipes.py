@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo import statistics
-from jax_idgrpo.train import PHASES, forward_passes
+from jax_idgrpo.evaluation import bootstrap
+from jax_idgrpo.training.train import PHASES, forward_passes
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 UNGUIDED, GUIDED = "evaluation", "evaluation-guided"  # folders
@@ -138,7 +138,7 @@ def table(workdir: Path) -> str:
     """What was evaluated so far: change from the base without guidance, seeds averaged video by video, 95 % intervals over prompts."""
     names = ("judge_identity", "reward", "faces", "motion")
     head = ["recipe", "sampled with", "budget", "seeds", "steps", "forward passes", "s / step"]
-    rows = [[*head, *(statistics.LABELS[name] for name in names)]]
+    rows = [[*head, *(bootstrap.LABELS[name] for name in names)]]
     seconds = json.loads((workdir / "seconds.json").read_text())
     base = [video["base"] for video in evaluated(workdir, "parity", UNGUIDED)[0]]
     for recipe, name in itertools.product(RECIPES, (UNGUIDED, GUIDED)):
@@ -154,9 +154,9 @@ def table(workdir: Path) -> str:
                      f"{seconds[recipe]:.1f}"]
             for term in names:
                 change = [[video[budget][term] - before[term] for video, before in zip(videos, base, strict=True)] for videos in seeds]
-                cells.append(statistics.bootstrap(np.mean(change, axis=0), clusters, 0, 2000).text(sign=True))
+                cells.append(bootstrap.bootstrap(np.mean(change, axis=0), clusters, 0, 2000).text(sign=True))
             rows.append(cells)
-    return statistics.align(rows)
+    return bootstrap.align(rows)
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.reward_head [--train 1600] [--held-out 800] [--seeds 3] [--steps 1200] [--folder DIR]
 
-Drawn people (`jax_idgrpo.pairs`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair. Training and
-held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate), of which the
-column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same. "No hard fault
+Drawn people (`jax_idgrpo.preferences.synthesis`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair.
+Training and held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate),
+of which the column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same. "No hard fault
 seen" trains on the pairs without one, so that these are new to it in kind too; all other heads saw every kind of fault. "True labels"
 trains on all pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A head's figures are
 the mean over seeds, and their range.
@@ -24,17 +24,17 @@ import numpy as np
 from flax import nnx
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo import keys
-from jax_idgrpo.data.distortions import DISTORTIONS
-from jax_idgrpo.data.preferences import LABELS, Pair, load_pairs
-from jax_idgrpo.evaluate import make_reward
-from jax_idgrpo.finetune import make_step
+from jax_idgrpo import rng
+from jax_idgrpo.evaluation.commands import make_reward
 from jax_idgrpo.optimizer import make_optimizer
-from jax_idgrpo.pairs import write_pairs
+from jax_idgrpo.preferences.batches import PairOptions, accuracy, agreed
+from jax_idgrpo.preferences.corruptions import DISTORTIONS
+from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
+from jax_idgrpo.preferences.synthesis import write_pairs
+from jax_idgrpo.preferences.train_head import Sides, differences, head_task, read_one
 from jax_idgrpo.rewards.head import Head, fingerprint
-from jax_idgrpo.state import start
-from jax_idgrpo.tasks.pairs import PairOptions, accuracy, agreed
-from jax_idgrpo.tasks.reward_face import Sides, differences, head_task, read_one
+from jax_idgrpo.training.finetune import make_step
+from jax_idgrpo.training.state import start
 
 ROOT = Path(__file__).parents[1]
 HARD = ("swap", "blend", "drift", "duplicate")
@@ -75,7 +75,7 @@ def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.nda
 def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config, programs: dict) -> Head:
     """A head, of the averaged weights as `finetune` stores them. programs: the step is compiled once for all that are alike in kind."""
     task = head_task(pairs, [], sides, networks, PairOptions(pairs="", mixing=mixing), config)
-    graph, params, frozen, rest = nnx.split(task.init(keys.key(config.run.seed, "init")), task.trained, task.frozen, ...)
+    graph, params, frozen, rest = nnx.split(task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     step = programs.setdefault(graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed))
     state = start(optimizer, params, rest)

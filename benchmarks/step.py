@@ -30,14 +30,15 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks import transformer
 from benchmarks.faces import calibrate, write_weights
 from checkpoints_convert.faces import write_folder
-from jax_idgrpo import grpo, rollout
+from jax_idgrpo import grpo
+from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.memory import give_back_after_compiling
-from jax_idgrpo.pipeline import load_vae
 from jax_idgrpo.rewards import FaceReward, Known, frame_numbers
-from jax_idgrpo.rewards.copies import SIDE
 from jax_idgrpo.rewards.faces import load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig
-from jax_idgrpo.video import to_uint8
+from jax_idgrpo.rewards.photo_copy import SIDE
+from jax_idgrpo.sampling import rollout
+from jax_idgrpo.sampling.pipeline import load_vae
 
 PHASES = ("rollout", "decode", "reward", "update")
 PEOPLE = 2

@@ -42,12 +42,14 @@ from flax import nnx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from jax_idgrpo import keys, policy, rollout, update
-from jax_idgrpo.conditioning import Conditioning
+from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.memory import give_back_after_compiling
-from jax_idgrpo.pipeline import add_adapter, load_transformer
-from jax_idgrpo.state import start
+from jax_idgrpo.sampling import policy, rollout
+from jax_idgrpo.sampling.conditioning import Conditioning
+from jax_idgrpo.sampling.pipeline import add_adapter, load_transformer
+from jax_idgrpo.training import update
+from jax_idgrpo.training.state import start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +142,14 @@ def write_transformer(folder: str, size: Size) -> None:
 def ours(folder: str, given: Inputs, steps: int, size: Size) -> Side:
     """This package."""
     network = load_transformer(folder, size.dtype, remat=size.remat, unroll=size.unroll)
-    actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), keys.key(0, "init")), GUIDANCE)
+    actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE)
     rows = len(given["latents"])
     latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
     timesteps = jnp.full(rows, 500)
     asked = Conditioning(
         text=text, control=control, frame_mask=jnp.ones((rows, size.shape[0]), bool), references=jnp.zeros(rows, jnp.int32)
     )
-    row_keys = keys.row_keys(keys.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
+    row_keys = rng.row_keys(rng.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
     schedule = rollout.Schedule.make(steps, SHIFT)
     window = rollout.Window(start=jnp.zeros(rows, jnp.int32), size=steps - 1, final_noise=True)
 

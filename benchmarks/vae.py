@@ -21,7 +21,7 @@ from flax import nnx
 
 from benchmarks.timing import medians
 from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
-from jax_idgrpo.pipeline import load_vae
+from jax_idgrpo.sampling.pipeline import load_vae
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from checkpoints_convert import rules as tables
 from checkpoints_convert import store
 from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule, leaves
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
-from jax_idgrpo.models.facenet import Facenet, FacenetConfig
-from jax_idgrpo.models.retinaface import RetinaFace, RetinaFaceConfig
+from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
+from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
 
 NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))

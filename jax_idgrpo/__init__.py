@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_idgrpo import flow, grpo, rewards
-    from jax_idgrpo.pipeline import load_pipeline
+    from jax_idgrpo.sampling.pipeline import load_pipeline
 
 __all__ = ["flow", "grpo", "load_pipeline", "rewards"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load_pipeline":
-        return importlib.import_module("jax_idgrpo.pipeline").load_pipeline
+        return importlib.import_module("jax_idgrpo.sampling.pipeline").load_pipeline
     if name in __all__:
         return importlib.import_module(f"jax_idgrpo.{name}")
     raise AttributeError(f"module 'jax_idgrpo' has no attribute {name!r}")

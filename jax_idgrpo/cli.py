@@ -94,9 +94,9 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
 
 
 def _start() -> None:
-    """What comes before any work on the devices: the other processes of the run are joined, if there are any (see `distributed`)."""
-    from jax_idgrpo.distributed import initialise
+    """What comes before any work on the devices: the other processes of the run are joined, if there are any (see `parallel.hosts`)."""
     from jax_idgrpo.memory import give_back_after_compiling
+    from jax_idgrpo.parallel.hosts import initialise
 
     initialise()
     give_back_after_compiling()
@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     workdir = require_writable(Path(arguments.workdir), "--workdir")
     profile = require_writable(Path(arguments.profile), "--profile") if arguments.profile else None
     _start()
-    from jax_idgrpo.train import train
+    from jax_idgrpo.training.train import train
 
     train(config, workdir, profile)
 
@@ -126,7 +126,7 @@ def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(Path(arguments.workdir), "--workdir")
     _start()
-    from jax_idgrpo.finetune import finetune
+    from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
 
@@ -140,7 +140,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
         )
     workdir = require_writable(Path(arguments.workdir), "--workdir")
     _start()
-    from jax_idgrpo.finetune import finetune
+    from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
 
@@ -158,7 +158,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     lora = existing(arguments.lora, "--lora", "pass an adapter folder, such as runs/quickstart/export") if arguments.lora else None
     out = require_writable(Path(arguments.out), "--out")
     _start()
-    from jax_idgrpo.evaluate import sample
+    from jax_idgrpo.evaluation.commands import sample
 
     sample(config, prompts, out, lora)
 
@@ -176,7 +176,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     videos = existing(arguments.videos, "--videos", "pass a folder of videos")
     out = require_writable(Path(arguments.out), "--out", folder=False)
     _start()
-    from jax_idgrpo.evaluate import score
+    from jax_idgrpo.evaluation.commands import score
 
     score(config, videos, prompts, out)
 
@@ -194,7 +194,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     loras = adapters(arguments.lora)
     out = require_writable(Path(arguments.out), "--out")
     _start()
-    from jax_idgrpo.evaluate import evaluate
+    from jax_idgrpo.evaluation.commands import evaluate
 
     evaluate(config, prompts, out, loras)
 
@@ -207,7 +207,7 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     if overrides:
         raise UserError(f"idgrpo report takes no --{overrides[0][0]}: it shows a run as it was")
     workdir = existing(arguments.workdir, "workdir", "pass the --workdir of a run")
-    from jax_idgrpo.report import report
+    from jax_idgrpo.evaluation.report import report
 
     print(f"report: {report(require_writable(workdir, 'workdir'))}")
 
@@ -226,7 +226,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     config = configuration.load(arguments.config, overrides)
     out = require_writable(Path(arguments.out), "--out")
     from jax_idgrpo.memory import give_back_after_compiling
-    from jax_idgrpo.plan import plan
+    from jax_idgrpo.planning.plan import plan
 
     give_back_after_compiling()
     if not plan(config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search):
@@ -366,7 +366,7 @@ def programs_folder(environment: Mapping[str, str]) -> Path | None:
 
 def _together() -> bool:
     """Whether this is one of several processes of a run."""
-    distributed = sys.modules.get("jax_idgrpo.distributed")
+    distributed = sys.modules.get("jax_idgrpo.parallel.hosts")
     return distributed is not None and distributed.joined()
 
 

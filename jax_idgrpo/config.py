@@ -32,7 +32,7 @@ class ModelConfig:
     """Which video model is the policy and how it is held.
 
     path: checkpoint folder (diffusers layout); "embedded" is the tiny set in the package.
-    kind: "vace", or "phantom", whose tensors cannot be told from plain Wan's: how the photos condition it (see `conditioning`).
+    kind: "vace", or "phantom", whose tensors cannot be told from plain Wan's: how the photos condition it (see `sampling.conditioning`).
     dtype: dtype of the transformer's matrix products, "float32" or "bfloat16"; everything else is float32.
     remat: what a block keeps for the backward pass, "none" (everything), "dots" (outputs of linear layers), "attention" (outputs of
         attentions) or "full" (its input alone); all but "none" compute the rest again. With "full" the forward pass of the replay is
@@ -324,8 +324,8 @@ class RewardConfig:
     similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody.
     soft_weight: share of the soft-minimum over people against their mean.
     penalties: prices of what faces followed through the video show, as JSON {"swapped": 0.5}: missing, duplicated, swapped, switched,
-        blended, area (see `rewards.tracks`) and copied (see `rewards.copies`). All are logged; those without a price cost nothing, but for
-        copied, which costs 0.5 unless it is given another.
+        blended, area (see `rewards.tracks`) and copied (see `rewards.photo_copy`). All are logged; those without a price cost nothing, but
+        for copied, which costs 0.5 unless it is given another.
     mixture: weights of further terms by name, as JSON {"motion": 0.25}: the advantage of each within its group, in units of its own spread,
         is added to the reward's, whose weight is 1 unless "reward" is among them. Any term that a step logs for the reward will do.
     """

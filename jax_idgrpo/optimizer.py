@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.config import OptimizerConfig
-from jax_idgrpo.state import Parameters, TrainState
+from jax_idgrpo.training.state import Parameters, TrainState
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

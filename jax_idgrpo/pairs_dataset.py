@@ -3,7 +3,7 @@
     python -m jax_idgrpo.pairs_dataset --csv pairs.csv --out DIR [--dimensions SA,VQ]
 
 The folder takes the CSV's place in the options of training, which then does the same to the bit. It is a TFDS data set in ArrayRecord files
-(`data.pairs_builder`), so that `tfds.builder_from_directory(DIR)` reads it too. A video that is in several pairs is stored with each.
+(`tfds_builder`), so that `tfds.builder_from_directory(DIR)` reads it too. A video that is in several pairs is stored with each.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from jax_idgrpo.data import folders
-from jax_idgrpo.data.preferences import load_pairs
-from jax_idgrpo.data.stored_pairs import builder
 from jax_idgrpo.metrics import progress
+from jax_idgrpo.preferences.csv_source import load_pairs
+from jax_idgrpo.preferences.tfds_source import builder
 
 
 def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
@@ -25,7 +25,7 @@ def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
     dimensions: columns of the CSV that hold labels, joined by commas.
 
     Raises:
-      UserError: the CSV is not as `data.preferences` says, a file of it cannot be read, `out` exists or cannot be made, or a package is
+      UserError: the CSV is not as `csv_source` says, a file of it cannot be read, `out` exists or cannot be made, or a package is
         missing.
     """
     names = dimensions.split(",")
@@ -45,7 +45,7 @@ def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command of the module's docstring; returns the exit status."""
     parser = argparse.ArgumentParser(description="Make a data set of the preference pairs of a CSV.")
-    parser.add_argument("--csv", type=Path, required=True, help="the pairs, see jax_idgrpo/data/preferences.py")
+    parser.add_argument("--csv", type=Path, required=True, help="the pairs, see jax_idgrpo/preferences/csv_source.py")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--dimensions", default="SA", help="columns that hold labels, joined by commas (default: SA)")
     return folders.run(write_dataset, vars(parser.parse_args(arguments)))

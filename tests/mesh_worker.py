@@ -14,13 +14,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_idgrpo import keys, parallel, policy, rollout, update
-from jax_idgrpo.conditioning import Conditioning, frame_mask
+from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig, MeshConfig
 from jax_idgrpo.models import vae
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
-from jax_idgrpo.state import start
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.sampling import policy, rollout
+from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
+from jax_idgrpo.training import update
+from jax_idgrpo.training.state import start
 
 ROWS, STEPS, FRAMES, PEOPLE = 4, 3, 3, 2
 SIZES = dict(
@@ -36,20 +39,20 @@ def random(state: nnx.State) -> nnx.State:
 
 
 def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(2)
+    random_numbers = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
     condition = Conditioning(
-        text=jnp.asarray(rng.normal(size=(ROWS, 5, 16)), jnp.float32),
-        control=jnp.asarray(rng.normal(size=(ROWS, FRAMES + PEOPLE, 4, 6, 96)), jnp.float32),
+        text=jnp.asarray(random_numbers.normal(size=(ROWS, 5, 16)), jnp.float32),
+        control=jnp.asarray(random_numbers.normal(size=(ROWS, FRAMES + PEOPLE, 4, 6, 96)), jnp.float32),
         frame_mask=frame_mask(references, FRAMES, PEOPLE),
         references=references,
     )
-    negative = jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
+    negative = jnp.asarray(random_numbers.normal(size=(5, 16)), jnp.float32)
     transformer = WanTransformer(WanConfig(**SIZES, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
     nnx.update(transformer, random(nnx.state(transformer)))
     actor, lora, base = policy.split(transformer, 3.0)
-    state = parallel.place(mesh, start(optax.adam(1e-3), lora))
-    base = parallel.place(mesh, base)
+    state = sharding.place(mesh, start(optax.adam(1e-3), lora))
+    base = sharding.place(mesh, base)
     vae_config = vae.VAEConfig(
         base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(False, True, True),
         latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
@@ -57,25 +60,25 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     graph, weights = nnx.split(vae.WanVAE(vae_config, rngs=nnx.Rngs(0)))
 
     def on_mesh(tree):
-        return jax.device_put(tree, parallel.batch_sharding(mesh))
+        return jax.device_put(tree, sharding.batch_sharding(mesh))
 
     schedule = rollout.Schedule.make(STEPS, 3.0)
-    noise = keys.row_keys(keys.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+    noise = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
     trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, noise, noise, window)
-    decoded = (graph, parallel.put(random(weights), parallel.replicated(mesh))), trajectory.latents, condition.references, FRAMES
+    decoded = (graph, sharding.put(random(weights), sharding.replicated(mesh))), trajectory.latents, condition.references, FRAMES
     video = rollout.decode(*decoded)
     exchanges = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", rollout.decode.lower(*decoded).compile().as_text())
     rewards = np.asarray(jnp.mean(jnp.sin(3 * video), axis=(1, 2, 3, 4)))
 
     advantage = (rewards - rewards.mean())[None] / rewards.std()
     batch = update.gather([(trajectory, condition, window.start, noise, None)], advantage, np.ones_like(advantage))
-    batch = jax.device_put(batch, parallel.batch_sharding(mesh, 1))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
     objective = update.Objective(policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9)
     networks = update.Networks(base=base, negative=negative)
     gradient, rows = jax.jit(update.gradients, static_argnums=0)(objective, state.params, networks, batch, schedule, jnp.int32(0))
-    flat = {parallel.leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
+    flat = {sharding.leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}
     return {
         "start": np.asarray(rollout._start(noise, condition)),
         "latents": np.asarray(trajectory.latents),
@@ -93,7 +96,7 @@ def main(out: str, *meshes: str) -> None:
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
         count = int(np.prod(list(sizes.values())))
-        np.savez(Path(out) / f"{number}.npz", **run(parallel.make_mesh(MeshConfig(**sizes), jax.devices()[:count])))
+        np.savez(Path(out) / f"{number}.npz", **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])))
 
 
 if __name__ == "__main__":

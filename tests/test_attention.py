@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_idgrpo.accounting import flops
 from jax_idgrpo.models.attention import LANES, LARGEST_BLOCK, attention, block, exact, fused, kept, splash
+from jax_idgrpo.planning.cost_model import flops
 
 CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
 

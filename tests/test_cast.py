@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo.data import cast
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.synthetic import scenes
 
 FRAMES, ROWS = 3, 24
 
@@ -26,18 +26,18 @@ def compile_fast():
 
 
 @pytest.fixture(scope="module")
-def drawn() -> cast.Batch:
-    return jax.device_get(cast.batch(5, 2, ROWS, "train", frames=FRAMES))
+def drawn() -> scenes.Batch:
+    return jax.device_get(scenes.batch(5, 2, ROWS, "train", frames=FRAMES))
 
 
 @jax.jit
 def clips(people, mask, scene):
-    return jax.vmap(lambda p, m, s: cast.render_clip(p, m, s, frames=FRAMES))(people, mask, scene)
+    return jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames=FRAMES))(people, mask, scene)
 
 
 @jax.jit
 def portraits(people, keys):
-    return jax.vmap(jax.vmap(cast.render_portrait))(people, keys)
+    return jax.vmap(jax.vmap(scenes.render_portrait))(people, keys)
 
 
 def as_arrays(tree):
@@ -51,15 +51,15 @@ def slots(drawn):
 
 
 def test_batches_are_pure_functions_of_seed_and_step(drawn):
-    again = cast.batch(5, 2, ROWS, "train", frames=FRAMES)
+    again = scenes.batch(5, 2, ROWS, "train", frames=FRAMES)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), drawn)
-    later = jax.device_get(cast.batch(5, 3, ROWS, "train", frames=FRAMES))
+    later = jax.device_get(scenes.batch(5, 3, ROWS, "train", frames=FRAMES))
     assert not np.array_equal(later.ids, drawn.ids) and not np.array_equal(later.video, drawn.video)
 
 
 def test_an_identity_does_not_depend_on_its_company():
-    together = cast.identity(jnp.array([[3, 2_000_007], [41, 3]]))
-    alone = cast.identity(jnp.array([3]))
+    together = scenes.identity(jnp.array([[3, 2_000_007], [41, 3]]))
+    alone = scenes.identity(jnp.array([3]))
     for both, one in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
         np.testing.assert_array_equal(both[0, 0], one[0])
         np.testing.assert_array_equal(both[1, 1], one[0])
@@ -83,21 +83,21 @@ def test_absent_people_leave_no_trace(drawn):
         assert (np.moveaxis(truth, 1, 0)[:, gone] == 0).all()
     # Who stands in an empty slot must not matter.
     drawn = as_arrays(drawn)
-    strangers = cast.identity(jnp.where(drawn.mask, drawn.ids, 77))
+    strangers = scenes.identity(jnp.where(drawn.mask, drawn.ids, 77))
     np.testing.assert_allclose(clips(strangers, drawn.mask, drawn.scene).video, drawn.video, atol=1e-3)
 
 
 def test_splits_are_disjoint_and_kept():
-    ranges = sorted(cast.SPLITS.values())
+    ranges = sorted(scenes.SPLITS.values())
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(ranges))
-    for split, (first, last) in cast.SPLITS.items():
-        ids = np.asarray(cast.sample_ids(jax.random.key(1), 500, split))
+    for split, (first, last) in scenes.SPLITS.items():
+        ids = np.asarray(scenes.sample_ids(jax.random.key(1), 500, split))
         assert ids.min() >= first and ids.max() < last
         assert all(len(set(row)) == 3 for row in ids.tolist())
 
 
 def test_number_of_people_follows_its_shares():
-    count = np.asarray(cast.sample_mask(jax.random.key(2), 4000).sum(1))
+    count = np.asarray(scenes.sample_mask(jax.random.key(2), 4000).sum(1))
     assert np.abs(np.bincount(count, minlength=4)[1:] / 4000 - (0.3, 0.5, 0.2)).max() < 0.03
 
 
@@ -212,7 +212,7 @@ def test_portrait_and_clip_show_the_same_colours(drawn):
 
 def test_the_truth_of_a_portrait(drawn):
     keys = jax.random.split(jax.random.key(4), (ROWS, 3))
-    boxes, points = jax.jit(jax.vmap(jax.vmap(cast.portrait_truth)))(as_arrays(drawn.people), keys)
+    boxes, points = jax.jit(jax.vmap(jax.vmap(scenes.portrait_truth)))(as_arrays(drawn.people), keys)
     width = boxes[..., 2] - boxes[..., 0]
     assert (width > 24).all() and (width < 42).all()
     assert (points > boxes[..., None, :2]).all() and (points < boxes[..., None, 2:]).all()
@@ -220,7 +220,7 @@ def test_the_truth_of_a_portrait(drawn):
 
 def test_other_sizes_show_the_same_scene(drawn):
     people, mask, scene = as_arrays((drawn.people, drawn.mask, drawn.scene))
-    large = jax.jit(jax.vmap(lambda p, m, s: cast.render_clip(p, m, s, 1, (128, 128))))(people, mask, scene)
+    large = jax.jit(jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, 1, (128, 128))))(people, mask, scene)
     np.testing.assert_allclose(large.boxes[:, 0], 2 * drawn.boxes[:, 0], atol=1e-3)
     np.testing.assert_allclose(large.visible[:, 0], drawn.visible[:, 0], atol=0.05)
     halved = np.asarray(large.video)[:, 0].reshape(ROWS, 64, 2, 64, 2, 3).mean((2, 4))
@@ -228,9 +228,9 @@ def test_other_sizes_show_the_same_scene(drawn):
 
 
 def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
-    words = cast.vocabulary()
+    words = scenes.vocabulary()
     assert len(words) < 200 and words == sorted(set(words)) and all(re.fullmatch("[a-z]+", word) for word in words)
-    texts = cast.prompts(drawn)
+    texts = scenes.prompts(drawn)
     assert len(texts) == ROWS and len(set(texts)) == ROWS
     for text, mask in zip(texts, drawn.mask):
         assert set(re.findall(r"[^\s.,:]+", text)) <= set(words)
@@ -240,16 +240,16 @@ def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
 
 def test_every_word_can_be_said():
     key = jax.random.key(3)
-    mask = cast.sample_mask(key, 400)
-    scenes = jax.jit(jax.vmap(cast.sample_scene))(jax.random.split(key, 400), mask)
-    told = jax.device_get((scenes, cast.identity(cast.sample_ids(key, 400, "train")), mask))
-    texts = [cast.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]  # noqa: B023
-    assert set(re.findall("[a-z]+", " ".join(texts))) == set(cast.vocabulary())
+    mask = scenes.sample_mask(key, 400)
+    several = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(key, 400), mask)
+    told = jax.device_get((several, scenes.identity(scenes.sample_ids(key, 400, "train")), mask))
+    texts = [scenes.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]  # noqa: B023
+    assert set(re.findall("[a-z]+", " ".join(texts))) == set(scenes.vocabulary())
 
 
 def test_written_prompts_are_read_back(tmp_path):
     out = tmp_path / "set" / "eval"
-    assert cast.main(["--out", str(out), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
+    assert scenes.main(["--out", str(out), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
     with (out / "prompts.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
@@ -260,27 +260,27 @@ def test_written_prompts_are_read_back(tmp_path):
             pixels = np.asarray(Image.open(out / name))
             assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all() and pixels.std() > 20
     assert [path.name for path in out.parent.iterdir()] == ["eval"]
-    assert cast.main(["--out", str(tmp_path / "again"), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
+    assert scenes.main(["--out", str(tmp_path / "again"), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_takes_share_people_photos_and_prompts_and_nothing_else():
-    one, other, again = (cast.batch(1, 0, 12, "eval", take=take) for take in (0, 1, 1))
-    assert cast.prompts(one) == cast.prompts(other)
+    one, other, again = (scenes.batch(1, 0, 12, "eval", take=take) for take in (0, 1, 1))
+    assert scenes.prompts(one) == scenes.prompts(other)
     for name in ("portraits", "portrait_boxes", "ids", "mask"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     np.testing.assert_array_equal(other.video, again.video)
-    np.testing.assert_array_equal(one.video, cast.batch(1, 0, 12, "eval").video)
+    np.testing.assert_array_equal(one.video, scenes.batch(1, 0, 12, "eval").video)
     assert (np.abs(one.video - other.video).mean((1, 2, 3, 4)) > 0.02).all()
 
 
 def test_mistakes_get_one_line(tmp_path, capsys):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        cast.write_prompts(tmp_path / "there", "rl", 2)
-    assert cast.main(["--out", str(tmp_path / "x"), "--split", "test", "--count", "2"]) == 2
-    assert cast.main(["--out", str(tmp_path / "x"), "--split", "rl", "--count", "0"]) == 2
+        scenes.write_prompts(tmp_path / "there", "rl", 2)
+    assert scenes.main(["--out", str(tmp_path / "x"), "--split", "test", "--count", "2"]) == 2
+    assert scenes.main(["--out", str(tmp_path / "x"), "--split", "rl", "--count", "0"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "train, rl, eval" in lines[0] and "--count 0" in lines[1]
     assert not (tmp_path / "x").exists()

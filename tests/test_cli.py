@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_idgrpo import cli, config, plan
+from jax_idgrpo import cli, config
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.planning import plan
 
 CONFIG = """
 from jax_idgrpo.config import Config
@@ -43,7 +44,7 @@ def call(function: str, monkeypatch, arguments: list[str]) -> tuple:
 
 
 def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path):
-    given, workdir, profile = call("jax_idgrpo.train:train", monkeypatch, [
+    given, workdir, profile = call("jax_idgrpo.training.train:train", monkeypatch, [
         "train", "--rollout.group", "4", str(config_file), "--workdir", str(tmp_path / "w"), "--mesh.data=-1", "--run.steps=7",
         "--data.negative_prompt", "a=b, c", "--profile", str(tmp_path / "p")])
     assert profile == tmp_path / "p"
@@ -57,16 +58,16 @@ def test_evaluate_takes_adapters_in_both_spellings(monkeypatch, config_file, pro
         (tmp_path / name).mkdir()
     arguments = ["evaluate", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path / "o"),
                  "--lora", f"one={tmp_path / 'a'}", f"two={tmp_path / 'b'}", "--lora", f"three={tmp_path / 'c'}"]
-    _, prompts, out, loras = call("jax_idgrpo.evaluate:evaluate", monkeypatch, arguments)
+    _, prompts, out, loras = call("jax_idgrpo.evaluation.commands:evaluate", monkeypatch, arguments)
     assert loras == {"one": tmp_path / "a", "two": tmp_path / "b", "three": tmp_path / "c"}
     assert (prompts, out) == (prompts_file, tmp_path / "o")
 
 
 def test_sample_and_score(monkeypatch, config_file, prompts_file, tmp_path):
     arguments = ["sample", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path / "o")]
-    assert call("jax_idgrpo.evaluate:sample", monkeypatch, arguments)[1:] == (prompts_file, tmp_path / "o", None)
+    assert call("jax_idgrpo.evaluation.commands:sample", monkeypatch, arguments)[1:] == (prompts_file, tmp_path / "o", None)
     arguments = ["score", str(config_file), "--prompts", str(prompts_file), "--videos", str(tmp_path), "--out", str(tmp_path / "s.jsonl")]
-    assert call("jax_idgrpo.evaluate:score", monkeypatch, arguments)[1:] == (tmp_path, prompts_file, tmp_path / "s.jsonl")
+    assert call("jax_idgrpo.evaluation.commands:score", monkeypatch, arguments)[1:] == (tmp_path, prompts_file, tmp_path / "s.jsonl")
 
 
 MISTAKES = {

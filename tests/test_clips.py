@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo import pairs, subjects
-from jax_idgrpo.data import cast, clips
-from jax_idgrpo.data.distortions import STRANGER
-from jax_idgrpo.data.preferences import load_pairs
-from jax_idgrpo.subjects import Shape, filmed, located
-from jax_idgrpo.video import FINE, read_frames, read_video, to_uint8, write_video
+from jax_idgrpo.data.video import FINE, read_frames, read_video, to_uint8, write_video
+from jax_idgrpo.preferences import clip_pairs, synthesis, video_clips
+from jax_idgrpo.preferences.clip_pairs import Shape, filmed, located
+from jax_idgrpo.preferences.corruptions import STRANGER
+from jax_idgrpo.preferences.csv_source import load_pairs
+from jax_idgrpo.synthetic import scenes
 
-ROWS, FACES = 12, subjects.RewardConfig().folder()
+ROWS, FACES = 12, clip_pairs.RewardConfig().folder()
 
 
 def write_clips(folder, rows):
@@ -31,14 +31,14 @@ def folder(tmp_path_factory):
     """Two takes each of drawn prompts as mp4, their photos as PNG; and boxes of the faces by video."""
     folder, boxes, rows = tmp_path_factory.mktemp("clips"), {}, []
     for take in (0, 1):
-        drawn = jax.device_get(cast.batch(5, 0, ROWS, "train", take=take))
-        prompts = cast.prompts(drawn)
+        drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", take=take))
+        prompts = scenes.prompts(drawn)
         for n in range(ROWS):
             photos = []
             for m in np.flatnonzero(drawn.mask[n]):
                 photos.append(f"{n}-{m}.png")
                 Image.fromarray(to_uint8(drawn.portraits[n, m])).save(folder / photos[-1])
-            write_video(folder / f"{n}-{take}.mp4", drawn.video[n], cast.FRAMES_PER_SECOND, FINE)
+            write_video(folder / f"{n}-{take}.mp4", drawn.video[n], scenes.FRAMES_PER_SECOND, FINE)
             rows.append((f"{n}-{take}.mp4", photos, prompts[n]))
             boxes[rows[-1][0]] = drawn.boxes[n]
     write_clips(folder, rows)
@@ -53,27 +53,27 @@ def test_people_of_one_split_are_in_no_other_whatever_else_is_in_the_folder(tmp_
         (tmp_path / f"{n}.mp4").touch()
         rows.append((f"{n}.mp4", [f"{k}.png" for k in rng.choice(150, 1 + n % 3, replace=False)], "people"))
     write_clips(tmp_path, rows)
-    listed = {split: clips.load_clips(tmp_path, split) for split in clips.UPTO}
+    listed = {split: video_clips.load_clips(tmp_path, split) for split in video_clips.UPTO}
     people = {split: {person for clip in found for person in clip.people} for split, found in listed.items()}
     assert sum(map(len, listed.values())) == 60 and all(people.values())
     assert not (people["train"] & people["eval"] or people["train"] & people["rl"] or people["rl"] & people["eval"])
     (tmp_path / "copy.png").write_bytes((tmp_path / rows[0][1][0]).read_bytes())        # the same person under another name
     write_clips(tmp_path, [("0.mp4", ["copy.png"], "somebody"), *reversed(rows)])
     for split, found in listed.items():
-        assert {clip.people for clip in clips.load_clips(tmp_path, split)} == {clip.people for clip in found} | {
+        assert {clip.people for clip in video_clips.load_clips(tmp_path, split)} == {clip.people for clip in found} | {
             clip.people[:1] for clip in found if clip.video.name == "0.mp4"}
 
 
 def test_a_photo_in_common_joins_and_the_shares_are_kept():
-    assert sorted(map(sorted, clips.circles(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
+    assert sorted(map(sorted, video_clips.circles(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
     names = [f"{n * 2654435761 % 16**8:08x}" * 8 for n in range(4000)]
-    shares = {split: sum(clips.split_of(name) == split for name in names) / len(names) for split in clips.UPTO}
+    shares = {split: sum(video_clips.split_of(name) == split for name in names) / len(names) for split in video_clips.UPTO}
     assert shares == pytest.approx({"train": 0.8, "rl": 0.1, "eval": 0.1}, abs=0.02)
 
 
 def test_everybody_is_located_where_they_are(folder, capsys):
     source, _, boxes = folder
-    found, listed = located(source, "train", Shape(), FACES), clips.load_clips(source, "train")
+    found, listed = located(source, "train", Shape(), FACES), video_clips.load_clips(source, "train")
     assert len(found) >= 0.6 * len(listed)
     assert f"{len(listed)} clips of the split train: 0 too short, {len(listed) - len(found)} that" in capsys.readouterr().out
     for one in found:
@@ -103,7 +103,7 @@ def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
 @pytest.fixture(scope="module")
 def written(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("pairs") / "made"
-    assert pairs.main(["--clips", str(folder[0]), "--out", str(out), "--split", "train", "--count", "12", "--frames", "5"]) == 0
+    assert synthesis.main(["--clips", str(folder[0]), "--out", str(out), "--split", "train", "--count", "12", "--frames", "5"]) == 0
     return out
 
 
@@ -111,7 +111,7 @@ def test_the_folder_is_what_training_reads_and_the_truth_is_what_was_done(writte
     read = load_pairs(written / "pairs.csv", ("SA",))
     with (written / "pairs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == pairs.COLUMNS and len(read) == len(rows) == 12
+    assert tuple(rows[0]) == synthesis.COLUMNS and len(read) == len(rows) == 12
     for pair, row in zip(read, rows, strict=True):
         a, b = float(row["strength_A"]), float(row["strength_B"])
         assert row["SA"] == row["truth"] == ("same" if not row["distortion"] else "A" if a < b else "B")
@@ -121,7 +121,7 @@ def test_the_folder_is_what_training_reads_and_the_truth_is_what_was_done(writte
 
 def test_the_same_clips_give_the_same_bytes(folder, written, tmp_path):
     shutil.copytree(folder[0], tmp_path / "copy")
-    pairs.write_pairs(tmp_path / "again", "train", 3, clips=tmp_path / "copy", shape=Shape(frames=5))
+    synthesis.write_pairs(tmp_path / "again", "train", 3, clips=tmp_path / "copy", shape=Shape(frames=5))
     for path in sorted((tmp_path / "again").glob("*-*")):
         assert path.read_bytes() == (written / path.name).read_bytes(), path.name
 
@@ -150,7 +150,7 @@ def broken(kind, source, rows):
     elif kind == "twice":
         write_clips(source, [(video, [photos[0], photos[0]], prompt)])
     elif kind == "one circle":
-        split = next(split for split in clips.UPTO if any(clip.video.name == video for clip in clips.load_clips(source, split)))
+        split = next(split for split in video_clips.UPTO if any(clip.video.name == video for clip in video_clips.load_clips(source, split)))
         write_clips(source, [rows[0]])
         return ["--split", split]
     elif kind == "not a video":
@@ -173,7 +173,7 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, capsys, kind,
     shutil.copytree(folder[0], source)
     extra = extra + broken(kind, source, folder[1])
     capsys.readouterr()
-    status = pairs.main(["--clips", str(source), "--out", str(tmp_path / "out"), "--split", "train", "--count", "2", *extra])
+    status = synthesis.main(["--clips", str(source), "--out", str(tmp_path / "out"), "--split", "train", "--count", "2", *extra])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2 and not (tmp_path / "out").exists()
     assert re.search(answer, error), error

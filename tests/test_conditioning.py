@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import conditioning, parallel
 from jax_idgrpo.config import EMBEDDED, Config, DataConfig, MeshConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt, load_reference
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
-from jax_idgrpo.pipeline import load_pipeline
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.pipeline import load_pipeline
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5
 
@@ -160,7 +161,7 @@ def test_negative_prompt_from_a_file(tmp_path):
 
 def test_a_text_encoder_that_waits_in_the_hosts_memory_says_the_same():
     folder = EMBEDDED / "pipeline"
-    mesh = parallel.make_mesh(MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig())
     ready, waiting = (load_pipeline(folder, mesh=mesh, text_memory=memory) for memory in ("device", "host"))
 
     def kinds(pipe):

@@ -7,9 +7,9 @@ import pytest
 
 from checkpoints_convert import checkpoint, faces, rules, store
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50
-from jax_idgrpo.models.facenet import FacenetConfig
-from jax_idgrpo.models.retinaface import RetinaFaceConfig
+from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50
+from jax_idgrpo.models.faces.facenet import FacenetConfig
+from jax_idgrpo.models.faces.retinaface import RetinaFaceConfig
 from tests.test_convert import run
 
 FILES = {  # the name it is published under -> what it holds; full size, for shapes are how some of them are told apart

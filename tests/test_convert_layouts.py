@@ -21,8 +21,8 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import checkpoint, lazy, lora, pth, rules, store, umt5, vae, wan, writing
-from jax_idgrpo import pipeline
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.sampling import pipeline
 from tests.test_convert import ADAPTER, PIPELINE, PUBLISHED_VAE, TENSORS, contents, run, same_bits, vae_shapes
 
 GOLDEN = Path(__file__).parent / "golden"

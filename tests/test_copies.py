@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate
-from jax_idgrpo.data.distortions import blur, codec, light, paste
-from jax_idgrpo.rewards import References, copies
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.preferences.clip_pairs import drawn
+from jax_idgrpo.preferences.corruptions import blur, codec, light, paste
+from jax_idgrpo.rewards import References, photo_copy
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, warp
-from jax_idgrpo.subjects import drawn
 
-apart, photo_crops = jax.jit(copies.apart), jax.jit(copies.photo_crops)
+apart, photo_crops = jax.jit(photo_copy.apart), jax.jit(photo_copy.photo_crops)
 DIRECTION = np.array([0.6, 0.9, -0.4, -0.8])
 
 
 @functools.cache
 def reward():
-    return evaluate.make_reward(c.RewardConfig(frames=4))
+    return commands.make_reward(c.RewardConfig(frames=4))
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def test_a_copy_is_registered_from_landmarks_that_are_pixels_off(angle, scale, e
     turned, there = moved(picture, points, angle, scale, (2.3, -1.7))
     wrong = there + error * np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
     distance, alike = apart(0.6 * turned + 0.2, wrong, photo)
-    assert distance < copies.APART[0] and alike > 0.95
+    assert distance < photo_copy.APART[0] and alike > 0.95
 
 
 def test_a_face_whose_parts_stand_elsewhere_is_no_copy():
@@ -133,13 +133,13 @@ def test_a_face_whose_parts_stand_elsewhere_is_no_copy():
     x, y = np.meshgrid(np.arange(96.0), np.arange(96.0))
     places = np.stack([x + 1.2 * np.sin(y / 6), y], -1).astype(np.float32)
     distance, alike = apart(warp(picture, jnp.asarray(places)), points, photo)
-    assert distance > copies.APART[1] and alike > copies.ALIKE
+    assert distance > photo_copy.APART[1] and alike > photo_copy.ALIKE
 
 
 def test_gradients_are_finite_and_reach_the_pixels_of_a_doubtful_copy():
     picture, points = face()
     photo = photo_crops(picture[None], points[None])[0]
-    slope = jax.jit(jax.grad(lambda frame: copies.apart(frame, points, photo)[0]))
+    slope = jax.jit(jax.grad(lambda frame: photo_copy.apart(frame, points, photo)[0]))
 
     other = picture + 0.1 * jnp.flip(picture, 0)
     gradient = slope(other)

@@ -17,16 +17,16 @@ from PIL import Image
 from skimage import data
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate
-from jax_idgrpo import train as loop
 from jax_idgrpo.data.prompts import load_reference
+from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation import commands
 from jax_idgrpo.rewards import References
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward, complete, find
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE
 from jax_idgrpo.rewards.host import collect
 from jax_idgrpo.rewards.identity import IdentityConfig
-from jax_idgrpo.video import from_uint8
+from jax_idgrpo.training import train as loop
 from tests.test_train import tiny
 
 EYES = np.array([[203.0, 101.0], [247.0, 103.0]])       # of the astronaut, left in the picture first
@@ -92,7 +92,7 @@ def test_landmarks_that_lack_come_from_the_template():
 
 @functools.cache
 def reward():
-    return evaluate.make_reward(c.RewardConfig(backend=OPENCV, frames=2))
+    return commands.make_reward(c.RewardConfig(backend=OPENCV, frames=2))
 
 
 def photo(*pictures):
@@ -105,7 +105,7 @@ def test_the_terms_are_those_of_the_reward_in_jax():
     videos = from_uint8(np.stack([moving, np.full_like(moving, 128)]))
     reward()(videos, photo(astronaut(256), astronaut(256)))
     terms = {name: np.asarray(value) for name, value in reward().terms.items()}
-    inside = evaluate.make_reward(c.RewardConfig(frames=2))
+    inside = commands.make_reward(c.RewardConfig(frames=2))
     shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1), jnp.ones((2, 1), bool))
     assert set(terms) == set(shapes) == set(reward().names) == set(inside.names)
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])
@@ -155,7 +155,7 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
 @pytest.mark.slow
 def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
     constants = IdentityConfig(null_similarity=-1.0)
-    monkeypatch.setattr(loop, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.frames))
+    monkeypatch.setattr(train, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.frames))
     loop.train(tiny(1, micro_batch=2), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["faces_seen"] == 1 and row["rewards_failed"] == 0 and row["skipped"] == 0 and row["gradient_norm"] > 0
@@ -203,7 +203,7 @@ def test_without_deepface_the_command_ends_at_once_with_one_line(tmp_path):
 
 
 def test_opencv_with_our_embedder_writes_nothing_at_home(tmp_path):
-    script = ("import warnings; from jax_idgrpo.config import RewardConfig; from jax_idgrpo.evaluate import make_reward;"
+    script = ("import warnings; from jax_idgrpo.config import RewardConfig; from jax_idgrpo.evaluation.commands import make_reward;"
               f"before = warnings.filters[:]; make_reward(RewardConfig(backend='{OPENCV}')); assert warnings.filters == before")
     home = tmp_path / "home"
     environment = {name: value for name, value in os.environ.items() if name != "DEEPFACE_HOME"}

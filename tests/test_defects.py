@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate, policy, update
-from jax_idgrpo import train as loop
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.sampling import policy
+from jax_idgrpo.training import train as loop
+from jax_idgrpo.training import update
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,7 +74,7 @@ def test_7_videos_go_to_the_reward_as_they_are_and_files_have_the_frame_rate(tmp
 
 
 def test_8_rewards_are_float32_whatever_the_videos_are():
-    reward = evaluate.make_reward(c.RewardConfig(frames=1))
+    reward = commands.make_reward(c.RewardConfig(frames=1))
     videos = jax.ShapeDtypeStruct((2, 5, 64, 64, 3), jnp.bfloat16)
     people = reward.shapes(2, 1), jax.ShapeDtypeStruct((2, 1), bool)
     terms = jax.eval_shape(reward.function, reward.state, videos, *people)
@@ -97,7 +99,7 @@ def test_11_one_update_per_rollout_and_shares_of_whole_groups():
 
 
 def test_18_states_are_stored_once():
-    from jax_idgrpo.rollout import Trajectory
+    from jax_idgrpo.sampling.rollout import Trajectory
 
     states = {field.name for field in dataclasses.fields(Trajectory)}
     assert states == {"latents", "x", "velocity", "log_prob"}       # x [K+1]: a step's end is the next one's start; no control

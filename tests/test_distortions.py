@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from jax_idgrpo.data import distortions
-from jax_idgrpo.data.distortions import DISTORTIONS, NUISANCES, STRANGER, TOGETHER, TRICKS, Subject, pasted
+from jax_idgrpo.preferences import corruptions
+from jax_idgrpo.preferences.corruptions import DISTORTIONS, NUISANCES, STRANGER, TOGETHER, TRICKS, Subject, pasted
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
@@ -73,7 +73,7 @@ def test_each_does_what_it_is_named_after(subject):
 def test_blur_takes_details_from_faces(subject):
     noisy = with_video(subject, np.random.default_rng(2).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
     left, top, right, bottom = noisy.boxes[0, 0].astype(int)
-    detail = [distortions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
+    detail = [corruptions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
     assert detail[0] > 1.3 * detail[1] > 1.3 * detail[2]
 
 
@@ -130,7 +130,7 @@ def test_a_nuisance_is_a_small_change_of_everything(name):
 @pytest.mark.parametrize("box", [[-5.0, -5, 6, 6], [28.0, 28, 40, 40], [50.0, 50, 60, 60], [4.0, 4, 4, 9]])
 def test_a_face_that_reaches_outside_the_picture_is_cut(box):
     frame = np.zeros((SIZE, SIZE, 3), np.float32)
-    distortions.put(frame, np.array(box), np.ones((8, 8, 3), np.float32), np.array([0.0, 0, 8, 8]))
+    corruptions.put(frame, np.array(box), np.ones((8, 8, 3), np.float32), np.array([0.0, 0, 8, 8]))
     x0, y0, x1, y1 = np.clip(box, 0, SIZE).astype(int)
     painted = frame[..., 0] > 0
     assert painted.any() == (x1 > x0 and y1 > y0) and painted.sum() == painted[y0:y1, x0:x1].sum()
@@ -139,5 +139,5 @@ def test_a_face_that_reaches_outside_the_picture_is_cut(box):
 def test_a_face_put_where_it_was_is_the_same():
     frame = np.random.default_rng(1).uniform(-1, 1, (SIZE, SIZE, 3)).astype(np.float32)
     again, box = frame.copy(), np.array([3.3, 4.1, 21.7, 25.9])
-    distortions.put(again, box, frame, box)
+    corruptions.put(again, box, frame, box)
     np.testing.assert_allclose(again, frame, atol=1e-5)

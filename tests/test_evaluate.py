@@ -10,14 +10,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import evaluate, keys, pipeline, report, statistics
+from jax_idgrpo import rng
 from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RolloutConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation import bootstrap, commands, report
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.sampling import pipeline
 
 TEXT_WIDTH = 8
 
@@ -98,7 +100,7 @@ def config():
 def adapters(pipe, tmp_path_factory):
     """Two saved adapters: "still", whose output is zero, and "moved", whose is not."""
     folder = tmp_path_factory.mktemp("adapters")
-    adapted = pipeline.add_adapter(pipe.transformer, 4, 4.0, keys.key(7, "init"))
+    adapted = pipeline.add_adapter(pipe.transformer, 4, 4.0, rng.key(7, "init"))
     state = nnx.state(adapted, LoRAParam)
     pipeline.save_lora(folder / "still", state, adapted.config)
     moved = jax.tree.map(lambda leaf: leaf + np.random.default_rng(leaf.size).normal(0, 0.3, leaf.shape).astype(np.float32), state)
@@ -107,7 +109,7 @@ def adapters(pipe, tmp_path_factory):
 
 
 @pytest.fixture
-def commands(monkeypatch, pipe, prompts):
+def stubbed(monkeypatch, pipe, prompts):
     """The commands' inputs replaced: the pipeline and the prompts above, and a face reward that looks at brightness alone."""
 
     def make_scorer(config, batch, mesh=None):
@@ -116,19 +118,19 @@ def commands(monkeypatch, pipe, prompts):
             people = np.array([len(prompt.references) for prompt in asked])
             motion = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))
             found = {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
-            return dict.fromkeys(statistics.LABELS, mean) | found
+            return dict.fromkeys(bootstrap.LABELS, mean) | found
 
         return score
 
-    monkeypatch.setattr(evaluate, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
-    monkeypatch.setattr(evaluate, "load_prompts", lambda path, people: prompts)
-    monkeypatch.setattr(evaluate, "make_scorer", make_scorer)
+    monkeypatch.setattr(commands, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
+    monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(commands, "make_scorer", make_scorer)
 
 
-def test_a_video_does_not_depend_on_its_batch(commands, config, prompts):
-    sampler = evaluate.make_sampler(config)
-    base = evaluate.make_models(sampler, {})["base"]
-    rows = evaluate.all_rows(prompts, 2)
+def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
+    sampler = commands.make_sampler(config)
+    base = commands.make_models(sampler, {})["base"]
+    rows = commands.all_rows(prompts, 2)
     together = np.concatenate([videos for _, videos in sampler.batches(base, rows, "")])
     assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
     alone = sampler.videos(base, [rows[3]])
@@ -137,18 +139,18 @@ def test_a_video_does_not_depend_on_its_batch(commands, config, prompts):
     assert min(apart) > 1e-3, "two videos share their noise"
 
 
-def test_an_adapter_of_zeros_is_the_base(commands, config, prompts, adapters):
-    sampler = evaluate.make_sampler(config)
-    models = evaluate.make_models(sampler, adapters)
-    rows = evaluate.all_rows(prompts, 1)
+def test_an_adapter_of_zeros_is_the_base(stubbed, config, prompts, adapters):
+    sampler = commands.make_sampler(config)
+    models = commands.make_models(sampler, adapters)
+    rows = commands.all_rows(prompts, 1)
     videos = {name: sampler.videos(model, rows) for name, model in models.items()}
     np.testing.assert_array_equal(videos["still"], videos["base"])
     assert np.abs(videos["moved"] - videos["base"]).mean() > 1e-3
 
 
-def test_evaluate_compares_and_the_report_shows_it(commands, config, adapters, tmp_path, capsys):
+def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tmp_path, capsys):
     out = tmp_path / "run" / "evaluation"
-    evaluate.evaluate(config, tmp_path / "any.csv", out, adapters)
+    commands.evaluate(config, tmp_path / "any.csv", out, adapters)
     found = json.loads((out / "metrics.json").read_text())
     for name in found["labels"]:
         change = found["differences"]["still"][name]
@@ -161,13 +163,13 @@ def test_evaluate_compares_and_the_report_shows_it(commands, config, adapters, t
     assert "judge identity" in table and table.splitlines()[0] in capsys.readouterr().out
     text = report.report(tmp_path / "run").read_text()
     assert text.count("<video") == 9 and text.count("<img") == 4
-    evaluate.evaluate(config, tmp_path / "any.csv", out, {})
+    commands.evaluate(config, tmp_path / "any.csv", out, {})
     assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, "a second run replaces the first"
 
 
 def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapters, tmp_path, monkeypatch):
     """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
-    monkeypatch.setattr(evaluate, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
     seen = []
 
     def make_scorer(config, batch, mesh=None):
@@ -178,9 +180,9 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
 
         return score
 
-    monkeypatch.setattr(evaluate, "make_scorer", make_scorer)
-    models = evaluate.make_models(evaluate.make_sampler(config, dataclasses.replace(pipe)), adapters)
-    watch = evaluate.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
+    monkeypatch.setattr(commands, "make_scorer", make_scorer)
+    models = commands.make_models(commands.make_sampler(config, dataclasses.replace(pipe)), adapters)
+    watch = commands.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
     sign = 1
     watch.begin(models["still"])
     assert watch(models["moved"], 5)["watch_parted"] == 0
@@ -194,11 +196,11 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
     np.testing.assert_array_equal(seen[1], seen[2])                 # fixed noise
 
 
-def test_sample_then_score(commands, config, prompts, adapters, tmp_path):
-    evaluate.sample(config, tmp_path / "any.csv", tmp_path / "videos", adapters["moved"])
+def test_sample_then_score(stubbed, config, prompts, adapters, tmp_path):
+    commands.sample(config, tmp_path / "any.csv", tmp_path / "videos", adapters["moved"])
     lines = [json.loads(line) for line in (tmp_path / "videos" / "samples.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == [f"{row:04d}-{member}.mp4" for row in range(3) for member in range(2)]
-    evaluate.score(config, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "new" / "scores.jsonl")
+    commands.score(config, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "new" / "scores.jsonl")
     scores = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
     assert [line["file"] for line in scores] == [line["file"] for line in lines]
     assert [line["prompt"] for line in scores] == [prompt.text for prompt in prompts for _ in range(2)]
@@ -206,26 +208,26 @@ def test_sample_then_score(commands, config, prompts, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["holiday.mp4", "0003-0.mp4"])
-def test_video_without_a_row_is_refused(commands, config, tmp_path, name):
+def test_video_without_a_row_is_refused(stubbed, config, tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"must start with its row in the prompts CSV, 0 to 2"):
-        evaluate.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+        commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
     assert not (tmp_path / "scores.jsonl").exists()
 
 
-def test_folder_without_videos_is_refused(commands, config, tmp_path):
+def test_folder_without_videos_is_refused(stubbed, config, tmp_path):
     with pytest.raises(UserError, match=r"holds no \.mp4"):
-        evaluate.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+        commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
 
 
 def test_size_of_the_evaluation_overrides_that_of_the_run(config):
     larger = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, frames=9, width=64))
-    video = evaluate.evaluated(larger).video
+    video = commands.evaluated(larger).video
     assert (video.frames, video.height, video.width, video.fps) == (9, 16, 64, 8)
 
 
 def test_references_are_padded_with_white(config, prompts):
-    asked = evaluate.references(prompts, config)
+    asked = commands.references(prompts, config)
     assert asked.mask.tolist() == [[True, False], [True, True], [True, False]]
     assert asked.images.shape == (3, 2, 16, 32, 3)
     assert jnp.all(asked.images[0, 1] == 1) and not jnp.all(asked.images[1, 1] == 1)

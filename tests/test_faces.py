@@ -12,19 +12,19 @@ import pytest
 from flax import nnx
 
 from jax_idgrpo.config import RewardConfig
-from jax_idgrpo.data import cast
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models import detector
-from jax_idgrpo.models.arcface import ArcFace, ArcFaceConfig
-from jax_idgrpo.models.judge import Judge, JudgeConfig
+from jax_idgrpo.models.faces import bundled_detector
+from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
 from jax_idgrpo.rewards import References, faces, frame_numbers, load_reward
-from jax_idgrpo.tasks import detector as detector_task
-from jax_idgrpo.tasks import embedder as embedder_task
-from jax_idgrpo.tasks.drawn_faces import FacePictures, degrade
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic.training import detector as detector_task
+from jax_idgrpo.synthetic.training import embedder as embedder_task
+from jax_idgrpo.synthetic.training.faces import FacePictures, degrade
 
 SMALL_ARCFACE = ArcFaceConfig(units=(1, 2), widths=(8, 12), stem=8, input_size=16, embedding_size=6)
 SMALL_JUDGE = JudgeConfig(widths=(8, 16), input_size=16, embedding_size=6)
-SMALL_DETECTOR = detector.DetectorConfig(width=16, blocks=1)
+SMALL_DETECTOR = bundled_detector.DetectorConfig(width=16, blocks=1)
 EMBEDDED = RewardConfig().folder()
 
 
@@ -40,7 +40,7 @@ def randomise(network, seed=0):
 def small_stack(threshold=0.0):
     embedder = randomise(ArcFace(SMALL_ARCFACE, rngs=nnx.Rngs(0)))
     template = tuple((x / 7, y / 7) for x, y in faces.ARCFACE_TEMPLATE)
-    return faces.FaceStack(randomise(detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(1))), embedder, template, 3, threshold)
+    return faces.FaceStack(randomise(bundled_detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(1))), embedder, template, 3, threshold)
 
 
 def umeyama(points, template):
@@ -96,8 +96,8 @@ def test_suppression_is_greedy():
     corner = rng.uniform(0, 20, (40, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(5, 12, (40, 2))], 1).astype(np.float32)
     boxes, mask = jnp.asarray(boxes), rng.random(40) < 0.9
-    keep = np.asarray(detector.suppress(boxes, jnp.asarray(mask), 0.4))
-    overlap = np.asarray(detector.intersection_over_union(boxes[:, None], boxes[None]))
+    keep = np.asarray(bundled_detector.suppress(boxes, jnp.asarray(mask), 0.4))
+    overlap = np.asarray(bundled_detector.intersection_over_union(boxes[:, None], boxes[None]))
     expected = []
     for k in np.flatnonzero(mask):
         if all(overlap[j, k] < 0.4 for j in expected):
@@ -112,7 +112,7 @@ def test_decoding_returns_planted_faces_best_first():
     points = np.arange(10, dtype=np.float32).reshape(5, 2) * np.ones((1, height, width, 1, 1), np.float32)
     for (y, x), level in {(2, 3): 1.0, (9, 9): 3.0, (9, 10): 2.0, (5, 1): -1.0}.items():
         logits[0, y, x] = level
-    found = detector.decode(detector.DetectorOutput(*map(jnp.asarray, (logits, sides, points))), faces=3, threshold=0.5)
+    found = bundled_detector.decode(bundled_detector.DetectorOutput(*map(jnp.asarray, (logits, sides, points))), faces=3, threshold=0.5)
     assert found.mask[0].tolist() == [True, True, False]  # the neighbour of the best is no peak, the last is below threshold
     centres = np.asarray(found.boxes[0, :2]).reshape(2, 2, 2).mean(1)
     np.testing.assert_allclose(centres, [[37.5, 37.5], [13.5, 9.5]])
@@ -129,7 +129,7 @@ def test_frame_numbers():
     [
         lambda: ArcFace(SMALL_ARCFACE, rngs=nnx.Rngs(0)),
         lambda: Judge(SMALL_JUDGE, rngs=nnx.Rngs(0)),
-        lambda: detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(0)),
+        lambda: bundled_detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(0)),
     ],
 )
 def test_a_stored_network_comes_back(network, tmp_path):
@@ -233,7 +233,7 @@ def reward(name="embedder"):
 
 @functools.cache
 def held_out():
-    drawn = cast.batch(99, 0, 12, "eval", frames=5)
+    drawn = scenes.batch(99, 0, 12, "eval", frames=5)
     return Drawn(*(np.asarray(leaf) for leaf in (drawn.video, drawn.portraits, drawn.mask)))
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_idgrpo import keys
-from jax_idgrpo.checkpoint import TERMINATED
+from jax_idgrpo import rng
 from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.finetune import finetune
 from jax_idgrpo.metrics import read_metrics
-from jax_idgrpo.tasks import Task, make_task
+from jax_idgrpo.training.checkpoint import TERMINATED
+from jax_idgrpo.training.finetune import finetune
+from jax_idgrpo.training.task import Task, make_task
 
 
 class Toy(nnx.Module):
@@ -46,7 +46,7 @@ class Calls:
 
 @jax.jit
 def toy_batch(seed, step):
-    x = jax.random.normal(keys.fold(keys.key(seed, "data"), step), (8, 4))
+    x = jax.random.normal(rng.fold(rng.key(seed, "data"), step), (8, 4))
     return {"x": x, "y": jnp.sin(x.sum(axis=1, keepdims=True)) + 1.0}
 
 
@@ -91,7 +91,7 @@ def straight(tmp_path_factory):
     """The workdir of six undisturbed steps."""
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jax_idgrpo.finetune.make_task", lambda config: toy_task(Calls()))
+        patch.setattr("jax_idgrpo.training.finetune.make_task", lambda config: toy_task(Calls()))
         finetune(configuration(6), workdir)
     return workdir
 
@@ -99,7 +99,7 @@ def straight(tmp_path_factory):
 @pytest.fixture
 def calls(monkeypatch):
     calls = Calls()
-    monkeypatch.setattr("jax_idgrpo.finetune.make_task", lambda config: toy_task(calls))
+    monkeypatch.setattr("jax_idgrpo.training.finetune.make_task", lambda config: toy_task(calls))
     return calls
 
 
@@ -200,7 +200,7 @@ def test_changed_learning_rate_is_refused_by_name(tmp_path, calls):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     task = toy_task(Calls())
     broken = dataclasses.replace(task, loss=lambda *a: (task.loss(*a)[0] * jnp.nan, {}))
-    monkeypatch.setattr("jax_idgrpo.finetune.make_task", lambda config: broken)
+    monkeypatch.setattr("jax_idgrpo.training.finetune.make_task", lambda config: broken)
     with pytest.raises(UserError, match=r"the loss is nan by step 2"):
         finetune(configuration(6), tmp_path)
     assert not any((tmp_path / "checkpoints").iterdir())

@@ -11,7 +11,7 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from jax_idgrpo.rewards import identity, matching
-from jax_idgrpo.rewards.copies import SIDE
+from jax_idgrpo.rewards.photo_copy import SIDE
 
 CONFIG = identity.IdentityConfig()
 

@@ -10,7 +10,7 @@ import pytest
 
 from jax_idgrpo.config import OptimizerConfig
 from jax_idgrpo.optimizer import apply_gradients, ema_decay, ema_update, learning_rate, make_optimizer
-from jax_idgrpo.state import start
+from jax_idgrpo.training.state import start
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_idgrpo import pairs
 from jax_idgrpo.config import RewardConfig
-from jax_idgrpo.data import cast
-from jax_idgrpo.data.distortions import STRANGER, swap
-from jax_idgrpo.data.preferences import LABELS, load_pairs
+from jax_idgrpo.data.video import read_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluate import make_reward
+from jax_idgrpo.evaluation.commands import make_reward
+from jax_idgrpo.preferences import synthesis
+from jax_idgrpo.preferences.clip_pairs import Shape, drawn
+from jax_idgrpo.preferences.corruptions import STRANGER, swap
+from jax_idgrpo.preferences.csv_source import LABELS, load_pairs
 from jax_idgrpo.rewards import References
-from jax_idgrpo.subjects import Shape, drawn
-from jax_idgrpo.video import read_video
+from jax_idgrpo.synthetic import scenes
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "made"
-    pairs.write_pairs(folder, "train", 24, seed=3, automatic=0.5, careless=1.0)
+    synthesis.write_pairs(folder, "train", 24, seed=3, automatic=0.5, careless=1.0)
     with (folder / "pairs.csv").open(newline="") as file:
         return folder, list(csv.DictReader(file))
 
@@ -32,7 +32,7 @@ def test_the_lesser_fault_wins_and_no_fault_is_a_tie(written):
     for row in rows:
         a, b = float(row["strength_A"]), float(row["strength_B"])
         assert row["truth"] == ("same" if not row["distortion"] else "A" if a < b else "B")
-        least, gap = pairs.STRENGTHS[row["distortion"]] if row["distortion"] else (0, 0)
+        least, gap = synthesis.STRENGTHS[row["distortion"]] if row["distortion"] else (0, 0)
         assert max(a, b) >= least and abs(a - b) >= gap - 1e-3 if row["distortion"] else a == b == 0
         assert row["SA"] == row["truth"] or row["source"] == "automatic"
     assert {row["source"] for row in rows} == {"trusted", "automatic"}
@@ -46,7 +46,7 @@ def test_the_folder_is_what_training_reads(written):
     assert [pair.labels[0] for pair in read] == [LABELS[row["SA"]] for row in rows]
     a, b = (read_video(path) for path in read[0].videos)
     assert a.shape == b.shape == (9, 64, 64, 3) and np.abs(a - b).mean() > 0.01
-    assert read[0].fps == (cast.FRAMES_PER_SECOND,) * 2
+    assert read[0].fps == (scenes.FRAMES_PER_SECOND,) * 2
 
 
 def test_both_videos_are_takes_of_one_prompt():
@@ -87,10 +87,10 @@ def test_drawn_people_can_have_any_face_above_their_own_clothes():
 
 def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
     folder, _ = written
-    pairs.write_pairs(tmp_path / "few", "train", 4, seed=3, automatic=0.5, careless=1.0)
+    synthesis.write_pairs(tmp_path / "few", "train", 4, seed=3, automatic=0.5, careless=1.0)
     for path in sorted((tmp_path / "few").glob("*-*")):
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
-    pairs.write_pairs(tmp_path / "other", "train", 2, seed=4)
+    synthesis.write_pairs(tmp_path / "other", "train", 2, seed=4)
     assert (tmp_path / "other" / "00000-A.mp4").read_bytes() != (folder / "00000-A.mp4").read_bytes()
 
 
@@ -99,7 +99,7 @@ def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
     (dict(automatic=2.0), "0 to 1"), (dict(shape=Shape(fps=16)), "--clips"), (dict(faces=Path("networks")), "--clips")])
 def test_mistakes_are_refused_and_leave_nothing(tmp_path, change, answer):
     with pytest.raises(UserError, match=answer):
-        pairs.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)
+        synthesis.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
-    assert pairs.main(["--out", str(tmp_path / "there"), "--split", "train", "--count", "1"]) == 2
+    assert synthesis.main(["--out", str(tmp_path / "there"), "--split", "train", "--count", "1"]) == 2

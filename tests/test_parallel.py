@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_idgrpo import parallel
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.wan import WanTransformer, vace_1_3b, vace_14b
-from jax_idgrpo.state import start
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.training.state import start
 
 ROOT = Path(__file__).parents[1]
 MESHES = [
@@ -30,8 +30,8 @@ MESHES = [
 
 def fake_mesh(**sizes: int) -> Mesh:
     """A mesh of many devices that is never run on."""
-    shape = [sizes.get(name, 1) for name in parallel.AXES]
-    return Mesh(np.full(shape, jax.devices()[0]), parallel.AXES)
+    shape = [sizes.get(name, 1) for name in sharding.AXES]
+    return Mesh(np.full(shape, jax.devices()[0]), sharding.AXES)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_the_table_divides_the_14b_policy_and_its_state_alike():
     state = jax.eval_shape(lambda lora: start(optax.adamw(1e-4), lora), lora)
 
     def share(tree):
-        shardings = parallel.state_shardings(mesh, tree)
+        shardings = sharding.state_shardings(mesh, tree)
         pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
         return sum(np.prod(s.shard_shape(leaf.shape)) for leaf, s in pairs) / sum(np.prod(leaf.shape) for leaf, _ in pairs)
 
     assert share(base) < 1.15 / 64
     assert share(state) < 1.01 / 16
-    shardings = parallel.state_shardings(mesh, state)
+    shardings = sharding.state_shardings(mesh, state)
     like = jax.tree.leaves(shardings.params)
     assert jax.tree.leaves(shardings.ema) == like == jax.tree.leaves(shardings.optimizer[0].mu)
 
@@ -98,14 +98,14 @@ def test_the_table_divides_the_14b_policy_and_its_state_alike():
     ],
 )
 def test_where_a_leaf_lies(path, shape, want):
-    assert parallel.spec(path, shape, fake_mesh(fsdp=4, tensor=2)) == want
+    assert sharding.spec(path, shape, fake_mesh(fsdp=4, tensor=2)) == want
 
 
 def test_what_does_not_fit_names_the_number():
     with pytest.raises(UserError, match="data 1 x fsdp 3 x seq 1 x tensor 1 does not use the 1 devices"):
-        parallel.make_mesh(MeshConfig(data=1, fsdp=3))
+        sharding.make_mesh(MeshConfig(data=1, fsdp=3))
     with pytest.raises(UserError, match="6 rows do not divide over the 4 batch shards"):
-        parallel.check_rows(fake_mesh(data=2, fsdp=2, seq=2), 6, "rows")
+        sharding.check_rows(fake_mesh(data=2, fsdp=2, seq=2), 6, "rows")
     with pytest.raises(UserError, match=r"mesh.tensor 8 does not divide the 12 attention heads"):
         vace_1_3b(mesh=fake_mesh(tensor=8))
     with pytest.raises(UserError, match="mesh.seq is 0"):

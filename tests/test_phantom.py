@@ -16,21 +16,23 @@ from safetensors.numpy import load_file
 
 from checkpoints_convert import rules
 from checkpoints_convert import wan as table
-from jax_idgrpo import conditioning, keys, pipeline, policy, rollout, update
 from jax_idgrpo import config as c
-from jax_idgrpo import train as loop
-from jax_idgrpo.conditioning import Conditioning
+from jax_idgrpo import rng
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, wan_1_3b, wan_14b
+from jax_idgrpo.sampling import conditioning, pipeline, policy, rollout
+from jax_idgrpo.sampling.conditioning import Conditioning
+from jax_idgrpo.training import train as loop
+from jax_idgrpo.training import update
 from tests.parity.torch_models import GOLDEN, relative_error
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
 CONFIG = WanConfig(num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_dim=WIDTH, freq_dim=16, rank=2, alpha=2.0, unroll=True)
 SCHEDULE = rollout.Schedule.make(STEPS, 5.0)
 NEGATIVE = jnp.asarray(np.random.default_rng(3).normal(size=(LENGTH, WIDTH)), jnp.float32)
-NOISE = keys.row_keys(keys.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+NOISE = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
 ADVANTAGE = jnp.asarray([1.3, -0.7, 0.2, -0.9])
 FIRST = jnp.zeros(ROWS, jnp.int32)
 WINDOW = rollout.Window(start=FIRST, size=STEPS - 1, final_noise=False)
@@ -95,7 +97,7 @@ def test_guided_velocity_equals_the_original(case):
     plain = nnx.merge(graph, rules.to_jax(table.rules(bare, "original"), tensors, abstract))
     arrays = {name.removeprefix(f"{case}_"): value for name, value in np.load(GOLDEN / "phantom_guidance.npz").items() if case in name}
     scales = float(arrays["scale_text"]), float(arrays["scale_image"])
-    actor, _, base = policy.split(pipeline.add_adapter(plain, 1, 1.0, keys.key(0, "init")), *scales)
+    actor, _, base = policy.split(pipeline.add_adapter(plain, 1, 1.0, rng.key(0, "init")), *scales)
     latents, references = arrays["latents"], arrays["references"]
     count = len(latents)
     velocity = jax.jit(lambda row, given, negative: actor.velocity(None, base, row, given[0], given[1], negative))

@@ -14,9 +14,10 @@ from flax import nnx
 
 import jax_idgrpo as idg
 from checkpoints_convert import rules, store
-from jax_idgrpo import keys, pipeline
+from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
+from jax_idgrpo.sampling import pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny_vace"
@@ -140,7 +141,7 @@ def test_a_file_that_names_no_alpha_has_alpha_equal_to_rank(tmp_path):
 
 def test_a_fresh_adapter_changes_nothing_and_shares_the_base(pipe):
     arrays = golden("lora_peft_tiny")
-    adapted = pipeline.add_adapter(pipe.transformer, 3, 6.0, keys.key(5, "init"))
+    adapted = pipeline.add_adapter(pipe.transformer, 3, 6.0, rng.key(5, "init"))
     np.testing.assert_array_equal(run(adapted, arrays), run(pipe.transformer, arrays))
     other = pipeline.add_adapter(pipe.transformer, 3, 6.0, jax.random.key(1))
     a, b = (rules.leaves(nnx.state(model, LoRAParam)) for model in (adapted, other))

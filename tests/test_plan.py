@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_idgrpo import accounting, config, parallel, plan
+from jax_idgrpo import config
 from jax_idgrpo.cli import run
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.planning import cost_model, plan
 
 CONFIGS = plan.Path(__file__).parents[1] / "configs"
 
@@ -29,26 +31,26 @@ SHAPES = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((12, 1
 
 def test_arithmetic_counts_loops_as_often_as_they_run():
     one = 2 * 8 * 16 * 16
-    assert accounting.flops(jax.make_jaxpr(loop)(*SHAPES)) == 36 * one
+    assert cost_model.flops(jax.make_jaxpr(loop)(*SHAPES)) == 36 * one
     gradient = jax.grad(lambda x, w: jnp.sum(jax.checkpoint(lambda x: x @ w[0])(x) @ w[1]), argnums=0)
-    assert accounting.flops(jax.make_jaxpr(gradient)(*SHAPES)) <= 5 * one
+    assert cost_model.flops(jax.make_jaxpr(gradient)(*SHAPES)) <= 5 * one
     convolution = jax.make_jaxpr(lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"))(jnp.zeros((2, 3, 5, 5)), jnp.zeros((7, 3, 3, 3)))
-    assert accounting.flops(convolution) == 2 * (2 * 7 * 5 * 5) * 27
+    assert cost_model.flops(convolution) == 2 * (2 * 7 * 5 * 5) * 27
     choice = jax.make_jaxpr(lambda p, x, w: jax.lax.cond(p, lambda: x @ w[0], lambda: x @ w[0] @ w[1]))(True, *SHAPES)
-    assert accounting.flops(choice) == 2 * one
+    assert cost_model.flops(choice) == 2 * one
 
 
 def test_arithmetic_that_nothing_needs_is_not_counted():
     """As is the gradient of frozen weights, which a traced backward pass holds."""
     twice = jax.make_jaxpr(lambda x, w: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), x @ (w + 1)), x, w))
     needed = jax.make_jaxpr(lambda x, w: jax.lax.scan(lambda x, w: (jnp.sin(x @ w), x @ (w + 1)), x, w)[0])
-    assert accounting.flops(twice(*SHAPES)) == 2 * accounting.flops(needed(*SHAPES)) == 24 * 2 * 8 * 16 * 16
+    assert cost_model.flops(twice(*SHAPES)) == 2 * cost_model.flops(needed(*SHAPES)) == 24 * 2 * 8 * 16 * 16
 
 
 def test_traffic_counts_loops_as_often_as_they_run_and_slices_as_slices():
     """At least every turn's weights and the state, read and written; far less than reading all weights in every turn."""
     text = jax.jit(loop).lower(*SHAPES).compile().as_text()
-    moved = accounting.traffic(text).moved
+    moved = cost_model.traffic(text).moved
     weights, state = 4 * 16 * 16, 4 * 8 * 16
     assert 12 * 3 * (weights + 2 * state) <= moved <= 4 * 12 * 3 * (weights + 2 * state)
 
@@ -62,7 +64,7 @@ ENTRY %main.1 (p.0: f32[4,8]) -> f32[4,8] {
   ROOT %all-gather.1 = bf16[16,8]{1,0} all-gather(%copy.2), replica_groups={{0,1}}, dimensions={0}
 }
 """
-    found = accounting.traffic(text)
+    found = cost_model.traffic(text)
     assert found.received == 2 * 128 + 256
     assert found.moved == 2 * 128 + 128 + 2 * 256        # the copy lands outside the main memory
 
@@ -71,7 +73,7 @@ def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
     """The quickstart's decode: figures that agree with the shapes, a table, and a record that can be read back."""
     wanted = config.load(CONFIGS / "quickstart.py")
     parts = plan.networks(wanted, None)
-    mesh = parallel.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     program, = (each for each in plan.programs(wanted, parts, mesh) if each.name == "decode")
     cost = plan.measure(program, mesh, plan.CHIPS["TPU v5"])
     video = 4 * wanted.rows_per_call * wanted.video.frames * wanted.video.height * wanted.video.width * 3
@@ -88,7 +90,7 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
     wanted = config.load(CONFIGS / f"{name}.py")
     size = "14b" if "14b" in name else "1.3b"
     wanted = config.override(wanted, [("rollout.micro_batch", "32")])
-    mesh = jax.sharding.Mesh(np.full((2, 16, 2, 1), jax.devices()[0]), parallel.AXES)
+    mesh = jax.sharding.Mesh(np.full((2, 16, 2, 1), jax.devices()[0]), sharding.AXES)
     found = {program.name: program for program in plan.programs(wanted, plan.networks(wanted, size), mesh)}
     assert list(found) == ["text encoder", "rollout", "decode", "reward", "update", "evaluation: sample", "evaluation: decode"]
     batch = found["update"].arguments[3]

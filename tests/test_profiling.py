@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.profiling import Profile, phase_table
+from jax_idgrpo.training.profiling import Profile, phase_table
 
 PHASES = ("seconds_rollout", "seconds_update")
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo import config, report, statistics, video
+from jax_idgrpo import config
+from jax_idgrpo.data import video
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation import bootstrap, report
 
 
 def make_run(workdir: Path, steps: int = 40) -> None:
@@ -27,10 +29,10 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
     """An evaluation as `idgrpo evaluate` leaves it."""
     rng = np.random.default_rng(1)
     folder = workdir / "evaluation"
-    base = {name: rng.uniform(0.3, 0.8, 64) for name in statistics.LABELS}
+    base = {name: rng.uniform(0.3, 0.8, 64) for name in bootstrap.LABELS}
     scores = {"base": base, "tuned": {name: values + 0.05 for name, values in base.items()}}
     clusters = np.repeat(np.arange(16), 4)
-    means, changes = statistics.summarise(scores, clusters, 0, 200)
+    means, changes = bootstrap.summarise(scores, clusters, 0, 200)
     shown = []
     for prompt in range(prompts):
         clip = np.tanh(rng.normal(0, 1, (1, 8, 8, 3)).repeat(8, 1).repeat(8, 2) + rng.normal(0, 0.3, (9, 1, 1, 3))).astype(np.float32)
@@ -42,8 +44,8 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
         for path in references:
             Image.fromarray(rng.integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / path)
         shown.append({"prompt": f"Two <people> & prompt {prompt}", "references": references, "videos": files})
-    compared = statistics.pairs(scores, clusters, 0, 200)
-    document = {"note": "16 prompts x 4 videos", **statistics.document(means, changes, compared), "shown": shown}
+    compared = bootstrap.pairs(scores, clusters, 0, 200)
+    document = {"note": "16 prompts x 4 videos", **bootstrap.document(means, changes, compared), "shown": shown}
     (folder / "metrics.json").write_text(json.dumps(document))
 
 
@@ -78,7 +80,7 @@ def test_page_is_self_contained_and_well_formed(tmp_path):
     assert not re.search(r"https?://|@import|url\(|<script", text)
     assert text.count("<video") == 8 and text.count("<img") == 1 + 2 + 3 + 1
     assert "Two &lt;people&gt; &amp; prompt 0" in text
-    for label in statistics.LABELS.values():
+    for label in bootstrap.LABELS.values():
         assert label in text
     assert "learning_rate" in text and "Training reward" in text
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

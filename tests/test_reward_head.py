@@ -12,15 +12,16 @@ import pytest
 from flax import nnx
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate, pairs
-from jax_idgrpo.data import cast
-from jax_idgrpo.data.preferences import load_pairs
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.finetune import finetune
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.preferences import synthesis, train_head
+from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.rewards import head as heads
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.tasks import make_task, reward_face
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.training.finetune import finetune
+from jax_idgrpo.training.task import make_task
 from tests.test_identity import case, unit
 
 CONFIG = IdentityConfig()
@@ -117,7 +118,7 @@ def test_two_people_who_exchange_faces_are_seen_in_their_places():
 
 def write_pairs(folder, count, seed, split):
     """Clips against the same with faces exchanged or doubled; a third of the pairs are automatic, and rightly labelled."""
-    pairs.write_pairs(folder, split, count, seed, "swap,duplicate", automatic=1 / 3, careless=0.0)
+    synthesis.write_pairs(folder, split, count, seed, "swap,duplicate", automatic=1 / 3, careless=0.0)
     return folder / "pairs.csv"
 
 
@@ -139,24 +140,24 @@ def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
 
     export = tmp_path / "run" / "export"
     config = c.RewardConfig(head=str(export))
-    drawn = cast.batch(3, 0, 4, "eval")
-    reward = evaluate.make_reward(config)
-    embeddings = reward.embed_references(evaluate.References(images=drawn.portraits, mask=drawn.mask))
+    drawn = scenes.batch(3, 0, 4, "eval")
+    reward = commands.make_reward(config)
+    embeddings = reward.embed_references(commands.References(images=drawn.portraits, mask=drawn.mask))
     terms = reward.score_terms(drawn.video, embeddings, drawn.mask)
     np.testing.assert_allclose(terms["reward"], terms["head"] - terms["costs"], atol=1e-5)
     assert set(reward.names) == set(terms)
     gradient = jax.grad(lambda video: reward.function(reward.state, video, embeddings, drawn.mask)["reward"].sum())(drawn.video)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-    assert "head" not in evaluate.make_reward(config, "judge").score_terms(drawn.video, embeddings, drawn.mask)
+    assert "head" not in commands.make_reward(config, "judge").score_terms(drawn.video, embeddings, drawn.mask)
 
     with pytest.raises(UserError, match=r"trained with reward.frames 5, not 4; pass --reward.frames 5"):
-        evaluate.make_reward(c.RewardConfig(head=str(export), frames=4))
+        commands.make_reward(c.RewardConfig(head=str(export), frames=4))
     said = json.loads((export / "head.json").read_text())
     (export / "head.json").write_text(json.dumps(said | {"networks": "other"}))
     with pytest.raises(UserError, match=r"trained on other face networks"):
-        evaluate.make_reward(config)
+        commands.make_reward(config)
     with pytest.raises(UserError, match=r"head.json: cannot be read"):
-        evaluate.make_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
+        commands.make_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.slow
@@ -174,12 +175,12 @@ def test_a_stopped_run_ends_with_the_head_of_an_undisturbed_one(tmp_path):
 def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_made_of(tmp_path):
     config = configuration(write_pairs(tmp_path / "pairs", 2, 0, "train"))
     pair, other = load_pairs(tmp_path / "pairs" / "pairs.csv", ("SA",))
-    reward, folder = evaluate.make_reward(config.reward), tmp_path / "tokens"
+    reward, folder = commands.make_reward(config.reward), tmp_path / "tokens"
     looked = []
 
     def tokens_of(pair, config=config):
-        of = reward_face.kept(str(folder), reward, config)
-        return of(pair, pair.videos[0], lambda: looked.append(pair) or reward_face.read_one(reward, pair, pair.videos[0], config)[1])
+        of = train_head.kept(str(folder), reward, config)
+        return of(pair, pair.videos[0], lambda: looked.append(pair) or train_head.read_one(reward, pair, pair.videos[0], config)[1])
 
     first, again = tokens_of(pair), tokens_of(pair)
     assert looked == [pair]
@@ -193,7 +194,7 @@ def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_
         file.write_bytes(file.read_bytes()[:40])            # as a full disk leaves it
     tokens_of(other)
     assert len(looked) == 5
-    sides = reward_face.read_tokens(reward, [pair, other], config, str(folder))
+    sides = train_head.read_tokens(reward, [pair, other], config, str(folder))
     jax.tree.map(np.testing.assert_array_equal, sides[other][0], tokens_of(other))
     assert len(looked) == 5 and not list(folder.glob(".*"))
 

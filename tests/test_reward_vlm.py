@@ -12,13 +12,13 @@ from PIL import Image
 
 from jax_idgrpo import cli
 from jax_idgrpo import config as c
-from jax_idgrpo.data.preferences import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch
+from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.rewards import vlm_files
-from jax_idgrpo.tasks import pairs as pairs_tasks
-from jax_idgrpo.tasks import reward_vlm
-from jax_idgrpo.video import write_video
+from jax_idgrpo.preferences import batches as pairs_tasks
+from jax_idgrpo.preferences import train_vlm
+from jax_idgrpo.preferences.csv_source import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch
+from jax_idgrpo.rewards.vlm import files
 from tests import vlm_folders
 
 ROOT = Path(__file__).parents[1]
@@ -80,14 +80,14 @@ def configuration(base, pairs, steps, held_out="", batch=2, rate=1e-3, **options
 def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 3, 0)
     config = configuration(base, pairs, 2, held_out=pairs)
-    from jax_idgrpo.finetune import finetune
+    from jax_idgrpo.training.finetune import finetune
 
     finetune(config, tmp_path / "run")
-    options = pairs_tasks.read_options(reward_vlm.Options, config.finetune.options)
-    from jax_idgrpo import keys
+    options = pairs_tasks.read_options(train_vlm.Options, config.finetune.options)
+    from jax_idgrpo import rng
 
-    before, text = reward_vlm.open_model(config, options, keys.key(config.run.seed, "init"))
-    after = vlm_files.load(tmp_path / "run" / "export", base, "float32", merge=False)
+    before, text = train_vlm.open_model(config, options, rng.key(config.run.seed, "init"))
+    after = files.load(tmp_path / "run" / "export", base, "float32", merge=False)
     assert (tmp_path / "run" / "export" / "prompt.txt").read_text() == text and after.settings.template == "own"
     old, new = (nnx.state(model.network) for model in (before, after))
     table = [np.asarray(model.network.embed_tokens[...]) for model in (before, after)]
@@ -126,12 +126,12 @@ def test_a_teacher_agrees_with_signs_and_with_likely_ties():
 def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path):
     listed = load_pairs(write_pairs(tmp_path / "pairs", 6, 20), ("SA",))
     config = configuration(base, tmp_path / "pairs" / "pairs.csv", 1, teacher=str(tmp_path / "teacher"))
-    options = pairs_tasks.read_options(reward_vlm.Options, config.finetune.options)
-    model, text = reward_vlm.open_model(config, options, jax.random.key(1))
-    vlm_files.save(model, tmp_path / "teacher", text=text)
-    trainee = reward_vlm.Trainee(model.network, 1, model.settings)
-    said = reward_vlm.differences(trainee, listed, reward_vlm.read_with(model, text, 10.0), 2)[:, 0]
-    kept = pairs_tasks.filtered(listed, options, lambda: reward_vlm.read_teacher(config, options))
+    options = pairs_tasks.read_options(train_vlm.Options, config.finetune.options)
+    model, text = train_vlm.open_model(config, options, jax.random.key(1))
+    files.save(model, tmp_path / "teacher", text=text)
+    trainee = train_vlm.Trainee(model.network, 1, model.settings)
+    said = train_vlm.differences(trainee, listed, train_vlm.read_with(model, text, 10.0), 2)[:, 0]
+    kept = pairs_tasks.filtered(listed, options, lambda: train_vlm.read_teacher(config, options))
     want = [pair for pair, d in zip(listed, said, strict=True) if pair.source == "trusted" or d * pair.labels[0] > 0]
     assert {pair.videos for pair in kept} == {pair.videos for pair in want}
 
@@ -159,9 +159,9 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 1, 0)
     for options, message in (({"pears": 1}, "knows no 'pears'"), ({"theta": 1.0}, "theta above 1")):
         with pytest.raises(UserError, match=message):
-            reward_vlm.make(configuration(base, pairs, 1, **options))
+            train_vlm.make(configuration(base, pairs, 1, **options))
     with pytest.raises(UserError, match="no such file"):
-        reward_vlm.make(configuration(base, tmp_path / "nowhere.csv", 1))
+        train_vlm.make(configuration(base, tmp_path / "nowhere.csv", 1))
     with pytest.raises(UserError, match="train-reward trains reward_face, reward_vlm"):
         cli.run(["train-reward", str(ROOT / "configs" / "embedded_vae.py"), "--workdir", str(tmp_path / "run")])
 
@@ -170,15 +170,15 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
 def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_path):
     pairs, held_out = write_pairs(tmp_path / "pairs", 64, 0), write_pairs(tmp_path / "held_out", 64, 1000)
     config = configuration(base, pairs, 48, held_out=held_out, batch=8, rate=2e-3, pixels=20_000)
-    from jax_idgrpo.finetune import finetune
+    from jax_idgrpo.training.finetune import finetune
 
     finetune(config, tmp_path / "run")
     found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
-    model = vlm_files.load(tmp_path / "run" / "export", base, "float32")
+    model = files.load(tmp_path / "run" / "export", base, "float32")
     text = (tmp_path / "run" / "export" / "prompt.txt").read_text()
     listed = load_pairs(pairs, ("SA",))
-    difference = reward_vlm.differences(
-        reward_vlm.Trainee(model.network, 1, model.settings), listed, reward_vlm.read_with(model, text, 10.0), 8
+    difference = train_vlm.differences(
+        train_vlm.Trainee(model.network, 1, model.settings), listed, train_vlm.read_with(model, text, 10.0), 8
     )[:, 0]
     labels = np.array([pair.labels[0] for pair in listed])
     print(found, np.mean(difference * labels > 0))

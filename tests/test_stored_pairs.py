@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
-from jax_idgrpo import data, pairs, pairs_dataset
-from jax_idgrpo.data import pairs_builder
-from jax_idgrpo.data.preferences import LABELS, by_source, load_pairs, pair_batch
-from jax_idgrpo.data.stored_pairs import INDEX, INFO, KEPT, StoredPairs, open_pairs
+from jax_idgrpo import data, pairs_dataset
+from jax_idgrpo.data.video import read_frames, read_video, write_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.finetune import finetune
-from jax_idgrpo.video import read_frames, read_video, write_video
+from jax_idgrpo.preferences import synthesis, tfds_builder
+from jax_idgrpo.preferences.csv_source import LABELS, by_source, load_pairs, pair_batch
+from jax_idgrpo.preferences.tfds_source import INDEX, INFO, KEPT, StoredPairs, open_pairs
+from jax_idgrpo.training.finetune import finetune
 from tests import vlm_folders
 from tests.test_reward_vlm import configuration as vlm_configuration
 from tests.test_reward_vlm import write_rows
@@ -44,7 +44,7 @@ def written(tmp_path_factory):
     """A CSV, and a data set of several files made of it."""
     folder = tmp_path_factory.mktemp("stored")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pairs_builder, "SHARD", 5000)
+        patch.setattr(tfds_builder, "SHARD", 5000)
         table = write_csv(folder / "csv")
         pairs_dataset.write_dataset(table, folder / "set", "SA,VQ")
     return table, folder / "set"
@@ -100,8 +100,8 @@ def test_what_steps_are_drawn_by_is_known_without_reading_a_record(written):
 
 def test_shards_are_neighbours_and_no_larger_than_asked():
     sizes = [3, 4, 2, 9, 1, 1, 7, 0]
-    assert pairs_builder.shards(sizes, 7) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 8)]
-    assert pairs_builder.shards([5], 7) == [range(0, 1)] and pairs_builder.shards([50], 7) == [range(0, 1)]
+    assert tfds_builder.shards(sizes, 7) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 8)]
+    assert tfds_builder.shards([5], 7) == [range(0, 1)] and tfds_builder.shards([50], 7) == [range(0, 1)]
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_shards_are_neighbours_and_no_larger_than_asked():
 def drawn(tmp_path_factory):
     """A CSV of drawn people, and the data set of it."""
     folder = tmp_path_factory.mktemp("drawn")
-    pairs.write_pairs(folder / "csv", "train", 6, automatic=0.5)
+    synthesis.write_pairs(folder / "csv", "train", 6, automatic=0.5)
     pairs_dataset.write_dataset(folder / "csv" / "pairs.csv", folder / "set")
     return folder / "csv" / "pairs.csv", folder / "set"
 
@@ -133,7 +133,7 @@ def test_training_from_a_data_set_is_training_from_its_csv(drawn, tmp_path):
 
 
 def test_a_vision_language_reward_reads_the_same_arrays(drawn, tmp_path):
-    from jax_idgrpo.tasks import make_task
+    from jax_idgrpo.training.task import make_task
 
     vlm_folders.write_base(tmp_path / "base")
     tasks = [make_task(vlm_configuration(tmp_path / "base", given, 4)) for given in drawn]
@@ -220,7 +220,7 @@ def test_nothing_that_the_folder_names_is_imported(written, tmp_path, monkeypatc
 
 def test_a_missing_package_says_what_to_install(written, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.delitem(sys.modules, "jax_idgrpo.data.pairs_builder")
+    monkeypatch.delitem(sys.modules, "jax_idgrpo.preferences.tfds_builder")
     monkeypatch.delattr(data, "pairs_builder")
     with pytest.raises(UserError, match=r"need tensorflow-datasets .*pip install 'jax-idgrpo\[data\]'"):
         open_pairs(written[1], ("SA",))
@@ -234,7 +234,7 @@ def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     command = ["--csv", str(table), "--out", str(tmp_path / "set")]
     for name, says in (("MQ", "has no column MQ"), ("SA,SA,", "has no column ")):
         assert pairs_dataset.main([*command, "--dimensions", name]) == 2 and says in capsys.readouterr().err
-    read = pairs_builder.example
+    read = tfds_builder.example
 
     def fails_at_the_last(pair, dimensions):
         if pair.videos[0].name == "2.bin":
@@ -242,7 +242,7 @@ def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
         return read(pair, dimensions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pairs_builder, "example", fails_at_the_last)
+        patch.setattr(tfds_builder, "example", fails_at_the_last)
         assert pairs_dataset.main(command) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert "2.bin: cannot be read (No such file or directory)" in told[-1] and [path.name for path in tmp_path.iterdir()] == ["csv"]

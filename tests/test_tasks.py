@@ -10,11 +10,12 @@ import transformers
 from flax import nnx
 
 from jax_idgrpo.config import Config, DataConfig, FinetuneConfig, ModelConfig, RolloutConfig, VideoConfig
-from jax_idgrpo.data import cast
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
-from jax_idgrpo.pipeline import load_pipeline, save_vae
-from jax_idgrpo.tasks import make_task, text, transformer
+from jax_idgrpo.sampling.pipeline import load_pipeline, save_vae
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic.training import text, transformer
+from jax_idgrpo.training.task import make_task
 
 DATA = DataConfig(max_people=3, text_length=80)
 BATCH = 16  # one size for all, so that the cast is compiled once
@@ -50,7 +51,7 @@ def test_tokenizer_refuses_what_it_would_split():
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
     told = [text._draw(3, step, BATCH) for step in range(8)]
-    prompts = [prompt for part in told for prompt in cast.describe(part.scene, part.people, part.mask)]
+    prompts = [prompt for part in told for prompt in scenes.describe(part.scene, part.people, part.mask)]
     ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jax_idgrpo import config as c
-from jax_idgrpo import train as loop
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.training import train as loop
 
 
 def tiny(steps, grpo=None, **rollout):
@@ -203,7 +203,7 @@ def failing(monkeypatch, broken):
         monkeypatch.setattr(reward, "score_terms", score_terms)
         return reward
 
-    monkeypatch.setattr(loop, "make_reward", make)
+    monkeypatch.setattr(train, "make_reward", make)
     return calls
 
 

@@ -10,12 +10,16 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_idgrpo import accounting, flow, keys, parallel, policy, rollout, train, update
-from jax_idgrpo.conditioning import Conditioning, frame_mask, select
+from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
-from jax_idgrpo.state import start
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.planning import cost_model
+from jax_idgrpo.sampling import policy, rollout
+from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask, select
+from jax_idgrpo.training import train, update
+from jax_idgrpo.training.state import start
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
 CONFIG = WanConfig(
@@ -49,9 +53,9 @@ def asked():
 
 
 NEGATIVE = jnp.asarray(np.random.default_rng(3).normal(size=(LENGTH, WIDTH)), jnp.float32)
-NOISE = keys.row_keys(keys.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+NOISE = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
 ADVANTAGE = jnp.asarray([1.3, -0.7, 0.2, -0.9])
-AGAIN = keys.row_keys(keys.key(0, "forward"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+AGAIN = rng.row_keys(rng.key(0, "forward"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
 FIRST = jnp.zeros(ROWS, jnp.int32)
 
 
@@ -123,7 +127,7 @@ def test_every_replaying_objective_is_on_policy_with_a_step_per_prompt(wanted):
 def test_rows_outside_their_window_take_euler_steps():
     actor, lora, base = model()
     late = sampled((actor, lora, base), window=whole(jnp.asarray([1, 1, 0, 0]), 1))[0]
-    start = keys.step_noise(NOISE, -1, asked().latent_shape)
+    start = rng.step_noise(NOISE, -1, asked().latent_shape)
     v = actor.velocity(lora, base, start, SCHEDULE.timestep[0], asked(), NEGATIVE)
     euler = start + v * (SCHEDULE.sigma[1] - SCHEDULE.sigma[0])
     np.testing.assert_allclose(late.x[:2, 0], euler[:2], atol=1e-5)
@@ -234,8 +238,8 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
     wanted = GrpoConfig(objective=kind, kl_units="velocity", gradient_steps=2)
     config = Config(rollout=RolloutConfig(steps=STEPS, window="none"), grpo=wanted)
     actor, lora, base = model()
-    on_device = parallel.replicated(parallel.make_mesh(MeshConfig(), jax.devices()[:1]))
-    given, course, noise, window = parallel.put(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
+    on_device = sharding.replicated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    given, course, noise, window = sharding.put(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
     with jax.transfer_guard("disallow"):
         trajectory = train.sample(config, (actor, *given), course, noise, noise, window)
     np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, course, noise), atol=1e-5)
@@ -349,13 +353,13 @@ def test_a_run_compiles_rollout_and_update_once():
 
 
 def test_noise_is_a_function_of_seed_prompt_member_and_step_and_prefix_stable():
-    draw = functools.partial(keys.step_noise, shape=(3, 2, 2))
+    draw = functools.partial(rng.step_noise, shape=(3, 2, 2))
     first = draw(NOISE, 0)
     every = np.stack([np.asarray(draw(NOISE, step)) for step in (-1, 0, 1)])
     flat = every.reshape(-1, 12)
     assert np.abs(np.corrcoef(flat) - np.eye(len(flat))).max() < 0.95
     np.testing.assert_array_equal(draw(NOISE[2:3], 0)[0], first[2])
-    np.testing.assert_array_equal(keys.step_noise(NOISE, 0, (5, 2, 2))[:, :3], first)
+    np.testing.assert_array_equal(rng.step_noise(NOISE, 0, (5, 2, 2))[:, :3], first)
 
 
 def starts(step=0, **values):
@@ -410,13 +414,13 @@ def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
     def rollout_of(steps):
         schedule = rollout.Schedule.make(steps, 3.0)
         given = (lora, base, asked(), NEGATIVE, schedule, NOISE, NOISE, whole())
-        return accounting.flops(jax.make_jaxpr(functools.partial(rollout.sample, actor))(*given))
+        return cost_model.flops(jax.make_jaxpr(functools.partial(rollout.sample, actor))(*given))
 
     def velocity(prompt=None):
         return actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE, prompt)
 
     prefill = functools.partial(actor.prefill, lora, base, asked(), NEGATIVE)
-    alone, before = (accounting.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill))
+    alone, before = (cost_model.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill))
     assert 0.01 * alone < before < 0.5 * alone
     for steps in (2, 8):
         assert abs(rollout_of(steps) - (steps * (alone - before) + before)) < 0.01 * before
@@ -431,5 +435,5 @@ def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
     def total(lora):
         return jnp.sum(actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE))
 
-    forward, gradient = (accounting.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total)))
+    forward, gradient = (cost_model.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total)))
     assert 1.5 * forward < gradient < 2.5 * forward

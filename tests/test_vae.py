@@ -14,10 +14,11 @@ from flax import nnx
 
 from checkpoints_convert import vae as table
 from configs.embedded_vae import get_config
-from jax_idgrpo import keys, pipeline
+from jax_idgrpo import rng
 from jax_idgrpo.models.vae import RMSNorm, VAEConfig, WanVAE
-from jax_idgrpo.tasks import make_task
-from jax_idgrpo.tasks import vae as task_vae
+from jax_idgrpo.sampling import pipeline
+from jax_idgrpo.synthetic.training import vae as task_vae
+from jax_idgrpo.training.task import make_task
 
 GOLDEN = Path(__file__).parent / "golden"
 COMPILER = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
@@ -124,7 +125,7 @@ def test_face_weights():
 
 def test_windows_hold_a_face_of_every_row():
     view = task_vae.View("train", face_weight=3.0, crop=32)
-    group = task_vae._draw_pictures(keys.key(3, "data"), 24, 8, view)
+    group = task_vae._draw_pictures(rng.key(3, "data"), 24, 8, view)
     assert (jnp.mean(group.weight == 3.0, axis=(1, 2, 3)) > 0.15).all()
 
 
@@ -143,14 +144,14 @@ def test_batches_are_pictures_then_clips_too_and_repeat():
 @pytest.mark.slow
 def test_a_new_network_is_blind_to_earlier_frames_and_learns():
     task = small_task()
-    network = task.init(keys.key(0, "init"))
+    network = task.init(rng.key(0, "init"))
     (pictures,) = task.batch(5, 0)
     graph, state = nnx.split(network)
 
     @functools.partial(jax.jit, compiler_options=COMPILER)
     @jax.value_and_grad
     def loss(state):
-        return task.loss(nnx.merge(graph, state), (pictures,), keys.key(0, "augment"))[0]
+        return task.loss(nnx.merge(graph, state), (pictures,), rng.key(0, "augment"))[0]
 
     value, gradients = loss(state)
     kernel = gradients["decoder"]["conv_in"]["kernel"][...]
@@ -165,7 +166,7 @@ def test_the_decoder_alone_leaves_the_encoder():
     task = small_task(train="decoder", pictures_beside_clips=[0, 0])
     graph, state = tiny_vae()
     (clips,) = task.batch(5, 1)
-    value = lambda state: task.loss(nnx.merge(graph, state), (clips,), keys.key(0, "augment"))[0]  # noqa: E731
+    value = lambda state: task.loss(nnx.merge(graph, state), (clips,), rng.key(0, "augment"))[0]  # noqa: E731
     gradients = jax.jit(jax.grad(value), compiler_options=COMPILER)(state)
     assert optax.global_norm(gradients["encoder"]) == 0 and optax.global_norm(gradients["decoder"]) > 0
 
@@ -175,7 +176,7 @@ def test_saved_statistics_normalise_the_latents():
     graph, state = tiny_vae()
     network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
     assert network.config.latents_mean != TINY.latents_mean
-    groups = [task_vae._draw_pictures(keys.key(seed, "data"), 32, 32, task_vae.View("train")) for seed in range(2)]
+    groups = [task_vae._draw_pictures(rng.key(seed, "data"), 32, 32, task_vae.View("train")) for seed in range(2)]
     latents = network.encode(jnp.concatenate([group.video for group in groups])).reshape(-1, 16)
     assert np.abs(latents.mean(axis=0)).max() < 0.2
     assert np.abs(latents.std(axis=0) - 1).max() < 0.2

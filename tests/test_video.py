@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from jax_idgrpo import video
+from jax_idgrpo.data import video
 from jax_idgrpo.errors import UserError
 
 

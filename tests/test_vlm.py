@@ -13,8 +13,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.qwen_vl import VisionConfig
-from jax_idgrpo.rewards import References, vlm_files, vlm_inputs
-from jax_idgrpo.rewards.vlm import VlmReward, load_vlm
+from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards.vlm import files, inputs
+from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 from tests import vlm_folders
 
 TOKEN = "<|SA_reward|>"
@@ -75,27 +76,27 @@ def chain_ids(shapes, grid):
     [((240, 416), MOST, (252, 420)), ((480, 832), MOST, (476, 812)), ((1024, 1024), MOST, (616, 616)), ((512, 512), MOST, (504, 504))],
 )
 def test_published_sizes(size, most, want):
-    assert vlm_inputs.smart_resize(*size, (3136, most)) == want
+    assert inputs.smart_resize(*size, (3136, most)) == want
 
 
 @pytest.mark.parametrize("total, want, step", [(33, [0, 11, 21, 32], 3), (81, [0, 27, 53, 80], 8)])
 def test_published_frames_and_steps(total, want, step):
-    assert vlm_inputs.frame_indices(total, 5.0).tolist() == want
-    assert int(vlm_inputs.seconds_per_grid(total, 10.0, 4) * 2) == step
+    assert inputs.frame_indices(total, 5.0).tolist() == want
+    assert int(inputs.seconds_per_grid(total, 10.0, 4) * 2) == step
 
 
 def test_frames_by_rate_are_even_and_bounded():
-    counts = [len(vlm_inputs.frame_indices(total, 0.0, 2.0, 10.0)) for total in (5, 33, 81)]
+    counts = [len(inputs.frame_indices(total, 0.0, 2.0, 10.0)) for total in (5, 33, 81)]
     assert counts == [4, 6, 10]
     with pytest.raises(UserError, match="needs 2 to 1"):
-        vlm_inputs.frame_indices(1, 5.0)
+        inputs.frame_indices(1, 5.0)
 
 
 @pytest.mark.parametrize("height, width", [(150, 97), (480, 700), (900, 1300), (28, 56)])
 def test_photos_are_the_processors(height, width):
     image = photo(height, height, width)
-    got, grid = vlm_inputs.picture(image, VISION, MOST)
-    size = vlm_inputs.smart_resize(height, width, (3136, MOST))
+    got, grid = inputs.picture(image, VISION, MOST)
+    size = inputs.smart_resize(height, width, (3136, MOST))
     given = image.resize(size[::-1], Image.Resampling.BICUBIC)                   # what qwen_vl_utils hands to the processor
     found = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)(images=[given], return_tensors="np")
     assert found["image_grid_thw"].tolist() == [[1, *grid]]
@@ -104,9 +105,9 @@ def test_photos_are_the_processors(height, width):
 
 def test_frames_are_those_of_the_chain():
     pixels = np.stack([film(1, 9, 120, 208), film(2, 9, 120, 208)])
-    chosen = vlm_inputs.frame_indices(9, 5.0)
-    size = vlm_inputs.frame_size(120, 208, VISION, MOST)
-    got = jax.jit(lambda videos: vlm_inputs.frames_of(videos, chosen, VISION, MOST))(values(pixels))
+    chosen = inputs.frame_indices(9, 5.0)
+    size = inputs.frame_size(120, 208, VISION, MOST)
+    got = jax.jit(lambda videos: inputs.frames_of(videos, chosen, VISION, MOST))(values(pixels))
     for row, video in enumerate(pixels):
         want, grid = chain_frames(video, chosen, size)
         found = np.asarray(got.patches[2 * row : 2 * row + 2, : grid[1] * grid[2]]).reshape(want.shape)
@@ -117,11 +118,11 @@ def test_frames_are_those_of_the_chain():
 def test_ids_are_those_of_the_template():
     words = vlm_folders.tokenizer()
     words.add_tokens([TOKEN], special_tokens=True)
-    got, kinds, places = vlm_inputs.Prompting(words, TEXT, (TOKEN,)).tokens([6, 64], 270, "")
+    got, kinds, places = inputs.Prompting(words, TEXT, (TOKEN,)).tokens([6, 64], 270, "")
     want = chain_ids([(4, 6), (16, 16)], (2, 18, 30))
     assert got.tolist() == want[: len(got)] and want[len(got) - 1] == want[places[0]] == words.convert_tokens_to_ids(TOKEN)
     assert np.sum(kinds == 1) == 70 and np.sum(kinds == 2) == 270
-    everything, _, last = vlm_inputs.Prompting(words, TEXT.replace(TOKEN, ""), ()).tokens([6, 64], 270, "")
+    everything, _, last = inputs.Prompting(words, TEXT.replace(TOKEN, ""), ()).tokens([6, 64], 270, "")
     assert last[0] == len(everything) - 1 and everything.tolist() == [token for token in want if token != want[places[0]]]
 
 
@@ -164,14 +165,14 @@ def test_scores_are_those_of_torch_on_the_published_chain(released):
     photos, videos = batch()
     got = np.asarray(reward(released)(values(videos), references(photos), [""] * 3))
     model = released[1].base_model.model
-    chosen = vlm_inputs.frame_indices(9, 5.0)
-    seconds = torch.tensor([vlm_inputs.seconds_per_grid(9, 10.0, 4)])
+    chosen = inputs.frame_indices(9, 5.0)
+    seconds = torch.tensor([inputs.seconds_per_grid(9, 10.0, 4)])
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
     for row, (shown, video) in enumerate(zip(photos, videos, strict=True)):
-        sizes = [vlm_inputs.smart_resize(image.height, image.width, (3136, MOST)) for image in shown]
+        sizes = [inputs.smart_resize(image.height, image.width, (3136, MOST)) for image in shown]
         resized = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image, size in zip(shown, sizes)]
         found = processor(images=resized, return_tensors="pt")
-        frames, grid = chain_frames(video, chosen, vlm_inputs.frame_size(64, 96, VISION, MOST))
+        frames, grid = chain_frames(video, chosen, inputs.frame_size(64, 96, VISION, MOST))
         ids = torch.tensor([chain_ids([(h // 14, w // 14) for h, w in sizes], grid)])
         config = model.config
         kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
@@ -207,9 +208,9 @@ def test_a_rows_score_does_not_depend_on_its_neighbours(released):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
-    settings = vlm_files.Settings(dimensions=("VQ", "MQ", "TA"), pooling=pooling, rank=0, alpha=0.0, mean=(1.0, 2.0, 3.0),
+    settings = files.Settings(dimensions=("VQ", "MQ", "TA"), pooling=pooling, rank=0, alpha=0.0, mean=(1.0, 2.0, 3.0),
                                   deviation=(2.0, 2.0, 0.5))
-    model = vlm_files.start(released[0] / "base", settings, jax.random.key(3), "float32")
+    model = files.start(released[0] / "base", settings, jax.random.key(3), "float32")
     photos, videos = batch()
     scored = VlmReward(model, "Does it show {text_prompt}?")
     first = scored(values(videos), references(photos), ["a dog"] * 3)
@@ -234,6 +235,6 @@ def test_a_prompt_that_is_not_the_models_is_refused(released, tmp_path):
 def test_the_text_of_a_python_file_is_read_without_running_it(tmp_path):
     path = tmp_path / "prompt_template.py"
     path.write_text("raise SystemExit\nDETAILED_PROMPT = '''say {text_prompt}'''\n")
-    assert vlm_inputs.read_text(path, "detailed") == "say {text_prompt}"
+    assert inputs.read_text(path, "detailed") == "say {text_prompt}"
     with pytest.raises(UserError, match="does not hold the text"):
-        vlm_inputs.read_text(path, "subject_alignment_special")
+        inputs.read_text(path, "subject_alignment_special")

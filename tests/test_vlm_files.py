@@ -13,7 +13,7 @@ from flax import nnx
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import QwenReward, Sequences
-from jax_idgrpo.rewards import vlm_files
+from jax_idgrpo.rewards.vlm import files
 from tests import vlm_folders
 from tests.parity.torch_models import relative_error
 
@@ -55,7 +55,7 @@ def equal(one: QwenReward, other: QwenReward) -> bool:
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_released_folder_scores_as_in_torch(folders, form, merge):
     root, *torches = folders
-    found = vlm_files.load(root / form, root / "base", "float32", merge)
+    found = files.load(root / form, root / "base", "float32", merge)
     token = found.tokenizer.convert_tokens_to_ids("<|SA_reward|>")
     assert token == found.network.config.vocabulary - 1 and bool(jax.tree.leaves(nnx.state(found.network, LoRAParam))) != merge
     ids = [*vlm_folders.ids_of("how alike are they?"), token]
@@ -68,20 +68,20 @@ def test_what_is_written_is_read_again_bit_for_bit(folders, tmp_path, merge, dty
     root = folders[0]
     if dtype == "bfloat16":
         vlm_folders.write_released(root / "base", tmp_path / "narrow", dtype=torch.bfloat16)
-    found = vlm_files.load(root / "adapter" if dtype == "float32" else tmp_path / "narrow", root / "base", dtype, merge)
-    vlm_files.save(found, tmp_path / "out", number=3)
-    again = vlm_files.load(tmp_path / "out", None if merge else root / "base", dtype, False)
+    found = files.load(root / "adapter" if dtype == "float32" else tmp_path / "narrow", root / "base", dtype, merge)
+    files.save(found, tmp_path / "out", number=3)
+    again = files.load(tmp_path / "out", None if merge else root / "base", dtype, False)
     assert equal(found.network, again.network) and again.settings.rank == (0 if merge else 4)
-    vlm_files.save(again, tmp_path / "twice", number=3)
-    files = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("out", "twice")]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+    files.save(again, tmp_path / "twice", number=3)
+    written = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("out", "twice")]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*written, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_written_has_the_tensors_of_the_original(folders, tmp_path, dtype):
     root = folders[0]
     vlm_folders.write_released(root / "base", tmp_path / "in", dtype=dtype)
-    vlm_files.save(vlm_files.load(tmp_path / "in", root / "base", "float32", merge=False), tmp_path / "out", number=21)
+    files.save(files.load(tmp_path / "in", root / "base", "float32", merge=False), tmp_path / "out", number=21)
     from safetensors.torch import load_file
 
     for read, name in ((load_file, "adapter_model.safetensors"), (torch.load, "non_lora_state_dict.pth")):
@@ -93,13 +93,13 @@ def test_what_is_written_has_the_tensors_of_the_original(folders, tmp_path, dtyp
 def test_names_of_transformers_5_are_read_too(folders, tmp_path):
     root = folders[0]
     vlm_folders.write_released(root / "base", tmp_path / "new", rename=lambda name: name)
-    assert equal(*(vlm_files.load(path, root / "base", "float32").network for path in (root / "adapter", tmp_path / "new")))
+    assert equal(*(files.load(path, root / "base", "float32").network for path in (root / "adapter", tmp_path / "new")))
 
 
 def test_a_reward_starts_as_its_base_with_a_fresh_adapter(folders):
     root = folders[0]
-    settings = vlm_files.Settings(dimensions=("VQ", "MQ", "TA"), rank=2, alpha=4.0, mean=(0.0,) * 3, deviation=(1.0,) * 3)
-    first, same, other = (vlm_files.start(root / "base", settings, jax.random.key(seed), "float32") for seed in (0, 0, 1))
+    settings = files.Settings(dimensions=("VQ", "MQ", "TA"), rank=2, alpha=4.0, mean=(0.0,) * 3, deviation=(1.0,) * 3)
+    first, same, other = (files.start(root / "base", settings, jax.random.key(seed), "float32") for seed in (0, 0, 1))
     assert equal(first.network, same.network) and not equal(first.network, other.network)
     assert first.network.config.vocabulary == len(vlm_folders.SPECIAL) + 256 + 3 and first.network.rm_head.kernel.shape == (64, 3)
     assert not np.any(first.network.layers.mlp.up_proj.lora_b[...]) and np.any(first.network.layers.mlp.up_proj.lora_a[...])
@@ -121,7 +121,7 @@ def edit(path, section, **values):
     path.write_text(json.dumps(found))
 
 
-MODEL = vlm_files.MODEL_CONFIG
+MODEL = files.MODEL_CONFIG
 
 
 def other_rows(root):
@@ -150,7 +150,7 @@ def other_rows(root):
 def test_what_cannot_be_read_is_answered_in_one_line(folders, tmp_path, change, message):
     folder, base = damaged(folders, tmp_path, change)
     with pytest.raises(UserError, match=message) as caught:
-        vlm_files.load(folder, base, "float32", merge=False)
+        files.load(folder, base, "float32", merge=False)
     assert "\n" not in str(caught.value)
 
 
@@ -160,9 +160,9 @@ def test_a_head_of_another_width_is_named(folders, tmp_path):
     edit(path, "data_config", eval_dim=["TA"])
     edit(path, "model_config", output_dim=1)
     with pytest.raises(UserError, match="table has 267 rows|rm_head.weight"):
-        vlm_files.load(tmp_path / "three", folders[0] / "base", "float32")
+        files.load(tmp_path / "three", folders[0] / "base", "float32")
 
 
 def test_a_missing_base_says_what_to_get(folders):
     with pytest.raises(UserError, match=r"needs the files of Qwen/Qwen2.5-VL-3B-Instruct.*reward.vlm_base"):
-        vlm_files.load(folders[0] / "adapter")
+        files.load(folders[0] / "adapter")

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_idgrpo import cli, evaluate
+from jax_idgrpo import cli
 from jax_idgrpo import config as c
-from jax_idgrpo import train as loop
+from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.video import write_video
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.training import train as loop
 from tests import vlm_folders
 from tests.test_train import rows, tiny
 
@@ -47,7 +48,7 @@ def test_a_run_maximises_it(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:reward.vlm_prompt")
 def test_score_writes_it_for_files(folder, tmp_path):
-    listed = evaluate.load_prompts(c.prompts_file("embedded:eval"), 4)[:2]
+    listed = commands.load_prompts(c.prompts_file("embedded:eval"), 4)[:2]
     videos = np.random.default_rng(0).uniform(-1, 1, (2, 5, 64, 64, 3)).astype(np.float32)
     for n, video in enumerate(videos):
         write_video(tmp_path / "videos" / f"{n:04d}-0.mp4", video, 8)
@@ -80,7 +81,7 @@ def test_mistakes_are_one_line_and_exit_status_2(words, message, capsys, monkeyp
 
 def test_devices_for_the_reward_alone_leave_some_to_the_video_model(folder):
     with pytest.raises(UserError, match="reward.vlm_devices is 1, but there are 1 devices"):
-        evaluate.make_vlm(c.Config(reward=configured(folder, vlm_devices=1)), None)
+        commands.make_vlm(c.Config(reward=configured(folder, vlm_devices=1)), None)
     with pytest.raises(UserError, match="smooth in the pixels"):
         c.Config(reward=configured(folder), grpo=c.GrpoConfig(objective="reward_gradient", kl_units="velocity"),
                  rollout=c.RolloutConfig(window="none"))

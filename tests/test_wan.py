@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_idgrpo.accounting import flops
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstacked, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.planning.cost_model import flops
 
 TINY = WanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=40, text_dim=8, freq_dim=16, vace_layers=(0, 2, 4))
 SCALE = jnp.array([0.7, 1.0, 1.3])

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from jax_idgrpo import config as c
-from jax_idgrpo import evaluate, parallel
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards import References
 
 
@@ -27,12 +28,12 @@ def main(folder: Path) -> None:
 
     def scores(own: int, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, int]:
         reward = c.RewardConfig(vlm=str(folder / "reward"), vlm_base=str(folder / "base"), vlm_dtype="float32", vlm_devices=own)
-        model = evaluate.make_vlm(c.Config(reward=reward), mesh)
+        model = commands.make_vlm(c.Config(reward=reward), mesh)
         found = model(jax.device_put(videos, jax.devices()[0]), asked, [""] * 3)
         kernels = [leaf for leaf in jax.tree.leaves(model.state) if leaf.ndim == 3]
         return np.asarray(found), len({str(shard.index) for shard in kernels[0].addressable_shards} if own or mesh else {0})
 
-    two = parallel.make_mesh(c.MeshConfig(data=1, fsdp=-1), jax.devices()[:2])
+    two = sharding.make_mesh(c.MeshConfig(data=1, fsdp=-1), jax.devices()[:2])
     results = {"one": scores(0, None), "divided": scores(0, two), "own": scores(2, None)}
     np.savez(folder / "scores.npz", **{name: value for name, (value, _) in results.items()}, parts=[count for _, count in results.values()])
 

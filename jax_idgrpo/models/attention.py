@@ -23,8 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jax_idgrpo import parallel
 from jax_idgrpo.models.layers import precision
+from jax_idgrpo.parallel import sharding
 
 # Largest number of float32 logits of the heads that are worked on together: on the CPU what stays in its cache.
 MAX_LOGITS = {"cpu": 1 << 20}
@@ -64,7 +64,7 @@ def attention(
     q is scaled in float32 and then takes k's dtype. split_keys: see `parallel.attend`. max_logits: of the exact kernel; None is what
     suits the platform.
     """
-    platform = parallel.platform(mesh)
+    platform = sharding.platform(mesh)
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(k.dtype)
     narrow = k.dtype == jnp.bfloat16
     if narrow and platform == "tpu":
@@ -75,7 +75,7 @@ def attention(
         kernel = functools.partial(
             exact, max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS), abreast=ABREAST.get(platform, 1)
         )
-    return parallel.attend(mesh, kernel, q, k, v, lengths, split_keys)
+    return sharding.attend(mesh, kernel, q, k, v, lengths, split_keys)
 
 
 def fused(

@@ -24,7 +24,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jax_idgrpo import parallel
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import attention, kept
 from jax_idgrpo.models.layers import (
@@ -38,6 +37,7 @@ from jax_idgrpo.models.layers import (
     rotary_tables,
     timestep_embedding,
 )
+from jax_idgrpo.parallel import sharding
 
 PATCH = 2  # rows and columns of latents in one token; one latent frame deep
 
@@ -100,7 +100,7 @@ class WanConfig:
         _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
         _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.mesh is not None:
-            parallel.check_heads(self.mesh, self.num_heads, self.ffn_dim)
+            sharding.check_heads(self.mesh, self.num_heads, self.ffn_dim)
         if self.vace_layers is not None:
             layers = self.vace_layers
             _require(isinstance(layers, tuple), f"vace_layers is a {type(layers).__name__}; make it a tuple")
@@ -349,7 +349,7 @@ class WanTransformer(nnx.Module):
         """
         config = self.config
         self._check_prompt(text, control)
-        context = parallel.whole_rows(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
+        context = sharding.whole_rows(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
         if config.vace_layers is None:
             return Prompt(self._keys(self.blocks, context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
@@ -369,7 +369,7 @@ class WanTransformer(nnx.Module):
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
-        time, modulation = (parallel.whole_rows(config.mesh, a) for a in self.condition_embedder(timesteps))
+        time, modulation = (sharding.whole_rows(config.mesh, a) for a in self.condition_embedder(timesteps))
         x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
         padding = x.shape[1] - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
@@ -384,15 +384,15 @@ class WanTransformer(nnx.Module):
 
         shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
-        y = parallel.whole_rows(config.mesh, y)[:, :tokens]
+        y = sharding.whole_rows(config.mesh, y)[:, :tokens]
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
         return y.reshape(b, frames, height, width, config.out_channels)
 
     def _divided(self, x: Array) -> Float[Array, "B N F"]:
         """The patches of x, followed by tokens of zeros where the mesh needs them, over the mesh."""
         mesh, tokens = self.config.mesh, _patches(x)
-        padding = parallel.padded(mesh, tokens.shape[1]) - tokens.shape[1]
-        return parallel.divide(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
+        padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
+        return sharding.divide(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
     def _keys(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
         """Keys and values of the text for every block, as `Prompt` holds them."""
@@ -400,8 +400,8 @@ class WanTransformer(nnx.Module):
         mesh = self.config.mesh
 
         def keys(block: nnx.State) -> Keys:
-            found = nnx.merge(graph, parallel.gathered(mesh, block)).attn2.keys(context)
-            return tuple(parallel.divide_heads(mesh, x) for x in found)
+            found = nnx.merge(graph, sharding.gathered(mesh, block)).attn2.keys(context)
+            return tuple(sharding.divide_heads(mesh, x) for x in found)
 
         keys = self._remat(keys)
         if self.config.unroll:
@@ -462,7 +462,7 @@ class WanTransformer(nnx.Module):
         mesh = self.config.mesh
 
         def apply(block: nnx.State, x: Array, text: Keys) -> Array:
-            return parallel.divide(mesh, nnx.merge(graph, parallel.gathered(mesh, block))(x, text, conditions))
+            return sharding.divide(mesh, nnx.merge(graph, sharding.gathered(mesh, block))(x, text, conditions))
 
         return self._remat(apply), parameters
 
@@ -508,7 +508,7 @@ class WanTransformer(nnx.Module):
         rows = jax.tree.leaves(prompt.main)[0].shape[-4]
         _require(rows == shape[0], f"text has {rows} rows; expected the {shape[0]} of the latents")
         if prompt.control is not None:
-            tokens = parallel.padded(config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH))
+            tokens = sharding.padded(config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH))
             _require(
                 prompt.control.shape[:2] == (shape[0], tokens),
                 f"control has {prompt.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",

@@ -19,11 +19,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from PIL import Image
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards import preference as preference  # `rewards.preference` is part of the interface
-from jax_idgrpo.rewards.copies import photo_crops
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
+from jax_idgrpo.rewards.photo_copy import photo_crops
 
 Terms = dict[str, Float[Array, "B"]]
 
@@ -43,8 +42,8 @@ class References:
 
 @struct.dataclass
 class Known:
-    """What is known of the people asked for, from their photos: unit embeddings of their faces, and crops of them (see `copies`); zero on
-    padding."""
+    """What is known of the people asked for, from their photos: unit embeddings of their faces, and crops of them (see `photo_copy`); zero
+    on padding."""
 
     embeddings: Float[Array, "B M E"]
     crops: Float[Array, "B M S S 3"]

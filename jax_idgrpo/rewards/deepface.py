@@ -33,13 +33,13 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, UInt8
 
 from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
+from jax_idgrpo.data.video import from_uint8, to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import FaceReward, Known, References, frame_numbers
-from jax_idgrpo.rewards.copies import photo_crops
 from jax_idgrpo.rewards.faces import align, load_embedder, normalise
 from jax_idgrpo.rewards.host import HostPool, Pending, collect
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.video import from_uint8, to_uint8
+from jax_idgrpo.rewards.photo_copy import photo_crops
 
 OWN = "embedder"
 LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")      # of the person, so left in the picture first

@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Float
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.arcface import ArcFace
-from jax_idgrpo.models.detector import Detector, DetectorConfig
-from jax_idgrpo.models.facenet import Facenet
-from jax_idgrpo.models.judge import Judge, JudgeConfig
-from jax_idgrpo.models.retinaface import RetinaFace
+from jax_idgrpo.models.faces.arcface import ArcFace
+from jax_idgrpo.models.faces.bundled_detector import Detector, DetectorConfig
+from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
+from jax_idgrpo.models.faces.facenet import Facenet
+from jax_idgrpo.models.faces.retinaface import RetinaFace
 
 Points = tuple[tuple[float, float], ...]
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_idgrpo import parallel
-from jax_idgrpo.distributed import of_all, to_host
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import of_all, to_host
 
 Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 """Name of a term -> one value per video; "reward" is among them."""
@@ -63,7 +63,7 @@ def _spans(array: Any) -> bool:
 def _together(batch: Sequence[Any]) -> Sequence[Any]:
     """The arrays, divided alike by rows if any of them spans processes."""
     spanning = [array for array in batch if _spans(array)]
-    return parallel.put(list(batch), parallel.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
+    return sharding.put(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
 
 
 def _parts(array: Any) -> list[tuple[range, Any]]:
@@ -90,7 +90,7 @@ class HostPool:
         """Score every row of `batch` (arrays with the batch first, of the host or of a device) by `function(*row)`; does not wait for it.
 
         The copy from the device is made by the first thread that needs it, which waits for the device in the place of the caller.
-        Arrays that span processes lie on a mesh with the axes of `parallel`; all processes hand over the same batches.
+        Arrays that span processes lie on a mesh with the axes of `parallel.sharding`; all processes hand over the same batches.
         """
         while len(self._held) >= self._in_flight:
             self._held.popleft().wait()

@@ -6,7 +6,7 @@ and of fixed size); a reference may also stay unmatched, which is worth `null_si
 
     c_i  = (1/T) sum_t m_ti g(s_ti),   g(s) = clip((s - low) / (high - low), 0, 1),   a missing person counts 0
     mean = avg_i c_i                   soft = -(1/b) log(avg_i exp(-b c_i))           between the minimum and the mean
-    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`, `copies`)
+    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`, `photo_copy`)
 
 Gradients reach the embeddings through the similarities s, not through the assignment. Sources: optimal assignment as in UMO
 (bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the soft minimum and the penalties are ours.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float
 
-from jax_idgrpo.rewards import copies, related
+from jax_idgrpo.rewards import photo_copy, related
 from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match_videos
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
@@ -143,7 +143,7 @@ def of_photos(
     photos: Float[ArrayLike, "B M S S 3"],
     reference_mask: Bool[ArrayLike, "B M"],
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """What the matched faces have of the person's photo (see `copies`), mean over them; 0 without any.
+    """What the matched faces have of the person's photo (see `photo_copy`), mean over them; 0 without any.
 
     copied: share of them that are a copy of it, in [0, 1]. apart: how far eyes, nose and mouth stand from where they do in it, as a share
     of the face. detail: how sharp they are, 1 as the photo, 0 without any detail.
@@ -152,8 +152,8 @@ def of_photos(
     theirs = jnp.take_along_axis(padded, matches.face[..., None, None], axis=2)
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
-    copied, apart = copies.copies(videos, theirs, photos)
-    measured = {"copied": copied, "apart": apart, "detail": copies.detail(videos, theirs, photos)}
+    copied, apart = photo_copy.copies(videos, theirs, photos)
+    measured = {"copied": copied, "apart": apart, "detail": photo_copy.detail(videos, theirs, photos)}
     return {name: jnp.sum(jnp.where(matched, values, 0.0), (1, 2)) / count for name, values in measured.items()}
 
 
@@ -228,5 +228,5 @@ def term_names(config: IdentityConfig) -> tuple[str, ...]:
 
     one, people = jax.ShapeDtypeStruct((1, 2, 1), jnp.bool), jax.ShapeDtypeStruct((1, 1), jnp.bool)
     seen = zeros(1, 2, 8, 8, 3), zeros(1, 2, 1, 4), zeros(1, 2, 1, 5, 2), zeros(1, 2, 1, 4), one
-    known = zeros(1, 1, 4), zeros(1, 1, copies.SIDE, copies.SIDE, 3), people
+    known = zeros(1, 1, 4), zeros(1, 1, photo_copy.SIDE, photo_copy.SIDE, 3), people
     return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))

@@ -13,22 +13,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jax_idgrpo import distributed, keys
+from jax_idgrpo import rng
 from jax_idgrpo.config import prompts_file
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import hosts
 from tests.distributed.processes import ROOT, finish, free_port, start
 
 ALL = {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
 def test_how_processes_find_each_other():
-    assert distributed.arguments({}) is None
-    assert distributed.arguments(ALL) == {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
-    assert distributed.arguments({"IDGRPO_DISTRIBUTED": "auto"}) == {}
-    assert distributed.arguments({"SLURM_STEP_NUM_TASKS": "8"}) == {}
-    assert distributed.arguments({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}) is None
-    assert distributed.arguments(ALL | {"SLURM_STEP_NUM_TASKS": "8"})["process_id"] == 3
+    assert hosts.arguments({}) is None
+    assert hosts.arguments(ALL) == {"coordinator_address": "10.0.0.2:8476", "num_processes": 4, "process_id": 3}
+    assert hosts.arguments({"IDGRPO_DISTRIBUTED": "auto"}) == {}
+    assert hosts.arguments({"SLURM_STEP_NUM_TASKS": "8"}) == {}
+    assert hosts.arguments({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}) is None
+    assert hosts.arguments(ALL | {"SLURM_STEP_NUM_TASKS": "8"})["process_id"] == 3
 
 
 @pytest.mark.parametrize(("change", "reason"), [
@@ -39,26 +40,26 @@ def test_how_processes_find_each_other():
 ])
 def test_incomplete_variables_are_refused(change, reason):
     with pytest.raises(UserError, match=reason):
-        distributed.arguments(ALL | change)
+        hosts.arguments(ALL | change)
     with pytest.raises(UserError, match="IDGRPO_DISTRIBUTED is 'yes'"):
-        distributed.arguments({"IDGRPO_DISTRIBUTED": "yes"})
+        hosts.arguments({"IDGRPO_DISTRIBUTED": "yes"})
 
 
 def test_alone_nothing_is_gathered_and_everything_agrees():
-    distributed.agree({"anything": "at all"})
-    assert distributed.any_process(True) and not distributed.any_process(False)
-    tree = distributed.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})
+    hosts.agree({"anything": "at all"})
+    assert hosts.any_process(True) and not hosts.any_process(False)
+    tree = hosts.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})
     assert isinstance(tree["a"], np.ndarray) and tree["a"].tolist() == [0, 1, 2] and tree["b"][0].tolist() == [1, 1]
 
 
 def test_facts_of_a_folder_are_names_and_sizes(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.bin").write_bytes(b"123")
-    before = distributed.folder_facts(tmp_path)
+    before = hosts.folder_facts(tmp_path)
     (tmp_path / "a" / "x.bin").write_bytes(b"321")
-    assert distributed.folder_facts(tmp_path) == before == "a/x.bin 3"
+    assert hosts.folder_facts(tmp_path) == before == "a/x.bin 3"
     (tmp_path / "a" / "x.bin").write_bytes(b"3210")
-    assert distributed.folder_facts(tmp_path) != before
+    assert hosts.folder_facts(tmp_path) != before
 
 
 def worker(folder, *facts):
@@ -70,7 +71,7 @@ def worker(folder, *facts):
 def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
     one, other = worker(tmp_path, "same", "other")
     rows = np.arange(24, dtype=np.float32).reshape(8, 3)
-    noise = jax.vmap(jax.random.uniform)(keys.row_keys(keys.key(0, "noise"), jnp.arange(8), jnp.arange(8)))
+    noise = jax.vmap(jax.random.uniform)(rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8)))
     for found in (one, other):
         assert found["devices"] == 4 and found["held"] == 4
         assert found["doubled"] == (2 * rows).tolist() and found["moved"] == rows.tolist() and found["sum"] == rows.sum()

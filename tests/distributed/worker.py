@@ -11,19 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_idgrpo import distributed, keys, parallel
+from jax_idgrpo import rng
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import hosts, sharding
 from jax_idgrpo.rewards.host import HostPool, collect
 
-distributed.initialise()
-mesh = parallel.make_mesh(MeshConfig())
+hosts.initialise()
+mesh = sharding.make_mesh(MeshConfig())
 rows = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
-divided, numbers = parallel.put((rows, keys.row_keys(keys.key(0, "noise"), jnp.arange(8), jnp.arange(8))), parallel.batch_sharding(mesh))
-moved = parallel.put(divided, parallel.replicated(mesh))
+divided, numbers = sharding.put((rows, rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8))), sharding.batch_sharding(mesh))
+moved = sharding.put(divided, sharding.replicated(mesh))
 doubled = jax.jit(lambda x: (2 * x, jnp.sum(x)))(divided)
 try:
-    distributed.agree({"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]})
+    hosts.agree({"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]})
     answer = ""
 except UserError as error:
     answer = str(error)
@@ -46,11 +47,11 @@ found = {
     "warned": [str(warning.message) for warning in warned],
     "devices": len(jax.devices()),
     "held": sum(shard.data.shape[0] for shard in divided.addressable_shards),
-    "doubled": distributed.to_host(doubled[0]).tolist(),
-    "sum": float(distributed.to_host(doubled[1])),
-    "moved": distributed.to_host(moved).tolist(),
-    "noise": distributed.to_host(jax.jit(lambda keys: jax.vmap(jax.random.uniform)(keys))(numbers)).tolist(),
-    "marks": [distributed.any_process(jax.process_index() == 1), distributed.any_process(False)],
+    "doubled": hosts.to_host(doubled[0]).tolist(),
+    "sum": float(hosts.to_host(doubled[1])),
+    "moved": hosts.to_host(moved).tolist(),
+    "noise": hosts.to_host(jax.jit(lambda keys: jax.vmap(jax.random.uniform)(rng))(numbers)).tolist(),
+    "marks": [hosts.any_process(jax.process_index() == 1), hosts.any_process(False)],
     "answer": answer,
 }
 print(json.dumps(found))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import faces, rules
-from jax_idgrpo.models import arcface
+from jax_idgrpo.models.faces import arcface
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "faces_arcface.npz"
 

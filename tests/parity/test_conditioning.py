@@ -8,10 +8,10 @@ from diffusers import UniPCMultistepScheduler, WanVACEPipeline
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import conditioning
 from jax_idgrpo.config import Config, DataConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.pipeline import load_vae
+from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.pipeline import load_vae
 from tests.parity import torch_models
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 9  # diffusers builds no mask for more photos than latent frames

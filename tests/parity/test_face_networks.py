@@ -18,7 +18,7 @@ from torch import nn
 from checkpoints_convert import faces, rules, store
 from checkpoints_convert.__main__ import run
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models import arcface, retinaface
+from jax_idgrpo.models.faces import arcface, retinaface
 from jax_idgrpo.rewards.deepface import LANDMARKS
 from jax_idgrpo.rewards.faces import align, load_network, load_stack
 from tests.parity.test_arcface import GOLDEN, relative

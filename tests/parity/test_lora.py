@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import UMT5EncoderModel
 
 from checkpoints_convert import lora, rules, wan
-from jax_idgrpo import pipeline
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
+from jax_idgrpo.sampling import pipeline
 from tests.parity import torch_models
 from tests.parity.torch_models import channels_first, channels_last, relative_error
 

@@ -1,0 +1,1 @@
+"""Scores of videos, comparisons of adapters, and the report of a run."""

@@ -1,0 +1,177 @@
+"""Base against adapters on the same prompts and noise: bootstrap intervals, paired differences, and the table that is printed.
+
+Videos of one prompt are not independent, so prompts are resampled, not videos (a cluster bootstrap): with s_k the sum and n_k the number
+of a prompt's values, one resample of prompts k gives sum(s_k) / sum(n_k), and the interval lies between the 2.5th and 97.5th percentile.
+Source: Davison and Hinkley, Bootstrap Methods and their Application, section 2.4 and 3.8.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from jax_idgrpo import rng
+
+# Metrics of the table: name of a video's value -> label.
+LABELS = {
+    "reward": "training reward",
+    "judge_identity": "judge identity",
+    "faces": "faces found / asked",
+    "motion": "motion",
+    "judge_minimum": "judge, least person",
+    "judge_largest": "judge, largest face",
+    "embedder_identity": "embedder identity",
+    "count": "frames, right count",
+    "swapped": "swapped (less is better)",
+    "duplicated": "duplicated (less)",
+    "blended": "blended (less)",
+}
+LESS = ("swapped", "duplicated", "blended")     # metrics of which less is better
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, sign: bool = False) -> str:
+        """`0.123 [0.100, 0.150]`, with a sign for differences."""
+        form = "{:+.3f}" if sign else "{:.3f}"
+        return f"{form.format(self.mean)} [{form.format(self.low)}, {form.format(self.high)}]"
+
+
+Scores = Mapping[str, Float[np.ndarray, " N"]]
+"""Metric -> one value per video."""
+
+Intervals = dict[str, dict[str, Interval]]
+"""Model -> metric -> interval."""
+
+
+def bootstrap(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Interval:
+    """Mean of `values` and its 95 % interval, resampling clusters (prompts) with replacement. Work: resamples x clusters."""
+    _, index = np.unique(clusters, return_inverse=True)
+    count = int(index.max()) + 1
+    sums, sizes = np.bincount(index, values), np.bincount(index).astype(float)
+    drawn = np.asarray(jax.random.randint(rng.key(seed, "bootstrap"), (resamples, count), 0, count))
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
+
+
+def summarise(
+    scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
+) -> tuple[Intervals, Intervals]:
+    """Means of every model, and paired differences of every adapter from "base".
+
+    Args:
+      scores: model -> metric -> one value per video; row n of every model has the same prompt and noise.
+      clusters: the prompt of each row.
+
+    Returns:
+      The means of every model; the means of adapter minus base.
+    """
+    means = {model: {name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()}
+             for model, metrics in scores.items()}
+    changes = {model: {name: bootstrap(values - scores["base"][name], clusters, seed, resamples) for name, values in metrics.items()}
+               for model, metrics in scores.items() if model != "base"}
+    return means, changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two models on the same videos: by how much the first is better, and in which share of them (equal videos count half)."""
+
+    difference: Interval
+    wins: Interval
+
+
+Pairs = dict[tuple[str, str], dict[str, Pair]]
+"""(model, another before it) -> metric -> how the first compares."""
+
+
+def pairs(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Pairs:
+    """Every model against every one before it; rows are paired as in `summarise`."""
+
+    def compare(name: str, left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
+        better = np.sign(right - left if name in LESS else left - right)
+        return Pair(difference=bootstrap(left - right, clusters, seed, resamples),
+                    wins=bootstrap((better + 1) / 2, clusters, seed, resamples))
+
+    return {
+        (model, other): {name: compare(name, values, scores[other][name]) for name, values in scores[model].items()}
+        for other, model in itertools.combinations(scores, 2)
+    }
+
+
+def relative(change: Interval, base: Interval) -> float:
+    """The change as a share of the base; 0 when the base is 0."""
+    return change.mean / abs(base.mean) if base.mean else 0.0
+
+
+def labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The labels of those metrics that were measured."""
+    return {name: label for name, label in LABELS.items() if name in metrics}
+
+
+def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, Any]:
+    """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base, and every two models."""
+    return {
+        "labels": labels(means["base"]),
+        "less": LESS,
+        "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
+        "differences": {
+            model: {name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])} for name, value in metrics.items()}
+            for model, metrics in changes.items()
+        },
+        "pairs": [
+            {"model": model, "other": other, "metrics": {name: dataclasses.asdict(value) for name, value in metrics.items()}}
+            for (model, other), metrics in compared.items()
+        ],
+    }
+
+
+def per_video(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]) -> list[dict[str, Any]]:
+    """One entry per video: its prompt, and every model's values."""
+    return [
+        {"prompt": int(prompt)} | {model: {name: float(values[n]) for name, values in metrics.items()} for model, metrics in scores.items()}
+        for n, prompt in enumerate(clusters)
+    ]
+
+
+def markdown(means: Intervals, changes: Intervals) -> str:
+    """The comparison as a Markdown table whose columns line up in plain text too."""
+    header = ["", "base", *(cell for name in changes for cell in (name, f"{name} - base", "relative"))]
+    rows = [header]
+    for name, label in labels(means["base"]).items():
+        row = [label, means["base"][name].text()]
+        for model, change in changes.items():
+            row += [means[model][name].text(), change[name].text(sign=True), f"{relative(change[name], means['base'][name]):+.1%}"]
+        rows.append(row)
+    return align(rows)
+
+
+def pairs_markdown(compared: Pairs) -> str:
+    """Win rates of every pair as a Markdown table, one metric per row; differences of two adapters with them."""
+    rows = [["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]]
+    named = labels(next(iter(compared.values())))
+    for name, label in named.items():
+        rows.append([label, *(metrics[name].wins.text() for metrics in compared.values())])
+    for name, label in named.items():
+        between = [metrics[name].difference.text(sign=True) if other != "base" else "" for (_, other), metrics in compared.items()]
+        if any(between):
+            rows.append([f"{label}, difference", *between])
+    return align(rows)
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first the header, as a padded Markdown table."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"

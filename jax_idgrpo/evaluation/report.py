@@ -1,0 +1,278 @@
+"""One HTML page of a run, with everything inside it: curves, videos of base and tuned side by side, the table, the configuration.
+
+It reads what other commands left in the workdir (`metrics.jsonl`, `config.json`, `evaluation/`) and shows what is there; a part whose
+files are missing says which command makes them. Pictures, videos and curves are embedded, so the page opens with no network and can be
+sent as one file.
+"""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import read_metrics
+from jax_idgrpo.training.checkpoint import write_text
+
+
+class Curve(NamedTuple):
+    """One figure: metrics of `metrics.jsonl`, and whether the first is noisy, so that its running mean is drawn over it."""
+
+    title: str
+    note: str
+    names: tuple[str, ...]
+    noisy: bool = True
+
+
+CURVES = (
+    Curve("Training reward", "mean over the videos of a step, and its running mean", ("reward",)),
+    Curve("Likeness", "cosine between photo and face by the reward's embedder; a missing person counts 0", ("similarity",)),
+    Curve("Held-out prompts", "reward and independent judge, from fixed noise: they should rise together",
+          ("watch_reward", "watch_judge_identity"), False),
+    Curve("Distance from the base", "KL divergence of a denoising step, adapter on against adapter off", ("kl",)),
+    Curve("Probability ratio", "of the first update: 1 when sampler and trainer agree", ("ratio_min", "ratio_max"), False),
+    Curve("Spread within groups", "standard deviation of the reward: what there is to choose from", ("reward_group_std",)),
+    Curve("Faces", "found per person asked for, at most 1", ("faces_share",)),
+    Curve("Motion", "mean change between neighbouring frames, outside the faces", ("motion",)),
+    Curve("Gradient norm", "before clipping", ("gradient_norm",)),
+    Curve("Seconds per step", "", ("seconds_rollout", "seconds_update"), False),
+)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --paper: #f7f7f5; --card: #ffffff; --line: #e3e4e8;
+        --c0: #3b6fd4; --c1: #d9772b; --up: #18794e; --down: #c0362c; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7e9ee; --soft: #98a1b3; --paper: #14161b; --card: #1d2027; --line: #31353f;
+          --c0: #7aa5ff; --c1: #f0a35e; --up: #5cc792; --down: #ff8a7d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 80px; }
+h1 { margin: 0; font-size: 2rem; letter-spacing: -0.02em; } header p, .note, small { color: var(--soft); }
+header p { margin: 0 0 24px; } h2 { margin: 48px 0 12px; font-size: 1.25rem; } .note { margin: 0 0 12px; font-size: .9rem; }
+.absent { padding: 16px; border: 1px dashed var(--line); border-radius: 10px; color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 18px; display: grid; }
+.card b { font-size: 1.9rem; line-height: 1.3; letter-spacing: -0.02em; }
+.card span { color: var(--soft); font-variant-numeric: tabular-nums; }
+.up { color: var(--up); } .down { color: var(--down); } b.same { color: var(--ink); }
+.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 6px 18px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 8px 10px; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child { text-align: left; padding-left: 0; font-weight: 500; } tr:last-child > * { border-bottom: 0; }
+.wide tr:first-child th { color: var(--soft); font-weight: 500; font-size: .9rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 16px; }
+@media (max-width: 540px) { .gallery { grid-template-columns: 1fr; } }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; display: grid;
+          grid-template-columns: auto 1fr; gap: 10px 16px; align-items: center; }
+article p { grid-column: 1 / -1; margin: 0; font-size: .88rem; color: var(--soft); }
+.photos { display: grid; gap: 6px; } .photos img { width: 56px; border-radius: 6px; border: 1px solid var(--line); display: block; }
+.videos { display: flex; gap: 10px; } .videos div { flex: 1; min-width: 0; text-align: center; font-size: .9rem; }
+video { width: 100%; border-radius: 8px; image-rendering: pixelated; display: block; margin-bottom: 4px; background: var(--line); }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 16px; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
+figcaption small { display: block; } svg { width: 100%; height: auto; display: block; margin-top: 8px; }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; } .line.faint { opacity: .3; stroke-width: 1; }
+.line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .grid { stroke: var(--line); } .tick { fill: var(--soft); font-size: 11px; }
+.key { font-size: .82rem; margin-left: 10px; } .key.c0 { color: var(--c0); } .key.c1 { color: var(--c1); }
+.sections { columns: 320px; column-gap: 16px; } details { break-inside: avoid; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; padding: 10px 14px; margin-bottom: 12px; font-size: .85rem; } summary { font-weight: 600; cursor: pointer; }
+.sections th, .sections td { padding: 3px 0; vertical-align: top; } .sections td { white-space: normal; overflow-wrap: anywhere; }
+.sections tr th:first-child { color: var(--soft); padding-right: 12px; width: 1%; }
+"""
+CARDS = 4     # metrics in large print
+WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
+
+
+def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of one metric; of a step that was run twice (a resumed run) the last counts."""
+    points = {row["step"]: row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])}
+    steps = sorted(points)
+    return [float(step) for step in steps], [float(points[step]) for step in steps]
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean, unbiased at the start."""
+    mean, total, out = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        out.append(mean / total)
+    return out
+
+
+def ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers within [low, high]."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = power * min((m for m in (1, 2, 5, 10) if m * power >= raw), default=10)
+    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """Four significant digits, short."""
+    return f"{value:.4g}"
+
+
+def curve(title: str, note: str, lines: dict[str, tuple[list[float], list[float]]], trend: bool) -> str:
+    """One figure as inline SVG. lines: name -> (steps, values); `trend` draws the first line faint below its running mean."""
+    steps = [x for xs, _ in lines.values() for x in xs]
+    values = [y for _, ys in lines.values() for y in ys]
+    low, high = min(values), max(values)
+    room = (high - low) * 0.06 or max(abs(high), 1e-6) * 0.05
+    low, high = low - room, high + room
+    first, last = min(steps), max(max(steps), min(steps) + 1)
+
+    def x(step: float) -> float:
+        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - 8)
+
+    def y(value: float) -> float:
+        return 8 + (high - value) / (high - low) * (HEIGHT - BOTTOM - 8)
+
+    def polyline(xs: Sequence[float], ys: Sequence[float], style: str) -> str:
+        points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
+        return f'<polyline class="{style}" points="{points}"/>'
+
+    parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+             f'<text class="tick" x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{number(t)}</text>' for t in ticks(low, high)]
+    parts += [f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(t)}</text>'
+              for t in ticks(first, last) if t == int(t)]
+    for index, (xs, ys) in enumerate(lines.values()):
+        if trend:
+            parts += [polyline(xs, ys, f"line faint c{index}"), polyline(xs, smooth(ys), f"line c{index}")]
+        else:
+            parts.append(polyline(xs, ys, f"line c{index}"))
+    legend = " ".join(f'<span class="key c{i}">{html.escape(name)}</span>' for i, name in enumerate(lines)) if len(lines) > 1 else ""
+    return (f'<figure><figcaption><b>{html.escape(title)}</b> {legend}<small>{html.escape(note)}</small></figcaption>'
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
+
+
+def data_uri(path: Path) -> str:
+    """The file inside a URL."""
+    kind = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures of the metrics that a run has."""
+    figures = []
+    for one in CURVES:
+        lines = {name: line for name in one.names if (line := series(rows, name))[0]}
+        if lines:
+            figures.append(curve(one.title, one.note, lines, one.noisy))
+    if not figures:
+        return '<p class="absent">No training steps yet: <code>idgrpo train</code> writes metrics.jsonl.</p>'
+    return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def interval(value: dict[str, float], sign: bool = False) -> str:
+    """A mean and its 95 % interval, in HTML."""
+    form = "{:+.3f}" if sign else "{:.3f}"
+    return f'{form.format(value["mean"])} <small>[{form.format(value["low"])}, {form.format(value["high"])}]</small>'
+
+
+def judged(change: dict[str, float], less: bool) -> str:
+    """How a change is shown: "up" where it is beyond doubt for the better, "down" for the worse. less: less is better."""
+    low, high = (-change["high"], -change["low"]) if less else (change["low"], change["high"])
+    return "up" if low > 0 else "down" if high < 0 else "same"
+
+
+def table(evaluation: dict[str, Any]) -> str:
+    """The comparison as an HTML table: base, then each adapter with its paired difference."""
+    adapters = list(evaluation["differences"])
+    head = "".join(f"<th>{html.escape(name)}</th><th>change</th><th>relative</th>" for name in adapters)
+    body = []
+    for name, label in evaluation["labels"].items():
+        cells = f'<td>{interval(evaluation["models"]["base"][name])}</td>'
+        for adapter in adapters:
+            change = evaluation["differences"][adapter][name]
+            verdict = judged(change, name in evaluation.get("less", ()))
+            cells += f'<td>{interval(evaluation["models"][adapter][name])}</td><td class="{verdict}">{interval(change, sign=True)}</td>'
+            cells += f'<td class="{verdict}">{change["relative"]:+.1%}</td>'
+        body.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
+    return f'<div class="wide"><table><tr><th></th><th>base</th>{head}</tr>{"".join(body)}</table></div>'
+
+
+def headline(evaluation: dict[str, Any]) -> str:
+    """The first figures of the first adapter in large print."""
+    adapter = next(iter(evaluation["differences"]), None)
+    if adapter is None:
+        return ""
+    cards = []
+    for name, label in list(evaluation["labels"].items())[:CARDS]:
+        change = evaluation["differences"][adapter][name]
+        verdict = judged(change, name in evaluation.get("less", ()))
+        base, tuned = (evaluation["models"][model][name]["mean"] for model in ("base", adapter))
+        cards.append(f'<div class="card"><small>{html.escape(label)}</small><b class="{verdict}">{change["relative"]:+.1%}</b>'
+                     f"<span>{base:.3f} &rarr; {tuned:.3f}</span></div>")
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _told(video: dict[str, Any]) -> str:
+    """The judge's value of a video, or the reward's where there was no judge."""
+    return f"judge {video['judge_identity']:.2f}" if "judge_identity" in video else f"reward {video['reward']:.2f}"
+
+
+def gallery(evaluation: dict[str, Any], folder: Path) -> str:
+    """The shown prompts: reference photos, then every model's video from the same noise."""
+    items = []
+    for shown in evaluation["shown"]:
+        photos = "".join(f'<img src="{data_uri(folder / path)}" alt="reference photo">' for path in shown["references"])
+        videos = "".join(
+            f'<div><video src="{data_uri(folder / video["path"])}" autoplay loop muted playsinline></video>'
+            f'<span>{html.escape(model)} <small>{_told(video)}</small></span></div>'
+            for model, video in shown["videos"].items())
+        prompt = html.escape(shown["prompt"])
+        items.append(f'<article><div class="photos">{photos}</div><div class="videos">{videos}</div><p>{prompt}</p></article>')
+    return f'<div class="gallery">{"".join(items)}</div>'
+
+
+def configuration(path: Path) -> str:
+    """The configuration, one table per section."""
+    if not path.is_file():
+        return '<p class="absent">No config.json: <code>idgrpo train</code> writes it.</p>'
+    sections = []
+    for section, fields in json.loads(path.read_text()).items():
+        rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(json.dumps(value))}</td></tr>" for name, value in fields.items())
+        sections.append(f"<details open><summary>{html.escape(section)}</summary><table>{rows}</table></details>")
+    return f'<div class="sections">{"".join(sections)}</div>'
+
+
+def page(workdir: Path) -> str:
+    """The whole page.
+
+    Raises:
+      UserError: the folder holds neither metrics nor an evaluation.
+    """
+    rows = read_metrics(workdir / "metrics.jsonl")
+    results = workdir / "evaluation" / "metrics.json"
+    if not rows and not results.is_file():
+        raise UserError(f"workdir {workdir}: holds neither metrics.jsonl nor evaluation/metrics.json; pass the --workdir of a run")
+    if results.is_file():
+        evaluation = json.loads(results.read_text())
+        compared = (
+            f'{headline(evaluation)}<h2>Base against tuned</h2><p class="note">{html.escape(evaluation["note"])}</p>{table(evaluation)}'
+            '<h2>Videos</h2><p class="note">Reference photos, then the models, each from the same noise.</p>'
+            f"{gallery(evaluation, results.parent)}")
+    else:
+        command = "idgrpo evaluate CONFIG --out W/evaluation --lora tuned=W/export"
+        compared = f'<p class="absent">No evaluation yet: <code>{command}</code></p>'
+    name = html.escape(workdir.resolve().name)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{name}: identity by reinforcement</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>'
+        f"<header><h1>{name}</h1><p>Identity-GRPO in JAX: {len({row['step'] for row in rows})} training steps</p></header>"
+        f"{compared}<h2>Training</h2>{curves(rows)}<h2>Configuration</h2>{configuration(workdir / 'config.json')}"
+        f"</main></body></html>")
+
+
+def report(workdir: Path) -> Path:
+    """Write `workdir/report.html` and return its path.
+
+    Raises:
+      UserError: the folder holds neither metrics nor an evaluation.
+    """
+    path = workdir / "report.html"
+    write_text(path, page(workdir))
+    return path

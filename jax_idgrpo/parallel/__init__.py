@@ -1,0 +1,1 @@
+"""The device mesh, its table of shardings, and several processes as one run."""

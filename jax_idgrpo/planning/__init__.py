@@ -1,0 +1,1 @@
+"""Memory, arithmetic and step time of every program, from the compiler."""

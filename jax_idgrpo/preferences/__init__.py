@@ -1,0 +1,1 @@
+"""Preference pairs: sources, synthesis, and training of rewards on them."""

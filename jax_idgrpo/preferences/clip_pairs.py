@@ -1,0 +1,217 @@
+"""Where the clips of preference pairs come from: two takes of one prompt, with everybody's face located, drawn or from a folder of videos.
+
+    drawn   people and scenes of `synthetic.scenes`, whose truth is known
+    filmed  videos and photos of `video_clips`, in which the face reward's detector, embedder and tracks find who is where
+
+Two takes show the same people and what one prompt says, as two videos that a model makes of it do: motion, poses, sizes and light differ.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from PIL import Image
+
+from jax_idgrpo import rng
+from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.data.prompts import load_reference
+from jax_idgrpo.data.video import read_frames, to_uint8
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
+from jax_idgrpo.preferences import video_clips
+from jax_idgrpo.preferences.corruptions import Subject, pasted
+from jax_idgrpo.preferences.video_clips import Clip
+from jax_idgrpo.rewards.faces import FaceStack, load_stack
+from jax_idgrpo.rewards.tracks import TrackConfig, tracks
+from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.synthetic import scenes
+
+BATCH = 32
+SEEN = 0.8          # share of every face that an honest clip shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Takes:
+    """Two clips of one prompt. photos: of its people, as they are to be stored."""
+
+    subjects: tuple[Subject, Subject]
+    prompt: str
+    photos: tuple[Image.Image, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """How long and large the clips are: frames, (height, width) in pixels, frames per second."""
+
+    frames: int = 9
+    size: tuple[int, int] = (64, 64)
+    fps: int = scenes.FRAMES_PER_SECOND
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.fps < 1:
+            raise UserError(f"--frames {self.frames} --fps {self.fps}: use 1 or more")
+        if any(side < 32 or side % 8 for side in self.size):
+            raise UserError(f"--size {self.size[0]} {self.size[1]}: use height and width of 32 or more that are multiples of 8")
+
+
+# ---- drawn people ----------------------------------------------------------------------------------------------------------
+
+
+def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
+    """Takes of drawn people, endlessly: everybody's face is seen throughout and found in their photo.
+
+    The stranger of a clip is the first person of the one before it in its batch. Faces that people do not have are drawn, too: head and
+    hair in the same pose and light, above the same clothes.
+    """
+    stack = load_stack(RewardConfig().folder(), "embedder")
+    best = jax.jit(lambda photos: stack.best(photos))
+    step = 0
+    while True:
+        both = [jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, take)) for take in (0, 1)]
+        first = both[0]
+        flat = first.portraits.reshape(-1, *first.portraits.shape[2:])
+        found = np.asarray(best(flat)[1]).reshape(first.mask.shape)
+        seen = np.all([(take.visible > SEEN).all(1) for take in both], 0)
+        for n in np.flatnonzero((seen & found | ~first.mask).all(1)).tolist():
+            one, other = (_drawn_subject(take, n) for take in both)
+            scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))  # noqa: B023
+            photos = tuple(Image.fromarray(to_uint8(one.photos[m])) for m in one.people)
+            yield Takes((one, other), scenes.prompt(scene, people, first.mask[n]), photos)
+        step += 1
+
+
+def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
+    """The n-th clip of a batch."""
+    video, mask = batch.video[n], batch.mask[n]
+    people, scene = jax.tree.map(lambda leaf: leaf[n], (batch.people, batch.scene))
+    known = jax.tree.map(lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people)
+
+    def recast(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
+        whose = np.asarray([faces.get(m, m) for m in range(len(mask))])        # STRANGER is the last that is known
+        heads = jax.tree.map(lambda leaf: leaf[whose], known)
+        return np.asarray(_drawn(scenes.dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
+
+    return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _drawn(
+    people: scenes.Identity, mask: Bool[Array, "M"], scene: scenes.Scene, frames: int, size: tuple[int, int]
+) -> Float[Array, "F H W 3"]:
+    return scenes.render_clip(people, mask, scene, frames, size).video
+
+
+# ---- videos of a folder ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A clip in which everybody is found in every frame: boxes of faces in its video, and in the photos on its canvas."""
+
+    clip: Clip
+    boxes: Float[np.ndarray, "F M 4"]
+    photo_boxes: Float[np.ndarray, "M 4"]
+
+
+def locate(stack: FaceStack) -> Callable[..., tuple[Array, Array, Array]]:
+    """A program: video [F,H,W,3], photos [M,H,W,3] and which of them are no padding [M] -> boxes of the people's faces in the video [F,M,4]
+    and in the photos [M,4], and whether somebody is found in every frame and in the photo [M].
+
+    A person's faces are those on the track that is most like their photo over the whole video (`rewards.tracks`).
+    """
+    graph, state = nnx.split(stack)
+
+    @jax.jit
+    def program(
+        state: nnx.State, video: Float[Array, "F H W 3"], photos: Float[Array, "M H W 3"], asked: Bool[Array, "M"]
+    ) -> tuple[Float[Array, "F M 4"], Float[Array, "M 4"], Bool[Array, "M"]]:
+        stack = nnx.merge(graph, state)
+        of_photos = jax.tree.map(lambda leaf: leaf[0, :, 0], stack(photos[None]))
+        faces = stack(video[None])
+        sought = asked & of_photos.mask
+        followed = tracks(faces.boxes, faces.embeddings, faces.mask, of_photos.embeddings[None], sought[None],
+                          RewardConfig().missing, TrackConfig())
+        theirs = (followed.track[0][:, None] == followed.of_reference[0][:, None]) & faces.mask[0][:, None]      # [F,M,K]
+        boxes = jnp.einsum("tmk,tkc->tmc", theirs.astype(jnp.float32), faces.boxes[0], precision="highest")
+        return boxes, of_photos.boxes, sought & jnp.all(jnp.any(theirs, -1), 0)
+
+    return lambda *given: program(state, *given)
+
+
+def _canvases(clip: Clip, shape: Shape) -> tuple[Float[np.ndarray, "M H W 3"], Bool[np.ndarray, "M"]]:
+    """The photos at the size of the video, behind them white ones up to `clips.MOST`, and which are none of these."""
+    photos = np.ones((video_clips.MOST, *shape.size, 3), np.float32)
+    for m, path in enumerate(clip.references):
+        photos[m] = conditioning.canvas(load_reference(path), *shape.size)
+    return photos, np.arange(video_clips.MOST) < len(clip.references)
+
+
+def located(folder: Path, split: str, shape: Shape, faces: Path) -> list[Located]:
+    """The clips of a split that are long enough and show everybody throughout; says how many are left out.
+
+    Raises:
+      UserError: as `data.clips.load_clips`, a video cannot be read, or no clip is left.
+    """
+    listed, program, found, short = video_clips.load_clips(folder, split), locate(load_stack(faces, "embedder")), [], 0
+    with progress("finding faces", len(listed)) as update:
+        for done, clip in enumerate(listed, 1):
+            video = read_frames(clip.video, shape.frames, shape.size, shape.fps)
+            if len(video) < shape.frames:
+                short += 1
+            else:
+                photos, asked = _canvases(clip, shape)
+                boxes, photo_boxes, seen = jax.device_get(program(video, photos, asked))
+                if (seen | ~asked).all():
+                    found.append(Located(clip, boxes, photo_boxes))
+            update(done)
+    lost = len(listed) - short - len(found)
+    left = f"{len(listed)} clips of the split {split}: {short} too short, {lost} that do not show everybody throughout"
+    print(f"--clips {folder}: left out of {left}")
+    if not found:
+        raise UserError(f"--clips {folder}: left out of {left}; none remains, so add clips that show every face large and clear")
+    return found
+
+
+def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -> Iterator[Takes]:
+    """Takes of the clips of a folder, endlessly, every prompt with its people in turn.
+
+    Two rows with the same prompt and photos are takes of each other; a clip that is alone with its prompt is both takes. The stranger of a
+    clip is the first person of a clip of another circle.
+
+    Raises:
+      UserError: as `located`, or all clips are of one circle.
+    """
+    found = located(folder, split, shape, faces)
+    alike: dict[tuple, list[Located]] = {}
+    for this in found:
+        alike.setdefault((this.clip.prompt, this.clip.people), []).append(this)
+    if len({this.clip.circle for this in found}) < 2:
+        raise UserError(f"--clips {folder}: the usable clips of the split {split} are all of one circle of people; add clips of strangers")
+    groups, root, number = list(alike.values()), rng.key(seed, "data"), 0
+    while True:
+        u = np.asarray(jax.random.uniform(rng.fold(root, number), (4,)), np.float64)
+        group = groups[number % len(groups)]
+        first = among(group, u[0])
+        second = among([this for this in group if this is not first] or group, u[1])
+        others = [this for this in found if this.clip.circle != first.clip.circle]
+        one, other = (_filmed_subject(take, among(others, v), shape) for take, v in ((first, u[2]), (second, u[3])))
+        yield Takes((one, other), first.clip.prompt, tuple(load_reference(path) for path in first.clip.references))
+        number += 1
+
+
+def _filmed_subject(one: Located, stranger: Located, shape: Shape) -> Subject:
+    photos, asked = _canvases(one.clip, shape)
+    video, other = (read_frames(clip.video, shape.frames, shape.size, shape.fps) for clip in (one.clip, stranger.clip))
+    recast = functools.partial(pasted, video, one.boxes, other, stranger.boxes[:, 0])
+    return Subject(video, one.boxes, asked, photos, one.photo_boxes, recast)
+
+
+def among(values: list, u: float):
+    """One of some values, by a number in [0, 1)."""
+    return values[min(int(u * len(values)), len(values) - 1)]

@@ -1,0 +1,105 @@
+"""The TFDS builder of preference pairs; `tfds_source` reads what it writes. It needs `tensorflow-datasets`, and no TensorFlow.
+
+An example holds its files as they are, byte by byte. Pairs stay in the order of the CSV, in shards of at most `SHARD` bytes; a shard is
+held in memory while it is written. The labels and sources of all pairs stand once more in `metadata.json`, a letter each, so that a reader
+knows them without reading the videos.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import importlib_resources  # noqa: F401    TFDS writes with it and does not ask for it: missing is better said at once
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.files import File
+from jax_idgrpo.preferences.csv_source import LABELS, Pair
+
+NAME, VERSION, SPLIT = "identity_pairs", "1.0.0", "pairs"
+SOURCES = ("trusted", "automatic")
+SHARD = 2**28
+
+
+def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
+    """What an example holds."""
+    file = tfds.features.Tensor(shape=(), dtype=np.object_)
+    sides = {"video": file, "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"), "num_frames": np.int64}
+    return tfds.features.FeaturesDict({
+        "prompt": tfds.features.Text(),
+        "references": tfds.features.Sequence(file),
+        "labels": {name: tfds.features.ClassLabel(names=list(LABELS)) for name in dimensions},
+        "source": tfds.features.ClassLabel(names=list(SOURCES)),
+        **{f"{name}_{side}": kind for name, kind in sides.items() for side in "AB"},
+    })
+
+
+def named(value: int) -> str:
+    """The name of a label."""
+    return next(name for name, known in LABELS.items() if known == value)
+
+
+def shards(sizes: Sequence[int], most: int) -> list[range]:
+    """Numbers of neighbouring pairs whose files together have at most `most` bytes; a pair that has more is alone."""
+    starts, filled = [0], 0
+    for number, size in enumerate(sizes):
+        if filled and filled + size > most:
+            starts.append(number)
+            filled = 0
+        filled += size
+    return [range(*bounds) for bounds in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+class IdentityPairs(tfds.core.ShardBasedBuilder):
+    """Preference pairs of videos that are to show given people: which of two is better, with the reference photos."""
+
+    name = NAME
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, *, pairs: Sequence[Pair], dimensions: Sequence[str], update: Callable[[int], None], data_dir: Path):
+        """update: is told how many pairs are written."""
+        self._pairs, self._dimensions, self._update = pairs, tuple(dimensions), update
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        labels = {name: "".join(named(pair.labels[n])[0] for pair in self._pairs) for n, name in enumerate(self._dimensions)}
+        index = {"labels": labels, "sources": "".join(pair.source[0] for pair in self._pairs)}
+        return tfds.core.DatasetInfo(
+            builder=self, description=type(self).__doc__, features=features(self._dimensions), metadata=tfds.core.MetadataDict(index),
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
+        sizes = [sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos)) for pair in self._pairs]
+        return {SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]}
+
+    def _examples(self, numbers: range) -> Iterator[tuple[int, dict]]:
+        for number in numbers:
+            yield number, example(self._pairs[number], self._dimensions)
+            self._update(number + 1)
+
+
+def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
+    """A pair as `features` has it, with the bytes of its files.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    row = pair.row.read()
+    a_b = {"video": [_bytes(file) for file in row.videos], "fps": row.fps, "num_frames": row.num_frames}
+    return {
+        "prompt": row.prompt,
+        "references": [_bytes(file) for file in row.references],
+        "labels": {name: named(label) for name, label in zip(dimensions, pair.labels, strict=True)},
+        "source": pair.source,
+        **{f"{name}_{side}": values[n] for name, values in a_b.items() for n, side in enumerate("AB")},
+    }
+
+
+def _bytes(file: File) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None

@@ -1,0 +1,191 @@
+"""Preference pairs from a CSV, or from a data set that `python -m jax_idgrpo.pairs_dataset` made of one: the same pairs in the same order.
+
+A data set is read record by record, where a step asks for it; in memory are only a letter per label and source. Its files are decoded from
+their bytes. Of what the folder says about itself nothing is imported and no path is followed: names and types are those that are written.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, overload
+
+import grain
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.preferences.csv_source import LABELS, Pair, Row, load_pairs
+
+LETTERS = {name[0]: value for name, value in LABELS.items()}
+SOURCES = {"t": "trusted", "a": "automatic"}
+INFO, INDEX = "dataset_info.json", "metadata.json"
+MAKE = "python -m jax_idgrpo.pairs_dataset --csv pairs.csv --out DIR"
+AGAIN = "copy the data set again, or make it again"
+KEPT = 16
+"""Records kept from one question to the next."""
+
+
+def open_pairs(path: str | Path, dimensions: Sequence[str]) -> Sequence[Pair]:
+    """The pairs of a CSV, or of the folder of a data set, labelled in `dimensions`.
+
+    Raises:
+      UserError: as `load_pairs` and `StoredPairs`.
+    """
+    return StoredPairs(Path(path), dimensions) if Path(path).is_dir() else load_pairs(path, dimensions)
+
+
+def builder() -> ModuleType:
+    """`tfds_builder`, which needs a package of its own.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    try:
+        from jax_idgrpo.preferences import tfds_builder
+    except ImportError as error:
+        raise UserError(f"data sets of pairs need tensorflow-datasets ({error}); install it: pip install 'jax-idgrpo[data]'") from None
+    return tfds_builder
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRow:
+    """A row of a data set."""
+
+    among: "StoredPairs"
+    number: int
+
+    def __str__(self) -> str:
+        return f"pairs {self.among.folder}, pair {self.number}"
+
+    def read(self) -> Row:
+        """Raises UserError where the data set is damaged."""
+        found = self.among.example(self.number)
+        photos = tuple(StoredFile(self, "references", place) for place in range(len(found["references"])))
+        return Row(
+            photos, (StoredFile(self, "video_A"), StoredFile(self, "video_B")), found["prompt"],
+            (float(found["fps_A"]), float(found["fps_B"])), (int(found["num_frames_A"]), int(found["num_frames_B"])),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """A photo or a video of a data set. place: among the photos, -1 for a video."""
+
+    row: StoredRow
+    name: str
+    place: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.row}, {self.name}" if self.place < 0 else f"{self.row}, {self.name} {self.place}"
+
+    def read_bytes(self) -> bytes:
+        """Raises UserError where the data set is damaged."""
+        found = self.row.among.example(self.row.number)[self.name]
+        return bytes(found if self.place < 0 else found[self.place])
+
+
+class StoredPairs(Sequence[Pair]):
+    """The pairs of a data set, in the order of the CSV that it was made of.
+
+    Raises:
+      UserError: the folder holds no data set of pairs, a damaged one, or one without labels in `dimensions`, or a package is missing.
+    """
+
+    def __init__(self, folder: Path, dimensions: Sequence[str]):
+        written = builder()
+        lengths = _lengths(folder, written)
+        self.folder, (self._columns, self._sources) = folder, _index(folder, sum(lengths))
+        if missing := [name for name in dimensions if name not in self._columns]:
+            raise UserError(f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
+                            f"make it again with --dimensions {','.join(dimensions)}")
+        self._labels = [self._columns[name] for name in dimensions]
+        self._features = written.features(list(self._columns))
+        stem = folder / f"{written.NAME}-{written.SPLIT}.array_record"
+        files = [Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))]
+        if lost := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"pairs {folder}: {lost[0]} is missing; {AGAIN}")
+        try:
+            self._records = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+            found = len(self._records)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"pairs {folder}: {_damaged(error)}") from None
+        if found != len(self):
+            raise UserError(f"pairs {folder}: holds {found} records, not {len(self)}; {AGAIN}")
+        self.example = functools.lru_cache(KEPT)(self._read)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @overload
+    def __getitem__(self, number: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[Pair]: ...
+
+    def __getitem__(self, number: int | slice) -> Pair | list[Pair]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        number = range(len(self))[number]
+        labels = tuple(LETTERS[column[number]] for column in self._labels)
+        return Pair(StoredRow(self, number), labels, SOURCES[self._sources[number]])
+
+    def _read(self, number: int) -> dict[str, Any]:
+        try:
+            read = self._features.deserialize_example_np(self._records[number])
+            read["prompt"] = read["prompt"].decode()
+            said = {name: list(LETTERS)[label] for name, label in read["labels"].items()}, list(SOURCES)[read["source"]]
+        except Exception as error:      # whatever the libraries raise over damaged bytes
+            raise UserError(f"{StoredRow(self, number)}: {_damaged(error)}") from None
+        if said != ({name: column[number] for name, column in self._columns.items()}, self._sources[number]):
+            raise UserError(f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}")
+        return read
+
+
+def _damaged(error: Exception) -> str:
+    return f"cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__}); {AGAIN}"
+
+
+def _json(file: Path) -> Any:
+    """What a JSON file holds."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"pairs {file}: {_damaged(error)}") from None
+
+
+def _lengths(folder: Path, written: ModuleType) -> list[int]:
+    """How many records each file holds.
+
+    Raises:
+      UserError: the folder is no data set of pairs, or of another version.
+    """
+    if not (folder / INFO).is_file():
+        raise UserError(f"pairs {folder}: is a folder without {INFO}, so no data set; name a CSV, or make one: {MAKE}")
+    info = _json(folder / INFO)
+    try:
+        found = [info[name] for name in ("name", "version", "fileFormat")]
+        lengths = {split["name"]: [int(length) for length in split["shardLengths"]] for split in info["splits"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"pairs {folder / INFO}: {_damaged(error)}") from None
+    wanted = [written.NAME, written.VERSION, "array_record"]
+    if found != wanted or list(lengths) != [written.SPLIT]:
+        raise UserError(f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(wanted)}; make one of the CSV: {MAKE}")
+    return lengths[written.SPLIT]
+
+
+def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
+    """The letters of all labels by dimension, and of all sources.
+
+    Raises:
+      UserError: they are missing, or not those of `count` pairs.
+    """
+    index = _json(folder / INDEX)
+    try:
+        labels, sources = dict(index["labels"]), str(index["sources"])
+        fit = [set(sources) <= set(SOURCES), *(set(column) <= set(LETTERS) for column in labels.values())]
+        if not all(fit) or any(len(column) != count for column in (sources, *labels.values())):
+            raise ValueError(f"not the letters of {count} pairs")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"pairs {folder / INDEX}: {_damaged(error)}") from None
+    return labels, sources

@@ -1,0 +1,170 @@
+"""Training of the reward head (`rewards.head`) on preference pairs, by Bradley-Terry with ties.
+
+Faces are found and embedded once per video, as the face reward of the configuration does (`reward.faces`, `frames`, `similarity_low`,
+`similarity_high`, `missing`), and photos at the size of `video`; what is trained sees the tokens alone. The export is a folder for
+`reward.head`.
+
+Options (`finetune.options`): those of `tasks.pairs`, with one dimension; and `tokens`, a folder that keeps the tokens of every video: a run
+that goes on, or another on the same pairs, then finds no face again. `finetune.start` is a head that training goes on with.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from checkpoints_convert import store
+from jax_idgrpo.config import Config
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.video import read_video
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.commands import make_reward, references
+from jax_idgrpo.files import File
+from jax_idgrpo.metrics import progress
+from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
+from jax_idgrpo.preferences.csv_source import Pair, by_source
+from jax_idgrpo.preferences.tfds_source import open_pairs
+from jax_idgrpo.rewards import FaceReward
+from jax_idgrpo.rewards.head import PEOPLE, VIDEO, Head, Tokens, fingerprint, load_head, reading, save_head, seen
+from jax_idgrpo.training.task import Loss, Task
+
+Sides = dict[Pair, tuple[Tokens, Tokens]]
+"""The tokens of both videos of a pair, each without the batch's axis."""
+
+
+@struct.dataclass
+class PairBatch:
+    """B pairs: tokens of the A videos, then of the B videos, [2 B], and the labels."""
+
+    tokens: Tokens
+    labels: Int[Array, "B 1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions(PairOptions):
+    """tokens: folder that keeps tokens, "" for none; see the module's docstring."""
+
+    tokens: str = ""
+
+
+def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
+    """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them; "" is no folder.
+
+    A file is named by all that its tokens depend on: the bytes of video and photos, the face networks, the settings, this version.
+    """
+    if not folder:
+        return lambda pair, path, read: read()
+    names, size = (*PEOPLE, *VIDEO), (config.video.height, config.video.width, config.data.max_people)
+    common = repr((names, size, reading(config.reward), importlib.metadata.version("jax-idgrpo"), fingerprint(reward.state)))
+
+    def of(pair: Pair, path: File, read: Callable[[], Tokens]) -> Tokens:
+        try:
+            parts = [common.encode(), *(file.read_bytes() for file in (path, *pair.references))]
+        except OSError:
+            return read()           # which says what cannot be read
+        name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        file = Path(folder) / f"{name}.safetensors"
+        try:
+            return Tokens(**{name: np.asarray(value) for name, value in store.open_tensors(file).items()})
+        except (UserError, TypeError):      # there is none, or a damaged one
+            tokens = read()
+            store.write_file(file, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)})
+            return tokens
+
+    return of
+
+
+def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = "") -> Sides:
+    """The tokens of every pair, each video looked at once for the same photos. folder: see `kept`.
+
+    Raises:
+      UserError: a file cannot be read, a photo shows no face, a pair has more photos than `data.max_people`, or `folder` cannot be used.
+    """
+    listed, known, found = list(dict.fromkeys(pairs)), {}, {}
+    tokens_of = kept(folder, reward, config)
+    with progress("finding faces", len(listed)) as update:
+        for done, pair in enumerate(listed, 1):
+            for path in pair.videos:
+                if (pair.references, path) not in known:
+                    known[pair.references, path] = tokens_of(pair, path, lambda: read_one(reward, pair, path, config)[1])  # noqa: B023
+            found[pair] = (known[pair.references, pair.videos[0]], known[pair.references, pair.videos[1]])
+            update(done)
+    return found
+
+
+def read_one(reward: FaceReward, pair: Pair, path: File, config: Config) -> tuple[dict[str, float], Tokens]:
+    """The terms of the fixed reward and the tokens of one video of a pair, without the batch's axis.
+
+    Raises:
+      UserError: as `read_tokens`.
+    """
+    if len(pair.references) > config.data.max_people:
+        raise UserError(f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}")
+    asked = references([Prompt(0, pair.prompt, pair.references)], config)
+    embeddings = reward.embed_references(asked, [pair.prompt])
+    terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], embeddings, asked.mask))
+    return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(lambda leaf: leaf[0], said)
+
+
+def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
+    """The arrays of some pairs."""
+    rows = [sides[pair][side] for side in (0, 1) for pair in pairs]
+    return PairBatch(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), np.asarray([pair.labels for pair in pairs], np.int32))
+
+
+def differences(head: Head, sides: Sides) -> Differences:
+    """The head's opinion of pairs whose tokens are known."""
+
+    def of(pairs: Sequence[Pair]) -> Float[np.ndarray, "N 1"]:
+        a, b = np.split(np.asarray(head(jax.device_put(collate(pairs, sides).tokens))), 2)
+        return (a - b)[:, None]
+
+    return of
+
+
+def new_head(pairs: Sequence[Pair], sides: Sides, key: Array) -> Head:
+    """A head with random weights, and the range of the tokens of the pairs."""
+    read = collate(pairs, sides).tokens
+    return Head(seen(read.people[read.mask]), seen(read.video), rngs=nnx.Rngs(key))
+
+
+def head_task(pairs: Sequence[Pair], held_out: Sequence[Pair], sides: Sides, networks: str, options: PairOptions, config: Config) -> Task:
+    """The task once the tokens of all pairs are known."""
+    start, mixed = Path(config.finetune.start), by_source(pairs)
+
+    def init(key: jax.Array) -> nnx.Module:
+        return load_head(start, networks, config.reward) if config.finetune.start else new_head(pairs, sides, key)
+
+    def batch(seed: int, step: int) -> PairBatch:
+        return collate(step_pairs(mixed, options, config, seed, step), sides)
+
+    def loss(head: nnx.Module, given: PairBatch, key: jax.Array) -> Loss:
+        a, b = jnp.split(head(given.tokens)[:, None], 2)
+        return pair_loss(a, b, given.labels, options.theta)
+
+    def save(head: nnx.Module, folder: Path) -> None:
+        write_accuracy(folder.parent, held_out, differences(head, sides), options, config.run.seed)
+        save_head(head, folder, networks, config.reward)
+
+    return Task(init=init, batch=batch, loss=loss, save=save)
+
+
+def make(config: Config) -> Task:
+    """The task of `configs/reward_face.py`."""
+    options = read_options(HeadOptions, config.finetune.options)
+    if len(options.dimensions) != 1:
+        raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
+    pairs = open_pairs(options.pairs, options.dimensions)
+    held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
+    reward = make_reward(dataclasses.replace(config.reward, head=""))
+    networks = fingerprint(reward.state)
+    sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
+    pairs = filtered(pairs, options, lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides))
+    return head_task(pairs, held_out, sides, networks, options, config)

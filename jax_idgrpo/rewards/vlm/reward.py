@@ -1,0 +1,159 @@
+"""The vision-language reward: how alike the people of the photos and of the video are, as a Qwen2.5-VL with a reward head sees it.
+
+The score is the state after the last norm at the reward token times a linear head, raw or, where the reward's folder has statistics,
+normalised per dimension and summed. Photos and words are made ready on the host, once per prompt; frames are chosen, resized and cut
+into patches on the device, in the program that scores them. One program serves all prompts of one bucket: most photos in a row, their
+largest size, the length of the sequence in steps of 128 tokens.
+
+Sources: `alibaba/identity-grpo` `vace_reward`; `KwaiVGI/VideoAlign`.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Bool, Float
+from PIL import Image
+
+from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.data.video import to_uint8
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.vlm import inputs
+from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, Settings, load
+from jax_idgrpo.rewards.vlm.inputs import Asked, Prompting
+
+Terms = dict[str, Float[Array, "B"]]
+
+
+def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
+    """The value of every dimension: at special tokens the n-th output at the n-th token; normalised."""
+    values = jnp.diagonal(scores, axis1=1, axis2=2) if settings.pooling == "special" else scores[:, 0]
+    return (values - jnp.asarray(settings.mean)) / jnp.asarray(settings.deviation)
+
+
+def _score(
+    graph: nnx.GraphDef, settings: Settings, fps: float, state: nnx.State, videos: Array, asked: Asked, mask: Array
+) -> Terms:
+    network = nnx.merge(graph, state)
+    videos = videos.astype(jnp.float32)
+    chosen = inputs.frame_indices(videos.shape[1], settings.frames, settings.fps, fps)
+    frames = inputs.frames_of(videos, chosen, network.config.vision, settings.pixels)
+    values = dimension_scores(network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings)
+    named = {name: values[:, n] for n, name in enumerate(settings.dimensions)}
+    motion = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), axis=(1, 2, 3, 4))
+    terms = {"reward": jnp.sum(values, axis=1), **named, "motion": motion, "faces_asked": jnp.sum(mask, axis=-1)}
+    return {name: value.astype(jnp.float32) for name, value in terms.items()}
+
+
+class VlmReward:
+    """A reward model with its words. After a call, `terms` holds the reward, every dimension, and the motion of the video, each [B].
+
+    names: of the terms. function(state, videos, asked, mask) -> terms is the reward as a function of arrays alone.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        text: str,
+        *,
+        fps: float = 10.0,
+        video: tuple[int, int, int] | None = None,
+        rows: int = 0,
+        mesh: Mesh | None = None,
+    ):
+        """
+        text: what is asked. fps: frames per second that videos are taken to have; the published files say 10, whatever made them.
+        video: frames, height and width of the videos that `embed_references` prepares for. rows: of one program call, 0 = all.
+        mesh: where the scores are computed; the weights lie there already.
+        """
+        graph, self.state = nnx.split(model.network)
+        self.settings, self.vision = model.settings, model.network.config.vision
+        self.names = ("reward", *model.settings.dimensions, "motion", "faces_asked")
+        self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
+        self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
+        self.function = jax.jit(functools.partial(_score, graph, model.settings, fps))
+        self.terms: Terms = {}
+
+    def embed_references(self, references: Any, prompts: Sequence[str], video: tuple[int, int, int] | None = None) -> Asked:
+        """What the rows ask, on the host, for videos of `video` frames, height and width.
+
+        references: photos in their own size where they are given, the images otherwise.
+        """
+        total, height, width = video or self._video()
+        photos = references.photos or [
+            [Image.fromarray(to_uint8(image)) for image, shown in zip(images, mask, strict=True) if shown]
+            for images, mask in zip(np.asarray(references.images), np.asarray(references.mask), strict=True)
+        ]
+        settings = self.settings
+        count = len(inputs.frame_indices(total, settings.frames, settings.fps, self.fps))
+        return inputs.ask(
+            photos,
+            prompts,
+            [inputs.video_grid(count, height, width, self.vision, settings.pixels)] * len(photos),
+            [inputs.seconds_per_grid(total, self.fps, count)] * len(photos),
+            self.prompting,
+            self.vision,
+            settings.pixels,
+        )
+
+    def _video(self) -> tuple[int, int, int]:
+        if self.video is None:
+            raise ValueError("no size of videos was given")
+        return self.video
+
+    def score_terms(self, videos: Float[ArrayLike, "B T H W 3"], asked: Asked, mask: Bool[ArrayLike, "B M"]) -> Terms:
+        """Every term, the reward among them; stays on the device, and does not wait for it."""
+        rows = np.shape(videos)[0]
+        step = self.rows or rows
+        parts = [
+            self._placed(jax.tree.map(lambda leaf: leaf[first : first + step], (videos, asked, mask))) for first in range(0, rows, step)
+        ]
+        found = [{name: value[:count] for name, value in self.function(self.state, *part).items()} for count, part in parts]
+        return {name: jnp.concatenate([terms[name] for terms in found]) for name in found[0]}
+
+    def _placed(self, tree: Any) -> tuple[int, Any]:
+        """Rows on the reward's devices, the last repeated until they divide, and how many there were."""
+        count = np.shape(tree[0])[0]
+        if self.mesh is None:
+            return count, tree
+        filled = sharding.rows_for(self.mesh, count)
+        if filled > count:
+            tree = jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(filled), count - 1)], tree)
+        return count, sharding.put(tree, sharding.batch_sharding(self.mesh))
+
+    def __call__(self, videos: Float[ArrayLike, "B T H W 3"], references: Any, prompts: Sequence[str]) -> Float[Array, "B"]:
+        """The reward of videos in [-1, 1].
+
+        Raises:
+          UserError: a video has too few frames, or a picture is too long and thin.
+        """
+        frames, height, width = np.shape(videos)[1:4]
+        asked = self.embed_references(references, prompts, (frames, height, width))
+        self.terms = self.score_terms(videos, asked, np.asarray(references.mask))
+        return self.terms["reward"]
+
+    score = __call__
+
+
+def load_vlm(config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> VlmReward:
+    """The reward of the folder `config.vlm`. video: frames, height and width to prepare for. mesh: where it lies and runs.
+
+    Raises:
+      UserError: a file is missing or damaged, or does not fit the others.
+    """
+    model = load(config.vlm, config.vlm_base or None, config.vlm_dtype, mesh=mesh)
+    path = Path(config.vlm_prompt) if config.vlm_prompt else Path(config.vlm) / PROMPT
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; pass the text that the reward was trained with, such as the release's vace_reward/prompt_template.py, "
+            "in reward.vlm_prompt"
+        )
+    text = inputs.read_text(path, model.settings.template)
+    return VlmReward(model, text, fps=config.vlm_fps, video=video, rows=config.vlm_rows, mesh=mesh)

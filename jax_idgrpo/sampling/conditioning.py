@@ -1,0 +1,268 @@
+"""Prompts and reference photos -> what the transformer is conditioned on.
+
+VACE's control signal for generation from references alone, per latent frame 96 channels `inactive 16 | reactive 16 | mask 64`:
+
+    reference frames   latents of one photo | zeros | zeros        one latent frame each, diffusers puts the last photo first
+    video frames       g | g | ones                                g = latents of a mid-grey video, the same for every prompt
+
+Rows with fewer people than `max_people` are padded behind the video, `[M references, T video, max_people - M padding]`: the real
+frames keep the rotary positions they have alone, the padding is masked, so a row does not depend on its neighbours.
+
+Phantom has no control: the latents of the photos, one frame each, stand clean behind the video, `[T video, M references, max_people - M
+padding]`, for the transformer alone; what is denoised is the video.
+
+Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`, `prepare_masks`); Phantom-video/Phantom,
+`subject2video.py`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from PIL import Image
+
+from jax_idgrpo.config import Config, DataConfig
+from jax_idgrpo.data.prompts import Prompt, load_reference, on_white
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import to_host
+
+log = logging.getLogger(__name__)
+
+MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
+ROOM = 4 * 2**30  # bytes of the host's memory that a run may fill with encoded prompts
+
+Values: TypeAlias = Array | np.ndarray
+
+
+@runtime_checkable
+class Pipeline(Protocol):
+    """The parts of `jax_idgrpo.sampling.pipeline.Pipeline` that are used here."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+
+
+@struct.dataclass
+class Conditioning:
+    """What P prompts ask for; N latent frames are denoised per row, laid out `[references, video, padding]` (VACE, N = max_people + T) or
+    `[video]` (Phantom, N = T).
+
+    text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding; None for Phantom.
+    frame_mask: False in the padding. references: how many people each row has.
+    tail: Phantom's clean latents of the photos, zero in the padding; None for VACE.
+    """
+
+    text: Float[Values, "P L D"]
+    control: Float[Values, "P N H W 96"] | None
+    frame_mask: Bool[Values, "P N"]
+    references: Int[Values, "P"]
+    tail: Float[Values, "P M H W C"] | None = None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Shape [N, H, W, 16] of the latents that one row denoises."""
+        if self.tail is not None:
+            return (self.frame_mask.shape[1], *self.tail.shape[2:])
+        assert self.control is not None
+        return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
+
+    @property
+    def tail_mask(self) -> Bool[Values, "P M"]:
+        """True on the photos behind the video."""
+        assert self.tail is not None
+        return jnp.arange(self.tail.shape[1]) < self.references[:, None]
+
+    @property
+    def video_start(self) -> Int[Values, "P"]:
+        """The first video frame of each row."""
+        return self.references if self.tail is None else self.references - self.references  # zeros that come from no host
+
+    def video_frames(self, max_people: int) -> int:
+        """T, the latent frames of the video."""
+        return self.frame_mask.shape[1] - (max_people if self.tail is None else 0)
+
+
+def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
+    """The given rows, which may repeat: `np.repeat(np.arange(P), G)` makes groups of G."""
+    return jax.tree.map(lambda leaf: leaf[rows], conditioning)
+
+
+def video_latents(x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: int) -> Float[Array, "B T H W C"]:
+    """The T = `frames` video frames of each row, from its `start` on."""
+    return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
+
+
+def frame_mask(references: Int[Values, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
+    """[B, max_people + frames]: True on the references and the video of each row, False on the padding behind them."""
+    return jnp.arange(max_people + frames) < references[:, None] + frames
+
+
+def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
+    """The image scaled to fit, centred on white, float32 in [-1, 1]."""
+    image = on_white(image)
+    image = image.resize([max(size // 8, 1) * 8 for size in image.size], Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, np.float32) / np.float32(255) * 2 - 1
+    scale = min(height / pixels.shape[0], width / pixels.shape[1])
+    rows, columns = (max(int(size * scale), 1) for size in pixels.shape[:2])
+    out = np.ones((height, width, 3), np.float32)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    out[top : top + rows, left : left + columns] = _bilinear(_bilinear(pixels, rows, 0), columns, 1)
+    return out
+
+
+def whole_canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
+    """Phantom's form of `canvas`: one Lanczos resize from the image's own size."""
+    image = on_white(image)
+    ratio = image.width / image.height
+    size = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
+    columns, rows = (max(side, 1) for side in size)
+    out = np.full((height, width, 3), 255, np.float32)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    out[top : top + rows, left : left + columns] = np.asarray(image.resize((columns, rows), Image.Resampling.LANCZOS), np.float32)
+    return out / np.float32(127.5) - 1
+
+
+def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Linear interpolation along one axis, pixel centres aligned, edges repeated, no smoothing when it shrinks."""
+    old = x.shape[axis]
+    position = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
+    low = np.floor(position).astype(int)
+    weight = np.expand_dims((position - low).astype(np.float32), [a for a in range(x.ndim) if a != axis])
+    high = np.minimum(low + 1, old - 1)
+    return np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
+
+
+def control(
+    references: Float[Values, "M H W C"], grey: Float[Values, "T H W C"], max_people: int, order: str = "diffusers"
+) -> Float[Array, "N H W D"]:
+    """The control of one row from the latents of its photos (as given) and of a mid-grey video; D = 2 C + 64.
+
+    order: "diffusers" puts the last photo first, "original" keeps the order.
+    """
+    if order == "diffusers":
+        references = references[::-1]
+    mask = jnp.ones((*grey.shape[:-1], MASK_CHANNELS), jnp.float32)
+    video = jnp.concatenate([grey, grey, mask], axis=-1)
+    people = jnp.pad(references, ((0, 0), (0, 0), (0, 0), (0, video.shape[-1] - references.shape[-1])))
+    padding = ((0, max_people - references.shape[0]), (0, 0), (0, 0), (0, 0))
+    return jnp.pad(jnp.concatenate([people, video]), padding)
+
+
+@nnx.jit
+def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[Array, "B T h w C"]:
+    latent_frames, height, width = (video.shape[1] - 1) // 4 + 1, video.shape[2] // 8, video.shape[3] // 8
+    return vae.encode(video, vae.chunk(latent_frames, height, width))
+
+
+@nnx.jit
+def _encode_tokens(text_encoder: nnx.Module, ids: Int[Values, "B L"], mask: Int[Values, "B L"]) -> Float[Array, "B L D"]:
+    return text_encoder(ids, mask).astype(jnp.float32)
+
+
+def encode_texts(pipe: Pipeline, texts: Sequence[str], length: int) -> list[Float[np.ndarray, "n D"]]:
+    """The float32 text embeddings of prompts, each cut to `length` tokens; on the host, without padding.
+
+    A text encoder that waits in the host's memory is on the devices while this runs.
+    """
+    encoder, found = sharding.on_devices(pipe.text_encoder) if texts else None, []
+    for text in texts:
+        tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        ids, mask = (np.asarray(tokens[name], np.int32) for name in ("input_ids", "attention_mask"))
+        found.append(to_host(_encode_tokens(encoder, ids, mask))[0, : mask.sum()])
+    return found
+
+
+def padded(text: Float[np.ndarray, "n D"], length: int) -> Float[np.ndarray, "{length} D"]:
+    """A text embedding as the transformer takes it: zero past its end."""
+    return np.pad(text, ((0, length - len(text)), (0, 0)))
+
+
+def negative_prompt(config: DataConfig) -> str:
+    """The text of the unguided branch; "@FILE" is read from the file, and its hash goes to the log.
+
+    Raises:
+      UserError: the file is missing or is not UTF-8 text.
+    """
+    if not config.negative_prompt.startswith("@"):
+        return config.negative_prompt
+    path = Path(config.negative_prompt[1:])
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.negative_prompt: cannot read {path} ({error}); name a UTF-8 text file") from None
+    log.info("negative prompt from %s, SHA-256 %s", path, hashlib.sha256(text.encode()).hexdigest())
+    return text
+
+
+def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L D"]:
+    """The text embedding of the unguided branch."""
+    return padded(encode_texts(pipe, [negative_prompt(config)], config.text_length)[0], config.text_length)
+
+
+class Cache(dict[Any, Any]):
+    """Encoded prompts of a run, on the host. room: bytes that are left for further ones; what does not fit is not kept."""
+
+    def __init__(self, room: int = ROOM):
+        super().__init__()
+        self.room = room
+
+    def keep(self, name: Any, made: Any) -> None:
+        """Keep a pytree of numpy arrays under a name, if it fits."""
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+        if size <= self.room:
+            self.room -= size
+            self[name] = made
+
+
+def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache) -> Conditioning:
+    """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it; on the host.
+
+    cache: the caller keeps it for the run, so that a prompt is encoded once, or, when the cache is full, whenever it is asked for.
+
+    Raises:
+      UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
+    """
+    data, video = config.data, config.video
+    new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
+    photos = {number: _encode_photos(pipe, prompt, config) for number, prompt in new.items()}
+    texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
+    made = {number: (text, photos[number]) for number, text in zip(new, texts, strict=True)}
+    for number, row in made.items():
+        cache.keep((number, video), row)
+    rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
+    references = np.asarray([len(prompt.references) for prompt in prompts], np.int32)
+    text = np.stack([padded(text, data.text_length) for text, _ in rows])
+    frames = (video.frames - 1) // 4 + 1
+    if config.model.kind == "vace":
+        if ("grey", video) not in cache:
+            blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)
+            cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
+        grey, order = cache["grey", video], data.reference_order
+        controls = [np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows]
+        mask = np.asarray(frame_mask(references, frames, data.max_people))
+        return Conditioning(text=text, control=np.stack(controls), frame_mask=mask, references=references)
+    tail = [np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0))) for _, latents in rows]
+    mask = np.ones((len(prompts), frames), bool)
+    return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail))
+
+
+def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config) -> Float[np.ndarray, "M H W C"]:
+    """The latents of a prompt's photos."""
+    data, video = config.data, config.video
+    if not 1 <= len(prompt.references) <= data.max_people:
+        raise UserError(
+            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
+        )
+    fit = canvas if config.model.kind == "vace" else whole_canvas
+    photos = [fit(load_reference(path), video.height, video.width) for path in prompt.references]
+    return np.concatenate([to_host(_encode_video(pipe.vae, photo[None, None]))[0] for photo in photos])

@@ -1,0 +1,323 @@
+"""A video model as one object: transformer, VAE, text encoder, tokenizer. It is read from a folder of any layout that
+`checkpoints_convert` knows and written to a diffusers folder:
+
+    model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
+
+Names and layouts are the tables of `checkpoints_convert`; nothing is cast but to the dtype policy asked for. Folders are
+written aside and renamed, so a reader sees a whole one or none.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from checkpoints_convert import card, checkpoint, lora, store, umt5, vae, wan
+from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX
+from checkpoints_convert.rules import Rule, leaves, to_jax, to_torch
+from jax_idgrpo import rng
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.umt5 import UMT5Encoder
+from jax_idgrpo.models.vae import WanVAE
+from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.parallel import sharding
+
+Network = TypeVar("Network", bound=nnx.Module)
+
+PARTS = {  # part -> library, and where its own files name the class
+    "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
+    "text_encoder": ("transformers", "config.json", "architectures"),
+    "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
+    "transformer": ("diffusers", "config.json", "_class_name"),
+    "vae": ("diffusers", "config.json", "_class_name"),
+}
+BASE = nnx.Not(LoRAParam)
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """The networks of one video model.
+
+    tokenizer: of transformers; called with padding="max_length", max_length=L and truncation=True it keeps the final eos.
+    shift: of the schedule, from the scheduler's `flow_shift`. kind: "vace", "wan" or "phantom". path: where it was read.
+    """
+
+    transformer: WanTransformer
+    vae: WanVAE
+    text_encoder: UMT5Encoder
+    tokenizer: Any
+    shift: float
+    kind: str
+    path: Path
+
+    def load_lora(self, path: str | Path) -> None:
+        """Give the transformer the adapter at `path`, in place of one it may have; the base arrays are shared.
+
+        path: a PEFT directory or a safetensors file (names with or without `base_model.model.` or `transformer.`).
+        UserError for an adapter of another model or of an unsupported kind.
+        """
+        rank, alpha = lora_scale(path)
+        config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
+        self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(
+    path: str | Path,
+    dtype: str = "float32",
+    kind: str | None = None,
+    rank: int = 0,
+    alpha: float = 0.0,
+    *,
+    seed: int = 0,
+    remat: str = "none",
+    unroll: bool = False,
+    mesh: Mesh | None = None,
+    text_memory: str = "device",
+) -> Pipeline:
+    """Read a diffusers folder, a folder of the original layout, or the store that `idgrpo-convert import` makes of either.
+
+    dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
+    kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
+    rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
+    remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it,
+    the text encoder is spread over all devices, and the VAE lies on each. text_memory: on a mesh, where the text encoder lies while
+    it is not used, "device" or "host".
+
+    Raises:
+      UserError: the folder is not such a pipeline or does not fit.
+    """
+    path = Path(path)
+    if kind not in (None, *checkpoint.KINDS):
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}, or one of the original layout")
+    found = checkpoint.open_checkpoint(path, kind)
+    if missing := found.missing():
+        raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
+    transformer = _load_transformer(found.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh)
+    if rank:
+        transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
+    assert found.tokenizer is not None and found.kind is not None
+    return Pipeline(
+        transformer=transformer,
+        vae=_load_vae(found.networks["vae"], mesh),
+        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh, text_memory),
+        tokenizer=load_tokenizer(path),
+        shift=_shift(found),
+        kind=found.kind,
+        path=path,
+    )
+
+
+def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:
+    """The transformer of a folder of any layout; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll, mesh."""
+    return _load_transformer(checkpoint.open_part(path, "transformer"), dtype, **run)
+
+
+def load_vae(path: str | Path) -> WanVAE:
+    """The VAE of a folder of any layout, float32."""
+    return _load_vae(checkpoint.open_part(path, "vae"))
+
+
+def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
+    """The text encoder of a folder of any layout."""
+    return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
+
+
+def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanTransformer:
+    config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
+    where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
+    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
+
+
+def _load_vae(found: checkpoint.Network, mesh: Mesh | None = None) -> WanVAE:
+    where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
+    return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
+
+
+def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
+    dtypes = Dtypes.named(dtype)
+
+    def spread(state: Any) -> Any:
+        shardings = sharding.spread(mesh, state)
+        return sharding.in_host_memory(shardings) if memory == "host" else shardings
+
+    where = None if mesh is None else spread
+    return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a folder of any layout; nothing is fetched."""
+    folder = checkpoint.tokenizer_folder(Path(path))
+    if folder is None:
+        raise UserError(f"{path}: has no tokenizer; get the whole pipeline")
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer whose files lie in `folder`; nothing is fetched."""
+    from transformers import AutoTokenizer  # seconds to import
+
+    for file in ("tokenizer_config.json", "tokenizer.json"):  # without the second the library may make one up
+        store.read_json(folder / file)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises whatever its parsers do
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again"
+        ) from error
+
+
+def _shift(found: checkpoint.Checkpoint) -> float:
+    """Of the scheduler's file, or, in the original layout, which has none, of the kind."""
+    if found.scheduler is None:
+        if (found.path / INDEX).is_file():
+            raise UserError(f"{found.path}: has no folder scheduler/; get the whole pipeline")
+        return checkpoint.SHIFTS[str(found.kind)]
+    file = found.scheduler / checkpoint.SCHEDULER_CONFIG
+    shift = store.read_json(file).get("flow_shift")
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise UserError(f"{file}: flow_shift is {shift!r}; it must be a positive number")
+    return float(shift)
+
+
+def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callable[[Any], Any] | None = None) -> Network:
+    """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
+
+    where: shapes -> their shardings; a host reads only the slices that its devices hold. None is the default device.
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(build))
+    if where is not None:
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, where(abstract)
+        )
+    return nnx.merge(graph, checkpoint.fill(found, abstract))
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------------------
+
+
+def with_adapter(transformer: WanTransformer, config: WanConfig, state: nnx.State) -> WanTransformer:
+    """The network of `config` made of the transformer's base arrays and the adapter `state`."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.state(transformer, BASE), state)
+
+
+def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]) -> WanTransformer:
+    """The transformer with a fresh adapter: A ~ N(0, 1/R^2), B = 0, so its output is unchanged."""
+    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
+
+    @jax.jit  # the compiler drops the base that nobody asked for
+    def fresh(key: Key[Array, ""]) -> nnx.State:
+        return nnx.state(WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(params=key)), LoRAParam)
+
+    return with_adapter(transformer, config, fresh(key))
+
+
+def lora_scale(path: str | Path) -> tuple[int, float]:
+    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
+    return checkpoint.adapter_scale(Path(path))
+
+
+def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
+    """The adapter at `path` as the state of the LoRA leaves of `WanTransformer(config)`, float32.
+
+    UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
+    """
+    weights, _ = checkpoint.adapter_files(Path(path))
+    rank, alpha = lora_scale(path)
+    if (rank, alpha) != (config.rank, config.alpha):
+        raise UserError(
+            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal"
+        )
+    tensors, _ = store.open_file(weights)
+    model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
+    return to_jax(
+        lora.rules(wan.block_stacks(config), lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights)
+    )
+
+
+def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: dict[str, Any] | None = None) -> None:
+    """Write LoRA leaves as a PEFT directory with a model card, which `peft` loads onto diffusers' transformer.
+
+    state: of `WanTransformer(config)`, LoRA leaves only. training: the configuration of the run, for the card.
+    A folder at `path` is replaced if it is an adapter or empty.
+    """
+    base = (training or {}).get("model", {}).get("path") or None
+    text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
+    with store.aside(path, ADAPTER_CONFIG) as new:
+        new.mkdir()
+        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
+        store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))
+        (new / card.FILE).write_text(text, "utf-8")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
+    """Write the diffusers folder, dtypes kept; the adapter, if any, is left out (see `save_lora`).
+
+    A folder at `path` is replaced if it is a pipeline or empty.
+    """
+    with store.aside(path, INDEX) as new:
+        save_vae(pipe.vae, new)
+        save_text_encoder(pipe.text_encoder, pipe.tokenizer, new)
+        save_transformer(pipe.transformer, new, pipe.shift)
+
+
+def save_transformer(transformer: WanTransformer, path: str | Path, shift: float) -> None:
+    """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
+    config, state = transformer.config, nnx.state(transformer, BASE)
+    _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
+    with store.aside(Path(path) / "scheduler", "scheduler_config.json") as new:
+        new.mkdir()
+        store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
+    _write_index(Path(path))
+
+
+def save_vae(network: WanVAE, path: str | Path) -> None:
+    """Write `vae/` into the pipeline folder `path`."""
+    config = network.config
+    _save_network(Path(path) / "vae", vae.config_to_json(config), vae.rules(config), nnx.state(network))
+    _write_index(Path(path))
+
+
+def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) -> None:
+    """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`."""
+    config, folder = network.config, Path(path) / "text_encoder"
+    values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
+    _save_network(folder, values, umt5.rules(config), nnx.state(network))
+    with store.aside(Path(path) / "tokenizer", "tokenizer_config.json") as new:
+        tokenizer.save_pretrained(new)
+    _write_index(Path(path))
+
+
+def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State) -> None:
+    with store.aside(folder, "config.json") as new:
+        new.mkdir()
+        store.write_json(new / "config.json", config)
+        store.write_file(new / f"{checkpoint.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
+
+
+def _write_index(path: Path) -> None:
+    """`model_index.json`: the library and class of every part that the folder holds so far."""
+    values: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": wan.DIFFUSERS_VERSION}
+    for part, (library, file, key) in PARTS.items():
+        if (path / part).is_dir():
+            name = store.read_json(path / part / file)[key]
+            values[part] = [library, name[0] if isinstance(name, list) else name]
+    if values.get("transformer", ["", ""])[1] == "WanVACETransformer3DModel":
+        values["_class_name"] = "WanVACEPipeline"
+    store.write_json(path / INDEX, values)

@@ -1,0 +1,1 @@
+"""Synthetic people: rendering, captions, and training of the bundled models."""

@@ -1,0 +1,1 @@
+"""Supervised tasks that train the bundled models on synthetic people."""

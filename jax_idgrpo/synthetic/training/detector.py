@@ -1,0 +1,143 @@
+"""Training of the face detector on the cast.
+
+The map's target is 1 where a face is centred and falls off around it; its loss is the quality focal loss
+
+    |y - p|^2 (-y log p - (1 - y) log(1 - p))        (arXiv 2006.04388)
+
+and near a face's centre the four sides and five landmarks are regressed with an L1 loss. Faces that are mostly hidden are
+neither right nor wrong: their surroundings carry no loss.
+
+Options (`finetune.options`): network (fields of `DetectorConfig`), max_faces and threshold (stored beside the weights), portraits
+(their share of a batch), blur (its largest width in pixels).
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_idgrpo.config import Config
+from jax_idgrpo.models.faces.bundled_detector import (
+    Detector,
+    DetectorConfig,
+    DetectorOutput,
+    cell_centres,
+    decode,
+    intersection_over_union,
+)
+from jax_idgrpo.rewards.faces import load_network, save_network
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.training.task import Task
+
+SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
+
+
+@functools.partial(jax.jit, static_argnames=("frames", "portraits"))
+def draw(seed: int | Array, step: int | Array, frames: int, portraits: int, first_id: int | Array, last_id: int | Array) -> FacePictures:
+    """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
+    ids = jax.random.randint(keys[0], (frames, scenes.MAX_PEOPLE), first_id, last_id)
+    clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames))
+    return join(clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id)))
+
+
+def targets(truth: FacePictures, height: int, width: int) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
+    """How much each cell is the centre of each face, in [0, 1]: for the faces to be found, and for those that do not count."""
+    centre = 0.5 * (truth.boxes[..., :2] + truth.boxes[..., 2:])
+    size = jnp.maximum(truth.boxes[..., 2:] - truth.boxes[..., :2], 1.0)
+    offset = (cell_centres(height, width) - centre[:, :, None, None]) / size[:, :, None, None]
+    # The cell nearest to the centre gets exactly 1.
+    distance = jnp.sum(offset**2, -1)
+    distance = distance - jnp.min(distance, (-2, -1), keepdims=True)
+    near = jnp.exp(-0.5 * distance / 0.12**2)
+    seen = truth.visible[..., None, None]
+    return near * (seen >= SEEN), near * ((seen < SEEN) & (seen > HIDDEN))
+
+
+def detector_loss(output: DetectorOutput, truth: FacePictures) -> tuple[Array, dict[str, Array]]:
+    """Scalar loss, and its parts."""
+    height, width = output.logits.shape[1:]
+    near, unsure = targets(truth, height, width)
+    target = jnp.max(near, 1)
+    faces = jnp.maximum(jnp.sum(truth.visible >= SEEN), 1)
+    difference = jnp.abs(target - jax.nn.sigmoid(output.logits)) ** 2
+    score = difference * optax.sigmoid_binary_cross_entropy(output.logits, target)
+    score = jnp.sum(score * (jnp.max(unsure, 1) <= target)) / faces
+
+    owner = jnp.argmax(near, 1)
+    weight = target * (target > 0.3)
+    weight = weight / jnp.maximum(jnp.sum(weight), 1.0)
+    pick = jax.vmap(lambda table, index: table[index])
+    centres = cell_centres(height, width)
+    box, landmarks = pick(truth.boxes, owner), pick(truth.landmarks, owner)
+    sides = jnp.concatenate([centres - box[..., :2], box[..., 2:] - centres], -1)
+    points = landmarks - centres[:, :, None]
+    box_error = jnp.sum(weight * jnp.mean(jnp.abs(output.sides - sides), -1))
+    point_error = jnp.sum(weight * jnp.mean(jnp.abs(output.points - points), (-2, -1)))
+    loss = score + 0.15 * box_error + 0.3 * point_error
+    return loss, {"score_loss": score, "box_error": box_error, "landmark_error": point_error}
+
+
+def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshold: float, blur: float, rounds: int = 8) -> dict[str, float]:
+    """Found share of the faces to be found (overlap 0.5 or more), wrong ones per picture, landmark error in pixels; held-out people."""
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def measure(state: Any, truth: FacePictures, key: Array) -> dict[str, Array]:
+        found = decode(nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold)
+        overlap = intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None]) * found.mask[..., None]
+        wanted = truth.visible >= SEEN
+        hit = wanted & (jnp.max(overlap, 1) >= 0.5)
+        nearest = jax.vmap(lambda points, k: points[k])(found.landmarks, jnp.argmax(overlap, 1))
+        error = jnp.mean(jnp.abs(nearest - truth.landmarks), (-2, -1))
+        real = jnp.max(overlap * (truth.visible > HIDDEN)[:, None], 2) >= 0.3
+        return {
+            "wanted": jnp.sum(wanted),
+            "hit": jnp.sum(hit),
+            "wrong": jnp.sum(found.mask & ~real),
+            "error": jnp.sum(hit * error),
+        }
+
+    sums: dict[str, float] = {}
+    for number in range(rounds):
+        truth = draw(7, number, frames, portraits, *scenes.SPLITS["eval"])
+        for name, value in jax.device_get(measure(state, truth, jax.random.key(number))).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    pictures = rounds * (frames + portraits)
+    recall, error = sums["hit"] / max(sums["wanted"], 1), sums["error"] / max(sums["hit"], 1)
+    return {"recall": recall, "wrong": sums["wrong"] / pictures, "landmark_error": error}
+
+
+def make(config: Config) -> Task:
+    """The task of `configs/embedded_detector.py`."""
+    options: dict[str, Any] = dict(config.finetune.options)
+    portraits = round(config.finetune.batch * options["portraits"])
+    frames, blur = config.finetune.batch - portraits, options["blur"]
+    network = DetectorConfig(**options["network"])
+    stored = {"max_faces": options["max_faces"], "threshold": options["threshold"]}
+
+    def init(key: jax.Array) -> nnx.Module:
+        if config.finetune.start:
+            return load_network(Path(config.finetune.start) / "detector")[0]
+        return Detector(network, rngs=nnx.Rngs(key))
+
+    def batch(seed: int, step: int) -> FacePictures:
+        return draw(seed, step, frames, portraits, *scenes.SPLITS["train"])
+
+    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        return detector_loss(module(degrade(key, truth.pictures, blur)), truth)
+
+    def save(module: nnx.Module, folder: Path) -> None:
+        measured = {
+            name: levels(module, frames, portraits, options["max_faces"], options["threshold"], strength)
+            for name, strength in (("sharp", 0.0), ("blurred", blur))
+        }
+        save_network(module, Path(folder) / "detector", levels=measured, **stored)
+
+    return Task(init=init, batch=batch, loss=loss, save=save)

@@ -1,0 +1,186 @@
+"""Training of a face embedder on the cast: the reward's (ArcFace) or the judge's, which differ in network, crop, people and seed.
+
+Each of N people is a class with a unit centre w; an embedding x of person y at angle theta_y from its centre costs
+
+    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )      (ArcFace, arXiv 1801.07698)
+
+Crops come from portraits and from frames alike, aligned by landmarks that are as wrong as a detector's.
+
+Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its configuration), name of the stored file,
+units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s,
+blur (its largest width in pixels).
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_idgrpo.config import Config
+from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
+from jax_idgrpo.rewards.faces import Points, align, load_network, normalise, save_network
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic.training.detector import SEEN
+from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.training.task import Task
+
+# The landmarks of an average head seen from the front, in head units from the face's centre.
+_HEAD = ((-0.36, -0.05), (0.36, -0.05), (0.0, 0.31), (-0.295, 0.60), (0.295, 0.60))
+_MIDDLE = -0.1  # height of the crop's centre, in head units
+_JITTER = 0.06  # standard deviation of the landmarks' error, as a share of the distance between eyes and mouth
+
+
+def template(size: int, units: float) -> Points:
+    """Where the landmarks lie in a crop of `size` pixels that is `units` head units wide."""
+    per_unit, middle = size / units, (size - 1) / 2
+    return tuple((middle + u * per_unit, middle + (v - _MIDDLE) * per_unit) for u, v in _HEAD)
+
+
+class Classifier(nnx.Module):
+    """An embedder with the centres of the people it is trained on."""
+
+    def __init__(self, embedder: ArcFace | Judge, people: int, rngs: nnx.Rngs):
+        self.embedder = embedder
+        self.centres = nnx.Param(0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size)))
+
+    def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N P"]:
+        """Cosines of the crops' embeddings with every centre."""
+        return normalise(self.embedder(crops, train=True)) @ normalise(self.centres[...]).T
+
+
+def arcface_loss(
+    cosines: Float[Array, "N P"], person: Int[Array, "N"], weight: Float[Array, "N"], margin: float, scale: float
+) -> tuple[Array, dict[str, Array]]:
+    """Weighted mean of the additive angular margin loss, and the accuracy without the margin."""
+    own = jnp.take_along_axis(cosines, person[:, None], 1)[:, 0]
+    sine = jnp.sqrt(jnp.maximum(1.0 - own * own, 1e-6))
+    harder = jnp.where(own > -jnp.cos(margin), own * jnp.cos(margin) - sine * jnp.sin(margin), own - margin * jnp.sin(margin))
+    mine = jax.nn.one_hot(person, cosines.shape[1], dtype=bool)
+    log_probability = jax.nn.log_softmax(scale * jnp.where(mine, harder[:, None], cosines))
+    losses = -jnp.take_along_axis(log_probability, person[:, None], 1)[:, 0]
+    total = jnp.maximum(jnp.sum(weight), 1.0)
+    right = jnp.argmax(cosines, 1) == person
+    return jnp.sum(weight * losses) / total, {"accuracy": jnp.sum(weight * right) / total}
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array) -> FacePictures:
+    """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
+    part = people // scenes.MAX_PEOPLE
+    ids = first_id + jax.random.randint(keys[0], (rows, scenes.MAX_PEOPLE), 0, part) + part * jnp.arange(scenes.MAX_PEOPLE)
+    count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
+    mask = jnp.arange(scenes.MAX_PEOPLE) < count[:, None]
+    ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
+    return join(draw_frames(keys[3], ids, mask), draw_portraits(keys[4], ids[:, -1]))
+
+
+def crops_of(
+    key: Array, truth: FacePictures, points: Points, size: int, blur: float | None
+) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
+    """(aligned crops, ids, whether they are faces) of a `draw`: the three slots of each frame, then the portraits.
+
+    blur: of `degrade`; None leaves the pictures clean and the landmarks exact. A slot without a visible face holds the row's
+    portrait once more, so that batch statistics are those of faces.
+    """
+    degrade_key, jitter_key = jax.random.split(key)
+    rows = truth.ids.shape[0] // 2
+    pictures, landmarks = truth.pictures, truth.landmarks
+    if blur is not None:
+        height = jnp.linalg.norm(jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1)
+        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(jitter_key, landmarks.shape)
+        pictures = degrade(degrade_key, pictures, blur)
+    frames = align(pictures[:rows], landmarks[:rows], points, size)
+    portraits = align(pictures[rows:], landmarks[rows:, :1], points, size)
+    seen = truth.visible[:rows] >= SEEN
+    frames = jnp.where(seen[..., None, None, None], frames, portraits)
+    crops = jnp.concatenate([frames.reshape(-1, size, size, 3), portraits[:, 0]])
+    ids = jnp.concatenate([truth.ids[:rows].reshape(-1), truth.ids[rows:, 0]])
+    return crops, ids, jnp.concatenate([seen.reshape(-1), jnp.ones(rows, bool)])
+
+
+def embed_portraits(embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50) -> Float[Array, "N E"]:
+    """Unit embeddings of one portrait of each person: where their centres are once an embedder is trained."""
+    graph, state = nnx.split(embedder)
+
+    @jax.jit
+    def embed(state: Any, ids: Array) -> Array:
+        drawn = draw_portraits(jax.random.key(0), ids)
+        return normalise(nnx.merge(graph, state)(align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]))
+
+    padded = jnp.pad(ids, (0, -len(ids) % chunk)).reshape(-1, chunk)
+    return jnp.concatenate([embed(state, part) for part in padded])[: len(ids)]
+
+
+def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
+    """Probability that a pair of one person is more alike than a pair of two."""
+    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(np.sort(different), same, side="right")
+    return float(np.mean(ranks) / (2 * len(different)))
+
+
+def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12) -> dict[str, float]:
+    """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
+    size = embedder.config.input_size
+    graph, state = nnx.split(embedder)
+    first, last = scenes.SPLITS["eval"]
+
+    @jax.jit
+    def embed(state, truth, key):
+        crops, ids, seen = crops_of(key, truth, points, size, blur)
+        return normalise(nnx.merge(graph, state)(crops)), ids, seen
+
+    same, different = [], []
+    for number in range(rounds):
+        truth = draw(7, number, rows, last - first, first)
+        embeddings, ids, seen = (np.asarray(x) for x in embed(state, truth, jax.random.key(number)))
+        slots = rows * scenes.MAX_PEOPLE
+        frames, portraits = np.flatnonzero(seen[:slots]), np.arange(slots, len(ids))
+        cosines = embeddings[frames] @ embeddings[portraits].T
+        match = ids[frames][:, None] == ids[portraits][None]
+        same.append(cosines[match])
+        different.append(cosines[~match])
+    of_one, of_two = np.concatenate(same), np.concatenate(different)
+    quantiles = (0.05, 0.5, 0.95)
+    return {
+        "auc": area_under_curve(of_one, of_two),
+        **{f"same_{q}": float(np.quantile(of_one, q)) for q in quantiles},
+        **{f"different_{q}": float(np.quantile(of_two, q)) for q in (*quantiles, 0.999)},
+    }
+
+
+def make(config: Config) -> Task:
+    """The task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
+    options: dict[str, Any] = dict(config.finetune.options)
+    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[options["architecture"]]
+    sizes = schema(**options["network"])
+    points = template(sizes.input_size, options["units"])
+    first_id, people, rows = options["first_id"], options["people"], config.finetune.batch
+
+    def init(key: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(key)
+        if not config.finetune.start:
+            return Classifier(network(sizes, rngs=rngs), people, rngs)
+        embedder = load_network(Path(config.finetune.start) / options["name"])[0]
+        classifier = Classifier(embedder, people, rngs)
+        classifier.centres[...] = embed_portraits(embedder, points, first_id + jnp.arange(people))
+        return classifier
+
+    def batch(seed: int, step: int) -> FacePictures:
+        return draw(seed, step, rows, people, first_id)
+
+    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        crops, ids, seen = crops_of(key, truth, points, sizes.input_size, options["blur"])
+        person = jnp.maximum(ids - first_id, 0)
+        return arcface_loss(module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"])
+
+    def save(module: nnx.Module, folder: Path) -> None:
+        levels = {name: verify(module.embedder, points, blur, rows) for name, blur in (("clean", None), ("degraded", options["blur"]))}
+        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels)
+
+    return Task(init=init, batch=batch, loss=loss, save=save)

@@ -1,0 +1,147 @@
+"""Supervised training of any `Task`, from its first batch to the stored network.
+
+A step is a pure function of (state, seed, step): the batch and every key come from the two numbers, so a run that was stopped
+anywhere goes on to the same bits as one that was not.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_idgrpo import rng
+from jax_idgrpo.config import Config
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import MetricsWriter, progress
+from jax_idgrpo.optimizer import apply_gradients, make_optimizer
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import any_process, prove, to_device, to_host
+from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
+from jax_idgrpo.training.state import TrainState, start
+from jax_idgrpo.training.task import Task, make_task
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, decay: float, seed: int) -> Step:
+    """The training step as one program: (state, what is frozen, batch) -> (state, scalars). The state is donated."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = rng.fold(rng.key(seed, "augment"), state.step)
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+            network = nnx.merge(graphdef, params, frozen, state.rest, copy=True)
+            value, scalars = task.loss(network, batch, key)
+            return value, (scalars, nnx.split(network, task.trained, task.frozen, ...)[3])
+
+        (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
+        return dataclasses.replace(state, step=state.step + 1, rest=rest), {"loss": value, **norms, **scalars}
+
+    return step
+
+
+def finetune(config: Config, workdir: Path) -> None:
+    """Train `config.finetune.task` for `config.run.steps` steps, continuing what the workdir holds.
+
+    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is of the averaged weights and is
+    also written to `finetune.out`. On SIGTERM it writes a checkpoint and exits with status 143.
+
+    Raises:
+      UserError: the workdir or the configuration cannot be used, or the loss is no longer a number.
+    """
+    workdir = Path(workdir)
+    prepare_workdir(workdir)
+
+    # ---- what is trained -------------------------------------------------------------------------------------------------
+    seed, last = config.run.seed, config.run.steps
+    task = make_task(config)
+    optimizer = make_optimizer(config.optimizer, last)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_rows(mesh, config.finetune.batch, "finetune.batch")
+    prove(config, None, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
+    graphdef, params, frozen, rest = nnx.split(task.init(rng.key(seed, "init")), task.trained, task.frozen, ...)
+    frozen, parts = sharding.place(mesh, frozen), (params, rest)
+    del params, rest
+    step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
+
+    def batch(number: int) -> Any:
+        rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        made = task.batch(seed, number)
+        return sharding.put(made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made))
+
+    def averaged(state: TrainState) -> nnx.Module:
+        average, kept, rest = to_device((state.ema, frozen, state.rest))
+        ema = jax.tree.map(lambda average, value: average.astype(value.dtype), average, state.params)
+        return nnx.merge(graphdef, ema, kept, rest, copy=True)
+
+    # ---- where it stands -------------------------------------------------------------------------------------------------
+    manager = open_checkpoints(workdir, config.run.keep)
+    fresh = functools.partial(start, optimizer)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
+    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.place(mesh, parts)))
+    del parts
+    done = int(state.step)
+
+    # ---- train -----------------------------------------------------------------------------------------------------------
+    with (
+        manager,
+        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        progress(f"finetune {config.finetune.task}", last, done) as update,
+        stop_on_sigterm() as stopping,
+    ):
+        upcoming = batch(done) if done < last else None
+        pending: list[dict[str, jax.Array]] = []
+        began = time.monotonic()
+        while done < last:
+            state, scalars = step(state, frozen, upcoming)
+            pending.append(scalars)
+            done += 1
+            saving, stop = done % config.run.save_every == 0 or done == last, any_process(stopping())
+            upcoming = batch(done) if done < last else None  # made while the device works
+            jax.block_until_ready(pending[-2:][0])  # one step in flight: batches do not pile up on the device
+
+            # A row closes at every checkpoint, so that a resumed run groups the steps as an undisturbed one does.
+            closing = done % config.finetune.log_every == 0 or saving or stop
+            if closing:
+                rows = to_host(pending)
+                means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+                if not math.isfinite(means["loss"]):
+                    raise UserError(
+                        f"finetune {config.finetune.task}: the loss is {means['loss']} by step {done}; "
+                        f"lower optimizer.learning_rate, and continue or start again in another --workdir"
+                    )
+                seconds = time.monotonic() - began
+                speed = len(rows) * config.finetune.batch / seconds
+                writer.write(done - 1, {**means, "rows_per_second": speed})
+                update(done, {"loss": means["loss"], "rows/s": speed})
+            else:
+                update(done)
+            if saving or stop:
+                save(manager, done, state)
+            if task.preview is not None and config.run.sample_every and done % config.run.sample_every == 0:
+                folder = workdir / "samples" / f"{done:06d}"
+                network = averaged(state)
+                if jax.process_index() == 0:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    task.preview(network, folder)
+            if closing:
+                pending, began = [], time.monotonic()
+            if stop and done < last:
+                raise SystemExit(TERMINATED)
+
+    # ---- store -----------------------------------------------------------------------------------------------------------
+    network = averaged(state)
+    for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            task.save(network, folder)

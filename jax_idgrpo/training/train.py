@@ -1,0 +1,399 @@
+"""GRPO: sample groups of videos, score them, move the adapter. Reads from top to bottom.
+
+Step k's prompts, noise and window are functions of (seed, k), so a run that was stopped anywhere goes on to the same adapter as
+one that was not. Everything between prompt and updated weights stays on the device: the programs of a step run under a guard
+that refuses transfers.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jax_idgrpo import grpo, rng
+from jax_idgrpo.config import Config, GrpoConfig
+from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
+from jax_idgrpo.data.video import write_video
+from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.evaluation.commands import Model, Watch, make_reward, make_vlm, policy_devices, references
+from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
+from jax_idgrpo.optimizer import make_optimizer
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import any_process, prove, to_host
+from jax_idgrpo.rewards.host import Pending, Terms, collect
+from jax_idgrpo.sampling import conditioning, policy, rollout
+from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline, save_lora
+from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
+from jax_idgrpo.training.profiling import Profile
+from jax_idgrpo.training.state import TrainState, start
+from jax_idgrpo.training.update import Networks, Objective, gather, share, update
+
+SHOWN = 4  # videos kept of a step that writes samples
+PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
+"""Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
+
+
+def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
+    """Numbers of the videos of each prompt; a prompt that comes twice in a step goes on counting, so that no two videos are the same."""
+    seen: collections.Counter[int] = collections.Counter()
+    numbers = []
+    for prompt in ids:
+        numbers.append(np.arange(group) + group * seen[prompt])
+        seen[prompt] += 1
+    return np.stack(numbers)
+
+
+def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
+    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and
+    how many rewards are no numbers (they count in nothing else)."""
+    seen = np.isfinite(rewards)
+    groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
+    spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
+    return {
+        "reward": mean_of_numbers(rewards),
+        "reward_group_std": float(spread.mean()),
+        "zero_std_groups": float(np.mean(spread == 0)),
+        "rewards_failed": float(np.sum(~seen)),
+    }
+
+
+def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
+    """The mean of the values that are numbers; NaN without any."""
+    seen = np.isfinite(values)
+    return float(values[seen].mean()) if seen.any() else math.nan
+
+
+def choose(
+    config: GrpoConfig,
+    rewards: Float[np.ndarray, "P G"],
+    terms: Mapping[str, Float[np.ndarray, "P G"]],
+    mixture: Mapping[str, int | float],
+) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
+    """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
+
+    The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
+    Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
+    """
+
+    def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+        groups = np.repeat(np.arange(len(values)), values.shape[1])
+        found = grpo.advantages(
+            values.ravel(), groups, eps=config.advantage_eps, clip=config.advantage_clip, global_std=config.global_std
+        )
+        return np.asarray(found).reshape(values.shape)
+
+    advantage, weight = mixture.get("reward", 1.0) * advantages(rewards), np.isfinite(rewards)
+    for name, factor in mixture.items():
+        if name != "reward":
+            advantage = advantage + factor * advantages(terms[name])
+    advantage = np.where(weight, advantage, 0).astype(np.float32)
+    if config.drop_constant or config.objective == "dpo":
+        weight &= np.any(advantage != 0, axis=1, keepdims=True)
+    if config.best + config.worst == 0:
+        return advantage, weight.astype(np.float32), None
+    members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
+    if config.objective == "dpo":
+        weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
+    rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
+    return advantage, weight.astype(np.float32), rows.ravel()
+
+
+def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
+    """Refuse a mixture of other terms than the reward has.
+
+    Raises:
+      UserError: it names another.
+    """
+    for name in mixture:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise UserError(f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})")
+
+
+def score_latents(
+    function: Callable[..., dict[str, Array]],
+    max_people: int,
+    scorer: tuple[Any, nnx.State],
+    latents: Float[Array, "B N h w C"],
+    condition: conditioning.Conditioning,
+    people: tuple[Any, Bool[Array, "B M"]],
+) -> Float[Array, "B"]:
+    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks,
+    `people` what `embed_references` says of those asked for and who is asked for."""
+    vae, state = scorer
+    video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
+    return function(state, video, *people)["reward"]
+
+
+Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
+"""What a velocity depends on beside its latents: policy, adapter, base, conditioning, negative prompt."""
+
+
+def sample(
+    config: Config,
+    given: Given,
+    schedule: rollout.Schedule,
+    start_keys: Key[Array, "B"],
+    noise_keys: Key[Array, "B"],
+    window: rollout.Window,
+) -> rollout.Trajectory:
+    """What the objective trains on, of one chunk: trained steps, or where reward gradients begin, or final latents alone."""
+    if config.grpo.replays:
+        return rollout.sample(*given, schedule, start_keys, noise_keys, window)
+    if config.grpo.objective == "reward_gradient":
+        before = config.rollout.steps - config.grpo.gradient_steps
+        x = rollout.generate(*given, schedule.part(0, before), start_keys)
+        latents = rollout.denoise(*given, schedule.part(before, config.rollout.steps), x)
+        return rollout.Trajectory(latents=latents, x=x[:, None])
+    return rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
+
+
+def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
+    first, *rest = logged
+    row = {name: float(np.mean([first[name], *(other[name] for other in rest)])) for name in first}
+    for name in ("ratio_min", "ratio_max"):
+        if name in first:
+            row[name] = float(first[name])
+            row |= {f"{name}_last": float(other[name]) for other in rest[-1:]}
+    return row
+
+
+def forward_passes(config: Config, branches: int) -> dict[str, float]:
+    """Transformer passes of one training step by phase, each of one video at one noise level: a measure of cost that no machine changes.
+
+    branches: passes per guided velocity. update: every velocity that an update evaluates, those of the frozen base and of the old
+    policy among them. backward: those of them that a gradient runs back through.
+    """
+    sampling, wanted = config.rollout, config.grpo
+    if wanted.objective == "reward_gradient":
+        levels, trained = wanted.gradient_steps, branches
+    elif wanted.replays:
+        levels, trained = sampling.trained_steps, branches
+    else:
+        levels, trained = wanted.times, 1
+    base = wanted.kl > 0 or wanted.objective == "dpo"
+    old = not (wanted.replays or wanted.on_policy)
+    backward = config.trained_rows * wanted.epochs * levels * trained
+    return {
+        "forward_passes_rollout": float(sampling.rows * sampling.steps * branches),
+        "forward_passes_update": float(backward * (1 + base + old)),
+        "backward_passes": float(backward),
+    }
+
+
+def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the last rows of metrics are of steps in which no update could be used."""
+    return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
+
+
+def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
+    """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
+    model = config.model
+    pipe = load_pipeline(
+        model.folder(), model.dtype, model.kind, model.rank, model.alpha,
+        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
+    )
+    if model.adapter:
+        pipe.load_lora(model.adapter)
+        found = pipe.transformer.config
+        if (found.rank, found.alpha) != (model.rank, model.alpha):
+            raise UserError(
+                f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set --model.rank and --model.alpha to these"
+            )
+    return pipe
+
+
+def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
+    """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
+
+    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is a PEFT adapter of the averaged
+    weights, written with every checkpoint. On SIGTERM it writes a checkpoint and exits with status 143. profile: a folder for a profile of
+    the second and third step.
+
+    Raises:
+      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used.
+    """
+    workdir = Path(workdir)
+    prepare_workdir(workdir)
+    sampling, seed, last = config.rollout, config.run.seed, config.run.steps
+
+    # ---- what is trained, on what, by what -------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh, policy_devices(config))
+    sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    prove(config, config.data.prompts_file(), workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
+    pipe = load(config, mesh)
+    actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
+    through = config.grpo.objective == "reward_gradient"
+    base = sharding.place(mesh, base)
+    vae = nnx.split(pipe.vae)
+    reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward, mesh=mesh)
+    check_mixture(config.reward.mixture, reward.names)
+    objective = Objective(
+        policy=actor if config.grpo.replays or through else actor.unguided(),
+        grpo=config.grpo,
+        optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
+        ema_decay=config.optimizer.ema_decay,
+        score=functools.partial(score_latents, reward.function, config.data.max_people) if through else None,
+    )
+    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
+    schedule, negative = sharding.put((schedule, conditioning.encode_negative(pipe, config.data)), sharding.replicated(mesh))
+    cache = conditioning.Cache()
+    passes = forward_passes(config, actor.branches)
+
+    # ---- where it stands -------------------------------------------------------------------------------------------------
+    manager = open_checkpoints(workdir, config.run.keep)
+    fresh = start(objective.optimizer, lora)
+    state = resume(workdir, config, manager, sharding.place(mesh, fresh))
+    done = int(state.step)
+    traced = Profile(profile, done, last)
+    failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
+    watch = Watch.make(config, pipe, workdir / "watch") if config.run.watch_every else None
+    if watch is not None:
+        guidance = config.evaluate.guidance or sampling.guidance
+        watched = dataclasses.replace(actor, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
+        watch.begin(Model(watched, sharding.place(mesh, fresh.ema), base))
+
+    def rows(tree: Any, chunk: slice) -> Any:
+        return sharding.put(jax.tree.map(lambda leaf: leaf[chunk], tree), sharding.batch_sharding(mesh))
+
+    def keep(state: TrainState, done: int) -> None:
+        save(manager, done, state)
+        ema = to_host(state.ema)
+        if jax.process_index() == 0:
+            save_lora(workdir / "export", ema, pipe.transformer.config, dataclasses.asdict(config))
+
+    # ---- train -----------------------------------------------------------------------------------------------------------
+    with (
+        manager,
+        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        progress("train", last, done) as show,
+        stop_on_sigterm() as stopping,
+    ):
+        while done < last:
+            traced.begin(done)
+            clock = [time.monotonic()]
+
+            # Prompts and what they ask for: [P], then one row per video.
+            chosen = [prompts[index] for index in prompt_batch(prompts, seed, done, sampling.prompts)]
+            ids = [prompt.id for prompt in chosen]
+            of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
+            asked = conditioning.encode(pipe, chosen, config, cache)
+            photos = references(chosen, config)
+            faces = reward.embed_references(photos, [prompt.text for prompt in chosen])
+            people = jax.tree.map(lambda leaf: leaf[of_row], (faces, photos.mask))
+            clock.append(time.monotonic())
+            numbers = members(ids, sampling.group)
+            first = np.repeat(numbers[:, :1], sampling.group, axis=1)
+
+            def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, "B"]:
+                return rng.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
+
+            root = rng.fold(rng.key(seed, "noise"), done)
+            noise = row_keys(root, numbers)
+            starts = row_keys(root, first if sampling.start_noise == "shared" else numbers)
+            again = row_keys(rng.key(seed, "forward"), first if config.grpo.objective == "dpo" else numbers)
+            window = rollout.Window(
+                start=rollout.window_starts(sampling, seed, done)[of_row],
+                size=sampling.trained_steps,
+                final_noise=sampling.final_step == "sde",
+            )
+
+            # Rollout and reward, chunk by chunk; the device works ahead of the host.
+            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array, Any]] = []
+            terms: list[Terms | Pending] = []
+            videos: list[Array] = []
+            for begin in range(0, sampling.rows, config.rows_per_call):
+                chunk = slice(begin, begin + config.rows_per_call)
+                start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
+                    rows(tree, chunk) for tree in (starts, noise, again, window, people)
+                )
+                condition = sharding.put(conditioning.select(asked, of_row[chunk]), sharding.batch_sharding(mesh))
+                with jax.transfer_guard("disallow"):
+                    given = (actor, state.params, base, condition, negative)
+                    trajectory = sample(config, given, schedule, start_keys, noise_keys, where)
+                    frames = condition.video_frames(config.data.max_people)
+                    video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
+                terms.append(reward.score_terms(video, faces, face_mask))
+                chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
+                if len(videos) < SHOWN:
+                    videos.append(video[:SHOWN])
+            jax.block_until_ready([trajectory.latents for trajectory, *_ in chunks])
+            clock.append(time.monotonic())
+            collected = [collect(term) for term in terms]
+            names = dict.fromkeys(name for term in collected for name in term)
+            values = {name: np.concatenate([term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]) for name in names}
+            clock.append(time.monotonic())
+
+            # Advantages over whole groups, then one optimizer step per share of the rollout.
+            rewards = values.pop("reward")
+            grouped = {name: value.reshape(-1, sampling.group) for name, value in values.items()}
+            advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, sampling.group), grouped, config.reward.mixture)
+            batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
+            batch = sharding.put(batch, sharding.batch_sharding(mesh, 1))
+            del chunks
+            networks = Networks(
+                base=base,
+                negative=negative,
+                old=None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params),
+                scorer=(vae, reward.state) if through else None,
+            )
+            logged: list[dict[str, Array]] = []
+            for number in range(config.grpo.optimizer_steps):
+                part = share(batch, number % config.grpo.updates, config.grpo.updates)
+                step = sharding.put(jnp.int32(done * config.grpo.optimizer_steps + number), sharding.replicated(mesh))
+                with jax.transfer_guard("disallow"):
+                    state, scalars = update(objective, state, networks, part, schedule, step)
+                logged.append(scalars)
+            state = state.replace(step=state.step + 1)
+            scalars = summary(to_host(logged))
+            clock.append(time.monotonic())
+
+            # What happened.
+            seconds = np.diff(clock)
+            row = group_statistics(rewards, sampling.group) | {name: mean_of_numbers(value) for name, value in values.items()}
+            row |= scalars | {"advantage_std": float(advantage.std())} | passes
+            row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * sampling.rows / float(seconds.sum())}
+            if watch is not None and (done + 1) % config.run.watch_every == 0:
+                row |= watch(Model(watched, state.ema, base), done + 1)
+            writer.write(done, row)
+            traced.end(done, row, PHASES)
+            done += 1
+            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
+            failed = failed + 1 if scalars["skipped"] == 1 else 0
+            if failed == config.run.give_up_after:
+                raise UserError(
+                    f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; see rewards_failed and "
+                    f"gradient_norm in {workdir / 'metrics.jsonl'}, and continue from the last checkpoint with a lower learning rate in "
+                    "another --workdir"
+                )
+            if config.run.sample_every and (done % config.run.sample_every == 0 or done == 1):
+                shown = np.concatenate(to_host(videos))
+                if jax.process_index() == 0:
+                    write_samples(workdir / "samples" / f"{done:06d}", shown, chosen, config)
+            stop = any_process(stopping())
+            if done % config.run.save_every == 0 or done == last or stop:
+                keep(state, done)
+            if stop and done < last:
+                raise SystemExit(TERMINATED)
+
+
+def write_samples(folder: Path, videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt], config: Config) -> None:
+    """The first videos of a step as mp4 at the model's frame rate, named by prompt and member."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, video in enumerate(videos[:SHOWN]):
+        number, member = divmod(index, config.rollout.group)
+        write_video(folder / f"{prompts[number].id:04d}-{member}.mp4", video, config.video.fps)
