@@ -35,7 +35,7 @@ from jax_idgrpo.metrics import read_metrics
 from jax_idgrpo.models.umt5 import UMT5Config
 from jax_idgrpo.models.wan import WanConfig
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.planning import plan
+from jax_idgrpo.planning import hardware, plan, programs
 from jax_idgrpo.sampling import rollout
 
 matplotlib.use("Agg")
@@ -76,7 +76,7 @@ class Case:
     def network(self) -> WanConfig:
         return WanConfig(**(PLANNED if self.planned else MEASURED), remat="full")
 
-    def program(self, devices: Sequence[jax.Device]) -> plan.Program:
+    def program(self, devices: Sequence[jax.Device]) -> programs.Program:
         """The update."""
         config = c.Config(
             model=c.ModelConfig(kind="phantom", dtype="bfloat16" if self.planned else "float32", remat="full"),
@@ -89,8 +89,8 @@ class Case:
         width = self.network.text_dim
         text_encoder = UMT5Config(d_model=width, d_ff=width, num_heads=4, d_kv=width // 4, num_layers=1, vocab_size=64)
         mesh = sharding.make_mesh(c.MeshConfig(**{"data": 1, "fsdp": 1} | {self.axis: -1}), devices)
-        parts = plan.Networks(self.network, plan.PUBLISHED_VAE, text_encoder)
-        return next(program for program in plan.programs(config, parts, mesh) if program.name == "update")
+        parts = programs.Networks(self.network, programs.PUBLISHED_VAE, text_encoder)
+        return next(program for program in programs.programs(config, parts, mesh) if program.name == "update")
 
     def arithmetic(self) -> float:
         """FLOPs of the update by the formula of the docstring, on all devices together."""
@@ -116,10 +116,10 @@ CASES = [
 
 def planned(case: Case) -> dict[str, float]:
     """What the compiler says of the update on the chips."""
-    devices = plan.devices(SLICES[case.devices])[: case.devices]
+    devices = hardware.devices(SLICES[case.devices])[: case.devices]
     program = case.program(devices)
     mesh = jax.tree.leaves(program.arguments[1])[0].sharding.mesh
-    cost = plan.measure(program, mesh, plan.CHIPS[CHIP])
+    cost = plan.measure(program, mesh, hardware.CHIPS[CHIP])
     assert cost.peak is not None and cost.seconds is not None
     return dict(memory=cost.peak - program.beside, flops=cost.flops * case.devices, seconds=cost.seconds, compiled=cost.compile_seconds)
 
@@ -221,7 +221,7 @@ def draw(rows: Rows, out: Path) -> None:
         return line([1 / n for n in at], values) if cases[-1].axis == "data" else shared(cases, at, values)
 
     def at_peak(cases: Sequence[Case], at: Sequence[float], values: Sequence[float]) -> list[float]:
-        return [case.arithmetic() / case.devices / plan.CHIPS[CHIP].flops for case in cases]
+        return [case.arithmetic() / case.devices / hardware.CHIPS[CHIP].flops for case in cases]
 
     def tokens(case: Case) -> float:
         return case.tokens

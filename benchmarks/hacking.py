@@ -17,10 +17,12 @@ import numpy as np
 from PIL import Image
 
 from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
-from jax_idgrpo.evaluation import bootstrap, commands
+from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.preferences.clip_pairs import drawn
 from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS, Subject
-from jax_idgrpo.rewards import FaceReward, References
+from jax_idgrpo.rewards import factory
+from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.face_reward import FaceReward
 
 Levels = tuple[RewardConfig, dict[str, float]]
 PLAIN, SATURATING = RewardConfig(penalties={"copied": 0.0}), RewardConfig(similarity_high=0.75, penalties={"copied": 0.0})
@@ -67,7 +69,7 @@ def main() -> None:
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
     print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, and the share of copies\n")
-    made = [(config, commands.make_reward(config)) for config in (PLAIN, SATURATING)]
+    made = [(config, factory.make_reward(config)) for config in (PLAIN, SATURATING)]
     honest = columns(clips, [clip.video for clip in clips], made)
     print("| trick |", " | ".join(honest), "|")
     print("| --- |" + " --- |" * len(honest))

@@ -27,7 +27,8 @@ import numpy as np
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.training.train import PHASES, forward_passes
+from jax_idgrpo.training.setup import forward_passes
+from jax_idgrpo.training.train import PHASES
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 UNGUIDED, GUIDED = "evaluation", "evaluation-guided"  # folders

@@ -4,10 +4,10 @@
 
 Drawn people (`jax_idgrpo.preferences.synthesis`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair.
 Training and held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate),
-of which the column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same. "No hard fault
-seen" trains on the pairs without one, so that these are new to it in kind too; all other heads saw every kind of fault. "True labels"
-trains on all pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A head's figures are
-the mean over seeds, and their range.
+of which the column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same.
+"No hard fault seen" trains on the pairs without one, so that these are new to it in kind too; all other heads saw every kind of fault.
+"True labels" trains on all pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A
+head's figures are the mean over seeds, and their range.
 
 Accuracy is without ties unless it says so: share of the pairs with a better video whose better video scores higher.
 """
@@ -25,16 +25,15 @@ from flax import nnx
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo import rng
-from jax_idgrpo.evaluation.commands import make_reward
-from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.preferences.batches import PairOptions, accuracy, agreed
 from jax_idgrpo.preferences.corruptions import DISTORTIONS
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
 from jax_idgrpo.preferences.train_head import Sides, differences, head_task, read_one
+from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.head import Head, fingerprint
 from jax_idgrpo.training.finetune import make_step
-from jax_idgrpo.training.state import start
+from jax_idgrpo.training.state import make_optimizer, start
 
 ROOT = Path(__file__).parents[1]
 HARD = ("swap", "blend", "drift", "duplicate")

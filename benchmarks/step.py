@@ -32,8 +32,9 @@ from benchmarks.faces import calibrate, write_weights
 from checkpoints_convert.faces import write_folder
 from jax_idgrpo import grpo
 from jax_idgrpo.data.video import to_uint8
-from jax_idgrpo.memory import give_back_after_compiling
-from jax_idgrpo.rewards import FaceReward, Known, frame_numbers
+from jax_idgrpo.parallel.hosts import give_back_after_compiling
+from jax_idgrpo.rewards.base import Known, frame_numbers
+from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.photo_copy import SIDE

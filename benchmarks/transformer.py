@@ -44,10 +44,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig
-from jax_idgrpo.memory import give_back_after_compiling
+from jax_idgrpo.parallel.hosts import give_back_after_compiling
 from jax_idgrpo.sampling import policy, rollout
+from jax_idgrpo.sampling.adapters import add_adapter
 from jax_idgrpo.sampling.conditioning import Conditioning
-from jax_idgrpo.sampling.pipeline import add_adapter, load_transformer
+from jax_idgrpo.sampling.pipeline import load_transformer
 from jax_idgrpo.training import update
 from jax_idgrpo.training.state import start
 

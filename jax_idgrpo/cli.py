@@ -33,11 +33,12 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One sub-command: its summary, what adds its options to a parser, and what runs it."""
+    """One sub-command: its summary, what adds its options to a parser, what runs it, and whether it reads a configuration."""
 
     summary: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
+    configured: bool = True
 
 
 def require_writable(path: Path, what: str, folder: bool = True) -> Path:
@@ -95,8 +96,7 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
 
 def _start() -> None:
     """What comes before any work on the devices: the other processes of the run are joined, if there are any (see `parallel.hosts`)."""
-    from jax_idgrpo.memory import give_back_after_compiling
-    from jax_idgrpo.parallel.hosts import initialise
+    from jax_idgrpo.parallel.hosts import give_back_after_compiling, initialise
 
     initialise()
     give_back_after_compiling()
@@ -204,12 +204,64 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    if overrides:
-        raise UserError(f"idgrpo report takes no --{overrides[0][0]}: it shows a run as it was")
     workdir = existing(arguments.workdir, "workdir", "pass the --workdir of a run")
     from jax_idgrpo.evaluation.report import report
 
     print(f"report: {report(require_writable(workdir, 'workdir'))}")
+
+
+def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder to make: {holds}")
+    parser.add_argument("--split", required=True, help="synthetic people to draw from: train, rl or eval; no two share a person")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help=unit)
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
+
+
+def _draw_prompts_options(parser: argparse.ArgumentParser) -> None:
+    _generator_options(parser, "prompts.csv and PNG portraits", "rows of prompts.csv")
+
+
+def _draw_prompts(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.synthetic.captions import write_prompts
+
+    write_prompts(**vars(arguments))
+
+
+def _pairs_options(parser: argparse.ArgumentParser) -> None:
+    _generator_options(parser, "pairs.csv, mp4 and PNG files", "pairs")
+    unset = argparse.SUPPRESS       # an option that is not given keeps the default of `write_pairs`
+    parser.add_argument("--distortions", default=unset, metavar="A,B", help="faults that occur, joined by commas (default all)")
+    parser.add_argument("--automatic", type=float, default=unset, help="share of automatic pairs, with labels partly wrong (default 0)")
+    parser.add_argument("--careless", type=float, default=unset, help="share of the automatic labels drawn at random (default 0.5)")
+    parser.add_argument("--clips", type=Path, default=unset, metavar="DIR", help="folder of videos with photos and clips.csv; without it "
+                        "the people are synthetic")
+    parser.add_argument("--faces", type=Path, default=unset, metavar="DIR", help="face networks for --clips, as reward.faces")
+    parser.add_argument("--frames", type=int, default=unset, help="frames per clip (default 9)")
+    parser.add_argument("--size", type=int, nargs=2, default=unset, metavar=("HEIGHT", "WIDTH"), help="in pixels (default 64 64)")
+    parser.add_argument("--fps", type=int, default=unset, help="frames per second that are kept of --clips (default 8)")
+
+
+def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.preferences.clip_pairs import Shape
+    from jax_idgrpo.preferences.synthesis import write_pairs
+
+    values = vars(arguments)
+    shape = {name: values.pop(name) for name in ("frames", "size", "fps") if name in values}
+    if "size" in shape:
+        shape["size"] = tuple(shape["size"])
+    write_pairs(**values, shape=Shape(**shape))
+
+
+def _pack_pairs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", type=Path, required=True, help="the pairs, as `idgrpo pairs` writes them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--dimensions", default="SA", help="columns that hold labels, joined by commas (default SA)")
+
+
+def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.preferences.tfds_source import write_dataset
+
+    write_dataset(**vars(arguments))
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +277,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     out = require_writable(Path(arguments.out), "--out")
-    from jax_idgrpo.memory import give_back_after_compiling
+    from jax_idgrpo.parallel.hosts import give_back_after_compiling
     from jax_idgrpo.planning.plan import plan
 
     give_back_after_compiling()
@@ -241,7 +293,12 @@ COMMANDS = {
     "score": Command("the reward of existing videos", _score_options, _score),
     "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),
     "plan": Command("memory, work and time per chip on a machine that need not be here, by the real compiler", _plan_options, _plan),
-    "report": Command("one HTML page of a run: curves, videos side by side, table, configuration", _report_options, _report),
+    "report": Command(
+        "one HTML page of a run: curves, videos side by side, table, configuration", _report_options, _report, configured=False
+    ),
+    "pairs": Command("preference pairs with known truth, of synthetic people or your own clips", _pairs_options, _pairs, configured=False),
+    "pack-pairs": Command("one data set of few large files from the pairs of a CSV", _pack_pairs_options, _pack_pairs, configured=False),
+    "draw-prompts": Command("prompts and reference photos of synthetic people", _draw_prompts_options, _draw_prompts, configured=False),
 }
 
 
@@ -300,7 +357,7 @@ def run(arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
     command = COMMANDS[name]
-    fields = {} if name == "report" else _fields()
+    fields = _fields() if command.configured else {}
     epilog = "\n".join(["fields of the configuration, with the defaults of the schema:",
                         *(f"  {field} {value!r}" for field, value in fields.items())]) if fields else ""
     parser = _Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
@@ -308,6 +365,8 @@ def run(arguments: Sequence[str]) -> None:
     command.options(parser)
     rest, overrides = split_overrides(arguments[1:])
     parsed, unknown = parser.parse_known_args(rest)
+    if overrides and not command.configured:
+        raise UserError(f"idgrpo {name} takes no --{overrides[0][0]}: it reads no configuration; see idgrpo {name} --help")
     if unknown:
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from jax_idgrpo.errors import UserError, closest
 
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parent / "synthetic" / "assets"
 
 
 def _require(condition: bool, message: str) -> None:

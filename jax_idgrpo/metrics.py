@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.training.checkpoint import write_text
+from jax_idgrpo.workdir import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

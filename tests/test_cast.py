@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_idgrpo import cli
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions, renderer, scenes
+from jax_idgrpo.synthetic.people import SPLITS, identity
 
 FRAMES, ROWS = 3, 24
 
@@ -37,7 +39,7 @@ def clips(people, mask, scene):
 
 @jax.jit
 def portraits(people, keys):
-    return jax.vmap(jax.vmap(scenes.render_portrait))(people, keys)
+    return jax.vmap(jax.vmap(renderer.render_portrait))(people, keys)
 
 
 def as_arrays(tree):
@@ -58,8 +60,8 @@ def test_batches_are_pure_functions_of_seed_and_step(drawn):
 
 
 def test_an_identity_does_not_depend_on_its_company():
-    together = scenes.identity(jnp.array([[3, 2_000_007], [41, 3]]))
-    alone = scenes.identity(jnp.array([3]))
+    together = identity(jnp.array([[3, 2_000_007], [41, 3]]))
+    alone = identity(jnp.array([3]))
     for both, one in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
         np.testing.assert_array_equal(both[0, 0], one[0])
         np.testing.assert_array_equal(both[1, 1], one[0])
@@ -83,14 +85,14 @@ def test_absent_people_leave_no_trace(drawn):
         assert (np.moveaxis(truth, 1, 0)[:, gone] == 0).all()
     # Who stands in an empty slot must not matter.
     drawn = as_arrays(drawn)
-    strangers = scenes.identity(jnp.where(drawn.mask, drawn.ids, 77))
+    strangers = identity(jnp.where(drawn.mask, drawn.ids, 77))
     np.testing.assert_allclose(clips(strangers, drawn.mask, drawn.scene).video, drawn.video, atol=1e-3)
 
 
 def test_splits_are_disjoint_and_kept():
-    ranges = sorted(scenes.SPLITS.values())
+    ranges = sorted(SPLITS.values())
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(ranges))
-    for split, (first, last) in scenes.SPLITS.items():
+    for split, (first, last) in SPLITS.items():
         ids = np.asarray(scenes.sample_ids(jax.random.key(1), 500, split))
         assert ids.min() >= first and ids.max() < last
         assert all(len(set(row)) == 3 for row in ids.tolist())
@@ -212,7 +214,7 @@ def test_portrait_and_clip_show_the_same_colours(drawn):
 
 def test_the_truth_of_a_portrait(drawn):
     keys = jax.random.split(jax.random.key(4), (ROWS, 3))
-    boxes, points = jax.jit(jax.vmap(jax.vmap(scenes.portrait_truth)))(as_arrays(drawn.people), keys)
+    boxes, points = jax.jit(jax.vmap(jax.vmap(renderer.portrait_truth)))(as_arrays(drawn.people), keys)
     width = boxes[..., 2] - boxes[..., 0]
     assert (width > 24).all() and (width < 42).all()
     assert (points > boxes[..., None, :2]).all() and (points < boxes[..., None, 2:]).all()
@@ -228,9 +230,9 @@ def test_other_sizes_show_the_same_scene(drawn):
 
 
 def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
-    words = scenes.vocabulary()
+    words = captions.vocabulary()
     assert len(words) < 200 and words == sorted(set(words)) and all(re.fullmatch("[a-z]+", word) for word in words)
-    texts = scenes.prompts(drawn)
+    texts = captions.prompts(drawn)
     assert len(texts) == ROWS and len(set(texts)) == ROWS
     for text, mask in zip(texts, drawn.mask):
         assert set(re.findall(r"[^\s.,:]+", text)) <= set(words)
@@ -242,14 +244,14 @@ def test_every_word_can_be_said():
     key = jax.random.key(3)
     mask = scenes.sample_mask(key, 400)
     several = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(key, 400), mask)
-    told = jax.device_get((several, scenes.identity(scenes.sample_ids(key, 400, "train")), mask))
-    texts = [scenes.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]  # noqa: B023
-    assert set(re.findall("[a-z]+", " ".join(texts))) == set(scenes.vocabulary())
+    told = jax.device_get((several, identity(scenes.sample_ids(key, 400, "train")), mask))
+    texts = [captions.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]  # noqa: B023
+    assert set(re.findall("[a-z]+", " ".join(texts))) == set(captions.vocabulary())
 
 
 def test_written_prompts_are_read_back(tmp_path):
     out = tmp_path / "set" / "eval"
-    assert scenes.main(["--out", str(out), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
+    cli.run(["draw-prompts", "--out", str(out), "--split", "eval", "--count", "4", "--seed", "1"])
     with (out / "prompts.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
@@ -260,14 +262,14 @@ def test_written_prompts_are_read_back(tmp_path):
             pixels = np.asarray(Image.open(out / name))
             assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all() and pixels.std() > 20
     assert [path.name for path in out.parent.iterdir()] == ["eval"]
-    assert scenes.main(["--out", str(tmp_path / "again"), "--split", "eval", "--count", "4", "--seed", "1"]) == 0
+    cli.run(["draw-prompts", "--out", str(tmp_path / "again"), "--split", "eval", "--count", "4", "--seed", "1"])
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_takes_share_people_photos_and_prompts_and_nothing_else():
     one, other, again = (scenes.batch(1, 0, 12, "eval", take=take) for take in (0, 1, 1))
-    assert scenes.prompts(one) == scenes.prompts(other)
+    assert captions.prompts(one) == captions.prompts(other)
     for name in ("portraits", "portrait_boxes", "ids", "mask"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
     np.testing.assert_array_equal(other.video, again.video)
@@ -275,12 +277,11 @@ def test_takes_share_people_photos_and_prompts_and_nothing_else():
     assert (np.abs(one.video - other.video).mean((1, 2, 3, 4)) > 0.02).all()
 
 
-def test_mistakes_get_one_line(tmp_path, capsys):
+def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        scenes.write_prompts(tmp_path / "there", "rl", 2)
-    assert scenes.main(["--out", str(tmp_path / "x"), "--split", "test", "--count", "2"]) == 2
-    assert scenes.main(["--out", str(tmp_path / "x"), "--split", "rl", "--count", "0"]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 2 and "train, rl, eval" in lines[0] and "--count 0" in lines[1]
+        captions.write_prompts(tmp_path / "there", "rl", 2)
+    for split, count, says in (("test", "2", "train, rl, eval"), ("rl", "0", "--count 0")):
+        with pytest.raises(UserError, match=says):
+            cli.run(["draw-prompts", "--out", str(tmp_path / "x"), "--split", split, "--count", count])
     assert not (tmp_path / "x").exists()

@@ -15,9 +15,9 @@ from flax import nnx
 
 from jax_idgrpo.config import Config, OptimizerConfig
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.optimizer import make_optimizer
-from jax_idgrpo.training.checkpoint import check_resume, open_checkpoints, prepare_workdir, restore, resume, save, stop_on_sigterm
-from jax_idgrpo.training.state import TrainState, start
+from jax_idgrpo.training.checkpoint import check_resume, open_checkpoints, restore, resume, save, stop_on_sigterm
+from jax_idgrpo.training.state import TrainState, make_optimizer, start
+from jax_idgrpo.workdir import prepare_workdir
 
 # Reads that fail leave coroutines of orbax behind, which complain when they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
-from jax_idgrpo.evaluation import commands
 from jax_idgrpo.preferences.clip_pairs import drawn
 from jax_idgrpo.preferences.corruptions import blur, codec, light, paste
-from jax_idgrpo.rewards import References, photo_copy
+from jax_idgrpo.rewards import factory, photo_copy
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, warp
 
 apart, photo_crops = jax.jit(photo_copy.apart), jax.jit(photo_copy.photo_crops)
@@ -21,7 +21,7 @@ DIRECTION = np.array([0.6, 0.9, -0.4, -0.8])
 
 @functools.cache
 def reward():
-    return commands.make_reward(c.RewardConfig(frames=4))
+    return factory.make_reward(c.RewardConfig(frames=4))
 
 
 @functools.cache

@@ -20,8 +20,8 @@ from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import load_reference
 from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation import commands
-from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards import factory
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward, complete, find
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE
 from jax_idgrpo.rewards.host import collect
@@ -92,7 +92,7 @@ def test_landmarks_that_lack_come_from_the_template():
 
 @functools.cache
 def reward():
-    return commands.make_reward(c.RewardConfig(backend=OPENCV, frames=2))
+    return factory.make_reward(c.RewardConfig(backend=OPENCV, frames=2))
 
 
 def photo(*pictures):
@@ -105,7 +105,7 @@ def test_the_terms_are_those_of_the_reward_in_jax():
     videos = from_uint8(np.stack([moving, np.full_like(moving, 128)]))
     reward()(videos, photo(astronaut(256), astronaut(256)))
     terms = {name: np.asarray(value) for name, value in reward().terms.items()}
-    inside = commands.make_reward(c.RewardConfig(frames=2))
+    inside = factory.make_reward(c.RewardConfig(frames=2))
     shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1), jnp.ones((2, 1), bool))
     assert set(terms) == set(shapes) == set(reward().names) == set(inside.names)
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])

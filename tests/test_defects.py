@@ -17,10 +17,9 @@ import numpy as np
 
 from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.evaluation import commands
+from jax_idgrpo.rewards import factory
 from jax_idgrpo.sampling import policy
-from jax_idgrpo.training import train as loop
-from jax_idgrpo.training import update
+from jax_idgrpo.training import selection, setup, train, update
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +54,7 @@ def test_every_defect_has_its_test():
 
 def test_4_one_caption_with_other_photos_is_another_group():
     rewards = np.array([[0.1, 0.2], [0.8, 0.9]], np.float32)        # two prompts of one text: the first photos are the harder ones
-    advantage, _, _ = loop.choose(c.GrpoConfig(), rewards, {}, {})
+    advantage, _, _ = selection.choose(c.GrpoConfig(), rewards, {}, {})
     np.testing.assert_allclose(advantage[0], advantage[1], atol=1e-3)
     assert advantage[0, 0] < 0 < advantage[0, 1]                    # pooled, the whole first group would be negative
 
@@ -65,16 +64,16 @@ def test_7_videos_go_to_the_reward_as_they_are_and_files_have_the_frame_rate(tmp
 
     config = c.Config(video=c.VideoConfig(frames=5, height=16, width=16, fps=16), rollout=c.RolloutConfig(prompts=1, group=2))
     videos = np.zeros((2, 5, 16, 16, 3), np.float32)
-    loop.write_samples(tmp_path / "s", videos, [Prompt(3, "a", ())], config)
+    train.write_samples(tmp_path / "s", videos, [Prompt(3, "a", ())], config)
     with av.open(str(tmp_path / "s" / "0003-1.mp4")) as container:
         assert container.streams.video[0].average_rate == 16
-    loads = {node.func.id for node in ast.walk(ast.parse(Path(loop.__file__).read_text()))
+    loads = {node.func.id for node in ast.walk(ast.parse(Path(train.__file__).read_text()))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert "read_video" not in loads                                # nothing that training scores was ever a file
 
 
 def test_8_rewards_are_float32_whatever_the_videos_are():
-    reward = commands.make_reward(c.RewardConfig(frames=1))
+    reward = factory.make_reward(c.RewardConfig(frames=1))
     videos = jax.ShapeDtypeStruct((2, 5, 64, 64, 3), jnp.bfloat16)
     people = reward.shapes(2, 1), jax.ShapeDtypeStruct((2, 1), bool)
     terms = jax.eval_shape(reward.function, reward.state, videos, *people)
@@ -82,7 +81,7 @@ def test_8_rewards_are_float32_whatever_the_videos_are():
 
 
 def test_9_and_14_only_the_adapter_is_trained_and_it_starts_at_the_base():
-    pipe = loop.load(c.Config(model=c.ModelConfig(rank=2, alpha=2.0)))
+    pipe = setup.load(c.Config(model=c.ModelConfig(rank=2, alpha=2.0)))
     _, lora, _ = policy.split(pipe.transformer, 1.0)
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora)}
     assert leaves and all("lora_" in name for name in leaves)

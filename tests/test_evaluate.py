@@ -14,12 +14,15 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RolloutConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation import bootstrap, commands, report
+from jax_idgrpo.evaluation import bootstrap, commands, monitor, report, sampler
+from jax_idgrpo.evaluation.sampler import all_rows, evaluated, make_models, make_sampler
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.rewards.base import references
 from jax_idgrpo.sampling import pipeline
+from jax_idgrpo.sampling.adapters import add_adapter, save_lora
 
 TEXT_WIDTH = 8
 
@@ -100,11 +103,11 @@ def config():
 def adapters(pipe, tmp_path_factory):
     """Two saved adapters: "still", whose output is zero, and "moved", whose is not."""
     folder = tmp_path_factory.mktemp("adapters")
-    adapted = pipeline.add_adapter(pipe.transformer, 4, 4.0, rng.key(7, "init"))
+    adapted = add_adapter(pipe.transformer, 4, 4.0, rng.key(7, "init"))
     state = nnx.state(adapted, LoRAParam)
-    pipeline.save_lora(folder / "still", state, adapted.config)
+    save_lora(folder / "still", state, adapted.config)
     moved = jax.tree.map(lambda leaf: leaf + np.random.default_rng(leaf.size).normal(0, 0.3, leaf.shape).astype(np.float32), state)
-    pipeline.save_lora(folder / "moved", moved, adapted.config)
+    save_lora(folder / "moved", moved, adapted.config)
     return {name: folder / name for name in ("still", "moved")}
 
 
@@ -122,15 +125,15 @@ def stubbed(monkeypatch, pipe, prompts):
 
         return score
 
-    monkeypatch.setattr(commands, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
+    monkeypatch.setattr(sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
     monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
     monkeypatch.setattr(commands, "make_scorer", make_scorer)
 
 
 def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
-    sampler = commands.make_sampler(config)
-    base = commands.make_models(sampler, {})["base"]
-    rows = commands.all_rows(prompts, 2)
+    sampler = make_sampler(config)
+    base = make_models(sampler, {})["base"]
+    rows = all_rows(prompts, 2)
     together = np.concatenate([videos for _, videos in sampler.batches(base, rows, "")])
     assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
     alone = sampler.videos(base, [rows[3]])
@@ -140,9 +143,9 @@ def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
 
 
 def test_an_adapter_of_zeros_is_the_base(stubbed, config, prompts, adapters):
-    sampler = commands.make_sampler(config)
-    models = commands.make_models(sampler, adapters)
-    rows = commands.all_rows(prompts, 1)
+    sampler = make_sampler(config)
+    models = make_models(sampler, adapters)
+    rows = all_rows(prompts, 1)
     videos = {name: sampler.videos(model, rows) for name, model in models.items()}
     np.testing.assert_array_equal(videos["still"], videos["base"])
     assert np.abs(videos["moved"] - videos["base"]).mean() > 1e-3
@@ -169,7 +172,7 @@ def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tm
 
 def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapters, tmp_path, monkeypatch):
     """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
-    monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(monitor, "load_prompts", lambda path, people: prompts)
     seen = []
 
     def make_scorer(config, batch, mesh=None):
@@ -180,9 +183,9 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
 
         return score
 
-    monkeypatch.setattr(commands, "make_scorer", make_scorer)
-    models = commands.make_models(commands.make_sampler(config, dataclasses.replace(pipe)), adapters)
-    watch = commands.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
+    monkeypatch.setattr(monitor, "make_scorer", make_scorer)
+    models = make_models(make_sampler(config, dataclasses.replace(pipe)), adapters)
+    watch = monitor.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
     sign = 1
     watch.begin(models["still"])
     assert watch(models["moved"], 5)["watch_parted"] == 0
@@ -222,12 +225,12 @@ def test_folder_without_videos_is_refused(stubbed, config, tmp_path):
 
 def test_size_of_the_evaluation_overrides_that_of_the_run(config):
     larger = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, frames=9, width=64))
-    video = commands.evaluated(larger).video
+    video = evaluated(larger).video
     assert (video.frames, video.height, video.width, video.fps) == (9, 16, 64, 8)
 
 
 def test_references_are_padded_with_white(config, prompts):
-    asked = commands.references(prompts, config)
+    asked = references(prompts, config)
     assert asked.mask.tolist() == [[True, False], [True, True], [True, False]]
     assert asked.images.shape == (3, 2, 16, 32, 3)
     assert jnp.all(asked.images[0, 1] == 1) and not jnp.all(asked.images[1, 1] == 1)

@@ -16,7 +16,9 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces import bundled_detector
 from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
-from jax_idgrpo.rewards import References, faces, frame_numbers, load_reward
+from jax_idgrpo.rewards import faces
+from jax_idgrpo.rewards.base import References, frame_numbers
+from jax_idgrpo.rewards.face_reward import load_reward
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.synthetic.training import detector as detector_task
 from jax_idgrpo.synthetic.training import embedder as embedder_task

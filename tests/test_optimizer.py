@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.config import OptimizerConfig
-from jax_idgrpo.optimizer import apply_gradients, ema_decay, ema_update, learning_rate, make_optimizer
-from jax_idgrpo.training.state import start
+from jax_idgrpo.training.state import apply_gradients, ema_decay, ema_update, learning_rate, make_optimizer, start
 
 GOLDEN = Path(__file__).parent / "golden"
 

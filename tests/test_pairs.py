@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jax_idgrpo import cli
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data.video import read_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation.commands import make_reward
 from jax_idgrpo.preferences import synthesis
 from jax_idgrpo.preferences.clip_pairs import Shape, drawn
 from jax_idgrpo.preferences.corruptions import STRANGER, swap
 from jax_idgrpo.preferences.csv_source import LABELS, load_pairs
-from jax_idgrpo.rewards import References
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_the_folder_is_what_training_reads(written):
     assert [pair.labels[0] for pair in read] == [LABELS[row["SA"]] for row in rows]
     a, b = (read_video(path) for path in read[0].videos)
     assert a.shape == b.shape == (9, 64, 64, 3) and np.abs(a - b).mean() > 0.01
-    assert read[0].fps == (scenes.FRAMES_PER_SECOND,) * 2
+    assert read[0].fps == (FRAMES_PER_SECOND,) * 2
 
 
 def test_both_videos_are_takes_of_one_prompt():
@@ -102,4 +103,5 @@ def test_mistakes_are_refused_and_leave_nothing(tmp_path, change, answer):
         synthesis.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
-    assert synthesis.main(["--out", str(tmp_path / "there"), "--split", "train", "--count", "1"]) == 2
+    with pytest.raises(UserError, match="exists already"):
+        cli.run(["pairs", "--out", str(tmp_path / "there"), "--split", "train", "--count", "1"])

@@ -22,10 +22,9 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, wan_1_3b, wan_14b
-from jax_idgrpo.sampling import conditioning, pipeline, policy, rollout
+from jax_idgrpo.sampling import adapters, conditioning, pipeline, policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning
-from jax_idgrpo.training import train as loop
-from jax_idgrpo.training import update
+from jax_idgrpo.training import setup, train, update
 from tests.parity.torch_models import GOLDEN, relative_error
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
@@ -97,7 +96,7 @@ def test_guided_velocity_equals_the_original(case):
     plain = nnx.merge(graph, rules.to_jax(table.rules(bare, "original"), tensors, abstract))
     arrays = {name.removeprefix(f"{case}_"): value for name, value in np.load(GOLDEN / "phantom_guidance.npz").items() if case in name}
     scales = float(arrays["scale_text"]), float(arrays["scale_image"])
-    actor, _, base = policy.split(pipeline.add_adapter(plain, 1, 1.0, rng.key(0, "init")), *scales)
+    actor, _, base = policy.split(adapters.add_adapter(plain, 1, 1.0, rng.key(0, "init")), *scales)
     latents, references = arrays["latents"], arrays["references"]
     count = len(latents)
     velocity = jax.jit(lambda row, given, negative: actor.velocity(None, base, row, given[0], given[1], negative))
@@ -190,7 +189,7 @@ def short(checkpoint, steps=1):
 
 def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
     config = short(checkpoint)
-    pipe = loop.load(config)
+    pipe = setup.load(config)
     paths = []
     for n in range(3):
         paths.append(tmp_path / f"{n}.png")
@@ -210,9 +209,9 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
 
 @pytest.mark.slow
 def test_training_and_resume(checkpoint, tmp_path):
-    loop.train(short(checkpoint, 2), tmp_path / "whole")
-    loop.train(short(checkpoint, 1), tmp_path / "stopped")
-    loop.train(short(checkpoint, 2), tmp_path / "stopped")
+    train.train(short(checkpoint, 2), tmp_path / "whole")
+    train.train(short(checkpoint, 1), tmp_path / "stopped")
+    train.train(short(checkpoint, 2), tmp_path / "stopped")
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["ratio_min"], row["ratio_max"]) for row in rows] == [(1, 1)] * 2
     assert rows[0]["forward_passes_rollout"] == 4 * 3 * 3
@@ -228,6 +227,6 @@ def test_what_a_kind_does_not_have_is_refused(checkpoint):
     with pytest.raises(UserError, match=r"data.max_people is 5; model.kind phantom takes up to 4 photos"):
         c.Config(model=c.ModelConfig(kind="phantom"), data=c.DataConfig(max_people=5))
     with pytest.raises(UserError, match="'phantom' was asked for, .* 'vace'"):
-        loop.load(c.Config(model=c.ModelConfig(kind="phantom", unroll=True)))
+        setup.load(c.Config(model=c.ModelConfig(kind="phantom", unroll=True)))
     with pytest.raises(UserError, match="'vace' was asked for, .* 'wan'"):
-        loop.load(c.Config(model=c.ModelConfig(path=str(checkpoint))))
+        setup.load(c.Config(model=c.ModelConfig(path=str(checkpoint))))

@@ -17,7 +17,7 @@ from checkpoints_convert import rules, store
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.sampling import pipeline
+from jax_idgrpo.sampling import adapters, pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny_vace"
@@ -119,7 +119,7 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
 
     # Written and read again, in PEFT's form and as single files, it is the same adapter.
     config, state = pipe.transformer.config, nnx.state(pipe.transformer, LoRAParam)
-    pipeline.save_lora(tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}})
+    adapters.save_lora(tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}})
     told = (tmp_path / "adapter" / "README.md").read_text()
     assert 'license: "apache-2.0"' in told and 'base_model: "some/base"' in told and '"seed": 3' in told and "rank 4, alpha 8" in told
     header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
@@ -135,15 +135,15 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
 
 def test_a_file_that_names_no_alpha_has_alpha_equal_to_rank(tmp_path):
     for prefix in ("", "transformer.", "base_model.model."):
-        assert pipeline.lora_scale(renamed(tmp_path, prefix)) == (4, 4.0)
-    assert pipeline.lora_scale(ADAPTER) == (4, 8.0)
+        assert adapters.lora_scale(renamed(tmp_path, prefix)) == (4, 4.0)
+    assert adapters.lora_scale(ADAPTER) == (4, 8.0)
 
 
 def test_a_fresh_adapter_changes_nothing_and_shares_the_base(pipe):
     arrays = golden("lora_peft_tiny")
-    adapted = pipeline.add_adapter(pipe.transformer, 3, 6.0, rng.key(5, "init"))
+    adapted = adapters.add_adapter(pipe.transformer, 3, 6.0, rng.key(5, "init"))
     np.testing.assert_array_equal(run(adapted, arrays), run(pipe.transformer, arrays))
-    other = pipeline.add_adapter(pipe.transformer, 3, 6.0, jax.random.key(1))
+    other = adapters.add_adapter(pipe.transformer, 3, 6.0, jax.random.key(1))
     a, b = (rules.leaves(nnx.state(model, LoRAParam)) for model in (adapted, other))
     assert len(a) == 2 * 2 * 8 and all(leaf.dtype == jnp.float32 for leaf in a.values())
     for name, leaf in a.items():
@@ -171,21 +171,21 @@ def test_adapters_of_another_kind_are_refused(tmp_path, change, match):
     values = store.read_json(tmp_path / "a" / "adapter_config.json")
     store.write_json(tmp_path / "a" / "adapter_config.json", values | change)
     with pytest.raises(UserError, match=match):
-        pipeline.lora_scale(tmp_path / "a")
+        adapters.lora_scale(tmp_path / "a")
 
 
 def test_adapters_of_another_model_are_refused(pipe, tmp_path):
     config = dataclasses.replace(pipe.transformer.config, rank=4, alpha=8.0)
     with pytest.raises(UserError, match=r"missing: blocks|missing: base_model\.model\.blocks"):
-        pipeline.load_lora_state(ADAPTER, dataclasses.replace(config, num_layers=5))
+        adapters.load_lora_state(ADAPTER, dataclasses.replace(config, num_layers=5))
     with pytest.raises(UserError, match="mis-shaped"):
-        pipeline.load_lora_state(ADAPTER, dataclasses.replace(config, num_heads=2))
+        adapters.load_lora_state(ADAPTER, dataclasses.replace(config, num_heads=2))
     with pytest.raises(UserError, match="rank 4, alpha 8 where 8, 8 are set"):
-        pipeline.load_lora_state(ADAPTER, dataclasses.replace(config, rank=8))
+        adapters.load_lora_state(ADAPTER, dataclasses.replace(config, rank=8))
     with pytest.raises(UserError, match="does not exist"):
-        pipeline.lora_scale(tmp_path / "nowhere")
+        adapters.lora_scale(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no tensor named \*\.lora_A"):
-        pipeline.lora_scale(TINY / "transformer")
+        adapters.lora_scale(TINY / "transformer")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

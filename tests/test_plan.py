@@ -12,7 +12,7 @@ from jax_idgrpo import config
 from jax_idgrpo.cli import run
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.planning import cost_model, plan
+from jax_idgrpo.planning import cost_model, hardware, plan, programs
 
 CONFIGS = plan.Path(__file__).parents[1] / "configs"
 
@@ -72,15 +72,15 @@ ENTRY %main.1 (p.0: f32[4,8]) -> f32[4,8] {
 def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
     """The quickstart's decode: figures that agree with the shapes, a table, and a record that can be read back."""
     wanted = config.load(CONFIGS / "quickstart.py")
-    parts = plan.networks(wanted, None)
+    parts = programs.networks(wanted, None)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    program, = (each for each in plan.programs(wanted, parts, mesh) if each.name == "decode")
-    cost = plan.measure(program, mesh, plan.CHIPS["TPU v5"])
+    program, = (each for each in programs.programs(wanted, parts, mesh) if each.name == "decode")
+    cost = plan.measure(program, mesh, hardware.CHIPS["TPU v5"])
     video = 4 * wanted.rows_per_call * wanted.video.frames * wanted.video.height * wanted.video.width * 3
     assert cost.peak > video + program.beside and cost.fits and cost.flops > 0 and cost.moved > video
     assert 0 < cost.utilisation < 1 and cost.seconds * 459e12 >= cost.flops
     assert f"{cost.peak / 1e9:.1f} GB" in plan.row(cost)
-    small = dataclasses.replace(plan.CHIPS["TPU v5"], memory=1e6)
+    small = dataclasses.replace(hardware.CHIPS["TPU v5"], memory=1e6)
     assert not dataclasses.replace(cost, fits=cost.peak <= 0.9 * small.memory).fits
 
 
@@ -91,7 +91,7 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
     size = "14b" if "14b" in name else "1.3b"
     wanted = config.override(wanted, [("rollout.micro_batch", "32")])
     mesh = jax.sharding.Mesh(np.full((2, 16, 2, 1), jax.devices()[0]), sharding.AXES)
-    found = {program.name: program for program in plan.programs(wanted, plan.networks(wanted, size), mesh)}
+    found = {program.name: program for program in programs.programs(wanted, programs.networks(wanted, size), mesh)}
     assert list(found) == ["text encoder", "rollout", "decode", "reward", "update", "evaluation: sample", "evaluation: decode"]
     batch = found["update"].arguments[3]
     assert batch.advantage.size * wanted.grpo.updates == wanted.trained_rows
@@ -101,7 +101,7 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
 
 
 def test_meshes_that_are_searched_divide_everything():
-    parts = plan.networks(config.load(CONFIGS / "vace_1_3b.py"), "1.3b")
+    parts = programs.networks(config.load(CONFIGS / "vace_1_3b.py"), "1.3b")
     found = list(plan.meshes(16, parts, 128))
     assert found[0] == (config.MeshConfig(data=1, fsdp=16), 16) and len(found) == len(set(found))
     for mesh, rows in found:
@@ -134,7 +134,7 @@ def test_an_unknown_slice_and_a_missing_compiler_say_what_to_do():
     except ImportError:
         said = "pip install 'jax-idgrpo\\[tpu\\]'"
     with pytest.raises(UserError, match=said):
-        plan.devices("v9z:4x4")
+        hardware.devices("v9z:4x4")
 
 
 def test_gpus_that_are_not_here(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_gpus_that_are_not_here(tmp_path, capsys):
     mesh = ["--topology", "h200:2", "--mesh.data", "1", "--mesh.fsdp", "2", "--rollout.micro_batch", "16"]
     asked = ["plan", str(CONFIGS / "vace_1_3b.py"), "--sizes", "1.3b", "--programs", "rollout", "--out", str(tmp_path / "plan"), *mesh]
     try:
-        found = plan.devices("h200:2")
+        found = hardware.devices("h200:2")
     except UserError as error:
         assert "pip install 'jax-idgrpo[cuda]'" in str(error)
         return

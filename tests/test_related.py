@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_idgrpo.rewards import related
+from jax_idgrpo.rewards import identity
 from jax_idgrpo.rewards.matching import cosines
 from tests.test_identity import case
 
 TERMS = {
-    "mimr": lambda embeddings, mask, references, asked: related.multi_identity_matching(cosines(embeddings, references), mask, asked),
-    "id_conf": lambda embeddings, mask, references, asked: related.identity_confidence(cosines(embeddings, references), mask, asked),
-    "unique_faces": lambda embeddings, mask, references, asked: related.unique_faces(embeddings, mask),
+    "mimr": lambda embeddings, mask, references, asked: identity.multi_identity_matching(cosines(embeddings, references), mask, asked),
+    "id_conf": lambda embeddings, mask, references, asked: identity.identity_confidence(cosines(embeddings, references), mask, asked),
+    "unique_faces": lambda embeddings, mask, references, asked: identity.unique_faces(embeddings, mask),
 }
 
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from jax_idgrpo import cli
 from jax_idgrpo import config as c
-from jax_idgrpo import data, pairs_dataset
 from jax_idgrpo.data.video import read_frames, read_video, write_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.preferences import synthesis, tfds_builder
+from jax_idgrpo.preferences import synthesis, tfds_builder, tfds_source
 from jax_idgrpo.preferences.csv_source import LABELS, by_source, load_pairs, pair_batch
 from jax_idgrpo.preferences.tfds_source import INDEX, INFO, KEPT, StoredPairs, open_pairs
 from jax_idgrpo.training.finetune import finetune
@@ -46,7 +46,7 @@ def written(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tfds_builder, "SHARD", 5000)
         table = write_csv(folder / "csv")
-        pairs_dataset.write_dataset(table, folder / "set", "SA,VQ")
+        tfds_source.write_dataset(table, folder / "set", "SA,VQ")
     return table, folder / "set"
 
 
@@ -112,7 +112,7 @@ def drawn(tmp_path_factory):
     """A CSV of drawn people, and the data set of it."""
     folder = tmp_path_factory.mktemp("drawn")
     synthesis.write_pairs(folder / "csv", "train", 6, automatic=0.5)
-    pairs_dataset.write_dataset(folder / "csv" / "pairs.csv", folder / "set")
+    tfds_source.write_dataset(folder / "csv" / "pairs.csv", folder / "set")
     return folder / "csv" / "pairs.csv", folder / "set"
 
 
@@ -221,19 +221,21 @@ def test_nothing_that_the_folder_names_is_imported(written, tmp_path, monkeypatc
 def test_a_missing_package_says_what_to_install(written, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     monkeypatch.delitem(sys.modules, "jax_idgrpo.preferences.tfds_builder")
-    monkeypatch.delattr(data, "pairs_builder")
+    monkeypatch.delattr(preferences, "tfds_builder")
     with pytest.raises(UserError, match=r"need tensorflow-datasets .*pip install 'jax-idgrpo\[data\]'"):
         open_pairs(written[1], ("SA",))
-    assert pairs_dataset.main(["--csv", str(written[0]), "--out", str(tmp_path / "set")]) == 2
-    assert "pip install" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="pip install"):
+        cli.run(["pack-pairs", "--csv", str(written[0]), "--out", str(tmp_path / "set")])
+    assert not list(tmp_path.iterdir())
     assert len(open_pairs(written[0], ("SA",))) == 48       # a CSV needs nothing
 
 
 def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     table = write_csv(tmp_path / "csv", 3)
-    command = ["--csv", str(table), "--out", str(tmp_path / "set")]
+    command = ["pack-pairs", "--csv", str(table), "--out", str(tmp_path / "set")]
     for name, says in (("MQ", "has no column MQ"), ("SA,SA,", "has no column ")):
-        assert pairs_dataset.main([*command, "--dimensions", name]) == 2 and says in capsys.readouterr().err
+        with pytest.raises(UserError, match=says):
+            cli.run([*command, "--dimensions", name])
     read = tfds_builder.example
 
     def fails_at_the_last(pair, dimensions):
@@ -243,14 +245,14 @@ def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tfds_builder, "example", fails_at_the_last)
-        assert pairs_dataset.main(command) == 2
+        assert tfds_source.main(command) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert "2.bin: cannot be read (No such file or directory)" in told[-1] and [path.name for path in tmp_path.iterdir()] == ["csv"]
     (tmp_path / "set").mkdir()
     shutil.copy(tmp_path / "csv" / "1.bin", tmp_path / "csv" / "2.bin")
-    assert pairs_dataset.main(command) == 2 and "exists already" in capsys.readouterr().err
+    assert tfds_source.main(command) == 2 and "exists already" in capsys.readouterr().err
     (tmp_path / "set").rmdir()
-    assert pairs_dataset.main(command) == 0 and len(open_pairs(tmp_path / "set", ("SA",))) == 3
+    assert tfds_source.main(command) == 0 and len(open_pairs(tmp_path / "set", ("SA",))) == 3
 
 
 def test_files_that_name_others_are_no_videos(tmp_path):

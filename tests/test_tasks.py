@@ -13,7 +13,7 @@ from jax_idgrpo.config import Config, DataConfig, FinetuneConfig, ModelConfig, R
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.sampling.pipeline import load_pipeline, save_vae
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions
 from jax_idgrpo.synthetic.training import text, transformer
 from jax_idgrpo.training.task import make_task
 
@@ -51,7 +51,7 @@ def test_tokenizer_refuses_what_it_would_split():
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
     told = [text._draw(3, step, BATCH) for step in range(8)]
-    prompts = [prompt for part in told for prompt in scenes.describe(part.scene, part.people, part.mask)]
+    prompts = [prompt for part in told for prompt in captions.describe(part.scene, part.people, part.mask)]
     ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()

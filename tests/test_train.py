@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jax_idgrpo import config as c
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.training import train as loop
+from jax_idgrpo.training import selection, setup, train
 
 
 def tiny(steps, grpo=None, **rollout):
@@ -30,7 +30,7 @@ def tiny(steps, grpo=None, **rollout):
 def straight(tmp_path_factory):
     """Four steps without a stop."""
     workdir = tmp_path_factory.mktemp("straight")
-    loop.train(tiny(4), workdir)
+    train.train(tiny(4), workdir)
     return workdir
 
 
@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_interface_says(straight):
     adapter = ("export/adapter_config.json", "export/adapter_model.safetensors")
     for name in ("config.json", "metrics.jsonl", "checkpoints", "samples", *adapter):
         assert (straight / name).exists(), name
-    assert len(list((straight / "samples" / "000002").glob("*.mp4"))) == loop.SHOWN
+    assert len(list((straight / "samples" / "000002").glob("*.mp4"))) == train.SHOWN
     tensors = load_file(straight / "export" / "adapter_model.safetensors")
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
     assert max(np.abs(tensor).max() for name, tensor in tensors.items() if "lora_B" in name) > 0
@@ -55,26 +55,26 @@ def test_every_rollout_is_on_policy_at_its_first_update(straight):
 def test_a_step_logs_more_than_its_mean_reward(straight):
     for row in rows(straight):
         assert row.keys() >= {"reward_group_std", "advantage_std", "zero_std_groups", "gradient_norm", "clip_fraction", "kl", "skipped",
-                              "rewards_failed", "videos_per_hour", "forward_passes_rollout", "forward_passes_update", *loop.PHASES}
+                              "rewards_failed", "videos_per_hour", "forward_passes_rollout", "forward_passes_update", *train.PHASES}
         assert (row["forward_passes_rollout"], row["forward_passes_update"], row["backward_passes"]) == (12, 8, 4)
 
 
 def test_forward_passes_of_a_step():
     """The published recipe at 25 steps: 50 passes to sample a video; 24 steps, two branches, the policy and the base to train it."""
-    got = loop.forward_passes(c.Config(rollout=c.RolloutConfig(prompts=1, group=2)), branches=2)
+    got = setup.forward_passes(c.Config(rollout=c.RolloutConfig(prompts=1, group=2)), branches=2)
     assert got == dict(forward_passes_rollout=100, forward_passes_update=2 * 24 * 2 * 2, backward_passes=2 * 24 * 2)
     nft = c.Config(rollout=c.RolloutConfig(prompts=1, group=2, steps=10, window="none"),
                    grpo=c.GrpoConfig(objective="nft", kl=0.0, times=3, epochs=2))
-    assert loop.forward_passes(nft, branches=2) == dict(forward_passes_rollout=40, forward_passes_update=2 * 2 * 3 * 2, backward_passes=12)
+    assert setup.forward_passes(nft, branches=2) == dict(forward_passes_rollout=40, forward_passes_update=2 * 2 * 3 * 2, backward_passes=12)
 
 
 def test_resume_equals_never_having_stopped(straight, tmp_path):
-    loop.train(tiny(2), tmp_path)
-    loop.train(tiny(4), tmp_path)
+    train.train(tiny(2), tmp_path)
+    train.train(tiny(4), tmp_path)
     again, whole = (load_file(folder / "export" / "adapter_model.safetensors") for folder in (tmp_path, straight))
     for name, tensor in whole.items():
         np.testing.assert_array_equal(again[name], tensor, err_msg=name)
-    timing = (*loop.PHASES, "videos_per_hour")
+    timing = (*train.PHASES, "videos_per_hour")
     for resumed, undisturbed in zip(rows(tmp_path), rows(straight), strict=True):
         assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in undisturbed.items() if k not in timing}
 
@@ -82,18 +82,18 @@ def test_resume_equals_never_having_stopped(straight, tmp_path):
 def test_resume_refuses_what_would_change_the_numbers(straight):
     changed = dataclasses.replace(tiny(6), optimizer=c.OptimizerConfig(learning_rate=2e-2, ema_decay=0.5))
     with pytest.raises(UserError, match="optimizer.learning_rate"):
-        loop.train(changed, straight)
+        train.train(changed, straight)
 
 
 def test_a_prompt_that_comes_twice_gets_other_noise():
-    numbers = loop.members([5, 3, 5], 4)
+    numbers = selection.members([5, 3, 5], 4)
     np.testing.assert_array_equal(numbers, [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]])
 
 
 def test_group_statistics():
-    got = loop.group_statistics(np.array([1.0, 3.0, 2.0, 2.0]), 2)
+    got = selection.group_statistics(np.array([1.0, 3.0, 2.0, 2.0]), 2)
     assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 0.0}
-    got = loop.group_statistics(np.array([1.0, 3.0, 2.0, np.nan, np.nan, np.nan]), 2)
+    got = selection.group_statistics(np.array([1.0, 3.0, 2.0, np.nan, np.nan, np.nan]), 2)
     assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 3.0}
 
 
@@ -102,56 +102,56 @@ NONE: dict = {}
 
 
 def test_what_is_trained_is_decided_on_all_groups():
-    advantage, weight, picks = loop.choose(c.GrpoConfig(), REWARDS, NONE, NONE)
+    advantage, weight, picks = selection.choose(c.GrpoConfig(), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight, [[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     np.testing.assert_array_equal(advantage[1], np.zeros(4))
     assert picks is None and advantage[2, 0] == 0 and advantage[0].argmax() == 1
-    _, weight, _ = loop.choose(c.GrpoConfig(drop_constant=True), REWARDS, NONE, NONE)
+    _, weight, _ = selection.choose(c.GrpoConfig(drop_constant=True), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight[1], np.zeros(4))
-    _, weight, picks = loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS, NONE, NONE)
+    _, weight, picks = selection.choose(c.GrpoConfig(best=1, worst=1), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(picks, [1, 0, 4, 7, 9, 10])
     np.testing.assert_array_equal(weight.ravel()[picks], np.ones(6))
     pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
-    _, weight, picks = loop.choose(pairs, REWARDS, NONE, NONE)
+    _, weight, picks = selection.choose(pairs, REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight.ravel()[picks], [1, 1, 0, 0, 1, 1])          # equal rewards prefer nobody
-    _, weight, picks = loop.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), NONE, NONE)
+    _, weight, picks = selection.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), NONE, NONE)
     np.testing.assert_array_equal(weight.ravel()[picks], [0, 0])
 
 
 def test_pairs_of_identity_and_motion():
     motion = {"motion": np.array([[9.0, 1, 1, 2]], np.float32)}
     pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
-    assert loop.choose(pairs, REWARDS[:1], motion, {"motion": 2.0})[2][0] == 0
-    assert loop.choose(c.GrpoConfig(best=1, worst=1), REWARDS[:1], motion, NONE)[2][0] == 1
+    assert selection.choose(pairs, REWARDS[:1], motion, {"motion": 2.0})[2][0] == 0
+    assert selection.choose(c.GrpoConfig(best=1, worst=1), REWARDS[:1], motion, NONE)[2][0] == 1
 
 
 def test_a_mixture_weighs_terms_in_units_of_their_own_spread():
     rewards = np.array([[1.0, 2, 3, 4], [2, 2, 2, 2], [np.nan, 1, 2, 3]], np.float32)
     other = np.random.default_rng(0).normal(size=rewards.shape).astype(np.float32)
-    alone, own = (loop.choose(c.GrpoConfig(), values, NONE, NONE)[0] for values in (rewards, other))
+    alone, own = (selection.choose(c.GrpoConfig(), values, NONE, NONE)[0] for values in (rewards, other))
     terms = {"mimr": 1000 * other, "motion": np.zeros_like(other)}
-    mixed, weight, _ = loop.choose(c.GrpoConfig(), rewards, terms, {"mimr": 0.5, "motion": 0.25})
+    mixed, weight, _ = selection.choose(c.GrpoConfig(), rewards, terms, {"mimr": 0.5, "motion": 0.25})
     seen = np.isfinite(rewards)
     np.testing.assert_allclose(mixed[seen], (alone + 0.5 * own)[seen], rtol=1e-3)     # the spread of the large one makes 1e-4 smaller
     assert mixed[2, 0] == weight[2, 0] == 0                                           # no reward, no say
-    only, _, _ = loop.choose(c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1})
+    only, _, _ = selection.choose(c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1})
     np.testing.assert_array_equal(only[seen], own[seen])
-    loop.check_mixture({"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr"))
+    selection.check_mixture({"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr"))
     with pytest.raises(UserError, match=r"knows no 'mimir'; did you mean mimr\? \(the terms of this reward: mimr, motion, reward\)"):
-        loop.check_mixture({"mimir": 1.0}, ("reward", "motion", "mimr"))
+        selection.check_mixture({"mimir": 1.0}, ("reward", "motion", "mimr"))
 
 
 def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():
     logged = [dict(kl=1.0, ratio_min=1.0, ratio_max=1.0, skipped=0.0), dict(kl=3.0, ratio_min=0.9, ratio_max=1.2, skipped=1.0)]
-    got = loop.summary(logged)
+    got = train.summary(logged)
     assert got == dict(kl=2.0, ratio_min=1.0, ratio_max=1.0, skipped=0.5, ratio_min_last=0.9, ratio_max_last=1.2)
-    assert loop.summary(logged[:1]) == logged[0]
+    assert train.summary(logged[:1]) == logged[0]
 
 
 def test_failures_in_a_row_are_counted_from_what_is_stored():
-    assert loop.failed_in_a_row([]) == 0
-    assert loop.failed_in_a_row([{"skipped": s} for s in (1.0, 0.0, 1.0, 1.0)]) == 2
-    assert loop.failed_in_a_row([{"skipped": s} for s in (1.0, 0.5)]) == 0
+    assert selection.failed_in_a_row([]) == 0
+    assert selection.failed_in_a_row([{"skipped": s} for s in (1.0, 0.0, 1.0, 1.0)]) == 2
+    assert selection.failed_in_a_row([{"skipped": s} for s in (1.0, 0.5)]) == 0
 
 
 VELOCITY = dict(kl=1e-3, kl_units="velocity")
@@ -177,7 +177,7 @@ def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
     values, logged = RECIPES[recipe]
     config = tiny(2, **values)
     exact = dataclasses.replace(config.model, remat="full")      # without, a ratio may be a unit in the last place off, by CPU
-    loop.train(dataclasses.replace(config, model=exact), tmp_path)
+    train.train(dataclasses.replace(config, model=exact), tmp_path)
     for row in rows(tmp_path):
         assert row["skipped"] == 0 and row["gradient_norm"] > 0 and np.isfinite(row["policy_loss"]) and row["kl"] >= 0
         assert row.get("ratio_min", 1) == row.get("ratio_max", 1) == 1
@@ -188,7 +188,7 @@ def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
 
 def failing(monkeypatch, broken):
     """The embedded reward, whose scores are no numbers for the rows `broken(call)` of each call."""
-    real = loop.make_reward
+    real = train.make_reward
     calls = []
 
     def make(config, **placed):
@@ -210,10 +210,10 @@ def failing(monkeypatch, broken):
 @pytest.mark.slow
 def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_resume(monkeypatch, tmp_path):
     calls = failing(monkeypatch, lambda call: np.arange(4) == (1 if call == 3 else -1))
-    loop.train(tiny(4), tmp_path / "whole")
+    train.train(tiny(4), tmp_path / "whole")
     calls.clear()
-    loop.train(tiny(2), tmp_path / "stopped")
-    loop.train(tiny(4), tmp_path / "stopped")
+    train.train(tiny(2), tmp_path / "stopped")
+    train.train(tiny(4), tmp_path / "stopped")
     assert [row["rewards_failed"] for row in rows(tmp_path / "whole")] == [0, 0, 1, 0]
     assert all(row["skipped"] == 0 for row in rows(tmp_path / "whole"))
     one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("whole", "stopped"))
@@ -222,15 +222,15 @@ def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_res
 
 
 def test_a_step_that_waits_for_the_host_is_refused(monkeypatch, tmp_path):
-    decode = loop.rollout.decode
-    monkeypatch.setattr(loop.rollout, "decode", lambda vae, latents, start, frames: decode(vae, latents, np.asarray(start), frames))
+    decode = train.rollout.decode
+    monkeypatch.setattr(train.rollout, "decode", lambda vae, latents, start, frames: decode(vae, latents, np.asarray(start), frames))
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        loop.train(tiny(1), tmp_path / "run")
+        train.train(tiny(1), tmp_path / "run")
 
 
 def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):
     failing(monkeypatch, lambda call: np.ones(4, bool))
     with pytest.raises(UserError, match="no update of the last 2 steps, up to step 2, had a finite gradient") as stopped:
-        loop.train(tiny(4), tmp_path)
+        train.train(tiny(4), tmp_path)
     assert "\n" not in str(stopped.value)
     assert [row["skipped"] for row in rows(tmp_path)] == [1, 1]

@@ -18,7 +18,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask, select
-from jax_idgrpo.training import train, update
+from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.state import start
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
@@ -241,7 +241,7 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
     on_device = sharding.replicated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     given, course, noise, window = sharding.put(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
     with jax.transfer_guard("disallow"):
-        trajectory = train.sample(config, (actor, *given), course, noise, noise, window)
+        trajectory = setup.sample(config, (actor, *given), course, noise, noise, window)
     np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, course, noise), atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.qwen_vl import VisionConfig
-from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 from tests import vlm_folders

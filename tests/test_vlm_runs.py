@@ -15,6 +15,7 @@ from jax_idgrpo import config as c
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import commands
+from jax_idgrpo.rewards import factory
 from jax_idgrpo.training import train as loop
 from tests import vlm_folders
 from tests.test_train import rows, tiny
@@ -81,7 +82,7 @@ def test_mistakes_are_one_line_and_exit_status_2(words, message, capsys, monkeyp
 
 def test_devices_for_the_reward_alone_leave_some_to_the_video_model(folder):
     with pytest.raises(UserError, match="reward.vlm_devices is 1, but there are 1 devices"):
-        commands.make_vlm(c.Config(reward=configured(folder, vlm_devices=1)), None)
+        factory.make_vlm(c.Config(reward=configured(folder, vlm_devices=1)), None)
     with pytest.raises(UserError, match="smooth in the pixels"):
         c.Config(reward=configured(folder), grpo=c.GrpoConfig(objective="reward_gradient", kl_units="velocity"),
                  rollout=c.RolloutConfig(window="none"))

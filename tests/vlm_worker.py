@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from jax_idgrpo import config as c
-from jax_idgrpo.evaluation import commands
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards import References
+from jax_idgrpo.rewards import factory
+from jax_idgrpo.rewards.base import References
 
 
 def main(folder: Path) -> None:
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
 
     def scores(own: int, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, int]:
         reward = c.RewardConfig(vlm=str(folder / "reward"), vlm_base=str(folder / "base"), vlm_dtype="float32", vlm_devices=own)
-        model = commands.make_vlm(c.Config(reward=reward), mesh)
+        model = factory.make_vlm(c.Config(reward=reward), mesh)
         found = model(jax.device_put(videos, jax.devices()[0]), asked, [""] * 3)
         kernels = [leaf for leaf in jax.tree.leaves(model.state) if leaf.ndim == 3]
         return np.asarray(found), len({str(shard.index) for shard in kernels[0].addressable_shards} if own or mesh else {0})

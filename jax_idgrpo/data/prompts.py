@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -17,7 +17,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 
 CONTAINERS = "mov,matroska,avi,gif"
 """FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
@@ -145,3 +144,18 @@ def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frame
     columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
     rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
     return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
+
+
+
+@runtime_checkable
+class File(Protocol):
+    """Bytes with a name: `str` says where they are. A `pathlib.Path` is one."""
+
+    def __hash__(self) -> int: ...
+
+    def read_bytes(self) -> bytes:
+        """All of them.
+
+        Raises:
+          OSError: they cannot be read.
+        """

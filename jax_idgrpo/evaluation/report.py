@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import read_metrics
-from jax_idgrpo.training.checkpoint import write_text
+from jax_idgrpo.workdir import write_text
 
 
 class Curve(NamedTuple):

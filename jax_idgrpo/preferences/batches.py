@@ -24,7 +24,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.preferences.csv_source import Mixture, Pair, agrees, automatic_share, pair_batch
 from jax_idgrpo.rewards.preference import btt_loss
-from jax_idgrpo.training.checkpoint import write_text
+from jax_idgrpo.workdir import write_text
 
 RESAMPLES = 2000
 MIXINGS = ("smooth", "random", "trusted", "automatic")

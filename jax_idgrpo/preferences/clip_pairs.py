@@ -30,7 +30,8 @@ from jax_idgrpo.preferences.video_clips import Clip
 from jax_idgrpo.rewards.faces import FaceStack, load_stack
 from jax_idgrpo.rewards.tracks import TrackConfig, tracks
 from jax_idgrpo.sampling import conditioning
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions, scenes
+from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND, Identity, dressed
 
 BATCH = 32
 SEEN = 0.8          # share of every face that an honest clip shows
@@ -51,7 +52,7 @@ class Shape:
 
     frames: int = 9
     size: tuple[int, int] = (64, 64)
-    fps: int = scenes.FRAMES_PER_SECOND
+    fps: int = FRAMES_PER_SECOND
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.fps < 1:
@@ -82,7 +83,7 @@ def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
             one, other = (_drawn_subject(take, n) for take in both)
             scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))  # noqa: B023
             photos = tuple(Image.fromarray(to_uint8(one.photos[m])) for m in one.people)
-            yield Takes((one, other), scenes.prompt(scene, people, first.mask[n]), photos)
+            yield Takes((one, other), captions.prompt(scene, people, first.mask[n]), photos)
         step += 1
 
 
@@ -95,14 +96,14 @@ def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
     def recast(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
         whose = np.asarray([faces.get(m, m) for m in range(len(mask))])        # STRANGER is the last that is known
         heads = jax.tree.map(lambda leaf: leaf[whose], known)
-        return np.asarray(_drawn(scenes.dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
+        return np.asarray(_drawn(dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
 
     return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _drawn(
-    people: scenes.Identity, mask: Bool[Array, "M"], scene: scenes.Scene, frames: int, size: tuple[int, int]
+    people: Identity, mask: Bool[Array, "M"], scene: scenes.Scene, frames: int, size: tuple[int, int]
 ) -> Float[Array, "F H W 3"]:
     return scenes.render_clip(people, mask, scene, frames, size).video
 

@@ -27,8 +27,8 @@ from jaxtyping import Int
 
 from jax_idgrpo import rng
 from jax_idgrpo.data.prompts import SEPARATOR
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths")
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": 22}

@@ -15,24 +15,21 @@ pair's number and of the clips; people of one split are in no other.
 """
 
 import csv
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from jax_idgrpo import rng
+from jax_idgrpo import rng, workdir
 from jax_idgrpo.config import RewardConfig
-from jax_idgrpo.data import folders
 from jax_idgrpo.data.video import FINE, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.clip_pairs import Shape, among, drawn, filmed
 from jax_idgrpo.preferences.corruptions import DISTORTIONS, LOOKS, NUISANCES, TOGETHER, Subject
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions, people
 
 TIES = 0.2          # share of pairs without a fault
 STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS} | {"swap": (0.2, 0.25)}
@@ -86,18 +83,18 @@ def write_pairs(
       UserError: `out` exists or cannot be made, an option is of no use, or a clip is not as `video_clips` says.
     """
     names = distortions.split(",")
-    scenes.check_asked(split, count)
+    captions.check_asked(split, count)
     if unknown := [name for name in names if name not in DISTORTIONS]:
         raise UserError(f"--distortions: no {unknown[0]!r}; use {', '.join(DISTORTIONS)}")
     if not 0 <= automatic <= 1 or not 0 <= careless <= 1:
         raise UserError("--automatic and --careless are shares; use 0 to 1")
-    if clips is None and (faces or shape.fps != scenes.FRAMES_PER_SECOND):
+    if clips is None and (faces or shape.fps != people.FRAMES_PER_SECOND):
         raise UserError("--faces and --fps are for videos; name their folder with --clips, or leave them out")
     root = rng.key(seed, "augment")
     draws = np.asarray(jax.vmap(lambda n: jax.random.uniform(rng.fold(root, n), (21,)))(np.arange(count)), np.float64)
     source = filmed(clips, split, shape, faces or RewardConfig().folder(), seed) if clips else drawn(seed, split, shape)
     with (
-        folders.new_folder(out) as folder,
+        workdir.new_folder(out) as folder,
         progress("pairs", count) as update,
         (folder / "pairs.csv").open("w", encoding="utf-8", newline="") as file,
     ):
@@ -117,26 +114,3 @@ def write_pairs(
             sizes = (shape.frames,) * 2 + (shape.fps,) * 2
             rows.writerow((*files, takes.prompt, ";".join(photos), *sizes, said, kind, name, f"{a:.3f}", f"{b:.3f}", truth))
             update(number + 1)
-
-
-def _write(frames: int, size: Sequence[int], fps: int, **values: Any) -> None:
-    write_pairs(shape=Shape(frames, (size[0], size[1]), fps), **values)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command of the module's docstring; returns the exit status."""
-    parser = folders.options("Write preference pairs with known truth, of drawn people or of clips of your own.",
-                             "pairs.csv, mp4 and PNG files", "pairs", ", ".join(scenes.SPLITS))
-    parser.add_argument("--distortions", default=",".join(DISTORTIONS), help="faults that occur, joined by commas (default: all)")
-    parser.add_argument("--automatic", type=float, default=0.0, help="share of automatic pairs, with labels that are partly wrong")
-    parser.add_argument("--careless", type=float, default=0.5, help="share of the automatic labels that is drawn (default 0.5)")
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="folder of videos with photos and clips.csv (default: drawn people)")
-    parser.add_argument("--faces", type=Path, metavar="DIR", help="face networks for --clips, as reward.faces (default: for drawn people)")
-    parser.add_argument("--frames", type=int, default=Shape.frames, help=f"of every clip (default {Shape.frames})")
-    parser.add_argument("--size", type=int, nargs=2, default=Shape.size, metavar=("HEIGHT", "WIDTH"), help="in pixels (default 64 64)")
-    parser.add_argument("--fps", type=int, default=Shape.fps, help=f"frames per second that are kept of --clips (default {Shape.fps})")
-    return folders.run(_write, vars(parser.parse_args(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,8 @@ import importlib_resources  # noqa: F401    TFDS writes with it and does not ask
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 from jax_idgrpo.preferences.csv_source import LABELS, Pair
 
 NAME, VERSION, SPLIT = "identity_pairs", "1.0.0", "pairs"

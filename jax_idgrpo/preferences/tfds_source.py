@@ -1,12 +1,15 @@
-"""Preference pairs from a CSV, or from a data set that `python -m jax_idgrpo.pairs_dataset` made of one: the same pairs in the same order.
+"""Preference pairs from a CSV, or from a data set that `idgrpo pack-pairs` made of one: the same pairs in the same order.
 
 A data set is read record by record, where a step asks for it; in memory are only a letter per label and source. Its files are decoded from
 their bytes. Of what the folder says about itself nothing is imported and no path is followed: names and types are those that are written.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +17,15 @@ from typing import Any, overload
 
 import grain
 
+from jax_idgrpo import workdir
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, Row, load_pairs
 
 LETTERS = {name[0]: value for name, value in LABELS.items()}
 SOURCES = {"t": "trusted", "a": "automatic"}
 INFO, INDEX = "dataset_info.json", "metadata.json"
-MAKE = "python -m jax_idgrpo.pairs_dataset --csv pairs.csv --out DIR"
+MAKE = "idgrpo pack-pairs --csv pairs.csv --out DIR"
 AGAIN = "copy the data set again, or make it again"
 KEPT = 16
 """Records kept from one question to the next."""
@@ -189,3 +194,27 @@ def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"pairs {folder / INDEX}: {_damaged(error)}") from None
     return labels, sources
+
+
+
+def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
+    """Make the folder `out` of the pairs of a CSV; it appears once it is complete.
+
+    dimensions: columns of the CSV that hold labels, joined by commas.
+
+    Raises:
+      UserError: the CSV is not as `csv_source` says, a file of it cannot be read, `out` exists or cannot be made, or a package is
+        missing.
+    """
+    names = dimensions.split(",")
+    written, pairs = builder(), load_pairs(csv, names)
+    with (
+        workdir.new_folder(out) as folder,
+        progress("pairs", len(pairs)) as update,
+        contextlib.redirect_stdout(io.StringIO()),      # which says where the folder is while it is not complete
+    ):
+        made = written.IdentityPairs(pairs=pairs, dimensions=names, update=update, data_dir=folder / "making")
+        made.download_and_prepare()
+        for file in Path(made.data_dir).iterdir():
+            file.rename(folder / file.name)
+        shutil.rmtree(folder / "making")

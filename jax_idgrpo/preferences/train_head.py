@@ -23,15 +23,15 @@ from jaxtyping import Array, Float, Int
 from checkpoints_convert import store
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.data.video import read_video
+from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation.commands import make_reward, references
-from jax_idgrpo.files import File
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
 from jax_idgrpo.preferences.csv_source import Pair, by_source
 from jax_idgrpo.preferences.tfds_source import open_pairs
-from jax_idgrpo.rewards import FaceReward
+from jax_idgrpo.rewards.base import references
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.head import PEOPLE, VIDEO, Head, Tokens, fingerprint, load_head, reading, save_head, seen
 from jax_idgrpo.training.task import Loss, Task
 

@@ -26,9 +26,8 @@ from PIL import Image
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import load_reference
-from jax_idgrpo.data.video import read_video
+from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.parallel import sharding

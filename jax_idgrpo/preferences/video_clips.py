@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_idgrpo.data.prompts import COLUMNS, load_prompts, read_rows
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.files import File
 
 MOST = 4  # people of a clip
 UPTO = {"train": 0.8, "rl": 0.9, "eval": 1.0}

@@ -35,7 +35,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, UInt8
 from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
 from jax_idgrpo.data.video import from_uint8, to_uint8
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards import FaceReward, Known, References, frame_numbers
+from jax_idgrpo.rewards.base import Known, References, frame_numbers
+from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import align, load_embedder, normalise
 from jax_idgrpo.rewards.host import HostPool, Pending, collect
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms

@@ -17,10 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from jax_idgrpo.rewards import photo_copy, related
-from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match_videos
+from jax_idgrpo.rewards import photo_copy
+from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match, match_videos, most_alike
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
 
@@ -211,9 +211,9 @@ def reward_terms(
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
         "largest_face": largest_face_similarity(boxes, *faces),
-        "mimr": related.multi_identity_matching(cosine, face_mask, reference_mask),
-        "id_conf": related.identity_confidence(cosine, face_mask, reference_mask),
-        "unique_faces": related.unique_faces(embeddings, face_mask),
+        "mimr": identity.multi_identity_matching(cosine, face_mask, reference_mask),
+        "id_conf": identity.identity_confidence(cosine, face_mask, reference_mask),
+        "unique_faces": identity.unique_faces(embeddings, face_mask),
         **compared,
         **prices,
     }
@@ -230,3 +230,48 @@ def term_names(config: IdentityConfig) -> tuple[str, ...]:
     seen = zeros(1, 2, 8, 8, 3), zeros(1, 2, 1, 4), zeros(1, 2, 1, 5, 2), zeros(1, 2, 1, 4), one
     known = zeros(1, 1, 4), zeros(1, 1, photo_copy.SIDE, photo_copy.SIDE, 3), people
     return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))
+
+
+
+ALWAYS = -50.0  # worth of a reference without a face: far less than any exchange of cosines among a dozen people can win
+
+
+def multi_identity_matching(
+    cosine: Float[Array, "B T M K"], face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]
+) -> Float[Array, "B"]:
+    """MIMR: the mean over all pairs of reference and face of their cosine, counted +1 for the pairs of the best assignment and -1 for
+    the others; 0 for a frame without a face. In [-1, 1].
+
+    As many pairs are assigned as there can be, however unlike. It pushes identities apart; a missing person enters through the mean alone.
+    Source: UMO, arXiv 2509.06818 (bytedance/UMO).
+    """
+    people = jnp.broadcast_to(reference_mask[:, None], cosine.shape[:-1])
+    face = match(cosine, people, face_mask, ALWAYS)
+    sign = jnp.where(face[..., None] == jnp.arange(cosine.shape[-1]), 1.0, -1.0)
+    pair = people[..., None] & face_mask[..., None, :]
+    total = jnp.sum(jnp.where(pair, sign * cosine, 0.0), (2, 3))
+    return jnp.mean(total / jnp.maximum(jnp.sum(pair, (2, 3)), 1), axis=1)
+
+
+def identity_confidence(
+    cosine: Float[Array, "B T M K"], face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]
+) -> Float[Array, "B"]:
+    """ID-Conf: clip(1 - second / first, 0, 1) of the two largest cosines of a reference to the faces of a frame, mean over people.
+
+    With one face the second is 0; where the first is not positive nobody is found, and the confidence is 0. Source: UMO, arXiv 2509.06818.
+    """
+    cosine = jnp.where(face_mask[:, :, None], cosine, 0.0)
+    ranked = jnp.sort(jnp.pad(cosine, ((0, 0), (0, 0), (0, 0), (0, 2))), axis=-1)
+    first, second = ranked[..., -1], ranked[..., -2]
+    found = first > 0
+    confidence = jnp.where(found, jnp.clip(1 - second / jnp.where(found, first, 1.0), 0.0, 1.0), 0.0)
+    return masked_mean(jnp.mean(confidence, axis=1), reference_mask)
+
+
+def unique_faces(embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"]) -> Float[Array, "B"]:
+    """1 - the greatest cosine of two faces of a frame, 0.5 for a frame with fewer than two. In [0, 2]; no reference is looked at.
+
+    Source: the term within one image of DisCo, arXiv 2510.01399; its terms across images are about diversity, which references forbid.
+    """
+    several = jnp.sum(face_mask, -1) > 1
+    return jnp.mean(jnp.where(several, 1 - most_alike(embeddings, face_mask), 0.5), axis=1)

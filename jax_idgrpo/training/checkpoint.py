@@ -8,11 +8,9 @@ every array, because a flipped bit in stored numbers is otherwise read without c
 import contextlib
 import fnmatch
 import json
-import os
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import any_process
+from jax_idgrpo.workdir import write_text
 
 T = TypeVar("T")
 
@@ -38,27 +37,6 @@ _CHECKSUMS = "checksums"
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
-
-
-def prepare_workdir(workdir: Path) -> None:
-    """Make the folder and prove that it can be written.
-
-    Raises:
-      UserError: it cannot.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise UserError(f"workdir {workdir}: cannot be written ({error.strerror}); pass another folder with --workdir") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never half there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def check_resume(old_config_json: str, new_config: Config, may_change: tuple[str, ...] = MAY_CHANGE) -> None:

@@ -21,12 +21,12 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import MetricsWriter, progress
-from jax_idgrpo.optimizer import apply_gradients, make_optimizer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, prove, to_device, to_host
-from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
-from jax_idgrpo.training.state import TrainState, start
+from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
+from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
 from jax_idgrpo.training.task import Task, make_task
+from jax_idgrpo.workdir import prepare_workdir
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 

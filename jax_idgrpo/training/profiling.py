@@ -8,7 +8,7 @@ import jax
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import say
-from jax_idgrpo.training.checkpoint import write_text
+from jax_idgrpo.workdir import write_text
 
 STEPS = 2  # that are traced
 

@@ -5,13 +5,10 @@ one that was not. Everything between prompt and updated weights stays on the dev
 that refuses transfers.
 """
 
-import collections
 import dataclasses
 import functools
-import itertools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,145 +16,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from jax_idgrpo import grpo, rng
-from jax_idgrpo.config import Config, GrpoConfig
+from jax_idgrpo import rng
+from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
 from jax_idgrpo.data.video import write_video
-from jax_idgrpo.errors import UserError, closest
-from jax_idgrpo.evaluation.commands import Model, Watch, make_reward, make_vlm, policy_devices, references
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.monitor import Watch
+from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
-from jax_idgrpo.optimizer import make_optimizer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, prove, to_host
+from jax_idgrpo.rewards.base import references
+from jax_idgrpo.rewards.factory import make_reward, make_vlm, policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline, save_lora
-from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, prepare_workdir, resume, save, stop_on_sigterm
+from jax_idgrpo.sampling.adapters import save_lora
+from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
 from jax_idgrpo.training.profiling import Profile
-from jax_idgrpo.training.state import TrainState, start
+from jax_idgrpo.training.selection import check_mixture, choose, failed_in_a_row, group_statistics, mean_of_numbers, members
+from jax_idgrpo.training.setup import forward_passes, load, sample, score_latents
+from jax_idgrpo.training.state import TrainState, make_optimizer, start
 from jax_idgrpo.training.update import Networks, Objective, gather, share, update
+from jax_idgrpo.workdir import prepare_workdir
 
 SHOWN = 4  # videos kept of a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
 """Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
-
-
-def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
-    """Numbers of the videos of each prompt; a prompt that comes twice in a step goes on counting, so that no two videos are the same."""
-    seen: collections.Counter[int] = collections.Counter()
-    numbers = []
-    for prompt in ids:
-        numbers.append(np.arange(group) + group * seen[prompt])
-        seen[prompt] += 1
-    return np.stack(numbers)
-
-
-def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
-    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and
-    how many rewards are no numbers (they count in nothing else)."""
-    seen = np.isfinite(rewards)
-    groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
-    spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
-    return {
-        "reward": mean_of_numbers(rewards),
-        "reward_group_std": float(spread.mean()),
-        "zero_std_groups": float(np.mean(spread == 0)),
-        "rewards_failed": float(np.sum(~seen)),
-    }
-
-
-def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
-    """The mean of the values that are numbers; NaN without any."""
-    seen = np.isfinite(values)
-    return float(values[seen].mean()) if seen.any() else math.nan
-
-
-def choose(
-    config: GrpoConfig,
-    rewards: Float[np.ndarray, "P G"],
-    terms: Mapping[str, Float[np.ndarray, "P G"]],
-    mixture: Mapping[str, int | float],
-) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
-    """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
-
-    The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
-    Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
-    """
-
-    def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
-        groups = np.repeat(np.arange(len(values)), values.shape[1])
-        found = grpo.advantages(
-            values.ravel(), groups, eps=config.advantage_eps, clip=config.advantage_clip, global_std=config.global_std
-        )
-        return np.asarray(found).reshape(values.shape)
-
-    advantage, weight = mixture.get("reward", 1.0) * advantages(rewards), np.isfinite(rewards)
-    for name, factor in mixture.items():
-        if name != "reward":
-            advantage = advantage + factor * advantages(terms[name])
-    advantage = np.where(weight, advantage, 0).astype(np.float32)
-    if config.drop_constant or config.objective == "dpo":
-        weight &= np.any(advantage != 0, axis=1, keepdims=True)
-    if config.best + config.worst == 0:
-        return advantage, weight.astype(np.float32), None
-    members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
-    if config.objective == "dpo":
-        weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
-    rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
-    return advantage, weight.astype(np.float32), rows.ravel()
-
-
-def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
-    """Refuse a mixture of other terms than the reward has.
-
-    Raises:
-      UserError: it names another.
-    """
-    for name in mixture:
-        if name not in names:
-            known = ", ".join(sorted(names))
-            raise UserError(f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})")
-
-
-def score_latents(
-    function: Callable[..., dict[str, Array]],
-    max_people: int,
-    scorer: tuple[Any, nnx.State],
-    latents: Float[Array, "B N h w C"],
-    condition: conditioning.Conditioning,
-    people: tuple[Any, Bool[Array, "B M"]],
-) -> Float[Array, "B"]:
-    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks,
-    `people` what `embed_references` says of those asked for and who is asked for."""
-    vae, state = scorer
-    video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
-    return function(state, video, *people)["reward"]
-
-
-Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
-"""What a velocity depends on beside its latents: policy, adapter, base, conditioning, negative prompt."""
-
-
-def sample(
-    config: Config,
-    given: Given,
-    schedule: rollout.Schedule,
-    start_keys: Key[Array, "B"],
-    noise_keys: Key[Array, "B"],
-    window: rollout.Window,
-) -> rollout.Trajectory:
-    """What the objective trains on, of one chunk: trained steps, or where reward gradients begin, or final latents alone."""
-    if config.grpo.replays:
-        return rollout.sample(*given, schedule, start_keys, noise_keys, window)
-    if config.grpo.objective == "reward_gradient":
-        before = config.rollout.steps - config.grpo.gradient_steps
-        x = rollout.generate(*given, schedule.part(0, before), start_keys)
-        latents = rollout.denoise(*given, schedule.part(before, config.rollout.steps), x)
-        return rollout.Trajectory(latents=latents, x=x[:, None])
-    return rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
 
 
 def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -169,51 +55,6 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
             row[name] = float(first[name])
             row |= {f"{name}_last": float(other[name]) for other in rest[-1:]}
     return row
-
-
-def forward_passes(config: Config, branches: int) -> dict[str, float]:
-    """Transformer passes of one training step by phase, each of one video at one noise level: a measure of cost that no machine changes.
-
-    branches: passes per guided velocity. update: every velocity that an update evaluates, those of the frozen base and of the old
-    policy among them. backward: those of them that a gradient runs back through.
-    """
-    sampling, wanted = config.rollout, config.grpo
-    if wanted.objective == "reward_gradient":
-        levels, trained = wanted.gradient_steps, branches
-    elif wanted.replays:
-        levels, trained = sampling.trained_steps, branches
-    else:
-        levels, trained = wanted.times, 1
-    base = wanted.kl > 0 or wanted.objective == "dpo"
-    old = not (wanted.replays or wanted.on_policy)
-    backward = config.trained_rows * wanted.epochs * levels * trained
-    return {
-        "forward_passes_rollout": float(sampling.rows * sampling.steps * branches),
-        "forward_passes_update": float(backward * (1 + base + old)),
-        "backward_passes": float(backward),
-    }
-
-
-def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
-    """How many of the last rows of metrics are of steps in which no update could be used."""
-    return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
-
-
-def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
-    """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
-    model = config.model
-    pipe = load_pipeline(
-        model.folder(), model.dtype, model.kind, model.rank, model.alpha,
-        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
-    )
-    if model.adapter:
-        pipe.load_lora(model.adapter)
-        found = pipe.transformer.config
-        if (found.rank, found.alpha) != (model.rank, model.alpha):
-            raise UserError(
-                f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set --model.rank and --model.alpha to these"
-            )
-    return pipe
 
 
 def train(config: Config, workdir: Path, profile: Path | None = None) -> None:

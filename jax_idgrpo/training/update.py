@@ -20,11 +20,10 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import GrpoConfig
-from jax_idgrpo.optimizer import apply_gradients
 from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.policy import Policy
 from jax_idgrpo.sampling.rollout import Schedule, Trajectory
-from jax_idgrpo.training.state import TrainState
+from jax_idgrpo.training.state import TrainState, apply_gradients
 
 Rows = dict[str, Float[Array, "R"]]
 

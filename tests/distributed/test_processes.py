@@ -244,7 +244,8 @@ def test_supervised_training_of_two_processes_is_that_of_one(folder):
         workdir = folder / f"detector-{processes}"
         words = ["-m", "jax_idgrpo", "finetune", "configs/embedded_detector.py", "--workdir", workdir, "--run.steps", "3",
                  "--finetune.batch", "4",
-                 "--finetune.log_every", "1", "--finetune.start", "jax_idgrpo/embedded/faces", "--finetune.out", str(workdir / "export")]
+                 "--finetune.log_every", "1", "--finetune.start",
+                 "jax_idgrpo/synthetic/assets/faces", "--finetune.out", str(workdir / "export")]
         answers = finish(start(words, processes, devices, folder))
         assert all(status == 0 for status, _ in answers), answers
         found.append([row["loss"] for row in rows(folder, workdir.name)])

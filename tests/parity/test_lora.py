@@ -15,7 +15,7 @@ from transformers import UMT5EncoderModel
 from checkpoints_convert import lora, rules, wan
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
-from jax_idgrpo.sampling import pipeline
+from jax_idgrpo.sampling import adapters, pipeline
 from tests.parity import torch_models
 from tests.parity.torch_models import channels_first, channels_last, relative_error
 
@@ -54,7 +54,7 @@ def theirs(model, arrays) -> np.ndarray:
 
 def adapted(base: WanTransformer, rank: int, alpha: float) -> WanTransformer:
     """With random A and B: a fresh adapter's B is zero."""
-    model = pipeline.add_adapter(base, rank, alpha, jax.random.key(0))
+    model = adapters.add_adapter(base, rank, alpha, jax.random.key(0))
     rng = np.random.default_rng(7)
     nnx.update(
         model,
@@ -69,7 +69,7 @@ def test_peft_loads_our_adapter_and_gives_our_velocity(tmp_path, arrays, rank, a
     base = pipeline.load_transformer(tmp_path)
     model = adapted(base, rank, alpha)
     state = nnx.state(model, LoRAParam)
-    pipeline.save_lora(tmp_path / "adapter", state, model.config)
+    adapters.save_lora(tmp_path / "adapter", state, model.config)
 
     torch_base = WanVACETransformer3DModel.from_pretrained(tmp_path / "transformer").eval()
     plain = theirs(torch_base, arrays)

@@ -31,7 +31,7 @@ from jax_idgrpo.models.faces.bundled_detector import (
     intersection_over_union,
 )
 from jax_idgrpo.rewards.faces import load_network, save_network
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import people, scenes
 from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
 from jax_idgrpo.training.task import Task
 
@@ -42,7 +42,7 @@ SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
 def draw(seed: int | Array, step: int | Array, frames: int, portraits: int, first_id: int | Array, last_id: int | Array) -> FacePictures:
     """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
-    ids = jax.random.randint(keys[0], (frames, scenes.MAX_PEOPLE), first_id, last_id)
+    ids = jax.random.randint(keys[0], (frames, people.MAX_PEOPLE), first_id, last_id)
     clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames))
     return join(clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id)))
 
@@ -106,7 +106,7 @@ def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshol
 
     sums: dict[str, float] = {}
     for number in range(rounds):
-        truth = draw(7, number, frames, portraits, *scenes.SPLITS["eval"])
+        truth = draw(7, number, frames, portraits, *people.SPLITS["eval"])
         for name, value in jax.device_get(measure(state, truth, jax.random.key(number))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     pictures = rounds * (frames + portraits)
@@ -128,7 +128,7 @@ def make(config: Config) -> Task:
         return Detector(network, rngs=nnx.Rngs(key))
 
     def batch(seed: int, step: int) -> FacePictures:
-        return draw(seed, step, frames, portraits, *scenes.SPLITS["train"])
+        return draw(seed, step, frames, portraits, *people.SPLITS["train"])
 
     def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
         return detector_loss(module(degrade(key, truth.pictures, blur)), truth)

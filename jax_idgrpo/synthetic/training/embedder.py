@@ -25,7 +25,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
 from jax_idgrpo.rewards.faces import Points, align, load_network, normalise, save_network
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic.people import MAX_PEOPLE, SPLITS
 from jax_idgrpo.synthetic.training.detector import SEEN
 from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
 from jax_idgrpo.training.task import Task
@@ -73,10 +73,10 @@ def arcface_loss(
 def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array) -> FacePictures:
     """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
-    part = people // scenes.MAX_PEOPLE
-    ids = first_id + jax.random.randint(keys[0], (rows, scenes.MAX_PEOPLE), 0, part) + part * jnp.arange(scenes.MAX_PEOPLE)
+    part = people // MAX_PEOPLE
+    ids = first_id + jax.random.randint(keys[0], (rows, MAX_PEOPLE), 0, part) + part * jnp.arange(MAX_PEOPLE)
     count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
-    mask = jnp.arange(scenes.MAX_PEOPLE) < count[:, None]
+    mask = jnp.arange(MAX_PEOPLE) < count[:, None]
     ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
     return join(draw_frames(keys[3], ids, mask), draw_portraits(keys[4], ids[:, -1]))
 
@@ -128,7 +128,7 @@ def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, 
     """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
     size = embedder.config.input_size
     graph, state = nnx.split(embedder)
-    first, last = scenes.SPLITS["eval"]
+    first, last = SPLITS["eval"]
 
     @jax.jit
     def embed(state, truth, key):
@@ -139,7 +139,7 @@ def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, 
     for number in range(rounds):
         truth = draw(7, number, rows, last - first, first)
         embeddings, ids, seen = (np.asarray(x) for x in embed(state, truth, jax.random.key(number)))
-        slots = rows * scenes.MAX_PEOPLE
+        slots = rows * MAX_PEOPLE
         frames, portraits = np.flatnonzero(seen[:slots]), np.arange(slots, len(ids))
         cosines = embeddings[frames] @ embeddings[portraits].T
         match = ids[frames][:, None] == ids[portraits][None]

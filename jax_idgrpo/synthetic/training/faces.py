@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import renderer, scenes
+from jax_idgrpo.synthetic.people import identity
 
 
 @flax.struct.dataclass
@@ -28,7 +29,7 @@ class FacePictures:
 def draw_frames(key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]) -> FacePictures:
     """One frame per row of the people of `mask`, from a clip at a random moment."""
     scene_key, time_key = jax.random.split(key)
-    people = scenes.identity(ids)
+    people = identity(ids)
     scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
     moment = jax.random.uniform(time_key, (ids.shape[0], 1, 1))
     scene = dataclasses.replace(scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment)
@@ -44,10 +45,10 @@ def draw_frames(key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N 
 
 def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
     """The reference photo of each person; M = 1."""
-    people, keys = scenes.identity(ids), jax.random.split(key, ids.shape[0])
-    boxes, landmarks = jax.vmap(scenes.portrait_truth)(people, keys)
+    people, keys = identity(ids), jax.random.split(key, ids.shape[0])
+    boxes, landmarks = jax.vmap(renderer.portrait_truth)(people, keys)
     return FacePictures(
-        pictures=jax.vmap(scenes.render_portrait)(people, keys),
+        pictures=jax.vmap(renderer.render_portrait)(people, keys),
         boxes=boxes[:, None] - 0.5,
         landmarks=landmarks[:, None] - 0.5,
         visible=jnp.ones((ids.shape[0], 1)),

@@ -28,7 +28,8 @@ from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.sampling.conditioning import negative_prompt
 from jax_idgrpo.sampling.pipeline import save_text_encoder
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions, scenes
+from jax_idgrpo.synthetic.people import Identity
 from jax_idgrpo.training.task import Loss, Task
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -59,7 +60,7 @@ def build_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
 
 def vocabulary(negative: str) -> list[str]:
     """The words of the cast's prompts and of the negative prompt."""
-    text = " ".join([*scenes.vocabulary(), negative]).lower()
+    text = " ".join([*captions.vocabulary(), negative]).lower()
     return sorted(set(re.sub(PUNCTUATION, " ", text).split()))
 
 
@@ -73,7 +74,7 @@ class Told(NamedTuple):
     """What prompts are made of, per clip: who is there, what happens."""
 
     scene: scenes.Scene
-    people: scenes.Identity
+    people: Identity
     mask: Bool[Array, "B M"]
 
 
@@ -126,7 +127,7 @@ def make(config: Config) -> Task:
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         told = jax.device_get(draw(seed, step))
-        ids, mask = tokenize(tokenizer, scenes.describe(told.scene, told.people, told.mask), config.data.text_length)
+        ids, mask = tokenize(tokenizer, captions.describe(told.scene, told.people, told.mask), config.data.text_length)
         return {"ids": ids, "mask": mask, "attributes": attributes(told)}
 
     def save(reader: Reader, path: Path) -> None:

@@ -47,7 +47,7 @@ from jax_idgrpo.sampling.pipeline import (
     save_transformer,
 )
 from jax_idgrpo.sampling.policy import Policy
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.training.text import tokenize
 from jax_idgrpo.training.task import Loss, Task
 
@@ -133,7 +133,7 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
     def chunk(index: int) -> tuple[np.ndarray, ...]:
         drawn, weight = draw(index)
         latents, photos = encode(state, drawn.video, drawn.portraits)
-        text = read(state, *tokenize(tokenizer, scenes.prompts(drawn), length))
+        text = read(state, *tokenize(tokenizer, captions.prompts(drawn), length))
         people = jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
         return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
 
@@ -210,7 +210,7 @@ def eval_conditioning(pipe: Pipeline, drawn: scenes.Batch, config: Config) -> co
     photos = photos.reshape(*drawn.portraits.shape[:2], *photos.shape[2:])
     people, most, order = drawn.mask.sum(axis=1), config.data.max_people, config.data.reference_order
     length = config.data.text_length
-    text = [conditioning.padded(text, length) for text in conditioning.encode_texts(pipe, scenes.prompts(drawn), length)]
+    text = [conditioning.padded(text, length) for text in conditioning.encode_texts(pipe, captions.prompts(drawn), length)]
     return conditioning.Conditioning(
         text=np.stack(text),
         control=jnp.stack([conditioning.control(row[:count], grey, most, order) for row, count in zip(photos, people, strict=True)]),

@@ -33,7 +33,8 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.sampling import pipeline
-from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.synthetic import renderer, scenes
+from jax_idgrpo.synthetic.people import Identity, identity
 from jax_idgrpo.training.task import Loss, Task
 
 TEMPORAL_DOWNSAMPLE = (False, True, True)
@@ -110,9 +111,9 @@ class View:
     crop: int = SIZE
 
 
-def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[scenes.Identity, Bool[Array, "B M"]]:
+def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[Identity, Bool[Array, "B M"]]:
     id_key, mask_key = jax.random.split(key)
-    return scenes.identity(scenes.sample_ids(id_key, rows, split)), scenes.sample_mask(mask_key, rows)
+    return identity(scenes.sample_ids(id_key, rows, split)), scenes.sample_mask(mask_key, rows)
 
 
 def _draw_clips(key: Key[Array, ""], rows: int, frames: int, view: View) -> Group:
@@ -127,8 +128,8 @@ def _draw_portraits(key: Key[Array, ""], rows: int, view: View) -> Group:
     people_key, portrait_key, crop_key = jax.random.split(key, 3)
     people = jax.tree.map(lambda leaf: leaf[:, 0], _people(people_key, rows, view.split)[0])
     portrait_keys = jax.random.split(portrait_key, rows)
-    video = jax.vmap(scenes.render_portrait)(people, portrait_keys)[:, None]
-    boxes = jax.vmap(scenes.portrait_truth)(people, portrait_keys)[0][:, None, None]
+    video = jax.vmap(renderer.render_portrait)(people, portrait_keys)[:, None]
+    boxes = jax.vmap(renderer.portrait_truth)(people, portrait_keys)[0][:, None, None]
     return _around_faces(crop_key, video, boxes, view)
 
 

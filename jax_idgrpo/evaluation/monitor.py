@@ -1,0 +1,82 @@
+"""Scores of a few held-out prompts while training runs.
+"""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jax_idgrpo.config import Config, prompts_file
+from jax_idgrpo.data.prompts import load_prompts
+from jax_idgrpo.evaluation import bootstrap
+from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
+from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
+from jax_idgrpo.sampling.pipeline import Pipeline
+from jax_idgrpo.workdir import write_text
+
+# ---- while training goes on ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """A few held-out prompts, one video each from fixed noise, scored by reward and judge every now and then.
+
+    folder: gets one JSON file per time, named by the training step, with the values of every video; 0 is the start of the run.
+    """
+
+    sampler: Sampler
+    scorer: Scorer
+    rows: Sequence[Row]
+    folder: Path
+
+    @classmethod
+    def make(cls, config: Config, pipe: Pipeline, folder: Path) -> "Watch":
+        """The first `run.watch_prompts` of `evaluate.prompts`, at the size of the training videos.
+
+        Raises:
+          UserError: the prompts or their photos cannot be used.
+        """
+        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
+        few = min(config.evaluate.batch, len(listed))
+        sampler = make_sampler(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)), pipe)
+        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh)
+        return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
+
+    def scores(self, model: Model, step: int) -> bootstrap.Scores:
+        """Every video's values, which are also stored."""
+        size = self.sampler.batch
+        batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
+        parts = [self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch]) for batch in batches]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if jax.process_index() == 0:
+            self.folder.mkdir(exist_ok=True)
+            write_text(self._file(step), json.dumps({name: values.tolist() for name, values in found.items()}))
+        return found
+
+    def begin(self, model: Model) -> None:
+        """Score what the run starts from, unless an earlier part of the run did."""
+        if not self._file(0).exists():
+            self.scores(model, 0)
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        """Means to log after `step` training steps, with a warning where the reward rose and the judge fell, each beyond doubt."""
+        now, evaluation = self.scores(model, step), self.sampler.config.evaluate
+        first = {name: np.asarray(values) for name, values in json.loads(self._file(0).read_text()).items()}
+        scores, clusters = {"base": first, "now": now}, np.arange(len(self.rows))
+        changes = bootstrap.summarise(scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap)[1]["now"]
+        parted = "judge_identity" in changes and changes["reward"].low > 0 > changes["judge_identity"].high
+        if parted:
+            warnings.warn(
+                f"step {step}: on {len(self.rows)} held-out prompts the reward rose by {changes['reward'].text(sign=True)} and the judge's "
+                f"identity fell by {changes['judge_identity'].text(sign=True)} since the start: the policy is gaming the reward; look at "
+                "samples/, raise grpo.kl, or go back to an earlier checkpoint",
+                stacklevel=2,
+            )
+        return {f"watch_{name}": float(values.mean()) for name, values in now.items()} | {"watch_parted": float(parted)}
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"{step:06d}.json"

@@ -1,0 +1,133 @@
+"""Videos of an evaluation: deterministic sampling from noise that depends on (seed, prompt, member) only.
+
+Every model starts a video from the same noise, so differences between models are paired.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jax_idgrpo import rng
+from jax_idgrpo.config import Config
+from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.metrics import progress
+from jax_idgrpo.models.wan import WanTransformer
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.rewards.factory import policy_devices
+from jax_idgrpo.sampling import conditioning, policy, rollout
+from jax_idgrpo.sampling.adapters import add_adapter, lora_scale
+from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A video that is asked for: its prompt, and its number among the prompt's."""
+
+    prompt: Prompt
+    member: int
+
+
+def all_rows(prompts: Sequence[Prompt], videos: int) -> list[Row]:
+    """`videos` videos of each prompt, those of one prompt together."""
+    return [Row(prompt, member) for prompt in prompts for member in range(videos)]
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One of the compared models: the policy with its adapter's and its base's arrays."""
+
+    policy: policy.Policy
+    lora: nnx.State
+    base: nnx.State
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What turns prompts into videos: the networks, the schedule, the encoded negative prompt, and what was encoded so far.
+
+    batch: rows per program call, `evaluate.batch` or the next number that the mesh divides.
+    """
+
+    config: Config
+    pipe: Pipeline
+    batch: int
+    schedule: rollout.Schedule
+    negative: Float[Array, "L D"]
+    cache: conditioning.Cache
+
+    def videos(self, model: Model, rows: Sequence[Row]) -> Float[np.ndarray, "B F H W 3"]:
+        """One video in [-1, 1] per row; few rows are filled up to the batch, so that one program serves all."""
+        filled = [rows[min(n, len(rows) - 1)] for n in range(self.batch)]
+        asked = conditioning.encode(self.pipe, [row.prompt for row in filled], self.config, self.cache)
+        ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
+        members = jnp.asarray([row.member for row in filled], jnp.int32)
+        noise = rng.row_keys(rng.key(self.config.run.seed, "evaluate"), ids, members)
+        mesh = self.pipe.transformer.config.mesh
+        if mesh is not None:
+            asked, noise = sharding.put((asked, noise), sharding.batch_sharding(mesh))
+        latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
+        frames = asked.video_frames(self.config.data.max_people)
+        return to_host(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
+
+    def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
+        """`videos` of many rows, batch by batch, with a progress bar."""
+        with progress(label, len(rows)) as update:
+            for start in range(0, len(rows), self.batch):
+                batch = rows[start : start + self.batch]
+                yield batch, self.videos(model, batch)
+                update(start + len(batch), {})
+
+
+def evaluated(config: Config) -> Config:
+    """The configuration with the video size of the evaluation."""
+    chosen = {name: value for name in ("frames", "height", "width") if (value := getattr(config.evaluate, name))}
+    return dataclasses.replace(config, video=dataclasses.replace(config.video, **chosen))
+
+
+def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
+    """The sampler of a configuration; reads the checkpoint unless it is given."""
+    model = config.model
+    if pipe is None:
+        mesh = sharding.make_mesh(config.mesh, policy_devices(config))
+        pipe = load_pipeline(
+            model.folder(), model.dtype, model.kind,
+            remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
+        )
+    schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver)
+    given = schedule, conditioning.encode_negative(pipe, config.data)
+    mesh = pipe.transformer.config.mesh
+    schedule, negative = jax.device_put(given) if mesh is None else sharding.put(given, sharding.replicated(mesh))
+    batch = sharding.rows_for(mesh, config.evaluate.batch)
+    return Sampler(config=config, pipe=pipe, batch=batch, schedule=schedule, negative=negative, cache=conditioning.Cache())
+
+
+def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
+    """"base" and the adapters. The base is held as an adapter whose output is zero, so that one program runs them all.
+
+    Raises:
+      UserError: an adapter does not fit the checkpoint.
+    """
+    config, mesh = sampler.config, sampler.pipe.transformer.config.mesh
+    guidance = config.evaluate.guidance or config.rollout.guidance, config.image_guidance(evaluation=True)
+
+    def model(transformer: WanTransformer) -> Model:
+        actor, lora, base = policy.split(transformer, *guidance)
+        return Model(actor, lora if mesh is None else sharding.place(mesh, lora), base)
+
+    rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
+    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"))
+    models = {"base": model(plain)}
+    for name, path in loras.items():
+        sampler.pipe.load_lora(path)
+        models[name] = dataclasses.replace(model(sampler.pipe.transformer), base=models["base"].base)
+    return models

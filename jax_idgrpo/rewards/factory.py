@@ -1,0 +1,69 @@
+"""Selection of the reward that a configuration names.
+"""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jax_idgrpo.config import Config, MeshConfig, RewardConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
+from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
+from jax_idgrpo.rewards.faces import load_stack
+from jax_idgrpo.rewards.head import fingerprint, load_head
+from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
+
+# ---- scoring -------------------------------------------------------------------------------------------------------------
+
+
+def make_reward(config: RewardConfig, embedder: str = "embedder", mesh: Mesh | None = None) -> FaceReward:
+    """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward, and by our own stack.
+
+    mesh: where the videos will be; the networks are then on each of its devices.
+
+    Raises:
+      UserError: a network is missing or damaged, or the backend is not installed.
+    """
+    constants = IdentityConfig(
+        null_similarity=config.missing,
+        low=config.similarity_low,
+        high=config.similarity_high,
+        mean_weight=1 - config.soft_weight,
+        penalties=tuple(config.prices().items()),
+    )
+    if embedder != "embedder":
+        return load_reward(config.folder(), embedder, 0, constants)
+    if config.backend:
+        return HostFaceReward(DeepFace(config.backend, config.folder()), constants, config.frames)
+    stack = load_stack(config.folder(), embedder)
+    head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
+    reward = FaceReward(stack, constants, config.frames, head)
+    if mesh is not None:
+        reward.state = sharding.put(reward.state, sharding.replicated(mesh))
+    return reward
+
+
+def policy_devices(config: Config) -> list[jax.Device]:
+    """The devices of the video model: all but those that the reward has for itself.
+
+    Raises:
+      UserError: the reward would have them all, or devices of other processes.
+    """
+    devices, own = jax.devices(), config.reward.vlm_devices
+    if own >= len(devices):
+        raise UserError(f"reward.vlm_devices is {own}, but there are {len(devices)} devices; leave one or more to the video model")
+    if own and jax.process_count() > 1:
+        raise UserError(f"reward.vlm_devices is {own}, but the run has several processes; use 0, so that the reward shares their mesh")
+    return devices[: len(devices) - own]
+
+
+def make_vlm(config: Config, mesh: Mesh | None) -> VlmReward:
+    """The vision-language reward, for videos of the configuration's size, on its own devices or on `mesh`."""
+    own, video = config.reward.vlm_devices, config.video
+    if own:
+        policy_devices(config)
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[-own:])
+    return load_vlm(config.reward, (video.frames, video.height, video.width), mesh)

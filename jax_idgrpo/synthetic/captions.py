@@ -1,0 +1,144 @@
+"""Prompts of synthetic scenes, and a folder of prompts with reference photos.
+"""
+
+import csv
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool
+from PIL import Image
+
+from jax_idgrpo import rng, workdir
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.synthetic.people import (
+    _ACTIONS,
+    _BACKGROUNDS,
+    _BEARD_NAMES,
+    _CLOTHES_NAMES,
+    _COLOUR_NAMES,
+    _COUNTS,
+    _GLASSES_NAMES,
+    _HAIR_NAMES,
+    _HAT_NAMES,
+    _STYLE_NAMES,
+    MAX_PEOPLE,
+    SPLITS,
+    Identity,
+    _Labels,
+    identity,
+)
+from jax_idgrpo.synthetic.renderer import render_portrait
+from jax_idgrpo.synthetic.scenes import Batch, Scene, sample_ids, sample_mask, sample_scene
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+_LIGHT_PHRASES = ("in soft light", "in bright light", "in dim light", "in warm light", "in cold light")
+
+
+def _background_phrase(kind: int, one: str, two: str) -> str:
+    return (
+        f"in front of a plain {one} wall",
+        f"in front of a {one} sky that fades to {two}",
+        f"in front of {one} and {two} stripes",
+        f"in front of {one} and {two} tiles",
+        f"in front of {one} hills",
+        f"in a {one} room with a window and a {two} floor",
+        "on a beach by the sea",
+        f"in front of {two} lights in a dark {one} night",
+    )[kind]
+
+
+def _person_phrase(labels: np.ndarray) -> str:
+    """Noun phrase of a person without the article: hair, hat, glasses, beard, clothes."""
+    label = _Labels(*(int(k) for k in labels))
+    style = _STYLE_NAMES[label.hair_style]
+    parts = ["a bald head" if style == "bald" else f"{style} {_HAIR_NAMES[label.hair]} hair"]
+    if _HAT_NAMES[label.hat] != "none":
+        parts.append(f"a {_COLOUR_NAMES[label.hat_colour]} {_HAT_NAMES[label.hat]}")
+    if _GLASSES_NAMES[label.glasses] != "none":
+        parts.append(f"{_GLASSES_NAMES[label.glasses]} glasses")
+    if _BEARD_NAMES[label.beard] != "none":
+        beard = _BEARD_NAMES[label.beard]
+        parts.append("stubble" if beard == "stubble" else f"a {beard}")
+    parts.append(f"a {_COLOUR_NAMES[label.clothes]} {_CLOTHES_NAMES[label.garment]}")
+    return "with " + ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
+    """English description of one clip (no batch axis), on the host: people in reference order, then place and light."""
+    labels, actions, mask = np.asarray(people.labels), np.asarray(scene.action), np.asarray(mask)
+    phrases = [f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}" for k in np.flatnonzero(mask)]
+    one, two = (_COLOUR_NAMES[int(k)] for k in np.asarray(scene.colours))
+    place = f"{_background_phrase(int(scene.background), one, two)} {_LIGHT_PHRASES[int(scene.light_kind)]}"
+    if len(phrases) == 1:
+        return f"one person {place}: a {phrases[0]}."
+    listed = ", ".join(f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases))
+    return f"{_COUNTS[len(phrases) - 1]} people {place}: {listed}."
+
+
+def prompts(drawn: Batch) -> list[str]:
+    """One description per clip of a batch."""
+    return describe(drawn.scene, drawn.people, drawn.mask)
+
+
+def describe(scene: Scene, people: Identity, mask: Bool[ArrayLike, "B M"]) -> list[str]:
+    """`prompt` of every row."""
+    host = jax.device_get((scene, people, mask))
+    row = lambda k: jax.tree.map(lambda leaf: leaf[k], host)  # noqa: E731
+    return [prompt(*row(k)) for k in range(len(host[2]))]
+
+
+def vocabulary() -> list[str]:
+    """Every word a prompt can hold, sorted, without punctuation."""
+    texts = [*_ACTIONS, *_LIGHT_PHRASES, *_STYLE_NAMES, *_HAIR_NAMES, *_COLOUR_NAMES, *_HAT_NAMES[1:]]
+    texts += [*_GLASSES_NAMES[1:], *_BEARD_NAMES[1:], *_CLOTHES_NAMES, *_COUNTS[:MAX_PEOPLE]]
+    texts += [_background_phrase(k, "", "") for k in range(len(_BACKGROUNDS))]
+    texts += ["a bald head hair glasses with and another person people"]
+    return sorted({word for text in texts for word in text.split()})
+
+
+@functools.partial(jax.jit, static_argnames=("count", "split"))
+def _asked(seed, count: int, split: str):
+    """Portraits [count,M,64,64,3], scenes, people and mask of prompts: a batch without its clips."""
+    id_key, mask_key, scene_key, portrait_key = jax.random.split(rng.key(seed, "data"), 4)
+    ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
+    people = identity(ids)
+    photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
+    scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)  # splits share no scenes either
+    return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
+
+
+def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
+    """Write `out`: prompts.csv of `count` rows and, as PNG, one portrait of each person they ask for.
+
+    Raises:
+      UserError: `out` exists already or cannot be made, or there is no such split.
+    """
+    check_asked(split, count)
+    with workdir.new_folder(out) as folder:
+        photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
+        pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
+        with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(("ref_paths", "prompt"))
+            for k in range(count):
+                names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
+                for slot, name in enumerate(names):
+                    Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
+                scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))  # noqa: B023
+                rows.writerow((";".join(names), prompt(scene, who, mask[k])))
+
+
+def check_asked(split: str, count: int) -> None:
+    """Whether that can be drawn.
+
+    Raises:
+      UserError: there is no such split, or nothing is asked for.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")
+    if count < 1:
+        raise UserError(f"--count {count}: nothing to write; use 1 or more")

@@ -1,0 +1,97 @@
+"""Which videos a step trains on, their advantages, and statistics of their rewards.
+"""
+
+import collections
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jax_idgrpo import grpo
+from jax_idgrpo.config import GrpoConfig
+from jax_idgrpo.errors import UserError, closest
+
+
+def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
+    """Numbers of the videos of each prompt; a prompt that comes twice in a step goes on counting, so that no two videos are the same."""
+    seen: collections.Counter[int] = collections.Counter()
+    numbers = []
+    for prompt in ids:
+        numbers.append(np.arange(group) + group * seen[prompt])
+        seen[prompt] += 1
+    return np.stack(numbers)
+
+
+def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
+    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and
+    how many rewards are no numbers (they count in nothing else)."""
+    seen = np.isfinite(rewards)
+    groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
+    spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
+    return {
+        "reward": mean_of_numbers(rewards),
+        "reward_group_std": float(spread.mean()),
+        "zero_std_groups": float(np.mean(spread == 0)),
+        "rewards_failed": float(np.sum(~seen)),
+    }
+
+
+def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
+    """The mean of the values that are numbers; NaN without any."""
+    seen = np.isfinite(values)
+    return float(values[seen].mean()) if seen.any() else math.nan
+
+
+def choose(
+    config: GrpoConfig,
+    rewards: Float[np.ndarray, "P G"],
+    terms: Mapping[str, Float[np.ndarray, "P G"]],
+    mixture: Mapping[str, int | float],
+) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
+    """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
+
+    The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
+    Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
+    """
+
+    def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+        groups = np.repeat(np.arange(len(values)), values.shape[1])
+        found = grpo.advantages(
+            values.ravel(), groups, eps=config.advantage_eps, clip=config.advantage_clip, global_std=config.global_std
+        )
+        return np.asarray(found).reshape(values.shape)
+
+    advantage, weight = mixture.get("reward", 1.0) * advantages(rewards), np.isfinite(rewards)
+    for name, factor in mixture.items():
+        if name != "reward":
+            advantage = advantage + factor * advantages(terms[name])
+    advantage = np.where(weight, advantage, 0).astype(np.float32)
+    if config.drop_constant or config.objective == "dpo":
+        weight &= np.any(advantage != 0, axis=1, keepdims=True)
+    if config.best + config.worst == 0:
+        return advantage, weight.astype(np.float32), None
+    members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
+    if config.objective == "dpo":
+        weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
+    rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
+    return advantage, weight.astype(np.float32), rows.ravel()
+
+
+def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
+    """Refuse a mixture of other terms than the reward has.
+
+    Raises:
+      UserError: it names another.
+    """
+    for name in mixture:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise UserError(f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})")
+
+
+def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the last rows of metrics are of steps in which no update could be used."""
+    return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
