@@ -137,7 +137,6 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
 
 
-
 def is_pth(start: bytes) -> bool:
     """Whether a file with these first nine bytes is one of `torch.save`: a zip archive, or a pickle of protocol 2 or later.
 

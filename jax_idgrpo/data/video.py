@@ -18,6 +18,21 @@ from PIL import Image, ImageOps
 
 from jax_idgrpo.errors import UserError
 
+
+@runtime_checkable
+class File(Protocol):
+    """Bytes with a name: `str` says where they are. A `pathlib.Path` is one."""
+
+    def __hash__(self) -> int: ...
+
+    def read_bytes(self) -> bytes:
+        """All of them.
+
+        Raises:
+          OSError: they cannot be read.
+        """
+
+
 CONTAINERS = "mov,matroska,avi,gif"
 """FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
 
@@ -144,18 +159,3 @@ def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frame
     columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
     rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
     return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
-
-
-
-@runtime_checkable
-class File(Protocol):
-    """Bytes with a name: `str` says where they are. A `pathlib.Path` is one."""
-
-    def __hash__(self) -> int: ...
-
-    def read_bytes(self) -> bytes:
-        """All of them.
-
-        Raises:
-          OSError: they cannot be read.
-        """

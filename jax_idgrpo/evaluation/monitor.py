@@ -1,5 +1,4 @@
-"""Scores of a few held-out prompts while training runs.
-"""
+"""Scores of a few held-out prompts while training runs."""
 
 import dataclasses
 import json

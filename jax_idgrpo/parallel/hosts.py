@@ -231,7 +231,6 @@ def say(text: str) -> None:
         print(text)
 
 
-
 COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX records after a program is compiled, before it runs
 
 

@@ -1,5 +1,4 @@
-"""Chips that programs are planned for, and their devices without the machine.
-"""
+"""Chips that programs are planned for, and their devices without the machine."""
 
 import contextlib
 import dataclasses

@@ -1,5 +1,4 @@
-"""The programs of a step and of the evaluation, as functions of shapes.
-"""
+"""The programs of a step and of the evaluation, as functions of shapes."""
 
 import dataclasses
 import math

@@ -196,7 +196,6 @@ def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
     return labels, sources
 
 
-
 def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
     """Make the folder `out` of the pairs of a CSV; it appears once it is complete.
 

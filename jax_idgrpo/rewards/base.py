@@ -1,5 +1,4 @@
-"""What rewards share: reference photos, known faces, terms, and the frames that are scored.
-"""
+"""What rewards share: reference photos, known faces, terms, and the frames that are scored."""
 
 from collections.abc import Sequence
 
@@ -11,19 +10,6 @@ from PIL import Image
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_reference
 from jax_idgrpo.sampling import conditioning
-
-
-def references(prompts: Sequence[Prompt], config: Config) -> References:
-    """The reference photos of each prompt at the size of the video, white padding behind them, and as they are stored."""
-    size, people = (config.video.height, config.video.width), config.data.max_people
-    images, mask = np.ones((len(prompts), people, *size, 3), np.float32), np.zeros((len(prompts), people), bool)
-    photos = tuple(tuple(load_reference(path) for path in prompt.references) for prompt in prompts)
-    for n, row in enumerate(photos):
-        for m, photo in enumerate(row):
-            images[n, m], mask[n, m] = conditioning.canvas(photo, *size), True
-    return References(images=images, mask=mask, photos=photos)
-
-
 
 Terms = dict[str, Float[Array, "B"]]
 
@@ -55,3 +41,14 @@ def frame_numbers(frames: int, wanted: int) -> np.ndarray:
     if wanted == 0 or wanted >= frames:
         return np.arange(frames)
     return np.round(np.linspace(0, frames - 1, wanted)).astype(int)
+
+
+def references(prompts: Sequence[Prompt], config: Config) -> References:
+    """The reference photos of each prompt at the size of the video, white padding behind them, and as they are stored."""
+    size, people = (config.video.height, config.video.width), config.data.max_people
+    images, mask = np.ones((len(prompts), people, *size, 3), np.float32), np.zeros((len(prompts), people), bool)
+    photos = tuple(tuple(load_reference(path) for path in prompt.references) for prompt in prompts)
+    for n, row in enumerate(photos):
+        for m, photo in enumerate(row):
+            images[n, m], mask[n, m] = conditioning.canvas(photo, *size), True
+    return References(images=images, mask=mask, photos=photos)

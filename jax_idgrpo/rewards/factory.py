@@ -1,5 +1,4 @@
-"""Selection of the reward that a configuration names.
-"""
+"""Selection of the reward that a configuration names."""
 
 from pathlib import Path
 

@@ -174,7 +174,7 @@ def reward_terms(
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
-    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see `related`.
+    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see multi_identity_matching, identity_confidence, unique_faces.
     missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. stalled: see the function.
     copied, apart, detail: see `of_photos`.
     """
@@ -211,9 +211,9 @@ def reward_terms(
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
         "largest_face": largest_face_similarity(boxes, *faces),
-        "mimr": identity.multi_identity_matching(cosine, face_mask, reference_mask),
-        "id_conf": identity.identity_confidence(cosine, face_mask, reference_mask),
-        "unique_faces": identity.unique_faces(embeddings, face_mask),
+        "mimr": multi_identity_matching(cosine, face_mask, reference_mask),
+        "id_conf": identity_confidence(cosine, face_mask, reference_mask),
+        "unique_faces": unique_faces(embeddings, face_mask),
         **compared,
         **prices,
     }
@@ -230,7 +230,6 @@ def term_names(config: IdentityConfig) -> tuple[str, ...]:
     seen = zeros(1, 2, 8, 8, 3), zeros(1, 2, 1, 4), zeros(1, 2, 1, 5, 2), zeros(1, 2, 1, 4), one
     known = zeros(1, 1, 4), zeros(1, 1, photo_copy.SIDE, photo_copy.SIDE, 3), people
     return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))
-
 
 
 ALWAYS = -50.0  # worth of a reference without a face: far less than any exchange of cosines among a dozen people can win

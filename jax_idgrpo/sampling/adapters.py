@@ -1,5 +1,4 @@
-"""LoRA adapters of the transformer: made fresh, loaded and saved.
-"""
+"""LoRA adapters of the transformer: made fresh, loaded and saved."""
 
 import dataclasses
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Prompts of synthetic scenes, and a folder of prompts with reference photos.
-"""
+"""Prompts of synthetic scenes, and a folder of prompts with reference photos."""
 
 import csv
 import functools

@@ -1,5 +1,4 @@
-"""Synthetic people: identities, their looks, and the splits that keep training and evaluation apart.
-"""
+"""Synthetic people: identities, their looks, and the splits that keep training and evaluation apart."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,5 +1,4 @@
-"""Rendering of a synthetic person, with boxes and landmarks.
-"""
+"""Rendering of a synthetic person, with boxes and landmarks."""
 
 import functools
 from typing import NamedTuple

@@ -1,5 +1,4 @@
-"""Which videos a step trains on, their advantages, and statistics of their rewards.
-"""
+"""Which videos a step trains on, their advantages, and statistics of their rewards."""
 
 import collections
 import itertools

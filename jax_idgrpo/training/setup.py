@@ -1,5 +1,4 @@
-"""Parts of a training run: the pipeline, the rollout of an objective, and its cost.
-"""
+"""Parts of a training run: the pipeline, the rollout of an objective, and its cost."""
 
 from collections.abc import Callable
 from typing import Any

@@ -44,7 +44,6 @@ def start(optimizer: optax.GradientTransformation, params: Parameters, rest: Par
     )
 
 
-
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Learning rate by optimizer step: `warmup` linear steps up to the peak, then constant, or a cosine that is 0 at `total_steps`."""
     peak = config.learning_rate
