@@ -174,7 +174,8 @@ def reward_terms(
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
     faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
     faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
-    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see multi_identity_matching, identity_confidence, unique_faces.
+    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see
+        multi_identity_matching, identity_confidence, unique_faces.
     missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. stalled: see the function.
     copied, apart, detail: see `of_photos`.
     """
