@@ -42,8 +42,8 @@ def score(reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]) ->
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
         photos, mask = (np.stack([getattr(clip, name) for clip in part]) for name in ("photos", "mask"))
-        known = reward.embed_references(References(images=photos, mask=mask))
-        found.append(jax.device_get(reward.score_terms(np.stack(videos[start : start + BATCH]), known, mask)))
+        people = reward.encode_references(References.of_pixels(photos, mask), [""] * len(mask))
+        found.append(jax.device_get(reward.score(np.stack(videos[start : start + BATCH]), people)))
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
     print(f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, and the share of copies\n")
-    made = [(config, factory.make_reward(config)) for config in (PLAIN, SATURATING)]
+    made = [(config, factory.make_face_reward(config)) for config in (PLAIN, SATURATING)]
     honest = columns(clips, [clip.video for clip in clips], made)
     print("| trick |", " | ".join(honest), "|")
     print("| --- |" + " --- |" * len(honest))

@@ -30,7 +30,7 @@ from jax_idgrpo.preferences.corruptions import DISTORTIONS
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
 from jax_idgrpo.preferences.train_head import Sides, differences, head_task, read_one
-from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.rewards.head import Head, fingerprint
 from jax_idgrpo.training.finetune import make_step
 from jax_idgrpo.training.state import make_optimizer, start
@@ -101,7 +101,7 @@ def main() -> None:
         )
         faults, held_faults = (np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
                                for names in (TRAIN, HELD_OUT))
-        reward = make_reward(base.reward)
+        reward = make_face_reward(base.reward)
         truth = [label for name in TRAIN for label in column(folder / name, "truth")]
         sides, _ = read(reward, pairs, base)
         held_sides, said = read(reward, held_out, base)

@@ -33,7 +33,7 @@ from checkpoints_convert.faces import write_folder
 from jax_idgrpo import grpo
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.parallel.hosts import give_back_after_compiling
-from jax_idgrpo.rewards.base import Known, frame_numbers
+from jax_idgrpo.rewards.base import ReferenceFaces, frame_numbers
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import load_stack
 from jax_idgrpo.rewards.identity import IdentityConfig
@@ -66,14 +66,15 @@ def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Ca
     vae = nnx.split(load_vae(home))
     reward = FaceReward(load_stack(home / "ours", "embedder"), IdentityConfig(), looked)
     everywhere = np.broadcast_to(people, (rows, *people.shape))
-    known = Known(jnp.asarray(everywhere), jnp.zeros((rows, len(people), SIDE, SIDE, 3)))
+    mask = np.ones((rows, len(people)), bool)
+    faces = ReferenceFaces(jnp.asarray(everywhere), jnp.zeros((rows, len(people), SIDE, SIDE, 3)), mask)
     start = jnp.zeros(rows, jnp.int32)
 
     def decode(latents: jax.Array) -> jax.Array:
         return jax.block_until_ready(rollout.decode(vae, latents, start, SIZE.shape[0]))
 
     def score(videos: jax.Array) -> np.ndarray:
-        return np.asarray(reward.score_terms(videos, known, np.ones((rows, len(people)), bool))["reward"])
+        return np.asarray(reward.score(videos, faces)["reward"])
 
     return decode, score
 

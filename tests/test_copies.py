@@ -21,7 +21,7 @@ DIRECTION = np.array([0.6, 0.9, -0.4, -0.8])
 
 @functools.cache
 def reward():
-    return factory.make_reward(c.RewardConfig(frames=4))
+    return factory.make_face_reward(c.RewardConfig(frames=4))
 
 
 @functools.cache
@@ -31,12 +31,12 @@ def clips():
 
 
 def asked(people=slice(None)):
-    return References(*(np.stack([getattr(clip, name)[people] for clip in clips()]) for name in ("photos", "mask")))
+    return References.of_pixels(*(np.stack([getattr(clip, name)[people] for clip in clips()]) for name in ("photos", "mask")))
 
 
 def terms(videos, references=None):
-    reward()(np.stack(videos).astype(np.float32), references or asked())
-    return jax.device_get(reward().terms)
+    people = reward().encode_references(references or asked(), [""] * len(videos))
+    return jax.device_get(reward().score(np.stack(videos).astype(np.float32), people))
 
 
 @functools.cache

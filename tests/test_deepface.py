@@ -21,7 +21,7 @@ from jax_idgrpo.data.prompts import load_reference
 from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import factory
-from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward, complete, find
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE
 from jax_idgrpo.rewards.host import collect
@@ -92,22 +92,21 @@ def test_landmarks_that_lack_come_from_the_template():
 
 @functools.cache
 def reward():
-    return factory.make_reward(c.RewardConfig(backend=OPENCV, frames=2))
+    return factory.make_reward(c.Config(reward=c.RewardConfig(backend=OPENCV, frames=2)))
 
 
 def photo(*pictures):
-    return References(images=from_uint8(np.stack(pictures))[:, None], mask=np.ones((len(pictures), 1), bool))
+    return References(tuple((Photo(Image.fromarray(picture)),) for picture in pictures), 1)
 
 
 def test_the_terms_are_those_of_the_reward_in_jax():
     """One video of the person, one of nobody, against the person's photo: same names, same meanings."""
     moving = np.stack([np.roll(astronaut(256), 4 * t, 1) for t in range(3)])
     videos = from_uint8(np.stack([moving, np.full_like(moving, 128)]))
-    reward()(videos, photo(astronaut(256), astronaut(256)))
-    terms = {name: np.asarray(value) for name, value in reward().terms.items()}
-    inside = factory.make_reward(c.RewardConfig(frames=2))
-    shapes = jax.eval_shape(inside.function, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1), jnp.ones((2, 1), bool))
-    assert set(terms) == set(shapes) == set(reward().names) == set(inside.names)
+    terms = collect(reward().score(videos, reward().encode_references(photo(astronaut(256), astronaut(256)), [""] * 2)))
+    inside = factory.make_face_reward(c.RewardConfig(frames=2))
+    shapes = jax.eval_shape(inside.apply, inside.state, jnp.zeros((2, 3, 64, 64, 3)), inside.shapes(2, 1))
+    assert set(terms) == set(shapes) == set(reward().term_names) == set(inside.term_names)
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])
     assert terms["similarity"][0] > 0.9 and terms["similarity"][1] == 0 and terms["missing"].tolist() == [0, 1]
     assert terms["motion"][0] > 0.01 and terms["motion"][1] == 0
@@ -116,7 +115,7 @@ def test_the_terms_are_those_of_the_reward_in_jax():
 
 def test_a_photo_without_a_face_is_refused():
     with pytest.raises(UserError, match=r"reference photo 1 of the prompt 'two': no face is found"):
-        reward().embed_references(photo(astronaut(256), np.full((256, 256, 3), 9, np.uint8)), ["one", "two"])
+        reward().encode_references(photo(astronaut(256), np.full((256, 256, 3), 9, np.uint8)), ["one", "two"])
 
 
 def fake(gate=None):
@@ -141,10 +140,9 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
     gate.set()
     host = HostFaceReward(fake(gate), IdentityConfig())
     red, dark = np.zeros((48, 48, 3), np.uint8) + np.uint8([200, 0, 0]), np.zeros((48, 48, 3), np.uint8)
-    people = photo(red, red)
-    embeddings = host.embed_references(people)
+    people = host.encode_references(photo(red, red), [""] * 2)
     gate.clear()
-    pending = host.score_terms(jnp.asarray(from_uint8(np.stack([[red] * 2, [dark] * 2]))), embeddings, people.mask)
+    pending = host.score(jnp.asarray(from_uint8(np.stack([[red] * 2, [dark] * 2]))), people)
     assert not pending.done()               # handed over, although nothing can be scored yet
     gate.set()
     with pytest.warns(UserWarning, match=r"face reward: video 1 could not be scored \(RuntimeError: too dark\)"):
@@ -155,7 +153,7 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
 @pytest.mark.slow
 def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
     constants = IdentityConfig(null_similarity=-1.0)
-    monkeypatch.setattr(train, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.frames))
+    monkeypatch.setattr(loop, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.reward.frames))
     loop.train(tiny(1, micro_batch=2), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["faces_seen"] == 1 and row["rewards_failed"] == 0 and row["skipped"] == 0 and row["gradient_norm"] > 0
@@ -203,8 +201,9 @@ def test_without_deepface_the_command_ends_at_once_with_one_line(tmp_path):
 
 
 def test_opencv_with_our_embedder_writes_nothing_at_home(tmp_path):
-    script = ("import warnings; from jax_idgrpo.config import RewardConfig; from jax_idgrpo.evaluation.commands import make_reward;"
-              f"before = warnings.filters[:]; make_reward(RewardConfig(backend='{OPENCV}')); assert warnings.filters == before")
+    script = ("import warnings; from jax_idgrpo import config as c; from jax_idgrpo.rewards.factory import make_reward;"
+              f"config = c.Config(reward=c.RewardConfig(backend='{OPENCV}'));"
+              "before = warnings.filters[:]; make_reward(config); assert warnings.filters == before")
     home = tmp_path / "home"
     environment = {name: value for name, value in os.environ.items() if name != "DEEPFACE_HOME"}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True,

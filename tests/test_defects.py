@@ -73,10 +73,9 @@ def test_7_videos_go_to_the_reward_as_they_are_and_files_have_the_frame_rate(tmp
 
 
 def test_8_rewards_are_float32_whatever_the_videos_are():
-    reward = factory.make_reward(c.RewardConfig(frames=1))
+    reward = factory.make_face_reward(c.RewardConfig(frames=1))
     videos = jax.ShapeDtypeStruct((2, 5, 64, 64, 3), jnp.bfloat16)
-    people = reward.shapes(2, 1), jax.ShapeDtypeStruct((2, 1), bool)
-    terms = jax.eval_shape(reward.function, reward.state, videos, *people)
+    terms = jax.eval_shape(reward.apply, reward.state, videos, reward.shapes(2, 1))
     assert {term.dtype for term in terms.values()} == {jnp.dtype("float32")}
 
 

@@ -20,7 +20,7 @@ from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
-from jax_idgrpo.rewards.base import references
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.sampling import pipeline
 from jax_idgrpo.sampling.adapters import add_adapter, save_lora
 
@@ -229,8 +229,8 @@ def test_size_of_the_evaluation_overrides_that_of_the_run(config):
     assert (video.frames, video.height, video.width, video.fps) == (9, 16, 64, 8)
 
 
-def test_references_are_padded_with_white(config, prompts):
-    asked = references(prompts, config)
-    assert asked.mask.tolist() == [[True, False], [True, True], [True, False]]
-    assert asked.images.shape == (3, 2, 16, 32, 3)
-    assert jnp.all(asked.images[0, 1] == 1) and not jnp.all(asked.images[1, 1] == 1)
+def test_references_are_photos_at_their_own_size_and_a_mask_of_people(config, prompts):
+    references = References.of_prompts(prompts, config.data.max_people)
+    assert references.mask.tolist() == [[True, False], [True, True], [True, False]]
+    for row, prompt in zip(references.photos, prompts, strict=True):
+        assert [photo.open().size for photo in row] == [Image.open(path).size for path in prompt.references]

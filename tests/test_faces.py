@@ -240,27 +240,34 @@ def held_out():
 
 
 def references(images, mask):
-    return References(jnp.asarray(images), jnp.asarray(mask))
+    return References.of_pixels(images, mask)
+
+
+def encoded(name, images, mask):
+    return reward(name).encode_references(references(images, mask), [""] * len(mask))
+
+
+def terms_of(name, video, images, mask):
+    return jax.device_get(reward(name).score(video, encoded(name, images, mask)))
 
 
 @pytest.mark.parametrize("name", ["embedder", "judge"])
 def test_the_right_people_score_higher_than_others(name):
     drawn = held_out()
-    right = np.asarray(reward(name)(drawn.video, references(drawn.portraits, drawn.mask)))
-    terms = jax.device_get(reward(name).terms)
+    terms = terms_of(name, drawn.video, drawn.portraits, drawn.mask)
     assert np.mean(terms["faces_seen"]) == pytest.approx(drawn.mask.sum(1).mean(), rel=0.15)
-    wrong = np.asarray(reward(name)(drawn.video, references(np.roll(drawn.portraits, 1, 0), np.roll(drawn.mask, 1, 0))))
-    assert (right > wrong).all()
-    assert np.mean(terms["similarity"]) > np.mean(jax.device_get(reward(name).terms)["similarity"]) + 0.3
+    wrong = terms_of(name, drawn.video, np.roll(drawn.portraits, 1, 0), np.roll(drawn.mask, 1, 0))
+    assert (terms["reward"] > wrong["reward"]).all()
+    assert np.mean(terms["similarity"]) > np.mean(wrong["similarity"]) + 0.3
 
 
 def test_one_program_on_the_device():
     drawn = held_out()
-    embeddings = reward().embed_references(references(drawn.portraits, drawn.mask))
-    videos, mask = jax.device_put((drawn.video, drawn.mask))
-    expected = reward()(drawn.video, references(drawn.portraits, drawn.mask))
+    people = encoded("embedder", drawn.portraits, drawn.mask)
+    videos, people = jax.device_put((drawn.video, people))
+    expected = reward("embedder").score(drawn.video, people)["reward"]
     with jax.transfer_guard_device_to_host("disallow"):
-        terms = jax.jit(reward().score_terms)(videos, embeddings, mask)
+        terms = jax.jit(reward("embedder").score)(videos, people)
     np.testing.assert_allclose(terms["reward"], expected, atol=1e-5)
 
 
@@ -269,21 +276,20 @@ def test_a_photo_without_a_face_is_refused():
     images = drawn.portraits.copy()
     images[1, 0] = 1.0
     with pytest.raises(UserError, match=r"reference photo 1 of the prompt 'two friends': no face"):
-        reward().embed_references(references(images, drawn.mask), ["one"] + ["two friends"] * 11)
+        reward("embedder").encode_references(references(images, drawn.mask), ["one"] + ["two friends"] * 11)
 
 
 def test_padding_references_changes_nothing():
     drawn = held_out()
-    base = reward()(drawn.video, references(drawn.portraits, drawn.mask))
-    padded = references(np.pad(drawn.portraits, [(0, 0), (0, 1)] + [(0, 0)] * 3), np.pad(drawn.mask, ((0, 0), (0, 1))))
-    np.testing.assert_allclose(reward()(drawn.video, padded), base, atol=1e-5)
+    base = terms_of("embedder", drawn.video, drawn.portraits, drawn.mask)
+    padded = np.pad(drawn.portraits, [(0, 0), (0, 1)] + [(0, 0)] * 3), np.pad(drawn.mask, ((0, 0), (0, 1)))
+    np.testing.assert_allclose(terms_of("embedder", drawn.video, *padded)["reward"], base["reward"], atol=1e-5)
 
 
 def test_an_empty_video_scores_nothing():
     blank = jnp.zeros((1, 3, 64, 64, 3))
     drawn = held_out()
-    reward()(blank, references(drawn.portraits[:1], drawn.mask[:1]))
-    terms = jax.device_get(reward().terms)
+    terms = terms_of("embedder", blank, drawn.portraits[:1], drawn.mask[:1])
     assert terms["identity_mean"][0] == 0 and terms["faces_found"][0] == 0 and np.isfinite(terms["reward"]).all()
 
 

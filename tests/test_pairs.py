@@ -16,7 +16,7 @@ from jax_idgrpo.preferences.clip_pairs import Shape, drawn
 from jax_idgrpo.preferences.corruptions import STRANGER, swap
 from jax_idgrpo.preferences.csv_source import LABELS, load_pairs
 from jax_idgrpo.rewards.base import References
-from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND
 
 
@@ -65,12 +65,12 @@ def test_both_videos_are_takes_of_one_prompt():
 def test_drawn_people_can_have_any_face_above_their_own_clothes():
     """Drawn, not pasted: an exchange leaves no seam for a cosine to go by, so that only who stands where tells of it."""
     clips = list(itertools.islice((takes.subjects[0] for takes in drawn(7, "eval") if len(takes.photos) == 2), 6))
-    reward = make_reward(RewardConfig(frames=9))
-    asked = References(*(np.stack([getattr(clip, name) for clip in clips]) for name in ("photos", "mask")))
-    known = reward.embed_references(asked)
+    reward = make_face_reward(RewardConfig(frames=9))
+    photos = References.of_pixels(*(np.stack([getattr(clip, name) for clip in clips]) for name in ("photos", "mask")))
+    people = reward.encode_references(photos, [""] * len(clips))
 
     def terms(videos):
-        found = reward.score_terms(np.stack(videos), known, asked.mask)
+        found = reward.score(np.stack(videos), people)
         return (np.asarray(found[name]) for name in ("similarity", "similarity_min", "swapped"))
 
     exchanged = [clip.recast(dict(zip(clip.people, clip.people[::-1], strict=True))) for clip in clips]

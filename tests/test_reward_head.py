@@ -13,11 +13,11 @@ from flax import nnx
 
 from jax_idgrpo import config as c
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation import commands
 from jax_idgrpo.preferences import synthesis, train_head
 from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards import head as heads
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
 from jax_idgrpo.synthetic import scenes
@@ -142,23 +142,23 @@ def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
     export = tmp_path / "run" / "export"
     config = c.RewardConfig(head=str(export))
     drawn = scenes.batch(3, 0, 4, "eval")
-    reward = factory.make_reward(config)
-    embeddings = reward.embed_references(commands.References(images=drawn.portraits, mask=drawn.mask))
-    terms = reward.score_terms(drawn.video, embeddings, drawn.mask)
+    reward = factory.make_face_reward(config)
+    people = reward.encode_references(References.of_pixels(drawn.portraits, drawn.mask), [""] * 4)
+    terms = reward.score(drawn.video, people)
     np.testing.assert_allclose(terms["reward"], terms["head"] - terms["costs"], atol=1e-5)
-    assert set(reward.names) == set(terms)
-    gradient = jax.grad(lambda video: reward.function(reward.state, video, embeddings, drawn.mask)["reward"].sum())(drawn.video)
+    assert set(reward.term_names) == set(terms)
+    gradient = jax.grad(lambda video: reward.apply(reward.state, video, people)["reward"].sum())(drawn.video)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
-    assert "head" not in factory.make_reward(config, "judge").score_terms(drawn.video, embeddings, drawn.mask)
+    assert "head" not in factory.make_judge(c.Config(reward=config)).term_names
 
     with pytest.raises(UserError, match=r"trained with reward.frames 5, not 4; pass --reward.frames 5"):
-        factory.make_reward(c.RewardConfig(head=str(export), frames=4))
+        factory.make_face_reward(c.RewardConfig(head=str(export), frames=4))
     said = json.loads((export / "head.json").read_text())
     (export / "head.json").write_text(json.dumps(said | {"networks": "other"}))
     with pytest.raises(UserError, match=r"trained on other face networks"):
-        factory.make_reward(config)
+        factory.make_face_reward(config)
     with pytest.raises(UserError, match=r"head.json: cannot be read"):
-        factory.make_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
+        factory.make_face_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_stopped_run_ends_with_the_head_of_an_undisturbed_one(tmp_path):
 def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_made_of(tmp_path):
     config = configuration(write_pairs(tmp_path / "pairs", 2, 0, "train"))
     pair, other = load_pairs(tmp_path / "pairs" / "pairs.csv", ("SA",))
-    reward, folder = factory.make_reward(config.reward), tmp_path / "tokens"
+    reward, folder = factory.make_face_reward(config.reward), tmp_path / "tokens"
     looked = []
 
     def tokens_of(pair, config=config):

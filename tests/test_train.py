@@ -191,16 +191,16 @@ def failing(monkeypatch, broken):
     real = train.make_reward
     calls = []
 
-    def make(config, **placed):
-        reward = real(config, **placed)
-        scored = reward.score_terms
+    def make(config, mesh):
+        reward = real(config, mesh)
+        scored = reward.score
 
-        def score_terms(*given):
+        def score(*given):
             calls.append(0)
             terms = scored(*given)
             return terms | {"reward": np.where(broken(len(calls)), np.nan, terms["reward"])}
 
-        monkeypatch.setattr(reward, "score_terms", score_terms)
+        monkeypatch.setattr(reward, "score", score)
         return reward
 
     monkeypatch.setattr(train, "make_reward", make)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.qwen_vl import VisionConfig
-from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 from tests import vlm_folders
@@ -151,8 +150,13 @@ def batch():
 
 
 def references(photos, slots=4):
-    mask = np.array([[n < len(row) for n in range(slots)] for row in photos])
-    return References(images=np.ones((len(photos), slots, 8, 8, 3), np.float32), mask=mask, photos=tuple(photos))
+    return References(tuple(tuple(map(Photo, row)) for row in photos), slots)
+
+
+def scores(reward, videos, references, prompts):
+    """All terms, on the host."""
+    encoded = reward.encode_references(references, prompts, videos.shape[1:4])
+    return {name: np.asarray(value) for name, value in reward.score(videos, encoded).items()}
 
 
 def reward(released, **changes):
@@ -163,7 +167,7 @@ def reward(released, **changes):
 
 def test_scores_are_those_of_torch_on_the_published_chain(released):
     photos, videos = batch()
-    got = np.asarray(reward(released)(values(videos), references(photos), [""] * 3))
+    got = scores(reward(released), values(videos), references(photos), [""] * 3)["reward"]
     model = released[1].base_model.model
     chosen = inputs.frame_indices(9, 5.0)
     seconds = torch.tensor([inputs.seconds_per_grid(9, 10.0, 4)])
@@ -190,8 +194,12 @@ def test_scores_are_those_of_torch_on_the_published_chain(released):
 
 def test_a_rows_score_does_not_depend_on_its_neighbours(released):
     photos, videos = batch()
-    scored = reward(released)
-    together = np.asarray(scored(values(videos), references(photos), [""] * 3))
+    whole = reward(released)
+
+    def scored(*given, by=whole):
+        return scores(by, *given)["reward"]
+
+    together = scored(values(videos), references(photos), [""] * 3)
     order = [2, 0, 1]
     permuted = scored(values(videos)[order], references([photos[n] for n in order]), [""] * 3)
     np.testing.assert_allclose(permuted, together[order], atol=1e-5)
@@ -199,9 +207,9 @@ def test_a_rows_score_does_not_depend_on_its_neighbours(released):
         alone = scored(values(videos)[row : row + 1], references(photos[row : row + 1], 3), [""])
         np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
     longer = [photos[0], (photo(8, 320, 420),), photos[2]]                      # another bucket of pictures and of tokens
-    np.testing.assert_allclose(scored(values(videos), references(longer), [""] * 3)[jnp.array([0, 2])], together[[0, 2]], atol=1e-5)
-    parts = reward(released, vlm_rows=2)
-    np.testing.assert_allclose(parts(values(videos), references(photos), [""] * 3), together, atol=1e-5)
+    np.testing.assert_allclose(scored(values(videos), references(longer), [""] * 3)[[0, 2]], together[[0, 2]], atol=1e-5)
+    parts = scored(values(videos), references(photos), [""] * 3, by=reward(released, vlm_rows=2))
+    np.testing.assert_allclose(parts, together, atol=1e-5)
     swapped = scored(values(videos), references([photos[0][::-1], photos[1], photos[2]]), [""] * 3)
     assert abs(swapped[0] - together[0]) > 1e-5 and np.allclose(swapped[1:], together[1:], atol=1e-5)
 
@@ -213,13 +221,15 @@ def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
     model = files.start(released[0] / "base", settings, jax.random.key(3), "float32")
     photos, videos = batch()
     scored = VlmReward(model, "Does it show {text_prompt}?")
-    first = scored(values(videos), references(photos), ["a dog"] * 3)
-    raw = [(scored.terms[name] * deviation + mean) for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)]
-    np.testing.assert_allclose(first, sum(scored.terms[name] for name in ("VQ", "MQ", "TA")), rtol=1e-6)
-    assert set(scored.names) == set(scored.terms)
+    terms = scores(scored, values(videos), references(photos), ["a dog"] * 3)
+    first = terms["reward"]
+    raw = [(terms[name] * deviation + mean) for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)]
+    np.testing.assert_allclose(first, sum(terms[name] for name in ("VQ", "MQ", "TA")), rtol=1e-6)
+    assert set(scored.term_names) == set(terms) and scored.reported == ("VQ", "MQ", "TA")
+    assert terms["faces_asked"].tolist() == [len(row) for row in photos]
     assert np.abs(np.stack(raw)).max() < 10
-    other = scored(values(videos), references(photos), ["a dog", "two cats", "a dog"])
-    np.testing.assert_allclose(other[jnp.array([0, 2])], first[jnp.array([0, 2])], atol=1e-5)
+    other = scores(scored, values(videos), references(photos), ["a dog", "two cats", "a dog"])["reward"]
+    np.testing.assert_allclose(other[[0, 2]], first[[0, 2]], atol=1e-5)
     assert abs(other[1] - first[1]) > 1e-5
 
 

@@ -17,19 +17,20 @@ from PIL import Image
 from jax_idgrpo import config as c
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards import factory
-from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.base import Photo, References
 
 
 def main(folder: Path) -> None:
     rng = np.random.default_rng(0)
-    photos = tuple((Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)),) for _ in range(3))
+    photos = tuple((Photo(Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8))),) for _ in range(3))
     videos = rng.uniform(-1, 1, (3, 5, 64, 64, 3)).astype(np.float32)
-    asked = References(images=np.ones((3, 1, 8, 8, 3), np.float32), mask=np.ones((3, 1), bool), photos=photos)
+    references = References(photos, 1)
 
     def scores(own: int, mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, int]:
         reward = c.RewardConfig(vlm=str(folder / "reward"), vlm_base=str(folder / "base"), vlm_dtype="float32", vlm_devices=own)
         model = factory.make_vlm(c.Config(reward=reward), mesh)
-        found = model(jax.device_put(videos, jax.devices()[0]), asked, [""] * 3)
+        encoded = model.encode_references(references, [""] * 3, videos.shape[1:4])
+        found = model.score(jax.device_put(videos, jax.devices()[0]), encoded)["reward"]
         kernels = [leaf for leaf in jax.tree.leaves(model.state) if leaf.ndim == 3]
         return np.asarray(found), len({str(shard.index) for shard in kernels[0].addressable_shards} if own or mesh else {0})
 

@@ -29,11 +29,15 @@ PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One row of a prompts CSV; its people are in the order of `references`."""
+    """One row of a prompts CSV; its people are in the order of `references`.
 
-    id: int  # rows counted from 0
+    id: rows counted from 0. where: the CSV and the line in it, for messages; empty for prompts that come from no CSV.
+    """
+
+    id: int
     text: str
     references: tuple[File, ...]
+    where: str = dataclasses.field(default="", compare=False)
 
     @property
     def people(self) -> int:
@@ -52,7 +56,9 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     rows = list(read_rows(path))
     if not rows:
         raise UserError(f"prompts {path}: no rows below the header; write one prompt per line: {','.join(COLUMNS)}")
-    prompts = [Prompt(k, *_parse(row, path, line, max_people)) for k, (line, row) in enumerate(rows)]
+    prompts = [
+        Prompt(k, *_parse(row, path, line, max_people), f"prompts {path}, line {line}") for k, (line, row) in enumerate(rows)
+    ]
     lines = {reference: line for (line, _), prompt in reversed(list(zip(rows, prompts))) for reference in prompt.references}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = {reference: pool.submit(load_reference, reference) for reference in sorted(lines, key=lines.__getitem__)}

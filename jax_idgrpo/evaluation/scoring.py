@@ -4,7 +4,9 @@ The judge is an embedder that never serves as reward.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -13,8 +15,10 @@ from jaxtyping import Float
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.rewards.base import references
-from jax_idgrpo.rewards.factory import make_reward, make_vlm
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.base import References, Reward
+from jax_idgrpo.rewards.factory import make_judge, make_reward
+from jax_idgrpo.rewards.host import collect
 
 Scorer = Callable[[np.ndarray, Sequence[Prompt]], bootstrap.Scores]
 
@@ -30,6 +34,8 @@ JUDGED = {
     "blended": "blended",
 }
 """Value of a video -> the judge's term."""
+REPORTED = {"similarity": "embedder_identity"}
+"""Term of the reward -> value of a video, where the names differ."""
 
 
 def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
@@ -40,27 +46,30 @@ def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
     papers with one person measure. embedder_identity: as the judge's, by the embedder of the reward. faces: detected faces per person
     asked for, at most 1. count: share of frames with the right number. motion: mean change between neighbouring frames outside the faces.
 
-    A vision-language reward has no embedder of its own; where it has several dimensions each is there by its name, and without
-    `reward.faces` there is no judge, so that what it measures is left out.
+    Only a face reward has an embedder. Other terms that a reward reports, such as each of several dimensions, are there by their names.
+    Without `reward.faces` there is no judge, so that what it measures is left out.
+
+    mesh: where videos are scored, their rows divided; `batch` is then a number that it divides.
     """
-    vlm = make_vlm(config, mesh) if config.reward.vlm else None
-    reward = vlm or make_reward(config.reward)
-    judge = make_reward(config.reward, "judge") if config.reward.faces else None
+    reward, judge = make_reward(config, mesh), make_judge(config, mesh)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(jnp.asarray, tree) if mesh is None else sharding.put(tree, sharding.batch_sharding(mesh))
 
     def score(videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt]) -> bootstrap.Scores:
         filled = np.minimum(np.arange(batch), len(prompts) - 1)     # one program, however many videos there are
         listed = [prompts[n] for n in filled]
-        asked, texts = references(listed, config), [prompt.text for prompt in listed]
-        watched = jnp.asarray(videos[filled])
-        reward(watched, asked, texts)
-        found = {"reward": reward.terms["reward"], "motion": reward.terms["motion"]}
-        if vlm is None:
-            found["embedder_identity"] = reward.terms["similarity"]
-        elif len(vlm.settings.dimensions) > 1:
-            found |= {name: vlm.terms[name] for name in vlm.settings.dimensions}
+        photos, texts = References.of_prompts(listed, config.data.max_people), [prompt.text for prompt in listed]
+        watched = placed(videos[filled])
+
+        def terms_of(reward: Reward) -> dict[str, np.ndarray]:
+            return collect(reward.score(watched, placed(reward.encode_references(photos, texts, videos.shape[1:4]))))
+
+        terms = terms_of(reward)
+        found = {REPORTED.get(name, name): terms[name] for name in ("reward", "motion", *reward.reported) if name in terms}
         if judge is not None:
-            judge(watched, asked, texts)
-            found |= {name: judge.terms[term] for name, term in JUDGED.items()}
+            judged = terms_of(judge)
+            found |= {name: judged[term] for name, term in JUDGED.items()}
         return {name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()}
 
     return score

@@ -20,6 +20,7 @@ from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
@@ -151,7 +152,7 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     decoder = _on(whole, decoder)
     text_graph, encoder = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(parts.text_encoder, dtypes=dtypes, rngs=nnx.Rngs(0))))
     encoder = _on(sharding.spread(mesh, encoder), encoder)
-    reward = make_reward(config.reward)
+    reward = differentiable(make_reward(config))
     scorer = _on(whole, reward.state)
     waiting = _bytes(encoder) if config.model.text_memory == "device" else 0.0
     resident = _bytes(base, state, decoder, scorer) + waiting
@@ -191,10 +192,9 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
 
     size = config.video
     video = jax.ShapeDtypeStruct((count, size.frames, size.height, size.width, 3), jnp.float32, sharding=rows)
-    faces = _on(rows, reward.shapes(count, people))
-    present = jax.ShapeDtypeStruct((count, people), jnp.bool, sharding=rows)
+    encoded = _on(rows, reward.shapes(count, people))
     beside = resident - _bytes(scorer) + stored
-    yield Program("reward", reward.function, (scorer, video, faces, present), {}, beside, chunks)
+    yield Program("reward", jax.jit(reward.apply), (scorer, video, encoded), {}, beside, chunks)
 
     number = config.trained_rows // config.grpo.updates // count
     values = jax.ShapeDtypeStruct((number, count), jnp.float32)

@@ -1,7 +1,7 @@
 """Training of the reward head (`rewards.head`) on preference pairs, by Bradley-Terry with ties.
 
 Faces are found and embedded once per video, as the face reward of the configuration does (`reward.faces`, `frames`, `similarity_low`,
-`similarity_high`, `missing`), and photos at the size of `video`; what is trained sees the tokens alone. The export is a folder for
+`similarity_high`, `missing`), and photos at their own size; what is trained sees the tokens alone. The export is a folder for
 `reward.head`.
 
 Options (`finetune.options`): those of `tasks.pairs`, with one dimension; and `tokens`, a folder that keeps the tokens of every video: a run
@@ -22,16 +22,15 @@ from jaxtyping import Array, Float, Int
 
 from checkpoints_convert import store
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
 from jax_idgrpo.preferences.csv_source import Pair, by_source
 from jax_idgrpo.preferences.tfds_source import open_pairs
-from jax_idgrpo.rewards.base import references
+from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.face_reward import FaceReward
-from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.rewards.head import PEOPLE, VIDEO, Head, Tokens, fingerprint, load_head, reading, save_head, seen
 from jax_idgrpo.training.task import Loss, Task
 
@@ -61,7 +60,7 @@ def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, Fil
     """
     if not folder:
         return lambda pair, path, read: read()
-    names, size = (*PEOPLE, *VIDEO), (config.video.height, config.video.width, config.data.max_people)
+    names, size = (*PEOPLE, *VIDEO), ("photos at their own size", config.data.max_people)
     common = repr((names, size, reading(config.reward), importlib.metadata.version("jax-idgrpo"), fingerprint(reward.state)))
 
     def of(pair: Pair, path: File, read: Callable[[], Tokens]) -> Tokens:
@@ -107,9 +106,9 @@ def read_one(reward: FaceReward, pair: Pair, path: File, config: Config) -> tupl
     """
     if len(pair.references) > config.data.max_people:
         raise UserError(f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}")
-    asked = references([Prompt(0, pair.prompt, pair.references)], config)
-    embeddings = reward.embed_references(asked, [pair.prompt])
-    terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], embeddings, asked.mask))
+    photos = References((tuple(map(Photo, pair.references)),), config.data.max_people)
+    people = reward.encode_references(photos, [pair.prompt])
+    terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], people))
     return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(lambda leaf: leaf[0], said)
 
 
@@ -163,7 +162,7 @@ def make(config: Config) -> Task:
         raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
-    reward = make_reward(dataclasses.replace(config.reward, head=""))
+    reward = make_face_reward(dataclasses.replace(config.reward, head=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
     pairs = filtered(pairs, options, lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides))

@@ -30,17 +30,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Bool, Float, UInt8
+from jaxtyping import Array, ArrayLike, Float, UInt8
+from PIL import Image
 
 from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
-from jax_idgrpo.data.video import from_uint8, to_uint8
+from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards.base import Known, References, frame_numbers
-from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.base import ReferenceFaces, References, frame_numbers
 from jax_idgrpo.rewards.faces import align, load_embedder, normalise
-from jax_idgrpo.rewards.host import HostPool, Pending, collect
-from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.rewards.photo_copy import photo_crops
+from jax_idgrpo.rewards.host import HostPool, Pending
+from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
+from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, levels, padded, photo_crop
 
 OWN = "embedder"
 LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")      # of the person, so left in the picture first
@@ -197,11 +197,10 @@ class DeepFace:
         return boxes, landmarks, vectors, mask
 
 
-class HostFaceReward(FaceReward):
-    """The identity reward on faces that a function finds on the host. After a call, `terms` holds every named term of it, each [B].
+class HostFaceReward:
+    """The identity reward on faces that a function finds on the host. Nothing flows back through it."""
 
-    It has no `function`: nothing flows back through it.
-    """
+    reported = ("similarity",)
 
     def __init__(
         self,
@@ -211,20 +210,35 @@ class HostFaceReward(FaceReward):
         pool: HostPool | None = None,
     ):
         """faces: boxes, landmarks, embeddings and mask of a video, as `DeepFace` finds them. frames: how many are looked at, 0 = all."""
-        self.faces, self.frames, self.state, self.config, self.has_head = faces, frames, None, config, False
+        self.faces, self.frames, self.config = faces, frames, config
         self._pool, self._device = pool or HostPool(), host_device()
-        self._reward, self._crops = jax.jit(functools.partial(reward_terms, config=config)), jax.jit(photo_crops)
-        self._cache: dict[bytes, Known] = {}
-        self.terms = {}
+        self._reward = jax.jit(functools.partial(reward_terms, config=config))
+        self._encode = PhotoEncoder(self._photo_face)
 
-    def _best(self, state: None, pictures: Float[np.ndarray, "B h w 3"]) -> tuple[Known, np.ndarray]:
-        """What the largest face of each photo says, and whether there is one."""
-        found = [self.faces(to_uint8(picture)[None]) for picture in pictures]
-        size = max(embeddings.shape[-1] for _, _, embeddings, _ in found)
-        best = [embeddings[:, 0] if mask[0, 0] else np.zeros((1, size), np.float32) for _, _, embeddings, mask in found]
+    @functools.cached_property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms of every video."""
+        return term_names(self.config)
+
+    def encode_references(
+        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+    ) -> ReferenceFaces:
+        """The largest face of each photo; each photo is looked at once, whatever the size of the videos.
+
+        Raises:
+          UserError: a photo shows no face; the message names it.
+        """
+        return self._encode(references, prompts)
+
+    def _photo_face(self, image: Image.Image) -> PhotoFace | None:
+        """The largest face of a photo; None if it shows none."""
+        (level,) = levels(image, pyramid=False)
+        _, landmarks, embeddings, mask = (leaf[0] for leaf in self.faces(padded(level.pixels)[None]))
+        if not mask[0]:
+            return None
         with jax.default_device(self._device):
-            crops = np.asarray(self._crops(jnp.asarray(pictures), jnp.asarray([landmarks[0, 0] for _, landmarks, _, _ in found])))
-        return Known(np.stack(best), crops[:, None]), np.array([mask[0, 0] for *_, mask in found])
+            crop = photo_crop(image, level.photo(landmarks[0]))
+        return PhotoFace(embeddings[0], crop, int(mask.sum()))
 
     def _score(
         self, frames: UInt8[np.ndarray, "T H W 3"], references: np.ndarray, crops: np.ndarray, asked: np.ndarray
@@ -237,21 +251,10 @@ class HostFaceReward(FaceReward):
             terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
         return {name: float(value[0]) for name, value in terms.items()}
 
-    def score_terms(  # type: ignore[override]    # `collect` takes either
-        self, videos: Float[ArrayLike, "B T H W 3"], known: Known, mask: Bool[ArrayLike, "B M"]
-    ) -> Pending:
+    def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Pending:
         """Every term (see `identity.reward_terms`), the reward among them; does not wait for them."""
-        return self._pool.submit(self._score, (_pixels(self.frames, videos), known.embeddings, known.crops, mask), "face reward")
-
-    def __call__(
-        self, videos: Float[ArrayLike, "B T H W 3"], references: References, prompts: Sequence[str] | None = None
-    ) -> Float[Array, "B"]:
-        """As `FaceReward`, by waiting for the host."""
-        pending = self.score_terms(videos, self.embed_references(references, prompts), np.asarray(references.mask))
-        self.terms = {name: jnp.asarray(value) for name, value in collect(pending).items()}
-        return self.terms["reward"]
-
-    score = __call__
+        batch = (_pixels(self.frames, videos), encoded.embeddings, encoded.crops, encoded.mask)
+        return self._pool.submit(self._score, batch, "face reward")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.base import Reward
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
 from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
 from jax_idgrpo.rewards.faces import load_stack
@@ -15,31 +16,61 @@ from jax_idgrpo.rewards.head import fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 
-# ---- scoring -------------------------------------------------------------------------------------------------------------
 
+def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
+    """The reward that a configuration names.
 
-def make_reward(config: RewardConfig, embedder: str = "embedder", mesh: Mesh | None = None) -> FaceReward:
-    """The reward of a configuration; `embedder="judge"` measures with the network that never serves as reward, and by our own stack.
-
-    mesh: where the videos will be; the networks are then on each of its devices.
+    mesh: where the videos will be; networks that run in JAX are then on each of its devices.
 
     Raises:
       UserError: a network is missing or damaged, or the backend is not installed.
     """
-    constants = IdentityConfig(
+    wanted = config.reward
+    if wanted.vlm:
+        return make_vlm(config, mesh)
+    if wanted.backend:
+        return HostFaceReward(DeepFace(wanted.backend, wanted.folder()), identity_constants(wanted), wanted.frames)
+    return make_face_reward(wanted, mesh)
+
+
+def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
+    """The measure of identity that never serves as reward; None where the configuration has no face networks.
+
+    It looks at all frames, by the networks of `reward.faces`, whatever the reward is. mesh: as for `make_reward`.
+
+    Raises:
+      UserError: a network is missing or damaged.
+    """
+    wanted = config.reward
+    if not wanted.faces:
+        return None
+    return _on_mesh(load_reward(wanted.folder(), "judge", 0, identity_constants(wanted)), mesh)
+
+
+def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
+    """The face reward by the networks of `reward.faces`, with the head that the configuration names.
+
+    Raises:
+      UserError: a network is missing or damaged, or the head was trained on others.
+    """
+    stack = load_stack(config.folder(), "embedder")
+    head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
+    return _on_mesh(FaceReward(stack, identity_constants(config), config.frames, head), mesh)
+
+
+def identity_constants(config: RewardConfig) -> IdentityConfig:
+    """The constants of the identity reward that a configuration sets."""
+    return IdentityConfig(
         null_similarity=config.missing,
         low=config.similarity_low,
         high=config.similarity_high,
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.prices().items()),
     )
-    if embedder != "embedder":
-        return load_reward(config.folder(), embedder, 0, constants)
-    if config.backend:
-        return HostFaceReward(DeepFace(config.backend, config.folder()), constants, config.frames)
-    stack = load_stack(config.folder(), embedder)
-    head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
-    reward = FaceReward(stack, constants, config.frames, head)
+
+
+def _on_mesh(reward: FaceReward, mesh: Mesh | None) -> FaceReward:
+    """The reward with its networks on every device of the mesh."""
     if mesh is not None:
         reward.state = sharding.put(reward.state, sharding.replicated(mesh))
     return reward

@@ -33,6 +33,10 @@ _MIDDLE, _HALF = (56.0, 55.0), 50.0     # of the crop, where ARCFACE_TEMPLATE's 
 _WIDTH, _EDGE = 0.72, 0.1               # the ellipse: half its width, its height being the crop's, and the share over which it fades
 
 
+PHOTO_SIDE = SIDE * _PHOTO_SAMPLES // 2     # of a photo's face in pixels, from which on smaller details do not show in its crop
+PHOTO_TEMPLATE = ((np.asarray(ARCFACE_TEMPLATE) - _MIDDLE) / _HALF + 1) * PHOTO_SIDE / 2
+
+
 def _grid(samples: int) -> Float[np.ndarray, "S S n 2"]:
     """x, y of the samples of every pixel of the crop, whose sides are -1 and 1."""
     centres, parts = ((np.arange(count) + 0.5) * 2 / count - 1 for count in (SIDE, samples))

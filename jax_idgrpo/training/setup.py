@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
@@ -19,13 +19,13 @@ def score_latents(
     scorer: tuple[Any, nnx.State],
     latents: Float[Array, "B N h w C"],
     condition: conditioning.Conditioning,
-    people: tuple[Any, Bool[Array, "B M"]],
+    people: Any,
 ) -> Float[Array, "B"]:
     """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks,
-    `people` what `embed_references` says of those asked for and who is asked for."""
+    `people` the encoded references."""
     vae, state = scorer
     video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
-    return function(state, video, *people)["reward"]
+    return function(state, video, people)["reward"]
 
 
 Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]

@@ -28,8 +28,8 @@ from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, prove, to_host
-from jax_idgrpo.rewards.base import references
-from jax_idgrpo.rewards.factory import make_reward, make_vlm, policy_devices
+from jax_idgrpo.rewards.base import References, differentiable
+from jax_idgrpo.rewards.factory import make_reward, policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.sampling import conditioning, policy, rollout
 from jax_idgrpo.sampling.adapters import save_lora
@@ -81,14 +81,15 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     through = config.grpo.objective == "reward_gradient"
     base = sharding.place(mesh, base)
     vae = nnx.split(pipe.vae)
-    reward = make_vlm(config, mesh) if config.reward.vlm else make_reward(config.reward, mesh=mesh)
-    check_mixture(config.reward.mixture, reward.names)
+    reward = make_reward(config, mesh)
+    check_mixture(config.reward.mixture, reward.term_names)
+    scorer = differentiable(reward) if through else None
     objective = Objective(
         policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,
         optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
         ema_decay=config.optimizer.ema_decay,
-        score=functools.partial(score_latents, reward.function, config.data.max_people) if through else None,
+        score=functools.partial(score_latents, scorer.apply, config.data.max_people) if scorer else None,
     )
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
     schedule, negative = sharding.put((schedule, conditioning.encode_negative(pipe, config.data)), sharding.replicated(mesh))
@@ -133,9 +134,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             ids = [prompt.id for prompt in chosen]
             of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
             asked = conditioning.encode(pipe, chosen, config, cache)
-            photos = references(chosen, config)
-            faces = reward.embed_references(photos, [prompt.text for prompt in chosen])
-            people = jax.tree.map(lambda leaf: leaf[of_row], (faces, photos.mask))
+            photos = References.of_prompts(chosen, config.data.max_people)
+            people = jax.tree.map(lambda leaf: leaf[of_row], reward.encode_references(photos, [prompt.text for prompt in chosen]))
             clock.append(time.monotonic())
             numbers = members(ids, sampling.group)
             first = np.repeat(numbers[:, :1], sampling.group, axis=1)
@@ -159,7 +159,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             videos: list[Array] = []
             for begin in range(0, sampling.rows, config.rows_per_call):
                 chunk = slice(begin, begin + config.rows_per_call)
-                start_keys, noise_keys, again_keys, where, (faces, face_mask) = (
+                start_keys, noise_keys, again_keys, where, encoded = (
                     rows(tree, chunk) for tree in (starts, noise, again, window, people)
                 )
                 condition = sharding.put(conditioning.select(asked, of_row[chunk]), sharding.batch_sharding(mesh))
@@ -168,8 +168,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
                     trajectory = sample(config, given, schedule, start_keys, noise_keys, where)
                     frames = condition.video_frames(config.data.max_people)
                     video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
-                terms.append(reward.score_terms(video, faces, face_mask))
-                chunks.append((trajectory, condition, where.start, again_keys, (faces, face_mask)))
+                terms.append(reward.score(video, encoded))
+                chunks.append((trajectory, condition, where.start, again_keys, encoded if through else None))
                 if len(videos) < SHOWN:
                     videos.append(video[:SHOWN])
             jax.block_until_ready([trajectory.latents for trajectory, *_ in chunks])
@@ -190,7 +190,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
                 base=base,
                 negative=negative,
                 old=None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params),
-                scorer=(vae, reward.state) if through else None,
+                scorer=(vae, scorer.state) if scorer else None,
             )
             logged: list[dict[str, Array]] = []
             for number in range(config.grpo.optimizer_steps):

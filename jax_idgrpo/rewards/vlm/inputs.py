@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int
 from PIL import Image
 
 from jax_idgrpo.data.prompts import on_white
@@ -236,6 +236,10 @@ class Asked:
         """The photos of all rows, one grid after another."""
         parts = {name: getattr(self, name) for name in ("patches", "place", "mask", "window", "back")}
         return Grids(**{name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()})
+
+    def people(self) -> Int[Array, "B"]:
+        """How many photos each row has."""
+        return jnp.sum(jnp.any(self.mask, axis=2), axis=1)
 
     def sequences(self) -> Sequences:
         """The sequences of all rows."""

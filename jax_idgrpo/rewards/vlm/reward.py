@@ -18,18 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float
-from PIL import Image
+from jaxtyping import Array, ArrayLike, Float
 
 from jax_idgrpo.config import RewardConfig
-from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.base import References, Terms
 from jax_idgrpo.rewards.vlm import inputs
 from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, Settings, load
 from jax_idgrpo.rewards.vlm.inputs import Asked, Prompting
-
-Terms = dict[str, Float[Array, "B"]]
 
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
@@ -39,7 +36,7 @@ def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float
 
 
 def _score(
-    graph: nnx.GraphDef, settings: Settings, fps: float, state: nnx.State, videos: Array, asked: Asked, mask: Array
+    graph: nnx.GraphDef, settings: Settings, fps: float, state: nnx.State, videos: Array, asked: Asked
 ) -> Terms:
     network = nnx.merge(graph, state)
     videos = videos.astype(jnp.float32)
@@ -48,15 +45,12 @@ def _score(
     values = dimension_scores(network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings)
     named = {name: values[:, n] for n, name in enumerate(settings.dimensions)}
     motion = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), axis=(1, 2, 3, 4))
-    terms = {"reward": jnp.sum(values, axis=1), **named, "motion": motion, "faces_asked": jnp.sum(mask, axis=-1)}
+    terms = {"reward": jnp.sum(values, axis=1), **named, "motion": motion, "faces_asked": asked.people()}
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 
 class VlmReward:
-    """A reward model with its words. After a call, `terms` holds the reward, every dimension, and the motion of the video, each [B].
-
-    names: of the terms. function(state, videos, asked, mask) -> terms is the reward as a function of arrays alone.
-    """
+    """A reward model with its words. The terms are the reward, every dimension, and the motion of the video."""
 
     def __init__(
         self,
@@ -70,27 +64,28 @@ class VlmReward:
     ):
         """
         text: what is asked. fps: frames per second that videos are taken to have; the published files say 10, whatever made them.
-        video: frames, height and width of the videos that `embed_references` prepares for. rows: of one program call, 0 = all.
+        video: frames, height and width of the videos that `encode_references` prepares for. rows: of one program call, 0 = all.
         mesh: where the scores are computed; the weights lie there already.
         """
         graph, self.state = nnx.split(model.network)
         self.settings, self.vision = model.settings, model.network.config.vision
-        self.names = ("reward", *model.settings.dimensions, "motion", "faces_asked")
+        dimensions = model.settings.dimensions
+        self.term_names = ("reward", *dimensions, "motion", "faces_asked")
+        self.reported = dimensions if len(dimensions) > 1 else ()
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
         self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
-        self.function = jax.jit(functools.partial(_score, graph, model.settings, fps))
-        self.terms: Terms = {}
+        self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
 
-    def embed_references(self, references: Any, prompts: Sequence[str], video: tuple[int, int, int] | None = None) -> Asked:
+    def encode_references(
+        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+    ) -> Asked:
         """What the rows ask, on the host, for videos of `video` frames, height and width.
 
-        references: photos in their own size where they are given, the images otherwise.
+        Raises:
+          UserError: a video has too few frames, or a photo is too long and thin.
         """
         total, height, width = video or self._video()
-        photos = references.photos or [
-            [Image.fromarray(to_uint8(image)) for image, shown in zip(images, mask, strict=True) if shown]
-            for images, mask in zip(np.asarray(references.images), np.asarray(references.mask), strict=True)
-        ]
+        photos = [[photo.open() for photo in row] for row in references.photos]
         settings = self.settings
         count = len(inputs.frame_indices(total, settings.frames, settings.fps, self.fps))
         return inputs.ask(
@@ -108,14 +103,18 @@ class VlmReward:
             raise ValueError("no size of videos was given")
         return self.video
 
-    def score_terms(self, videos: Float[ArrayLike, "B T H W 3"], asked: Asked, mask: Bool[ArrayLike, "B M"]) -> Terms:
+    def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
+        """Score videos with the network's arrays as an argument."""
+        return self._apply(state, videos, encoded)
+
+    def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
         """Every term, the reward among them; stays on the device, and does not wait for it."""
         rows = np.shape(videos)[0]
         step = self.rows or rows
         parts = [
-            self._placed(jax.tree.map(lambda leaf: leaf[first : first + step], (videos, asked, mask))) for first in range(0, rows, step)
+            self._placed(jax.tree.map(lambda leaf: leaf[first : first + step], (videos, encoded))) for first in range(0, rows, step)
         ]
-        found = [{name: value[:count] for name, value in self.function(self.state, *part).items()} for count, part in parts]
+        found = [{name: value[:count] for name, value in self._apply(self.state, *part).items()} for count, part in parts]
         return {name: jnp.concatenate([terms[name] for terms in found]) for name in found[0]}
 
     def _placed(self, tree: Any) -> tuple[int, Any]:
@@ -127,19 +126,6 @@ class VlmReward:
         if filled > count:
             tree = jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(filled), count - 1)], tree)
         return count, sharding.put(tree, sharding.batch_sharding(self.mesh))
-
-    def __call__(self, videos: Float[ArrayLike, "B T H W 3"], references: Any, prompts: Sequence[str]) -> Float[Array, "B"]:
-        """The reward of videos in [-1, 1].
-
-        Raises:
-          UserError: a video has too few frames, or a picture is too long and thin.
-        """
-        frames, height, width = np.shape(videos)[1:4]
-        asked = self.embed_references(references, prompts, (frames, height, width))
-        self.terms = self.score_terms(videos, asked, np.asarray(references.mask))
-        return self.terms["reward"]
-
-    score = __call__
 
 
 def load_vlm(config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> VlmReward:

@@ -1,0 +1,172 @@
+"""Faces of reference photos, found and embedded at the photo's own size, each photo once in a run.
+
+A photo whose shorter side exceeds `SHORT` pixels is shrunk to it, with smoothing. Programs are compiled for a few sizes only: a photo is
+continued beyond its right and lower border up to the next of `SIDES`, and its face is looked at in a window of fixed size. Where the
+face is larger than the network's crop, the window is taken from a photo shrunk by powers of two, so that no pixel is skipped.
+
+Of several faces the largest is taken, as insightface and deepface do, and a warning names the photo.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards.base import Photo, ReferenceFaces, References
+from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crops
+
+SHORT = 1024                                # of the shorter side in pixels, beyond which a face gains nothing
+SIDES = (64, 128, 256, 512, SHORT)          # of the shorter side of a padded picture
+RATIOS = (1.0, 1.5, 2.0)                    # of the longer to the shorter side of a padded picture
+
+
+class PhotoFace(NamedTuple):
+    """The largest face of a photo. faces: how many there are."""
+
+    embedding: Float[np.ndarray, "E"]
+    crop: Float[np.ndarray, "S S 3"]
+    faces: int
+
+
+class Level(NamedTuple):
+    """A photo at one size. scale: its pixels per pixel of the photo, along x and y."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    scale: Float[np.ndarray, "2"]
+
+    def place(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
+        """Take points of the photo to this size; integers are pixel centres."""
+        return ((points + 0.5) * self.scale - 0.5).astype(np.float32)
+
+    def photo(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
+        """Take points of this size back to the photo."""
+        return (points + 0.5) / self.scale - 0.5
+
+
+def shrunk(image: Image.Image, short: int, long: int = 10**6) -> Level:
+    """Shrink a photo, with smoothing, until its sides are at most `short` and `long`; it is never enlarged."""
+    factor = min(short / min(image.size), long / max(image.size), 1.0)
+    size = max(round(image.width * factor), 1), max(round(image.height * factor), 1)
+    small = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    return Level(np.asarray(small), np.divide(size, image.size))
+
+
+def levels(image: Image.Image, pyramid: bool) -> list[Level]:
+    """The sizes at which a photo is searched: its own, and for a pyramid each of `SIDES` below it."""
+    most = int(max(RATIOS))
+    own = shrunk(image, SHORT, most * SHORT)
+    short = min(own.pixels.shape[:2])
+    return [own, *(shrunk(image, side, most * side) for side in reversed(SIDES) if pyramid and side < short)]
+
+
+def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Continue a picture beyond its border, right and below, up to one of a few sizes."""
+    short, long = sorted(pixels.shape[:2])
+    side, other = next(
+        (side, round(side * ratio)) for side in SIDES for ratio in RATIOS if side >= short and round(side * ratio) >= long
+    )
+    height, width = (side, other) if pixels.shape[0] <= pixels.shape[1] else (other, side)
+    return np.pad(pixels, ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)), "edge")
+
+
+def values(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
+    """Pixels in [-1, 1]."""
+    return pixels.astype(np.float32) / np.float32(255) * 2 - 1
+
+
+def window(
+    image: Image.Image, landmarks: Float[np.ndarray, "5 2"], template: Float[np.ndarray, "5 2"], side: int
+) -> tuple[Float[np.ndarray, "side side 3"], Float[np.ndarray, "5 2"]]:
+    """A square of a photo around its face, and the landmarks in it; black beyond the border.
+
+    Args:
+      image: the photo.
+      landmarks: those of the face.
+      template: where they will lie in the crop, in pixels of the crop. A pixel of the square is at most 2 pixels of the photo's
+        picture there, more being smoothed away.
+      side: of the square; four times that of the crop holds any turn.
+    """
+    p, q = (points - points.mean(0) for points in (template, landmarks))
+    growth = math.sqrt(float((q**2).sum() / (p**2).sum()))      # photo pixels per pixel of the crop
+    halvings = max(math.floor(math.log2(max(growth, 1.0))), 0)
+    level = shrunk(image, max(min(image.size) >> halvings, 1))
+    points, size = level.place(landmarks), level.pixels.shape[1::-1]
+    corner = [
+        0 if size[axis] <= side else int(np.clip(round(points[:, axis].mean()) - side // 2, 0, size[axis] - side)) for axis in (0, 1)
+    ]
+    part = level.pixels[corner[1] : corner[1] + side, corner[0] : corner[0] + side]
+    picture = np.full((side, side, 3), -1, np.float32)
+    picture[: part.shape[0], : part.shape[1]] = values(part)
+    return picture, points - np.asarray(corner, np.float32)
+
+
+@jax.jit
+def _crop(picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]) -> Float[Array, "S S 3"]:
+    return photo_crops(picture[None], landmarks[None])[0]
+
+
+def photo_crop(image: Image.Image, landmarks: Float[np.ndarray, "5 2"]) -> Float[np.ndarray, "S S 3"]:
+    """The crop of a photo's face, for `photo_copy`; one program for photos of all sizes."""
+    return np.asarray(_crop(*window(image, landmarks, PHOTO_TEMPLATE, 4 * PHOTO_SIDE)))
+
+
+class PhotoEncoder:
+    """Looks at every photo once, and lays out by prompt what was found.
+
+    look: finds the largest face of a photo; None if it shows none.
+    """
+
+    def __init__(self, look: Callable[[Image.Image], PhotoFace | None]):
+        self._look = look
+        self._found: dict[Hashable, PhotoFace] = {}
+
+    def __call__(self, references: References, prompts: Sequence[str]) -> ReferenceFaces:
+        """Encode the photos of some prompts.
+
+        Raises:
+          UserError: a photo shows no face.
+        """
+        rows = [
+            [self._face(photo, f"reference photo {m} of the prompt {text!r}") for m, photo in enumerate(row, 1)]
+            for row, text in zip(references.photos, prompts, strict=True)
+        ]
+        first = next(face for row in rows for face in row)
+        shape = (len(rows), references.people)
+        embeddings, crops = (np.zeros((*shape, *leaf.shape), np.float32) for leaf in first[:2])
+        for n, row in enumerate(rows):
+            for m, face in enumerate(row):
+                embeddings[n, m], crops[n, m] = face.embedding, face.crop
+        return ReferenceFaces(embeddings, crops, references.mask)
+
+    def _face(self, photo: Photo, otherwise: str) -> PhotoFace:
+        """The face of a photo. otherwise: what a message calls a photo that has no name."""
+        if photo.key not in self._found:
+            face, name = self._look(photo.open()), photo.name or otherwise
+            if face is None:
+                raise UserError(f"{name}: no face is found; use a photo that shows one face, large and clear")
+            if face.faces > 1:
+                warnings.warn(f"{name}: shows {face.faces} faces; the largest is taken", stacklevel=2)
+            self._found[photo.key] = face
+        return self._found[photo.key]
+
+
+def largest(
+    boxes: Float[np.ndarray, "K 4"], scores: Float[np.ndarray, "K"], overlap: float = 0.4
+) -> list[int]:
+    """Numbers of the faces that are not the same as a surer one, largest first.
+
+    overlap: share of the smaller box from which two boxes are one face.
+    """
+    areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+    kept: list[int] = []
+    for number in np.argsort(-scores, kind="stable"):
+        both = [np.maximum(np.minimum(boxes[number, 2:], boxes[k, 2:]) - np.maximum(boxes[number, :2], boxes[k, :2]), 0) for k in kept]
+        if all(np.prod(common) < overlap * min(areas[number], areas[k]) for common, k in zip(both, kept, strict=True)):
+            kept.append(int(number))
+    return sorted(kept, key=lambda number: -areas[number])
