@@ -45,7 +45,7 @@ PATIENCE = 300.0    # seconds of a small part, which may run on a CPU with other
 TINY = (        # of configs/quickstart.py: the smallest run with every phase of a step
     "--video.frames=5", "--rollout.prompts=2", "--rollout.group=2", "--rollout.steps=2",
     "--rollout.window=fixed", "--rollout.window_size=1", "--reward.frames=2", "--model.rank=2",
-    "--model.alpha=2",
+    "--model.alpha=2", "--model.dtype=bfloat16",
 )
 
 
@@ -94,7 +94,8 @@ def matmul(small: bool, folder: Path) -> Iterator[Row]:
     from benchmarks.transformer import DEVICE, returning_when_done
 
     side = 256 if small else 8192
-    for dtype, precision in (("bfloat16", "default"), ("float32", "default"), ("float32", "highest")):
+    cases = (("bfloat16", "default"), ("float32", "default"), ("float32", "highest"))
+    for dtype, precision in cases:
         torch.backends.cuda.matmul.allow_tf32 = precision == "default"
         x = jax.random.normal(jax.random.key(0), (side, side), dtype)
         y = torch.randn(side, side, device=DEVICE, dtype=getattr(torch, dtype))
@@ -213,7 +214,7 @@ def resume(small: bool, folder: Path) -> Iterator[Row]:
     import numpy as np
     from safetensors.numpy import load_file
 
-    words = ["--model.dtype=bfloat16", *(TINY if small else ())]
+    words = TINY if small else ("--model.dtype=bfloat16",)
     whole = _train(folder / "whole", 2, words)
     first = _train(folder / "resumed", 1, words)
     last = _train(folder / "resumed", 2, words)
