@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,10 +64,10 @@ def broken(monkeypatch, tmp_path):
     """A part that fails after its first figure, run as the process of a part runs it."""
 
     def part(small, folder):
-        yield gpu.Row("before", 1.0)
+        yield gpu_parts.Row("before", 1.0)
         raise ValueError("of two\nlines | with a bar")
 
-    monkeypatch.setitem(gpu.PARTS, "matmul", gpu.Part(part, 1))
+    monkeypatch.setitem(gpu.PARTS, "matmul", gpu_parts.Part(part, 1))
     gpu.child("matmul", True, tmp_path / "record.jsonl")
     return [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
 
@@ -78,6 +78,7 @@ def test_a_part_that_fails_keeps_its_figures_and_says_why_in_one_line(broken):
     assert end["status"] == "failed: ValueError: of two lines | with a bar"
 
 
-def test_a_part_is_stopped_at_the_end_of_its_time(tmp_path):
+def test_a_part_is_stopped_at_the_end_of_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
     record = gpu.run("quickstart", tmp_path, True, 0.1)
     assert record["status"].startswith("stopped after") and record["rows"] == []

@@ -88,7 +88,13 @@ INTERPRETER = """#!/bin/bash
 case "$*" in
     "-c "*) ;;
     --version) echo "Python 3.12.0" ;;
-    "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; touch .venv/bin/activate; echo made >>calls ;;
+    "-m venv"*)
+        [ "$3" != --clear ] || rm -rf .venv
+        mkdir -p .venv/bin
+        cp "$0" .venv/bin/python
+        touch .venv/bin/activate
+        echo made >>calls
+        ;;
     "-m pip"*) echo installed >>calls ;;
     *) exit 1 ;;
 esac
