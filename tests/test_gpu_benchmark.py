@@ -19,38 +19,30 @@ def benchmark(*words):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What the small variant of all parts leaves."""
-    out = tmp_path_factory.mktemp("gpu")
-    answer = benchmark("--small", "--out", str(out))
+QUICK = ("matmul", "attention", "parity", "ratio", "quickstart", "transformer")
+SLOW = ("resume", "memory")     # several programs or processes of the whole package
+FIGURES = {     # what a first run is for
+    "ratio": {f"{adapter} adapter, ratio_{end}" for adapter in ("fresh", "trained")
+              for end in ("min", "max")},
+    "resume": {"both steps, resumed: numbers of the adapter that differ"},
+    "transformer": {"rollout, model-FLOP utilization", "update, model-FLOP utilization"},
+    "memory": {"rollout, memory", "decode, memory", "update, memory"},
+}
+
+
+@pytest.mark.parametrize("names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
+def test_every_part_runs_and_its_properties_hold(names, tmp_path):
+    assert {*QUICK, *SLOW} == set(gpu_parts.PARTS)
+    answer = benchmark("--small", "--out", str(tmp_path), "--only", *names)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return out
-
-
-@pytest.mark.parametrize("name", list(gpu.PARTS))
-def test_every_part_runs_and_its_properties_hold(results, name):
-    records = json.loads((results / "results.json").read_text())["parts"]
-    (record,) = (record for record in records if record["part"] == name)
-    assert record["status"] == "done" and record["rows"]
-    assert all(row["holds"] is not False for row in record["rows"])
-    assert f"| {name} | {record['rows'][0]['name']} |" in (results / "results.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("part", "names"),
-    [
-        ("ratio", {f"{adapter} adapter, ratio_{end}" for adapter in ("fresh", "trained")
-                   for end in ("min", "max")}),
-        ("resume", {"both steps, resumed: numbers of the adapter that differ"}),
-        ("transformer", {"rollout, model-FLOP utilization", "update, model-FLOP utilization"}),
-        ("memory", {"rollout, memory", "decode, memory", "update, memory"}),
-    ],
-)
-def test_the_figures_that_a_first_run_is_for_are_there(results, part, names):
-    records = json.loads((results / "results.json").read_text())["parts"]
-    (record,) = (record for record in records if record["part"] == part)
-    assert names <= {row["name"] for row in record["rows"]}
+    records = json.loads((tmp_path / "results.json").read_text())["parts"]
+    table = (tmp_path / "results.md").read_text()
+    assert [record["part"] for record in records] == list(names)
+    for record in records:
+        assert record["status"] == "done" and record["rows"]
+        assert all(row["holds"] is not False for row in record["rows"])
+        assert FIGURES.get(record["part"], set()) <= {row["name"] for row in record["rows"]}
+        assert f"| {record['part']} | {record['rows'][0]['name']} |" in table
 
 
 def test_a_machine_without_gpu_is_refused_in_one_line(tmp_path):
