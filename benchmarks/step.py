@@ -123,14 +123,18 @@ def main() -> None:
         transformer.write_transformer(folder, SIZE)
         diffusers.AutoencoderKLWan(base_dim=VAE_CHANNELS).save_pretrained(home / "vae")
         files = write_weights(home)
-        theirs = transformer.theirs(f"{folder}/transformer", given, arguments.steps, SIZE, arguments.compile)
+        theirs = transformer.theirs(
+            transformer.their_network(SIZE, folder), given, arguments.steps, SIZE, arguments.compile
+        )
         calibrate(files / "retinaface.pth", PEOPLE, np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
         write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
         eyes = {
             "ours": our_eyes(home, arguments.looked, people, arguments.rows),
             "theirs": their_eyes(home, arguments.looked, people),
         }
-        sides = {"ours": transformer.ours(folder, given, arguments.steps, SIZE), "theirs": theirs}
+        network = transformer.our_network(SIZE, folder)
+        ours = transformer.ours(network, given, arguments.steps, SIZE)
+        sides = {"ours": ours, "theirs": theirs}
 
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for number in range(arguments.rounds + 1):

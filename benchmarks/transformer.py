@@ -31,19 +31,20 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # a GPU has to hold both sides
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import torch
 from flax import nnx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoints_convert import wan
 from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig
+from jax_idgrpo.models.layers import Dtypes
+from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel.hosts import give_back_after_compiling
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter
@@ -77,10 +78,18 @@ class Size:
 
 
 SHARED = dict(
-    freq_dim=256, in_channels=16, out_channels=16, vace_in_channels=96, patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads",
-    cross_attn_norm=True,
+    freq_dim=256, in_channels=16, out_channels=16, vace_in_channels=96, patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads",
+    cross_attn_norm=True, eps=1e-6, rope_max_seq_len=1024,
 )
 SIZES = {
+    "tiny": Size(
+        SHARED | dict(
+            num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2, text_dim=32,
+            vace_layers=[0],
+        ),
+        shape=(3, 4, 4), text=8, rank=4, steps=3, dtype="bfloat16", checkpointing=True,
+        remat="attention", unroll=False,
+    ),
     "40m": Size(
         SHARED | dict(
             num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, vace_layers=[0, 4, 8]
@@ -136,13 +145,39 @@ def inputs(rows: int, size: Size) -> Inputs:
 
 
 def write_transformer(folder: str, size: Size) -> None:
-    """A randomly filled checkpoint, in `folder`/transformer."""
+    """Write a randomly filled checkpoint into `folder`/transformer."""
+    import diffusers
+
     diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(Path(folder) / "transformer")
 
 
-def ours(folder: str, given: Inputs, steps: int, size: Size) -> Side:
-    """This package."""
-    network = load_transformer(folder, size.dtype, remat=size.remat, unroll=size.unroll)
+def our_network(size: Size, folder: str | None = None) -> WanTransformer:
+    """Read this package's network from a pipeline's folder, or fill one at random on the device."""
+    run: dict[str, Any] = dict(remat=size.remat, unroll=size.unroll)
+    if folder is not None:
+        return load_transformer(folder, size.dtype, **run)
+    config = dataclasses.replace(wan.config_from_json(size.network), **run)
+
+    def build(key: jax.Array) -> WanTransformer:
+        return WanTransformer(config, dtypes=Dtypes.named(size.dtype), rngs=nnx.Rngs(params=key))
+
+    graph = nnx.graphdef(nnx.eval_shape(build, rng.key(0, "init")))
+    return nnx.merge(graph, jax.jit(lambda key: nnx.state(build(key)))(rng.key(0, "init")))
+
+
+def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
+    """Read diffusers' network from a pipeline's folder, or fill one at random on the device."""
+    import diffusers
+
+    if folder is not None:
+        where = Path(folder) / "transformer"
+        return diffusers.WanVACETransformer3DModel.from_pretrained(where).to(DEVICE)
+    with torch.device(DEVICE):
+        return diffusers.WanVACETransformer3DModel(**size.network)
+
+
+def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side:
+    """This package. `learn` returns the metrics of the update."""
     actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE)
     rows = len(given["latents"])
     latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
@@ -160,18 +195,21 @@ def ours(folder: str, given: Inputs, steps: int, size: Size) -> Side:
     forward = jax.jit(apply)
     gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
 
-    def sample() -> rollout.Trajectory:
-        return jax.block_until_ready(rollout.sample(actor, lora, base, asked, negative, schedule, row_keys, row_keys, window))
-
     objective = update.Objective(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
     state = start(objective.optimizer, jax.tree.map(jnp.copy, lora))
     networks = update.Networks(base=base, negative=negative)
 
-    def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> None:
+    def sample() -> rollout.Trajectory:
+        given = (actor, state.params, base, asked, negative, schedule, row_keys, row_keys, window)
+        return jax.block_until_ready(rollout.sample(*given))
+
+    def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> dict[str, jax.Array]:
         nonlocal state
         chunk = (trajectory, asked, window.start, row_keys, None)
         batch = update.gather([chunk], advantage[None], np.ones((1, rows), np.float32))
-        state, _ = jax.block_until_ready(update.update(objective, state, networks, batch, schedule, jnp.int32(0)))
+        updated = update.update(objective, state, networks, batch, schedule, jnp.int32(0))
+        state, metrics = jax.block_until_ready(updated)
+        return metrics
 
     return Side(
         forward=lambda: jax.block_until_ready(forward(lora, base)),
@@ -182,11 +220,15 @@ def ours(folder: str, given: Inputs, steps: int, size: Size) -> Side:
     )
 
 
-def theirs(folder: str, given: Inputs, steps: int, size: Size, compiled: bool) -> Side:
+def theirs(
+    base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool
+) -> Side:
     """diffusers and peft on PyTorch."""
+    import peft
+
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     lora = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets)
-    network = peft.get_peft_model(diffusers.WanVACETransformer3DModel.from_pretrained(folder), lora).eval().to(DEVICE)
+    network = peft.get_peft_model(base, lora).eval().to(DEVICE)
     torch.backends.cuda.matmul.allow_tf32 = True        # as the recipe has it
     if size.checkpointing:
         network.get_base_model().enable_gradient_checkpointing()
@@ -253,16 +295,16 @@ def theirs(folder: str, given: Inputs, steps: int, size: Size, compiled: bool) -
         optimizer.step()
 
     return Side(
-        forward=_done(torch.no_grad()(lambda: call(latents, 500, text, control))),
-        gradient=_done(gradient),
-        sample=_done(sample),
+        forward=returning_when_done(torch.no_grad()(lambda: call(latents, 500, text, control))),
+        gradient=returning_when_done(gradient),
+        sample=returning_when_done(sample),
         latents=lambda trajectory: trajectory[-1][1],
-        learn=_done(learn),
+        learn=returning_when_done(learn),
     )
 
 
-def _done(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, returning when its work on a GPU is done."""
+def returning_when_done(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a call of PyTorch's so that it returns when its work on a GPU is done."""
 
     def wrapped(*given: Any) -> Any:
         found = call(*given)
@@ -309,36 +351,50 @@ def product_speed(dtype: str) -> float:
 
 
 class Apart:
-    """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer."""
+    """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer.
 
-    def __init__(self, name: str, *given: Any) -> None:
+    Args:
+      name: "ours" or "theirs".
+      folder: the checkpoint's; None fills the network at random on the device.
+      rows, steps: videos, and denoising steps.
+      size: a name of `SIZES`.
+      compiled: whether PyTorch's blocks are compiled.
+    """
+
+    def __init__(
+        self, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
+    ) -> None:
         self.name = name
-        self._pipe, end = multiprocessing.get_context("spawn").Pipe()
-        multiprocessing.get_context("spawn").Process(target=_answer, args=(end, name, *given), daemon=True).start()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        given = (end, name, folder, rows, steps, size, compiled)
+        context.Process(target=_answer, args=given, daemon=True).start()
         end.close()
 
     def __call__(self, asked: str) -> Any:
         self._pipe.send(asked)
         try:
             return self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             sys.exit(f"transformer: the process of {self.name} ended; what it said is above")
 
 
-def _answer(pipe: Any, name: str, folder: str, rows: int, steps: int, size: str, compiled: bool) -> None:
+def _answer(
+    pipe: Any, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
+) -> None:
     """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
     give_back_after_compiling()     # as every command of ours does
     torch.manual_seed(0)
     sized, given = SIZES[size], inputs(rows, SIZES[size])
     if name == "ours":
-        side = ours(folder, given, steps, sized)
+        side = ours(our_network(sized, folder), given, steps, sized)
     else:
-        side = theirs(f"{folder}/transformer", given, steps, sized, compiled)
+        side = theirs(their_network(sized, folder), given, steps, sized, compiled)
     answers: dict[str, Callable[[], Any]] = {
         "velocity": lambda: np.asarray(side.forward()) if name == "ours" else np.moveaxis(side.forward().cpu().numpy(), 1, -1),
         "arithmetic": lambda: arithmetic(side, sized, steps),
         "speed": lambda: product_speed(sized.dtype),
-        "peak": lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak": lambda: peak_memory(name) / 2**30,
     }
     calls = side.calls(given["advantage"])
     while True:
@@ -347,6 +403,21 @@ def _answer(pipe: Any, name: str, folder: str, rows: int, steps: int, size: str,
         except EOFError:
             return
         pipe.send(answers[asked]() if asked in answers else _again(calls[asked]))
+
+
+def peak_memory(name: str) -> float:
+    """Return the peak of this process in bytes: the allocator's on a GPU, the system's elsewhere."""
+    if name == "ours" and (seen := jax.devices()[0].memory_stats()):
+        return float(seen["peak_bytes_in_use"])
+    if name == "theirs" and DEVICE == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def seconds_of(sides: dict[str, Apart], name: str, rounds: int) -> dict[str, float]:
+    """Median seconds of a call (a name of `Side.calls`) by side; the sides take turns."""
+    turns = [{side: call(name) for side, call in sides.items()} for _ in range(rounds)]
+    return {side: statistics.median(turn[side] for turn in turns) for side in sides}
 
 
 def _again(call: Callable[[], Any]) -> float:
@@ -380,8 +451,7 @@ def main() -> None:
     print(f"relative difference {np.linalg.norm(velocity - want) / np.linalg.norm(want):.1e}")
     seconds = {}
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
-        turns = [{side: call(name) for side, call in sides.items()} for _ in range(arguments.rounds)]
-        seconds[name] = {side: statistics.median(turn[side] for turn in turns) for side in sides}
+        seconds[name] = seconds_of(sides, name, arguments.rounds)
         figures = ", ".join(f"{side} {found:.3f} s" for side, found in seconds[name].items())
         print(f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}", flush=True)
     print("peak memory: " + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()), flush=True)

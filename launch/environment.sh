@@ -17,10 +17,12 @@ find_python() {
 }
 
 extra="${1:-}"
-if [ ! -x .venv/bin/python ]; then
+# venv writes activate last: an environment without it was interrupted while it was made, and is made again from nothing.
+if [ ! -x .venv/bin/python ] || [ ! -f .venv/bin/activate ]; then
     interpreter="$(find_python)"
     echo "creating .venv with $("$interpreter" --version)"
-    "$interpreter" -m venv .venv
+    rm -f .venv/bin/activate
+    "$interpreter" -m venv --clear .venv
 fi
 
 stamp=".venv/.installed-${extra:-base}"

@@ -82,3 +82,47 @@ def test_processes_end_together_with_the_status_of_the_first_that_fails(tmp_path
     seen = run('echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"')
     assert seen.stdout == "0 of 2 at 127.0.0.1:1\n"
     assert (tmp_path / "runs" / "logs" / "process-1.log").read_text() == "1 of 2 at 127.0.0.1:1\n"
+
+
+INTERPRETER = """#!/bin/bash
+case "$*" in
+    "-c "*) ;;
+    --version) echo "Python 3.12.0" ;;
+    "-m venv"*)
+        [ "$3" != --clear ] || rm -rf .venv
+        mkdir -p .venv/bin
+        cp "$0" .venv/bin/python
+        touch .venv/bin/activate
+        echo made >>calls
+        ;;
+    "-m pip"*) echo installed >>calls ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("left", ["nothing", "no activate", "no interpreter", "everything"])
+def test_an_environment_that_was_left_half_made_is_made_again(left, tmp_path):
+    """With it go the stamps of what was installed in the old one."""
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    command = ["bash", "-c", f"source {ROOT / 'launch' / 'environment.sh'} '' && echo ready"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(interpreter)}
+
+    def start():
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    if left != "nothing":
+        assert start().returncode == 0
+        for file in {"no activate": ["activate"], "no interpreter": ["python"]}.get(left, []):
+            (tmp_path / ".venv" / "bin" / file).unlink()
+        (tmp_path / "calls").unlink()
+    answer = start()
+    assert answer.returncode == 0 and answer.stdout.endswith("ready\n"), answer.stderr
+    calls = tmp_path / "calls"
+    assert (calls.read_text().split() if calls.exists() else []) == (
+        [] if left == "everything" else ["made", "installed"]
+    )
