@@ -7,9 +7,11 @@ pairs and returns the checked `Config`. Every error is one line that names the f
 import dataclasses
 import json
 import math
+import os
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,6 +27,27 @@ def _require(condition: bool, message: str) -> None:
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name} is {value!r}; use {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Refuse a seed outside the 32 bits that random keys are made of; beyond them different seeds would draw the same.
+
+    Raises:
+      UserError: the seed is negative or too large; the message begins with `name`, the field's own.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name} is {seed}; use 0 to {2**32 - 1}")
+
+
+def _require_size(section: str, frames: int, height: int, width: int, unset: str = "") -> None:
+    """Refuse a size of videos that the VAE and the transformer cannot divide; `unset` is what 0 stands for, if it is allowed."""
+    other = f", or 0 for {unset}" if unset else ""
+    allowed = bool(unset)
+    _require((allowed and frames == 0) or (frames >= 1 and frames % 4 == 1),
+             f"{section}.frames is {frames}; use 4n+1, such as 33 or 81{other}")
+    for name, size in (("height", height), ("width", width)):
+        _require((allowed and size == 0) or (size >= 16 and size % 16 == 0),
+                 f"{section}.{name} is {size}; use a multiple of 16{other}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +123,10 @@ class DataConfig:
 
 
 def prompts_file(name: str) -> Path:
-    """The CSV that `name` means: "embedded:SET" is a set of the package, anything else a path."""
-    return EMBEDDED / "prompts" / name.removeprefix("embedded:") / "prompts.csv" if name.startswith("embedded:") else Path(name)
+    """The CSV that `name` means: "embedded:SET" is a set of the package, anything else a path, in which ~ is the user's home."""
+    if name.startswith("embedded:"):
+        return EMBEDDED / "prompts" / name.removeprefix("embedded:") / "prompts.csv"
+    return Path(os.path.expanduser(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +139,7 @@ class VideoConfig:
     fps: int = 16
 
     def __post_init__(self) -> None:
-        _require(self.frames >= 1 and self.frames % 4 == 1, f"video.frames is {self.frames}; use 4n+1, such as 33 or 81")
-        for name in ("height", "width"):
-            size = getattr(self, name)
-            _require(size >= 16 and size % 16 == 0, f"video.{name} is {size}; use a multiple of 16")
+        _require_size("video", self.frames, self.height, self.width)
         _require(self.fps >= 1, f"video.fps is {self.fps}; use 1 or more")
 
 
@@ -387,6 +409,8 @@ class EvaluateConfig:
 
     solver: of the ODE, "euler" (as published) or "unipc". guidance, image_guidance: scales, 0 = the rollout's.
     batch: videos per program call, or the next number that the mesh divides.
+    frames, height, width: size of the videos of `evaluate` and `sample`, 0 = video's. Options that turn the training videos from landscape
+        to portrait, or back, turn height and width too, unless these are given as well.
     """
 
     prompts: str = "embedded:eval"
@@ -405,6 +429,9 @@ class EvaluateConfig:
         for name in ("videos", "steps", "batch", "bootstrap"):
             _require(getattr(self, name) >= 1, f"evaluate.{name} is {getattr(self, name)}; use 1 or more")
         _choice("evaluate.solver", self.solver, ("euler", "unipc"))
+        for name in ("guidance", "image_guidance"):
+            _require(getattr(self, name) >= 0, f"evaluate.{name} is {getattr(self, name)}; use a scale, or 0 for the rollout's")
+        _require_size("evaluate", self.frames, self.height, self.width, "video's")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,6 +454,7 @@ class RunConfig:
     wandb: str = ""
 
     def __post_init__(self) -> None:
+        require_seed("config: run.seed", self.seed)
         _require(self.steps >= 1, f"run.steps is {self.steps}; use 1 or more")
         _require(self.save_every >= 1, f"run.save_every is {self.save_every}; use 1 or more")
         _require(self.keep >= 1, f"run.keep is {self.keep}; use 1 or more")
@@ -585,7 +613,27 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
         section, field, kind = known[name]
         sections.setdefault(section, {})[field] = _parse(name, text, kind)
     changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **changed)
+    return _turned(dataclasses.replace(config, **changed), {name for name, _ in overrides})
+
+
+def _turned(config: Config, given: set[str]) -> Config:
+    """`config` whose evaluation is upright if options made its videos upright, or lies down if they do; a warning says so.
+
+    Args:
+      config: with the options applied.
+      given: names of the options. With `evaluate.height` or `evaluate.width` among them nothing is turned.
+    """
+    video, evaluate = config.video, config.evaluate
+    against = (video.height - video.width) * (evaluate.height - evaluate.width) < 0 and min(evaluate.height, evaluate.width) > 0
+    if not against or given.isdisjoint(("video.height", "video.width")) or given & {"evaluate.height", "evaluate.width"}:
+        return config
+    turned = dataclasses.replace(evaluate, height=evaluate.width, width=evaluate.height)
+    warnings.warn(
+        f"evaluate.height is {turned.height} and evaluate.width {turned.width}, turned as video.height {video.height} and video.width "
+        f"{video.width} are; pass --evaluate.height {evaluate.height} --evaluate.width {evaluate.width} to keep them",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, evaluate=turned)
 
 
 def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Config:

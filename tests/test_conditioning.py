@@ -1,5 +1,7 @@
 """Conditioning: layout of the control, what padding may not change, and images of every kind."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from flax import nnx
 from PIL import Image
 
 from jax_idgrpo.config import EMBEDDED, Config, DataConfig, MeshConfig, VideoConfig
-from jax_idgrpo.data.prompts import Prompt, load_reference
+from jax_idgrpo.data import photos
+from jax_idgrpo.data.photos import PhotoCache, load_reference
+from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.parallel import sharding
@@ -21,11 +25,17 @@ HEIGHT, WIDTH, FRAMES = 32, 48, 5
 class WordLengths:
     """A tokenizer whose ids are the lengths of the words."""
 
-    def __call__(self, text, *, padding, max_length, truncation, return_tensors):
+    def __call__(self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None):
+        ids = [len(word) for word in text.split()]
+        if max_length is None:
+            return {"input_ids": [*ids, 1]}
         assert (padding, truncation, return_tensors) == ("max_length", True, "np")
-        ids = [len(word) for word in text.split()][: max_length - 1] + [1]
+        ids = [*ids[: max_length - 1], 1]
         pad = [0] * (max_length - len(ids))
         return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+
+    def decode(self, ids, *, skip_special_tokens):
+        return " ".join("x" * number for number in (ids[:-1] if skip_special_tokens else ids))
 
 
 class Lookup(nnx.Module):
@@ -59,11 +69,11 @@ def pipe():
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
-    photos = [write_image(folder / f"{k}.png", (30 + 11 * k, 50 - 7 * k), k) for k in range(4)]
+    files = [write_image(folder / f"{k}.png", (30 + 11 * k, 50 - 7 * k), k) for k in range(4)]
     return [
-        Prompt(7, "a person waves", (photos[0],)),
-        Prompt(9, "two people , one nods", (photos[1], photos[2])),
-        Prompt(4, "three", tuple(photos[1:])),
+        Prompt(7, "a person waves", (files[0],)),
+        Prompt(9, "two people , one nods", (files[1], files[2])),
+        Prompt(4, "three", tuple(files[1:])),
     ]
 
 
@@ -102,7 +112,7 @@ def test_reference_order_is_an_option(pipe, prompts, config):
 
 def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
     calls = []
-    monkeypatch.setattr(conditioning, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
     cache = conditioning.Cache()
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts[::-1], config, cache)
@@ -113,7 +123,7 @@ def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
 
 def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(pipe, prompts, config, monkeypatch):
     calls = []
-    monkeypatch.setattr(conditioning, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
     whole, none = conditioning.Cache(), conditioning.Cache(room=1000)
     first = conditioning.encode(pipe, prompts, config, whole)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first))
@@ -122,6 +132,47 @@ def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(pipe, prompts,
         got = conditioning.encode(pipe, prompts, config, none)
         jax.tree.map(np.testing.assert_array_equal, got, first)
     assert len(calls) == 3 * 6
+
+
+def test_known_prompts_open_no_photo_and_others_open_each_once(pipe, prompts, config, monkeypatch):
+    calls = []
+    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    opened, cache = PhotoCache(), conditioning.Cache()
+    first = conditioning.encode(pipe, prompts, config, cache, opened)
+    assert sorted(calls) == sorted({path for prompt in prompts for path in prompt.references})
+    for path in calls.copy():
+        opened.photo(path)
+    conditioning.encode(pipe, prompts, config, cache)
+    without_latents = conditioning.encode(pipe, prompts, config, conditioning.Cache(), opened)
+    assert len(calls) == 4
+    jax.tree.map(np.testing.assert_array_equal, without_latents, first)
+    jax.tree.map(np.testing.assert_array_equal, conditioning.encode(pipe, prompts, config, conditioning.Cache()), first)
+
+
+def test_what_a_prompt_loses_is_told_once_with_its_line():
+    tokenizer, data = WordLengths(), DataConfig(max_people=1, text_length=6)
+    long = Prompt(3, "one two three four five sixth seventh", (Path("a.png"),), where="prompts p.csv, line 5")
+    fits = Prompt(4, "one two three four five", (Path("a.png"),), where="prompts p.csv, line 6")
+    with pytest.warns(UserWarning) as told:
+        conditioning.warn_of_lengths(tokenizer, [long, fits], data)
+    (line,) = [str(warning.message) for warning in told]
+    assert line.startswith("prompts p.csv, line 5: the prompt has 8 tokens, and data.text_length keeps 6")
+    assert line.endswith("cut off: xxxxx xxxxxxx")
+    with pytest.warns(UserWarning) as told:
+        conditioning.warn_of_lengths(tokenizer, [long] * 25, data)
+    assert len(told) == conditioning.CUT_SHOWN + 1 and "15 more prompts" in str(told[-1].message)
+
+
+def test_a_cut_negative_prompt_is_told(pipe):
+    with pytest.warns(UserWarning, match="data.negative_prompt: has 4 tokens, and data.text_length keeps 3.* cut off: xxxx$"):
+        conditioning.encode_negative(pipe, DataConfig(text_length=3, negative_prompt="ugly blurry dark"))
+
+
+def test_room_for_people_that_no_prompt_has_is_told(prompts, recwarn):
+    conditioning.warn_of_lengths(WordLengths(), prompts, DataConfig(max_people=3))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="no prompt has more than 2 people.*data.max_people 3; --data.max_people 2"):
+        conditioning.warn_of_lengths(WordLengths(), prompts[:2], DataConfig(max_people=3))
 
 
 def test_text_is_cut_padded_and_float32(pipe, prompts, config):

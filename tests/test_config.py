@@ -1,12 +1,25 @@
 """Configurations: every stored one loads, names mean what the mathematics calls them, and what cannot work is refused with the reason."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 from jax_idgrpo import flow, grpo
-from jax_idgrpo.config import Config, EvaluateConfig, GrpoConfig, RewardConfig, RolloutConfig, load, override
+from jax_idgrpo.config import (
+    Config,
+    EvaluateConfig,
+    GrpoConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    VideoConfig,
+    load,
+    override,
+)
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.synthetic import captions
+from jax_idgrpo.synthetic.training import transformer
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -24,6 +37,11 @@ def test_names_are_those_of_the_mathematics():
         EvaluateConfig(solver=solver)
     for weighting in grpo.AWM_WEIGHTINGS:
         GrpoConfig(awm_weighting=weighting)
+
+
+def transformer_options(**values):
+    sizes = dict.fromkeys(("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim"), 1)
+    return transformer.Options(**sizes, vace_layers=(0,), pool=transformer.CHUNK, **values)
 
 
 def build(rollout=None, **values):
@@ -70,6 +88,17 @@ WRONG = {
         reward=RewardConfig(mixture={"mimr": 1.0}),
     ),
     "solver is 'heun'": lambda: EvaluateConfig(solver="heun"),
+    "config: evaluate.frames is 10; use 4n+1, such as 33 or 81, or 0 for video's": lambda: EvaluateConfig(frames=10),
+    "evaluate.frames is -3": lambda: EvaluateConfig(frames=-3),
+    "evaluate.height is 500; use a multiple of 16": lambda: EvaluateConfig(height=500),
+    "evaluate.width is 8; use a multiple of 16": lambda: EvaluateConfig(width=8),
+    "video.frames is 0; use 4n+1": lambda: VideoConfig(frames=0),
+    "video.height is 0; use a multiple of 16": lambda: VideoConfig(height=0),
+    "config: run.seed is 4294967296; use 0 to 4294967295": lambda: RunConfig(seed=2**32),
+    "run.seed is -1": lambda: RunConfig(seed=-1),
+    "run.seed is 607539957654043": lambda: override(Config(), [("run.seed", "607539957654043")]),
+    "finetune.options: pool_seed is 18446744073709551616": lambda: transformer_options(pool_seed=2**64),
+    "--seed is 4294967296": lambda: captions.check_asked("rl", 1, 2**32),
 }
 
 
@@ -88,3 +117,28 @@ def test_right_combinations():
     assert build(dict(sampler="cps"), kl_units="velocity").rollout.trained_steps == 24
     changed = override(fast, [("grpo.objective", "divergence"), ("rollout.sampler", "flow"), ("rollout.noise_level", "0.5")])
     assert changed.grpo.objective == "divergence" and changed.rollout.noise_level == 0.5
+
+
+def test_every_seed_of_32_bits_is_taken():
+    assert [RunConfig(seed=seed).seed for seed in (0, 2**32 - 1)] == [0, 2**32 - 1]
+    assert transformer_options(pool_seed=2**32 - 1).pool_seed == 2**32 - 1
+
+
+def test_upright_videos_are_evaluated_upright():
+    """Options that turn the training videos turn a recipe's fixed size of evaluation; sizes that are given are kept."""
+    wide = Config(evaluate=EvaluateConfig(frames=81, height=480, width=832))
+
+    def size(*options):
+        found = override(wide, list(options)).evaluate
+        return found.height, found.width
+
+    tall = (("video.height", "832"), ("video.width", "480"))
+    with pytest.warns(UserWarning, match="evaluate.height is 832 and evaluate.width 480, turned as video.height 832"):
+        assert size(*tall) == (832, 480)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert size(*tall, ("evaluate.width", "832")) == (480, 832)
+        assert size(("video.height", "480"), ("video.width", "832")) == (480, 832)
+        assert size(("video.height", "416"), ("video.width", "416")) == (480, 832)
+        assert override(Config(), list(tall)).evaluate.height == 0
+        assert size(("run.seed", "1")) == (480, 832)

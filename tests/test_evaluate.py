@@ -30,10 +30,15 @@ TEXT_WIDTH = 8
 class WordLengths:
     """A tokenizer whose ids are the lengths of the words."""
 
-    def __call__(self, text, *, padding, max_length, truncation, return_tensors):
+    def __call__(self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None):
+        if max_length is None:
+            return {"input_ids": [*(len(word) for word in text.split()), 1]}
         ids = [len(word) for word in text.split()][: max_length - 1] + [1]
         pad = [0] * (max_length - len(ids))
         return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+
+    def decode(self, ids, *, skip_special_tokens):
+        return " ".join(map(str, ids))
 
 
 class Lookup(UMT5Encoder):

@@ -1,43 +1,56 @@
-"""Prompts with reference photos: the CSV, its images, and which prompts a training step reads.
+"""Prompts with reference photos: the CSV, and which prompts a training step reads.
 
 The CSV has the header `ref_paths,prompt`, one row per prompt; `ref_paths` are image files joined by `;`, one per person in the
 order of the prompt, relative to the CSV or absolute. Rows of different counts of people mix freely; further columns are ignored.
-Everything is checked when the file is loaded, images included, so that a broken one cannot stop a run that is hours old.
+Everything is checked when the file is loaded, photos included, so that a broken one cannot stop a run that is hours old.
 """
 
 import concurrent.futures
 import csv
 import dataclasses
-import functools
+import difflib
+import hashlib
 import io
+import json
 import os
+import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
-import numpy as np
-from PIL import Image, ImageOps
 
+from jax_idgrpo.data.photos import Checked, check_photo, load_reference, on_white
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
+__all__ = ["COLUMNS", "SEPARATOR", "Prompt", "describe_change", "load_prompts", "load_reference", "on_white",
+           "prompt_batch", "prompts_digest", "read_rows", "row_digests"]  # fmt: skip
+
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
-PICTURES = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
+
+_READERS = 8  # threads that check photos; each holds one decoded photo
+_LISTED = 3  # problems of a CSV that are told in full
+_SUFFIX = re.compile(r"\.(avif|bmp|gif|heic|heif|jp2|jpe?g|png|tga|tiff?|webp)\b", re.IGNORECASE)
+_COLUMN_SEPARATORS = {";": "semicolons (;)", "\t": "tabs", "|": "bars (|)"}
+_QUOTES = "\u201c\u201d\u201e\u201f\uff02\u00ab\u00bb"  # what word processors write for "
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """One row of a prompts CSV; its people are in the order of `references`.
 
-    id: rows counted from 0. where: the CSV and the line in it, for messages; empty for prompts that come from no CSV.
+    id: rows counted from 0. where: the CSV and the line in it, for messages. digests: SHA-256 of each photo's bytes.
+    The last two are empty for prompts that come from no CSV.
     """
 
     id: int
     text: str
     references: tuple[File, ...]
     where: str = dataclasses.field(default="", compare=False)
+    digests: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def people(self) -> int:
@@ -45,113 +58,239 @@ class Prompt:
         return len(self.references)
 
 
+# ---- the CSV -------------------------------------------------------------------------------------
+
+
 def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
-    """The prompts of a CSV, with every reference photo decoded once to be sure of it.
+    """Read the prompts of a CSV, and decode every reference photo once to be sure of it.
+
+    What can be used but looks like a mistake gets a warning that names the line.
 
     Raises:
       UserError: the file, its header, a row or an image is not as the module's docstring says, or a row has more than
-        `max_people` references; the message names the file and the line in it.
+        `max_people` references. The one line names the file and the first problems, each with its line in the file.
     """
     path = Path(path)
     rows = list(read_rows(path))
     if not rows:
         raise UserError(f"prompts {path}: no rows below the header; write one prompt per line: {','.join(COLUMNS)}")
-    prompts = [
-        Prompt(k, *_parse(row, path, line, max_people), f"prompts {path}, line {line}") for k, (line, row) in enumerate(rows)
-    ]
-    lines = {reference: line for (line, _), prompt in reversed(list(zip(rows, prompts))) for reference in prompt.references}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = {reference: pool.submit(load_reference, reference) for reference in sorted(lines, key=lines.__getitem__)}
-    for reference, future in checked.items():
-        if isinstance(error := future.exception(), UserError):
-            raise UserError(f"prompts {path}, line {lines[reference]}: {error}") from None
-        future.result()
+    parsed: list[tuple[int, str, tuple[Path, ...]]] = []
+    problems: list[tuple[int, str]] = []
+    for line, row in rows:
+        try:
+            text, names = _parse(row, max_people)
+        except UserError as error:
+            problems.append((line, str(error)))
+            continue
+        references = []
+        for name in names:
+            try:
+                references.append(_find(name, path.parent))
+            except UserError as error:
+                problems.append((line, str(error)))
+        parsed.append((line, text, tuple(references)))
+    lines = {reference: line for line, _, references in reversed(parsed) for reference in references}
+    checked = _check_photos(sorted(lines, key=lines.__getitem__))
+    problems += [(lines[file], str(found)) for file, found in checked.items() if isinstance(found, UserError)]
+    if problems:
+        raise UserError(_told(path, sorted(problems, key=lambda problem: problem[0])))
+    known = {file: found for file, found in checked.items() if isinstance(found, Checked)}
+    for file, photo in known.items():
+        if photo.note:
+            warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)
+    prompts = []
+    for number, (line, text, references) in enumerate(parsed):
+        where, digests = f"prompts {path}, line {line}", tuple(known[file].digest for file in references)
+        if len(set(digests)) < len(digests):
+            warnings.warn(f"{where}: shows one photo twice; name one photo per person", stacklevel=2)
+        prompts.append(Prompt(number, text, references, where, digests))
     return prompts
 
 
-def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[int, dict]]:
-    """Line numbers and fields of the rows below the header; empty lines are skipped.
+def _check_photos(files: Sequence[File]) -> dict[File, Checked | UserError]:
+    """What `check_photo` says of each file; few photos are in memory at once."""
+
+    def check(file: File) -> Checked | UserError:
+        try:
+            return check_photo(file)
+        except UserError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as pool:
+        return dict(zip(files, pool.map(check, files), strict=True))
+
+
+def _told(path: Path, problems: Sequence[tuple[int, str]]) -> str:
+    """One line for the problems of a CSV: the first in full, the lines of some others."""
+    if len(problems) == 1:
+        return "prompts {}, line {}: {}".format(path, *problems[0])
+    told = [f"line {line}: {problem}" for line, problem in problems[:_LISTED]]
+    if rest := list(dict.fromkeys(line for line, _ in problems[_LISTED:])):
+        told.append(f"and {len(problems) - _LISTED} more, {_numbers('line', rest)}")
+    return f"prompts {path}: {len(problems)} problems | {' | '.join(told)}"
+
+
+def _numbers(noun: str, numbers: Sequence[int], most: int = 8) -> str:
+    """ "lines 3, 4, 9": the first of some numbers, after their noun."""
+    listed = ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {listed}"
+
+
+def read_rows(
+    path: Path, columns: Sequence[str] = COLUMNS, what: str = "prompts"
+) -> Iterator[tuple[int, dict]]:
+    """Read the rows below the header as line numbers and fields; rows of nothing but blanks are skipped.
+
+    Names of the header are found in upper and lower case. A row that is too short has None for the missing fields; what a
+    row has beyond the header is under the key None.
+
+    Args:
+      path: the CSV.
+      columns: names that the header must hold.
+      what: what the rows are, for messages.
 
     Raises:
       UserError: the file cannot be read as a CSV, or its header has not each of the columns once.
     """
-    where = f"prompts {path}"
+    where, header_line = f"{what} {path}", ",".join(columns)
+    text = _text(path, where, header_line)
+    skipped = 0
+    if told := re.match(r'"?sep=(.)"?\s*?(\r\n?|\n)', text, re.IGNORECASE):  # a line that Excel writes and reads
+        _refuse_separator(told[1], where)
+        text, skipped = text[told.end() :], 1
+    first, wanted = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0], {name.casefold() for name in columns}
+    for separator in (",", *_COLUMN_SEPARATORS):
+        if wanted.issubset(name.strip(' "').casefold() for name in first.split(separator)):
+            _refuse_separator(separator, f"{where}, line {skipped + 1}")
+            break
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    header: list[str] | None = None
+    spelt = {name.casefold(): name for name in columns}
+    last = 0
+    try:
+        for fields in reader:
+            line, last = last + 1 + skipped, reader.line_num
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = [spelt.get(name.strip().casefold(), name.strip()) for name in fields]
+                _check_header(header, columns, f"{where}, line {line}")
+                continue
+            row: dict[str | None, str | list[str] | None] = dict.fromkeys(header)
+            row |= zip(header, fields)
+            if any(field.strip() for field in fields[len(header) :]):
+                row[None] = fields[len(header) :]
+            yield line, row
+    except csv.Error as error:
+        line = max(reader.line_num, 1) + skipped
+        raise UserError(f"{where}, line {line}: {error}; check the quotes of this row") from None
+    if header is None:
+        _check_header([], columns, f"{where}, line 1")
+
+
+def _text(path: Path, where: str, header: str) -> str:
+    """The text of a CSV.
+
+    Raises:
+      UserError: there is none, or it is something else, which its first bytes tell.
+    """
     if path.is_dir():
         raise UserError(f"{where}: is a folder; name the CSV file in it")
     if not path.is_file():
-        raise UserError(f"{where}: no such file; pass a CSV with the header {','.join(columns)}")
+        raise UserError(f"{where}: no such file; pass a CSV with the header {header}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            if missing := [name for name in columns if header.count(name) != 1]:
-                raise UserError(f"{where}, line 1: needs one column {missing[0]}; start the file with the header {','.join(columns)}")
-            for row in reader:
-                yield reader.line_num, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a UTF-8 CSV") from None
-    except csv.Error as error:
-        raise UserError(f"{where}, line {reader.line_num}: {error}; check the quotes of this row") from None
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{where}: is an Excel workbook or another archive; save the sheet as CSV in UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a UTF-8 CSV"
+        ) from None
+    start = text[:512].lstrip().lower()
+    for signs, kind in ((("{", "["), "holds JSON"), (("<!doctype", "<html"), "is a web page")):
+        if start.startswith(signs):
+            raise UserError(f"{where}: {kind}; write a CSV with the header {header}")
+    return text
 
 
-def _parse(row: dict, path: Path, line: int, max_people: int) -> tuple[str, tuple[Path, ...]]:
-    """Text and reference paths of one row."""
-    where = f"prompts {path}, line {line}"
+def _check_header(header: Sequence[str], columns: Sequence[str], where: str) -> None:
+    """Refuse a header without each of the columns once, with what it has instead."""
+    missing = [name for name in columns if header.count(name) != 1]
+    if not missing:
+        return
+    found = f" and has {', '.join(header)[:120]}" if any(header) else ""
+    raise UserError(f"{where}: needs one column {missing[0]}{found}; start the file with the header {','.join(columns)}")
+
+
+def _refuse_separator(separator: str, where: str) -> None:
+    """Refuse columns that are separated by anything but commas."""
+    if separator != ",":
+        name = _COLUMN_SEPARATORS.get(separator, repr(separator))
+        raise UserError(f"{where}: columns are separated by {name}; save the file with commas between the columns")
+
+
+def _parse(row: dict, max_people: int) -> tuple[str, list[str]]:
+    """Text and names of the photos of one row."""
     if None in row:
-        raise UserError(f'{where}: more fields than the header has; put a prompt that holds commas in double quotes: "..."')
+        if _SUFFIX.search(row["prompt"] or "") or any(map(_SUFFIX.search, row[None])):
+            raise UserError(f"photos are joined by commas; join them by {SEPARATOR}, as in a.png{SEPARATOR}b.png")
+        if any(quote in str(row.values()) for quote in _QUOTES):
+            raise UserError('more fields than the header has; put the prompt in straight quotes ("), not in curly ones')
+        raise UserError('more fields than the header has; put a prompt that holds commas in double quotes: "..."')
     if any(row[name] is None for name in COLUMNS):
-        raise UserError(f"{where}: fewer fields than the header has; a row is {','.join(COLUMNS)}")
+        raise UserError(f"fewer fields than the header has; a row is {','.join(COLUMNS)}")
     text, listed = (row["prompt"].strip(), row["ref_paths"].strip())
     if not text:
-        raise UserError(f"{where}: the prompt is empty; write what the video should show")
+        raise UserError("the prompt is empty; write what the video should show")
     if not listed:
-        raise UserError(f"{where}: no reference photo; name 1 to {max_people} image files in ref_paths, joined by {SEPARATOR}")
+        raise UserError(f"no reference photo; name 1 to {max_people} image files in ref_paths, joined by {SEPARATOR}")
     names = [name.strip() for name in listed.split(SEPARATOR)]
     if not all(names):
-        raise UserError(f"{where}: an empty name in ref_paths {listed!r}; join image files by single {SEPARATOR}")
+        raise UserError(f"an empty name in ref_paths {listed!r}; join image files by single {SEPARATOR}")
     if len(names) > max_people:
         raise UserError(
-            f"{where}: {len(names)} reference photos, but data.max_people is {max_people}; remove some or raise data.max_people"
+            f"{len(names)} reference photos, but data.max_people is {max_people}; remove some or raise data.max_people"
         )
-    return text, tuple(path.parent / name for name in names)
+    return text, names
 
 
-@functools.cache
-def _formats() -> list[str]:
-    """Those of `PICTURES` that this Pillow reads."""
-    Image.init()
-    return [name for name in PICTURES if name in Image.OPEN]
+def _find(name: str, folder: Path) -> Path:
+    """The photo that a row names, relative to the CSV's folder.
 
-
-def load_reference(path: str | File) -> Image.Image:
-    """An image file of any mode, size and EXIF orientation as upright RGB; transparent parts become white.
+    A name that begins with ~ is in the user's home. A letter with an accent is found however the disk composes it (macOS
+    takes it apart).
 
     Raises:
-      UserError: the file is missing, is not an image, or is damaged.
+      UserError: there is no such file; the message says what the name looks like.
     """
-    try:
-        with Image.open(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()), formats=_formats()) as image:
-            return on_white(ImageOps.exif_transpose(image))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"image {path}: no such file; check ref_paths, which are relative to the CSV") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise UserError(f"image {path}: cannot be read ({reason}); store it again as PNG or JPEG") from None
+    if re.match(r"[a-z]+://", name, re.IGNORECASE):
+        raise UserError(f"image {name}: is a web address; download the photo and name the file")
+    home = Path(os.path.expanduser(name)) if name.startswith("~") else None
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    paths = [folder / name, *([home] if home else []), *(folder / form for form in forms)]
+    for path in paths:
+        if os.path.exists(path):  # False for a name that no disk can hold, such as a prompt in the wrong column
+            return path
+    hint = "check ref_paths, which are relative to the CSV"
+    slashed = name.replace("\\", "/")
+    if len(_SUFFIX.findall(name)) > 1:
+        hint = f"join the photos by {SEPARATOR}, as in a.png{SEPARATOR}b.png"
+    elif re.match(r"[a-zA-Z]:[\\/]", name):
+        hint = "it is a Windows path; copy the photos beside the CSV and name them relative to it"
+    elif slashed != name and os.path.exists(folder / slashed):
+        hint = f"write / between folders: {slashed}"
+    elif slashed != name:
+        hint = f"write / between folders; {hint}"
+    elif os.path.exists(name):
+        hint = f"{name} is in the current folder, but ref_paths are relative to the CSV"
+    raise UserError(f"image {home or folder / name}: no such file; {hint}")
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: transparent parts become white, 16-bit grey is scaled to 8 bits, float grey is 0 to 1."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray((np.nan_to_num(np.clip(np.asarray(image), 0.0, 1.0)) * 255.0).round().astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+# ---- what a step reads ---------------------------------------------------------------------------
 
 
 def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) -> list[int]:
@@ -162,3 +301,67 @@ def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) ->
     """
     order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
     return [int(order[position]) for position in range(step * count, (step + 1) * count)]
+
+
+# ---- is it still the same data? ------------------------------------------------------------------
+
+
+def row_digests(prompts: Sequence[Prompt]) -> list[str]:
+    """Digests of the rows, `TEXT-PHOTOS` in 12 hexadecimal digits each: what a run stores to describe a change later.
+
+    Hashed are the text and the bytes of the photos in their order. Names and folders of photos are not: nothing depends on
+    them. `load_prompts` hashes the bytes while it checks the photos; photos of other prompts are read here.
+    """
+
+    def short(value: object) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+    def photos(prompt: Prompt) -> Sequence[str]:
+        return prompt.digests or [hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references]
+
+    return [f"{short(prompt.text)}-{short(list(photos(prompt)))}" for prompt in prompts]
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the rows in their order, as `row_digests` hashes them.
+
+    It is the same for two CSVs that differ only in what is never used: column order, further columns, blank rows, quotes.
+    """
+    return hashlib.sha256("\n".join(row_digests(prompts)).encode()).hexdigest()
+
+
+def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
+    """Describe in one line how rows differ from earlier ones; "" if they do not.
+
+    Args:
+      old: `row_digests` of the earlier rows.
+      new: `row_digests` of the present rows.
+
+    Returns:
+      Which rows were changed, added (by their present number) or removed (by their earlier one), counted from 0.
+    """
+    if list(old) == list(new):
+        return ""
+    if sorted(old) == sorted(new):
+        return f"the same {len(new)} rows in another order"
+    found: dict[str, list[int]] = {"another text": [], "other photos": [], "added": [], "removed": []}
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    for kind, first, last, start, stop in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        changed = [_changed(*pair) for pair in zip(old[first:last], new[start:stop])]
+        if last - first == stop - start and all(changed):
+            for number, sort in enumerate(changed, start):
+                found[sort].append(number)
+            continue
+        found["removed"] += range(first, last)
+        found["added"] += range(start, stop)
+    verbs = {"another text": "has another text", "other photos": "has other photos"}
+    parts = [f"{_numbers('row', numbers)} {verbs.get(kind, kind)}" for kind, numbers in found.items() if numbers]
+    return "; ".join(parts) + " (rows counted from 0)"
+
+
+def _changed(old: str, new: str) -> str:
+    """Which half of two row digests differs; "" if both do."""
+    (text, photos), (new_text, new_photos) = old.split("-"), new.split("-")
+    return "other photos" if text == new_text else "another text" if photos == new_photos else ""

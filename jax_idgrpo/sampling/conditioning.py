@@ -17,6 +17,7 @@ Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_vi
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
 from jax_idgrpo.config import Config, DataConfig
-from jax_idgrpo.data.prompts import Prompt, load_reference, on_white
+from jax_idgrpo.data.photos import PhotoCache, on_white
+from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
@@ -38,6 +40,7 @@ from jax_idgrpo.parallel.hosts import to_host
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
+CUT_SHOWN = 10  # prompts beyond the text length that get a warning of their own
 ROOM = 4 * 2**30  # bytes of the host's memory that a run may fill with encoded prompts
 
 Values: TypeAlias = Array | np.ndarray
@@ -182,6 +185,32 @@ def encode_texts(pipe: Pipeline, texts: Sequence[str], length: int) -> list[Floa
     return found
 
 
+def _cut_off(tokenizer: Any, text: str, length: int) -> str:
+    """Say what of a text `encode_texts` cuts off; "" if it keeps all."""
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) <= length:
+        return ""
+    lost = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)  # the last token that is kept marks the end
+    shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
+    return f"{len(ids)} tokens, and data.text_length keeps {length}; shorten it or raise data.text_length; cut off: {shown}"
+
+
+def warn_of_lengths(tokenizer: Any, prompts: Sequence[Prompt], config: DataConfig) -> None:
+    """Warn, once per prompt, of text beyond `config.text_length`, and of room for people that no prompt has."""
+    cut = [(prompt, said) for prompt in prompts if (said := _cut_off(tokenizer, prompt.text, config.text_length))]
+    for prompt, said in cut[:CUT_SHOWN]:
+        warnings.warn(f"{prompt.where or f'prompt {prompt.id}'}: the prompt has {said}", stacklevel=2)
+    if len(cut) > CUT_SHOWN:
+        warnings.warn(f"{len(cut) - CUT_SHOWN} more prompts are cut to data.text_length {config.text_length}", stacklevel=2)
+    most = max((prompt.people for prompt in prompts), default=config.max_people)
+    if most < config.max_people:
+        warnings.warn(
+            f"no prompt has more than {most} people, and all are padded to data.max_people {config.max_people}; "
+            f"--data.max_people {most} needs less memory and time",
+            stacklevel=2,
+        )
+
+
 def padded(text: Float[np.ndarray, "n D"], length: int) -> Float[np.ndarray, "{length} D"]:
     """A text embedding as the transformer takes it: zero past its end."""
     return np.pad(text, ((0, length - len(text)), (0, 0)))
@@ -205,8 +234,11 @@ def negative_prompt(config: DataConfig) -> str:
 
 
 def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L D"]:
-    """The text embedding of the unguided branch."""
-    return padded(encode_texts(pipe, [negative_prompt(config)], config.text_length)[0], config.text_length)
+    """The text embedding of the unguided branch; a warning says what of its text is cut off."""
+    text = negative_prompt(config)
+    if said := _cut_off(pipe.tokenizer, text, config.text_length):
+        warnings.warn(f"data.negative_prompt: has {said}", stacklevel=2)
+    return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
 
 
 class Cache(dict[Any, Any]):
@@ -224,19 +256,23 @@ class Cache(dict[Any, Any]):
             self[name] = made
 
 
-def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache) -> Conditioning:
+def encode(
+    pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache, photos: PhotoCache | None = None
+) -> Conditioning:
     """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it; on the host.
 
     cache: the caller keeps it for the run, so that a prompt is encoded once, or, when the cache is full, whenever it is asked for.
+    photos: opens the photos, and is shared with whoever else needs them; without it each is opened whenever it is encoded.
 
     Raises:
       UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
     """
     data, video = config.data, config.video
     new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
-    photos = {number: _encode_photos(pipe, prompt, config) for number, prompt in new.items()}
+    opened = PhotoCache(room=0) if photos is None else photos
+    encoded = {number: _encode_photos(pipe, prompt, config, opened) for number, prompt in new.items()}
     texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
-    made = {number: (text, photos[number]) for number, text in zip(new, texts, strict=True)}
+    made = {number: (text, encoded[number]) for number, text in zip(new, texts, strict=True)}
     for number, row in made.items():
         cache.keep((number, video), row)
     rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
@@ -256,7 +292,7 @@ def encode(pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cac
     return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail))
 
 
-def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config) -> Float[np.ndarray, "M H W C"]:
+def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache) -> Float[np.ndarray, "M H W C"]:
     """The latents of a prompt's photos."""
     data, video = config.data, config.video
     if not 1 <= len(prompt.references) <= data.max_people:
@@ -264,5 +300,5 @@ def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config) -> Float[np.n
             f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
         )
     fit = canvas if config.model.kind == "vace" else whole_canvas
-    photos = [fit(load_reference(path), video.height, video.width) for path in prompt.references]
-    return np.concatenate([to_host(_encode_video(pipe.vae, photo[None, None]))[0] for photo in photos])
+    canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]
+    return np.concatenate([to_host(_encode_video(pipe.vae, canvas[None, None]))[0] for canvas in canvases])

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool
 from PIL import Image
 
 from jax_idgrpo import rng, workdir
+from jax_idgrpo.config import require_seed
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.synthetic.people import (
     _ACTIONS,
@@ -116,7 +117,7 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
     Raises:
       UserError: `out` exists already or cannot be made, or there is no such split.
     """
-    check_asked(split, count)
+    check_asked(split, count, seed)
     with workdir.new_folder(out) as folder:
         photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
         pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
@@ -131,13 +132,14 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
                 rows.writerow((";".join(names), prompt(scene, who, mask[k])))
 
 
-def check_asked(split: str, count: int) -> None:
+def check_asked(split: str, count: int, seed: int) -> None:
     """Whether that can be drawn.
 
     Raises:
-      UserError: there is no such split, or nothing is asked for.
+      UserError: there is no such split, nothing is asked for, or the seed does not fit in 32 bits.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")
     if count < 1:
         raise UserError(f"--count {count}: nothing to write; use 1 or more")
+    require_seed("--seed", seed)

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from jax_idgrpo import rng
-from jax_idgrpo.config import Config
+from jax_idgrpo.config import Config, require_seed
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
@@ -79,6 +79,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.pool < CHUNK or self.pool % CHUNK:
             raise UserError(f"finetune.options: pool is {self.pool}; use a multiple of {CHUNK}")
+        require_seed("finetune.options: pool_seed", self.pool_seed)
         object.__setattr__(self, "vace_layers", tuple(self.vace_layers))
 
 

@@ -1,0 +1,295 @@
+"""Reference photos: which files are read, how they become upright RGB, and a cache that opens each file once.
+
+A photo is any picture that Pillow decodes itself, and HEIC where the package pillow-heif is installed. It has at least `SMALLEST`
+pixels on each side and at most as many in all as Pillow reads safely. Transparent parts become white. Grey is scaled to 8 bits:
+
+    8 bits    as stored
+    16 bits   the smallest of 8, 10, 12 or 16 bits that holds the brightest value is white
+    floats    0 is black, 1 is white; other ranges are refused, as their white is unknown
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageOps
+
+from jax_idgrpo.data.video import File
+from jax_idgrpo.errors import UserError
+
+PICTURES = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
+
+SMALLEST = 16  # pixels of the shorter side
+LARGE = 1024  # pixels of the shorter side, beyond which a face gains nothing
+ROOM = 2 * 2**30  # bytes of the host's memory that a run may fill with photos
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_WHITE = (255, 1023, 4095, 65535)  # the largest values of 8, 10, 12 and 16 bits
+_NEARLY_BLACK = 16  # of 255: what 12 bits in 16-bit words come to at most
+
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, TypeError, struct.error, zlib.error
+)  # fmt: skip
+"""What Pillow's readers raise on damaged files."""
+
+# Pillow warns of an attack from half of its limit on; telephones reach that, and what is above the limit is refused below.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+Fit: TypeAlias = Callable[[Image.Image, int, int], Float[np.ndarray, "height width 3"]]
+
+
+class Checked(NamedTuple):
+    """A photo that can be read. digest: SHA-256 of the file's bytes. note: what looks odd about it, or nothing."""
+
+    digest: str
+    note: str
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `PICTURES` that are read here."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in PICTURES if name in Image.OPEN]
+
+
+def load_reference(file: str | File) -> Image.Image:
+    """Read an image file of any mode, size and EXIF orientation as upright RGB; transparent parts become white.
+
+    Raises:
+      UserError: the file is missing, is not an image, is damaged, or is not as the module's docstring says.
+    """
+    with _opened(file, _content(file)) as image:
+        return on_white(ImageOps.exif_transpose(image))
+
+
+def check_photo(file: str | File) -> Checked:
+    """Decode a photo to be sure of it, and keep no pixel.
+
+    A JPEG is decoded at an eighth of its size: all of its bytes are read all the same.
+
+    Raises:
+      UserError: as `load_reference`.
+    """
+    content = _content(file)
+    with _opened(file, content) as image:
+        note = ""
+        if image.format == "JPEG":
+            image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
+        image.load()
+        if image.mode.startswith("I"):
+            brightest, white = (values := np.asarray(image)).max(), _white(values)
+            if white < _WHITE[-1]:
+                bits = white.bit_length()
+                note = f"holds {bits} bits in 16-bit words (up to {brightest}); {white} is taken as white"
+        elif image.mode == "F":
+            on_white(image)
+        elif image.mode in ("L", "LA", "RGB", "RGBA") and (brightest := _brightest(image)) < _NEARLY_BLACK:
+            note = f"is nearly black ({brightest} of 255); 12-bit colours in 16-bit words have to be stored with 8 bits"
+    return Checked(hashlib.sha256(content).hexdigest(), f"image {file}: {note}" if note else "")
+
+
+def _content(file: str | File) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    try:
+        return (Path(file) if isinstance(file, str) else file).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"image {file}: no such file; check ref_paths, which are relative to the CSV") from None
+    except IsADirectoryError:
+        raise UserError(f"image {file}: is a folder; name the image file in it") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"image {file}: cannot be read ({reason}); check the file and its permissions") from None
+
+
+@contextlib.contextmanager
+def _opened(file: str | File, content: bytes) -> Iterator[Image.Image]:
+    """Open an image whose pixels are decoded when they are used, here or in the body.
+
+    Raises:
+      UserError: from here or from the body, the content cannot be read as a photo.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
+            if min(image.size) < SMALLEST:
+                size = f"{image.width} x {image.height}"
+                raise UserError(
+                    f"image {file}: is {size} pixels; use a photo of {SMALLEST} x {SMALLEST} or more"
+                )
+            yield image
+    except Image.DecompressionBombError as error:
+        size = re.search(r"\d+", str(error))
+        millions = f"{int(size[0]) // 10**6} megapixels" if size else "too many pixels"
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise UserError(f"image {file}: has {millions}, and up to {limit} are read; make it smaller") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"image {file}: {_what(content)}") from None
+    except _DAMAGED as error:
+        raise UserError(
+            f"image {file}: cannot be read ({error or type(error).__name__}); store it again as PNG or JPEG"
+        ) from None
+
+
+def _what(content: bytes) -> str:
+    """Tell from the first bytes of a file, which is no readable photo, what it is and what to do."""
+    start = content[:1024]
+    if not start:
+        return "is an empty file; copy it again"
+    if start[4:8] == b"ftyp":
+        brands = start[8 : max(int.from_bytes(start[:4], "big"), 12)]
+        if b"avif" in brands:
+            return "is an AVIF photo, which this Pillow does not read; store it as JPEG"
+        if brands[:4] in _HEIC_BRANDS:
+            if "HEIF" in _formats():
+                return "is a HEIC photo that pillow-heif cannot read; store it as JPEG"
+            return "is a HEIC photo, which needs pillow-heif; pip install pillow-heif, or store it as JPEG"
+        return "is a video or a camera's raw file; store a photo as JPEG"
+    if start.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return "is a JPEG XL photo; store it as JPEG"
+    if start.startswith(b"%PDF"):
+        return "is a PDF document; store the photo as PNG or JPEG"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; run git lfs pull"
+    text = start.lower()
+    if b"<svg" in text:
+        return "is an SVG drawing; store it as PNG"
+    if b"<html" in text or b"<!doctype html" in text:
+        return "is a web page; download the photo itself"
+    return "cannot be read (not an image); store it again as PNG or JPEG"
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB: transparent parts become white, grey is scaled to 8 bits.
+
+    Raises:
+      ValueError: integers of more than 16 bits, or floats outside [0, 1].
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image, np.int64)
+        image = Image.fromarray((values * 255 // _white(values)).astype(np.uint8))
+    elif image.mode == "F":
+        floats = np.asarray(image)
+        low, high = floats.min(), floats.max()
+        if not (low >= -0.01 and high <= 1.01):
+            raise ValueError(f"floats from {low:g} to {high:g}, where black is 0 and white is 1")
+        image = Image.fromarray((np.clip(floats, 0.0, 1.0) * 255.0).round().astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _white(values: Int[np.ndarray, "H W"] | np.ndarray) -> int:
+    """The value of white in a grey image of integers: the largest of the fewest bits that hold all values."""
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > _WHITE[-1]:
+        raise ValueError(f"grey values from {low} to {high}, more than 16 bits")
+    return next(white for white in _WHITE if high <= white)
+
+
+def _brightest(image: Image.Image) -> int:
+    """The largest value of the colours, without transparency."""
+    bands: Any = image.getextrema()
+    if len(image.getbands()) == 1:
+        return int(bands[1])
+    return max(int(high) for (_, high), name in zip(bands, image.getbands()) if name != "A")
+
+
+class PhotoCache:
+    """The photos of a run: each file is opened once, and what is made of it stays in the host's memory.
+
+    What is kept takes at most `room` bytes. What does not fit is made again whenever it is needed, so that results
+    never depend on the room. A file is known by its path, so it must not change during the run.
+    """
+
+    def __init__(self, room: int = ROOM):
+        self.room = room
+        self._kept: dict[Hashable, np.ndarray] = {}
+        self._whole: set[Hashable] = set()
+
+    def photo(self, file: File) -> Image.Image:
+        """The photo at its own size, upright RGB, its shorter side at most `LARGE` pixels.
+
+        Raises:
+          UserError: as `load_reference`.
+        """
+        if file not in self._kept:
+            whole = self._read(file)
+            if file not in self._kept:
+                return _shrunk(whole)
+        return Image.fromarray(self._kept[file])
+
+    def fitted(
+        self, file: File, fit: Fit, height: int, width: int
+    ) -> Float[np.ndarray, "{height} {width} 3"]:
+        """The photo on a canvas, `fit(photo, height, width)`, such as `conditioning.canvas`; in [-1, 1].
+
+        The canvas is made from the whole file, as its values depend on the photo's own size. It is kept as bytes where
+        these hold it exactly, and as floats otherwise.
+
+        Raises:
+          UserError: as `load_reference`.
+        """
+        name = (file, fit, height, width)
+        if name not in self._kept:
+            whole = self.photo(file) if file in self._whole else self._read(file)
+            canvas = fit(whole, height, width)
+            self._keep(name, _levels(canvas))
+            return canvas
+        return _values(self._kept[name])
+
+    def _read(self, file: File) -> Image.Image:
+        """The whole photo; it is kept at most `LARGE`, if it fits."""
+        whole = load_reference(file)
+        width, height = _size(whole)
+        if file not in self._kept and 3 * width * height <= self.room:
+            self._keep(file, np.asarray(_shrunk(whole)))
+            if whole.size == (width, height):
+                self._whole.add(file)
+        return whole
+
+    def _keep(self, name: Hashable, made: np.ndarray) -> None:
+        """Keep an array if it fits."""
+        if made.nbytes <= self.room:
+            self.room -= made.nbytes
+            self._kept[name] = made
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a photo whose shorter side is at most `LARGE`."""
+    scale = min(LARGE / min(image.size), 1)
+    return round(image.width * scale), round(image.height * scale)
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    """The photo, or if it is larger than `LARGE` a smaller one of the same shape."""
+    size = _size(image)
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
+    """A canvas in [-1, 1] from what `_levels` made of it."""
+    return kept.astype(np.float32) / np.float32(255) * 2 - 1 if kept.dtype == np.uint8 else kept.copy()
+
+
+def _levels(canvas: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
+    """A canvas as bytes if `_values` gives it back bit for bit, otherwise as it is."""
+    levels = ((canvas + 1) * 127.5).round().astype(np.uint8)
+    return levels if np.array_equal(_values(levels), canvas) else canvas.copy()
