@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def test_people_of_one_split_are_in_no_other_whatever_else_is_in_the_folder(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for n in range(150):
-        Image.fromarray(rng.integers(0, 255, (8, 8, 3), np.uint8)).save(tmp_path / f"{n}.png")
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / f"{n}.png")
     for n in range(60):
         (tmp_path / f"{n}.mp4").touch()
         rows.append((f"{n}.mp4", [f"{k}.png" for k in rng.choice(150, 1 + n % 3, replace=False)], "people"))

@@ -139,7 +139,8 @@ def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path)
 @pytest.mark.parametrize(
     "header, row, message",
     [
-        ("path_A,path_B,prompt,ref_paths", "a.mp4,b.mp4,x,p.png", "has no column SA"),
+        ("path_A,path_B,prompt,ref_paths", "a.mp4,b.mp4,x,p.png", "needs one column SA"),
+        ("path_A;path_B;prompt;ref_paths;SA", "a.mp4;b.mp4;x;p.png;A", "columns are separated by semicolons"),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,p.png,C", "line 2: a label is 'C'"),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,p.png,A", "a.mp4 is no file|p.png is no file"),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,,A", "no reference photo"),

@@ -233,7 +233,7 @@ def test_a_missing_package_says_what_to_install(written, monkeypatch, capsys, tm
 def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     table = write_csv(tmp_path / "csv", 3)
     command = ["pack-pairs", "--csv", str(table), "--out", str(tmp_path / "set")]
-    for name, says in (("MQ", "has no column MQ"), ("SA,SA,", "has no column ")):
+    for name, says in (("MQ", "needs one column MQ"), ("SA,SA,", "needs one column ")):
         with pytest.raises(UserError, match=says):
             cli.run([*command, "--dimensions", name])
     read = tfds_builder.example

@@ -135,8 +135,8 @@ def _opened(file: str | File, content: bytes) -> Iterator[Image.Image]:
                 )
             yield image
     except Image.DecompressionBombError as error:
-        size = re.search(r"\d+", str(error))
-        millions = f"{int(size[0]) // 10**6} megapixels" if size else "too many pixels"
+        pixels = re.search(r"\d+", str(error))
+        millions = f"{int(pixels[0]) // 10**6} megapixels" if pixels else "too many pixels"
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise UserError(f"image {file}: has {millions}, and up to {limit} are read; make it smaller") from None
     except Image.UnidentifiedImageError:

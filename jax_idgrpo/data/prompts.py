@@ -74,7 +74,7 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     rows = list(read_rows(path))
     if not rows:
         raise UserError(f"prompts {path}: no rows below the header; write one prompt per line: {','.join(COLUMNS)}")
-    parsed: list[tuple[int, str, tuple[Path, ...]]] = []
+    parsed: list[tuple[int, str, tuple[File, ...]]] = []
     problems: list[tuple[int, str]] = []
     for line, row in rows:
         try:
@@ -82,19 +82,19 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
         except UserError as error:
             problems.append((line, str(error)))
             continue
-        references = []
+        found: list[File] = []
         for name in names:
             try:
-                references.append(_find(name, path.parent))
+                found.append(_find(name, path.parent))
             except UserError as error:
                 problems.append((line, str(error)))
-        parsed.append((line, text, tuple(references)))
+        parsed.append((line, text, tuple(found)))
     lines = {reference: line for line, _, references in reversed(parsed) for reference in references}
     checked = _check_photos(sorted(lines, key=lines.__getitem__))
-    problems += [(lines[file], str(found)) for file, found in checked.items() if isinstance(found, UserError)]
+    problems += [(lines[file], str(said)) for file, said in checked.items() if isinstance(said, UserError)]
     if problems:
         raise UserError(_told(path, sorted(problems, key=lambda problem: problem[0])))
-    known = {file: found for file, found in checked.items() if isinstance(found, Checked)}
+    known = {file: said for file, said in checked.items() if isinstance(said, Checked)}
     for file, photo in known.items():
         if photo.note:
             warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)

@@ -13,7 +13,6 @@ automatic pairs in a batch falls by half a cosine from its start to 0 at the end
 Sources: `KwaiVGI/VideoAlign` `data.py`; Identity-GRPO, section on the reward's data.
 """
 
-import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jax_idgrpo import rng
-from jax_idgrpo.data.prompts import SEPARATOR
+from jax_idgrpo.data.prompts import SEPARATOR, read_rows
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
@@ -99,16 +98,8 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
       UserError: the file or a row is not as the module's docstring says; the message names the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"pairs {path}: no such file; pass a CSV with the columns {', '.join((*COLUMNS, *dimensions))}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            if missing := [name for name in (*COLUMNS, *dimensions) if name not in (reader.fieldnames or ())]:
-                raise UserError(f"pairs {path}, line 1: has no column {missing[0]}; it needs {', '.join((*COLUMNS, *dimensions))}")
-            pairs = [_pair(row, path, reader.line_num, dimensions) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"pairs {path}: is not a CSV in UTF-8 ({error}); save it again") from None
+    rows = read_rows(path, (*COLUMNS, *dimensions), "pairs")
+    pairs = [_pair(row, path, line, dimensions) for line, row in rows]
     if not pairs:
         raise UserError(f"pairs {path}: no rows below the header; write one pair per line")
     return pairs
