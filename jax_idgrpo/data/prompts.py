@@ -277,8 +277,11 @@ def _find(name: str, folder: Path) -> Path:
             return path
     hint = "check ref_paths, which are relative to the CSV"
     slashed = name.replace("\\", "/")
+    last = slashed.rpartition("/")[2]
     if len(_SUFFIX.findall(name)) > 1:
         hint = f"join the photos by {SEPARATOR}, as in a.png{SEPARATOR}b.png"
+    elif last != name and os.path.exists(folder / last):
+        hint = f"ref_paths are relative to the CSV, and {last} is beside it: write {last}"
     elif re.match(r"[a-zA-Z]:[\\/]", name):
         hint = "it is a Windows path; copy the photos beside the CSV and name them relative to it"
     elif slashed != name and os.path.exists(folder / slashed):
