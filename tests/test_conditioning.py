@@ -150,16 +150,16 @@ def test_known_prompts_open_no_photo_and_others_open_each_once(pipe, prompts, co
 
 
 def test_what_a_prompt_loses_is_told_once_with_its_line():
-    tokenizer, data = WordLengths(), DataConfig(max_people=1, text_length=6)
+    tokenizer = WordLengths()
     long = Prompt(3, "one two three four five sixth seventh", (Path("a.png"),), where="prompts p.csv, line 5")
     fits = Prompt(4, "one two three four five", (Path("a.png"),), where="prompts p.csv, line 6")
     with pytest.warns(UserWarning) as told:
-        conditioning.warn_of_lengths(tokenizer, [long, fits], data)
+        conditioning.warn_of_cut(tokenizer, [long, fits], 6)
     (line,) = [str(warning.message) for warning in told]
     assert line.startswith("prompts p.csv, line 5: the prompt has 8 tokens, and data.text_length keeps 6")
     assert line.endswith("cut off: xxxxx xxxxxxx")
     with pytest.warns(UserWarning) as told:
-        conditioning.warn_of_lengths(tokenizer, [long] * 25, data)
+        conditioning.warn_of_cut(tokenizer, [long] * 25, 6)
     assert len(told) == conditioning.CUT_SHOWN + 1 and "15 more prompts" in str(told[-1].message)
 
 
@@ -169,10 +169,10 @@ def test_a_cut_negative_prompt_is_told(pipe):
 
 
 def test_room_for_people_that_no_prompt_has_is_told(prompts, recwarn):
-    conditioning.warn_of_lengths(WordLengths(), prompts, DataConfig(max_people=3))
+    conditioning.warn_of_padding(prompts, 3)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="no prompt has more than 2 people.*data.max_people 3; --data.max_people 2"):
-        conditioning.warn_of_lengths(WordLengths(), prompts[:2], DataConfig(max_people=3))
+    with pytest.warns(UserWarning, match="no prompt has more people than 2.*data.max_people 3; --data.max_people 2"):
+        conditioning.warn_of_padding(prompts[:2], 3)
 
 
 def test_text_is_cut_padded_and_float32(pipe, prompts, config):

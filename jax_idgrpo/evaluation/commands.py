@@ -44,7 +44,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     listed = load_prompts(prompts, config.data.max_people)
     prove(config, prompts, adapter=lora or out / "none")
     sampler = make_sampler(config)
-    conditioning.warn_of_lengths(sampler.pipe.tokenizer, listed, config.data)
+    conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
     prepare_workdir(out)
     lines = []
@@ -101,7 +101,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     listed = load_prompts(prompts, config.data.max_people)
     prove(config, prompts, **{f"adapter {name}": path for name, path in loras.items()})
     sampler = make_sampler(config)
-    conditioning.warn_of_lengths(sampler.pipe.tokenizer, listed, config.data)
+    conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     models = make_models(sampler, loras)
     scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh)
     prepare_workdir(out)

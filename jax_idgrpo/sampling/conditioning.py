@@ -195,17 +195,21 @@ def _cut_off(tokenizer: Any, text: str, length: int) -> str:
     return f"{len(ids)} tokens, and data.text_length keeps {length}; shorten it or raise data.text_length; cut off: {shown}"
 
 
-def warn_of_lengths(tokenizer: Any, prompts: Sequence[Prompt], config: DataConfig) -> None:
-    """Warn, once per prompt, of text beyond `config.text_length`, and of room for people that no prompt has."""
-    cut = [(prompt, said) for prompt in prompts if (said := _cut_off(tokenizer, prompt.text, config.text_length))]
+def warn_of_cut(tokenizer: Any, prompts: Sequence[Prompt], length: int) -> None:
+    """Warn, once per prompt, of text beyond `length` tokens, with the CSV's line and what is lost."""
+    cut = [(prompt, said) for prompt in prompts if (said := _cut_off(tokenizer, prompt.text, length))]
     for prompt, said in cut[:CUT_SHOWN]:
         warnings.warn(f"{prompt.where or f'prompt {prompt.id}'}: the prompt has {said}", stacklevel=2)
     if len(cut) > CUT_SHOWN:
-        warnings.warn(f"{len(cut) - CUT_SHOWN} more prompts are cut to data.text_length {config.text_length}", stacklevel=2)
-    most = max((prompt.people for prompt in prompts), default=config.max_people)
-    if most < config.max_people:
+        warnings.warn(f"{len(cut) - CUT_SHOWN} more prompts are cut to data.text_length {length}", stacklevel=2)
+
+
+def warn_of_padding(prompts: Sequence[Prompt], max_people: int) -> None:
+    """Warn if no prompt has `max_people`: every row is computed as if it had, in training thousands of times."""
+    most = max(prompt.people for prompt in prompts)
+    if most < max_people:
         warnings.warn(
-            f"no prompt has more than {most} people, and all are padded to data.max_people {config.max_people}; "
+            f"no prompt has more people than {most}, and all are padded to data.max_people {max_people}; "
             f"--data.max_people {most} needs less memory and time",
             stacklevel=2,
         )

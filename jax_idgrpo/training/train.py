@@ -77,7 +77,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     prove(config, config.data.prompts_file(), workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
     pipe = load(config, mesh)
-    conditioning.warn_of_lengths(pipe.tokenizer, prompts, config.data)
+    conditioning.warn_of_cut(pipe.tokenizer, prompts, config.data.text_length)
+    conditioning.warn_of_padding(prompts, config.data.max_people)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
     through = config.grpo.objective == "reward_gradient"
     base = sharding.place(mesh, base)
