@@ -30,17 +30,25 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def require_seed(name: str, seed: int) -> None:
-    """Refuse a seed outside the 32 bits that random keys are made of; beyond them different seeds would draw the same.
+    """Refuse a seed of more than 32 bits: it would draw the same as its remainder.
 
     Raises:
-      UserError: the seed is negative or too large; the message begins with `name`, the field's own.
+      UserError: the seed is negative or too large. The message begins with `name`, the field's own.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"{name} is {seed}; use 0 to {2**32 - 1}")
 
 
 def _require_size(section: str, frames: int, height: int, width: int, unset: str = "") -> None:
-    """Refuse a size of videos that the VAE and the transformer cannot divide; `unset` is what 0 stands for, if it is allowed."""
+    """Refuse a size of videos that the VAE and the transformer cannot divide.
+
+    Args:
+      section: of the configuration.
+      frames: of a video.
+      height: in pixels.
+      width: in pixels.
+      unset: what 0 stands for; "" if 0 is refused.
+    """
     other = f", or 0 for {unset}" if unset else ""
     allowed = bool(unset)
     _require((allowed and frames == 0) or (frames >= 1 and frames % 4 == 1),
@@ -123,7 +131,10 @@ class DataConfig:
 
 
 def prompts_file(name: str) -> Path:
-    """The CSV that `name` means: "embedded:SET" is a set of the package, anything else a path, in which ~ is the user's home."""
+    """The CSV that `name` means: "embedded:SET" is a set of the package, anything else a path.
+
+    ~ is the user's home.
+    """
     if name.startswith("embedded:"):
         return EMBEDDED / "prompts" / name.removeprefix("embedded:") / "prompts.csv"
     return Path(os.path.expanduser(name))
@@ -409,8 +420,9 @@ class EvaluateConfig:
 
     solver: of the ODE, "euler" (as published) or "unipc". guidance, image_guidance: scales, 0 = the rollout's.
     batch: videos per program call, or the next number that the mesh divides.
-    frames, height, width: size of the videos of `evaluate` and `sample`, 0 = video's. Options that turn the training videos from landscape
-        to portrait, or back, turn height and width too, unless these are given as well.
+    frames, height, width: size of the videos of `evaluate` and `sample`, 0 = video's. Options that
+        turn the training videos from landscape to portrait, or back, turn height and width too,
+        unless these are given as well.
     """
 
     prompts: str = "embedded:eval"
@@ -617,20 +629,24 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
 
 
 def _turned(config: Config, given: set[str]) -> Config:
-    """`config` whose evaluation is upright if options made its videos upright, or lies down if they do; a warning says so.
+    """Turn the evaluation's height and width if options turned the videos', with a warning.
 
     Args:
       config: with the options applied.
-      given: names of the options. With `evaluate.height` or `evaluate.width` among them nothing is turned.
+      given: names of the options. `evaluate.height` or `evaluate.width` among them keep the size.
     """
     video, evaluate = config.video, config.evaluate
-    against = (video.height - video.width) * (evaluate.height - evaluate.width) < 0 and min(evaluate.height, evaluate.width) > 0
-    if not against or given.isdisjoint(("video.height", "video.width")) or given & {"evaluate.height", "evaluate.width"}:
+    fixed = min(evaluate.height, evaluate.width) > 0
+    against = (video.height - video.width) * (evaluate.height - evaluate.width) < 0
+    turns = given & {"video.height", "video.width"}
+    keeps = given & {"evaluate.height", "evaluate.width"}
+    if not (fixed and against and turns) or keeps:
         return config
     turned = dataclasses.replace(evaluate, height=evaluate.width, width=evaluate.height)
     warnings.warn(
-        f"evaluate.height is {turned.height} and evaluate.width {turned.width}, turned as video.height {video.height} and video.width "
-        f"{video.width} are; pass --evaluate.height {evaluate.height} --evaluate.width {evaluate.width} to keep them",
+        f"evaluate.height is {turned.height} and evaluate.width {turned.width}, turned as "
+        f"video.height {video.height} and video.width {video.width} are; pass --evaluate.height "
+        f"{evaluate.height} --evaluate.width {evaluate.width} to keep them",
         stacklevel=3,
     )
     return dataclasses.replace(config, evaluate=turned)

@@ -18,24 +18,39 @@ RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (16, 1))
 
 
 def noise(width, height, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    )
 
 
 def box(brand, *others):
     brands = b"".join(name.encode() for name in (brand, *others))
-    return struct.pack(">I", 12 + 4 + 4 * len(others)) + b"ftyp" + brands[:4] + bytes(4) + brands[4:] + bytes(40)
+    return (
+        struct.pack(">I", 12 + 4 + 4 * len(others))
+        + b"ftyp"
+        + brands[:4]
+        + bytes(4)
+        + brands[4:]
+        + bytes(40)
+    )
 
 
 FILES = {
     "empty file": (b"", "is an empty file"),
-    "HEIC": (box("heic", "mif1", "heic"), "is a HEIC photo, which needs pillow-heif; pip install pillow-heif, or store it as JPEG"),
+    "HEIC": (
+        box("heic", "mif1", "heic"),
+        "is a HEIC photo; pip install pillow-heif to read it, or store it as JPEG",
+    ),
     "HEIC of several pictures": (box("mif1", "heic"), "is a HEIC photo"),
     "video": (box("isom", "mp42"), "is a video"),
     "JPEG XL": (b"\xff\x0a" + bytes(40), "is a JPEG XL photo"),
     "PDF": (b"%PDF-1.4\n%%EOF\n", "is a PDF document"),
     "SVG": (b'<?xml version="1.0"?>\n<svg xmlns="x"></svg>', "is an SVG drawing"),
     "page": (b"<!DOCTYPE html><html>sign in</html>", "is a web page; download the photo itself"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer; run git lfs pull"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is a Git LFS pointer; run git lfs pull",
+    ),
     "text": (b"hello", "cannot be read (not an image)"),
 }
 
@@ -57,7 +72,11 @@ def test_what_is_no_photo_is_called_what_it_is(tmp_path, kind, without_heif):
     for read in (load_reference, check_photo):
         with pytest.raises(UserError) as caught:
             read(path)
-        assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+        assert (
+            says in str(caught.value)
+            and str(path) in str(caught.value)
+            and "\n" not in str(caught.value)
+        )
 
 
 def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
@@ -71,13 +90,17 @@ def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
     def register_heif_opener():
         Image.register_open("HEIF", HeicFile, lambda start: start[4:12] == b"ftypheic")
 
-    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register_heif_opener))
+    monkeypatch.setitem(
+        sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register_heif_opener)
+    )
     monkeypatch.setattr(Image, "ID", Image.ID.copy())
     monkeypatch.setattr(Image, "OPEN", Image.OPEN.copy())
     photos._formats.cache_clear()
     try:
         pixels = np.asarray(noise(20, 16))
-        (tmp_path / "a.jpg").write_bytes(box("heic", "mif1", "heic")[:72].ljust(72, b"\0") + pixels.tobytes())
+        (tmp_path / "a.jpg").write_bytes(
+            box("heic", "mif1", "heic")[:72].ljust(72, b"\0") + pixels.tobytes()
+        )
         np.testing.assert_array_equal(np.asarray(load_reference(tmp_path / "a.jpg")), pixels)
         (tmp_path / "b.heic").write_bytes(box("heix"))
         with pytest.raises(UserError, match="is a HEIC photo that pillow-heif cannot read"):
@@ -98,13 +121,26 @@ def test_grey_of_any_bits_in_words_of_16_keeps_its_brightness(tmp_path, bits):
 
 
 def test_floats_are_from_black_0_to_white_1_or_refused(tmp_path):
-    for white, fits in ((1.0, True), (255.0, False), (4.0, False), (-1.0, False), (float("nan"), False)):
+    for white, fits in (
+        (1.0, True),
+        (255.0, False),
+        (4.0, False),
+        (-1.0, False),
+        (float("nan"), False),
+    ):
         Image.fromarray((RAMP / 255 * white).astype(np.float32)).save(tmp_path / "a.tif")
         if fits:
-            assert np.abs(np.asarray(load_reference(tmp_path / "a.tif"))[..., 0].astype(int) - RAMP).max() <= 1
+            assert (
+                np.abs(
+                    np.asarray(load_reference(tmp_path / "a.tif"))[..., 0].astype(int) - RAMP
+                ).max()
+                <= 1
+            )
             continue
         for read in (load_reference, check_photo):
-            with pytest.raises(UserError, match=r"floats from .* to .*, where black is 0 and white is 1"):
+            with pytest.raises(
+                UserError, match=r"floats from .* to .*, where black is 0 and white is 1"
+            ):
                 read(tmp_path / "a.tif")
 
 
@@ -122,14 +158,19 @@ def test_a_photo_that_is_nearly_black_is_noted(tmp_path):
     assert check_photo(tmp_path / "bright.jpg").note == ""
 
 
-@pytest.mark.parametrize(("size", "fits"), [((1, 1), False), ((15, 400), False), ((400, 15), False), ((16, 16), True)])
+@pytest.mark.parametrize(
+    ("size", "fits"), [((1, 1), False), ((15, 400), False), ((400, 15), False), ((16, 16), True)]
+)
 def test_a_photo_has_at_least_16_pixels_on_each_side(tmp_path, size, fits):
     noise(*size).save(tmp_path / "a.png")
     if fits:
         assert load_reference(tmp_path / "a.png").size == size
         return
     for read in (load_reference, check_photo):
-        with pytest.raises(UserError, match=rf"a.png: is {size[0]} x {size[1]} pixels; use a photo of 16 x 16 or more"):
+        with pytest.raises(
+            UserError,
+            match=rf"a.png: is {size[0]} x {size[1]} pixels; use 16 x 16 or more",
+        ):
             read(tmp_path / "a.png")
 
 
@@ -147,7 +188,10 @@ except UserError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"image {tmp_path}/huge.png: has 240 megapixels, and up to 178 are read; make it smaller\n"
+    assert (
+        done.stdout
+        == f"image {tmp_path}/huge.png: has 240 megapixels, and up to 178 are read; make it smaller\n"
+    )
     assert done.stderr == ""
 
 
@@ -170,7 +214,10 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)
-    with pytest.raises(UserError, match=r"a.png: cannot be read \(Permission denied\); check the file and its permissions"):
+    with pytest.raises(
+        UserError,
+        match=r"a.png: cannot be read \(Permission denied\); check the file and its permissions",
+    ):
         load_reference(tmp_path / "a.png")
 
 
@@ -181,7 +228,9 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
 def opened(monkeypatch):
     """Files that were opened, in order."""
     calls = []
-    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(
+        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
+    )
     return calls
 
 
@@ -210,7 +259,9 @@ def test_a_photo_keeps_its_size_up_to_the_limit(files, opened):
     cache = PhotoCache()
     sizes = [cache.photo(file).size for file in files]
     assert sizes == [(64, 64), (300, 200), (round(2200 * 1024 / 1500), 1024), (40, 1100)]
-    np.testing.assert_array_equal(np.asarray(cache.photo(files[1])), np.asarray(load_reference(files[1])))
+    np.testing.assert_array_equal(
+        np.asarray(cache.photo(files[1])), np.asarray(load_reference(files[1]))
+    )
     want = load_reference(files[2]).resize(sizes[2], Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(np.asarray(cache.photo(files[2])), np.asarray(want))
     assert opened == files
@@ -222,7 +273,9 @@ def test_canvases_of_other_sizes_and_kinds_do_not_mix(files, opened):
         for size in ((64, 96), (96, 64)):
             for _ in range(2):
                 for file in files[:2]:
-                    np.testing.assert_array_equal(cache.fitted(file, fit, *size), fit(load_reference(file), *size))
+                    np.testing.assert_array_equal(
+                        cache.fitted(file, fit, *size), fit(load_reference(file), *size)
+                    )
     assert opened == files[:2]
 
 
@@ -231,8 +284,11 @@ def test_what_is_kept_stays_below_the_room_and_the_rest_is_right(files, opened):
     for _ in range(2):
         for file in files:
             np.testing.assert_array_equal(
-                cache.fitted(file, conditioning.canvas, 64, 96), conditioning.canvas(load_reference(file), 64, 96)
+                cache.fitted(file, conditioning.canvas, 64, 96),
+                conditioning.canvas(load_reference(file), 64, 96),
             )
-    assert cache.room >= 0 and sum(made.nbytes for made in cache._kept.values()) == 150_000 - cache.room > 0
+    assert (
+        cache.room >= 0
+        and sum(made.nbytes for made in cache._kept.values()) == 150_000 - cache.room > 0
+    )
     assert files[2] in opened[4:] and files[0] not in opened[4:]
-

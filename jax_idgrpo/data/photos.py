@@ -1,7 +1,8 @@
-"""Reference photos: which files are read, how they become upright RGB, and a cache that opens each file once.
+"""Read reference photos as upright RGB, say what is wrong with others, and open each file once.
 
-A photo is any picture that Pillow decodes itself, and HEIC where the package pillow-heif is installed. It has at least `SMALLEST`
-pixels on each side and at most as many in all as Pillow reads safely. Transparent parts become white. Grey is scaled to 8 bits:
+A photo is any picture that Pillow decodes itself, and HEIC where the package pillow-heif is
+installed. It has at least `SMALLEST` pixels on each side and at most as many in all as Pillow reads
+safely. Transparent parts become white. Grey is scaled to 8 bits:
 
     8 bits    as stored
     16 bits   the smallest of 8, 10, 12 or 16 bits that holds the brightest value is white
@@ -29,7 +30,7 @@ from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
 PICTURES = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow's names of what is read: pictures alone, not those that it has another program draw (EPS)."""
+"""Pillow's names of what is read: not what it has another program draw (EPS)."""
 
 SMALLEST = 16  # pixels of the shorter side
 LARGE = 1024  # pixels of the shorter side, beyond which a face gains nothing
@@ -40,18 +41,30 @@ _WHITE = (255, 1023, 4095, 65535)  # the largest values of 8, 10, 12 and 16 bits
 _NEARLY_BLACK = 16  # of 255: what 12 bits in 16-bit words come to at most
 
 _DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, RuntimeError, TypeError, struct.error, zlib.error
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 """What Pillow's readers raise on damaged files."""
 
-# Pillow warns of an attack from half of its limit on; telephones reach that, and what is above the limit is refused below.
+# Pillow warns of an attack from half of its limit on, which telephones reach. What is above the
+# limit is refused below.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Fit: TypeAlias = Callable[[Image.Image, int, int], Float[np.ndarray, "height width 3"]]
 
 
 class Checked(NamedTuple):
-    """A photo that can be read. digest: SHA-256 of the file's bytes. note: what looks odd about it, or nothing."""
+    """A photo that can be read.
+
+    digest: SHA-256 of the file's bytes. note: what looks odd about it, or nothing.
+    """
 
     digest: str
     note: str
@@ -67,10 +80,10 @@ def _formats() -> list[str]:
 
 
 def load_reference(file: str | File) -> Image.Image:
-    """Read an image file of any mode, size and EXIF orientation as upright RGB; transparent parts become white.
+    """Read an image file of any mode, size and EXIF orientation as upright RGB.
 
     Raises:
-      UserError: the file is missing, is not an image, is damaged, or is not as the module's docstring says.
+      UserError: the file is missing, damaged, or not as the module's docstring says.
     """
     with _opened(file, _content(file)) as image:
         return on_white(ImageOps.exif_transpose(image))
@@ -94,11 +107,14 @@ def check_photo(file: str | File) -> Checked:
             brightest, white = (values := np.asarray(image)).max(), _white(values)
             if white < _WHITE[-1]:
                 bits = white.bit_length()
-                note = f"holds {bits} bits in 16-bit words (up to {brightest}); {white} is taken as white"
+                note = f"holds {bits} bits in 16-bit words, up to {brightest}; {white} is white"
         elif image.mode == "F":
             on_white(image)
-        elif image.mode in ("L", "LA", "RGB", "RGBA") and (brightest := _brightest(image)) < _NEARLY_BLACK:
-            note = f"is nearly black ({brightest} of 255); 12-bit colours in 16-bit words have to be stored with 8 bits"
+        elif (
+            image.mode in ("L", "LA", "RGB", "RGBA")
+            and (brightest := _brightest(image)) < _NEARLY_BLACK
+        ):
+            note = f"is nearly black ({brightest} of 255); store 12-bit colours with 8 bits"
     return Checked(hashlib.sha256(content).hexdigest(), f"image {file}: {note}" if note else "")
 
 
@@ -111,12 +127,16 @@ def _content(file: str | File) -> bytes:
     try:
         return (Path(file) if isinstance(file, str) else file).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"image {file}: no such file; check ref_paths, which are relative to the CSV") from None
+        raise UserError(
+            f"image {file}: no such file; check ref_paths, which are relative to the CSV"
+        ) from None
     except IsADirectoryError:
         raise UserError(f"image {file}: is a folder; name the image file in it") from None
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"image {file}: cannot be read ({reason}); check the file and its permissions") from None
+        raise UserError(
+            f"image {file}: cannot be read ({reason}); check the file and its permissions"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -131,24 +151,27 @@ def _opened(file: str | File, content: bytes) -> Iterator[Image.Image]:
             if min(image.size) < SMALLEST:
                 size = f"{image.width} x {image.height}"
                 raise UserError(
-                    f"image {file}: is {size} pixels; use a photo of {SMALLEST} x {SMALLEST} or more"
+                    f"image {file}: is {size} pixels; use {SMALLEST} x {SMALLEST} or more"
                 )
             yield image
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         millions = f"{int(pixels[0]) // 10**6} megapixels" if pixels else "too many pixels"
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise UserError(f"image {file}: has {millions}, and up to {limit} are read; make it smaller") from None
+        raise UserError(
+            f"image {file}: has {millions}, and up to {limit} are read; make it smaller"
+        ) from None
     except Image.UnidentifiedImageError:
         raise UserError(f"image {file}: {_what(content)}") from None
     except _DAMAGED as error:
         raise UserError(
-            f"image {file}: cannot be read ({error or type(error).__name__}); store it again as PNG or JPEG"
+            f"image {file}: cannot be read ({error or type(error).__name__}); "
+            "store it again as PNG or JPEG"
         ) from None
 
 
 def _what(content: bytes) -> str:
-    """Tell from the first bytes of a file, which is no readable photo, what it is and what to do."""
+    """Tell from the first bytes of a file that is no photo what it is and what to do."""
     start = content[:1024]
     if not start:
         return "is an empty file; copy it again"
@@ -159,7 +182,7 @@ def _what(content: bytes) -> str:
         if brands[:4] in _HEIC_BRANDS:
             if "HEIF" in _formats():
                 return "is a HEIC photo that pillow-heif cannot read; store it as JPEG"
-            return "is a HEIC photo, which needs pillow-heif; pip install pillow-heif, or store it as JPEG"
+            return "is a HEIC photo; pip install pillow-heif to read it, or store it as JPEG"
         return "is a video or a camera's raw file; store a photo as JPEG"
     if start.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
         return "is a JPEG XL photo; store it as JPEG"
@@ -176,7 +199,7 @@ def _what(content: bytes) -> str:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: transparent parts become white, grey is scaled to 8 bits.
+    """Convert an image of any mode to RGB, as the module's docstring says.
 
     Raises:
       ValueError: integers of more than 16 bits, or floats outside [0, 1].
@@ -197,7 +220,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _white(values: Int[np.ndarray, "H W"] | np.ndarray) -> int:
-    """The value of white in a grey image of integers: the largest of the fewest bits that hold all values."""
+    """The value of white in a grey image: the largest of the fewest bits that hold all values."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > _WHITE[-1]:
         raise ValueError(f"grey values from {low} to {high}, more than 16 bits")
@@ -213,10 +236,11 @@ def _brightest(image: Image.Image) -> int:
 
 
 class PhotoCache:
-    """The photos of a run: each file is opened once, and what is made of it stays in the host's memory.
+    """The photos of a run: each file is opened once.
 
-    What is kept takes at most `room` bytes. What does not fit is made again whenever it is needed, so that results
-    never depend on the room. A file is known by its path, so it must not change during the run.
+    What is kept takes at most `room` bytes. What does not fit is made again whenever it is needed,
+    so that results never depend on the room. A file is known by its path, so it must not change
+    during the run.
     """
 
     def __init__(self, room: int = ROOM):
@@ -239,10 +263,16 @@ class PhotoCache:
     def fitted(
         self, file: File, fit: Fit, height: int, width: int
     ) -> Float[np.ndarray, "{height} {width} 3"]:
-        """The photo on a canvas, `fit(photo, height, width)`, such as `conditioning.canvas`; in [-1, 1].
+        """The photo on a canvas in [-1, 1]: `fit(photo, height, width)`.
 
-        The canvas is made from the whole file, as its values depend on the photo's own size. It is kept as bytes where
-        these hold it exactly, and as floats otherwise.
+        Args:
+          file: the photo.
+          fit: such as `conditioning.canvas`.
+          height: of the canvas, in pixels.
+          width: of the canvas, in pixels.
+
+        The canvas is made from the whole file, as its values depend on the photo's own size. It is
+        kept as bytes where these hold it exactly, and as floats otherwise.
 
         Raises:
           UserError: as `load_reference`.
@@ -286,10 +316,14 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
     """A canvas in [-1, 1] from what `_levels` made of it."""
-    return kept.astype(np.float32) / np.float32(255) * 2 - 1 if kept.dtype == np.uint8 else kept.copy()
+    return (
+        kept.astype(np.float32) / np.float32(255) * 2 - 1 if kept.dtype == np.uint8 else kept.copy()
+    )
 
 
-def _levels(canvas: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
+def _levels(
+    canvas: Float[np.ndarray, "H W 3"],
+) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
     """A canvas as bytes if `_values` gives it back bit for bit, otherwise as it is."""
     levels = ((canvas + 1) * 127.5).round().astype(np.uint8)
     return levels if np.array_equal(_values(levels), canvas) else canvas.copy()

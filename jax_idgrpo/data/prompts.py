@@ -1,8 +1,9 @@
 """Prompts with reference photos: the CSV, and which prompts a training step reads.
 
-The CSV has the header `ref_paths,prompt`, one row per prompt; `ref_paths` are image files joined by `;`, one per person in the
-order of the prompt, relative to the CSV or absolute. Rows of different counts of people mix freely; further columns are ignored.
-Everything is checked when the file is loaded, photos included, so that a broken one cannot stop a run that is hours old.
+The CSV has the header `ref_paths,prompt`, one row per prompt; `ref_paths` are image files joined by
+`;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows of different
+counts of people mix freely; further columns are ignored. Everything is checked when the file is
+loaded, photos included, so that a broken one cannot stop a run that is hours old.
 """
 
 import concurrent.futures
@@ -25,8 +26,19 @@ from jax_idgrpo.data.photos import Checked, check_photo, load_reference, on_whit
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
-__all__ = ["COLUMNS", "SEPARATOR", "Prompt", "describe_change", "load_prompts", "load_reference", "on_white",
-           "prompt_batch", "prompts_digest", "read_rows", "row_digests"]  # fmt: skip
+__all__ = [
+    "COLUMNS",
+    "SEPARATOR",
+    "Prompt",
+    "describe_change",
+    "load_prompts",
+    "load_reference",
+    "on_white",
+    "prompt_batch",
+    "prompts_digest",
+    "read_rows",
+    "row_digests",
+]
 
 COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
@@ -42,8 +54,8 @@ _QUOTES = "\u201c\u201d\u201e\u201f\uff02\u00ab\u00bb"  # what word processors w
 class Prompt:
     """One row of a prompts CSV; its people are in the order of `references`.
 
-    id: rows counted from 0. where: the CSV and the line in it, for messages. digests: SHA-256 of each photo's bytes.
-    The last two are empty for prompts that come from no CSV.
+    id: rows counted from 0. where: the CSV and the line in it, for messages. digests: SHA-256 of
+    each photo's bytes. The last two are empty for prompts that come from no CSV.
     """
 
     id: int
@@ -67,13 +79,17 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     What can be used but looks like a mistake gets a warning that names the line.
 
     Raises:
-      UserError: the file, its header, a row or an image is not as the module's docstring says, or a row has more than
-        `max_people` references. The one line names the file and the first problems, each with its line in the file.
+      UserError: the file, its header, a row or a photo is not as the module's docstring says, or
+        a row has more than `max_people` references. The one line names the file and the first
+        problems, each with its line in the file.
     """
     path = Path(path)
     rows = list(read_rows(path))
     if not rows:
-        raise UserError(f"prompts {path}: no rows below the header; write one prompt per line: {','.join(COLUMNS)}")
+        raise UserError(
+            f"prompts {path}: no rows below the header; write one prompt per line: "
+            f"{','.join(COLUMNS)}"
+        )
     parsed: list[tuple[int, str, tuple[File, ...]]] = []
     problems: list[tuple[int, str]] = []
     for line, row in rows:
@@ -89,9 +105,13 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
             except UserError as error:
                 problems.append((line, str(error)))
         parsed.append((line, text, tuple(found)))
-    lines = {reference: line for line, _, references in reversed(parsed) for reference in references}
+    lines = {
+        reference: line for line, _, references in reversed(parsed) for reference in references
+    }
     checked = _check_photos(sorted(lines, key=lines.__getitem__))
-    problems += [(lines[file], str(said)) for file, said in checked.items() if isinstance(said, UserError)]
+    problems += [
+        (lines[file], str(said)) for file, said in checked.items() if isinstance(said, UserError)
+    ]
     if problems:
         raise UserError(_told(path, sorted(problems, key=lambda problem: problem[0])))
     known = {file: said for file, said in checked.items() if isinstance(said, Checked)}
@@ -100,9 +120,12 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
             warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)
     prompts = []
     for number, (line, text, references) in enumerate(parsed):
-        where, digests = f"prompts {path}, line {line}", tuple(known[file].digest for file in references)
+        where = f"prompts {path}, line {line}"
+        digests = tuple(known[file].digest for file in references)
         if len(set(digests)) < len(digests):
-            warnings.warn(f"{where}: shows one photo twice; name one photo per person", stacklevel=2)
+            warnings.warn(
+                f"{where}: shows one photo twice; name one photo per person", stacklevel=2
+            )
         prompts.append(Prompt(number, text, references, where, digests))
     return prompts
 
@@ -139,10 +162,11 @@ def _numbers(noun: str, numbers: Sequence[int], most: int = 8) -> str:
 def read_rows(
     path: Path, columns: Sequence[str] = COLUMNS, what: str = "prompts"
 ) -> Iterator[tuple[int, dict]]:
-    """Read the rows below the header as line numbers and fields; rows of nothing but blanks are skipped.
+    """Read the rows below the header as line numbers and fields.
 
-    Names of the header are found in upper and lower case. A row that is too short has None for the missing fields; what a
-    row has beyond the header is under the key None.
+    Rows of nothing but blanks are skipped. Names of the header are found in upper and lower case.
+    A row that is too short has None for the missing fields. What a row has beyond the header is
+    under the key None.
 
     Args:
       path: the CSV.
@@ -155,10 +179,12 @@ def read_rows(
     where, header_line = f"{what} {path}", ",".join(columns)
     text = _text(path, where, header_line)
     skipped = 0
-    if told := re.match(r'"?sep=(.)"?\s*?(\r\n?|\n)', text, re.IGNORECASE):  # a line that Excel writes and reads
+    # A first line that Excel writes and reads.
+    if told := re.match(r'"?sep=(.)"?\s*?(\r\n?|\n)', text, re.IGNORECASE):
         _refuse_separator(told[1], where)
         text, skipped = text[told.end() :], 1
-    first, wanted = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0], {name.casefold() for name in columns}
+    first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
+    wanted = {name.casefold() for name in columns}
     for separator in (",", *_COLUMN_SEPARATORS):
         if wanted.issubset(name.strip(' "').casefold() for name in first.split(separator)):
             _refuse_separator(separator, f"{where}, line {skipped + 1}")
@@ -201,14 +227,19 @@ def _text(path: Path, where: str, header: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror}); check its permissions"
+        ) from None
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
-        raise UserError(f"{where}: is an Excel workbook or another archive; save the sheet as CSV in UTF-8")
+        raise UserError(
+            f"{where}: is an Excel workbook or another archive; save the sheet as CSV in UTF-8"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a UTF-8 CSV"
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a UTF-8 "
+            "CSV"
         ) from None
     start = text[:512].lstrip().lower()
     for signs, kind in ((("{", "["), "holds JSON"), (("<!doctype", "<html"), "is a web page")):
@@ -223,37 +254,58 @@ def _check_header(header: Sequence[str], columns: Sequence[str], where: str) -> 
     if not missing:
         return
     found = f" and has {', '.join(header)[:120]}" if any(header) else ""
-    raise UserError(f"{where}: needs one column {missing[0]}{found}; start the file with the header {','.join(columns)}")
+    raise UserError(
+        f"{where}: needs one column {missing[0]}{found}; start the file with the header "
+        f"{','.join(columns)}"
+    )
 
 
 def _refuse_separator(separator: str, where: str) -> None:
     """Refuse columns that are separated by anything but commas."""
     if separator != ",":
         name = _COLUMN_SEPARATORS.get(separator, repr(separator))
-        raise UserError(f"{where}: columns are separated by {name}; save the file with commas between the columns")
+        raise UserError(
+            f"{where}: columns are separated by {name}; save the file with commas between the "
+            "columns"
+        )
 
 
 def _parse(row: dict, max_people: int) -> tuple[str, list[str]]:
     """Text and names of the photos of one row."""
     if None in row:
         if _SUFFIX.search(row["prompt"] or "") or any(map(_SUFFIX.search, row[None])):
-            raise UserError(f"photos are joined by commas; join them by {SEPARATOR}, as in a.png{SEPARATOR}b.png")
+            raise UserError(
+                f"photos are joined by commas; join them by {SEPARATOR}, as in "
+                f"a.png{SEPARATOR}b.png"
+            )
         if any(quote in str(row.values()) for quote in _QUOTES):
-            raise UserError('more fields than the header has; put the prompt in straight quotes ("), not in curly ones')
-        raise UserError('more fields than the header has; put a prompt that holds commas in double quotes: "..."')
+            raise UserError(
+                'more fields than the header has; put the prompt in straight quotes ("), '
+                "not in curly ones"
+            )
+        raise UserError(
+            "more fields than the header has; put a prompt that holds commas in double quotes: "
+            '"..."'
+        )
     if any(row[name] is None for name in COLUMNS):
         raise UserError(f"fewer fields than the header has; a row is {','.join(COLUMNS)}")
     text, listed = (row["prompt"].strip(), row["ref_paths"].strip())
     if not text:
         raise UserError("the prompt is empty; write what the video should show")
     if not listed:
-        raise UserError(f"no reference photo; name 1 to {max_people} image files in ref_paths, joined by {SEPARATOR}")
+        raise UserError(
+            f"no reference photo; name 1 to {max_people} image files in ref_paths, joined by "
+            f"{SEPARATOR}"
+        )
     names = [name.strip() for name in listed.split(SEPARATOR)]
     if not all(names):
-        raise UserError(f"an empty name in ref_paths {listed!r}; join image files by single {SEPARATOR}")
+        raise UserError(
+            f"an empty name in ref_paths {listed!r}; join image files by single {SEPARATOR}"
+        )
     if len(names) > max_people:
         raise UserError(
-            f"{len(names)} reference photos, but data.max_people is {max_people}; remove some or raise data.max_people"
+            f"{len(names)} reference photos, but data.max_people is {max_people}; remove some or "
+            "raise data.max_people"
         )
     return text, names
 
@@ -261,8 +313,8 @@ def _parse(row: dict, max_people: int) -> tuple[str, list[str]]:
 def _find(name: str, folder: Path) -> Path:
     """The photo that a row names, relative to the CSV's folder.
 
-    A name that begins with ~ is in the user's home. A letter with an accent is found however the disk composes it (macOS
-    takes it apart).
+    A name that begins with ~ is in the user's home. A letter with an accent is found however the
+    disk composes it (macOS takes it apart).
 
     Raises:
       UserError: there is no such file; the message says what the name looks like.
@@ -273,7 +325,9 @@ def _find(name: str, folder: Path) -> Path:
     forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     paths = [folder / name, *([home] if home else []), *(folder / form for form in forms)]
     for path in paths:
-        if os.path.exists(path):  # False for a name that no disk can hold, such as a prompt in the wrong column
+        if os.path.exists(
+            path
+        ):  # False for a name that no disk can hold, such as a prompt in the wrong column
             return path
     hint = "check ref_paths, which are relative to the CSV"
     slashed = name.replace("\\", "/")
@@ -297,10 +351,12 @@ def _find(name: str, folder: Path) -> Path:
 
 
 def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) -> list[int]:
-    """Indices of the `count` prompts of a step: a pure function of (seed, step), so a run resumes by its step alone.
+    """Indices of the `count` prompts of a step: a pure function of (seed, step), so a run resumes
+    by its step alone.
 
-    Steps read one endless sequence in which every pass is its own permutation: each prompt comes once per pass. A step that
-    crosses into the next pass, or asks for more prompts than there are, may hold a prompt twice.
+    Steps read one endless sequence in which every pass is its own permutation: each prompt comes
+    once per pass. A step that crosses into the next pass, or asks for more prompts than there are,
+    may hold a prompt twice.
     """
     order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
     return [int(order[position]) for position in range(step * count, (step + 1) * count)]
@@ -310,17 +366,21 @@ def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) ->
 
 
 def row_digests(prompts: Sequence[Prompt]) -> list[str]:
-    """Digests of the rows, `TEXT-PHOTOS` in 12 hexadecimal digits each: what a run stores to describe a change later.
+    """Digests of the rows, `TEXT-PHOTOS` in 12 hexadecimal digits each: what a run stores to
+    describe a change later.
 
-    Hashed are the text and the bytes of the photos in their order. Names and folders of photos are not: nothing depends on
-    them. `load_prompts` hashes the bytes while it checks the photos; photos of other prompts are read here.
+    Hashed are the text and the bytes of the photos in their order. Names and folders of photos are
+    not: nothing depends on them. `load_prompts` hashes the bytes while it checks the photos; photos
+    of other prompts are read here.
     """
 
     def short(value: object) -> str:
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
     def photos(prompt: Prompt) -> Sequence[str]:
-        return prompt.digests or [hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references]
+        return prompt.digests or [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references
+        ]
 
     return [f"{short(prompt.text)}-{short(list(photos(prompt)))}" for prompt in prompts]
 
@@ -328,7 +388,8 @@ def row_digests(prompts: Sequence[Prompt]) -> list[str]:
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the rows in their order, as `row_digests` hashes them.
 
-    It is the same for two CSVs that differ only in what is never used: column order, further columns, blank rows, quotes.
+    It is the same for two CSVs that differ only in what is never used: column order, further
+    columns, blank rows, quotes.
     """
     return hashlib.sha256("\n".join(row_digests(prompts)).encode()).hexdigest()
 
@@ -341,13 +402,19 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
       new: `row_digests` of the present rows.
 
     Returns:
-      Which rows were changed, added (by their present number) or removed (by their earlier one), counted from 0.
+      Which rows were changed, added (by their present number) or removed (by their earlier one),
+      counted from 0.
     """
     if list(old) == list(new):
         return ""
     if sorted(old) == sorted(new):
         return f"the same {len(new)} rows in another order"
-    found: dict[str, list[int]] = {"another text": [], "other photos": [], "added": [], "removed": []}
+    found: dict[str, list[int]] = {
+        "another text": [],
+        "other photos": [],
+        "added": [],
+        "removed": [],
+    }
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
     for kind, first, last, start, stop in matcher.get_opcodes():
         if kind == "equal":
@@ -360,7 +427,11 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
         found["removed"] += range(first, last)
         found["added"] += range(start, stop)
     verbs = {"another text": "has another text", "other photos": "has other photos"}
-    parts = [f"{_numbers('row', numbers)} {verbs.get(kind, kind)}" for kind, numbers in found.items() if numbers]
+    parts = [
+        f"{_numbers('row', numbers)} {verbs.get(kind, kind)}"
+        for kind, numbers in found.items()
+        if numbers
+    ]
     return "; ".join(parts) + " (rows counted from 0)"
 
 

@@ -190,27 +190,34 @@ def _cut_off(tokenizer: Any, text: str, length: int) -> str:
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= length:
         return ""
-    lost = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)  # the last token that is kept marks the end
+    # The last token that is kept marks the end.
+    lost = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)
     shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
-    return f"{len(ids)} tokens, and data.text_length keeps {length}; shorten it or raise data.text_length; cut off: {shown}"
+    return (
+        f"{len(ids)} tokens, and data.text_length keeps {length}; shorten it or raise "
+        f"data.text_length; cut off: {shown}"
+    )
 
 
 def warn_of_cut(tokenizer: Any, prompts: Sequence[Prompt], length: int) -> None:
-    """Warn, once per prompt, of text beyond `length` tokens, with the CSV's line and what is lost."""
-    cut = [(prompt, said) for prompt in prompts if (said := _cut_off(tokenizer, prompt.text, length))]
+    """Warn, once per prompt, of text beyond `length` tokens, with its line and what is lost."""
+    found = [(prompt, _cut_off(tokenizer, prompt.text, length)) for prompt in prompts]
+    cut = [(prompt, said) for prompt, said in found if said]
     for prompt, said in cut[:CUT_SHOWN]:
-        warnings.warn(f"{prompt.where or f'prompt {prompt.id}'}: the prompt has {said}", stacklevel=2)
+        where = prompt.where or f"prompt {prompt.id}"
+        warnings.warn(f"{where}: the prompt has {said}", stacklevel=2)
     if len(cut) > CUT_SHOWN:
-        warnings.warn(f"{len(cut) - CUT_SHOWN} more prompts are cut to data.text_length {length}", stacklevel=2)
+        more = len(cut) - CUT_SHOWN
+        warnings.warn(f"{more} more prompts are cut to data.text_length {length}", stacklevel=2)
 
 
 def warn_of_padding(prompts: Sequence[Prompt], max_people: int) -> None:
-    """Warn if no prompt has `max_people`: every row is computed as if it had, in training thousands of times."""
+    """Warn if no prompt has `max_people`: every row is computed as if it had."""
     most = max(prompt.people for prompt in prompts)
     if most < max_people:
         warnings.warn(
-            f"no prompt has more people than {most}, and all are padded to data.max_people {max_people}; "
-            f"--data.max_people {most} needs less memory and time",
+            f"no prompt has more people than {most}, and all are padded to data.max_people "
+            f"{max_people}; --data.max_people {most} needs less memory and time",
             stacklevel=2,
         )
 
@@ -261,12 +268,17 @@ class Cache(dict[Any, Any]):
 
 
 def encode(
-    pipe: Pipeline, prompts: Sequence[Prompt], config: Config, cache: Cache, photos: PhotoCache | None = None
+    pipe: Pipeline,
+    prompts: Sequence[Prompt],
+    config: Config,
+    cache: Cache,
+    photos: PhotoCache | None = None,
 ) -> Conditioning:
     """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it; on the host.
 
     cache: the caller keeps it for the run, so that a prompt is encoded once, or, when the cache is full, whenever it is asked for.
-    photos: opens the photos, and is shared with whoever else needs them; without it each is opened whenever it is encoded.
+    photos: opens the photos, and is shared with whoever else needs them. Without it a photo is
+    opened whenever it is encoded.
 
     Raises:
       UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
@@ -296,7 +308,9 @@ def encode(
     return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail))
 
 
-def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache) -> Float[np.ndarray, "M H W C"]:
+def _encode_photos(
+    pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache
+) -> Float[np.ndarray, "M H W C"]:
     """The latents of a prompt's photos."""
     data, video = config.data, config.video
     if not 1 <= len(prompt.references) <= data.max_people:
@@ -305,4 +319,5 @@ def _encode_photos(pipe: Pipeline, prompt: Prompt, config: Config, photos: Photo
         )
     fit = canvas if config.model.kind == "vace" else whole_canvas
     canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]
-    return np.concatenate([to_host(_encode_video(pipe.vae, canvas[None, None]))[0] for canvas in canvases])
+    latents = [to_host(_encode_video(pipe.vae, canvas[None, None]))[0] for canvas in canvases]
+    return np.concatenate(latents)
