@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from checkpoints_convert import card, checkpoint, faces, store, writing
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, FACE, TRANSFORMER, Checkpoint
+from checkpoints_convert import card, checkpoint, compare, faces, identify, store, writing
+from checkpoints_convert.checkpoint import ADAPTER_CONFIG, Checkpoint
+from checkpoints_convert.identify import FACE, TRANSFORMER
 from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError
 
@@ -88,7 +89,7 @@ def run_verify(left: Path, right: Path, kind: str | None) -> int:
     count = 0
     if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
         print(f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared")
-    for line in itertools.islice(checkpoint.differences(*(side.networks for side in sides)), SHOWN + 1):
+    for line in itertools.islice(compare.differences(*(side.networks for side in sides)), SHOWN + 1):
         count += 1
         print(line if count <= SHOWN else "...")
     if count:
@@ -214,7 +215,7 @@ def parser() -> Parser:
         command.add_argument("destination", type=Path)
     for command in (one, two, into, out):
         command.add_argument(
-            "--as", dest="kind", choices=checkpoint.KINDS, help="phantom has plain Wan's tensors: say so here; the store remembers"
+            "--as", dest="kind", choices=identify.KINDS, help="phantom has plain Wan's tensors: say so here; the store remembers"
         )
     into.add_argument(
         "--with", dest="rest", type=Path, metavar="FOLDER", help="where the networks and the tokenizer come from that SOURCE lacks"

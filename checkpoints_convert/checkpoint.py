@@ -13,23 +13,18 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert import faces, lora, rules, store, umt5, vae, wan
-from checkpoints_convert.lazy import LazyTensor, pieces
+from checkpoints_convert import faces, lora, rules, store
+from checkpoints_convert.identify import ADAPTER, ALONE, CLASSES, FACE, FAMILIES, KINDS, TRANSFORMER, identify
+from checkpoints_convert.lazy import LazyTensor
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import FLOAT32
-from jax_idgrpo.models.umt5 import UMT5Encoder
-from jax_idgrpo.models.vae import WanVAE
-from jax_idgrpo.models.wan import WanTransformer
 
 INDEX = "model_index.json"
 STORE = "store.json"
@@ -38,83 +33,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-KINDS = ("vace", "wan", "phantom")
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
-TRANSFORMER = "transformer"
-ADAPTER = "adapter"
-FACE = "face"
-ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
-
-    table: ModuleType
-    build: Callable[[Any], nnx.Module]
-    published: str  # of the layout that its table calls by its default
-    weights: str
-    original: str
-    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
-
-
-FAMILIES = {
-    TRANSFORMER: Family(
-        wan,
-        lambda config: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
-        "diffusers",
-        "diffusion_pytorch_model",
-        "diffusion_pytorch_model.safetensors",
-    ),
-    "vae": Family(
-        vae,
-        lambda config: WanVAE(config, rngs=nnx.Rngs(0)),
-        "diffusers",
-        "diffusion_pytorch_model",
-        "Wan2.1_VAE.pth",
-    ),
-    "text_encoder": Family(
-        umt5,
-        lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
-        "transformers",
-        "model",
-        "models_t5_umt5-xxl-enc-bf16.pth",
-        umt5.IGNORED,
-    ),
-}
-CLASSES = {  # class named by a config.json of the diffusers layout -> part
-    "WanTransformer3DModel": TRANSFORMER,
-    "WanVACETransformer3DModel": TRANSFORMER,
-    "AutoencoderKLWan": "vae",
-    "UMT5EncoderModel": "text_encoder",
-}
-BLOCK = r"(vace_)?blocks\.\d+\."
-SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
-    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
-    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
-    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
-    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
-    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
-    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
-    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
-}
-
-
-def identify(names: Iterable[str]) -> tuple[str, str] | None:
-    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
-    names = list(names)
-    if any(".lora_" in name for name in names):
-        return ADAPTER, "peft"
-    stored = rules.is_stored(names)
-    counts = {
-        sign: sum(bool(re.match(pattern, name)) for name in names)
-        for sign, pattern in SIGNS.items()
-        if (sign[1] == "store") == stored
-    }
-    best = max(counts, key=lambda sign: counts[sign])
-    return best if counts[best] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,37 +402,3 @@ def _kind(transformer: Network, asked: str | None) -> str:
     if asked is not None and (asked == "vace") != (found == "vace"):
         raise UserError(f"{transformer.source}: kind {asked!r} was asked for, this transformer is {found!r}; leave the kind out")
     return asked or found
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------
-
-
-def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
-    """One sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs."""
-    sides = (left, right)
-    for part in sorted(set(left) | set(right)):
-        if not all(part in side for side in sides):
-            yield f"{part} is only in {(left if part in left else right)[part].source}"
-            continue
-        configs = [side[part].config for side in sides]
-        if configs[0] != configs[1] and part == ADAPTER:
-            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(*configs[0], *configs[1])
-        elif configs[0] != configs[1]:
-            yield f"{part}: the configs describe different networks"
-        a, b = (ours(side[part]) for side in sides)
-        for name in sorted(set(a) | set(b)):
-            if name not in a or name not in b:
-                yield f"{part}: {name} is only in {(left if name in a else right)[part].source}"
-            elif a[name].shape != b[name].shape:
-                yield f"{part}: {name} has shapes {list(a[name].shape)} and {list(b[name].shape)}"
-            elif a[name].dtype != b[name].dtype:
-                yield f"{part}: {name} has dtypes {a[name].dtype} and {b[name].dtype}"
-            elif count := _different(a[name], b[name]):
-                yield f"{part}: {name} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
-
-
-def _different(a: Any, b: Any) -> int:
-    """How many values of two tensors of equal shape and dtype differ in their bits."""
-    bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
-    pairs = zip(pieces(a), pieces(b), strict=True)
-    return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

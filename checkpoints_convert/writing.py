@@ -21,21 +21,19 @@ from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    FACE,
-    FAMILIES,
     INDEX,
     SCHEDULER_CONFIG,
     SHIFTS,
     STORE,
     STORE_VERSION,
     TOKENIZER_CONFIG,
-    TRANSFORMER,
     Checkpoint,
     Network,
     ours,
     published,
     renamed,
 )
+from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, LoRAParam

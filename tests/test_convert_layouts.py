@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert import checkpoint, lazy, lora, pth, rules, store, umt5, vae, wan, writing
+from checkpoints_convert import checkpoint, identify, lazy, lora, pth, rules, store, umt5, vae, wan, writing
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import pipeline
 from tests.test_convert import ADAPTER, PIPELINE, PUBLISHED_VAE, TENSORS, contents, run, same_bits, vae_shapes
@@ -237,13 +237,13 @@ def test_sizes_come_back_from_shapes_alone(layout):
     for config in (wan_1_3b(), wan_14b(), vace_1_3b(), vace_14b()):
         tensors = shapes(wan.rules(config, layout), wan_shapes(config))
         assert wan.config_from_shapes(tensors, layout) == config
-        assert checkpoint.identify(tensors) == ("transformer", layout)
+        assert identify.identify(tensors) == ("transformer", layout)
     config = dataclasses.replace(PUBLISHED_VAE, latents_mean=vae.LATENTS_MEAN, latents_std=vae.LATENTS_STD)
     tensors = shapes(vae.rules(config, layout), vae_shapes(config))
-    assert vae.config_from_shapes(tensors, layout) == config and checkpoint.identify(tensors) == ("vae", layout)
+    assert vae.config_from_shapes(tensors, layout) == config and identify.identify(tensors) == ("vae", layout)
     named = "transformers" if layout == "diffusers" else layout
     tensors = shapes(umt5.rules(umt5_xxl(), named), text_shapes(umt5_xxl()))
-    assert umt5.config_from_shapes(tensors, named) == umt5_xxl() and checkpoint.identify(tensors) == ("text_encoder", named)
+    assert umt5.config_from_shapes(tensors, named) == umt5_xxl() and identify.identify(tensors) == ("text_encoder", named)
 
 
 # ---- the pipeline reads all of it ------------------------------------------------------------------------------------
@@ -575,7 +575,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_tensor_and_file(tmp_path):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from checkpoints_convert import checkpoint, lazy, store, writing
+from checkpoints_convert import checkpoint, compare, lazy, store, writing
 
 source, destination = Path(sys.argv[1]), Path(sys.argv[2])
 original = os.fsync, Path.rename, Path.replace
@@ -618,7 +618,7 @@ def convert(moment):
 
 
 def whole():
-    return not list(checkpoint.differences(checkpoint.open_checkpoint(source).networks, checkpoint.open_checkpoint(destination).networks))
+    return not list(compare.differences(checkpoint.open_checkpoint(source).networks, checkpoint.open_checkpoint(destination).networks))
 
 
 assert not convert(None) and whole()

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from checkpoints_convert import checkpoint, store, umt5, vae, wan
+from checkpoints_convert import checkpoint, identify, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
@@ -96,8 +96,8 @@ def load_pipeline(
       UserError: the folder is not such a pipeline or does not fit.
     """
     path = Path(path)
-    if kind not in (None, *checkpoint.KINDS):
-        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
+    if kind not in (None, *identify.KINDS):
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}, or one of the original layout")
     found = checkpoint.open_checkpoint(path, kind)
@@ -249,7 +249,7 @@ def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], s
     with store.aside(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
-        store.write_file(new / f"{checkpoint.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
+        store.write_file(new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
 
 
 def _write_index(path: Path) -> None:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanVACEPipeline, WanVACETra
 from peft import PeftModel
 from transformers import UMT5EncoderModel
 
-from checkpoints_convert import checkpoint, lora, rules, store, wan, writing
+from checkpoints_convert import checkpoint, identify, lora, rules, store, wan, writing
 from jax_idgrpo.errors import UserError
 from tests.parity.torch_models import channels_first, channels_last, relative_error
 from tests.test_convert import ADAPTER, PIPELINE, run
@@ -107,7 +107,7 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
 
 
 def rules_of(found: checkpoint.Checkpoint, part: str) -> list[rules.Rule]:
-    family = checkpoint.FAMILIES[part]
+    family = identify.FAMILIES[part]
     return family.table.rules(found.networks[part].config, family.published)
 
 

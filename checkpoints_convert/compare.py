@@ -1,0 +1,43 @@
+"""Whether two checkpoints are equal, tensor by tensor and bit for bit, whatever their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from checkpoints_convert.checkpoint import Network, ours
+from checkpoints_convert.identify import ADAPTER
+from checkpoints_convert.lazy import pieces
+
+
+def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
+    """One sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs."""
+    sides = (left, right)
+    for part in sorted(set(left) | set(right)):
+        if not all(part in side for side in sides):
+            yield f"{part} is only in {(left if part in left else right)[part].source}"
+            continue
+        configs = [side[part].config for side in sides]
+        if configs[0] != configs[1] and part == ADAPTER:
+            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(*configs[0], *configs[1])
+        elif configs[0] != configs[1]:
+            yield f"{part}: the configs describe different networks"
+        a, b = (ours(side[part]) for side in sides)
+        for name in sorted(set(a) | set(b)):
+            if name not in a or name not in b:
+                yield f"{part}: {name} is only in {(left if name in a else right)[part].source}"
+            elif a[name].shape != b[name].shape:
+                yield f"{part}: {name} has shapes {list(a[name].shape)} and {list(b[name].shape)}"
+            elif a[name].dtype != b[name].dtype:
+                yield f"{part}: {name} has dtypes {a[name].dtype} and {b[name].dtype}"
+            elif count := _different(a[name], b[name]):
+                yield f"{part}: {name} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
+
+
+def _different(a: Any, b: Any) -> int:
+    """How many values of two tensors of equal shape and dtype differ in their bits."""
+    bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
+    pairs = zip(pieces(a), pieces(b), strict=True)
+    return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

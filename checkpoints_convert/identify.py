@@ -1,0 +1,94 @@
+"""Which network a file holds, and in which layout: the families of networks and the tensor names that tell them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from flax import nnx
+
+from checkpoints_convert import rules, umt5, vae, wan
+from jax_idgrpo.models.layers import FLOAT32
+from jax_idgrpo.models.umt5 import UMT5Encoder
+from jax_idgrpo.models.vae import WanVAE
+from jax_idgrpo.models.wan import WanTransformer
+
+KINDS = ("vace", "wan", "phantom")
+TRANSFORMER = "transformer"
+ADAPTER = "adapter"
+FACE = "face"
+ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
+
+    table: ModuleType
+    build: Callable[[Any], nnx.Module]
+    published: str  # of the layout that its table calls by its default
+    weights: str
+    original: str
+    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
+
+
+FAMILIES = {
+    TRANSFORMER: Family(
+        wan,
+        lambda config: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
+        "diffusion_pytorch_model.safetensors",
+    ),
+    "vae": Family(
+        vae,
+        lambda config: WanVAE(config, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
+        "Wan2.1_VAE.pth",
+    ),
+    "text_encoder": Family(
+        umt5,
+        lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "transformers",
+        "model",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        umt5.IGNORED,
+    ),
+}
+CLASSES = {  # class named by a config.json of the diffusers layout -> part
+    "WanTransformer3DModel": TRANSFORMER,
+    "WanVACETransformer3DModel": TRANSFORMER,
+    "AutoencoderKLWan": "vae",
+    "UMT5EncoderModel": "text_encoder",
+}
+BLOCK = r"(vace_)?blocks\.\d+\."
+SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
+    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
+    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
+    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
+    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
+    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
+    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
+    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
+}
+
+
+def identify(names: Iterable[str]) -> tuple[str, str] | None:
+    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
+    names = list(names)
+    if any(".lora_" in name for name in names):
+        return ADAPTER, "peft"
+    stored = rules.is_stored(names)
+    counts = {
+        sign: sum(bool(re.match(pattern, name)) for name in names)
+        for sign, pattern in SIGNS.items()
+        if (sign[1] == "store") == stored
+    }
+    best = max(counts, key=lambda sign: counts[sign])
+    return best if counts[best] else None
