@@ -9,7 +9,7 @@ import numpy as np
 
 from checkpoints_convert.checkpoint import Network, ours
 from checkpoints_convert.identify import ADAPTER
-from checkpoints_convert.lazy import pieces
+from checkpoints_convert.lazy import iter_chunks
 
 
 def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
@@ -39,5 +39,5 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
 def _different(a: Any, b: Any) -> int:
     """How many values of two tensors of equal shape and dtype differ in their bits."""
     bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
-    pairs = zip(pieces(a), pieces(b), strict=True)
+    pairs = zip(iter_chunks(a), iter_chunks(b), strict=True)
     return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

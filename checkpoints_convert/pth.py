@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.lazy import LazyTensor, pour, row_major, size, span
+from checkpoints_convert.lazy import LazyTensor, row_major, size, span, stream_to
 from jax_idgrpo.errors import UserError
 
 STORAGES = {
@@ -262,7 +262,7 @@ def write(
     """What `torch.save({name: tensor})` writes, tensor by tensor: contiguous, each with a storage of its own.
 
     file: seekable. root: the archive's name inside, of letters and digits. written(name, bytes) is called as bytes go out.
-    check: UserError for a tensor with NaN or infinite values, as in `lazy.pieces`.
+    check: UserError for a tensor with NaN or infinite values, as in `lazy.iter_chunks`.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, text in (("data.pkl", _pickle(tensors)), ("byteorder", b"little"), ("version", b"3\n")):
@@ -270,7 +270,7 @@ def write(
                 target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
             with _entry(archive, file, f"{root}/data/{index}", size(tensor)) as target:
-                pour([(name, tensor)], target.write, check, written)
+                stream_to([(name, tensor)], target.write, check, written)
 
 
 def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> Any:

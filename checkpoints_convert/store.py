@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import pth
-from checkpoints_convert.lazy import LazyTensor, pour, size
+from checkpoints_convert.lazy import LazyTensor, size, stream_to
 from jax_idgrpo.errors import UserError
 
 DTYPES = {
@@ -159,7 +159,7 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 @contextlib.contextmanager
-def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
+def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
     """A place beside `path` to write a file or folder, which takes the name `path` when the block ends without an error.
 
     marker: a file that every folder of this kind holds; a folder is replaced only when it is empty or holds the marker, so
@@ -185,7 +185,7 @@ def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterator[Path]:
-    """As `aside`, for a folder whose files take long: what a killed process had finished is still there for the next one.
+    """As `atomic_path`, for a folder whose files take long: what a killed process had finished is still there for the next one.
 
     plan: what is being written, as JSON; leftovers of another plan are thrown away. Yields the folder, which exists and may
     hold finished files. The whole is given up when the block raises anything but KeyboardInterrupt.
@@ -212,7 +212,7 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
                 planned.write_text(text, "utf-8")
             new.mkdir(exist_ok=True)
             for folder, folders, _ in os.walk(new):
-                for name in [name for name in folders if name.startswith(".")]:  # of `aside`, in the killed process
+                for name in [name for name in folders if name.startswith(".")]:  # of `atomic_path`, in the killed process
                     shutil.rmtree(Path(folder) / name)
             yield new
             _take_place(work, path)
@@ -279,8 +279,8 @@ def shard_names(stem: str, count: int) -> list[str]:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """A JSON object, indented and with sorted keys, written aside and renamed."""
-    with aside(path) as new:
+    """A JSON object, indented and with sorted keys, written whole or not at all."""
+    with atomic_path(path) as new:
         new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -288,7 +288,7 @@ Progress = Callable[[str, int], None]  # name of a tensor, bytes of it that went
 
 
 def silent(name: str, count: int) -> None:
-    """Nobody watches."""
+    """No-op progress callback."""
 
 
 def write_file(
@@ -311,7 +311,7 @@ def write_file(
         now = name
         written(name, count)
 
-    with aside(path) as new, new.open("wb") as file:
+    with atomic_path(path) as new, new.open("wb") as file:
         try:
             if path.suffix == ".pth":
                 pth.write(file, path.stem, tensors, watched, check)
@@ -337,4 +337,4 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    pour(((name, tensors[name]) for name in order), file.write, check, written)
+    stream_to(((name, tensors[name]) for name in order), file.write, check, written)

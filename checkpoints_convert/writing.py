@@ -1,6 +1,6 @@
 """Checkpoints out, in every layout: the project's store, diffusers folders, the original repositories' folders, adapters.
 
-Tensors pass through piece by piece and keep their dtype and every bit. A folder of weights is written beside its destination
+Tensors pass through chunk by chunk and keep their dtype and every bit. A folder of weights is written beside its destination
 and renamed when it is whole; a run that was killed is continued by the next one that writes the same, file by file.
 """
 
@@ -187,7 +187,10 @@ def _write(
     watch: Watch,
     besides: Sequence[Network] = (),
 ) -> None:
-    """All files of a folder, aside and renamed. texts: place -> JSON object, or text. besides: other sources of the tensors."""
+    """Write all files of a folder, which appears whole or not at all.
+
+    texts: place -> JSON object, or text. besides: other sources of the tensors.
+    """
     files: dict[str, dict[str, Any]] = {}
     markers = [INDEX] if INDEX in texts else []  # a name that only a checkpoint has: config.json and README.md are in many folders
     for part in sets:
@@ -243,7 +246,7 @@ def _adapter_tensors(network: Network, prefix: str) -> dict[str, Any]:
 
 def write_peft(network: Network, destination: Path, card: str | None = None) -> None:
     """A PEFT directory, which `peft` loads and this project reads; dtypes kept."""
-    with store.aside(destination, ADAPTER_CONFIG) as new:
+    with store.atomic_path(destination, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, dict(network.values))
         store.write_file(new / ADAPTER_WEIGHTS, _adapter_tensors(network, lora.PEFT_PREFIX), check=True)
@@ -253,7 +256,7 @@ def write_peft(network: Network, destination: Path, card: str | None = None) -> 
 
 def write_diffusers_lora(network: Network, destination: Path, card: str) -> None:
     """A folder for diffusers' `load_lora_weights`; rank and alpha are in the header of the file."""
-    with store.aside(destination, DIFFUSERS_LORA) as new:
+    with store.atomic_path(destination, DIFFUSERS_LORA) as new:
         new.mkdir()
         tensors = _adapter_tensors(network, lora.DIFFUSERS_PREFIX)
         store.write_file(new / DIFFUSERS_LORA, tensors, lora.header(*network.config), check=True)

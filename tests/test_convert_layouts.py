@@ -603,8 +603,8 @@ def convert(moment):
             return call
 
         os.fsync, Path.rename, Path.replace = (counted(function) for function in original)
-        pieces = lazy.pieces
-        lazy.pieces = lambda *arguments: (counted(lambda piece: piece)(piece) for piece in pieces(*arguments))
+        chunks = lazy.iter_chunks
+        lazy.iter_chunks = lambda *arguments: (counted(lambda chunk: chunk)(chunk) for chunk in chunks(*arguments))
         status = 1
         try:
             writing.write_diffusers(checkpoint.open_checkpoint(source), destination, "card", shard=200_000)
@@ -706,10 +706,10 @@ def test_the_progress_bar_counts_every_byte(tmp_path):
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (300, 700), (3, 5, 7, 2), (1, 4)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
 def test_pieces_are_the_values_in_row_major_order(monkeypatch, shape, dtype):
-    monkeypatch.setattr(lazy, "PIECE", 1 << 15)
+    monkeypatch.setattr(lazy, "CHUNK", 1 << 15)
     values = np.asarray(np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype)
     for array in (values, np.asarray(values.T)):
-        parts = list(lazy.pieces(array))
+        parts = list(lazy.iter_chunks(array))
         assert b"".join(part.tobytes() for part in parts) == array.tobytes()
         assert all(part.flags.c_contiguous for part in parts)
     assert values.size < 1000 or len(parts) > 1

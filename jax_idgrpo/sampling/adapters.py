@@ -69,7 +69,7 @@ def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: d
     """
     base = (training or {}).get("model", {}).get("path") or None
     text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
-    with store.aside(path, ADAPTER_CONFIG) as new:
+    with store.atomic_path(path, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
         store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))

@@ -4,7 +4,7 @@
     model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
 
 Names and layouts are the tables of `checkpoints_convert`; nothing is cast but to the dtype policy asked for. Folders are
-written aside and renamed, so a reader sees a whole one or none.
+written under another name and renamed, so a reader sees a whole one or none.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
 
     A folder at `path` is replaced if it is a pipeline or empty.
     """
-    with store.aside(path, INDEX) as new:
+    with store.atomic_path(path, INDEX) as new:
         save_vae(pipe.vae, new)
         save_text_encoder(pipe.text_encoder, pipe.tokenizer, new)
         save_transformer(pipe.transformer, new, pipe.shift)
@@ -222,7 +222,7 @@ def save_transformer(transformer: WanTransformer, path: str | Path, shift: float
     """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
     config, state = transformer.config, nnx.state(transformer, BASE)
     _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
-    with store.aside(Path(path) / "scheduler", "scheduler_config.json") as new:
+    with store.atomic_path(Path(path) / "scheduler", "scheduler_config.json") as new:
         new.mkdir()
         store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
     _write_index(Path(path))
@@ -240,13 +240,13 @@ def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) ->
     config, folder = network.config, Path(path) / "text_encoder"
     values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
     _save_network(folder, values, umt5.rules(config), nnx.state(network))
-    with store.aside(Path(path) / "tokenizer", "tokenizer_config.json") as new:
+    with store.atomic_path(Path(path) / "tokenizer", "tokenizer_config.json") as new:
         tokenizer.save_pretrained(new)
     _write_index(Path(path))
 
 
 def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State) -> None:
-    with store.aside(folder, "config.json") as new:
+    with store.atomic_path(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
         store.write_file(new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
