@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from checkpoints_convert import card, checkpoint, compare, faces, identify, store, writing
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, Checkpoint
+from checkpoints_convert.adapter import ADAPTER_CONFIG
+from checkpoints_convert.checkpoint import Checkpoint
 from checkpoints_convert.identify import FACE, TRANSFORMER
 from checkpoints_convert.lazy import size
 from jax_idgrpo.errors import UserError

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.checkpoint import Network, ours
 from checkpoints_convert.identify import ADAPTER
 from checkpoints_convert.lazy import iter_chunks
+from checkpoints_convert.network import Network, ours
 
 
 def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:

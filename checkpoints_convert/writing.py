@@ -17,10 +17,9 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert import faces, lora, rules, store, wan
+from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     INDEX,
     SCHEDULER_CONFIG,
     SHIFTS,
@@ -28,13 +27,10 @@ from checkpoints_convert.checkpoint import (
     STORE_VERSION,
     TOKENIZER_CONFIG,
     Checkpoint,
-    Network,
-    ours,
-    published,
-    renamed,
 )
 from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import size
+from checkpoints_convert.network import Network, ours, published, renamed
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, LoRAParam
 from jax_idgrpo.models.wan import WanTransformer

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert import checkpoint, identify, lazy, lora, pth, rules, store, umt5, vae, wan, writing
+from checkpoints_convert import adapter, checkpoint, identify, lazy, lora, pth, rules, store, umt5, vae, wan, writing
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import pipeline
 from tests.test_convert import ADAPTER, PIPELINE, PUBLISHED_VAE, TENSORS, contents, run, same_bits, vae_shapes
@@ -163,7 +163,7 @@ def test_adapters_go_in_and_out_with_every_bit(tmp_path, prefix, how):
         got = store.open_tensors(tmp_path / form)
         assert set(got) == {start + name for name in want}
         assert all(same_bits(np.asarray(got[start + name]), np.asarray(value)) for name, value in want.items())
-        assert checkpoint.adapter_scale(tmp_path / form) == (4, 8.0)
+        assert adapter.adapter_scale(tmp_path / form) == (4, 8.0)
 
 
 def recast_adapter(file: Path, how: str) -> None:
@@ -300,6 +300,7 @@ def test_a_network_on_a_mesh_of_several_devices_equals_one_on_a_single_device(tm
 import sys, jax, numpy as np
 from flax import nnx
 from checkpoints_convert import checkpoint, rules
+from checkpoints_convert.network import fill
 from jax_idgrpo import parallel
 from jax_idgrpo.config import MeshConfig
 network = checkpoint.open_part(sys.argv[1], "transformer")
@@ -307,7 +308,7 @@ mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2))
 abstract = network.shapes
 shardings = parallel.state_shardings(mesh, abstract)
 target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
-filled, plain = checkpoint.fill(network, target), checkpoint.fill(network, abstract)
+filled, plain = fill(network, target), fill(network, abstract)
 split = 0
 for (path, one), other, sharding in zip(jax.tree_util.tree_leaves_with_path(filled), jax.tree.leaves(plain), jax.tree.leaves(shardings)):
     assert one.sharding == sharding and not other.committed, path

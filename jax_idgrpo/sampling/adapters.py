@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from checkpoints_convert import card, checkpoint, lora, store, wan
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints_convert import adapter, card, lora, store, wan
+from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -40,7 +40,7 @@ def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[A
 
 def lora_scale(path: str | Path) -> tuple[int, float]:
     """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
-    return checkpoint.adapter_scale(Path(path))
+    return adapter.adapter_scale(Path(path))
 
 
 def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
@@ -48,7 +48,7 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
 
     UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
     """
-    weights, _ = checkpoint.adapter_files(Path(path))
+    weights, _ = adapter.adapter_files(Path(path))
     rank, alpha = lora_scale(path)
     if (rank, alpha) != (config.rank, config.alpha):
         raise UserError(

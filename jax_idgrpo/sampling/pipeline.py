@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from checkpoints_convert import checkpoint, identify, store, umt5, vae, wan
+from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
@@ -133,18 +133,18 @@ def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
     return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
 
 
-def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanTransformer:
+def _load_transformer(found: network.Network, dtype: str, **run: Any) -> WanTransformer:
     config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
     where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
     return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_vae(found: checkpoint.Network, mesh: Mesh | None = None) -> WanVAE:
+def _load_vae(found: network.Network, mesh: Mesh | None = None) -> WanVAE:
     where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
     return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
+def _load_text_encoder(found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
     dtypes = Dtypes.named(dtype)
 
     def spread(state: Any) -> Any:
@@ -191,7 +191,7 @@ def _shift(found: checkpoint.Checkpoint) -> float:
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callable[[Any], Any] | None = None) -> Network:
+def _fill(build: Callable[[], Network], found: network.Network, where: Callable[[Any], Any] | None = None) -> Network:
     """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
 
     where: shapes -> their shardings; a host reads only the slices that its devices hold. None is the default device.
@@ -201,7 +201,7 @@ def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callab
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, where(abstract)
         )
-    return nnx.merge(graph, checkpoint.fill(found, abstract))
+    return nnx.merge(graph, network.fill(found, abstract))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------
