@@ -3,57 +3,109 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from checkpoints_convert import lora, rules, store
 from checkpoints_convert.identify import ADAPTER
 from checkpoints_convert.network import Network, naming
+from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place
 from jax_idgrpo.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"  # of older versions of PEFT
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """(weights, PEFT config or None) of an adapter folder or file."""
-    weights = path
-    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
-        weights = path / ADAPTER_WEIGHTS
-        if not weights.is_file():
-            raise UserError(f"{weights}: no such file beside {ADAPTER_CONFIG}; get the whole adapter folder")
+    """(weights, PEFT config or None) of an adapter folder or file, or of the workdir of a run.
+
+    The config beside a file counts for it when the file has PEFT's name or names, or is the only adapter there.
+    """
+    path = adapter_place(path)
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        named = [path / name for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()]
+        if not named and not store.weights_files(path):
+            raise UserError(f"{path}: has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}; get the whole adapter folder")
+        weights = named[0] if named else store.weights_file(path)
     else:
         weights = store.weights_file(path)
-    config = weights.parent / ADAPTER_CONFIG
-    return weights, config if weights.name == ADAPTER_WEIGHTS and config.exists() else None
+    config = weights.with_name(ADAPTER_CONFIG)
+    if not config.is_file():
+        return weights, None
+    others = [weights.with_name(name) for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS)]
+    owned = weights in others or not any(file.is_file() for file in others)
+    return weights, config if owned or lora.prefix(store.open_weights(weights)[0]) == lora.PEFT_PREFIX else None
 
 
-def adapter_scale(path: Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
+def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
+    """(rank, alpha) of an adapter, from its PEFT config or the header of its file.
+
+    A file with diffusers' names or bare ones that states no alpha has alpha = rank, as diffusers defines it. PEFT's names come
+    with a config, so that without one nothing says what alpha is.
+
+    Args:
+      path: a folder, a file, or the workdir of a run.
+      alpha: what the user says, for a file that does not.
+
+    Raises:
+      UserError: the file is no adapter that can be read, two places state different alphas, or none states it.
+    """
     weights, config = adapter_files(path)
-    tensors, metadata = store.open_file(weights)
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight") and tensor.shape}
-    if len(ranks) != 1:
-        found = f"ranks {sorted(ranks)}" if ranks else "no tensor named *.lora_A.weight"
-        raise UserError(f"{weights}: {found}; it should be a LoRA of one rank")
-    rank = ranks.pop()
-    if config is None and lora.HEADER not in metadata:
-        return rank, float(rank)
-    file = weights if config is None else config
-    with naming(file):
-        if config is None:
-            stated, alpha = lora.scale_from_header(json.loads(metadata[lora.HEADER]))
-        else:
-            stated, alpha = lora.scale_from_json(store.read_json(config))
-    if stated != rank:
-        raise UserError(f"{file}: says rank {stated}, the tensors of {weights.name} have {rank}; get both files again")
-    return rank, alpha
+    tensors, metadata = store.open_weights(weights)
+    if (what := lora.complaint(tensors)) is not None:
+        raise UserError(f"{weights}: {what}")
+    rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight"))
+    stated = _stated(weights, config, metadata, rank)
+    if alpha is not None:
+        stated["--alpha"] = alpha
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{value:g} in {place}" for place, value in stated.items())
+        raise UserError(f"{weights}: its alpha is {said}; make them equal")
+    if stated:
+        return rank, next(iter(stated.values()))
+    if config is not None or lora.prefix(tensors) == lora.PEFT_PREFIX:
+        where = f"{config.name} has no lora_alpha" if config is not None else f"no {ADAPTER_CONFIG} is beside it"
+        raise UserError(
+            f"{weights}: its alpha is not known, since {where}; get the file, or run idgrpo-convert import with --alpha"
+        )
+    return rank, float(rank)
 
 
-def open_adapter(path: Path) -> Network:
-    """A LoRA adapter: a PEFT folder, or a safetensors file with PEFT's, diffusers' or no prefix."""
+def stated_alphas(path: Path) -> dict[str, float]:
+    """Every alpha that a readable adapter states, by its place: in its config or in the header of its file."""
     weights, config = adapter_files(path)
-    rank, alpha = adapter_scale(path)
-    tensors, _ = store.open_file(weights)
+    return _stated(weights, config, store.open_weights(weights)[1], adapter_scale(path)[0])
+
+
+def _stated(weights: Path, config: Path | None, metadata: Mapping[str, str], rank: int) -> dict[str, float]:
+    """As `stated_alphas`. UserError for a variant of LoRA, another rank, or what is no number."""
+    found: dict[str, float] = {}
+
+    def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
+        lora.refuse_variants(values)
+        if (said := int(values["r"])) != rank:
+            raise UserError(f"{file}: says rank {said}, the tensors of {weights.name} have {rank}; get both files again")
+        if "lora_alpha" in values:
+            found[place] = lora.number(values["lora_alpha"])
+
+    if config is not None:
+        with naming(config):
+            state(config, config.name, store.read_json(config))
+    with naming(weights):
+        if lora.HEADER in metadata:
+            state(weights, f"{lora.HEADER} in its header", lora.fields_of_header(json.loads(metadata[lora.HEADER])))
+        for name in lora.ALPHAS:
+            if name in metadata:
+                found[f"{name} in its header"] = lora.number(metadata[name])
+    return found
+
+
+def open_adapter(path: Path, alpha: float | None = None) -> Network:
+    """A LoRA adapter: a PEFT folder, or a file with PEFT's, diffusers' or no prefix; alpha as in `adapter_scale`."""
+    weights, config = adapter_files(path)
+    rank, alpha = adapter_scale(path, alpha)
+    tensors, _ = store.open_weights(weights)
     prefix = lora.prefix(tensors)
     table = lora.rules(lora.stacks_of(tensors, prefix), prefix)
     return Network(

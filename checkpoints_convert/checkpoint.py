@@ -19,10 +19,11 @@ from typing import Any
 from flax import nnx
 
 from checkpoints_convert import faces, rules, store
-from checkpoints_convert.adapter import ADAPTER_CONFIG, open_adapter
-from checkpoints_convert.identify import ADAPTER, ALONE, CLASSES, FACE, FAMILIES, KINDS, TRANSFORMER, identify
+from checkpoints_convert.adapter import open_adapter
+from checkpoints_convert.identify import ADAPTER, ALONE, CLASSES, FACE, FAMILIES, KINDS, TRANSFORMER, common_prefix, identify, refuse_others
 from checkpoints_convert.lazy import LazyTensor
 from checkpoints_convert.network import Network, naming
+from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
 from jax_idgrpo.errors import UserError
 
 INDEX = "model_index.json"
@@ -30,6 +31,11 @@ STORE = "store.json"
 STORE_VERSION = 2  # 1 had the axes of the matrices the other way round
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
+    True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE checkpoint, or, if this is Phantom, "
+    "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
+    False: "is a VACE model; leave the kind out, or say vace",
+}
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
 
 
@@ -75,20 +81,24 @@ def _shapes(part: str, config: Any) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
 
 
-def _network(file: Path, kind: str | None) -> Network:
-    """The network in a file of weights or in the shards of an index."""
+def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
+    """The network in a file of weights or in the shards of an index. alpha: as in `open_adapter`."""
     tensors = store.open_tensors(file)
     if (face := open_face(file, tensors)) is not None:
         return face
+    prefix = common_prefix(tensors)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     found = identify(tensors)
     if found is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}")
     part, layout = found
     if part == ADAPTER:
-        return open_adapter(file)
+        return open_adapter(file, alpha)
+    with naming(file):
+        refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    if layout != "original":
+    if layout != "original" and (layout == "store" or beside.is_file()):
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
         with naming(beside):
@@ -96,7 +106,7 @@ def _network(file: Path, kind: str | None) -> Network:
         if CLASSES.get(str(named)) != part:  # such as a class that holds this network among others
             values = family.table.config_to_json(config)
     else:
-        if part == TRANSFORMER and beside.is_file():
+        if part == TRANSFORMER and layout == "original" and beside.is_file():
             original = store.read_json(beside)
         with naming(file if original is None else beside):
             config = family.table.config_from_shapes(tensors, layout, *([original] if part == TRANSFORMER else []))
@@ -147,16 +157,21 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
-    """What `path` holds: a pipeline or some networks of one, an adapter, or a face network. UserError for anything else.
+def open_checkpoint(path: str | Path, kind: str | None = None, alpha: float | None = None) -> Checkpoint:
+    """Open what `path` holds: a pipeline or some networks of one, an adapter, or a face network.
 
-    kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
+    Args:
+      path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of a run, which means its adapter.
+      kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
+      alpha: of an adapter that does not state its own.
+
+    Raises:
+      UserError: `path` holds anything else, or something that is damaged or not supported.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; give a checkpoint")
+    path = adapter_place(path)
+    _refuse_two_transformers(path)
     if (path / ADAPTER_CONFIG).is_file():
-        networks = [open_adapter(path)]
+        networks = [open_adapter(path, alpha)]
     elif (path / INDEX).is_file():
         store.read_json(path / INDEX)
         kind = _stated_kind(path, kind)
@@ -169,8 +184,9 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
                 raise UserError(f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again")
     else:
         kind = _stated_kind(path, kind)
-        networks = [_network(file, kind) for file in store.weights_files(path)]
+        networks = [_network(file, kind, alpha) for file in store.weights_files(path)]
         if not networks:
+            store.refuse_foreign(path)
             raise UserError(
                 f"{path}: no {INDEX} in it, and no weights; it is no diffusers folder, original folder, adapter or store"
             )
@@ -178,7 +194,9 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     for network in networks:
         if network.part in found:
             first = found[network.part].source
-            raise UserError(f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file")
+            raise UserError(
+                f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file, or keep one"
+            )
         found[network.part] = network
     scheduler = path / "scheduler"
     return Checkpoint(
@@ -190,15 +208,29 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     )
 
 
+def _refuse_two_transformers(path: Path) -> None:
+    """Raise a UserError for Wan 2.2, whose two transformers share the steps: one alone makes garbage."""
+    values = store.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    second = [name for name in values.get("transformer_2") or [] if name is not None]
+    folders = ("transformer_2", "high_noise_model", "low_noise_model")
+    if second or values.get("boundary_ratio") is not None or any((path / name).is_dir() for name in folders):
+        raise UserError(f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its checkpoints")
+    if values.get("expand_timesteps"):
+        raise UserError(f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of its checkpoints")
+
+
 def tokenizer_folder(path: Path) -> Path | None:
     """The folder with a tokenizer in a checkpoint of any layout: `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself."""
+    path = checkpoint_place(path)
     places = (file.parent for depth in ("", "*/", "*/*/") for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}")))
     return next(places, None)
 
 
 def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
     """One part of the pipeline at `path`, a folder of any layout; the others are not looked at, if they can be told apart."""
-    path = Path(path)
+    path = checkpoint_place(path)
+    if part == TRANSFORMER:
+        _refuse_two_transformers(path)
     if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
         network = open_network(path / part, kind)
         if network.part != part:
@@ -232,7 +264,7 @@ def _stated_kind(path: Path, asked: str | None) -> str | None:
     if stated not in (None, *KINDS):
         raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
     if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
-        raise UserError(f"{path}: kind {asked!r} was asked for, the store says {stated!r}; leave the kind out")
+        raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace']}")
     return asked or stated
 
 
@@ -240,5 +272,5 @@ def _kind(transformer: Network, asked: str | None) -> str:
     """vace, wan or phantom; `asked` may narrow wan to phantom."""
     found = "wan" if transformer.config.vace_layers is None else "vace"
     if asked is not None and (asked == "vace") != (found == "vace"):
-        raise UserError(f"{transformer.source}: kind {asked!r} was asked for, this transformer is {found!r}; leave the kind out")
+        raise UserError(f"{transformer.source}: {KIND_MISMATCH[asked == 'vace']}")
     return asked or found

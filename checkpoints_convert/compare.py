@@ -13,7 +13,10 @@ from checkpoints_convert.network import Network, ours
 
 
 def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
-    """One sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs."""
+    """Yield a sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs.
+
+    Tensors have the names of the files; where those differ, the first file's, with the second's behind it.
+    """
     sides = (left, right)
     for part in sorted(set(left) | set(right)):
         if not all(part in side for side in sides):
@@ -25,15 +28,29 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
         elif configs[0] != configs[1]:
             yield f"{part}: the configs describe different networks"
         a, b = (ours(side[part]) for side in sides)
+        names = [_file_names(side[part]) for side in sides]
         for name in sorted(set(a) | set(b)):
+            spelled = list(dict.fromkeys(found[name] for found in names if name in found))
+            shown = spelled[0] if len(spelled) == 1 else f"{spelled[0]} (second: {spelled[1]})"
             if name not in a or name not in b:
-                yield f"{part}: {name} is only in {(left if name in a else right)[part].source}"
+                yield f"{part}: {shown} is only in {(left if name in a else right)[part].source}"
             elif a[name].shape != b[name].shape:
-                yield f"{part}: {name} has shapes {list(a[name].shape)} and {list(b[name].shape)}"
+                shapes = [_file_shape(side[part], name) for side in sides]
+                yield f"{part}: {shown} has shapes {shapes[0]} and {shapes[1]}"
             elif a[name].dtype != b[name].dtype:
-                yield f"{part}: {name} has dtypes {a[name].dtype} and {b[name].dtype}"
+                yield f"{part}: {shown} has dtypes {a[name].dtype} and {b[name].dtype}"
             elif count := _different(a[name], b[name]):
-                yield f"{part}: {name} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
+                yield f"{part}: {shown} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
+
+
+def _file_names(network: Network) -> dict[str, str]:
+    """Our name of every tensor -> its name in the file."""
+    return {slot.name: tensor.name for slot, tensor in network.matched()}
+
+
+def _file_shape(network: Network, name: str) -> list[int]:
+    """The shape in the file of the tensor with our name."""
+    return next(list(tensor.shape) for slot, tensor in network.matched() if slot.name == name)
 
 
 def _different(a: Any, b: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import nnx
 
-from checkpoints_convert import rules, umt5, vae, wan
+from checkpoints_convert import lora, rules, umt5, vae, wan
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
@@ -77,12 +77,14 @@ SIGNS = {  # names that only this network has in this layout; the layout with th
     ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
     ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
 }
+IMAGE_TO_VIDEO = r"^img_emb\.|\.k_img\.|^condition_embedder\.image_embedder\.|\.add_k_proj\."
+PREFIXES = ("module.", "_orig_mod.", "model.", "diffusion_model.", "transformer.")  # of DDP, FSDP, compiled modules, ComfyUI
 
 
 def identify(names: Iterable[str]) -> tuple[str, str] | None:
     """(part, layout) of a file with these tensors; None when they are of no network of this project."""
     names = list(names)
-    if any(".lora_" in name for name in names):
+    if any(".lora_" in name or re.search(lora.LYCORIS, name) for name in names):
         return ADAPTER, "peft"
     stored = rules.is_stored(names)
     counts = {
@@ -92,3 +94,26 @@ def identify(names: Iterable[str]) -> tuple[str, str] | None:
     }
     best = max(counts, key=lambda sign: counts[sign])
     return best if counts[best] else None
+
+
+def refuse_others(names: Iterable[str]) -> None:
+    """Raise a ValueError for the tensors of a Wan network that this project does not have."""
+    names = list(names)
+    if any(re.search(IMAGE_TO_VIDEO, name) for name in names):
+        raise ValueError(wan.NO_IMAGE_TO_VIDEO)
+    if any(name.startswith(("ema.", "ema_model.")) for name in names):
+        raise ValueError("holds an average of the weights (ema.) beside them; save one of the two alone")
+    stacks = {name.split(".")[0] for name in names}
+    if "vace_blocks" in stacks and "blocks" not in stacks:
+        raise ValueError("these are VACE blocks without the main model; give the whole VACE checkpoint")
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """What stands before every name of a known network in files that wrap it, such as `model.diffusion_model.`; else nothing."""
+    rest, start = list(names), ""
+    while rest and identify(rest) is None:
+        found = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in rest)), None)
+        if found is None:
+            return ""
+        start, rest = start + found, [name.removeprefix(found) for name in rest]
+    return start

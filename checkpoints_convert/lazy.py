@@ -21,6 +21,7 @@ import numpy as np
 from jax_idgrpo.errors import UserError
 
 CHUNK = 1 << 25  # bytes that are copied at a time
+BLOCK = 1 << 18  # values that are looked at together
 TILE = (256, 64)  # rows and columns of a transposed copy that stay in the processor's cache
 
 EXPONENTS = {  # bits of a float that are all set in NaN and the infinities, and in nothing else
@@ -143,13 +144,19 @@ def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarra
     return copied
 
 
+def blank(tensor: Any) -> bool:
+    """Whether a tensor holds nothing but zeros; reading ends at the first other value."""
+    array = np.asarray(tensor)
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()
+    return not any(flat[start : start + BLOCK].any() for start in range(0, flat.size, BLOCK))
+
+
 def finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite; what is no float is finite."""
     mask = EXPONENTS.get(values.dtype)
     if mask is None or not values.size:
         return True
     flat = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
-    block = 1 << 18
     return all(
-        int((flat[start : start + block] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), block)
+        int((flat[start : start + BLOCK] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), BLOCK)
     )

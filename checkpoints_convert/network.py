@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert import rules
-from checkpoints_convert.identify import ALONE, FAMILIES
-from checkpoints_convert.lazy import LazyTensor
+from checkpoints_convert.identify import ADAPTER, ALONE, FAMILIES
+from checkpoints_convert.lazy import LazyTensor, blank
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
 
@@ -50,7 +51,12 @@ class Network:
         """Tensors of the files that the network does not have and that are passed over."""
         known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
         ignored = () if self.part in ALONE else FAMILIES[self.part].ignored
-        return sorted(name for name in self.tensors if name not in known and (self.surplus or name.startswith(ignored)))
+
+        def is_passed_over(name: str, tensor: LazyTensor) -> bool:
+            counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)  # such as the number of a step
+            return self.surplus or counter or name.startswith(ignored)
+
+        return sorted(name for name, tensor in self.tensors.items() if name not in known and is_passed_over(name, tensor))
 
     def matched(self) -> list[tuple[Slot, LazyTensor]]:
         """Each slot with its tensor; ConversionError when they do not fit."""
@@ -80,6 +86,22 @@ class Moved:
         return np.asarray(self.move(np.asarray(self.tensor)), dtype=dtype, copy=copy)
 
 
+def blank_matrices(network: Network) -> list[str]:
+    """The names, as in the files, of matrices that hold nothing but zeros: parts of a file that were never written.
+
+    Little is read of a matrix that holds anything else. An adapter has such matrices before it is trained.
+    """
+    if network.part == ADAPTER:
+        return []
+    return [tensor.name for _, tensor in network.matched() if sum(size > 1 for size in tensor.shape) > 1 and blank(tensor)]
+
+
+def describe_blanks(names: list[str]) -> str:
+    """What is said of a file with matrices of zeros."""
+    listed = ", ".join(names[: rules.LISTED]) + (", ..." if len(names) > rules.LISTED else "")
+    return f"{len(names)} matrices hold nothing but zeros ({listed}); the file may not be whole, compare its checksum"
+
+
 def ours(network: Network) -> dict[str, Moved]:
     """The tensors under our names and in our layout."""
     return {slot.name: Moved(tensor, slot.op.apply, slot.shape) for slot, tensor in network.matched()}
@@ -98,7 +120,12 @@ def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> di
 
 
 def fill(network: Network, abstract: Any) -> Any:
-    """The tree `abstract` with the tensors of the network, as in `rules.to_jax`: each host reads what its devices hold."""
+    """The tree `abstract` with the tensors of the network, as in `rules.to_jax`: each host reads what its devices hold.
+
+    Warns of matrices that hold nothing but zeros.
+    """
+    if blanks := blank_matrices(network):
+        warnings.warn(f"{network.source}: {describe_blanks(blanks)}", stacklevel=2)
     table = rules.stored(network.table) if network.layout == "store" else network.table
     extra = set(network.extra)
     tensors = {name: tensor for name, tensor in network.tensors.items() if name not in extra}

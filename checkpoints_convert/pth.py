@@ -55,6 +55,10 @@ class _Refused(Exception):
     """What a pickle asked for that no weights need."""
 
 
+class _Unread(Exception):
+    """A kind of tensor that is harmless and not read."""
+
+
 class _Type:
     """A storage class of torch: the dtype of the elements."""
 
@@ -100,6 +104,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
 }
 
+UNREAD = {("torch._utils", name) for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")}
+
 
 class _Unpickler(pickle.Unpickler):
     """A pickle machine that knows the storages and the names of `ALLOWED` only; none does more than hold its arguments."""
@@ -107,6 +113,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return _Type(np.dtype(STORAGES[name]))
+        if (module, name) in UNREAD or (module == "torch" and name.startswith("float8_")):
+            raise _Unread(f"{module}.{name}")
         try:
             return ALLOWED[module, name]
         except KeyError:
@@ -127,6 +135,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: its pickle asks for {error}, which no weights need; nothing of it was run, do not trust this file"
         ) from error
+    except _Unread as error:
+        what = f"holds fp8, quantised or otherwise unusual tensors ({error}), which are not read"
+        raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -162,7 +173,7 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tupl
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UserError(f"{path}: is a zip archive without the data.pkl of torch.save; give a file of weights")
+            raise UserError(f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a file of weights")
         root = pickles[0].removesuffix("data.pkl")
         order = archive.read(entries[f"{root}byteorder"]) if f"{root}byteorder" in entries else b"little"
         if order != b"little":

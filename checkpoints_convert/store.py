@@ -14,16 +14,17 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert import pth
+from checkpoints_convert import file_types, pth
 from checkpoints_convert.lazy import LazyTensor, size, stream_to
 from jax_idgrpo.errors import UserError
 
@@ -40,9 +41,26 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+UNREAD_DTYPES = {  # of safetensors, that no network here is computed from
+    "F8_E4M3": "fp8",
+    "F8_E5M2": "fp8",
+    "F8_E8M0": "fp8",
+    "F8_E4M3FNUZ": "fp8",
+    "F8_E5M2FNUZ": "fp8",
+    "F6_E2M3": "fp6",
+    "F6_E3M2": "fp6",
+    "F4": "fp4",
+    "C64": "complex",
+    "U16": "unsigned",
+    "U32": "unsigned",
+    "U64": "unsigned",
+}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 INDEX = ".index.json"  # the end of the name of a list of shards
+INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # as a pattern, which also takes that of a variant
+VARIANT = r"\.(fp|bf|f)\d+(?=[.-])|\.(non_)?ema(?=[.-])|-\d+-of-\d+(?=\.)"  # in names of files
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of files that may hold tensors
+TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".yaml", ".yml", ".xml", ".html", ".csv")  # of files that hold none
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -62,12 +80,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """(tensors by name, metadata) of one file of safetensors or of `torch.save`. UserError when header and file disagree."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    return (pth.open_file(path), {}) if pth.is_pth(start) else _open_safetensors(path)
+    file_types.refuse_others(path)
+    is_pth = pth.is_pth(file_types.start_of(path))
+    return (pth.open_file(path), {}) if is_pth else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -86,6 +101,9 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
         tensors: dict[str, LazyTensor] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
+            if (kind := UNREAD_DTYPES.get(entry["dtype"])) is not None:
+                what = f"its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights are not read"
+                raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model")
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
             if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
@@ -120,6 +138,9 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
             raise UserError(
                 f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint"
             )
+        if not (path.parent / file).is_file():
+            missing = [name for name in sorted(set(files.values())) if not (path.parent / name).is_file()]
+            raise UserError(f"{path}: its shard {', '.join(missing)} is not beside it; get what is missing")
         shards[file], _ = open_file(path.parent / file)
     for name, file in files.items():
         if name not in shards[file]:
@@ -137,25 +158,72 @@ def weights_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: does not exist; give a file of weights or the folder that holds it")
-    indices = sorted(file for file in path.glob(f"*{INDEX}") if file.is_file())
-    shards = {name for index in indices for name in (read_json(index).get("weight_map") or {}).values() if isinstance(name, str)}
-    files = (file for suffix in SUFFIXES for file in path.glob(f"*{suffix}") if file.is_file() and file.name not in shards)
-    return [*indices, *sorted(files)]
+    there = [file for file in visible(path.iterdir()) if file.is_file()]
+    indices = [file for file in there if is_index(file)]
+    shards: set[str] = set()
+    for index in indices:
+        weight_map = read_json(index).get("weight_map")
+        shards |= {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    files = [file for file in there if file.suffix in SUFFIXES and file.name not in shards]
+    return _preferred([*indices, *files])
+
+
+def _preferred(files: list[Path]) -> list[Path]:
+    """The files less those that hold the same weights as another, as diffusers and transformers choose.
+
+    `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or `pytorch_model.bin`. An index
+    counts as the file that it lists the shards of.
+    """
+    whole = {file: re.sub(INDEX_NAME, "", file.name) for file in files}
+    names = set(whole.values())
+
+    def is_second(file: Path) -> bool:
+        name = whole[file]
+        plain = re.sub(VARIANT, "", name)
+        is_variant = plain != name or (is_index(file) and not file.name.endswith(INDEX))
+        twin = re.sub(r"^pytorch_model", "model", plain.removesuffix(".bin")) + ".safetensors"
+        return (is_variant and plain in names) or (name.endswith(".bin") and twin in names)
+
+    return [file for file in files if not is_second(file)]
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The paths in order, less hidden ones, such as the `._NAME` that macOS leaves beside files on other disks."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """Raise a UserError if a folder without weights holds files of weights in a form that is not read."""
+    for file in visible(Path(folder).iterdir()):
+        if file.is_file() and file.suffix not in TEXT_SUFFIXES:
+            file_types.refuse_others(file)
 
 
 def weights_file(path: str | Path) -> Path:
     """The one file of weights or index that `path` is or, as a folder, holds."""
     files = weights_files(path)
-    if len(files) != 1:
-        found = "none" if not files else ", ".join(file.name for file in files)
-        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; name the file")
+    if not files:
+        refuse_foreign(path)
+        raise UserError(f"{path}: holds no file of weights; get the whole folder")
+    if len(files) > 1:
+        found = ", ".join(file.name for file in files)
+        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; keep one of them there")
     return files[0]
 
 
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """The tensors of a file, of an index, or of the folder that holds one; nothing is read but headers."""
-    file = weights_file(path)
-    return open_index(file) if file.name.endswith(INDEX) else open_file(file)[0]
+    return open_weights(weights_file(path))[0]
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is a list of shards, by its name."""
+    return re.search(INDEX_NAME, path.name) is not None
+
+
+def open_weights(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """(tensors by name, metadata) of a file or of the shards of an index."""
+    return (open_index(file), {}) if is_index(file) else open_file(file)
 
 
 @contextlib.contextmanager

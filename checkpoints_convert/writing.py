@@ -97,7 +97,7 @@ def write_diffusers(
 ) -> None:
     """The diffusers folder, whole pipeline or single network, weights cut into files of `shard` bytes.
 
-    adapter: merged into the transformer. ConversionError for another model's adapter.
+    adapter: merged into the transformer. UserError for another model's adapter.
     """
     alone = len(checkpoint.networks) == 1
     files = []
@@ -287,9 +287,11 @@ class Merged:
 
 
 def _merged(network: Network, parameters: Mapping[str, Any], adapter: Network) -> dict[str, Any]:
-    """The parameters of the transformer that the adapter changes. ConversionError when it is not this transformer's."""
+    """The parameters of the transformer that the adapter changes. UserError when it is not this transformer's."""
     rank, alpha = adapter.config
     config = dataclasses.replace(network.config, rank=rank, alpha=alpha)
+    if (what := lora.misfit(adapter.tensors, network.config)) is not None:
+        raise UserError(f"{adapter.source} on {network.source}: {what}; give an adapter of this model")
     abstract = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam)
     slots = rules.expand(lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract)
     rules.match(slots, adapter.tensors, f"{adapter.source} on {network.source}")

@@ -39,7 +39,7 @@ def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[A
 
 
 def lora_scale(path: str | Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
+    """(rank, alpha) of an adapter: see `checkpoints_convert.adapter.adapter_scale`."""
     return adapter.adapter_scale(Path(path))
 
 
@@ -54,7 +54,9 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
         raise UserError(
             f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal"
         )
-    tensors, _ = store.open_file(weights)
+    tensors, _ = store.open_weights(weights)
+    if (what := lora.misfit(tensors, config)) is not None:
+        raise UserError(f"{weights}: {what}; pass an adapter of this model")
     model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
     return to_jax(
         lora.rules(wan.block_stacks(config), lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
+from checkpoints_convert.places import checkpoint_place
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
@@ -59,7 +60,7 @@ class Pipeline:
     def load_lora(self, path: str | Path) -> None:
         """Give the transformer the adapter at `path`, in place of one it may have; the base arrays are shared.
 
-        path: a PEFT directory or a safetensors file (names with or without `base_model.model.` or `transformer.`).
+        path: a PEFT directory, the workdir of a run, or a file of weights (names with or without `base_model.model.` or `transformer.`).
         UserError for an adapter of another model or of an unsupported kind.
         """
         rank, alpha = lora_scale(path)
@@ -95,7 +96,7 @@ def load_pipeline(
     Raises:
       UserError: the folder is not such a pipeline or does not fit.
     """
-    path = Path(path)
+    path = checkpoint_place(path)
     if kind not in (None, *identify.KINDS):
         raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out")
     if not path.is_dir():

@@ -1,0 +1,36 @@
+"""The parser of both command lines: complaints are `UserError`s, and an option that holds one value is given once."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jax_idgrpo.errors import UserError
+
+
+class _Once(argparse.Action):
+    """Store the value of an option. UserError when the option is given again, since one of the values would be lost."""
+
+    def __call__(
+        self,
+        parser: Any,  # a `Parser`
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        if self.option_strings and self in parser.given:
+            raise UserError(f"{option_string} is given twice; give it once")
+        parser.given.append(self)
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for one command line; `UserError` for whatever is wrong with it."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.given: list[argparse.Action] = []
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
