@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from checkpoints_convert import adapter, card, checkpoint, compare, faces, identify, store, writing
+from checkpoints_convert.arguments import Parser
 from checkpoints_convert.checkpoint import Checkpoint
 from checkpoints_convert.identify import FACE, TRANSFORMER
 from checkpoints_convert.lazy import blank, iter_chunks, size
 from checkpoints_convert.network import blank_matrices, describe_blanks
 from checkpoints_convert.places import adapter_place, run_config
-from jax_idgrpo.arguments import Parser
 from jax_idgrpo.errors import UserError
 
 SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints

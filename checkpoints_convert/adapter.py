@@ -66,9 +66,8 @@ def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
         return rank, next(iter(stated.values()))
     if config is not None or lora.prefix(tensors) == lora.PEFT_PREFIX:
         where = f"{config.name} has no lora_alpha" if config is not None else f"no {ADAPTER_CONFIG} is beside it"
-        raise UserError(
-            f"{weights}: its alpha is not known, since {where}; get the file, or run idgrpo-convert import with --alpha"
-        )
+        remedy = f"get the whole adapter, or say it with idgrpo-convert import {weights} ADAPTER --alpha A"
+        raise UserError(f"{weights}: its alpha is not known, since {where}; {remedy}")
     return rank, float(rank)
 
 

@@ -34,7 +34,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
     True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE checkpoint, or, if this is Phantom, "
     "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
-    False: "is a VACE model; leave the kind out, or say vace",
+    False: "is a VACE model, and kind {asked!r} was asked for; leave the kind out",
 }
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
 
@@ -98,7 +98,8 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    if layout != "original" and (layout == "store" or beside.is_file()):
+    alone = part == "text_encoder" and layout == "transformers" and not beside.is_file()  # one file, as ComfyUI has it
+    if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
         with naming(beside):
@@ -264,7 +265,7 @@ def _stated_kind(path: Path, asked: str | None) -> str | None:
     if stated not in (None, *KINDS):
         raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
     if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
-        raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace']}")
+        raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
     return asked or stated
 
 
@@ -272,5 +273,5 @@ def _kind(transformer: Network, asked: str | None) -> str:
     """vace, wan or phantom; `asked` may narrow wan to phantom."""
     found = "wan" if transformer.config.vace_layers is None else "vace"
     if asked is not None and (asked == "vace") != (found == "vace"):
-        raise UserError(f"{transformer.source}: {KIND_MISMATCH[asked == 'vace']}")
+        raise UserError(f"{transformer.source}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
     return asked or found

@@ -22,7 +22,7 @@ def checkpoint_place(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: does not exist; {remedy_for_missing(path)}")
+        raise UserError(f"{path}: does not exist; {hub_remedy(path) or 'check the path'}")
     if not path.is_dir():
         return path
     snapshots = path / "snapshots"
@@ -44,13 +44,13 @@ def _snapshot(path: Path, snapshots: Path) -> Path:
     raise UserError(f"{path}: is a Hugging Face cache entry without its main snapshot; pass {snapshots / there[0]}")
 
 
-def remedy_for_missing(path: Path) -> str:
-    """What to do about a path that leads nowhere: how to download it, where it has the form of a name on the hub."""
+def hub_remedy(path: Path) -> str | None:
+    """How to download what a path that leads nowhere may name on the Hugging Face Hub; None where it has another form."""
     text = path.as_posix()
     if re.fullmatch(HUB_NAME, text) and not path.parent.exists():
         folder = path.name
         return f"if it is a model on the Hugging Face Hub, run: hf download {text} --local-dir {folder}; and pass {folder}"
-    return "check the path"
+    return None
 
 
 def run_config(workdir: Path) -> dict[str, Any] | None:

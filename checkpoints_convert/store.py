@@ -204,10 +204,10 @@ def weights_file(path: str | Path) -> Path:
     files = weights_files(path)
     if not files:
         refuse_foreign(path)
-        raise UserError(f"{path}: holds no file of weights; get the whole folder")
-    if len(files) > 1:
-        found = ", ".join(file.name for file in files)
-        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; keep one of them there")
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        remedy = "keep one of them there" if files else "get the whole folder"
+        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; {remedy}")
     return files[0]
 
 

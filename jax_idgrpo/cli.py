@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from checkpoints_convert.places import adapter_place
+from checkpoints_convert.arguments import Parser
+from checkpoints_convert.places import adapter_place, hub_remedy, run_config
 from jax_idgrpo import config as configuration
-from jax_idgrpo.arguments import Parser
 from jax_idgrpo.errors import UserError, closest
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
@@ -78,10 +78,10 @@ def adapter_path(path: str) -> Path:
     Raises:
       UserError: there is none.
     """
-    try:
-        return adapter_place(path)
-    except UserError as error:
-        raise UserError(f"--lora {error} (such as runs/quickstart/export)") from error
+    place = Path(path)
+    if not place.exists() and run_config(place.parent) is None:
+        existing(path, "--lora", hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export")
+    return adapter_place(place)
 
 
 def adapters(pairs: Sequence[str]) -> dict[str, Path]:

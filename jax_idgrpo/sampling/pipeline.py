@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
-from checkpoints_convert.places import checkpoint_place
+from checkpoints_convert.places import checkpoint_place, hub_remedy
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
@@ -96,11 +96,12 @@ def load_pipeline(
     Raises:
       UserError: the folder is not such a pipeline or does not fit.
     """
-    path = checkpoint_place(path)
+    path = checkpoint_place(path) if Path(path).exists() else Path(path)
     if kind not in (None, *identify.KINDS):
         raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out")
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}, or one of the original layout")
+        remedy = hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
+        raise UserError(f"{path}: no such folder; {remedy}")
     found = checkpoint.open_checkpoint(path, kind)
     if missing := found.missing():
         raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")

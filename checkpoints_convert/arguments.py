@@ -1,7 +1,6 @@
 """The parser of both command lines: complaints are `UserError`s, and an option that holds one value is given once."""
 
 import argparse
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jax_idgrpo.errors import UserError
@@ -14,7 +13,7 @@ class _Once(argparse.Action):
         self,
         parser: Any,  # a `Parser`
         namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
+        values: Any,
         option_string: str | None = None,
     ) -> None:
         if self.option_strings and self in parser.given:
