@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from checkpoints_convert import adapter, card, checkpoint, compare, faces, identify, store, writing
+from checkpoints_convert import adapter, card, checkpoint, compare, faces, identify, lora, store, writing
 from checkpoints_convert.arguments import Parser
 from checkpoints_convert.checkpoint import Checkpoint
 from checkpoints_convert.identify import FACE, TRANSFORMER
@@ -62,7 +62,10 @@ def describe(found: Checkpoint) -> None:
             f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
         )
         if network is found.adapter:
-            print("adapter: rank {}, alpha {:g}".format(*network.config))
+            widths, heights = lora.sizes(network.tensors)
+            stacks = ", ".join(f"{count} {stack}" for stack, count in heights.items() if count)
+            width = " or ".join(map(str, sorted(widths)))
+            print("adapter: rank {}, alpha {:g}, ".format(*network.config) + f"for width {width}, {stacks}")
         if network.extra:
             more = ", ..." if len(network.extra) > SHOWN else ""
             print(f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}")

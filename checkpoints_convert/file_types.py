@@ -12,6 +12,7 @@ START = 512  # bytes that are looked at
 READ = "get its safetensors or .pth file"
 FACE_FILES = "face networks are read from deepface's .pth files and insightface's or CurricularFace's backbone.pth"
 UNFINISHED = (".aria2", ".part", ".partial", ".crdownload", ".incomplete", ".!qB")  # of names of downloads under way
+JSON = rb"\s*[{\[]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ TYPES = (
     FileType(rb"7z\xbc\xaf\x27\x1c|Rar!|\xfd7zXZ\x00|BZh[1-9]|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", "unpack it"),
     FileType(rb"PK\x05\x06", "an empty ZIP archive", "get the file again"),
     FileType(rb"\x93NUMPY", "a NumPy array", READ),
-    FileType(rb"\s*[{\[]", "a JSON file, not weights", "give the file of weights, or the folder of both"),
+    FileType(JSON, "a JSON file, not weights", "give the file of weights, or the folder of both"),
 )
 
 

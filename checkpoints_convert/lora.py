@@ -125,14 +125,20 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
     return None
 
 
-def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
-    """Why an adapter that `complaint` has nothing against is not of this transformer; None where its sizes are."""
+def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
+    """(widths of the network, blocks of each stack) that an adapter is for."""
     heights = dict.fromkeys(STACKS, 0)
     widths = set()
     for name, tensor in tensors.items():
         if match := re.search(MATRIX_NAME, name):
             heights[match["stack"]] = max(heights[match["stack"]], 1 + int(match["index"]))
-            widths.add(tensor.shape[1 if name.endswith("A.weight") else 0])
+            widths.add(int(tensor.shape[1 if name.endswith("A.weight") else 0]))
+    return widths, heights
+
+
+def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
+    """Why an adapter that `complaint` has nothing against is not of this transformer; None where its sizes are."""
+    widths, heights = sizes(tensors)
     vace = len(config.vace_layers or ())
     if widths != {config.width}:
         return f"made for width {_listed(sorted(widths))}, this model has {config.width}"

@@ -209,9 +209,10 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple
                 raise _Refused("a view into a storage")
             return storages.setdefault(str(storage.key), storage)
 
-    head = [Remembering(file, encoding="utf-8").load() for _ in range(LEGACY_PICKLES)]
-    if head[0] != LEGACY_MAGIC:
+    if Remembering(file, encoding="utf-8").load() != LEGACY_MAGIC:
         raise UserError(f"{path}: is a pickle, but not one of torch.save; give a file of weights")
+    for _ in range(LEGACY_PICKLES - 1):
+        Remembering(file, encoding="utf-8").load()
     values = Remembering(file, encoding="utf-8").load()
     keys = Remembering(file, encoding="utf-8").load()
     places: dict[str, tuple[int, int]] = {}

@@ -71,7 +71,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); get the file again") from error
+        is_json = re.match(file_types.JSON, file_types.start_of(path))
+        other = None if is_json else file_types.complaint(path)
+        raise UserError(f"{path}: {other or f'is not JSON ({error}); get the file again'}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: should hold a JSON object, holds {type(values).__name__}; get the file again")
     return values
@@ -174,11 +176,10 @@ def _preferred(files: list[Path]) -> list[Path]:
     `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or `pytorch_model.bin`. An index
     counts as the file that it lists the shards of.
     """
-    whole = {file: re.sub(INDEX_NAME, "", file.name) for file in files}
-    names = set(whole.values())
+    names = {file.name.removesuffix(INDEX) for file in files}
 
     def is_second(file: Path) -> bool:
-        name = whole[file]
+        name = re.sub(INDEX_NAME, "", file.name)
         plain = re.sub(VARIANT, "", name)
         is_variant = plain != name or (is_index(file) and not file.name.endswith(INDEX))
         twin = re.sub(r"^pytorch_model", "model", plain.removesuffix(".bin")) + ".safetensors"
