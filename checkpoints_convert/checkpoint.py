@@ -34,7 +34,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
     True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE checkpoint, or, if this is Phantom, "
     "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
-    False: "is a VACE model, and kind {asked!r} was asked for; leave the kind out",
+    False: "kind {asked!r} was asked for, this transformer is 'vace'; leave the kind out",
 }
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
 

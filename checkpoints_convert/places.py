@@ -60,6 +60,11 @@ def run_config(workdir: Path) -> dict[str, Any] | None:
     return values if {"model", "rollout", "grpo"} <= values.keys() else None
 
 
+def is_export(path: Path) -> bool:
+    """Whether this is where a run puts its adapter, written or not."""
+    return path.name == EXPORT and run_config(path.parent) is not None
+
+
 def adapter_place(path: str | Path) -> Path:
     """The adapter that `path` means: `export/` of a run's workdir, or the path itself.
 
@@ -71,7 +76,7 @@ def adapter_place(path: str | Path) -> Path:
         return path
     if (inside / ADAPTER_CONFIG).is_file():
         return inside
-    workdir = path.parent if path.name == EXPORT and not path.exists() else path
+    workdir = path.parent if is_export(path) and not path.exists() else path
     config = run_config(workdir)
     if config is not None and (workdir / EXPORT).exists():
         return workdir / EXPORT

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from checkpoints_convert.arguments import Parser
-from checkpoints_convert.places import adapter_place, hub_remedy, run_config
+from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError, closest
 
@@ -79,7 +79,7 @@ def adapter_path(path: str) -> Path:
       UserError: there is none.
     """
     place = Path(path)
-    if not place.exists() and run_config(place.parent) is None:
+    if not place.exists() and not is_export(place):
         existing(path, "--lora", hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export")
     return adapter_place(place)
 

@@ -301,12 +301,12 @@ import sys, jax, numpy as np
 from flax import nnx
 from checkpoints_convert import checkpoint, rules
 from checkpoints_convert.network import fill
-from jax_idgrpo import parallel
 from jax_idgrpo.config import MeshConfig
+from jax_idgrpo.parallel.sharding import make_mesh, state_shardings
 network = checkpoint.open_part(sys.argv[1], "transformer")
-mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2))
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
 abstract = network.shapes
-shardings = parallel.state_shardings(mesh, abstract)
+shardings = state_shardings(mesh, abstract)
 target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
 filled, plain = fill(network, target), fill(network, abstract)
 split = 0
