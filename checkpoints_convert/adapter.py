@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: which file, of which rank and alpha, and the tensors opened as a network."""
+"""Open LoRA adapters: which file holds one, its rank and alpha, and its tensors as a network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ PICKLED_WEIGHTS = "adapter_model.bin"  # of older versions of PEFT
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """(weights, PEFT config or None) of an adapter folder or file, or of the workdir of a run.
+    """Find (weights, PEFT config or None) of an adapter folder or file, or of a run's workdir.
 
-    The config beside a file counts for it when the file has PEFT's name or names, or is the only adapter there.
+    The config beside a file counts for it when the file has PEFT's name or names, or is the only
+    adapter there.
     """
     path = adapter_place(path)
     if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
-        named = [path / name for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()]
+        named = [
+            path / name for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()
+        ]
         if not named and not store.weights_files(path):
-            raise UserError(f"{path}: has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}; get the whole adapter folder")
+            what = f"has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}"
+            raise UserError(f"{path}: {what}; get the whole adapter folder")
         weights = named[0] if named else store.weights_file(path)
     else:
         weights = store.weights_file(path)
@@ -35,27 +39,31 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
         return weights, None
     others = [weights.with_name(name) for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS)]
     owned = weights in others or not any(file.is_file() for file in others)
-    return weights, config if owned or lora.prefix(store.open_weights(weights)[0]) == lora.PEFT_PREFIX else None
+    return weights, config if owned or lora.prefix(
+        store.open_weights(weights)[0]
+    ) == lora.PEFT_PREFIX else None
 
 
 def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
-    """(rank, alpha) of an adapter, from its PEFT config or the header of its file.
+    """Read (rank, alpha) of an adapter from its PEFT config or the header of its file.
 
-    A file with diffusers' names or bare ones that states no alpha has alpha = rank, as diffusers defines it. PEFT's names come
-    with a config, so that without one nothing says what alpha is.
+    A file with diffusers' names or bare ones that states no alpha has alpha = rank, as diffusers
+    defines it. PEFT's names come with a config; without one nothing says what alpha is.
 
     Args:
       path: a folder, a file, or the workdir of a run.
       alpha: what the user says, for a file that does not.
 
     Raises:
-      UserError: the file is no adapter that can be read, two places state different alphas, or none states it.
+      UserError: no adapter that can be read, two places state different alphas, or none states it.
     """
     weights, config = adapter_files(path)
     tensors, metadata = store.open_weights(weights)
     if (what := lora.complaint(tensors)) is not None:
         raise UserError(f"{weights}: {what}")
-    rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight"))
+    rank = next(
+        tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")
+    )
     stated = _stated(weights, config, metadata, rank)
     if alpha is not None:
         stated["--alpha"] = alpha
@@ -65,26 +73,34 @@ def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
     if stated:
         return rank, next(iter(stated.values()))
     if config is not None or lora.prefix(tensors) == lora.PEFT_PREFIX:
-        where = f"{config.name} has no lora_alpha" if config is not None else f"no {ADAPTER_CONFIG} is beside it"
-        remedy = f"get the whole adapter, or say it with idgrpo-convert import {weights} ADAPTER --alpha A"
+        where = (
+            f"{config.name} has no lora_alpha"
+            if config is not None
+            else f"no {ADAPTER_CONFIG} is beside it"
+        )
+        say = f"idgrpo-convert import {weights} ADAPTER --alpha A"
+        remedy = f"get the whole adapter, or state it with {say}"
         raise UserError(f"{weights}: its alpha is not known, since {where}; {remedy}")
     return rank, float(rank)
 
 
 def stated_alphas(path: Path) -> dict[str, float]:
-    """Every alpha that a readable adapter states, by its place: in its config or in the header of its file."""
+    """Read every alpha that an adapter states, by its place: its config or its file's header."""
     weights, config = adapter_files(path)
     return _stated(weights, config, store.open_weights(weights)[1], adapter_scale(path)[0])
 
 
-def _stated(weights: Path, config: Path | None, metadata: Mapping[str, str], rank: int) -> dict[str, float]:
-    """As `stated_alphas`. UserError for a variant of LoRA, another rank, or what is no number."""
+def _stated(
+    weights: Path, config: Path | None, metadata: Mapping[str, str], rank: int
+) -> dict[str, float]:
+    """Do as `stated_alphas`. UserError for a variant of LoRA, another rank, or no number."""
     found: dict[str, float] = {}
 
     def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
         lora.refuse_variants(values)
         if (said := int(values["r"])) != rank:
-            raise UserError(f"{file}: says rank {said}, the tensors of {weights.name} have {rank}; get both files again")
+            what = f"says rank {said}, the tensors of {weights.name} have {rank}"
+            raise UserError(f"{file}: {what}; get both files again")
         if "lora_alpha" in values:
             found[place] = lora.number(values["lora_alpha"])
 
@@ -93,7 +109,11 @@ def _stated(weights: Path, config: Path | None, metadata: Mapping[str, str], ran
             state(config, config.name, store.read_json(config))
     with naming(weights):
         if lora.HEADER in metadata:
-            state(weights, f"{lora.HEADER} in its header", lora.fields_of_header(json.loads(metadata[lora.HEADER])))
+            state(
+                weights,
+                f"{lora.HEADER} in its header",
+                lora.fields_of_header(json.loads(metadata[lora.HEADER])),
+            )
         for name in lora.ALPHAS:
             if name in metadata:
                 found[f"{name} in its header"] = lora.number(metadata[name])
@@ -101,7 +121,10 @@ def _stated(weights: Path, config: Path | None, metadata: Mapping[str, str], ran
 
 
 def open_adapter(path: Path, alpha: float | None = None) -> Network:
-    """A LoRA adapter: a PEFT folder, or a file with PEFT's, diffusers' or no prefix; alpha as in `adapter_scale`."""
+    """Open a PEFT folder, or a file with PEFT's, diffusers' or no prefix.
+
+    path, alpha: as in `adapter_scale`.
+    """
     weights, config = adapter_files(path)
     rank, alpha = adapter_scale(path, alpha)
     tensors, _ = store.open_weights(weights)

@@ -1,4 +1,4 @@
-"""The parser of both command lines: complaints are `UserError`s, and an option that holds one value is given once."""
+"""Parse both command lines: mistakes are `UserError`s, an option of one value is given once."""
 
 import argparse
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ from jax_idgrpo.errors import UserError
 
 
 class _Once(argparse.Action):
-    """Store the value of an option. UserError when the option is given again, since one of the values would be lost."""
+    """Store the value of an option. UserError when it is given again: one value would be lost."""
 
     def __call__(
         self,
@@ -23,7 +23,7 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for one command line; `UserError` for whatever is wrong with it."""
+    """Parse one command line with argparse; `UserError` for whatever is wrong with it."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)

@@ -20,7 +20,18 @@ from flax import nnx
 
 from checkpoints_convert import faces, rules, store
 from checkpoints_convert.adapter import open_adapter
-from checkpoints_convert.identify import ADAPTER, ALONE, CLASSES, FACE, FAMILIES, KINDS, TRANSFORMER, common_prefix, identify, refuse_others
+from checkpoints_convert.identify import (
+    ADAPTER,
+    ALONE,
+    CLASSES,
+    FACE,
+    FAMILIES,
+    KINDS,
+    TRANSFORMER,
+    common_prefix,
+    identify,
+    refuse_others,
+)
 from checkpoints_convert.lazy import LazyTensor
 from checkpoints_convert.network import Network, naming
 from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
@@ -36,7 +47,11 @@ KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
     "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
     False: "kind {asked!r} was asked for, this transformer is 'vace'; leave the kind out",
 }
-SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
+SHIFTS = {
+    "vace": 3.0,
+    "wan": 3.0,
+    "phantom": 5.0,
+}  # of the schedule, where the source has no file that says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +97,10 @@ def _shapes(part: str, config: Any) -> nnx.State:
 
 
 def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
-    """The network in a file of weights or in the shards of an index. alpha: as in `open_adapter`."""
+    """Open the network in a file of weights or in the shards of an index.
+
+    kind: as in `open_network`. alpha: as in `open_adapter`.
+    """
     tensors = store.open_tensors(file)
     if (face := open_face(file, tensors)) is not None:
         return face
@@ -91,14 +109,18 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
     found = identify(tensors)
     if found is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
-        raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}")
+        raise UserError(
+            f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}"
+        )
     part, layout = found
     if part == ADAPTER:
         return open_adapter(file, alpha)
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    alone = part == "text_encoder" and layout == "transformers" and not beside.is_file()  # one file, as ComfyUI has it
+    alone = (
+        part == "text_encoder" and layout == "transformers" and not beside.is_file()
+    )  # one file, as ComfyUI has it
     if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
@@ -110,7 +132,9 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
         if part == TRANSFORMER and layout == "original" and beside.is_file():
             original = store.read_json(beside)
         with naming(file if original is None else beside):
-            config = family.table.config_from_shapes(tensors, layout, *([original] if part == TRANSFORMER else []))
+            config = family.table.config_from_shapes(
+                tensors, layout, *([original] if part == TRANSFORMER else [])
+            )
         values = family.table.config_to_json(config)
     return Network(
         part=part,
@@ -141,7 +165,11 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
         if known is None:
             return None
         name, architecture, config = known
-        values = {"architecture": architecture, "config": json.loads(json.dumps(dataclasses.asdict(config))), "name": name}
+        values = {
+            "architecture": architecture,
+            "config": json.loads(json.dumps(dataclasses.asdict(config))),
+            "name": name,
+        }
     table, shapes = faces.with_bystanders(values["architecture"], config, tensors)
     return Network(
         part=FACE,
@@ -158,12 +186,16 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: str | Path, kind: str | None = None, alpha: float | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, kind: str | None = None, alpha: float | None = None
+) -> Checkpoint:
     """Open what `path` holds: a pipeline or some networks of one, an adapter, or a face network.
 
     Args:
-      path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of a run, which means its adapter.
-      kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
+      path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of
+        a run, which means its adapter.
+      kind: what the user says the transformer is. Phantom needs it, since its tensors are plain
+        Wan's, unless a store says so.
       alpha: of an adapter that does not state its own.
 
     Raises:
@@ -182,7 +214,9 @@ def open_checkpoint(path: str | Path, kind: str | None = None, alpha: float | No
         networks = [open_network(path / part, kind) for part in FAMILIES]
         for part, network in zip(FAMILIES, networks, strict=True):
             if network.part != part:
-                raise UserError(f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again")
+                raise UserError(
+                    f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again"
+                )
     else:
         kind = _stated_kind(path, kind)
         networks = [_network(file, kind, alpha) for file in store.weights_files(path)]
@@ -210,20 +244,32 @@ def open_checkpoint(path: str | Path, kind: str | None = None, alpha: float | No
 
 
 def _refuse_two_transformers(path: Path) -> None:
-    """Raise a UserError for Wan 2.2, whose two transformers share the steps: one alone makes garbage."""
+    """Raise a UserError for Wan 2.2: of its two transformers, one alone makes garbage."""
     values = store.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     second = [name for name in values.get("transformer_2") or [] if name is not None]
     folders = ("transformer_2", "high_noise_model", "low_noise_model")
-    if second or values.get("boundary_ratio") is not None or any((path / name).is_dir() for name in folders):
-        raise UserError(f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its checkpoints")
+    if (
+        second
+        or values.get("boundary_ratio") is not None
+        or any((path / name).is_dir() for name in folders)
+    ):
+        raise UserError(
+            f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its checkpoints"
+        )
     if values.get("expand_timesteps"):
-        raise UserError(f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of its checkpoints")
+        raise UserError(
+            f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of its checkpoints"
+        )
 
 
 def tokenizer_folder(path: Path) -> Path | None:
     """The folder with a tokenizer in a checkpoint of any layout: `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself."""
     path = checkpoint_place(path)
-    places = (file.parent for depth in ("", "*/", "*/*/") for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}")))
+    places = (
+        file.parent
+        for depth in ("", "*/", "*/*/")
+        for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}"))
+    )
     return next(places, None)
 
 
@@ -235,11 +281,15 @@ def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
     if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
         network = open_network(path / part, kind)
         if network.part != part:
-            raise UserError(f"{network.source}: holds a {network.part}, not a {part}; get the folder again")
+            raise UserError(
+                f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
+            )
         return network
     found = open_checkpoint(path, kind).networks
     if part not in found:
-        raise UserError(f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline")
+        raise UserError(
+            f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline"
+        )
     return found[part]
 
 
@@ -261,9 +311,13 @@ def _stated_kind(path: Path, asked: str | None) -> str | None:
     values = store.read_json(file)
     stated = values.get("kind")
     if values.get("version") != STORE_VERSION:
-        raise UserError(f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again")
+        raise UserError(
+            f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again"
+        )
     if stated not in (None, *KINDS):
-        raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
+        raise UserError(
+            f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again"
+        )
     if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
         raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
     return asked or stated
@@ -273,5 +327,7 @@ def _kind(transformer: Network, asked: str | None) -> str:
     """vace, wan or phantom; `asked` may narrow wan to phantom."""
     found = "wan" if transformer.config.vace_layers is None else "vace"
     if asked is not None and (asked == "vace") != (found == "vace"):
-        raise UserError(f"{transformer.source}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
+        raise UserError(
+            f"{transformer.source}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}"
+        )
     return asked or found

@@ -1,4 +1,4 @@
-"""Whether two checkpoints are equal, tensor by tensor and bit for bit, whatever their layouts."""
+"""Compare two checkpoints tensor by tensor and bit for bit, whatever their layouts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from checkpoints_convert.network import Network, ours
 
 
 def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
-    """Yield a sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs.
+    """Yield a sentence per tensor that differs in presence, shape, dtype or bits; also for configs.
 
-    Tensors have the names of the files; where those differ, the first file's, with the second's behind it.
+    Tensors have the names of the files. Where those differ, it is the first file's name, with the
+    second's behind it.
     """
     sides = (left, right)
     for part in sorted(set(left) | set(right)):
@@ -24,7 +25,9 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
             continue
         configs = [side[part].config for side in sides]
         if configs[0] != configs[1] and part == ADAPTER:
-            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(*configs[0], *configs[1])
+            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(
+                *configs[0], *configs[1]
+            )
         elif configs[0] != configs[1]:
             yield f"{part}: the configs describe different networks"
         a, b = (ours(side[part]) for side in sides)
@@ -40,21 +43,22 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
             elif a[name].dtype != b[name].dtype:
                 yield f"{part}: {shown} has dtypes {a[name].dtype} and {b[name].dtype}"
             elif count := _different(a[name], b[name]):
-                yield f"{part}: {shown} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
+                total = np.prod(a[name].shape, dtype=int)
+                yield f"{part}: {shown} differs in {count} of {total} values"
 
 
 def _file_names(network: Network) -> dict[str, str]:
-    """Our name of every tensor -> its name in the file."""
+    """Map our name of every tensor to its name in the file."""
     return {slot.name: tensor.name for slot, tensor in network.matched()}
 
 
 def _file_shape(network: Network, name: str) -> list[int]:
-    """The shape in the file of the tensor with our name."""
+    """Return the shape in the file of the tensor with our name."""
     return next(list(tensor.shape) for slot, tensor in network.matched() if slot.name == name)
 
 
 def _different(a: Any, b: Any) -> int:
-    """How many values of two tensors of equal shape and dtype differ in their bits."""
+    """Count the values of two tensors of equal shape and dtype that differ in their bits."""
     bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
     pairs = zip(iter_chunks(a), iter_chunks(b), strict=True)
     return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

@@ -1,4 +1,4 @@
-"""What a file is that was given as weights and is none, by its first bytes, and what to do about it."""
+"""Tell files that hold no readable weights by their first bytes, with what to do about each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from jax_idgrpo.errors import UserError
 
 START = 512  # bytes that are looked at
 READ = "get its safetensors or .pth file"
-FACE_FILES = "face networks are read from deepface's .pth files and insightface's or CurricularFace's backbone.pth"
-UNFINISHED = (".aria2", ".part", ".partial", ".crdownload", ".incomplete", ".!qB")  # of names of downloads under way
+FACE_FILES = (
+    "face networks are read from deepface's .pth files and insightface's or CurricularFace's "
+    "backbone.pth"
+)
+UNFINISHED = (
+    ".aria2",
+    ".part",
+    ".partial",
+    ".crdownload",
+    ".incomplete",
+    ".!qB",
+)  # of names of downloads under way
 JSON = rb"\s*[{\[]"
 
 
@@ -25,18 +35,32 @@ class FileType:
 
 
 TYPES = (
-    FileType(rb"GGUF", "a GGUF file, whose quantised weights are not read", "get the bfloat16 or float32 safetensors file"),
+    FileType(
+        rb"GGUF",
+        "a GGUF file, whose quantised weights are not read",
+        "get the bfloat16 or float32 safetensors file",
+    ),
     FileType(rb"\x89HDF\r\n\x1a\n", "an HDF5 file (such as a Keras .h5)", f"{READ}; {FACE_FILES}"),
     # A ModelProto starts with ir_version, then comes the producer, the domain or the graph.
-    FileType(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX file", f"{READ}; {FACE_FILES}"),
-    FileType(rb"version https://git-lfs", "a Git LFS pointer, not the file itself", "run git lfs pull in its folder"),
+    FileType(
+        rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX file", f"{READ}; {FACE_FILES}"
+    ),
+    FileType(
+        rb"version https://git-lfs",
+        "a Git LFS pointer, not the file itself",
+        "run git lfs pull in its folder",
+    ),
     FileType(
         rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|!--)",
         "a web page, as a gated or failed download leaves",
         "log in where it comes from and download the file again",
     ),
     FileType(rb"\x1f\x8b", "a gzip archive", "unpack it"),
-    FileType(rb"7z\xbc\xaf\x27\x1c|Rar!|\xfd7zXZ\x00|BZh[1-9]|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", "unpack it"),
+    FileType(
+        rb"7z\xbc\xaf\x27\x1c|Rar!|\xfd7zXZ\x00|BZh[1-9]|\x28\xb5\x2f\xfd|.{257}ustar",
+        "an archive",
+        "unpack it",
+    ),
     FileType(rb"PK\x05\x06", "an empty ZIP archive", "get the file again"),
     FileType(rb"\x93NUMPY", "a NumPy array", READ),
     FileType(JSON, "a JSON file, not weights", "give the file of weights, or the folder of both"),
@@ -44,7 +68,7 @@ TYPES = (
 
 
 def start_of(path: Path) -> bytes:
-    """The first bytes of a file. UserError when it cannot be read."""
+    """Read the first bytes of a file. UserError when it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(START)
@@ -53,19 +77,20 @@ def start_of(path: Path) -> bytes:
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Whether a file may be safetensors: eight bytes of length, then a JSON object."""
+    """Return whether a file may be safetensors: eight bytes of length, then a JSON object."""
     return start[8:9] == b"{"
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a file is a download under way: by its name, or by aria2's control file beside it."""
+    """Return whether a file is a download under way, by its name or aria2's file beside it."""
     return path.suffix in UNFINISHED or path.with_name(f"{path.name}.aria2").exists()
 
 
 def complaint(path: Path) -> str | None:
-    """What a file is that holds no readable weights, with the remedy; None for one that may hold some.
+    """Name a file that holds no readable weights, with the remedy.
 
-    A file of safetensors or of `torch.save`, whole or damaged, gets None. UserError when the file cannot be read.
+    None for a file of safetensors or of `torch.save`, whole or damaged. UserError when the file
+    cannot be read.
     """
     start = start_of(path)
     if is_unfinished(path):

@@ -1,4 +1,4 @@
-"""Which network a file holds, and in which layout: the families of networks and the tensor names that tell them apart."""
+"""Tell which network a file holds, and in which layout, by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ CLASSES = {  # class named by a config.json of the diffusers layout -> part
     "UMT5EncoderModel": "text_encoder",
 }
 BLOCK = r"(vace_)?blocks\.\d+\."
+# fmt: off
 SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
     (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
     (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
@@ -77,8 +78,16 @@ SIGNS = {  # names that only this network has in this layout; the layout with th
     ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
     ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
 }
+# fmt: on
 IMAGE_TO_VIDEO = r"^img_emb\.|\.k_img\.|^condition_embedder\.image_embedder\.|\.add_k_proj\."
-PREFIXES = ("module.", "_orig_mod.", "model.", "diffusion_model.", "transformer.")  # of DDP, FSDP, compiled modules, ComfyUI
+# What DDP, FSDP, compiled modules and ComfyUI put before every name.
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "diffusion_model.",
+    "transformer.",
+)
 
 
 def identify(names: Iterable[str]) -> tuple[str, str] | None:
@@ -102,17 +111,26 @@ def refuse_others(names: Iterable[str]) -> None:
     if any(re.search(IMAGE_TO_VIDEO, name) for name in names):
         raise ValueError(wan.NO_IMAGE_TO_VIDEO)
     if any(name.startswith(("ema.", "ema_model.")) for name in names):
-        raise ValueError("holds an average of the weights (ema.) beside them; save one of the two alone")
+        raise ValueError(
+            "holds an average of the weights (ema.) beside them; save one of the two alone"
+        )
     stacks = {name.split(".")[0] for name in names}
     if "vace_blocks" in stacks and "blocks" not in stacks:
-        raise ValueError("these are VACE blocks without the main model; give the whole VACE checkpoint")
+        raise ValueError(
+            "these are VACE blocks without the main model; give the whole VACE checkpoint"
+        )
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """What stands before every name of a known network in files that wrap it, such as `model.diffusion_model.`; else nothing."""
+    """Return what stands before every name of a known network, such as `model.diffusion_model.`.
+
+    It is empty where nothing does, or where the rest is no known network.
+    """
     rest, start = list(names), ""
     while rest and identify(rest) is None:
-        found = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in rest)), None)
+        found = next(
+            (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in rest)), None
+        )
         if found is None:
             return ""
         start, rest = start + found, [name.removeprefix(found) for name in rest]

@@ -28,27 +28,60 @@ MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_
 CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
 LYCORIS = r"(^|\.)(lokr|hada|oft|boft|glora)_|^lycoris_"
 
-FOREIGN = (  # a pattern in any name of an adapter file, what the file is, and the remedy; the first that is found counts
+# A pattern in any name of an adapter file, what the file is, and the remedy; the first found counts.
+FOREIGN = (
     (LYCORIS, "is a LyCORIS adapter such as LoKr or LoHa, not a LoRA", "train a plain LoRA"),
-    (r"\.(lora_magnitude_vector|dora_scale)\b", "is a DoRA adapter, not a plain LoRA", "merge it into its base first"),
+    (
+        r"\.(lora_magnitude_vector|dora_scale)\b",
+        "is a DoRA adapter, not a plain LoRA",
+        "merge it into its base first",
+    ),
     (
         r"\.diff(_b|_m)?$",
         "holds diff and diff_b tensors, which are not LoRA (a distilled model)",
         "merge it into its base first",
     ),
-    (r"^lora_(unet|te\d*|transformer)_", "is a LoRA with the names of musubi-tuner and kohya", CONVERT),
-    (r"^diffusion_model\..*\.lora_(down|up)\.", "is a LoRA with ComfyUI's names (lora_down, lora_up)", CONVERT),
+    (
+        r"^lora_(unet|te\d*|transformer)_",
+        "is a LoRA with the names of musubi-tuner and kohya",
+        CONVERT,
+    ),
+    (
+        r"^diffusion_model\..*\.lora_(down|up)\.",
+        "is a LoRA with ComfyUI's names (lora_down, lora_up)",
+        CONVERT,
+    ),
     (r"^diffusion_model\.", "is a LoRA with ComfyUI's names (diffusion_model.)", CONVERT),
-    (r"\.lora_(down|up)\.", "is a LoRA with the names lora_down and lora_up, as kohya and ComfyUI write", CONVERT),
+    (
+        r"\.lora_(down|up)\.",
+        "is a LoRA with the names lora_down and lora_up, as kohya and ComfyUI write",
+        CONVERT,
+    ),
     (
         r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$",
         "has an adapter's name inside its keys, as DiffSynth-Studio writes (lora_A.default.weight)",
         CONVERT,
     ),
-    (r"\b(self_attn|cross_attn)\.[qkvo]\.", "is a LoRA with the names of the original repository", CONVERT),
-    (r"\.lora_B\.bias$", "has biases beside its matrices (lora_bias), and only plain LoRA is read", "merge it first"),
-    (r"\.alpha$", "has an alpha tensor for every module", "write it again with one alpha in its header"),
-    (r"^text_encoder(_\d)?\.", "also adapts a text encoder", "write the transformer's adapter alone"),
+    (
+        r"\b(self_attn|cross_attn)\.[qkvo]\.",
+        "is a LoRA with the names of the original repository",
+        CONVERT,
+    ),
+    (
+        r"\.lora_B\.bias$",
+        "has biases beside its matrices (lora_bias), and only plain LoRA is read",
+        "merge it first",
+    ),
+    (
+        r"\.alpha$",
+        "has an alpha tensor for every module",
+        "write it again with one alpha in its header",
+    ),
+    (
+        r"^text_encoder(_\d)?\.",
+        "also adapts a text encoder",
+        "write the transformer's adapter alone",
+    ),
 )
 
 UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, with the value that does not
@@ -74,7 +107,9 @@ def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
     """
     return [
         Rule(
-            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight", f"{stack}.{{i}}.{ours}.lora_{part.lower()}", TRANSPOSE
+            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight",
+            f"{stack}.{{i}}.{ours}.lora_{part.lower()}",
+            TRANSPOSE,
         )
         for stack in stacks
         for ours, torch, _ in wan.ATTENTION
@@ -95,9 +130,10 @@ def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
 
 
 def complaint(tensors: Mapping[str, Any]) -> str | None:
-    """What stands against reading an adapter file, with the remedy; None where it is a LoRA of every attention projection.
+    """Say why an adapter file cannot be read, with the remedy.
 
-    tensors: name -> anything with `shape`. Numbers without axes are passed over where they are integers.
+    None where it is a LoRA of every attention projection. tensors: name -> anything with `shape`;
+    those without axes are passed over.
     """
     for pattern, what, remedy in FOREIGN:
         if any(re.search(pattern, name) for name in tensors):
@@ -108,7 +144,9 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
     if not ranks:
         return "has no tensor named *.lora_A.weight; give a LoRA"
     starts = sorted({name[: match.start()] for name, match in matrices.items()})
-    if (start := next((start for start in starts if start not in (*PREFIXES, "")), None)) is not None:
+    if (
+        start := next((start for start in starts if start not in (*PREFIXES, "")), None)
+    ) is not None:
         return f"has names that start with {start!r}; {CONVERT}"
     if len(starts) > 1:
         return f"has names that start with {starts[0]!r} and with {starts[1]!r}; give one adapter"
@@ -117,7 +155,8 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
     modules = {match["module"] for match in matrices.values()}
     known = {torch for _, torch, _ in wan.ATTENTION}
     if more := sorted(modules - known):
-        return f"also adapts {_listed(more)}, and only adapters of attention projections are read; merge it into its base"
+        what = f"also adapts {_listed(more)}, and only adapters of attention projections are read"
+        return f"{what}; merge it into its base"
     if missing := sorted(known - modules):
         return f"does not adapt {_listed(missing)}, and only adapters of all attention projections are read"
     if len(ranks) > 1:
@@ -126,7 +165,7 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
 
 
 def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
-    """(widths of the network, blocks of each stack) that an adapter is for."""
+    """Count (widths of the network, blocks of each stack) that an adapter is for."""
     heights = dict.fromkeys(STACKS, 0)
     widths = set()
     for name, tensor in tensors.items():
@@ -137,7 +176,7 @@ def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
 
 
 def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
-    """Why an adapter that `complaint` has nothing against is not of this transformer; None where its sizes are."""
+    """Say why a readable adapter is not of this transformer; None where the sizes agree."""
     widths, heights = sizes(tensors)
     vace = len(config.vace_layers or ())
     if widths != {config.width}:
@@ -153,13 +192,13 @@ def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
 
 
 def _listed(items: Iterable[Any]) -> str:
-    """The items with commas, at most four of them."""
+    """Join at most four of the items with commas."""
     texts = [str(item) for item in items]
     return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
 
 
 def number(value: Any) -> float:
-    """Alpha as a number. ValueError when it is none."""
+    """Return alpha as a number. ValueError when it is none."""
     try:
         alpha = float(value)
     except (TypeError, ValueError):
@@ -183,14 +222,22 @@ def refuse_variants(values: Mapping[str, Any]) -> None:
 
 
 def fields_of_header(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The header entry of a diffusers LoRA file, whose fields start with `transformer.`, as those of a PEFT config."""
+    """Return the header entry of a diffusers LoRA file with the field names of a PEFT config."""
     return {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
 
 
 def header(rank: int, alpha: float) -> dict[str, str]:
     """The header of a diffusers LoRA file, without which diffusers takes alpha for the rank."""
-    fields = {name: value for name, value in config_to_json(rank, alpha).items() if name in ("r", "lora_alpha", "target_modules")}
-    return {HEADER: json.dumps({DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True)}
+    fields = {
+        name: value
+        for name, value in config_to_json(rank, alpha).items()
+        if name in ("r", "lora_alpha", "target_modules")
+    }
+    return {
+        HEADER: json.dumps(
+            {DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True
+        )
+    }
 
 
 def config_to_json(rank: int, alpha: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One opened network: its config, its table of names and its tensors, still in their files."""
+"""Hold one opened network: its config, its table of names and its tensors, still in their files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Network:
     @functools.cached_property
     def slots(self) -> list[Slot]:
         """The table written out, in the layout that the tensors are in."""
-        return rules.expand(rules.stored(self.table) if self.layout == "store" else self.table, self.shapes)
+        return rules.expand(
+            rules.stored(self.table) if self.layout == "store" else self.table, self.shapes
+        )
 
     @functools.cached_property
     def extra(self) -> list[str]:
@@ -53,10 +55,16 @@ class Network:
         ignored = () if self.part in ALONE else FAMILIES[self.part].ignored
 
         def is_passed_over(name: str, tensor: LazyTensor) -> bool:
-            counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)  # such as the number of a step
+            counter = not tensor.shape and np.issubdtype(
+                tensor.dtype, np.integer
+            )  # such as the number of a step
             return self.surplus or counter or name.startswith(ignored)
 
-        return sorted(name for name, tensor in self.tensors.items() if name not in known and is_passed_over(name, tensor))
+        return sorted(
+            name
+            for name, tensor in self.tensors.items()
+            if name not in known and is_passed_over(name, tensor)
+        )
 
     def matched(self) -> list[tuple[Slot, LazyTensor]]:
         """Each slot with its tensor; ConversionError when they do not fit."""
@@ -87,24 +95,31 @@ class Moved:
 
 
 def blank_matrices(network: Network) -> list[str]:
-    """The names, as in the files, of matrices that hold nothing but zeros: parts of a file that were never written.
+    """List matrices that hold nothing but zeros, by their names in the files.
 
-    Little is read of a matrix that holds anything else. An adapter has such matrices before it is trained.
+    They are parts of a file that were never written. Little is read of any other matrix. An adapter
+    has such matrices before it is trained, so that none of its are listed.
     """
     if network.part == ADAPTER:
         return []
-    return [tensor.name for _, tensor in network.matched() if sum(size > 1 for size in tensor.shape) > 1 and blank(tensor)]
+    return [
+        tensor.name
+        for _, tensor in network.matched()
+        if sum(size > 1 for size in tensor.shape) > 1 and blank(tensor)
+    ]
 
 
 def describe_blanks(names: list[str]) -> str:
-    """What is said of a file with matrices of zeros."""
+    """Describe what is wrong with a file that has these matrices of zeros."""
     listed = ", ".join(names[: rules.LISTED]) + (", ..." if len(names) > rules.LISTED else "")
     return f"{len(names)} matrices hold nothing but zeros ({listed}); the file may not be whole, compare its checksum"
 
 
 def ours(network: Network) -> dict[str, Moved]:
     """The tensors under our names and in our layout."""
-    return {slot.name: Moved(tensor, slot.op.apply, slot.shape) for slot, tensor in network.matched()}
+    return {
+        slot.name: Moved(tensor, slot.op.apply, slot.shape) for slot, tensor in network.matched()
+    }
 
 
 def published(network: Network, table: list[Rule] | None = None) -> dict[str, Moved]:
@@ -115,14 +130,15 @@ def published(network: Network, table: list[Rule] | None = None) -> dict[str, Mo
 def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> dict[str, Moved]:
     """Parameters under our names as tensors under the names of `table` and in torch's layout."""
     return {
-        slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape) for slot in rules.expand(table, shapes)
+        slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape)
+        for slot in rules.expand(table, shapes)
     }
 
 
 def fill(network: Network, abstract: Any) -> Any:
-    """The tree `abstract` with the tensors of the network, as in `rules.to_jax`: each host reads what its devices hold.
+    """Fill the tree `abstract` with the tensors of the network, as in `rules.to_jax`.
 
-    Warns of matrices that hold nothing but zeros.
+    Each host reads what its devices hold. Warns of matrices that hold nothing but zeros.
     """
     if blanks := blank_matrices(network):
         warnings.warn(f"{network.source}: {describe_blanks(blanks)}", stacklevel=2)
@@ -140,6 +156,8 @@ def naming(file: Path) -> Iterator[None]:
     except KeyError as error:
         raise UserError(f"{file}: has no {error}; it should describe this network") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error  # some libraries complain over many lines
+        raise UserError(
+            f"{file}: {' '.join(str(error).split())}"
+        ) from error  # some libraries complain over many lines
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error

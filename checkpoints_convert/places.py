@@ -1,4 +1,4 @@
-"""The folders that a user's path means: an entry of the Hugging Face cache, the workdir of a run."""
+"""Find what a user's path means: an entry of the Hugging Face cache, the workdir of a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ HUB_ENTRY = "models--"
 
 
 def checkpoint_place(path: str | Path) -> Path:
-    """The folder or file of a checkpoint that `path` means: of an entry of the Hugging Face cache, its `main` snapshot.
+    """Return the folder or file of a checkpoint that `path` means.
 
-    UserError when there is nothing at `path`, or no such snapshot.
+    An entry of the Hugging Face cache means its `main` snapshot. UserError when there is nothing at
+    `path`, or no such snapshot.
     """
     path = Path(path)
     if not path.exists():
@@ -28,8 +29,12 @@ def checkpoint_place(path: str | Path) -> Path:
     snapshots = path / "snapshots"
     if snapshots.is_dir():
         return _snapshot(path, snapshots)
-    if entries := sorted(entry.name for entry in store.visible(path.glob(f"{HUB_ENTRY}*")) if entry.is_dir()):
-        raise UserError(f"{path}: is a Hugging Face cache; pass one of its entries, such as {path / entries[0]}")
+    if entries := sorted(
+        entry.name for entry in store.visible(path.glob(f"{HUB_ENTRY}*")) if entry.is_dir()
+    ):
+        raise UserError(
+            f"{path}: is a Hugging Face cache; pass one of its entries, such as {path / entries[0]}"
+        )
     return path
 
 
@@ -40,33 +45,39 @@ def _snapshot(path: Path, snapshots: Path) -> Path:
         return snapshots / commit
     there = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
     if not there:
-        raise UserError(f"{path}: is a Hugging Face cache entry without a snapshot; download the model again")
-    raise UserError(f"{path}: is a Hugging Face cache entry without its main snapshot; pass {snapshots / there[0]}")
+        raise UserError(
+            f"{path}: is a Hugging Face cache entry without a snapshot; download the model again"
+        )
+    what = "is a Hugging Face cache entry without its main snapshot"
+    raise UserError(f"{path}: {what}; pass {snapshots / there[0]}")
 
 
 def hub_remedy(path: Path) -> str | None:
-    """How to download what a path that leads nowhere may name on the Hugging Face Hub; None where it has another form."""
+    """Say how to download what a path that leads nowhere may name on the Hugging Face Hub.
+
+    None where the path has another form than ORG/NAME.
+    """
     text = path.as_posix()
     if re.fullmatch(HUB_NAME, text) and not path.parent.exists():
-        folder = path.name
-        return f"if it is a model on the Hugging Face Hub, run: hf download {text} --local-dir {folder}; and pass {folder}"
+        download = f"hf download {text} --local-dir {path.name}"
+        return f"if it is a model on the Hugging Face Hub, run: {download}; and pass {path.name}"
     return None
 
 
 def run_config(workdir: Path) -> dict[str, Any] | None:
-    """The configuration of the run whose workdir this is; None for any other folder."""
+    """Read the configuration of the run whose workdir this is; None for any other folder."""
     file = workdir / RUN_CONFIG
     values = store.read_json(file) if file.is_file() else {}
     return values if {"model", "rollout", "grpo"} <= values.keys() else None
 
 
 def is_export(path: Path) -> bool:
-    """Whether this is where a run puts its adapter, written or not."""
+    """Return whether this is where a run puts its adapter, written or not."""
     return path.name == EXPORT and run_config(path.parent) is not None
 
 
 def adapter_place(path: str | Path) -> Path:
-    """The adapter that `path` means: `export/` of a run's workdir, or the path itself.
+    """Return the adapter that `path` means: `export/` of a run's workdir, or the path itself.
 
     UserError when there is nothing there, or the run has not written its adapter yet.
     """
@@ -83,6 +94,7 @@ def adapter_place(path: str | Path) -> Path:
     if config is not None:
         every = config.get("run", {}).get("save_every")
         when = f" (run.save_every {every})" if every else ""
-        raise UserError(f"{workdir}: this run has not written an adapter yet{when}; wait for it, or train on")
+        raise UserError(
+            f"{workdir}: this run has not written an adapter yet{when}; wait for it, or train on"
+        )
     return checkpoint_place(path)
-

@@ -41,26 +41,24 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-UNREAD_DTYPES = {  # of safetensors, that no network here is computed from
-    "F8_E4M3": "fp8",
-    "F8_E5M2": "fp8",
-    "F8_E8M0": "fp8",
-    "F8_E4M3FNUZ": "fp8",
-    "F8_E5M2FNUZ": "fp8",
-    "F6_E2M3": "fp6",
-    "F6_E3M2": "fp6",
-    "F4": "fp4",
-    "C64": "complex",
-    "U16": "unsigned",
-    "U32": "unsigned",
-    "U64": "unsigned",
-}
+UNREAD_DTYPES = {"F8": "fp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
+UNREAD_DTYPES |= dict.fromkeys(("U16", "U32", "U64"), "unsigned")
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 INDEX = ".index.json"  # the end of the name of a list of shards
 INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # as a pattern, which also takes that of a variant
 VARIANT = r"\.(fp|bf|f)\d+(?=[.-])|\.(non_)?ema(?=[.-])|-\d+-of-\d+(?=\.)"  # in names of files
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of files that may hold tensors
-TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".yaml", ".yml", ".xml", ".html", ".csv")  # of files that hold none
+TEXT_SUFFIXES = (
+    ".json",
+    ".md",
+    ".txt",
+    ".py",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".html",
+    ".csv",
+)  # of files that hold none
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -73,9 +71,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         is_json = re.match(file_types.JSON, file_types.start_of(path))
         other = None if is_json else file_types.complaint(path)
-        raise UserError(f"{path}: {other or f'is not JSON ({error}); get the file again'}") from error
+        raise UserError(
+            f"{path}: {other or f'is not JSON ({error}); get the file again'}"
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {type(values).__name__}; get the file again")
+        raise UserError(
+            f"{path}: should hold a JSON object, holds {type(values).__name__}; get the file again"
+        )
     return values
 
 
@@ -103,9 +105,11 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
         tensors: dict[str, LazyTensor] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
-            if (kind := UNREAD_DTYPES.get(entry["dtype"])) is not None:
+            if (kind := UNREAD_DTYPES.get(entry["dtype"].partition("_")[0])) is not None:
                 what = f"its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights are not read"
-                raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model")
+                raise UserError(
+                    f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
+                )
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
             if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
@@ -141,15 +145,21 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
                 f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint"
             )
         if not (path.parent / file).is_file():
-            missing = [name for name in sorted(set(files.values())) if not (path.parent / name).is_file()]
-            raise UserError(f"{path}: its shard {', '.join(missing)} is not beside it; get what is missing")
+            missing = [
+                name for name in sorted(set(files.values())) if not (path.parent / name).is_file()
+            ]
+            raise UserError(
+                f"{path}: its shard {', '.join(missing)} is not beside it; get what is missing"
+            )
         shards[file], _ = open_file(path.parent / file)
     for name, file in files.items():
         if name not in shards[file]:
             raise UserError(f"{path}: tensor {name} is not in {file}; get both files again")
     for file, tensors in shards.items():
         if extra := sorted(name for name in tensors if files.get(name) != file):
-            raise UserError(f"{path}: does not list tensor {extra[0]} of {file}; get both files again")
+            raise UserError(
+                f"{path}: does not list tensor {extra[0]} of {file}; get both files again"
+            )
     return {name: shards[file][name] for name, file in files.items()}
 
 
@@ -159,22 +169,26 @@ def weights_files(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; give a file of weights or the folder that holds it")
+        raise UserError(
+            f"{path}: does not exist; give a file of weights or the folder that holds it"
+        )
     there = [file for file in visible(path.iterdir()) if file.is_file()]
     indices = [file for file in there if is_index(file)]
     shards: set[str] = set()
     for index in indices:
         weight_map = read_json(index).get("weight_map")
-        shards |= {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        shards |= (
+            {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        )
     files = [file for file in there if file.suffix in SUFFIXES and file.name not in shards]
     return _preferred([*indices, *files])
 
 
 def _preferred(files: list[Path]) -> list[Path]:
-    """The files less those that hold the same weights as another, as diffusers and transformers choose.
+    """Drop files that hold the weights of another, as diffusers and transformers choose.
 
-    `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or `pytorch_model.bin`. An index
-    counts as the file that it lists the shards of.
+    `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or
+    `pytorch_model.bin`. An index counts as the file that it lists the shards of.
     """
     names = {file.name.removesuffix(INDEX) for file in files}
 
@@ -189,12 +203,12 @@ def _preferred(files: list[Path]) -> list[Path]:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """The paths in order, less hidden ones, such as the `._NAME` that macOS leaves beside files on other disks."""
+    """Sort the paths, less hidden ones such as the `._NAME` that macOS leaves on other disks."""
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def refuse_foreign(folder: str | Path) -> None:
-    """Raise a UserError if a folder without weights holds files of weights in a form that is not read."""
+    """Raise a UserError if a folder without weights holds weights in a form that is not read."""
     for file in visible(Path(folder).iterdir()):
         if file.is_file() and file.suffix not in TEXT_SUFFIXES:
             file_types.refuse_others(file)
@@ -208,7 +222,9 @@ def weights_file(path: str | Path) -> Path:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         remedy = "keep one of them there" if files else "get the whole folder"
-        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; {remedy}")
+        raise UserError(
+            f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; {remedy}"
+        )
     return files[0]
 
 
@@ -218,12 +234,12 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is a list of shards, by its name."""
+    """Return whether a file is a list of shards, by its name."""
     return re.search(INDEX_NAME, path.name) is not None
 
 
 def open_weights(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """(tensors by name, metadata) of a file or of the shards of an index."""
+    """Open (tensors by name, metadata) of a file or of the shards of an index."""
     return (open_index(file), {}) if is_index(file) else open_file(file)
 
 
@@ -241,12 +257,16 @@ def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     try:
         yield work / "new"
         _take_place(work, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
     finally:
         _give_back(work, path)
         shutil.rmtree(work, ignore_errors=True)
@@ -266,12 +286,16 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("w")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{path}: another process is writing it; wait for it or choose another place") from error
+            raise UserError(
+                f"{path}: another process is writing it; wait for it or choose another place"
+            ) from error
         try:
             _give_back(work, path)
             new, planned = work / "new", work / "plan.json"
@@ -281,7 +305,9 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
                 planned.write_text(text, "utf-8")
             new.mkdir(exist_ok=True)
             for folder, folders, _ in os.walk(new):
-                for name in [name for name in folders if name.startswith(".")]:  # of `atomic_path`, in the killed process
+                for name in [
+                    name for name in folders if name.startswith(".")
+                ]:  # of `atomic_path`, in the killed process
                     shutil.rmtree(Path(folder) / name)
             yield new
             _take_place(work, path)
@@ -300,9 +326,13 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
 def _refuse_others(path: Path, marker: str | None) -> None:
     try:
         if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
-            raise UserError(f"{path}: holds something else (no {marker or 'file'} to replace); choose another place")
+            raise UserError(
+                f"{path}: holds something else (no {marker or 'file'} to replace); choose another place"
+            )
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
 
 
 def _take_place(work: Path, path: Path) -> None:
@@ -324,7 +354,9 @@ def require_space(folder: Path, sizes: Mapping[str, int], what: Path) -> None:
     for name, needed in zip(sizes, itertools.accumulate(sizes.values()), strict=True):
         if needed > free:
             total = f"{sum(sizes.values()):,} bytes"
-            raise UserError(f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place")
+            raise UserError(
+                f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place"
+            )
 
 
 def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
@@ -390,14 +422,22 @@ def write_file(
             os.fsync(file.fileno())
         except OSError as error:
             what = f"{path}: cannot be written after tensor {now or next(iter(tensors), '')}"
-            raise UserError(f"{what} ({error.strerror}); free space or choose another place") from error
+            raise UserError(
+                f"{what} ({error.strerror}); free space or choose another place"
+            ) from error
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str], written: Progress, check: bool
+    file: BinaryIO,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    written: Progress,
+    check: bool,
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # keeps data aligned
+    order = sorted(
+        tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name)
+    )  # keeps data aligned
     end = 0
     for name in order:
         begin, end = end, end + size(tensors[name])

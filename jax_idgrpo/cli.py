@@ -73,7 +73,7 @@ def prompts_path(name: str) -> Path:
 
 
 def adapter_path(path: str) -> Path:
-    """The adapter that `--lora path` means: an adapter folder or file, or the one that a run's workdir holds.
+    """Return the adapter that `--lora path` means, also where it is the workdir of a run.
 
     Raises:
       UserError: there is none.

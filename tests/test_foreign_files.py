@@ -1,4 +1,4 @@
-"""Files that people have: what is read means what its writer meant, and what is not is named in one true line."""
+"""Files that people have mean what their writers meant; others are named in one true line."""
 
 import dataclasses
 import json
@@ -22,7 +22,10 @@ from jax_idgrpo.sampling import adapters, pipeline
 from jax_idgrpo.training import setup
 
 GOLDEN = Path(__file__).parent / "golden"
-PIPELINE, ADAPTER = GOLDEN / "tiny_vace", GOLDEN / "lora_peft_tiny"  # the adapter has rank 4 and alpha 8
+PIPELINE, ADAPTER = (
+    GOLDEN / "tiny_vace",
+    GOLDEN / "lora_peft_tiny",
+)  # the adapter has rank 4 and alpha 8
 WAN, VACE = GOLDEN / "wan_original_tiny", GOLDEN / "vace_original_tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HEADER = {lora.HEADER: json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
@@ -49,7 +52,9 @@ def bare() -> dict[str, np.ndarray]:
     return {name.removeprefix(lora.PEFT_PREFIX): value for name, value in values(ADAPTER).items()}
 
 
-def written(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
+def written(
+    file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     store.write_file(file, tensors, metadata)
     return file
@@ -78,7 +83,9 @@ def test_a_renamed_file_keeps_the_alpha_of_the_config_beside_it(tmp_path, name, 
 def test_pefts_names_without_a_config_need_an_alpha_from_the_user(tmp_path):
     file = shutil.copy(ADAPTER / "adapter_model.safetensors", tmp_path)
     for words in (("inspect", file), ("import", file, tmp_path / "out")):
-        assert "its alpha is not known, since no adapter_config.json is beside it" in refused(*words)
+        assert "its alpha is not known, since no adapter_config.json is beside it" in refused(
+            *words
+        )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="--alpha"):
         adapters.lora_scale(file)
@@ -99,12 +106,18 @@ def test_a_config_without_alpha_needs_one_from_the_user(tmp_path):
 @pytest.mark.parametrize("key", ["lora_alpha", "alpha", "ss_network_alpha"])
 @pytest.mark.parametrize("prefix", ["base_model.model.", "transformer.", ""])
 def test_alpha_is_read_from_the_header(tmp_path, prefix, key):
-    file = written(tmp_path / "x.safetensors", {prefix + name: value for name, value in bare().items()}, {key: "16.0"})
+    file = written(
+        tmp_path / "x.safetensors",
+        {prefix + name: value for name, value in bare().items()},
+        {key: "16.0"},
+    )
     assert adapters.lora_scale(file) == (4, 16.0)
 
 
 def test_diffusers_names_without_alpha_mean_the_rank_and_it_is_said(tmp_path, capsys):
-    file = written(tmp_path / "x.safetensors", {f"transformer.{name}": value for name, value in bare().items()})
+    file = written(
+        tmp_path / "x.safetensors", {f"transformer.{name}": value for name, value in bare().items()}
+    )
     assert adapters.lora_scale(file) == (4, 4.0)
     assert run("inspect", file) == 0 and run("import", file, tmp_path / "out") == 0
     assert capsys.readouterr().out.count("states no alpha; taken as the rank") == 2
@@ -115,11 +128,19 @@ def test_diffusers_names_without_alpha_mean_the_rank_and_it_is_said(tmp_path, ca
 def test_two_alphas_are_not_chosen_between(tmp_path):
     folder = shutil.copytree(ADAPTER, tmp_path / "a")
     written(folder / "adapter_model.safetensors", values(ADAPTER), {"lora_alpha": "4"})
-    assert "its alpha is 8 in adapter_config.json, 4 in lora_alpha in its header" in refused("inspect", folder)
-    assert "8 in adapter_config.json, 3 in --alpha" in refused("import", ADAPTER, tmp_path / "out", "--alpha", "3")
+    assert "its alpha is 8 in adapter_config.json, 4 in lora_alpha in its header" in refused(
+        "inspect", folder
+    )
+    assert "8 in adapter_config.json, 3 in --alpha" in refused(
+        "import", ADAPTER, tmp_path / "out", "--alpha", "3"
+    )
     assert "is no adapter" in refused("import", PIPELINE / "vae", tmp_path / "out", "--alpha", "3")
     assert "no positive number" in refused("import", ADAPTER, tmp_path / "out", "--alpha", "-1")
-    file = written(tmp_path / "y.safetensors", {f"transformer.{n}": v for n, v in bare().items()}, {"alpha": "None"})
+    file = written(
+        tmp_path / "y.safetensors",
+        {f"transformer.{n}": v for n, v in bare().items()},
+        {"alpha": "None"},
+    )
     assert "alpha is 'None', which is no finite number" in refused("inspect", file)
 
 
@@ -127,7 +148,10 @@ def test_a_config_counts_for_its_own_adapter_alone(tmp_path):
     """A diffusers file beside a PEFT adapter is another adapter."""
     folder = shutil.copytree(ADAPTER, tmp_path / "a")
     tensors = {f"transformer.{name}": value for name, value in bare().items()}
-    assert adapters.lora_scale(written(folder / "pytorch_lora_weights.safetensors", tensors)) == (4, 4.0)
+    assert adapters.lora_scale(written(folder / "pytorch_lora_weights.safetensors", tensors)) == (
+        4,
+        4.0,
+    )
     assert adapters.lora_scale(folder) == (4, 8.0)
 
 
@@ -152,7 +176,11 @@ def with_names(rename, extra=None):
 
 def beside(suffix: str, shape=()):
     """A tensor `suffix` for every module."""
-    return lambda tensors: {n.replace("lora_A.weight", suffix): np.ones(shape, np.float32) for n in tensors if "lora_A" in n}
+    return lambda tensors: {
+        n.replace("lora_A.weight", suffix): np.ones(shape, np.float32)
+        for n in tensors
+        if "lora_A" in n
+    }
 
 
 def down_up(name: str) -> str:
@@ -164,8 +192,14 @@ DIALECTS = {
         with_names(lambda name: "lora_unet_" + down_up(original_names(name)).replace(".", "_", 3)),
         "names of musubi-tuner and kohya",
     ),
-    "comfy down": (with_names(lambda name: f"diffusion_model.{down_up(original_names(name))}"), "ComfyUI's names"),
-    "comfy A": (with_names(lambda name: f"diffusion_model.{original_names(name)}"), "ComfyUI's names"),
+    "comfy down": (
+        with_names(lambda name: f"diffusion_model.{down_up(original_names(name))}"),
+        "ComfyUI's names",
+    ),
+    "comfy A": (
+        with_names(lambda name: f"diffusion_model.{original_names(name)}"),
+        "ComfyUI's names",
+    ),
     "diffsynth": (
         with_names(lambda name: original_names(name).replace(".weight", ".default.weight")),
         "DiffSynth-Studio",
@@ -175,10 +209,16 @@ DIALECTS = {
         lambda tensors: {"lycoris_blocks_0_self_attn_q.lokr_w1": np.ones((8, 8), np.float32)},
         "LyCORIS adapter such as LoKr",
     ),
-    "loha": (lambda tensors: {"blocks.0.attn1.to_q.hada_w1_a": np.ones((8, 8), np.float32)}, "is a LyCORIS adapter"),
+    "loha": (
+        lambda tensors: {"blocks.0.attn1.to_q.hada_w1_a": np.ones((8, 8), np.float32)},
+        "is a LyCORIS adapter",
+    ),
     "dora": (with_names(str, beside("lora_magnitude_vector", (48,))), "is a DoRA adapter"),
     "diff": (
-        with_names(lambda name: f"diffusion_model.{down_up(name)}", lambda _: {"diffusion_model.head.diff_b": np.ones(3)}),
+        with_names(
+            lambda name: f"diffusion_model.{down_up(name)}",
+            lambda _: {"diffusion_model.head.diff_b": np.ones(3)},
+        ),
         "diff and diff_b tensors, which are not LoRA",
     ),
     "alpha tensors": (with_names(str, beside("alpha")), "an alpha tensor for every module"),
@@ -189,12 +229,23 @@ DIALECTS = {
         "names that start with 'transformer.base_model.model.'",
     ),
     "text encoder": (
-        with_names(lambda name: f"transformer.{name}", lambda _: {"text_encoder.q.lora_A.weight": np.ones((4, 4))}),
+        with_names(
+            lambda name: f"transformer.{name}",
+            lambda _: {"text_encoder.q.lora_A.weight": np.ones((4, 4))},
+        ),
         "also adapts a text encoder",
     ),
-    "whole layers": (with_names(str, lambda _: {"proj_out.weight": np.ones((4, 4))}), "holds proj_out.weight beside the LoRA"),
+    "whole layers": (
+        with_names(str, lambda _: {"proj_out.weight": np.ones((4, 4))}),
+        "holds proj_out.weight beside the LoRA",
+    ),
     "feed-forward": (
-        with_names(str, lambda t: {n.replace("attn1.to_q", "ffn.net.2"): v for n, v in t.items() if "attn1.to_q" in n}),
+        with_names(
+            str,
+            lambda t: {
+                n.replace("attn1.to_q", "ffn.net.2"): v for n, v in t.items() if "attn1.to_q" in n
+            },
+        ),
         "also adapts ffn.net.2, and only adapters of attention projections are read",
     ),
     "no output": (
@@ -202,8 +253,14 @@ DIALECTS = {
         "does not adapt attn1.to_out.0, attn2.to_out.0, and only adapters of all attention projections are read",
     ),
     "ranks": (
-        lambda tensors: tensors
-        | {n: v[:2] if "lora_A" in n else v[:, :2] for n, v in tensors.items() if n.startswith("blocks.1.attn1.to_q")},
+        lambda tensors: (
+            tensors
+            | {
+                n: v[:2] if "lora_A" in n else v[:, :2]
+                for n, v in tensors.items()
+                if n.startswith("blocks.1.attn1.to_q")
+            }
+        ),
         "modules of ranks 2, 4, and only adapters of one rank are read",
     ),
 }
@@ -237,7 +294,10 @@ def test_inspect_finds_what_is_no_number(tmp_path):
 def test_inspect_says_what_an_adapter_is_and_whether_it_changes_anything(tmp_path, capsys):
     assert run("inspect", ADAPTER) == 0
     told = capsys.readouterr().out
-    assert "adapter: rank 4, alpha 8, for width 48, 4 blocks, 2 vace_blocks" in told and "changes nothing" not in told
+    assert (
+        "adapter: rank 4, alpha 8, for width 48, 4 blocks, 2 vace_blocks" in told
+        and "changes nothing" not in told
+    )
     folder = shutil.copytree(ADAPTER, tmp_path / "a")
     tensors = {name: value * ("lora_A" in name) for name, value in values(ADAPTER).items()}
     written(folder / "adapter_model.safetensors", tensors)
@@ -246,42 +306,63 @@ def test_inspect_says_what_an_adapter_is_and_whether_it_changes_anything(tmp_pat
 
 
 def wider(tensors):
-    return {name: np.concatenate([value, value], axis=1 if "lora_A" in name else 0) for name, value in tensors.items()}
+    return {
+        name: np.concatenate([value, value], axis=1 if "lora_A" in name else 0)
+        for name, value in tensors.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("make", "base", "what"),
     [
         (wider, "vace", "made for width 96, this model has 48"),
-        (dict, "wan", r"made for a VACE model, this one has no VACE blocks \(plain Wan or Phantom\)"),
+        (
+            dict,
+            "wan",
+            r"made for a VACE model, this one has no VACE blocks \(plain Wan or Phantom\)",
+        ),
         (
             lambda t: {name: value for name, value in t.items() if not name.startswith("vace")},
             "vace",
             "made for a model without VACE blocks",
         ),
-        (lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.3.")}, "vace", "made for 3 blocks, this model has 4"),
+        (
+            lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.3.")},
+            "vace",
+            "made for 3 blocks, this model has 4",
+        ),
     ],
 )
 def test_an_adapter_of_another_model_is_told_by_its_sizes(tmp_path, make, base, what):
-    file = written(tmp_path / "x.safetensors", {f"transformer.{n}": v for n, v in make(bare()).items()}, HEADER)
+    file = written(
+        tmp_path / "x.safetensors", {f"transformer.{n}": v for n, v in make(bare()).items()}, HEADER
+    )
     place = PIPELINE if base == "vace" else WAN
     config = checkpoint.open_part(place, "transformer").config
     with pytest.raises(UserError, match=what) as caught:
         adapters.load_lora_state(file, dataclasses.replace(config, rank=4, alpha=8.0))
     assert len(str(caught.value)) < 200 + len(str(file)) and "\n" not in str(caught.value)
-    assert re.search(what, refused("export", file, tmp_path / "out", "--format", "merged", "--base", place))
+    assert re.search(
+        what, refused("export", file, tmp_path / "out", "--format", "merged", "--base", place)
+    )
 
 
 # ---- files that are no weights ---------------------------------------------------------------------------------------
 
 ONNX = b"\x08\x06\x12\x07pytorch\x1a\x051.8.0" + bytes(500)
 FOREIGN = {
-    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(100), "a GGUF file, whose quantised weights are not read"),
+    "gguf": (
+        b"GGUF\x03\x00\x00\x00" + bytes(100),
+        "a GGUF file, whose quantised weights are not read",
+    ),
     "h5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file (such as a Keras .h5)"),
     "onnx": (ONNX, "an ONNX file"),
     "gz": (b"\x1f\x8b\x08" + bytes(100), "a gzip archive"),
     "html": (b"\n<!DOCTYPE html><html><head>", "a web page"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer"),
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a Git LFS pointer",
+    ),
     "json": (b'{"r": 4}', "a JSON file, not weights"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(100), "a NumPy array"),
     "empty": (b"", "is empty"),
@@ -309,20 +390,31 @@ def test_a_folder_of_such_files_alone_names_them(tmp_path, kind):
 
 def test_face_networks_of_other_libraries_are_told_what_is_needed(tmp_path):
     (tmp_path / "det_10g.onnx").write_bytes(ONNX)
-    line = refused("faces", tmp_path / "out", "--detector", tmp_path / "det_10g.onnx", "--embedder", tmp_path / "det_10g.onnx")
+    line = refused(
+        "faces",
+        tmp_path / "out",
+        "--detector",
+        tmp_path / "det_10g.onnx",
+        "--embedder",
+        tmp_path / "det_10g.onnx",
+    )
     assert "an ONNX file" in line and "deepface's .pth files" in line and "backbone.pth" in line
 
 
 def test_an_archive_is_not_taken_for_weights(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.bin", "w") as archive:
         archive.writestr("model/weights.h5", b"x")
-    assert "is a ZIP archive and no file of torch.save" in refused("inspect", tmp_path / "model.bin")
+    assert "is a ZIP archive and no file of torch.save" in refused(
+        "inspect", tmp_path / "model.bin"
+    )
 
 
 @pytest.mark.parametrize("part", ["model.safetensors.aria2", None])
 def test_an_unfinished_download_is_not_read(tmp_path, part):
     """aria2 gives a file its whole length at once, so that the rest of it is zeros."""
-    file = shutil.copy(VACE / WEIGHTS, tmp_path / ("model.safetensors" if part else "model.safetensors.part"))
+    file = shutil.copy(
+        VACE / WEIGHTS, tmp_path / ("model.safetensors" if part else "model.safetensors.part")
+    )
     if part:
         (tmp_path / part).write_bytes(b"\0\1")
     assert "is an unfinished download" in refused("inspect", file)
@@ -337,11 +429,17 @@ def test_a_config_that_is_a_pointer_or_a_page_is_told(tmp_path):
 
 @pytest.mark.parametrize(("code", "kind"), [("F8_E4M3", "fp8"), ("F8_E5M2", "fp8"), ("F4", "fp4")])
 def test_small_floats_are_no_damage(tmp_path, code, kind):
-    header = {"blocks.0.self_attn.q.weight": {"dtype": code, "shape": [2, 2], "data_offsets": [0, 4]}}
+    header = {
+        "blocks.0.self_attn.q.weight": {"dtype": code, "shape": [2, 2], "data_offsets": [0, 4]}
+    }
     text = json.dumps(header).encode()
     (tmp_path / "w.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     line = refused("inspect", tmp_path)
-    assert f"{kind} weights are not read" in line and "get the bfloat16" in line and "damaged" not in line
+    assert (
+        f"{kind} weights are not read" in line
+        and "get the bfloat16" in line
+        and "damaged" not in line
+    )
 
 
 def test_small_floats_of_torch_are_not_taken_for_an_attack(tmp_path):
@@ -359,7 +457,11 @@ def sharded(folder: Path) -> list[Path]:
     tensors = values(VACE / WEIGHTS)
     shutil.copytree(VACE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     names = store.shard_names("diffusion_pytorch_model", 2)
-    parts = dict(zip(names, (dict(list(tensors.items())[:40]), dict(list(tensors.items())[40:])), strict=True))
+    parts = dict(
+        zip(
+            names, (dict(list(tensors.items())[:40]), dict(list(tensors.items())[40:])), strict=True
+        )
+    )
     for name, part in parts.items():
         written(folder / name, part)
     places_of = {name: file for file, part in parts.items() for name in part}
@@ -381,9 +483,15 @@ def test_matrices_of_zeros_are_told_wherever_weights_are_read(tmp_path, capsys):
     tensors = values(folder / "transformer")
     lost = [name for name in tensors if name.startswith("blocks.2.") and name.endswith("weight")]
     matrices = [name for name in lost if tensors[name].ndim > 1]
-    written(folder / "transformer" / WEIGHTS, tensors | {name: np.zeros_like(tensors[name]) for name in lost})
+    written(
+        folder / "transformer" / WEIGHTS,
+        tensors | {name: np.zeros_like(tensors[name]) for name in lost},
+    )
     assert run("inspect", folder) == 0
-    assert f"transformer: {len(matrices)} matrices hold nothing but zeros (blocks.2." in capsys.readouterr().out
+    assert (
+        f"transformer: {len(matrices)} matrices hold nothing but zeros (blocks.2."
+        in capsys.readouterr().out
+    )
     assert run("import", folder, tmp_path / "out") == 0
     assert f"{len(matrices)} matrices hold nothing but zeros" in capsys.readouterr().err
     with pytest.warns(UserWarning, match=f"{len(matrices)} matrices hold nothing but zeros"):
@@ -412,7 +520,10 @@ def test_hidden_files_are_passed_over(tmp_path):
     [
         ["diffusion_pytorch_model.fp16.safetensors"],
         ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors"],
-        ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "diffusion_pytorch_model.fp16-00002-of-00002.safetensors"],
+        [
+            "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+            "diffusion_pytorch_model.fp16-00002-of-00002.safetensors",
+        ],
     ],
 )
 def test_the_file_without_a_variant_stands_before_the_others(tmp_path, names):
@@ -478,7 +589,10 @@ def test_a_name_on_the_hub_is_answered_with_the_download(tmp_path, monkeypatch):
         idg.load_pipeline(name)
     with pytest.raises(UserError, match="hf download me/adapter"):
         cli.adapter_path("me/adapter")
-    assert places.hub_remedy(Path("runs/mine/export")) is None and places.hub_remedy(tmp_path / "x") is None
+    assert (
+        places.hub_remedy(Path("runs/mine/export")) is None
+        and places.hub_remedy(tmp_path / "x") is None
+    )
 
 
 def test_a_counter_beside_the_weights_is_passed_over_and_counted(tmp_path, capsys):
@@ -490,14 +604,21 @@ def test_a_counter_beside_the_weights_is_passed_over_and_counted(tmp_path, capsy
     assert "left out 1 tensors that it does not have: step" in capsys.readouterr().out
     assert run("verify", PIPELINE / "transformer", tmp_path / "out") == 0
     pipeline.load_transformer(folder)
-    written(folder / WEIGHTS, values(PIPELINE / "transformer") | {"scale": np.array(1.0, np.float32)})
+    written(
+        folder / WEIGHTS, values(PIPELINE / "transformer") | {"scale": np.array(1.0, np.float32)}
+    )
     assert "1 unexpected: scale" in refused("inspect", folder)
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "module.", "_orig_mod.", "module._orig_mod.", "diffusion_model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.diffusion_model.", "module.", "_orig_mod.", "module._orig_mod.", "diffusion_model."],
+)
 def test_what_wraps_every_name_of_a_network_is_taken_off(tmp_path, prefix):
     folder = shutil.copytree(VACE, tmp_path / "m")
-    written(folder / WEIGHTS, {prefix + name: value for name, value in values(VACE / WEIGHTS).items()})
+    written(
+        folder / WEIGHTS, {prefix + name: value for name, value in values(VACE / WEIGHTS).items()}
+    )
     assert run("import", folder, tmp_path / "out") == 0
     assert run("verify", VACE, tmp_path / "out") == 0
 
@@ -554,7 +675,10 @@ def test_half_a_model_of_two_transformers_is_not_used(tmp_path, sign):
 def test_an_index_that_says_there_is_no_second_transformer_is_fine(tmp_path):
     """diffusers writes these fields for every Wan pipeline."""
     folder = shutil.copytree(PIPELINE, tmp_path / "m")
-    index = store.read_json(folder / "model_index.json") | {"transformer_2": [None, None], "boundary_ratio": None}
+    index = store.read_json(folder / "model_index.json") | {
+        "transformer_2": [None, None],
+        "boundary_ratio": None,
+    }
     store.write_json(folder / "model_index.json", index | {"expand_timesteps": False})
     assert checkpoint.open_checkpoint(folder).kind == "vace"
     store.write_json(folder / "model_index.json", index | {"expand_timesteps": True})
@@ -562,7 +686,10 @@ def test_an_index_that_says_there_is_no_second_transformer_is_fine(tmp_path):
 
 
 def test_plain_wan_without_photos_is_told_what_to_pass():
-    with pytest.raises(UserError, match=r"plain Wan \(T2V\), which takes no reference photos; pass a VACE checkpoint, or, if"):
+    with pytest.raises(
+        UserError,
+        match=r"plain Wan \(T2V\), which takes no reference photos; pass a VACE checkpoint, or, if",
+    ):
         idg.load_pipeline(WAN, kind=ModelConfig().kind)
     assert checkpoint.open_checkpoint(WAN, "phantom").kind == "phantom"
 
@@ -570,19 +697,30 @@ def test_plain_wan_without_photos_is_told_what_to_pass():
 def test_image_to_video_models_are_named(tmp_path):
     folder = shutil.copytree(PIPELINE, tmp_path / "m")
     config = store.read_json(folder / "transformer" / "config.json")
-    store.write_json(folder / "transformer" / "config.json", config | {"added_kv_proj_dim": 48, "image_dim": 64})
+    store.write_json(
+        folder / "transformer" / "config.json", config | {"added_kv_proj_dim": 48, "image_dim": 64}
+    )
     assert "this is an image-to-video model" in refused("inspect", folder)
     source = shutil.copytree(WAN, tmp_path / "original")
-    extra = {"img_emb.proj.1.weight": np.ones((4, 4), np.float32), "blocks.0.cross_attn.k_img.weight": np.ones((4, 4), np.float32)}
+    extra = {
+        "img_emb.proj.1.weight": np.ones((4, 4), np.float32),
+        "blocks.0.cross_attn.k_img.weight": np.ones((4, 4), np.float32),
+    }
     written(source / WEIGHTS, values(WAN / WEIGHTS) | extra)
     assert "this is an image-to-video model" in refused("inspect", source)
 
 
 def test_vace_blocks_alone_and_averages_beside_the_weights_are_named(tmp_path):
     tensors = values(VACE / WEIGHTS)
-    written(tmp_path / "a" / "m.safetensors", {n: v for n, v in tensors.items() if n.startswith("vace_")})
+    written(
+        tmp_path / "a" / "m.safetensors",
+        {n: v for n, v in tensors.items() if n.startswith("vace_")},
+    )
     assert "VACE blocks without the main model" in refused("inspect", tmp_path / "a")
-    written(tmp_path / "b" / "m.safetensors", tensors | {f"ema.{name}": value for name, value in tensors.items()})
+    written(
+        tmp_path / "b" / "m.safetensors",
+        tensors | {f"ema.{name}": value for name, value in tensors.items()},
+    )
     assert "an average of the weights (ema.)" in refused("inspect", tmp_path / "b")
 
 
@@ -610,9 +748,13 @@ def test_the_workdir_of_a_run_means_its_adapter(tmp_path):
 def test_a_run_without_an_adapter_yet_says_so(tmp_path, place):
     workdir(tmp_path / "run")
     for give in (cli.adapter_path, adapters.lora_scale):
-        with pytest.raises(UserError, match=r"run: this run has not written an adapter yet \(run.save_every 20\)"):
+        with pytest.raises(
+            UserError, match=r"run: this run has not written an adapter yet \(run.save_every 20\)"
+        ):
             give(str(tmp_path / place))
-    assert "has not written an adapter yet" in refused("export", tmp_path / place, tmp_path / "out", "--format", "peft")
+    assert "has not written an adapter yet" in refused(
+        "export", tmp_path / place, tmp_path / "out", "--format", "peft"
+    )
 
 
 @pytest.mark.parametrize(
@@ -651,7 +793,10 @@ def test_verify_names_tensors_as_the_files_do(tmp_path, capsys):
     capsys.readouterr()
     assert run("verify", WAN, tmp_path / "d") == 1
     told = capsys.readouterr().out
-    assert "transformer: blocks.0.self_attn.q.weight (second: blocks.0.attn1.to_q.weight) differs in 1 of" in told
+    assert (
+        "transformer: blocks.0.self_attn.q.weight (second: blocks.0.attn1.to_q.weight) differs in 1 of"
+        in told
+    )
 
 
 def test_no_first_bytes_of_weights_are_taken_for_another_file(tmp_path):
