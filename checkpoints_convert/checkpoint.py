@@ -201,7 +201,8 @@ def open_checkpoint(
     Raises:
       UserError: `path` holds anything else, or something that is damaged or not supported.
     """
-    path = adapter_place(path)
+    path = Path(path)
+    path = checkpoint_place(path) if (path / INDEX).is_file() else adapter_place(path)
     _refuse_two_transformers(path)
     if (path / ADAPTER_CONFIG).is_file():
         networks = [open_adapter(path, alpha)]

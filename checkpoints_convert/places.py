@@ -27,7 +27,7 @@ def checkpoint_place(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     snapshots = path / "snapshots"
-    if snapshots.is_dir():
+    if snapshots.is_dir() and any((path / name).is_dir() for name in ("refs", "blobs")):
         return _snapshot(path, snapshots)
     if entries := sorted(
         entry.name for entry in store.visible(path.glob(f"{HUB_ENTRY}*")) if entry.is_dir()
