@@ -13,14 +13,35 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from checkpoints_convert import card, checkpoint, faces, store, writing
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, FACE, TRANSFORMER, Checkpoint
-from checkpoints_convert.lazy import size
+from checkpoints_convert import (
+    adapter,
+    card,
+    checkpoint,
+    compare,
+    faces,
+    identify,
+    lora,
+    store,
+    writing,
+)
+from checkpoints_convert.arguments import Parser
+from checkpoints_convert.checkpoint import Checkpoint
+from checkpoints_convert.identify import FACE, TRANSFORMER
+from checkpoints_convert.lazy import blank, iter_chunks, size
+from checkpoints_convert.network import blank_matrices, describe_blanks
+from checkpoints_convert.places import adapter_place, run_config
 from jax_idgrpo.errors import UserError
 
 SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints
@@ -35,20 +56,21 @@ SIZES = {  # tensors of the published transformers
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 @contextlib.contextmanager
-def bar(total: int, done: int) -> Iterator[store.Progress]:
+def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress]:
     """A progress bar in bytes on standard error, if that is a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=4) as progress:
-        task = progress.add_task("writing", total=total, completed=done)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, refresh_per_second=4
+    ) as progress:
+        task = progress.add_task(what, total=total, completed=done)
         yield lambda name, count: progress.update(task, advance=count)
 
 
@@ -59,25 +81,90 @@ def describe(found: Checkpoint) -> None:
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
         kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
-        name = network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
+        name = (
+            network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
+        )
         print(
             f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, {len(tensors)} tensors, {count:,} parameters, "
             f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
         )
+        if network is found.adapter:
+            widths, heights = lora.sizes(network.tensors)
+            stacks = ", ".join(f"{count} {stack}" for stack, count in heights.items() if count)
+            width = " or ".join(map(str, sorted(widths)))
+            print(
+                "adapter: rank {}, alpha {:g}, ".format(*network.config)
+                + f"for width {width}, {stacks}"
+            )
         if network.extra:
             more = ", ..." if len(network.extra) > SHOWN else ""
-            print(f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}")
+            print(
+                f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}"
+            )
     for network in found.networks.values():
         network.matched()
+
+
+def check_values(found: Checkpoint) -> None:
+    """Read every tensor, and print a line for an adapter that changes nothing.
+
+    UserError for a tensor with NaN or infinite values.
+    """
+    tensors = [
+        (network, *pair) for network in found.networks.values() for pair in network.matched()
+    ]
+    with bar(sum(size(tensor) for _, _, tensor in tensors), 0, "reading") as read:
+        for _, slot, tensor in tensors:
+            for chunk in iter_chunks(tensor, check=True):
+                read(slot.name, chunk.nbytes)
+    if found.adapter is not None:
+        outputs = [
+            tensor for slot, tensor in found.adapter.matched() if slot.name.endswith("lora_b")
+        ]
+        if all(map(blank, outputs)):
+            print("adapter: this adapter changes nothing: every lora_B is zero")
+
+
+def warn_of_blanks(found: Checkpoint) -> None:
+    """Print a line on standard error for every network with matrices of nothing but zeros."""
+    for network in found.networks.values():
+        if blanks := blank_matrices(network):
+            print(
+                f"idgrpo-convert: warning: {network.source}: {describe_blanks(blanks)}",
+                file=sys.stderr,
+            )
+
+
+def tell_of_alpha(found: Checkpoint, alpha: float | None) -> None:
+    """Print a line for an adapter whose alpha neither its file nor the user states."""
+    if found.adapter is not None and alpha is None and not adapter.stated_alphas(found.path):
+        print(
+            "adapter: its file states no alpha; taken as the rank, as diffusers does (import --alpha A says otherwise)"
+        )
 
 
 def run_inspect(path: Path, kind: str | None) -> int:
     found = checkpoint.open_checkpoint(path, kind)
     if found.kind is not None:
-        print(f"kind: {found.kind}" + (", or phantom, which has the same tensors" if found.kind == "wan" and kind is None else ""))
+        print(
+            f"kind: {found.kind}"
+            + (
+                ", or phantom, which has the same tensors"
+                if found.kind == "wan" and kind is None
+                else ""
+            )
+        )
     describe(found)
+    check_values(found)
+    tell_of_alpha(found, None)
+    for network in found.networks.values():
+        if blanks := blank_matrices(network):
+            print(f"{network.part}: {describe_blanks(blanks)}")
     lacking = found.missing()
-    print("complete: every tensor of " + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks"))
+    print(
+        "complete: every tensor of "
+        + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks")
+    )
     if lacking:
         print(f"not here: {', '.join(lacking)}, for a whole pipeline")
     return 0
@@ -87,8 +174,12 @@ def run_verify(left: Path, right: Path, kind: str | None) -> int:
     sides = [checkpoint.open_checkpoint(path, kind) for path in (left, right)]
     count = 0
     if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
-        print(f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared")
-    for line in itertools.islice(checkpoint.differences(*(side.networks for side in sides)), SHOWN + 1):
+        print(
+            f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared"
+        )
+    for line in itertools.islice(
+        compare.differences(*(side.networks for side in sides)), SHOWN + 1
+    ):
         count += 1
         print(line if count <= SHOWN else "...")
     if count:
@@ -98,39 +189,39 @@ def run_verify(left: Path, right: Path, kind: str | None) -> int:
     return 0
 
 
-def run_import(source: Path, destination: Path, kind: str | None, rest: Path | None) -> int:
-    found = checkpoint.open_checkpoint(source, kind)
+def run_import(arguments: argparse.Namespace) -> int:
+    source, destination, kind, rest, alpha = (
+        getattr(arguments, name) for name in ("source", "destination", "kind", "rest", "alpha")
+    )
+    found = checkpoint.open_checkpoint(source, kind, alpha)
+    if alpha is not None and found.adapter is None:
+        raise UserError(f"--alpha {alpha:g}: {source} is no adapter; leave it out")
     if found.adapter is not None:
         for option, value in (("--as", kind), ("--with", rest)):
             if value is not None:
-                raise UserError(f"{option} {value}: {source} is an adapter, which needs none; leave it out")
+                raise UserError(
+                    f"{option} {value}: {source} is an adapter, which needs none; leave it out"
+                )
+        tell_of_alpha(found, alpha)
         writing.write_peft(found.adapter, destination)
     else:
         if kind is not None and TRANSFORMER not in found.networks:
             raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
         if rest is not None and FACE in found.networks:
-            raise UserError(f"--with {rest}: {source} is a face network, which needs none; leave it out")
+            raise UserError(
+                f"--with {rest}: {source} is a face network, which needs none; leave it out"
+            )
         if rest is not None:
             found = checkpoint.completed(found, checkpoint.open_checkpoint(rest))
+        warn_of_blanks(found)
         for network in found.networks.values():
             if network.extra:
-                print(f"{network.part}: left out {len(network.extra)} tensors that it does not have: {', '.join(network.extra[:SHOWN])}")
+                print(
+                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: {', '.join(network.extra[:SHOWN])}"
+                )
         writing.write_store(found, destination, bar)
     print(f"wrote {destination}")
     return 0
-
-
-def adapter_place(source: Path) -> Path:
-    """The adapter that a run's workdir holds, or the path as it is."""
-    inside = source / "export"
-    return inside if not (source / ADAPTER_CONFIG).is_file() and (inside / ADAPTER_CONFIG).is_file() else source
-
-
-def training_of(export: Path) -> dict[str, Any] | None:
-    """The configuration of the run whose workdir the export lies in."""
-    file = export.absolute().parent / "config.json"
-    values = store.read_json(file) if file.is_file() else {}
-    return values if {"model", "rollout", "grpo"} <= values.keys() else None
 
 
 def run_export(arguments: argparse.Namespace) -> int:
@@ -145,18 +236,24 @@ def run_export(arguments: argparse.Namespace) -> int:
     if form not in choices:
         raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
     if arguments.base is not None and form != "merged":
-        raise UserError(f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model")
-    training = training_of(source)
+        raise UserError(
+            f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model"
+        )
+    training = run_config(source.absolute().parent)
     trained_on = (training or {}).get("model", {}).get("path") or None
     named = arguments.base_model or trained_on
+    warn_of_blanks(found)
     if found.adapter is None:
         write = writing.write_diffusers if form == "diffusers" else writing.write_original
         write(found, destination, card_of(arguments, found, named, training, None), bar)
     elif form == "merged":
         place = arguments.base or trained_on
         if place is None:
-            raise UserError(f"--format merged: the base model of {source} is not known; give it with --base")
+            raise UserError(
+                f"--format merged: the base model of {source} is not known; give it with --base"
+            )
         base = checkpoint.open_checkpoint(place, arguments.kind)
+        warn_of_blanks(base)
         text = card_of(arguments, base, str(named or place), training, found.adapter.config)
         writing.write_diffusers(base, destination, text, bar, adapter=found.adapter)
     else:
@@ -171,7 +268,9 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_faces(arguments: argparse.Namespace) -> int:
-    for part, name in faces.write_folder(arguments.destination, arguments.detector, arguments.embedder, arguments.judge).items():
+    for part, name in faces.write_folder(
+        arguments.destination, arguments.detector, arguments.embedder, arguments.judge
+    ).items():
         print(f"{part}: {name}")
     print(f"wrote {arguments.destination}")
     return 0
@@ -185,43 +284,105 @@ def card_of(
     scale: tuple[int, float] | None,
 ) -> str:
     """The model card of an export. base: what is in it, or the adapter."""
-    what = {"merged": "Video model with a merged adapter", "peft": "LoRA adapter", "diffusers-lora": "LoRA adapter"}
+    what = {
+        "merged": "Video model with a merged adapter",
+        "peft": "LoRA adapter",
+        "diffusers-lora": "LoRA adapter",
+    }
     if (face := base.networks.get(FACE)) is not None:
         title = face.values.get("name", "Face network")
-        return card.render(card.FACE, title, named, arguments.license or card.OTHER_LICENSE, training)
+        return card.render(
+            card.FACE, title, named, arguments.license or card.OTHER_LICENSE, training
+        )
     title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
-    return card.render(arguments.form, title, named, arguments.license or card.LICENSE, training, scale, pipeline)
+    return card.render(
+        arguments.form, title, named, arguments.license or card.LICENSE, training, scale, pipeline
+    )
+
+
+def positive(text: str) -> float:
+    """Parse a positive number of the command line."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
 
 
 def parser() -> Parser:
-    top = Parser(prog="idgrpo-convert", description="Published checkpoints in and out, bit for bit.")
+    top = Parser(
+        prog="idgrpo-convert", description="Published checkpoints in and out, bit for bit."
+    )
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     one = commands.add_parser("inspect", help="what a checkpoint is and whether it is whole")
     one.add_argument("path", type=Path)
-    two = commands.add_parser("verify", help="compare two checkpoints of any layouts tensor by tensor")
+    two = commands.add_parser(
+        "verify", help="compare two checkpoints of any layouts tensor by tensor"
+    )
     two.add_argument("left", type=Path)
     two.add_argument("right", type=Path)
-    into = commands.add_parser("import", help="any published layout into the project's store, any adapter into PEFT's form")
-    out = commands.add_parser("export", help="the store or any layout to diffusers or the original names, an adapter to its formats")
-    stack = commands.add_parser("faces", help="the folder for --reward.faces of the files that deepface and insightface download")
+    into = commands.add_parser(
+        "import", help="any published layout into the project's store, any adapter into PEFT's form"
+    )
+    out = commands.add_parser(
+        "export",
+        help="the store or any layout to diffusers or the original names, an adapter to its formats",
+    )
+    stack = commands.add_parser(
+        "faces",
+        help="the folder for --reward.faces of the files that deepface and insightface download",
+    )
     stack.add_argument("destination", type=Path)
-    stack.add_argument("--detector", type=Path, required=True, metavar="FILE", help="retinaface.pth")
-    stack.add_argument("--embedder", type=Path, required=True, metavar="FILE", help="weights of ArcFace, Facenet, IResNet or IR-101")
-    stack.add_argument("--judge", type=Path, metavar="FILE", help="another embedder, which measures and never rewards")
+    stack.add_argument(
+        "--detector", type=Path, required=True, metavar="FILE", help="retinaface.pth"
+    )
+    stack.add_argument(
+        "--embedder",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="weights of ArcFace, Facenet, IResNet or IR-101",
+    )
+    stack.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="another embedder, which measures and never rewards",
+    )
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)
     for command in (one, two, into, out):
         command.add_argument(
-            "--as", dest="kind", choices=checkpoint.KINDS, help="phantom has plain Wan's tensors: say so here; the store remembers"
+            "--as",
+            dest="kind",
+            choices=identify.KINDS,
+            help="phantom has plain Wan's tensors: say so here; the store remembers",
         )
     into.add_argument(
-        "--with", dest="rest", type=Path, metavar="FOLDER", help="where the networks and the tokenizer come from that SOURCE lacks"
+        "--with",
+        dest="rest",
+        type=Path,
+        metavar="FOLDER",
+        help="where the networks and the tokenizer come from that SOURCE lacks",
     )
-    out.add_argument("--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS))
-    out.add_argument("--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into")
-    out.add_argument("--base-model", metavar="NAME", help="the base model as the model card names it; default: that of the run")
+    into.add_argument(
+        "--alpha",
+        type=positive,
+        metavar="A",
+        help="of an adapter whose file does not state its alpha",
+    )
+    out.add_argument(
+        "--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS)
+    )
+    out.add_argument(
+        "--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into"
+    )
+    out.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="the base model as the model card names it; default: that of the run",
+    )
     default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network"
     out.add_argument("--license", help=f"the licence field of the model card; default: {default}")
     return top
@@ -235,7 +396,7 @@ def run(words: Sequence[str]) -> int:
     if arguments.command == "verify":
         return run_verify(arguments.left, arguments.right, arguments.kind)
     if arguments.command == "import":
-        return run_import(arguments.source, arguments.destination, arguments.kind, arguments.rest)
+        return run_import(arguments)
     if arguments.command == "faces":
         return run_faces(arguments)
     return run_export(arguments)
@@ -249,7 +410,10 @@ def main() -> None:
         print(f"idgrpo-convert: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("idgrpo-convert: interrupted; the same command goes on with the files that were finished", file=sys.stderr)
+        print(
+            "idgrpo-convert: interrupted; the same command goes on with the files that were finished",
+            file=sys.stderr,
+        )
         status = 130
     sys.exit(status)
 

@@ -9,154 +9,49 @@ that it is Phantom.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 from flax import nnx
 
-from checkpoints_convert import faces, lora, rules, store, umt5, vae, wan
-from checkpoints_convert.lazy import LazyTensor, pieces
-from checkpoints_convert.rules import Rule, Slot
+from checkpoints_convert import faces, rules, store
+from checkpoints_convert.adapter import open_adapter
+from checkpoints_convert.identify import (
+    ADAPTER,
+    ALONE,
+    CLASSES,
+    FACE,
+    FAMILIES,
+    KINDS,
+    TRANSFORMER,
+    common_prefix,
+    identify,
+    refuse_others,
+)
+from checkpoints_convert.lazy import LazyTensor
+from checkpoints_convert.network import Network, naming
+from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import FLOAT32
-from jax_idgrpo.models.umt5 import UMT5Encoder
-from jax_idgrpo.models.vae import WanVAE
-from jax_idgrpo.models.wan import WanTransformer
 
 INDEX = "model_index.json"
 STORE = "store.json"
 STORE_VERSION = 2  # 1 had the axes of the matrices the other way round
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-KINDS = ("vace", "wan", "phantom")
-SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # of the schedule, where the source has no file that says it
-TRANSFORMER = "transformer"
-ADAPTER = "adapter"
-FACE = "face"
-ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
-
-    table: ModuleType
-    build: Callable[[Any], nnx.Module]
-    published: str  # of the layout that its table calls by its default
-    weights: str
-    original: str
-    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
-
-
-FAMILIES = {
-    TRANSFORMER: Family(
-        wan,
-        lambda config: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
-        "diffusers",
-        "diffusion_pytorch_model",
-        "diffusion_pytorch_model.safetensors",
-    ),
-    "vae": Family(
-        vae,
-        lambda config: WanVAE(config, rngs=nnx.Rngs(0)),
-        "diffusers",
-        "diffusion_pytorch_model",
-        "Wan2.1_VAE.pth",
-    ),
-    "text_encoder": Family(
-        umt5,
-        lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
-        "transformers",
-        "model",
-        "models_t5_umt5-xxl-enc-bf16.pth",
-        umt5.IGNORED,
-    ),
+KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
+    True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE checkpoint, or, if this is Phantom, "
+    "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
+    False: "kind {asked!r} was asked for, this transformer is 'vace'; leave the kind out",
 }
-CLASSES = {  # class named by a config.json of the diffusers layout -> part
-    "WanTransformer3DModel": TRANSFORMER,
-    "WanVACETransformer3DModel": TRANSFORMER,
-    "AutoencoderKLWan": "vae",
-    "UMT5EncoderModel": "text_encoder",
-}
-BLOCK = r"(vace_)?blocks\.\d+\."
-SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
-    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
-    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
-    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
-    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
-    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
-    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
-    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
-}
-
-
-def identify(names: Iterable[str]) -> tuple[str, str] | None:
-    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
-    names = list(names)
-    if any(".lora_" in name for name in names):
-        return ADAPTER, "peft"
-    stored = rules.is_stored(names)
-    counts = {
-        sign: sum(bool(re.match(pattern, name)) for name in names)
-        for sign, pattern in SIGNS.items()
-        if (sign[1] == "store") == stored
-    }
-    best = max(counts, key=lambda sign: counts[sign])
-    return best if counts[best] else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """One network of a checkpoint.
-
-    part: transformer, vae, text_encoder, adapter or face. layout: diffusers, transformers, original, store, peft or diffusers-lora.
-    config: of our module, or (rank, alpha) of an adapter. values: the config as the published layout writes it.
-    table: names of the published layout against ours. shapes: abstract parameters. tensors: what the files hold, by the names
-    of the layout. source: what was opened. original: the config.json of the original layout, as found.
-    surplus: whether names that the network does not have are passed over, as in the published Phantom file.
-    """
-
-    part: str
-    layout: str
-    config: Any
-    values: Mapping[str, Any]
-    table: list[Rule]
-    shapes: Any
-    tensors: Mapping[str, LazyTensor]
-    source: Path
-    original: Mapping[str, Any] | None = None
-    surplus: bool = False
-
-    @functools.cached_property
-    def slots(self) -> list[Slot]:
-        """The table written out, in the layout that the tensors are in."""
-        return rules.expand(rules.stored(self.table) if self.layout == "store" else self.table, self.shapes)
-
-    @functools.cached_property
-    def extra(self) -> list[str]:
-        """Tensors of the files that the network does not have and that are passed over."""
-        known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
-        ignored = () if self.part in ALONE else FAMILIES[self.part].ignored
-        return sorted(name for name in self.tensors if name not in known and (self.surplus or name.startswith(ignored)))
-
-    def matched(self) -> list[tuple[Slot, LazyTensor]]:
-        """Each slot with its tensor; ConversionError when they do not fit."""
-        passed = set(self.extra)
-        wanted = {name: tensor for name, tensor in self.tensors.items() if name not in passed}
-        found = rules.match(self.slots, wanted, str(self.source))
-        return [(slot, found[slot.torch]) for slot in self.slots]
+SHIFTS = {
+    "vace": 3.0,
+    "wan": 3.0,
+    "phantom": 5.0,
+}  # of the schedule, where the source has no file that says it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,57 +79,7 @@ class Checkpoint:
         return parts + ["tokenizer"] * (self.tokenizer is None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """A tensor with its axes moved when it is written or compared."""
-
-    tensor: Any  # of a file, or itself moved
-    move: Callable[[np.ndarray], np.ndarray]
-    shape: tuple[int, ...]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.tensor.dtype
-
-    @property
-    def origin(self) -> str:
-        return self.tensor.origin
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.move(np.asarray(self.tensor)), dtype=dtype, copy=copy)
-
-
-def ours(network: Network) -> dict[str, Moved]:
-    """The tensors under our names and in our layout."""
-    return {slot.name: Moved(tensor, slot.op.apply, slot.shape) for slot, tensor in network.matched()}
-
-
-def published(network: Network, table: list[Rule] | None = None) -> dict[str, Moved]:
-    """The tensors under the names of `table` (default: the network's own) and in torch's layout."""
-    return renamed(ours(network), network.table if table is None else table, network.shapes)
-
-
-def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> dict[str, Moved]:
-    """Parameters under our names as tensors under the names of `table` and in torch's layout."""
-    return {
-        slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape) for slot in rules.expand(table, shapes)
-    }
-
-
 # ---- networks --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Complaints about what a config says as UserErrors that name the file."""
-    try:
-        yield
-    except KeyError as error:
-        raise UserError(f"{file}: has no {error}; it should describe this network") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: {' '.join(str(error).split())}") from error  # some libraries complain over many lines
-    except UserError as error:
-        raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def open_network(path: Path, kind: str | None = None) -> Network:
@@ -251,20 +96,32 @@ def _shapes(part: str, config: Any) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
 
 
-def _network(file: Path, kind: str | None) -> Network:
-    """The network in a file of weights or in the shards of an index."""
+def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
+    """Open the network in a file of weights or in the shards of an index.
+
+    kind: as in `open_network`. alpha: as in `open_adapter`.
+    """
     tensors = store.open_tensors(file)
     if (face := open_face(file, tensors)) is not None:
         return face
+    prefix = common_prefix(tensors)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     found = identify(tensors)
     if found is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
-        raise UserError(f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}")
+        raise UserError(
+            f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}"
+        )
     part, layout = found
     if part == ADAPTER:
-        return open_adapter(file)
+        return open_adapter(file, alpha)
+    with naming(file):
+        refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    if layout != "original":
+    alone = (
+        part == "text_encoder" and layout == "transformers" and not beside.is_file()
+    )  # one file, as ComfyUI has it
+    if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
         with naming(beside):
@@ -272,10 +129,12 @@ def _network(file: Path, kind: str | None) -> Network:
         if CLASSES.get(str(named)) != part:  # such as a class that holds this network among others
             values = family.table.config_to_json(config)
     else:
-        if part == TRANSFORMER and beside.is_file():
+        if part == TRANSFORMER and layout == "original" and beside.is_file():
             original = store.read_json(beside)
         with naming(file if original is None else beside):
-            config = family.table.config_from_shapes(tensors, layout, *([original] if part == TRANSFORMER else []))
+            config = family.table.config_from_shapes(
+                tensors, layout, *([original] if part == TRANSFORMER else [])
+            )
         values = family.table.config_to_json(config)
     return Network(
         part=part,
@@ -306,7 +165,11 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
         if known is None:
             return None
         name, architecture, config = known
-        values = {"architecture": architecture, "config": json.loads(json.dumps(dataclasses.asdict(config))), "name": name}
+        values = {
+            "architecture": architecture,
+            "config": json.loads(json.dumps(dataclasses.asdict(config))),
+            "name": name,
+        }
     table, shapes = faces.with_bystanders(values["architecture"], config, tensors)
     return Network(
         part=FACE,
@@ -320,84 +183,29 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
     )
 
 
-def fill(network: Network, abstract: Any) -> Any:
-    """The tree `abstract` with the tensors of the network, as in `rules.to_jax`: each host reads what its devices hold."""
-    table = rules.stored(network.table) if network.layout == "store" else network.table
-    extra = set(network.extra)
-    tensors = {name: tensor for name, tensor in network.tensors.items() if name not in extra}
-    return rules.to_jax(table, tensors, abstract, str(network.source))
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
-
-
-def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """(weights, PEFT config or None) of an adapter folder or file."""
-    weights = path
-    if path.is_dir() and (path / ADAPTER_CONFIG).exists():
-        weights = path / ADAPTER_WEIGHTS
-        if not weights.is_file():
-            raise UserError(f"{weights}: no such file beside {ADAPTER_CONFIG}; get the whole adapter folder")
-    else:
-        weights = store.weights_file(path)
-    config = weights.parent / ADAPTER_CONFIG
-    return weights, config if weights.name == ADAPTER_WEIGHTS and config.exists() else None
-
-
-def adapter_scale(path: Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
-    weights, config = adapter_files(path)
-    tensors, metadata = store.open_file(weights)
-    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight") and tensor.shape}
-    if len(ranks) != 1:
-        found = f"ranks {sorted(ranks)}" if ranks else "no tensor named *.lora_A.weight"
-        raise UserError(f"{weights}: {found}; it should be a LoRA of one rank")
-    rank = ranks.pop()
-    if config is None and lora.HEADER not in metadata:
-        return rank, float(rank)
-    file = weights if config is None else config
-    with naming(file):
-        if config is None:
-            stated, alpha = lora.scale_from_header(json.loads(metadata[lora.HEADER]))
-        else:
-            stated, alpha = lora.scale_from_json(store.read_json(config))
-    if stated != rank:
-        raise UserError(f"{file}: says rank {stated}, the tensors of {weights.name} have {rank}; get both files again")
-    return rank, alpha
-
-
-def open_adapter(path: Path) -> Network:
-    """A LoRA adapter: a PEFT folder, or a safetensors file with PEFT's, diffusers' or no prefix."""
-    weights, config = adapter_files(path)
-    rank, alpha = adapter_scale(path)
-    tensors, _ = store.open_file(weights)
-    prefix = lora.prefix(tensors)
-    table = lora.rules(lora.stacks_of(tensors, prefix), prefix)
-    return Network(
-        part=ADAPTER,
-        layout="peft" if config is not None else "diffusers-lora",
-        config=(rank, alpha),
-        values=lora.config_to_json(rank, alpha),
-        table=table,
-        shapes=rules.infer(table, tensors, str(weights)),
-        tensors=tensors,
-        source=weights,
-    )
-
-
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
-    """What `path` holds: a pipeline or some networks of one, an adapter, or a face network. UserError for anything else.
+def open_checkpoint(
+    path: str | Path, kind: str | None = None, alpha: float | None = None
+) -> Checkpoint:
+    """Open what `path` holds: a pipeline or some networks of one, an adapter, or a face network.
 
-    kind: what the user says the transformer is; needed for Phantom, whose tensors are plain Wan's, unless a store says so.
+    Args:
+      path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of
+        a run, which means its adapter.
+      kind: what the user says the transformer is. Phantom needs it, since its tensors are plain
+        Wan's, unless a store says so.
+      alpha: of an adapter that does not state its own.
+
+    Raises:
+      UserError: `path` holds anything else, or something that is damaged or not supported.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; give a checkpoint")
+    path = checkpoint_place(path) if (path / INDEX).is_file() else adapter_place(path)
+    _refuse_two_transformers(path)
     if (path / ADAPTER_CONFIG).is_file():
-        networks = [open_adapter(path)]
+        networks = [open_adapter(path, alpha)]
     elif (path / INDEX).is_file():
         store.read_json(path / INDEX)
         kind = _stated_kind(path, kind)
@@ -407,11 +215,14 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
         networks = [open_network(path / part, kind) for part in FAMILIES]
         for part, network in zip(FAMILIES, networks, strict=True):
             if network.part != part:
-                raise UserError(f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again")
+                raise UserError(
+                    f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again"
+                )
     else:
         kind = _stated_kind(path, kind)
-        networks = [_network(file, kind) for file in store.weights_files(path)]
+        networks = [_network(file, kind, alpha) for file in store.weights_files(path)]
         if not networks:
+            store.refuse_foreign(path)
             raise UserError(
                 f"{path}: no {INDEX} in it, and no weights; it is no diffusers folder, original folder, adapter or store"
             )
@@ -419,7 +230,9 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     for network in networks:
         if network.part in found:
             first = found[network.part].source
-            raise UserError(f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file")
+            raise UserError(
+                f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file, or keep one"
+            )
         found[network.part] = network
     scheduler = path / "scheduler"
     return Checkpoint(
@@ -431,23 +244,53 @@ def open_checkpoint(path: str | Path, kind: str | None = None) -> Checkpoint:
     )
 
 
+def _refuse_two_transformers(path: Path) -> None:
+    """Raise a UserError for Wan 2.2: of its two transformers, one alone makes garbage."""
+    values = store.read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    second = [name for name in values.get("transformer_2") or [] if name is not None]
+    folders = ("transformer_2", "high_noise_model", "low_noise_model")
+    if (
+        second
+        or values.get("boundary_ratio") is not None
+        or any((path / name).is_dir() for name in folders)
+    ):
+        raise UserError(
+            f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its checkpoints"
+        )
+    if values.get("expand_timesteps"):
+        raise UserError(
+            f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of its checkpoints"
+        )
+
+
 def tokenizer_folder(path: Path) -> Path | None:
     """The folder with a tokenizer in a checkpoint of any layout: `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself."""
-    places = (file.parent for depth in ("", "*/", "*/*/") for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}")))
+    path = checkpoint_place(path)
+    places = (
+        file.parent
+        for depth in ("", "*/", "*/*/")
+        for file in sorted(path.glob(f"{depth}{TOKENIZER_CONFIG}"))
+    )
     return next(places, None)
 
 
 def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
     """One part of the pipeline at `path`, a folder of any layout; the others are not looked at, if they can be told apart."""
-    path = Path(path)
+    path = checkpoint_place(path)
+    if part == TRANSFORMER:
+        _refuse_two_transformers(path)
     if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
         network = open_network(path / part, kind)
         if network.part != part:
-            raise UserError(f"{network.source}: holds a {network.part}, not a {part}; get the folder again")
+            raise UserError(
+                f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
+            )
         return network
     found = open_checkpoint(path, kind).networks
     if part not in found:
-        raise UserError(f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline")
+        raise UserError(
+            f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline"
+        )
     return found[part]
 
 
@@ -469,11 +312,15 @@ def _stated_kind(path: Path, asked: str | None) -> str | None:
     values = store.read_json(file)
     stated = values.get("kind")
     if values.get("version") != STORE_VERSION:
-        raise UserError(f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again")
+        raise UserError(
+            f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again"
+        )
     if stated not in (None, *KINDS):
-        raise UserError(f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again")
+        raise UserError(
+            f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again"
+        )
     if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
-        raise UserError(f"{path}: kind {asked!r} was asked for, the store says {stated!r}; leave the kind out")
+        raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
     return asked or stated
 
 
@@ -481,39 +328,7 @@ def _kind(transformer: Network, asked: str | None) -> str:
     """vace, wan or phantom; `asked` may narrow wan to phantom."""
     found = "wan" if transformer.config.vace_layers is None else "vace"
     if asked is not None and (asked == "vace") != (found == "vace"):
-        raise UserError(f"{transformer.source}: kind {asked!r} was asked for, this transformer is {found!r}; leave the kind out")
+        raise UserError(
+            f"{transformer.source}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}"
+        )
     return asked or found
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------
-
-
-def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
-    """One sentence per tensor that is not in both checkpoints with the same shape, dtype and bits; also for configs."""
-    sides = (left, right)
-    for part in sorted(set(left) | set(right)):
-        if not all(part in side for side in sides):
-            yield f"{part} is only in {(left if part in left else right)[part].source}"
-            continue
-        configs = [side[part].config for side in sides]
-        if configs[0] != configs[1] and part == ADAPTER:
-            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(*configs[0], *configs[1])
-        elif configs[0] != configs[1]:
-            yield f"{part}: the configs describe different networks"
-        a, b = (ours(side[part]) for side in sides)
-        for name in sorted(set(a) | set(b)):
-            if name not in a or name not in b:
-                yield f"{part}: {name} is only in {(left if name in a else right)[part].source}"
-            elif a[name].shape != b[name].shape:
-                yield f"{part}: {name} has shapes {list(a[name].shape)} and {list(b[name].shape)}"
-            elif a[name].dtype != b[name].dtype:
-                yield f"{part}: {name} has dtypes {a[name].dtype} and {b[name].dtype}"
-            elif count := _different(a[name], b[name]):
-                yield f"{part}: {name} differs in {count} of {np.prod(a[name].shape, dtype=int)} values"
-
-
-def _different(a: Any, b: Any) -> int:
-    """How many values of two tensors of equal shape and dtype differ in their bits."""
-    bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
-    pairs = zip(pieces(a), pieces(b), strict=True)
-    return sum(int(np.count_nonzero(one.view(bits) != other.view(bits))) for one, other in pairs)

@@ -243,7 +243,7 @@ def write_folder(destination: Path, detector: Path, embedder: Path, judge: Path 
     """
     parts = {"detector": detector, "embedder": embedder, **({"judge": judge} if judge is not None else {})}
     names = {}
-    with store.aside(destination, marker="detector.json") as new:
+    with store.atomic_path(destination, marker="detector.json") as new:
         new.mkdir()
         for part, path in parts.items():
             names[part], values, tensors = _published(path)

@@ -20,7 +20,8 @@ import numpy as np
 
 from jax_idgrpo.errors import UserError
 
-PIECE = 1 << 25  # bytes that are copied at a time
+CHUNK = 1 << 25  # bytes that are copied at a time
+BLOCK = 1 << 18  # values that are looked at together
 TILE = (256, 64)  # rows and columns of a transposed copy that stay in the processor's cache
 
 EXPONENTS = {  # bits of a float that are all set in NaN and the infinities, and in nothing else
@@ -78,57 +79,57 @@ def size(tensor: Any) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def pieces(tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] | None = None) -> Iterator[np.ndarray]:
-    """The values of `tensor` in row-major order as contiguous pieces of some megabytes; the whole is never copied.
+def iter_chunks(tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] | None = None) -> Iterator[np.ndarray]:
+    """The values of `tensor` in row-major order as contiguous chunks of some megabytes; the whole is never copied.
 
     check: raise UserError that names the tensor's origin at NaN and infinite values.
-    buffers: of `PIECE` bytes; a copy that is needed takes the next one.
+    buffers: of `CHUNK` bytes; a copy that is needed takes the next one.
     """
     array = np.asarray(tensor)
     array = array.reshape(1) if array.ndim == 0 else array
     per_row = max(1, array.nbytes // max(1, len(array)))
-    rows = max(1, PIECE // per_row)
+    rows = max(1, CHUNK // per_row)
     rows = rows if rows < TILE[0] else rows // TILE[0] * TILE[0]
     for start in range(0, len(array), rows):
         view = array[start : start + rows]
-        piece = view if view.flags.c_contiguous else _copied(view, buffers)
-        if check and not finite(piece):
+        chunk = view if view.flags.c_contiguous else _copied(view, buffers)
+        if check and not finite(chunk):
             raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
-        yield piece
+        yield chunk
 
 
-def pour(
+def stream_to(
     tensors: Iterable[tuple[str, Any]], write: Callable[[memoryview], Any], check: bool, written: Callable[[str, int], None]
 ) -> None:
-    """Hand the bytes of the tensors to `write`, piece by piece, in a thread of its own: the next piece is made meanwhile.
+    """Hand the bytes of the tensors to `write`, chunk by chunk, in a thread of its own: the next chunk is made meanwhile.
 
-    written(name, bytes) is called for each; check is as in `pieces`.
+    written(name, bytes) is called for each; check is as in `iter_chunks`.
     """
-    with _POURING, concurrent.futures.ThreadPoolExecutor(1) as writer:
+    with _STREAMING, concurrent.futures.ThreadPoolExecutor(1) as writer:
         buffers = itertools.cycle(_buffers())  # one is being written, the other filled
         pending: concurrent.futures.Future | None = None
         for name, tensor in tensors:
-            for piece in pieces(tensor, check, buffers):
+            for chunk in iter_chunks(tensor, check, buffers):
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(write, piece.reshape(-1).view(np.uint8).data)
-                written(name, piece.nbytes)
+                pending = writer.submit(write, chunk.reshape(-1).view(np.uint8).data)
+                written(name, chunk.nbytes)
         if pending is not None:
             pending.result()
 
 
-_POURING = threading.Lock()  # the buffers are for one file at a time
+_STREAMING = threading.Lock()  # the buffers are for one file at a time
 
 
 @functools.cache
 def _buffers() -> tuple[np.ndarray, np.ndarray]:
-    """Kept, since new memory for every piece would take longer than the copy."""
-    return np.empty(PIECE, np.uint8), np.empty(PIECE, np.uint8)
+    """Kept, since new memory for every chunk would take longer than the copy."""
+    return np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
 
 
 def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarray:
     """A contiguous copy of `view`, in the next buffer if it fits; matrices are copied tile by tile."""
-    if buffers is None or view.nbytes > PIECE:
+    if buffers is None or view.nbytes > CHUNK:
         copied = np.empty(view.shape, view.dtype)
     else:
         copied = next(buffers)[: view.nbytes].view(view.dtype).reshape(view.shape)
@@ -143,13 +144,19 @@ def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarra
     return copied
 
 
+def blank(tensor: Any) -> bool:
+    """Whether a tensor holds nothing but zeros; reading ends at the first other value."""
+    array = np.asarray(tensor)
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()
+    return not any(flat[start : start + BLOCK].any() for start in range(0, flat.size, BLOCK))
+
+
 def finite(values: np.ndarray) -> bool:
     """Whether no value is NaN or infinite; what is no float is finite."""
     mask = EXPONENTS.get(values.dtype)
     if mask is None or not values.size:
         return True
     flat = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
-    block = 1 << 18
     return all(
-        int((flat[start : start + block] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), block)
+        int((flat[start : start + BLOCK] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), BLOCK)
     )

@@ -8,17 +8,81 @@ with `transformer.`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from checkpoints_convert import wan
 from checkpoints_convert.rules import TRANSPOSE, Rule
+from jax_idgrpo.models.wan import WanConfig
 
 PEFT_PREFIX = "base_model.model."
 DIFFUSERS_PREFIX = "transformer."
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 HEADER = "lora_adapter_metadata"  # where diffusers keeps rank and alpha inside a safetensors file
+ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # where other programs keep alpha there
+STACKS = ("blocks", "vace_blocks")
+MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_[AB]\.weight$"
+CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
+LYCORIS = r"(^|\.)(lokr|hada|oft|boft|glora)_|^lycoris_"
+
+# A pattern in any name of an adapter file, what the file is, and the remedy; the first found counts.
+FOREIGN = (
+    (LYCORIS, "is a LyCORIS adapter such as LoKr or LoHa, not a LoRA", "train a plain LoRA"),
+    (
+        r"\.(lora_magnitude_vector|dora_scale)\b",
+        "is a DoRA adapter, not a plain LoRA",
+        "merge it into its base first",
+    ),
+    (
+        r"\.diff(_b|_m)?$",
+        "holds diff and diff_b tensors, which are not LoRA (a distilled model)",
+        "merge it into its base first",
+    ),
+    (
+        r"^lora_(unet|te\d*|transformer)_",
+        "is a LoRA with the names of musubi-tuner and kohya",
+        CONVERT,
+    ),
+    (
+        r"^diffusion_model\..*\.lora_(down|up)\.",
+        "is a LoRA with ComfyUI's names (lora_down, lora_up)",
+        CONVERT,
+    ),
+    (r"^diffusion_model\.", "is a LoRA with ComfyUI's names (diffusion_model.)", CONVERT),
+    (
+        r"\.lora_(down|up)\.",
+        "is a LoRA with the names lora_down and lora_up, as kohya and ComfyUI write",
+        CONVERT,
+    ),
+    (
+        r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$",
+        "has an adapter's name inside its keys, as DiffSynth-Studio writes (lora_A.default.weight)",
+        CONVERT,
+    ),
+    (
+        r"\b(self_attn|cross_attn)\.[qkvo]\.",
+        "is a LoRA with the names of the original repository",
+        CONVERT,
+    ),
+    (
+        r"\.lora_B\.bias$",
+        "has biases beside its matrices (lora_bias), and only plain LoRA is read",
+        "merge it first",
+    ),
+    (
+        r"\.alpha$",
+        "has an alpha tensor for every module",
+        "write it again with one alpha in its header",
+    ),
+    (
+        r"^text_encoder(_\d)?\.",
+        "also adapts a text encoder",
+        "write the transformer's adapter alone",
+    ),
+)
 
 UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, with the value that does not
     "peft_type": ("LORA",),
@@ -43,7 +107,9 @@ def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
     """
     return [
         Rule(
-            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight", f"{stack}.{{i}}.{ours}.lora_{part.lower()}", TRANSPOSE
+            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight",
+            f"{stack}.{{i}}.{ours}.lora_{part.lower()}",
+            TRANSPOSE,
         )
         for stack in stacks
         for ours, torch, _ in wan.ATTENTION
@@ -53,34 +119,125 @@ def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
 
 def prefix(names: Iterable[str]) -> str:
     """What the names of an adapter file start with: PEFT's prefix, diffusers', or nothing."""
-    first = next(iter(names), "")
+    first = next((name for name in names if ".lora_" in name), "")
     return next((start for start in PREFIXES if first.startswith(start)), "")
 
 
 def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
     """The stacks of blocks that an adapter file names."""
     found = {name.removeprefix(prefix).split(".")[0] for name in names}
-    return tuple(stack for stack in ("blocks", "vace_blocks") if stack in found)
+    return tuple(stack for stack in STACKS if stack in found)
+
+
+def complaint(tensors: Mapping[str, Any]) -> str | None:
+    """Say why an adapter file cannot be read, with the remedy.
+
+    None where it is a LoRA of every attention projection. tensors: name -> anything with `shape`;
+    those without axes are passed over.
+    """
+    for pattern, what, remedy in FOREIGN:
+        if any(re.search(pattern, name) for name in tensors):
+            return f"{what}; {remedy}"
+    names = [name for name, tensor in tensors.items() if tensor.shape]
+    matrices = {name: match for name in names if (match := re.search(MATRIX_NAME, name))}
+    ranks = sorted({tensors[name].shape[0] for name in matrices if name.endswith(".lora_A.weight")})
+    if not ranks:
+        return "has no tensor named *.lora_A.weight; give a LoRA"
+    starts = sorted({name[: match.start()] for name, match in matrices.items()})
+    if (
+        start := next((start for start in starts if start not in (*PREFIXES, "")), None)
+    ) is not None:
+        return f"has names that start with {start!r}; {CONVERT}"
+    if len(starts) > 1:
+        return f"has names that start with {starts[0]!r} and with {starts[1]!r}; give one adapter"
+    if others := sorted(set(names) - set(matrices)):
+        return f"holds {_listed(others)} beside the LoRA; save the LoRA alone"
+    modules = {match["module"] for match in matrices.values()}
+    known = {torch for _, torch, _ in wan.ATTENTION}
+    if more := sorted(modules - known):
+        what = f"also adapts {_listed(more)}, and only adapters of attention projections are read"
+        return f"{what}; merge it into its base"
+    if missing := sorted(known - modules):
+        return f"does not adapt {_listed(missing)}, and only adapters of all attention projections are read"
+    if len(ranks) > 1:
+        return f"has modules of ranks {_listed(ranks)}, and only adapters of one rank are read"
+    return None
+
+
+def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
+    """Count (widths of the network, blocks of each stack) that an adapter is for."""
+    heights = dict.fromkeys(STACKS, 0)
+    widths = set()
+    for name, tensor in tensors.items():
+        if match := re.search(MATRIX_NAME, name):
+            heights[match["stack"]] = max(heights[match["stack"]], 1 + int(match["index"]))
+            widths.add(int(tensor.shape[1 if name.endswith("A.weight") else 0]))
+    return widths, heights
+
+
+def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
+    """Say why a readable adapter is not of this transformer; None where the sizes agree."""
+    widths, heights = sizes(tensors)
+    vace = len(config.vace_layers or ())
+    if widths != {config.width}:
+        return f"made for width {_listed(sorted(widths))}, this model has {config.width}"
+    if heights["vace_blocks"] and not vace:
+        return "made for a VACE model, this one has no VACE blocks (plain Wan or Phantom)"
+    if vace and not heights["vace_blocks"]:
+        return "made for a model without VACE blocks (plain Wan or Phantom), this one is VACE"
+    for stack, height in (("blocks", config.num_layers), ("vace_blocks", vace)):
+        if heights[stack] != height:
+            return f"made for {heights[stack]} {stack}, this model has {height}"
+    return None
+
+
+def _listed(items: Iterable[Any]) -> str:
+    """Join at most four of the items with commas."""
+    texts = [str(item) for item in items]
+    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
+
+
+def number(value: Any) -> float:
+    """Return alpha as a number. ValueError when it is none."""
+    try:
+        alpha = float(value)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {value!r}, which is no finite number; correct it")
+    return alpha
 
 
 def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:
     """`adapter_config.json` -> (rank, alpha). ValueError for a variant of LoRA that this project does not compute."""
+    refuse_variants(values)
+    return int(values["r"]), number(values["lora_alpha"])
+
+
+def refuse_variants(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the config of a variant of LoRA that this project does not compute."""
     for name, accepted in UNSUPPORTED.items():
         if values.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{name} is {values[name]!r}, only plain LoRA is supported")
-    return int(values["r"]), float(values["lora_alpha"])
 
 
-def scale_from_header(values: Mapping[str, Any]) -> tuple[int, float]:
-    """The header entry of a diffusers LoRA file, whose fields start with `transformer.`, -> (rank, alpha)."""
-    fields = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
-    return scale_from_json(fields)
+def fields_of_header(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the header entry of a diffusers LoRA file with the field names of a PEFT config."""
+    return {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
 
 
 def header(rank: int, alpha: float) -> dict[str, str]:
     """The header of a diffusers LoRA file, without which diffusers takes alpha for the rank."""
-    fields = {name: value for name, value in config_to_json(rank, alpha).items() if name in ("r", "lora_alpha", "target_modules")}
-    return {HEADER: json.dumps({DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True)}
+    fields = {
+        name: value
+        for name, value in config_to_json(rank, alpha).items()
+        if name in ("r", "lora_alpha", "target_modules")
+    }
+    return {
+        HEADER: json.dumps(
+            {DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True
+        )
+    }
 
 
 def config_to_json(rank: int, alpha: float) -> dict[str, Any]:

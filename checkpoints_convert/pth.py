@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.lazy import LazyTensor, pour, row_major, size, span
+from checkpoints_convert.lazy import LazyTensor, row_major, size, span, stream_to
 from jax_idgrpo.errors import UserError
 
 STORAGES = {
@@ -53,6 +53,10 @@ FAULTS = (  # what taking apart a damaged pickle may raise
 
 class _Refused(Exception):
     """What a pickle asked for that no weights need."""
+
+
+class _Unread(Exception):
+    """A kind of tensor that is harmless and not read."""
 
 
 class _Type:
@@ -100,6 +104,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
 }
 
+UNREAD = {("torch._utils", name) for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")}
+
 
 class _Unpickler(pickle.Unpickler):
     """A pickle machine that knows the storages and the names of `ALLOWED` only; none does more than hold its arguments."""
@@ -107,6 +113,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
             return _Type(np.dtype(STORAGES[name]))
+        if (module, name) in UNREAD or (module == "torch" and name.startswith("float8_")):
+            raise _Unread(f"{module}.{name}")
         try:
             return ALLOWED[module, name]
         except KeyError:
@@ -127,6 +135,9 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: its pickle asks for {error}, which no weights need; nothing of it was run, do not trust this file"
         ) from error
+    except _Unread as error:
+        what = f"holds fp8, quantised or otherwise unusual tensors ({error}), which are not read"
+        raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
@@ -162,7 +173,7 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tupl
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UserError(f"{path}: is a zip archive without the data.pkl of torch.save; give a file of weights")
+            raise UserError(f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a file of weights")
         root = pickles[0].removesuffix("data.pkl")
         order = archive.read(entries[f"{root}byteorder"]) if f"{root}byteorder" in entries else b"little"
         if order != b"little":
@@ -198,9 +209,10 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple
                 raise _Refused("a view into a storage")
             return storages.setdefault(str(storage.key), storage)
 
-    head = [Remembering(file, encoding="utf-8").load() for _ in range(LEGACY_PICKLES)]
-    if head[0] != LEGACY_MAGIC:
+    if Remembering(file, encoding="utf-8").load() != LEGACY_MAGIC:
         raise UserError(f"{path}: is a pickle, but not one of torch.save; give a file of weights")
+    for _ in range(LEGACY_PICKLES - 1):
+        Remembering(file, encoding="utf-8").load()
     values = Remembering(file, encoding="utf-8").load()
     keys = Remembering(file, encoding="utf-8").load()
     places: dict[str, tuple[int, int]] = {}
@@ -262,7 +274,7 @@ def write(
     """What `torch.save({name: tensor})` writes, tensor by tensor: contiguous, each with a storage of its own.
 
     file: seekable. root: the archive's name inside, of letters and digits. written(name, bytes) is called as bytes go out.
-    check: UserError for a tensor with NaN or infinite values, as in `lazy.pieces`.
+    check: UserError for a tensor with NaN or infinite values, as in `lazy.iter_chunks`.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, text in (("data.pkl", _pickle(tensors)), ("byteorder", b"little"), ("version", b"3\n")):
@@ -270,7 +282,7 @@ def write(
                 target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
             with _entry(archive, file, f"{root}/data/{index}", size(tensor)) as target:
-                pour([(name, tensor)], target.write, check, written)
+                stream_to([(name, tensor)], target.write, check, written)
 
 
 def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> Any:

@@ -14,17 +14,18 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert import pth
-from checkpoints_convert.lazy import LazyTensor, pour, size
+from checkpoints_convert import file_types, pth
+from checkpoints_convert.lazy import LazyTensor, size, stream_to
 from jax_idgrpo.errors import UserError
 
 DTYPES = {
@@ -40,9 +41,24 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+UNREAD_DTYPES = {"F8": "fp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
+UNREAD_DTYPES |= dict.fromkeys(("U16", "U32", "U64"), "unsigned")
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 INDEX = ".index.json"  # the end of the name of a list of shards
+INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # as a pattern, which also takes that of a variant
+VARIANT = r"\.(fp|bf|f)\d+(?=[.-])|\.(non_)?ema(?=[.-])|-\d+-of-\d+(?=\.)"  # in names of files
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of files that may hold tensors
+TEXT_SUFFIXES = (
+    ".json",
+    ".md",
+    ".txt",
+    ".py",
+    ".yaml",
+    ".yml",
+    ".xml",
+    ".html",
+    ".csv",
+)  # of files that hold none
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -53,21 +69,24 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); get the file again") from error
+        is_json = re.match(file_types.JSON, file_types.start_of(path))
+        other = None if is_json else file_types.complaint(path)
+        raise UserError(
+            f"{path}: {other or f'is not JSON ({error}); get the file again'}"
+        ) from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: should hold a JSON object, holds {type(values).__name__}; get the file again")
+        raise UserError(
+            f"{path}: should hold a JSON object, holds {type(values).__name__}; get the file again"
+        )
     return values
 
 
 def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """(tensors by name, metadata) of one file of safetensors or of `torch.save`. UserError when header and file disagree."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    return (pth.open_file(path), {}) if pth.is_pth(start) else _open_safetensors(path)
+    file_types.refuse_others(path)
+    is_pth = pth.is_pth(file_types.start_of(path))
+    return (pth.open_file(path), {}) if is_pth else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -86,6 +105,11 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
         tensors: dict[str, LazyTensor] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
+            if (kind := UNREAD_DTYPES.get(entry["dtype"].partition("_")[0])) is not None:
+                what = f"its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights are not read"
+                raise UserError(
+                    f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
+                )
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
             if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
@@ -120,13 +144,22 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
             raise UserError(
                 f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint"
             )
+        if not (path.parent / file).is_file():
+            missing = [
+                name for name in sorted(set(files.values())) if not (path.parent / name).is_file()
+            ]
+            raise UserError(
+                f"{path}: its shard {', '.join(missing)} is not beside it; get what is missing"
+            )
         shards[file], _ = open_file(path.parent / file)
     for name, file in files.items():
         if name not in shards[file]:
             raise UserError(f"{path}: tensor {name} is not in {file}; get both files again")
     for file, tensors in shards.items():
         if extra := sorted(name for name in tensors if files.get(name) != file):
-            raise UserError(f"{path}: does not list tensor {extra[0]} of {file}; get both files again")
+            raise UserError(
+                f"{path}: does not list tensor {extra[0]} of {file}; get both files again"
+            )
     return {name: shards[file][name] for name, file in files.items()}
 
 
@@ -136,30 +169,82 @@ def weights_files(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; give a file of weights or the folder that holds it")
-    indices = sorted(file for file in path.glob(f"*{INDEX}") if file.is_file())
-    shards = {name for index in indices for name in (read_json(index).get("weight_map") or {}).values() if isinstance(name, str)}
-    files = (file for suffix in SUFFIXES for file in path.glob(f"*{suffix}") if file.is_file() and file.name not in shards)
-    return [*indices, *sorted(files)]
+        raise UserError(
+            f"{path}: does not exist; give a file of weights or the folder that holds it"
+        )
+    there = [file for file in visible(path.iterdir()) if file.is_file()]
+    indices = [file for file in there if is_index(file)]
+    shards: set[str] = set()
+    for index in indices:
+        weight_map = read_json(index).get("weight_map")
+        shards |= (
+            {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        )
+    files = [file for file in there if file.suffix in SUFFIXES and file.name not in shards]
+    return _preferred([*indices, *files])
+
+
+def _preferred(files: list[Path]) -> list[Path]:
+    """Drop files that hold the weights of another, as diffusers and transformers choose.
+
+    `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or
+    `pytorch_model.bin`. An index counts as the file that it lists the shards of.
+    """
+    names = {file.name.removesuffix(INDEX) for file in files}
+
+    def is_second(file: Path) -> bool:
+        name = re.sub(INDEX_NAME, "", file.name)
+        plain = re.sub(VARIANT, "", name)
+        is_variant = plain != name or (is_index(file) and not file.name.endswith(INDEX))
+        twin = re.sub(r"^pytorch_model", "model", plain.removesuffix(".bin")) + ".safetensors"
+        return (is_variant and plain in names) or (name.endswith(".bin") and twin in names)
+
+    return [file for file in files if not is_second(file)]
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Sort the paths, less hidden ones such as the `._NAME` that macOS leaves on other disks."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
+def refuse_foreign(folder: str | Path) -> None:
+    """Raise a UserError if a folder without weights holds weights in a form that is not read."""
+    for file in visible(Path(folder).iterdir()):
+        if file.is_file() and file.suffix not in TEXT_SUFFIXES:
+            file_types.refuse_others(file)
 
 
 def weights_file(path: str | Path) -> Path:
     """The one file of weights or index that `path` is or, as a folder, holds."""
     files = weights_files(path)
+    if not files:
+        refuse_foreign(path)
     if len(files) != 1:
-        found = "none" if not files else ", ".join(file.name for file in files)
-        raise UserError(f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; name the file")
+        found = ", ".join(file.name for file in files) or "none"
+        remedy = "keep one of them there" if files else "get the whole folder"
+        raise UserError(
+            f"{path}: should hold one file of weights or one {INDEX[1:]}, holds {found}; {remedy}"
+        )
     return files[0]
 
 
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """The tensors of a file, of an index, or of the folder that holds one; nothing is read but headers."""
-    file = weights_file(path)
-    return open_index(file) if file.name.endswith(INDEX) else open_file(file)[0]
+    return open_weights(weights_file(path))[0]
+
+
+def is_index(path: Path) -> bool:
+    """Return whether a file is a list of shards, by its name."""
+    return re.search(INDEX_NAME, path.name) is not None
+
+
+def open_weights(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Open (tensors by name, metadata) of a file or of the shards of an index."""
+    return (open_index(file), {}) if is_index(file) else open_file(file)
 
 
 @contextlib.contextmanager
-def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
+def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
     """A place beside `path` to write a file or folder, which takes the name `path` when the block ends without an error.
 
     marker: a file that every folder of this kind holds; a folder is replaced only when it is empty or holds the marker, so
@@ -172,12 +257,16 @@ def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     try:
         yield work / "new"
         _take_place(work, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from error
     finally:
         _give_back(work, path)
         shutil.rmtree(work, ignore_errors=True)
@@ -185,7 +274,7 @@ def aside(path: str | Path, marker: str | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterator[Path]:
-    """As `aside`, for a folder whose files take long: what a killed process had finished is still there for the next one.
+    """As `atomic_path`, for a folder whose files take long: what a killed process had finished is still there for the next one.
 
     plan: what is being written, as JSON; leftovers of another plan are thrown away. Yields the folder, which exists and may
     hold finished files. The whole is given up when the block raises anything but KeyboardInterrupt.
@@ -197,12 +286,16 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
         work.mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("w")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{path}: another process is writing it; wait for it or choose another place") from error
+            raise UserError(
+                f"{path}: another process is writing it; wait for it or choose another place"
+            ) from error
         try:
             _give_back(work, path)
             new, planned = work / "new", work / "plan.json"
@@ -212,7 +305,9 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
                 planned.write_text(text, "utf-8")
             new.mkdir(exist_ok=True)
             for folder, folders, _ in os.walk(new):
-                for name in [name for name in folders if name.startswith(".")]:  # of `aside`, in the killed process
+                for name in [
+                    name for name in folders if name.startswith(".")
+                ]:  # of `atomic_path`, in the killed process
                     shutil.rmtree(Path(folder) / name)
             yield new
             _take_place(work, path)
@@ -231,9 +326,13 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
 def _refuse_others(path: Path, marker: str | None) -> None:
     try:
         if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
-            raise UserError(f"{path}: holds something else (no {marker or 'file'} to replace); choose another place")
+            raise UserError(
+                f"{path}: holds something else (no {marker or 'file'} to replace); choose another place"
+            )
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from error
 
 
 def _take_place(work: Path, path: Path) -> None:
@@ -255,7 +354,9 @@ def require_space(folder: Path, sizes: Mapping[str, int], what: Path) -> None:
     for name, needed in zip(sizes, itertools.accumulate(sizes.values()), strict=True):
         if needed > free:
             total = f"{sum(sizes.values()):,} bytes"
-            raise UserError(f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place")
+            raise UserError(
+                f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place"
+            )
 
 
 def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
@@ -279,8 +380,8 @@ def shard_names(stem: str, count: int) -> list[str]:
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """A JSON object, indented and with sorted keys, written aside and renamed."""
-    with aside(path) as new:
+    """A JSON object, indented and with sorted keys, written whole or not at all."""
+    with atomic_path(path) as new:
         new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -288,7 +389,7 @@ Progress = Callable[[str, int], None]  # name of a tensor, bytes of it that went
 
 
 def silent(name: str, count: int) -> None:
-    """Nobody watches."""
+    """No-op progress callback."""
 
 
 def write_file(
@@ -311,7 +412,7 @@ def write_file(
         now = name
         written(name, count)
 
-    with aside(path) as new, new.open("wb") as file:
+    with atomic_path(path) as new, new.open("wb") as file:
         try:
             if path.suffix == ".pth":
                 pth.write(file, path.stem, tensors, watched, check)
@@ -321,14 +422,22 @@ def write_file(
             os.fsync(file.fileno())
         except OSError as error:
             what = f"{path}: cannot be written after tensor {now or next(iter(tensors), '')}"
-            raise UserError(f"{what} ({error.strerror}); free space or choose another place") from error
+            raise UserError(
+                f"{what} ({error.strerror}); free space or choose another place"
+            ) from error
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str], written: Progress, check: bool
+    file: BinaryIO,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    written: Progress,
+    check: bool,
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))  # keeps data aligned
+    order = sorted(
+        tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name)
+    )  # keeps data aligned
     end = 0
     for name in order:
         begin, end = end, end + size(tensors[name])
@@ -337,4 +446,4 @@ def _write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    pour(((name, tensors[name]) for name in order), file.write, check, written)
+    stream_to(((name, tensors[name]) for name in order), file.write, check, written)

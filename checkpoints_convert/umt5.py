@@ -18,7 +18,7 @@ Layout = Literal["transformers", "original"]
 
 FIXED = {"is_gated_act": True, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 
-IGNORED = ("decoder.", "lm_head.")  # the other half of google/umt5-xxl, of no use here
+IGNORED = ("decoder.", "lm_head.", "spiece_model")  # the other half of google/umt5-xxl, and ComfyUI's copy of the tokenizer
 MAX_DISTANCE = 128  # of every published size; no shape tells it
 TIED = "encoder.embed_tokens.weight"  # a second name of transformers' shared.weight in some files
 EMBEDDING = ("embedding", "shared.weight", "token_embedding.weight")

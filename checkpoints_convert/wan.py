@@ -28,6 +28,7 @@ FIXED = {  # what the network assumes; a config that says otherwise describes an
     "image_dim": None,
     "pos_embed_seq_len": None,
 }
+NO_IMAGE_TO_VIDEO = "this is an image-to-video model, which is not supported; give a VACE, Phantom or text-to-video one"
 
 TOP_LINEAR = (
     ("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -92,6 +93,9 @@ def rules(config: WanConfig, layout: Layout = "diffusers") -> list[Rule]:
 
 def config_from_json(values: dict[str, Any]) -> WanConfig:
     """A diffusers `transformer/config.json`. ValueError for an architecture other than Wan 2.1's, KeyError for a gap."""
+    for name in ("image_dim", "added_kv_proj_dim"):
+        if values.get(name) is not None:
+            raise ValueError(f"{name} is {values[name]!r}: {NO_IMAGE_TO_VIDEO}")
     for name, value in FIXED.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}, only {value!r} is supported")

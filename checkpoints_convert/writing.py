@@ -1,6 +1,6 @@
 """Checkpoints out, in every layout: the project's store, diffusers folders, the original repositories' folders, adapters.
 
-Tensors pass through piece by piece and keep their dtype and every bit. A folder of weights is written beside its destination
+Tensors pass through chunk by chunk and keep their dtype and every bit. A folder of weights is written beside its destination
 and renamed when it is whole; a run that was killed is continued by the next one that writes the same, file by file.
 """
 
@@ -17,26 +17,20 @@ import numpy as np
 from flax import nnx
 
 from checkpoints_convert import faces, lora, rules, store, wan
+from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    FACE,
-    FAMILIES,
     INDEX,
     SCHEDULER_CONFIG,
     SHIFTS,
     STORE,
     STORE_VERSION,
     TOKENIZER_CONFIG,
-    TRANSFORMER,
     Checkpoint,
-    Network,
-    ours,
-    published,
-    renamed,
 )
+from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import size
+from checkpoints_convert.network import Network, ours, published, renamed
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
@@ -103,7 +97,7 @@ def write_diffusers(
 ) -> None:
     """The diffusers folder, whole pipeline or single network, weights cut into files of `shard` bytes.
 
-    adapter: merged into the transformer. ConversionError for another model's adapter.
+    adapter: merged into the transformer. UserError for another model's adapter.
     """
     alone = len(checkpoint.networks) == 1
     files = []
@@ -189,7 +183,10 @@ def _write(
     watch: Watch,
     besides: Sequence[Network] = (),
 ) -> None:
-    """All files of a folder, aside and renamed. texts: place -> JSON object, or text. besides: other sources of the tensors."""
+    """Write all files of a folder, which appears whole or not at all.
+
+    texts: place -> JSON object, or text. besides: other sources of the tensors.
+    """
     files: dict[str, dict[str, Any]] = {}
     markers = [INDEX] if INDEX in texts else []  # a name that only a checkpoint has: config.json and README.md are in many folders
     for part in sets:
@@ -245,7 +242,7 @@ def _adapter_tensors(network: Network, prefix: str) -> dict[str, Any]:
 
 def write_peft(network: Network, destination: Path, card: str | None = None) -> None:
     """A PEFT directory, which `peft` loads and this project reads; dtypes kept."""
-    with store.aside(destination, ADAPTER_CONFIG) as new:
+    with store.atomic_path(destination, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, dict(network.values))
         store.write_file(new / ADAPTER_WEIGHTS, _adapter_tensors(network, lora.PEFT_PREFIX), check=True)
@@ -255,7 +252,7 @@ def write_peft(network: Network, destination: Path, card: str | None = None) -> 
 
 def write_diffusers_lora(network: Network, destination: Path, card: str) -> None:
     """A folder for diffusers' `load_lora_weights`; rank and alpha are in the header of the file."""
-    with store.aside(destination, DIFFUSERS_LORA) as new:
+    with store.atomic_path(destination, DIFFUSERS_LORA) as new:
         new.mkdir()
         tensors = _adapter_tensors(network, lora.DIFFUSERS_PREFIX)
         store.write_file(new / DIFFUSERS_LORA, tensors, lora.header(*network.config), check=True)
@@ -290,9 +287,11 @@ class Merged:
 
 
 def _merged(network: Network, parameters: Mapping[str, Any], adapter: Network) -> dict[str, Any]:
-    """The parameters of the transformer that the adapter changes. ConversionError when it is not this transformer's."""
+    """The parameters of the transformer that the adapter changes. UserError when it is not this transformer's."""
     rank, alpha = adapter.config
     config = dataclasses.replace(network.config, rank=rank, alpha=alpha)
+    if (what := lora.misfit(adapter.tensors, network.config)) is not None:
+        raise UserError(f"{adapter.source} on {network.source}: {what}; give an adapter of this model")
     abstract = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam)
     slots = rules.expand(lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract)
     rules.match(slots, adapter.tensors, f"{adapter.source} on {network.source}")

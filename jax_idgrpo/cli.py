@@ -17,18 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from checkpoints_convert.arguments import Parser
+from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError, closest
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +72,18 @@ def prompts_path(name: str) -> Path:
     return existing(str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval")
 
 
+def adapter_path(path: str) -> Path:
+    """Return the adapter that `--lora path` means, also where it is the workdir of a run.
+
+    Raises:
+      UserError: there is none.
+    """
+    place = Path(path)
+    if not place.exists() and not is_export(place):
+        existing(path, "--lora", hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export")
+    return adapter_place(place)
+
+
 def adapters(pairs: Sequence[str]) -> dict[str, Path]:
     """`["NAME=PATH", ...]` as a dictionary.
 
@@ -90,7 +97,7 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
         if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and _; choose another")
-        paths[name] = existing(path, "--lora", "pass an adapter folder, such as runs/quickstart/export")
+        paths[name] = adapter_path(path)
     return paths
 
 
@@ -155,7 +162,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
-    lora = existing(arguments.lora, "--lora", "pass an adapter folder, such as runs/quickstart/export") if arguments.lora else None
+    lora = adapter_path(arguments.lora) if arguments.lora else None
     out = require_writable(Path(arguments.out), "--out")
     _start()
     from jax_idgrpo.evaluation.commands import sample
@@ -306,7 +313,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
     """The arguments without configuration fields, and the `(section.field, text)` pairs among them.
 
     Raises:
-      UserError: a field without a value.
+      UserError: a field without a value, or a field given twice.
     """
     rest: list[str] = []
     pairs: list[tuple[str, str]] = []
@@ -321,6 +328,8 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
             if not queue or queue[0].startswith("--"):
                 raise UserError(f"{name} needs a value, as in {name} VALUE or {name}=VALUE")
             value = queue.pop(0)
+        if name.removeprefix("--") in (field for field, _ in pairs):
+            raise UserError(f"{name} is given twice; give it once")
         pairs.append((name.removeprefix("--"), value))
     return rest, pairs
 
@@ -360,7 +369,7 @@ def run(arguments: Sequence[str]) -> None:
     fields = _fields() if command.configured else {}
     epilog = "\n".join(["fields of the configuration, with the defaults of the schema:",
                         *(f"  {field} {value!r}" for field, value in fields.items())]) if fields else ""
-    parser = _Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
+    parser = Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     command.options(parser)
     rest, overrides = split_overrides(arguments[1:])

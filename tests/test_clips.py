@@ -174,6 +174,8 @@ def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, kind, extra, 
     source = tmp_path / "clips"
     shutil.copytree(folder[0], source)
     extra = extra + broken(kind, source, folder[1])
+    usual = {"--clips": str(source), "--split": "train"}
+    words = [word for name, value in usual.items() if name not in extra for word in (name, value)]
     with pytest.raises(UserError, match=answer):
-        cli.run(["pairs", "--clips", str(source), "--out", str(tmp_path / "out"), "--split", "train", "--count", "2", *extra])
+        cli.run(["pairs", *words, "--out", str(tmp_path / "out"), "--count", "2", *extra])
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from checkpoints_convert import checkpoint, faces, rules, store
+from checkpoints_convert import checkpoint, faces, identify, network, rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50
 from jax_idgrpo.models.faces.facenet import FacenetConfig
@@ -64,8 +64,8 @@ def test_the_store_holds_the_network_under_our_names(tmp_path):
     store.write_file(tmp_path / "download.pth", tensors)
     assert run("import", tmp_path / "download.pth", tmp_path / "store") == 0
     assert json.loads((tmp_path / "store" / "config.json").read_text())["architecture"] == "facenet"
-    network = checkpoint.open_checkpoint(tmp_path / "store").networks[checkpoint.FACE]
-    kernel = np.asarray(checkpoint.ours(network)["bottleneck.kernel"])
+    found = checkpoint.open_checkpoint(tmp_path / "store").networks[identify.FACE]
+    kernel = np.asarray(network.ours(found)["bottleneck.kernel"])
     np.testing.assert_array_equal(kernel, tensors["bottleneck.weight"].T)
 
 

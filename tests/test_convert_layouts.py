@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from checkpoints_convert import checkpoint, lazy, lora, pth, rules, store, umt5, vae, wan, writing
+from checkpoints_convert import adapter, checkpoint, identify, lazy, lora, pth, rules, store, umt5, vae, wan, writing
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import pipeline
 from tests.test_convert import ADAPTER, PIPELINE, PUBLISHED_VAE, TENSORS, contents, run, same_bits, vae_shapes
@@ -163,7 +163,7 @@ def test_adapters_go_in_and_out_with_every_bit(tmp_path, prefix, how):
         got = store.open_tensors(tmp_path / form)
         assert set(got) == {start + name for name in want}
         assert all(same_bits(np.asarray(got[start + name]), np.asarray(value)) for name, value in want.items())
-        assert checkpoint.adapter_scale(tmp_path / form) == (4, 8.0)
+        assert adapter.adapter_scale(tmp_path / form) == (4, 8.0)
 
 
 def recast_adapter(file: Path, how: str) -> None:
@@ -237,13 +237,13 @@ def test_sizes_come_back_from_shapes_alone(layout):
     for config in (wan_1_3b(), wan_14b(), vace_1_3b(), vace_14b()):
         tensors = shapes(wan.rules(config, layout), wan_shapes(config))
         assert wan.config_from_shapes(tensors, layout) == config
-        assert checkpoint.identify(tensors) == ("transformer", layout)
+        assert identify.identify(tensors) == ("transformer", layout)
     config = dataclasses.replace(PUBLISHED_VAE, latents_mean=vae.LATENTS_MEAN, latents_std=vae.LATENTS_STD)
     tensors = shapes(vae.rules(config, layout), vae_shapes(config))
-    assert vae.config_from_shapes(tensors, layout) == config and checkpoint.identify(tensors) == ("vae", layout)
+    assert vae.config_from_shapes(tensors, layout) == config and identify.identify(tensors) == ("vae", layout)
     named = "transformers" if layout == "diffusers" else layout
     tensors = shapes(umt5.rules(umt5_xxl(), named), text_shapes(umt5_xxl()))
-    assert umt5.config_from_shapes(tensors, named) == umt5_xxl() and checkpoint.identify(tensors) == ("text_encoder", named)
+    assert umt5.config_from_shapes(tensors, named) == umt5_xxl() and identify.identify(tensors) == ("text_encoder", named)
 
 
 # ---- the pipeline reads all of it ------------------------------------------------------------------------------------
@@ -300,14 +300,15 @@ def test_a_network_on_a_mesh_of_several_devices_equals_one_on_a_single_device(tm
 import sys, jax, numpy as np
 from flax import nnx
 from checkpoints_convert import checkpoint, rules
-from jax_idgrpo import parallel
+from checkpoints_convert.network import fill
 from jax_idgrpo.config import MeshConfig
+from jax_idgrpo.parallel.sharding import make_mesh, state_shardings
 network = checkpoint.open_part(sys.argv[1], "transformer")
-mesh = parallel.make_mesh(MeshConfig(data=2, fsdp=2))
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
 abstract = network.shapes
-shardings = parallel.state_shardings(mesh, abstract)
+shardings = state_shardings(mesh, abstract)
 target = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
-filled, plain = checkpoint.fill(network, target), checkpoint.fill(network, abstract)
+filled, plain = fill(network, target), fill(network, abstract)
 split = 0
 for (path, one), other, sharding in zip(jax.tree_util.tree_leaves_with_path(filled), jax.tree.leaves(plain), jax.tree.leaves(shardings)):
     assert one.sharding == sharding and not other.committed, path
@@ -351,7 +352,7 @@ def test_merged_weights_are_the_sum_in_float32_stored_as_the_base_is(tmp_path, h
 
 def test_another_models_adapter_is_not_merged(tmp_path):
     base = original(tmp_path, "wan")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors on .*unexpected: base_model\.model\.(vace_)?blocks"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors on .*: made for a VACE model, this one has no VACE blocks"):
         run("export", ADAPTER, tmp_path / "out", "--format", "merged", "--base", base)
     assert not (tmp_path / "out").exists()
 
@@ -575,7 +576,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_tensor_and_file(tmp_path):
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from checkpoints_convert import checkpoint, lazy, store, writing
+from checkpoints_convert import checkpoint, compare, lazy, store, writing
 
 source, destination = Path(sys.argv[1]), Path(sys.argv[2])
 original = os.fsync, Path.rename, Path.replace
@@ -603,8 +604,8 @@ def convert(moment):
             return call
 
         os.fsync, Path.rename, Path.replace = (counted(function) for function in original)
-        pieces = lazy.pieces
-        lazy.pieces = lambda *arguments: (counted(lambda piece: piece)(piece) for piece in pieces(*arguments))
+        chunks = lazy.iter_chunks
+        lazy.iter_chunks = lambda *arguments: (counted(lambda chunk: chunk)(chunk) for chunk in chunks(*arguments))
         status = 1
         try:
             writing.write_diffusers(checkpoint.open_checkpoint(source), destination, "card", shard=200_000)
@@ -618,7 +619,7 @@ def convert(moment):
 
 
 def whole():
-    return not list(checkpoint.differences(checkpoint.open_checkpoint(source).networks, checkpoint.open_checkpoint(destination).networks))
+    return not list(compare.differences(checkpoint.open_checkpoint(source).networks, checkpoint.open_checkpoint(destination).networks))
 
 
 assert not convert(None) and whole()
@@ -706,10 +707,10 @@ def test_the_progress_bar_counts_every_byte(tmp_path):
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (300, 700), (3, 5, 7, 2), (1, 4)])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
 def test_pieces_are_the_values_in_row_major_order(monkeypatch, shape, dtype):
-    monkeypatch.setattr(lazy, "PIECE", 1 << 15)
+    monkeypatch.setattr(lazy, "CHUNK", 1 << 15)
     values = np.asarray(np.random.default_rng(0).standard_normal(shape) * 50).astype(dtype)
     for array in (values, np.asarray(values.T)):
-        parts = list(lazy.pieces(array))
+        parts = list(lazy.iter_chunks(array))
         assert b"".join(part.tobytes() for part in parts) == array.tobytes()
         assert all(part.flags.c_contiguous for part in parts)
     assert values.size < 1000 or len(parts) > 1

@@ -228,5 +228,5 @@ def test_what_a_kind_does_not_have_is_refused(checkpoint):
         c.Config(model=c.ModelConfig(kind="phantom"), data=c.DataConfig(max_people=5))
     with pytest.raises(UserError, match="'phantom' was asked for, .* 'vace'"):
         setup.load(c.Config(model=c.ModelConfig(kind="phantom", unroll=True)))
-    with pytest.raises(UserError, match="'vace' was asked for, .* 'wan'"):
+    with pytest.raises(UserError, match=r"plain Wan \(T2V\), which takes no reference photos; .* --model.kind phantom"):
         setup.load(c.Config(model=c.ModelConfig(path=str(checkpoint))))

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from checkpoints_convert import card, checkpoint, lora, store, wan
-from checkpoints_convert.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints_convert import adapter, card, lora, store, wan
+from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -39,8 +39,8 @@ def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[A
 
 
 def lora_scale(path: str | Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter: from the PEFT config, the file's header, or, without either, alpha = rank."""
-    return checkpoint.adapter_scale(Path(path))
+    """(rank, alpha) of an adapter: see `checkpoints_convert.adapter.adapter_scale`."""
+    return adapter.adapter_scale(Path(path))
 
 
 def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
@@ -48,13 +48,15 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
 
     UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
     """
-    weights, _ = checkpoint.adapter_files(Path(path))
+    weights, _ = adapter.adapter_files(Path(path))
     rank, alpha = lora_scale(path)
     if (rank, alpha) != (config.rank, config.alpha):
         raise UserError(
             f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal"
         )
-    tensors, _ = store.open_file(weights)
+    tensors, _ = store.open_weights(weights)
+    if (what := lora.misfit(tensors, config)) is not None:
+        raise UserError(f"{weights}: {what}; pass an adapter of this model")
     model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
     return to_jax(
         lora.rules(wan.block_stacks(config), lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights)
@@ -69,7 +71,7 @@ def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: d
     """
     base = (training or {}).get("model", {}).get("path") or None
     text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
-    with store.aside(path, ADAPTER_CONFIG) as new:
+    with store.atomic_path(path, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
         store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))

@@ -4,7 +4,7 @@
     model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
 
 Names and layouts are the tables of `checkpoints_convert`; nothing is cast but to the dtype policy asked for. Folders are
-written aside and renamed, so a reader sees a whole one or none.
+written under another name and renamed, so a reader sees a whole one or none.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from checkpoints_convert import checkpoint, store, umt5, vae, wan
+from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
+from checkpoints_convert.places import checkpoint_place, hub_remedy
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
@@ -59,7 +60,7 @@ class Pipeline:
     def load_lora(self, path: str | Path) -> None:
         """Give the transformer the adapter at `path`, in place of one it may have; the base arrays are shared.
 
-        path: a PEFT directory or a safetensors file (names with or without `base_model.model.` or `transformer.`).
+        path: a PEFT directory, the workdir of a run, or a file of weights (names with or without `base_model.model.` or `transformer.`).
         UserError for an adapter of another model or of an unsupported kind.
         """
         rank, alpha = lora_scale(path)
@@ -95,11 +96,12 @@ def load_pipeline(
     Raises:
       UserError: the folder is not such a pipeline or does not fit.
     """
-    path = Path(path)
-    if kind not in (None, *checkpoint.KINDS):
-        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(checkpoint.KINDS)} or leave kind out")
+    path = checkpoint_place(path) if Path(path).exists() else Path(path)
+    if kind not in (None, *identify.KINDS):
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out")
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give the folder that holds {INDEX}, or one of the original layout")
+        remedy = hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
+        raise UserError(f"{path}: no such folder; {remedy}")
     found = checkpoint.open_checkpoint(path, kind)
     if missing := found.missing():
         raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
@@ -133,18 +135,18 @@ def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
     return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
 
 
-def _load_transformer(found: checkpoint.Network, dtype: str, **run: Any) -> WanTransformer:
+def _load_transformer(found: network.Network, dtype: str, **run: Any) -> WanTransformer:
     config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
     where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
     return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_vae(found: checkpoint.Network, mesh: Mesh | None = None) -> WanVAE:
+def _load_vae(found: network.Network, mesh: Mesh | None = None) -> WanVAE:
     where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
     return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
 
 
-def _load_text_encoder(found: checkpoint.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
+def _load_text_encoder(found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
     dtypes = Dtypes.named(dtype)
 
     def spread(state: Any) -> Any:
@@ -191,7 +193,7 @@ def _shift(found: checkpoint.Checkpoint) -> float:
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callable[[Any], Any] | None = None) -> Network:
+def _fill(build: Callable[[], Network], found: network.Network, where: Callable[[Any], Any] | None = None) -> Network:
     """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
 
     where: shapes -> their shardings; a host reads only the slices that its devices hold. None is the default device.
@@ -201,7 +203,7 @@ def _fill(build: Callable[[], Network], found: checkpoint.Network, where: Callab
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, where(abstract)
         )
-    return nnx.merge(graph, checkpoint.fill(found, abstract))
+    return nnx.merge(graph, network.fill(found, abstract))
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
 
     A folder at `path` is replaced if it is a pipeline or empty.
     """
-    with store.aside(path, INDEX) as new:
+    with store.atomic_path(path, INDEX) as new:
         save_vae(pipe.vae, new)
         save_text_encoder(pipe.text_encoder, pipe.tokenizer, new)
         save_transformer(pipe.transformer, new, pipe.shift)
@@ -222,7 +224,7 @@ def save_transformer(transformer: WanTransformer, path: str | Path, shift: float
     """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
     config, state = transformer.config, nnx.state(transformer, BASE)
     _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
-    with store.aside(Path(path) / "scheduler", "scheduler_config.json") as new:
+    with store.atomic_path(Path(path) / "scheduler", "scheduler_config.json") as new:
         new.mkdir()
         store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
     _write_index(Path(path))
@@ -240,16 +242,16 @@ def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) ->
     config, folder = network.config, Path(path) / "text_encoder"
     values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
     _save_network(folder, values, umt5.rules(config), nnx.state(network))
-    with store.aside(Path(path) / "tokenizer", "tokenizer_config.json") as new:
+    with store.atomic_path(Path(path) / "tokenizer", "tokenizer_config.json") as new:
         tokenizer.save_pretrained(new)
     _write_index(Path(path))
 
 
 def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State) -> None:
-    with store.aside(folder, "config.json") as new:
+    with store.atomic_path(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
-        store.write_file(new / f"{checkpoint.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
+        store.write_file(new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
 
 
 def _write_index(path: Path) -> None:

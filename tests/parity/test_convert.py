@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanVACEPipeline, WanVACETra
 from peft import PeftModel
 from transformers import UMT5EncoderModel
 
-from checkpoints_convert import checkpoint, lora, rules, store, wan, writing
+from checkpoints_convert import checkpoint, identify, lora, network, rules, store, wan, writing
 from jax_idgrpo.errors import UserError
 from tests.parity.torch_models import channels_first, channels_last, relative_error
 from tests.test_convert import ADAPTER, PIPELINE, run
@@ -97,7 +97,7 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
         loaded, info = model_class.from_pretrained(tmp_path / "out" / part, output_loading_info=True, torch_dtype=torch.float32)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
         state = loaded.state_dict()
-        for name, value in checkpoint.published(found.networks[part], rules_of(found, part)).items():
+        for name, value in network.published(found.networks[part], rules_of(found, part)).items():
             assert np.array_equal(state[name].numpy(), np.asarray(value).astype(np.float32)), name
     pipe = WanVACEPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
     assert pipe.scheduler.config.flow_shift == 3.0 and pipe.tokenizer("a man smiles").input_ids
@@ -107,7 +107,7 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
 
 
 def rules_of(found: checkpoint.Checkpoint, part: str) -> list[rules.Rule]:
-    family = checkpoint.FAMILIES[part]
+    family = identify.FAMILIES[part]
     return family.table.rules(found.networks[part].config, family.published)
 
 

@@ -355,7 +355,7 @@ def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = ""
     _, lora, rest = nnx.split(model.network, LoRAParam, ...)
     weights = _narrowed(rules.to_torch(table.rules(config), rest), model.settings.dtype)
     described = {**model.described, "peft_lora_config": {**model.described["peft_lora_config"], "lora_enable": config.rank > 0}}
-    with store.aside(folder, MODEL_CONFIG) as new:
+    with store.atomic_path(folder, MODEL_CONFIG) as new:
         checkpoint = new / f"checkpoint-{number}"
         checkpoint.mkdir(parents=True)
         if config.rank:

@@ -1,0 +1,142 @@
+"""Open LoRA adapters: which file holds one, its rank and alpha, and its tensors as a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert import lora, rules, store
+from checkpoints_convert.identify import ADAPTER
+from checkpoints_convert.network import Network, naming
+from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place
+from jax_idgrpo.errors import UserError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"  # of older versions of PEFT
+
+
+def adapter_files(path: Path) -> tuple[Path, Path | None]:
+    """Find (weights, PEFT config or None) of an adapter folder or file, or of a run's workdir.
+
+    The config beside a file counts for it when the file has PEFT's name or names, or is the only
+    adapter there.
+    """
+    path = adapter_place(path)
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        named = [
+            path / name for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if (path / name).is_file()
+        ]
+        if not named and not store.weights_files(path):
+            what = f"has {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS}"
+            raise UserError(f"{path}: {what}; get the whole adapter folder")
+        weights = named[0] if named else store.weights_file(path)
+    else:
+        weights = store.weights_file(path)
+    config = weights.with_name(ADAPTER_CONFIG)
+    if not config.is_file():
+        return weights, None
+    others = [weights.with_name(name) for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS)]
+    owned = weights in others or not any(file.is_file() for file in others)
+    return weights, config if owned or lora.prefix(
+        store.open_weights(weights)[0]
+    ) == lora.PEFT_PREFIX else None
+
+
+def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
+    """Read (rank, alpha) of an adapter from its PEFT config or the header of its file.
+
+    A file with diffusers' names or bare ones that states no alpha has alpha = rank, as diffusers
+    defines it. PEFT's names come with a config; without one nothing says what alpha is.
+
+    Args:
+      path: a folder, a file, or the workdir of a run.
+      alpha: what the user says, for a file that does not.
+
+    Raises:
+      UserError: no adapter that can be read, two places state different alphas, or none states it.
+    """
+    weights, config = adapter_files(path)
+    tensors, metadata = store.open_weights(weights)
+    if (what := lora.complaint(tensors)) is not None:
+        raise UserError(f"{weights}: {what}")
+    rank = next(
+        tensor.shape[0] for name, tensor in tensors.items() if name.endswith("lora_A.weight")
+    )
+    stated = _stated(weights, config, metadata, rank)
+    if alpha is not None:
+        stated["--alpha"] = alpha
+    if len(set(stated.values())) > 1:
+        said = ", ".join(f"{value:g} in {place}" for place, value in stated.items())
+        raise UserError(f"{weights}: its alpha is {said}; make them equal")
+    if stated:
+        return rank, next(iter(stated.values()))
+    if config is not None or lora.prefix(tensors) == lora.PEFT_PREFIX:
+        where = (
+            f"{config.name} has no lora_alpha"
+            if config is not None
+            else f"no {ADAPTER_CONFIG} is beside it"
+        )
+        say = f"idgrpo-convert import {weights} ADAPTER --alpha A"
+        remedy = f"get the whole adapter, or state it with {say}"
+        raise UserError(f"{weights}: its alpha is not known, since {where}; {remedy}")
+    return rank, float(rank)
+
+
+def stated_alphas(path: Path) -> dict[str, float]:
+    """Read every alpha that an adapter states, by its place: its config or its file's header."""
+    weights, config = adapter_files(path)
+    return _stated(weights, config, store.open_weights(weights)[1], adapter_scale(path)[0])
+
+
+def _stated(
+    weights: Path, config: Path | None, metadata: Mapping[str, str], rank: int
+) -> dict[str, float]:
+    """Do as `stated_alphas`. UserError for a variant of LoRA, another rank, or no number."""
+    found: dict[str, float] = {}
+
+    def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
+        lora.refuse_variants(values)
+        if (said := int(values["r"])) != rank:
+            what = f"says rank {said}, the tensors of {weights.name} have {rank}"
+            raise UserError(f"{file}: {what}; get both files again")
+        if "lora_alpha" in values:
+            found[place] = lora.number(values["lora_alpha"])
+
+    if config is not None:
+        with naming(config):
+            state(config, config.name, store.read_json(config))
+    with naming(weights):
+        if lora.HEADER in metadata:
+            state(
+                weights,
+                f"{lora.HEADER} in its header",
+                lora.fields_of_header(json.loads(metadata[lora.HEADER])),
+            )
+        for name in lora.ALPHAS:
+            if name in metadata:
+                found[f"{name} in its header"] = lora.number(metadata[name])
+    return found
+
+
+def open_adapter(path: Path, alpha: float | None = None) -> Network:
+    """Open a PEFT folder, or a file with PEFT's, diffusers' or no prefix.
+
+    path, alpha: as in `adapter_scale`.
+    """
+    weights, config = adapter_files(path)
+    rank, alpha = adapter_scale(path, alpha)
+    tensors, _ = store.open_weights(weights)
+    prefix = lora.prefix(tensors)
+    table = lora.rules(lora.stacks_of(tensors, prefix), prefix)
+    return Network(
+        part=ADAPTER,
+        layout="peft" if config is not None else "diffusers-lora",
+        config=(rank, alpha),
+        values=lora.config_to_json(rank, alpha),
+        table=table,
+        shapes=rules.infer(table, tensors, str(weights)),
+        tensors=tensors,
+        source=weights,
+    )

@@ -1,0 +1,137 @@
+"""Tell which network a file holds, and in which layout, by the names of its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from flax import nnx
+
+from checkpoints_convert import lora, rules, umt5, vae, wan
+from jax_idgrpo.models.layers import FLOAT32
+from jax_idgrpo.models.umt5 import UMT5Encoder
+from jax_idgrpo.models.vae import WanVAE
+from jax_idgrpo.models.wan import WanTransformer
+
+KINDS = ("vace", "wan", "phantom")
+TRANSFORMER = "transformer"
+ADAPTER = "adapter"
+FACE = "face"
+ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
+
+    table: ModuleType
+    build: Callable[[Any], nnx.Module]
+    published: str  # of the layout that its table calls by its default
+    weights: str
+    original: str
+    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
+
+
+FAMILIES = {
+    TRANSFORMER: Family(
+        wan,
+        lambda config: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
+        "diffusion_pytorch_model.safetensors",
+    ),
+    "vae": Family(
+        vae,
+        lambda config: WanVAE(config, rngs=nnx.Rngs(0)),
+        "diffusers",
+        "diffusion_pytorch_model",
+        "Wan2.1_VAE.pth",
+    ),
+    "text_encoder": Family(
+        umt5,
+        lambda config: UMT5Encoder(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)),
+        "transformers",
+        "model",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        umt5.IGNORED,
+    ),
+}
+CLASSES = {  # class named by a config.json of the diffusers layout -> part
+    "WanTransformer3DModel": TRANSFORMER,
+    "WanVACETransformer3DModel": TRANSFORMER,
+    "AutoencoderKLWan": "vae",
+    "UMT5EncoderModel": "text_encoder",
+}
+BLOCK = r"(vace_)?blocks\.\d+\."
+# fmt: off
+SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
+    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
+    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
+    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
+    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
+    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
+    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
+    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
+    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
+}
+# fmt: on
+IMAGE_TO_VIDEO = r"^img_emb\.|\.k_img\.|^condition_embedder\.image_embedder\.|\.add_k_proj\."
+# What DDP, FSDP, compiled modules and ComfyUI put before every name.
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "diffusion_model.",
+    "transformer.",
+)
+
+
+def identify(names: Iterable[str]) -> tuple[str, str] | None:
+    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
+    names = list(names)
+    if any(".lora_" in name or re.search(lora.LYCORIS, name) for name in names):
+        return ADAPTER, "peft"
+    stored = rules.is_stored(names)
+    counts = {
+        sign: sum(bool(re.match(pattern, name)) for name in names)
+        for sign, pattern in SIGNS.items()
+        if (sign[1] == "store") == stored
+    }
+    best = max(counts, key=lambda sign: counts[sign])
+    return best if counts[best] else None
+
+
+def refuse_others(names: Iterable[str]) -> None:
+    """Raise a ValueError for the tensors of a Wan network that this project does not have."""
+    names = list(names)
+    if any(re.search(IMAGE_TO_VIDEO, name) for name in names):
+        raise ValueError(wan.NO_IMAGE_TO_VIDEO)
+    if any(name.startswith(("ema.", "ema_model.")) for name in names):
+        raise ValueError(
+            "holds an average of the weights (ema.) beside them; save one of the two alone"
+        )
+    stacks = {name.split(".")[0] for name in names}
+    if "vace_blocks" in stacks and "blocks" not in stacks:
+        raise ValueError(
+            "these are VACE blocks without the main model; give the whole VACE checkpoint"
+        )
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """Return what stands before every name of a known network, such as `model.diffusion_model.`.
+
+    It is empty where nothing does, or where the rest is no known network.
+    """
+    rest, start = list(names), ""
+    while rest and identify(rest) is None:
+        found = next(
+            (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in rest)), None
+        )
+        if found is None:
+            return ""
+        start, rest = start + found, [name.removeprefix(found) for name in rest]
+    return start

@@ -1,0 +1,100 @@
+"""Find what a user's path means: an entry of the Hugging Face cache, the workdir of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert import store
+from jax_idgrpo.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+EXPORT, RUN_CONFIG = "export", "config.json"  # inside the workdir of a run
+HUB_NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"  # ORG/NAME
+HUB_ENTRY = "models--"
+
+
+def checkpoint_place(path: str | Path) -> Path:
+    """Return the folder or file of a checkpoint that `path` means.
+
+    An entry of the Hugging Face cache means its `main` snapshot. UserError when there is nothing at
+    `path`, or no such snapshot.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: does not exist; {hub_remedy(path) or 'check the path'}")
+    if not path.is_dir():
+        return path
+    snapshots = path / "snapshots"
+    if snapshots.is_dir() and any((path / name).is_dir() for name in ("refs", "blobs")):
+        return _snapshot(path, snapshots)
+    if entries := sorted(
+        entry.name for entry in store.visible(path.glob(f"{HUB_ENTRY}*")) if entry.is_dir()
+    ):
+        raise UserError(
+            f"{path}: is a Hugging Face cache; pass one of its entries, such as {path / entries[0]}"
+        )
+    return path
+
+
+def _snapshot(path: Path, snapshots: Path) -> Path:
+    main = path / "refs" / "main"
+    commit = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
+    if re.fullmatch(r"[0-9a-zA-Z]+", commit) and (snapshots / commit).is_dir():
+        return snapshots / commit
+    there = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
+    if not there:
+        raise UserError(
+            f"{path}: is a Hugging Face cache entry without a snapshot; download the model again"
+        )
+    what = "is a Hugging Face cache entry without its main snapshot"
+    raise UserError(f"{path}: {what}; pass {snapshots / there[0]}")
+
+
+def hub_remedy(path: Path) -> str | None:
+    """Say how to download what a path that leads nowhere may name on the Hugging Face Hub.
+
+    None where the path has another form than ORG/NAME.
+    """
+    text = path.as_posix()
+    if re.fullmatch(HUB_NAME, text) and not path.parent.exists():
+        download = f"hf download {text} --local-dir {path.name}"
+        return f"if it is a model on the Hugging Face Hub, run: {download}; and pass {path.name}"
+    return None
+
+
+def run_config(workdir: Path) -> dict[str, Any] | None:
+    """Read the configuration of the run whose workdir this is; None for any other folder."""
+    file = workdir / RUN_CONFIG
+    values = store.read_json(file) if file.is_file() else {}
+    return values if {"model", "rollout", "grpo"} <= values.keys() else None
+
+
+def is_export(path: Path) -> bool:
+    """Return whether this is where a run puts its adapter, written or not."""
+    return path.name == EXPORT and run_config(path.parent) is not None
+
+
+def adapter_place(path: str | Path) -> Path:
+    """Return the adapter that `path` means: `export/` of a run's workdir, or the path itself.
+
+    UserError when there is nothing there, or the run has not written its adapter yet.
+    """
+    path = Path(path)
+    inside = path / EXPORT
+    if (path / ADAPTER_CONFIG).is_file():
+        return path
+    if (inside / ADAPTER_CONFIG).is_file():
+        return inside
+    workdir = path.parent if is_export(path) and not path.exists() else path
+    config = run_config(workdir)
+    if config is not None and (workdir / EXPORT).exists():
+        return workdir / EXPORT
+    if config is not None:
+        every = config.get("run", {}).get("save_every")
+        when = f" (run.save_every {every})" if every else ""
+        raise UserError(
+            f"{workdir}: this run has not written an adapter yet{when}; wait for it, or train on"
+        )
+    return checkpoint_place(path)
