@@ -7,6 +7,7 @@
 import argparse
 import dataclasses
 import errno
+import functools
 import importlib.metadata
 import logging
 import os
@@ -21,6 +22,7 @@ from checkpoints_convert.arguments import Parser
 from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.workdir import local_path
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
@@ -36,12 +38,13 @@ class Command:
     configured: bool = True
 
 
-def require_writable(path: Path, what: str, folder: bool = True) -> Path:
+def require_writable(path: str | Path, what: str, folder: bool = True) -> Path:
     """`path`, once it is sure that it can be made or written; nothing is created.
 
     Raises:
-      UserError: a file stands in the way, or the nearest existing folder above cannot be written.
+      UserError: it is an address, a file is in the way, or the nearest existing folder above cannot be written.
     """
+    path = local_path(path, what)
     if path.exists() and path.is_dir() != folder:
         kind = "a file, not a folder" if folder else "a folder, not a file"
         raise UserError(f"{what} {path}: is {kind}; choose another path")
@@ -55,19 +58,25 @@ def require_writable(path: Path, what: str, folder: bool = True) -> Path:
         raise UserError(f"{what} {path}: cannot be written ({parent}: {error.strerror}); choose another path") from None
 
 
+def _path(option: str) -> Callable[[str], Path]:
+    """Make the reader of an option that takes a path of this machine."""
+    return functools.partial(local_path, what=option)
+
+
 def existing(path: str, what: str, remedy: str) -> Path:
     """`path`, which must exist.
 
     Raises:
-      UserError: it does not; `what` names its part and `remedy` says what to pass.
+      UserError: it does not, or is an address; `what` names its part and `remedy` says what to pass.
     """
-    if not Path(path).exists():
+    if not local_path(path, what).exists():
         raise UserError(f"{what} {path}: no such file or folder; {remedy}")
     return Path(path)
 
 
 def prompts_path(name: str) -> Path:
     """The CSV that `--prompts name` means, which must exist."""
+    local_path(name, "--prompts")
     path = configuration.prompts_file(name)
     return existing(str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval")
 
@@ -78,7 +87,7 @@ def adapter_path(path: str) -> Path:
     Raises:
       UserError: there is none.
     """
-    place = Path(path)
+    place = local_path(path, "--lora")
     if not place.exists() and not is_export(place):
         existing(path, "--lora", hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export")
     return adapter_place(place)
@@ -121,8 +130,8 @@ def _grpo_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
-    workdir = require_writable(Path(arguments.workdir), "--workdir")
-    profile = require_writable(Path(arguments.profile), "--profile") if arguments.profile else None
+    workdir = require_writable(arguments.workdir, "--workdir")
+    profile = require_writable(arguments.profile, "--profile") if arguments.profile else None
     _start()
     from jax_idgrpo.training.train import train
 
@@ -131,7 +140,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
-    workdir = require_writable(Path(arguments.workdir), "--workdir")
+    workdir = require_writable(arguments.workdir, "--workdir")
     _start()
     from jax_idgrpo.training.finetune import finetune
 
@@ -145,7 +154,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
             f"finetune.task is {config.finetune.task!r}; train-reward trains {', '.join(configuration.REWARD_TASKS)}, "
             "as configs/reward_face.py does; use idgrpo finetune for other tasks"
         )
-    workdir = require_writable(Path(arguments.workdir), "--workdir")
+    workdir = require_writable(arguments.workdir, "--workdir")
     _start()
     from jax_idgrpo.training.finetune import finetune
 
@@ -163,7 +172,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
     lora = adapter_path(arguments.lora) if arguments.lora else None
-    out = require_writable(Path(arguments.out), "--out")
+    out = require_writable(arguments.out, "--out")
     _start()
     from jax_idgrpo.evaluation.commands import sample
 
@@ -181,7 +190,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
     videos = existing(arguments.videos, "--videos", "pass a folder of videos")
-    out = require_writable(Path(arguments.out), "--out", folder=False)
+    out = require_writable(arguments.out, "--out", folder=False)
     _start()
     from jax_idgrpo.evaluation.commands import score
 
@@ -199,7 +208,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
-    out = require_writable(Path(arguments.out), "--out")
+    out = require_writable(arguments.out, "--out")
     _start()
     from jax_idgrpo.evaluation.commands import evaluate
 
@@ -218,7 +227,7 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"folder to make: {holds}")
+    parser.add_argument("--out", type=_path("--out"), required=True, metavar="DIR", help=f"folder to make: {holds}")
     parser.add_argument("--split", required=True, help="synthetic people to draw from: train, rl or eval; no two share a person")
     parser.add_argument("--count", type=int, required=True, metavar="N", help=unit)
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
@@ -240,9 +249,9 @@ def _pairs_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distortions", default=unset, metavar="A,B", help="faults that occur, joined by commas (default all)")
     parser.add_argument("--automatic", type=float, default=unset, help="share of automatic pairs, with labels partly wrong (default 0)")
     parser.add_argument("--careless", type=float, default=unset, help="share of the automatic labels drawn at random (default 0.5)")
-    parser.add_argument("--clips", type=Path, default=unset, metavar="DIR", help="folder of videos with photos and clips.csv; without it "
-                        "the people are synthetic")
-    parser.add_argument("--faces", type=Path, default=unset, metavar="DIR", help="face networks for --clips, as reward.faces")
+    parser.add_argument("--clips", type=_path("--clips"), default=unset, metavar="DIR",
+                        help="folder of videos with photos and clips.csv; without it the people are synthetic")
+    parser.add_argument("--faces", type=_path("--faces"), default=unset, metavar="DIR", help="face networks for --clips, as reward.faces")
     parser.add_argument("--frames", type=int, default=unset, help="frames per clip (default 9)")
     parser.add_argument("--size", type=int, nargs=2, default=unset, metavar=("HEIGHT", "WIDTH"), help="in pixels (default 64 64)")
     parser.add_argument("--fps", type=int, default=unset, help="frames per second that are kept of --clips (default 8)")
@@ -260,8 +269,8 @@ def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 
 
 def _pack_pairs_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, required=True, help="the pairs, as `idgrpo pairs` writes them")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--csv", type=_path("--csv"), required=True, help="the pairs, as `idgrpo pairs` writes them")
+    parser.add_argument("--out", type=_path("--out"), required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--dimensions", default="SA", help="columns that hold labels, joined by commas (default SA)")
 
 
@@ -283,7 +292,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
-    out = require_writable(Path(arguments.out), "--out")
+    out = require_writable(arguments.out, "--out")
     from jax_idgrpo.parallel.hosts import give_back_after_compiling
     from jax_idgrpo.planning.plan import plan
 

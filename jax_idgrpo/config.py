@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.workdir import local_path
 
 EMBEDDED = Path(__file__).parent / "synthetic" / "assets"
 
@@ -520,6 +521,10 @@ class FinetuneConfig:
         _require(self.log_every >= 1, f"finetune.log_every is {self.log_every}; use 1 or more")
 
 
+NOT_PATHS = ("data.negative_prompt", "run.wandb")
+"""Fields of text that name no file."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
@@ -537,6 +542,7 @@ class Config:
     finetune: FinetuneConfig = FinetuneConfig()
 
     def __post_init__(self) -> None:
+        self._require_local_paths()
         rollout, grpo = self.rollout, self.grpo
         if self.model.kind == "vace":
             for section in ("rollout", "evaluate"):
@@ -570,6 +576,15 @@ class Config:
                  f"one of {grpo.updates} updates")
         _require(grpo.objective != "dpo" or self.rows_per_call % 2 == 0,
                  f"rollout.micro_batch {self.rows_per_call} would part the two videos of a pair; use an even number")
+
+    def _require_local_paths(self) -> None:
+        """Refuse addresses, such as gs://bucket/run, in every field of text that may be a path."""
+        sections = dataclasses.asdict(self)
+        sections["finetune.options"] = self.finetune.options
+        fields = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+        for name, value in fields.items():
+            if isinstance(value, str) and name not in NOT_PATHS:
+                local_path(value, name)
 
     def image_guidance(self, evaluation: bool = False) -> float | None:
         """Scale of the photos' branch in rollouts or in evaluation; None for a model without it."""
@@ -658,7 +673,7 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
     Raises:
       UserError: the file is missing or cannot be run, defines no `get_config`, or holds a value that is refused.
     """
-    path = Path(path)
+    path = local_path(path, "config")
     if not path.is_file():
         raise UserError(f"config {path}: no such file; pass the path of a Python file with get_config(), such as configs/quickstart.py")
     sys.path.insert(0, str(path.parent.absolute()))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference
+from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
 from jax_idgrpo.data.video import read_video, to_uint8, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import bootstrap
@@ -42,7 +42,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    prove(config, prompts, adapter=lora or out / "none")
+    prove(config, row_digests(listed), adapter=lora or out / "none")
     sampler = make_sampler(config)
     conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
@@ -70,7 +70,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     if not files:
         raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
     rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
-    prove(config, prompts, videos=videos)
+    prove(config, row_digests(listed), videos=videos)
     scorer = make_scorer(config, 1)
     lines = []
     with progress("scoring", len(rows)) as update:
@@ -99,7 +99,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    prove(config, prompts, **{f"adapter {name}": path for name, path in loras.items()})
+    prove(config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()})
     sampler = make_sampler(config)
     conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     models = make_models(sampler, loras)

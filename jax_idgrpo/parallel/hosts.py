@@ -12,14 +12,17 @@ no program sees, such as who writes files.
 
 import contextlib
 import ctypes
+import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from jax_idgrpo.errors import UserError
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
 HEARTBEAT = 30      # seconds after which a process that says nothing is lost, and the run with it
+SAMPLE = 2**20      # bytes of a large file that are compared at its beginning, middle and end
 
 
 def _number(name: str, environment: Mapping[str, str], low: int) -> int:
@@ -79,6 +83,8 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
     wanted = arguments(environment)
     if wanted is None or wanted.get("num_processes") == 1:
         return
+    if "coordinator_address" in wanted:
+        check_address(wanted["coordinator_address"], listens=wanted["process_id"] == 0)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     patience = _patience(environment)
     try:
@@ -92,6 +98,48 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
         raise UserError(
             f"the processes did not find each other at {where} ({reason}); start all of them, and let them reach process 0 at that address"
         ) from None
+
+
+def check_address(address: str, listens: bool) -> None:
+    """Refuse an address at which the processes cannot meet, before JAX waits for it or dies of it.
+
+    Args:
+      address: "host:port" of process 0.
+      listens: this is process 0, which will listen at the port.
+
+    Raises:
+      UserError: the host has no address, or process 0 cannot listen at the port.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS is {address!r}: the host {host} cannot be found ({reason}); give the name or the IP address by which "
+            "this machine reaches process 0"
+        ) from None
+    if listens:
+        _check_port(int(port), address)
+
+
+def _check_port(port: int, address: str) -> None:
+    """Try the port as JAX will use it: at all addresses of this machine, of both families or of the one that there is.
+
+    Raises:
+      UserError: another program uses it, or this user may not.
+    """
+    for family in (socket.AF_INET6, socket.AF_INET):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # connections that have just ended do not count
+                listening.bind(("", port))
+        except (OSError, OverflowError) as error:
+            if not isinstance(error, OSError) or error.errno in (errno.EADDRINUSE, errno.EACCES):
+                reason = "is in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
+                raise UserError(
+                    f"JAX_COORDINATOR_ADDRESS is {address!r}: port {port} of process 0 {reason}; choose another, the same in all processes"
+                ) from None
 
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
@@ -128,12 +176,27 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
+def _fingerprint(file: Path) -> str:
+    """Size and hash of a file: of all its bytes, or of three samples where they are many.
+
+    Adapters, heads and whole models of one shape have files of one size, so that the size alone tells little.
+    """
+    size = file.stat().st_size
+    starts = [0] if size <= 3 * SAMPLE else [0, (size - SAMPLE) // 2, size - SAMPLE]
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in starts:
+            opened.seek(start)
+            digest.update(opened.read(3 * SAMPLE if len(starts) == 1 else SAMPLE))
+    return f"{size} {digest.hexdigest()}"
+
+
 def folder_facts(folder: Path) -> str:
-    """Names and sizes of all files below a folder, hidden ones aside; of a file its own."""
+    """Names, sizes and hashes of all files below a folder, hidden ones aside; of a file its own."""
     if folder.is_file():
-        return f"{folder.name} {folder.stat().st_size}"
+        return f"{folder.name} {_fingerprint(folder)}"
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return "\n".join(f"{path.relative_to(folder)} {path.stat().st_size}" for path in files)
+    return "\n".join(f"{path.relative_to(folder)} {_fingerprint(path)}" for path in files)
 
 
 def agree(facts: Mapping[str, str]) -> None:
@@ -157,21 +220,27 @@ def agree(facts: Mapping[str, str]) -> None:
         raise UserError(f"the hosts differ from process 0 in {'; '.join(differing)}; give all of them the same and start again")
 
 
-def prove(config: Config, prompts: Path | None, **folders: Path) -> None:
-    """`agree` on what every command reads: configuration, prompts, checkpoint, reward, library versions, and on more files by name.
+def prove(config: Config, rows: Sequence[str], **folders: Path) -> None:
+    """`agree` on what every command reads: configuration, prompts, photos, checkpoint, reward and library versions.
+
+    Args:
+      config: the configuration.
+      rows: digests of the prompts and their photos, by `data.prompts.row_digests`; none for a command that reads no prompts.
+      **folders: more files and folders, by the names that the user knows them by.
 
     Raises:
       UserError: the processes differ.
     """
     if jax.process_count() == 1:
         return
-    networks = [config.reward.folder()] if config.reward.faces else []
-    reward = [*networks, *(Path(folder) for folder in (config.reward.vlm, config.reward.vlm_base) if folder)]
+    reward = config.reward
+    networks = [reward.folder()] if reward.faces else []
+    files = [*networks, *(Path(name) for name in (reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt) if name)]
     agree({
         "the configuration": config.to_json(),
-        "the prompts": prompts.read_text() if prompts else "",
+        "the prompts or their photos": "\n".join(rows),
         "the checkpoint": folder_facts(config.model.folder()),
-        "the reward": "\n".join(map(folder_facts, reward)),
+        "the reward": "\n".join(map(folder_facts, files)),
         **{f"the {name}": folder_facts(folder) for name, folder in folders.items()},
         **versions(),
     })
@@ -213,6 +282,19 @@ def of_all(value: Any) -> list[Any]:
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).ravel()
     everyone = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text)))))
     return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come to the place of this name (collective)."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@functools.cache
+def processes_here() -> int:
+    """Count the processes of this run on this machine, among which its memory is shared (collective at the first call)."""
+    names = of_all(socket.gethostname())
+    return names.count(names[jax.process_index()])
 
 
 @contextlib.contextmanager

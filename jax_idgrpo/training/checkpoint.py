@@ -2,10 +2,14 @@
 
 A checkpoint is a flat mapping from names to arrays, so that it does not depend on the classes that hold them, with a checksum of
 every array, because a flipped bit in stored numbers is otherwise read without complaint. A workdir holds `checkpoints/<step>/`
-(orbax) and `config.json`, the configuration that made them.
+(orbax), `config.json`, the configuration that made them, and `rows.json`, digests of the rows that the run reads.
+
+Several processes share one checkpoint, and each reads only the part that its devices hold. A part can be damaged for one
+process alone, so every decision about a checkpoint is taken together: which steps exist, whether one can be read.
 """
 
 import contextlib
+import errno
 import fnmatch
 import json
 import re
@@ -13,7 +17,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +26,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jax_idgrpo.config import Config
+from jax_idgrpo.data.prompts import describe_change
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.parallel.hosts import any_process
+from jax_idgrpo.parallel.hosts import barrier, of_all
 from jax_idgrpo.workdir import write_text
 
 T = TypeVar("T")
@@ -34,6 +39,8 @@ MAY_CHANGE = ("run.steps", "run.save_every", "run.keep", "run.sample_every", "ru
 by rounding."""
 
 _CHECKSUMS = "checksums"
+_ITEM = "default"  # orbax's folder for the arrays of a step
+_NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
@@ -108,40 +115,97 @@ def _checksums(named: dict[str, jax.Array]) -> jax.Array:
     return jnp.stack([one(x) for x in jax.tree.leaves(named)])
 
 
+def stored_steps(manager: ocp.CheckpointManager) -> list[int]:
+    """List the steps that process 0 finds, the same in every process (collective).
+
+    Processes may see one folder differently for a while, as network file systems cache listings.
+    """
+    return list(of_all(list(manager.all_steps()))[0])
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room caused the error, or one of those that it was raised from."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return _NO_ROOM.search(str(error)) is not None or _is_full(error.__cause__ or error.__context__)
+
+
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Write the state after `step` steps and return when it is complete; a step that is already there is left alone."""
-    if step in manager.all_steps():
+    """Write the state after `step` steps and return once it is complete; a step that is already stored is left alone (collective).
+
+    Raises:
+      UserError: the disk is full. The checkpoints before this one are untouched.
+    """
+    if step in stored_steps(manager):
         return
     named = _named(state)
-    if not manager.save(step, args=ocp.args.StandardSave({**named, _CHECKSUMS: _checksums(named)}), force=True):
+    whole = {**named, _CHECKSUMS: _checksums(named)}
+    try:
+        written = manager.save(step, args=ocp.args.StandardSave(whole), force=True)
+    except Exception as error:  # tensorstore raises ValueError for a full disk, and orbax wraps what its threads raise
+        if not _is_full(error):
+            raise
+        raise UserError(
+            f"checkpoint {manager.directory / str(step)}: no space left on the disk; the checkpoints before it are whole: free "
+            "space, or lower run.keep, and run the same command again"
+        ) from None
+    if not written:
         raise RuntimeError(f"{manager.directory}: orbax did not write step {step}")
 
 
-def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays of one checkpoint.
+def _read(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """Read this process's part of one checkpoint. No other process is waited for, so each may fail by itself.
+
+    Args:
+      folder: the arrays of one step, as orbax stores them.
+      wanted: shapes, dtypes and shardings by name.
+
+    Returns:
+      Arrays by name, the stored checksums among them.
 
     Raises:
       UserError: it holds other arrays than `wanted`.
       Exception: of many types, when a file is not whole.
     """
-    metadata = manager.item_metadata(step)
-    if metadata is None:
-        raise FileNotFoundError("its metadata is missing")
-    found = {name: leaf for name, leaf in metadata.tree.items() if name != _CHECKSUMS}
+    handler = ocp.StandardCheckpointHandler()
+    found = {name: leaf for name, leaf in handler.metadata(folder).tree.items() if name != _CHECKSUMS}
     stored, expected = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (found, wanted))
     differing = sorted(name for name in {**stored, **expected} if stored.get(name) != expected.get(name))
     if differing:
         name = differing[0]
         raise UserError(
-            f"checkpoint {manager.directory / str(step)}: {len(differing)} arrays differ from the network's, first {name} "
+            f"checkpoint {folder.parent}: {len(differing)} arrays differ from the network's, first {name} "
             f"({stored.get(name, 'absent')} there, {expected.get(name, 'absent')} here); start in another --workdir"
         )
     checksums = jax.ShapeDtypeStruct((len(wanted),), jnp.uint32, sharding=_whole(next(iter(wanted.values())).sharding))
-    restored = manager.restore(step, args=ocp.args.StandardRestore({**wanted, _CHECKSUMS: checksums}))
-    stored_sums = restored.pop(_CHECKSUMS)
-    if not bool(jnp.array_equal(stored_sums, _checksums(restored))):
-        raise ValueError("its numbers do not match their checksums")
-    return {name: restored[name] for name in wanted}
+    restored = handler.restore(folder, args=ocp.args.StandardRestore({**wanted, _CHECKSUMS: checksums}))
+    return {name: restored[name] for name in (*wanted, _CHECKSUMS)}
+
+
+def _read_together(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array], str]:
+    """Read one checkpoint in all processes (collective); -> its arrays, or nothing and what is damaged.
+
+    Raises:
+      UserError: it holds other arrays than `wanted`, in all processes if in one.
+    """
+    restored, refusal, damage = {}, "", ""
+    try:
+        restored = _read(folder, wanted)
+    except UserError as error:
+        refusal = str(error)
+    except Exception as error:  # orbax and tensorstore raise many types for a file that is not whole
+        damage = (str(error) or type(error).__name__).splitlines()[0][:200]
+    outcomes = of_all([refusal, damage])
+    if refused := [text for text, _ in outcomes if text]:
+        raise UserError(refused[0])
+    if failed := [(number, text) for number, (_, text) in enumerate(outcomes) if text]:
+        number, text = failed[0]
+        return {}, text if len(outcomes) == 1 else f"process {number}: {text}"
+    if not bool(jnp.array_equal(restored.pop(_CHECKSUMS), _checksums(restored))):
+        return {}, "its numbers do not match their checksums"
+    return restored, ""
 
 
 def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
@@ -163,17 +227,11 @@ def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
     named = _named(target)
     wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()}
     damaged = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        reason, restored = "", {}
-        try:
-            restored = _read(manager, step, wanted)
-        except UserError:
-            raise
-        except Exception as error:  # orbax and tensorstore raise many types for a file that is not whole
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        if any_process(reason != ""):
-            reason = reason or "another process cannot read its part"
-            warnings.warn(f"checkpoint {manager.directory / str(step)} is damaged ({reason}); trying the one before", stacklevel=2)
+    for step in sorted(stored_steps(manager), reverse=True):
+        folder = Path(manager.directory) / str(step)
+        restored, reason = _read_together(folder / _ITEM, wanted)
+        if reason:
+            warnings.warn(f"checkpoint {folder} is damaged ({reason}); trying the one before", stacklevel=2)
             damaged.append(step)
             continue
         _set_aside(manager, damaged)
@@ -184,27 +242,59 @@ def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
-    """Move damaged checkpoints out of the manager's sight, so that their steps can be written again."""
+    """Move damaged checkpoints out of the manager's sight, so that their steps can be written again (collective)."""
+    if not steps:
+        return
     if jax.process_index() == 0:
         for step in steps:
             place = Path(manager.directory).with_name("checkpoints-damaged") / str(step)
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
             shutil.move(Path(manager.directory) / str(step), place)
+    barrier("damaged checkpoints are moved")  # a process that listed them earlier would not write these steps again
     manager.reload()
 
 
-def resume(workdir: Path, config: Config, manager: ocp.CheckpointManager, state: T) -> T:
-    """The state to go on from: the newest in the workdir, or `state` when there is none. Records the configuration.
+def check_rows(path: Path, rows: Sequence[str]) -> None:
+    """Refuse to continue a run on other rows than those that it began with.
+
+    Args:
+      path: where the run stored the digests of its rows. Runs of earlier versions have no such file, and are continued.
+      rows: digests of the present rows.
 
     Raises:
-      UserError: the configuration changed in a way that breaks exactness, or the checkpoints cannot be used.
+      UserError: which rows changed.
     """
-    path = workdir / "config.json"
-    if manager.all_steps() and path.exists():
-        check_resume(path.read_text(), config)
+    if path.exists() and (change := describe_change(json.loads(path.read_text()), rows)):
+        raise UserError(
+            f"cannot resume exactly: the prompts are not those that the run in {path.parent} began with: {change}; restore them, or start "
+            "in another --workdir"
+        )
+
+
+def resume(workdir: Path, config: Config, manager: ocp.CheckpointManager, state: T, rows: Sequence[str] = ()) -> T:
+    """The state to go on from: the newest in the workdir, or `state` when there is none. Records the configuration and the rows.
+
+    Args:
+      workdir: folder of the run.
+      config: the present configuration.
+      manager: of the workdir's checkpoints.
+      state: the state at the start, whose shapes, dtypes and shardings the restored one gets.
+      rows: digests of the rows that the run reads, by `row_digests`; nothing is compared when there are none.
+
+    Raises:
+      UserError: the configuration or the rows changed in a way that breaks exactness, or the checkpoints cannot be used.
+    """
+    path, listed = workdir / "config.json", workdir / "rows.json"
+    if stored_steps(manager):
+        if path.exists():
+            check_resume(path.read_text(), config)
+        if rows:
+            check_rows(listed, rows)
     restored = restore(manager, state)
     if jax.process_index() == 0:
+        if rows:
+            write_text(listed, json.dumps(list(rows)))
         write_text(path, config.to_json())
     return state if restored is None else restored
 

@@ -26,7 +26,7 @@ from jax_idgrpo.parallel.hosts import any_process, prove, to_device, to_host
 from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
 from jax_idgrpo.training.task import Task, make_task
-from jax_idgrpo.workdir import prepare_workdir
+from jax_idgrpo.workdir import exclusive
 
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -50,6 +50,7 @@ def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTrans
     return step
 
 
+@exclusive
 def finetune(config: Config, workdir: Path) -> None:
     """Train `config.finetune.task` for `config.run.steps` steps, continuing what the workdir holds.
 
@@ -59,16 +60,13 @@ def finetune(config: Config, workdir: Path) -> None:
     Raises:
       UserError: the workdir or the configuration cannot be used, or the loss is no longer a number.
     """
-    workdir = Path(workdir)
-    prepare_workdir(workdir)
-
     # ---- what is trained -------------------------------------------------------------------------------------------------
     seed, last = config.run.seed, config.run.steps
     task = make_task(config)
     optimizer = make_optimizer(config.optimizer, last)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    prove(config, None, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
+    prove(config, (), workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
     graphdef, params, frozen, rest = nnx.split(task.init(rng.key(seed, "init")), task.trained, task.frozen, ...)
     frozen, parts = sharding.place(mesh, frozen), (params, rest)
     del params, rest

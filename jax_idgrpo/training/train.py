@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch
+from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.monitor import Watch
@@ -39,7 +39,7 @@ from jax_idgrpo.training.selection import check_mixture, choose, failed_in_a_row
 from jax_idgrpo.training.setup import forward_passes, load, sample, score_latents
 from jax_idgrpo.training.state import TrainState, make_optimizer, start
 from jax_idgrpo.training.update import Networks, Objective, gather, share, update
-from jax_idgrpo.workdir import prepare_workdir
+from jax_idgrpo.workdir import exclusive
 
 SHOWN = 4  # videos kept of a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
@@ -57,6 +57,7 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
+@exclusive
 def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
 
@@ -65,17 +66,16 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     the second and third step.
 
     Raises:
-      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used.
+      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used, or another process trains in the workdir.
     """
-    workdir = Path(workdir)
-    prepare_workdir(workdir)
     sampling, seed, last = config.rollout, config.run.seed, config.run.steps
 
     # ---- what is trained, on what, by what -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh, policy_devices(config))
     sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
-    prove(config, config.data.prompts_file(), workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
+    listed = row_digests(prompts)
+    prove(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
     pipe = load(config, mesh)
     conditioning.warn_of_cut(pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
@@ -101,7 +101,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = start(objective.optimizer, lora)
-    state = resume(workdir, config, manager, sharding.place(mesh, fresh))
+    state = resume(workdir, config, manager, sharding.place(mesh, fresh), listed)
     done = int(state.step)
     traced = Profile(profile, done, last)
     failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
