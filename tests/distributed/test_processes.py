@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from jax_idgrpo import rng
@@ -52,14 +54,62 @@ def test_alone_nothing_is_gathered_and_everything_agrees():
     assert isinstance(tree["a"], np.ndarray) and tree["a"].tolist() == [0, 1, 2] and tree["b"][0].tolist() == [1, 1]
 
 
-def test_facts_of_a_folder_are_names_and_sizes(tmp_path):
+def test_facts_of_a_folder_are_names_sizes_and_contents(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.bin").write_bytes(b"123")
     before = hosts.folder_facts(tmp_path)
-    (tmp_path / "a" / "x.bin").write_bytes(b"321")
-    assert hosts.folder_facts(tmp_path) == before == "a/x.bin 3"
-    (tmp_path / "a" / "x.bin").write_bytes(b"3210")
+    assert before.startswith("a/x.bin 3 ") and hosts.folder_facts(tmp_path / "a" / "x.bin").startswith("x.bin 3 ")
+    (tmp_path / "a" / "x.bin").write_bytes(b"321")      # as another adapter or head of the same shape
     assert hosts.folder_facts(tmp_path) != before
+    (tmp_path / "a" / "x.bin").write_bytes(b"123")
+    assert hosts.folder_facts(tmp_path) == before
+    (tmp_path / "a" / ".hidden").write_bytes(b"")
+    assert hosts.folder_facts(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", [0, 10 * hosts.SAMPLE // 2, 10 * hosts.SAMPLE - 1])
+def test_large_files_are_compared_by_samples(tmp_path, place):
+    data = bytearray(10 * hosts.SAMPLE)
+    (tmp_path / "x.bin").write_bytes(data)
+    before = hosts.folder_facts(tmp_path)
+    data[place] = 1
+    (tmp_path / "x.bin").write_bytes(data)
+    assert hosts.folder_facts(tmp_path) != before
+
+
+def test_a_host_without_an_address_is_named_at_once():
+    with pytest.raises(UserError, match=r"JAX_COORDINATOR_ADDRESS is 'no-such-host\.invalid:8476': the host no-such-host\.invalid cannot"):
+        hosts.check_address("no-such-host.invalid:8476", listens=False)
+    for address in ("127.0.0.1:8476", "localhost:8476"):
+        hosts.check_address(address, listens=False)
+
+
+def test_a_port_in_use_is_named_by_process_0_alone():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} of process 0 is in use; choose another, the same in all processes"):
+            hosts.check_address(f"127.0.0.1:{port}", listens=True)
+        hosts.check_address(f"127.0.0.1:{port}", listens=False)
+    hosts.check_address(f"127.0.0.1:{port}", listens=True)
+    with pytest.raises(UserError, match="port 99999 of process 0 cannot be used"):
+        hosts.check_address("127.0.0.1:99999", listens=True)
+
+
+@pytest.mark.parametrize("trouble", ["port", "host"])
+def test_process_0_ends_in_one_line_where_nobody_can_meet(trouble, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}" if trouble == "port" else "no-such-host.invalid:8476"
+        variables = {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+        answer = subprocess.run(
+            [sys.executable, "-m", "jax_idgrpo", "train", "configs/quickstart.py", "--workdir", str(tmp_path / "run")],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **variables}, cwd=ROOT, capture_output=True, text=True,
+        )
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.stderr.startswith(f"idgrpo: JAX_COORDINATOR_ADDRESS is '{where}': ")
 
 
 def worker(folder, *facts):
@@ -96,6 +146,23 @@ def test_a_process_that_waits_in_vain_says_for_whom(number, tmp_path):
     )
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
     assert answer.stderr.startswith(f"idgrpo: the processes did not find each other at {where} (not all came within 2 s);")
+
+
+def test_hosts_with_other_photos_or_another_head_are_named(tmp_path):
+    """Files of the same names and sizes on every host, one byte of which is another on process 1."""
+    for number in (0, 1):
+        host = tmp_path / str(number)
+        (host / "head").mkdir(parents=True)
+        (host / "head" / "head.safetensors").write_bytes(b"head%d" % number)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(host / "anna.png")
+        (host / "prompts.csv").write_text("ref_paths,prompt\nanna.png,Anna walks\n")
+    answers = finish(start(["-m", "tests.distributed.agreement_worker", tmp_path], 2, 1, tmp_path))
+    assert all(status == 0 for status, _ in answers), answers
+    for _, printed in answers:
+        assert printed.splitlines()[-2:] == [
+            "the hosts differ from process 0 in the prompts or their photos (process 1); give all of them the same and start again",
+            "the hosts differ from process 0 in the reward (process 1); give all of them the same and start again",
+        ]
 
 
 def test_hosts_with_another_configuration_do_not_start(folder):

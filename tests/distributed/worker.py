@@ -50,7 +50,7 @@ found = {
     "doubled": hosts.to_host(doubled[0]).tolist(),
     "sum": float(hosts.to_host(doubled[1])),
     "moved": hosts.to_host(moved).tolist(),
-    "noise": hosts.to_host(jax.jit(lambda keys: jax.vmap(jax.random.uniform)(rng))(numbers)).tolist(),
+    "noise": hosts.to_host(jax.jit(lambda keys: jax.vmap(jax.random.uniform)(keys))(numbers)).tolist(),
     "marks": [hosts.any_process(jax.process_index() == 1), hosts.any_process(False)],
     "answer": answer,
 }

@@ -1,0 +1,25 @@
+"""Run by test_processes.py in two processes: do they agree on photos and on the reward head? Prints what is refused, line by line.
+
+    python -m tests.distributed.agreement_worker FOLDER      FOLDER/0 and FOLDER/1 are the disks of the two hosts
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from jax_idgrpo.config import Config, RewardConfig
+from jax_idgrpo.data.prompts import load_prompts, row_digests
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import hosts
+
+hosts.initialise()
+os.chdir(Path(sys.argv[1]) / str(jax.process_index()))
+rows = row_digests(load_prompts("prompts.csv", 4))
+for digests, head in ((rows, ""), ([], "head")):
+    config = Config(reward=RewardConfig(head=head))
+    try:
+        hosts.prove(config, digests)
+    except UserError as error:
+        print(error)
