@@ -1,9 +1,11 @@
 """Checkpoints: the bits come back, damage is survived, a changed configuration is refused by name."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 from flax import nnx
 
 from jax_idgrpo.config import Config, OptimizerConfig
+from jax_idgrpo.data.prompts import Prompt, row_digests
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.training.checkpoint import check_resume, open_checkpoints, restore, resume, save, stop_on_sigterm
 from jax_idgrpo.training.state import TrainState, make_optimizer, start
@@ -123,6 +126,48 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
         assert same(restore(manager, make_state(0)), make_state(3))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB, where this machine allows one to be mounted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_is_stored_stays(small_disk):
+    with open_checkpoints(small_disk, keep=2) as manager:
+        save(manager, 3, make_state(3))
+        with pytest.raises(UserError, match=r"checkpoint .*/6: no space left on the disk; .* free space"):
+            save(manager, 6, make_state(6, 10 * WIDE))
+    with open_checkpoints(small_disk, keep=2) as manager:
+        assert same(restore(manager, make_state(0)), make_state(3))
+        save(manager, 6, make_state(6))
+        assert same(restore(manager, make_state(0)), make_state(6))
+
+
+@pytest.mark.parametrize(("error", "full"), [
+    (OSError(errno.ENOSPC, "No space left on device"), True),
+    (ValueError("RESOURCE_EXHAUSTED: Error writing local file: [OS error 28: ENOSPC No space left on device]"), True),
+    (ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes"), False),
+    (PermissionError(errno.EACCES, "Permission denied"), False),
+])
+def test_only_a_full_disk_is_told_as_one(manager, monkeypatch, error, full):
+    """Whatever is raised, and however deep in orbax."""
+
+    def fail(*_, **__):
+        try:
+            raise error
+        except type(error) as cause:
+            raise RuntimeError("a thread failed") from cause
+
+    monkeypatch.setattr(manager, "save", fail)
+    with pytest.raises(UserError if full else RuntimeError, match="no space left on the disk" if full else "a thread failed"):
+        save(manager, 3, make_state(3))
+
+
 def change(config: Config, **sections) -> Config:
     """`config` with fields of sections replaced."""
     return dataclasses.replace(
@@ -171,6 +216,43 @@ def test_resume_records_the_configuration(tmp_path, manager):
     with pytest.raises(UserError, match=r"run\.seed"):
         resume(tmp_path, change(longer, run={"seed": 5}), manager, state)
     assert (tmp_path / "config.json").read_text() == longer.to_json()
+
+
+def digests(*rows: tuple[str, bytes], folder: Path) -> list[str]:
+    """Digests of prompts with one photo each."""
+    prompts = []
+    for number, (text, photo) in enumerate(rows):
+        path = folder / f"{number}-{len(photo)}.png"
+        path.write_bytes(photo)
+        prompts.append(Prompt(number, text, (path,)))
+    return row_digests(prompts)
+
+
+def test_other_rows_under_the_same_name_are_refused(tmp_path, manager):
+    rows = digests(("Anna walks", b"a"), ("Ben sits", b"bb"), ("Carl runs", b"ccc"), folder=tmp_path)
+    state, config = make_state(0), Config()
+    resume(tmp_path, config, manager, state, rows)
+    resume(tmp_path, config, manager, state, rows[:1])      # nothing is trained yet: the rows may change
+    resume(tmp_path, config, manager, state, rows)
+    save(manager, 4, make_state(4))
+    assert same(resume(tmp_path, config, manager, state, rows), make_state(4))
+    changed = digests(("Anna walks", b"a"), ("Ben stands", b"bb"), ("Carl runs", b"dddd"), folder=tmp_path)
+    for other, said in ((rows[:1], "rows 1, 2 removed"), (changed, "row 1 has another text; row 2 has other photos")):
+        with pytest.raises(UserError, match=f"cannot resume exactly: .*{said}.* start in another --workdir") as refused:
+            resume(tmp_path, config, manager, state, other)
+        assert "\n" not in str(refused.value)
+    assert same(resume(tmp_path, config, manager, state, rows), make_state(4))
+
+
+def test_a_run_from_before_rows_were_stored_is_continued(tmp_path, manager):
+    state = make_state(0)
+    resume(tmp_path, Config(), manager, state)
+    save(manager, 4, make_state(4))
+    assert not (tmp_path / "rows.json").exists()
+    rows = digests(("Anna walks", b"a"), folder=tmp_path)
+    assert same(resume(tmp_path, Config(), manager, state, rows), make_state(4))
+    with pytest.raises(UserError, match="cannot resume exactly"):
+        resume(tmp_path, Config(), manager, state, [*rows, *rows])
 
 
 @pytest.mark.parametrize("inside", [False, True])
