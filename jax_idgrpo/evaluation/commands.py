@@ -23,7 +23,7 @@ from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.evaluation.sampler import Model, Sampler, all_rows, evaluated, make_models, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.parallel.hosts import prove, say, written_once
+from jax_idgrpo.parallel.hosts import prove, run_once, say, written_once
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
@@ -52,7 +52,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
         for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
             for row, video in zip(batch, videos, strict=True):
                 file = f"{row.prompt.id:04d}-{row.member}.mp4"
-                write_video(folder / file, video, config.video.fps)
+                run_once(write_video, folder / file, video, config.video.fps)
                 asked = {"prompt": row.prompt.text, "references": [str(path) for path in row.prompt.references]}
                 lines.append({"file": file, **asked, "seed": config.run.seed, "lora": str(lora or "")})
         write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -124,7 +124,7 @@ def _compare(
             for row, video, value in zip(batch, videos, parts[-1][told], strict=True):
                 if row.member == 0 and row.prompt.id < SHOWN:
                     path = f"videos/{row.prompt.id:04d}/{name}.mp4"
-                    write_video(out / path, video, config.video.fps)
+                    run_once(write_video, out / path, video, config.video.fps)
                     shown[row.prompt.id]["videos"][name] = {"path": path, told: float(value)}
         scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in bootstrap.LABELS if metric in parts[0]}
     clusters = np.asarray([row.prompt.id for row in rows])

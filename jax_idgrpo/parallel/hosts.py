@@ -24,7 +24,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from jax.experimental import multihost_utils
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
+
+P = ParamSpec("P")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
@@ -295,6 +297,17 @@ def processes_here() -> int:
     """Count the processes of this run on this machine, among which its memory is shared (collective at the first call)."""
     names = of_all(socket.gethostname())
     return names.count(names[jax.process_index()])
+
+
+def memory_share(budget: int) -> int:
+    """Divide a budget of bytes for one machine's memory among the processes of this run there (collective at the first call)."""
+    return budget // processes_here()
+
+
+def run_once(write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `write(*args, **kwargs)`, which only writes files, in process 0 alone; the others do not spend the time."""
+    if jax.process_index() == 0:
+        write(*args, **kwargs)
 
 
 @contextlib.contextmanager

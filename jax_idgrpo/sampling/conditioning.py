@@ -35,13 +35,13 @@ from jax_idgrpo.data.photos import PhotoCache, on_white
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.parallel.hosts import memory_share, to_host
 
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
 CUT_SHOWN = 10  # prompts beyond the text length that get a warning of their own
-ROOM = 4 * 2**30  # bytes of the host's memory that a run may fill with encoded prompts
+ROOM = 4 * 2**30  # bytes of one machine's memory that a run may fill with encoded prompts
 
 Values: TypeAlias = Array | np.ndarray
 
@@ -253,11 +253,14 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L 
 
 
 class Cache(dict[Any, Any]):
-    """Encoded prompts of a run, on the host. room: bytes that are left for further ones; what does not fit is not kept."""
+    """Encoded prompts of a run, on the host.
 
-    def __init__(self, room: int = ROOM):
+    room: bytes that are left for further ones; what does not fit is not kept. By default this process's share of `ROOM`.
+    """
+
+    def __init__(self, room: int | None = None):
         super().__init__()
-        self.room = room
+        self.room = memory_share(ROOM) if room is None else room
 
     def keep(self, name: Any, made: Any) -> None:
         """Keep a pytree of numpy arrays under a name, if it fits."""

@@ -49,6 +49,7 @@ def test_incomplete_variables_are_refused(change, reason):
 
 def test_alone_nothing_is_gathered_and_everything_agrees():
     hosts.agree({"anything": "at all"})
+    assert hosts.memory_share(1000) == 1000
     assert hosts.any_process(True) and not hosts.any_process(False)
     tree = hosts.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})
     assert isinstance(tree["a"], np.ndarray) and tree["a"].tolist() == [0, 1, 2] and tree["b"][0].tolist() == [1, 1]
@@ -132,6 +133,8 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         rewards[5] = -1     # could not be scored
         assert found["scored"] == {"reward": rewards.tolist(), "odd": [-1, 1, -1, 1, -1, -1, -1, 1]}
     assert sorted(one["mine"] + other["mine"]) == list(range(8)) and len(one["mine"]) == 4
+    assert one["wrote"] == [0] and other["wrote"] == []
+    assert one["share"] == other["share"] == 500        # both are on this machine
     assert not one["warned"]
     assert other["warned"] == ["reward: video 5 could not be scored (ValueError: no face); it counts in nothing"]
 
