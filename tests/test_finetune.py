@@ -209,3 +209,15 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
 def test_unknown_task_names_the_closest():
     with pytest.raises(UserError, match="did you mean embedder"):
         make_task(dataclasses.replace(Config(), finetune=FinetuneConfig(task="embeder")))
+
+
+def test_a_run_is_not_continued_on_other_rows(tmp_path, calls, monkeypatch):
+    rows = ["a-a", "b-b", "c-c"]
+    monkeypatch.setattr(
+        "jax_idgrpo.training.finetune.make_task", lambda config: dataclasses.replace(toy_task(calls), rows=list(rows))
+    )
+    finetune(configuration(3), tmp_path)
+    finetune(configuration(3), tmp_path)
+    rows.remove("b-b")
+    with pytest.raises(UserError, match="cannot resume exactly: the data is not what the run in .* began with: row 1 removed"):
+        finetune(configuration(6), tmp_path)

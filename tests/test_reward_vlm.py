@@ -12,12 +12,13 @@ from PIL import Image
 
 from jax_idgrpo import cli
 from jax_idgrpo import config as c
+from jax_idgrpo.data.prompts import describe_change
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.preferences import batches as pairs_tasks
 from jax_idgrpo.preferences import train_vlm
-from jax_idgrpo.preferences.csv_source import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch
+from jax_idgrpo.preferences.csv_source import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch, pair_digests
 from jax_idgrpo.rewards.vlm import files
 from tests import vlm_folders
 
@@ -185,3 +186,20 @@ def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_pat
     print(found, np.mean(difference * labels > 0))
     assert np.mean(difference * labels > 0) == 1.0
     assert found["pairs"] == 64 and found["without_ties"]["low"] > 0.75
+
+
+def test_digests_of_pairs_tell_which_row_changed(tmp_path):
+    for name, size in (("a.mp4", 3), ("b.mp4", 4), ("p.png", 5)):
+        (tmp_path / name).write_bytes(bytes(size))
+
+    def digests(*rows):
+        (tmp_path / "pairs.csv").write_text("path_A,path_B,prompt,ref_paths,SA\n" + "".join(f"a.mp4,b.mp4,{row}\n" for row in rows))
+        return pair_digests(load_pairs(tmp_path / "pairs.csv", ("SA",)))
+
+    rows = ("Anna walks,p.png,A", "Ben sits,p.png,same")
+    before = digests(*rows)
+    assert digests(*rows) == before and len(set(before)) == 2
+    assert describe_change(before, digests(rows[0], "Ben sits,p.png,B")).startswith("row 1 ")
+    assert describe_change(before, digests(*rows[:1])).startswith("row 1 removed")
+    (tmp_path / "b.mp4").write_bytes(bytes(400))
+    assert not set(digests(*rows)) & set(before)

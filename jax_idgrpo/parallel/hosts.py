@@ -227,7 +227,7 @@ def prove(config: Config, rows: Sequence[str], **folders: Path) -> None:
 
     Args:
       config: the configuration.
-      rows: digests of the prompts and their photos, by `data.prompts.row_digests`; none for a command that reads no prompts.
+      rows: digests of the rows that the command reads, such as those of prompts by `data.prompts.row_digests`.
       **folders: more files and folders, by the names that the user knows them by.
 
     Raises:
@@ -240,7 +240,7 @@ def prove(config: Config, rows: Sequence[str], **folders: Path) -> None:
     files = [*networks, *(Path(name) for name in (reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt) if name)]
     agree({
         "the configuration": config.to_json(),
-        "the prompts or their photos": "\n".join(rows),
+        "the prompts, photos or pairs": "\n".join(rows),
         "the checkpoint": folder_facts(config.model.folder()),
         "the reward": "\n".join(map(folder_facts, files)),
         **{f"the {name}": folder_facts(folder) for name, folder in folders.items()},

@@ -14,10 +14,12 @@ Sources: `KwaiVGI/VideoAlign` `data.py`; Identity-GRPO, section on the reward's 
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -138,6 +140,24 @@ def _number(text: str, where: str) -> float:
     if not 0 <= number < math.inf:
         raise UserError(f"{where} is {text!r}; write a number, or leave it empty")
     return number
+
+
+def pair_digests(pairs: Sequence[Pair]) -> list[str]:
+    """Digests of pairs, in the form of `data.prompts.row_digests`: what a run stores to describe a change later.
+
+    Hashed are prompt, labels, source and frame rates, and name and size of each file. The contents of videos, gigabytes, are
+    not read. Of a packed data set only labels and sources are hashed, which its index holds.
+    """
+
+    def digest(pair: Pair) -> str:
+        values: list[Any] = [pair.labels, pair.source]
+        if isinstance(pair.row, Row):
+            files = [path for path in (*pair.references, *pair.videos) if isinstance(path, Path)]
+            values += [pair.prompt, pair.fps, pair.row.num_frames, [(path.name, path.stat().st_size) for path in files]]
+        short = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+        return f"{short}-{short}"
+
+    return [digest(pair) for pair in pairs]
 
 
 def automatic_share(step: int, steps: int, start: float) -> float:

@@ -26,7 +26,7 @@ from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
-from jax_idgrpo.preferences.csv_source import Pair, by_source
+from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.face_reward import FaceReward
@@ -152,7 +152,7 @@ def head_task(pairs: Sequence[Pair], held_out: Sequence[Pair], sides: Sides, net
         write_accuracy(folder.parent, held_out, differences(head, sides), options, config.run.seed)
         save_head(head, folder, networks, config.reward)
 
-    return Task(init=init, batch=batch, loss=loss, save=save)
+    return Task(init=init, batch=batch, loss=loss, save=save, rows=pair_digests(pairs))
 
 
 def make(config: Config) -> Task:

@@ -32,7 +32,7 @@ from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
-from jax_idgrpo.preferences.csv_source import Pair, by_source
+from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.files import RewardModel, Settings
@@ -239,4 +239,4 @@ def make(config: Config) -> Task:
         trainee.fill()
         files.save(dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text)
 
-    return Task(init=init, batch=batch, loss=loss, save=save, trained=trained, frozen=nnx.Param)
+    return Task(init=init, batch=batch, loss=loss, save=save, trained=trained, frozen=nnx.Param, rows=pair_digests(mixed.pairs))

@@ -267,8 +267,8 @@ def check_rows(path: Path, rows: Sequence[str]) -> None:
     """
     if path.exists() and (change := describe_change(json.loads(path.read_text()), rows)):
         raise UserError(
-            f"cannot resume exactly: the prompts are not those that the run in {path.parent} began with: {change}; restore them, or start "
-            "in another --workdir"
+            f"cannot resume exactly: the data is not what the run in {path.parent} began with: {change}; restore it, or start in another "
+            "--workdir"
         )
 
 
@@ -280,7 +280,7 @@ def resume(workdir: Path, config: Config, manager: ocp.CheckpointManager, state:
       config: the present configuration.
       manager: of the workdir's checkpoints.
       state: the state at the start, whose shapes, dtypes and shardings the restored one gets.
-      rows: digests of the rows that the run reads, by `row_digests`; nothing is compared when there are none.
+      rows: digests of the rows that the run reads, as `row_digests` makes them; nothing is compared when there are none.
 
     Raises:
       UserError: the configuration or the rows changed in a way that breaks exactness, or the checkpoints cannot be used.

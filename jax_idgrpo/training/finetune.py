@@ -66,7 +66,7 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    prove(config, (), workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
+    prove(config, task.rows, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
     graphdef, params, frozen, rest = nnx.split(task.init(rng.key(seed, "init")), task.trained, task.frozen, ...)
     frozen, parts = sharding.place(mesh, frozen), (params, rest)
     del params, rest
@@ -86,7 +86,7 @@ def finetune(config: Config, workdir: Path) -> None:
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = functools.partial(start, optimizer)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
-    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.place(mesh, parts)))
+    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.place(mesh, parts)), task.rows)
     del parts
     done = int(state.step)
 

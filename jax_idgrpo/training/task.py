@@ -6,7 +6,7 @@
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Task:
     preview: writes pictures of what the network does into a folder, or None.
     trained, frozen: filters of the network's variables: what the optimizer moves, and what stays as it is and is in no checkpoint.
         Everything else changes with the network, such as running means.
+    rows: digests of the user's rows that the batches are made of, so that a run is not continued on others.
     """
 
     init: Callable[[jax.Array], nnx.Module]
@@ -51,6 +52,7 @@ class Task:
     preview: Callable[[nnx.Module, Path], None] | None = None
     trained: Any = nnx.Param
     frozen: Any = False
+    rows: Sequence[str] = ()
 
 
 def make_task(config: Config) -> Task:

@@ -163,7 +163,7 @@ def test_hosts_with_other_photos_or_another_head_are_named(tmp_path):
     assert all(status == 0 for status, _ in answers), answers
     for _, printed in answers:
         assert printed.splitlines()[-2:] == [
-            "the hosts differ from process 0 in the prompts or their photos (process 1); give all of them the same and start again",
+            "the hosts differ from process 0 in the prompts, photos or pairs (process 1); give all of them the same and start again",
             "the hosts differ from process 0 in the reward (process 1); give all of them the same and start again",
         ]
 
