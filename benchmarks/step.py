@@ -32,7 +32,7 @@ from benchmarks.faces import calibrate, write_weights
 from checkpoints_convert.faces import write_folder
 from jax_idgrpo import grpo
 from jax_idgrpo.data.video import to_uint8
-from jax_idgrpo.parallel.hosts import give_back_after_compiling
+from jax_idgrpo.parallel.hosts import trim_heap_after_compile
 from jax_idgrpo.rewards.base import ReferenceFaces, frame_numbers
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import load_stack
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile of their transformer's blocks")
     arguments = parser.parse_args()
 
-    give_back_after_compiling()     # as every command of ours does
+    trim_heap_after_compile()     # as every command of ours does
     torch.manual_seed(0)
     given = transformer.inputs(arguments.rows, SIZE)
     people = np.random.default_rng(1).standard_normal((PEOPLE, 512)).astype(np.float32)

@@ -45,7 +45,7 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanTransformer
-from jax_idgrpo.parallel.hosts import give_back_after_compiling
+from jax_idgrpo.parallel.hosts import trim_heap_after_compile
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter
 from jax_idgrpo.sampling.conditioning import Conditioning
@@ -383,7 +383,7 @@ def _answer(
     pipe: Any, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
 ) -> None:
     """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
-    give_back_after_compiling()     # as every command of ours does
+    trim_heap_after_compile()     # as every command of ours does
     torch.manual_seed(0)
     sized, given = SIZES[size], inputs(rows, SIZES[size])
     if name == "ours":

@@ -112,10 +112,10 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
 
 def _start() -> None:
     """What comes before any work on the devices: the other processes of the run are joined, if there are any (see `parallel.hosts`)."""
-    from jax_idgrpo.parallel.hosts import give_back_after_compiling, initialise
+    from jax_idgrpo.parallel.hosts import initialise, trim_heap_after_compile
 
     initialise()
-    give_back_after_compiling()
+    trim_heap_after_compile()
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -293,10 +293,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     out = require_writable(arguments.out, "--out")
-    from jax_idgrpo.parallel.hosts import give_back_after_compiling
+    from jax_idgrpo.parallel.hosts import trim_heap_after_compile
     from jax_idgrpo.planning.plan import plan
 
-    give_back_after_compiling()
+    trim_heap_after_compile()
     if not plan(config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search):
         sys.exit(1)
 
@@ -444,7 +444,7 @@ def programs_folder(environment: Mapping[str, str]) -> Path | None:
 def _together() -> bool:
     """Whether this is one of several processes of a run."""
     distributed = sys.modules.get("jax_idgrpo.parallel.hosts")
-    return distributed is not None and distributed.joined()
+    return distributed is not None and distributed.is_distributed()
 
 
 def _leave(status: int | str | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Folders and files that commands write: made whole, or not at all, and by one run at a time."""
+"""Folders and files that commands write: complete or absent, and by one run at a time."""
 
 import contextlib
 import errno
@@ -18,16 +18,17 @@ from jax_idgrpo.errors import UserError
 P = ParamSpec("P")
 
 LOCK = ".lock"
-"""File of a workdir that the process which writes there holds locked."""
+"""File in a workdir that process 0 of a run locks."""
 
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # `Path` makes one slash of two
 
 
 def local_path(path: str | Path, what: str) -> Path:
-    """Return `path` if it is one of this machine's.
+    """Return `path` if it is a path of this machine.
 
-    An address such as gs://bucket/run would become a local folder named `gs:`, which is lost with the machine.
+    An address such as gs://bucket/run would become a local folder named `gs:`, which is lost with
+    the machine.
 
     Args:
       path: as the user gave it.
@@ -37,7 +38,10 @@ def local_path(path: str | Path, what: str) -> Path:
       UserError: it is an address.
     """
     if _ADDRESS.match(str(path)):
-        raise UserError(f"{what} {path}: is an address, not a path of this machine; mount or copy what it names, and pass the path of that")
+        raise UserError(
+            f"{what} {path}: is an address, not a path of this machine; mount it or copy it here, "
+            "and pass the local path"
+        )
     return Path(path)
 
 
@@ -58,14 +62,16 @@ def new_folder(out: Path) -> Iterator[Path]:
             yield folder
             folder.rename(out)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a folder you may write to") from None
+        raise UserError(
+            f"--out {out}: cannot be written ({error.strerror}); name a folder you may write to"
+        ) from None
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Make the folder and prove that it can be written.
+    """Make the folder and check that it is writable.
 
     Raises:
-      UserError: it cannot.
+      UserError: it is not, or its path is an address.
     """
     local_path(workdir, "workdir")
     try:
@@ -73,11 +79,14 @@ def prepare_workdir(workdir: Path) -> None:
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise UserError(f"workdir {workdir}: cannot be written ({error.strerror}); pass another folder with --workdir") from None
+        raise UserError(
+            f"workdir {workdir}: cannot be written ({error.strerror}); pass another folder "
+            "with --workdir"
+        ) from None
 
 
 def _lock(path: Path) -> IO[str]:
-    """Open a file and lock it until it is closed; the kernel closes it when the process ends, however it ends.
+    """Open a file and lock it until it is closed. The kernel unlocks it if the process is killed.
 
     Raises:
       UserError: another process holds the lock.
@@ -88,33 +97,41 @@ def _lock(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                warnings.warn(f"{path.parent}: its file system has no locks ({error.strerror}); start no second run there", stacklevel=2)
+                warnings.warn(
+                    f"workdir {path.parent}: its file system has no locks ({error.strerror}); start "
+                    "no second run there",
+                    stacklevel=2,
+                )
                 return file
             file.seek(0)
             holder = file.read().strip()
             file.close()
+            who = f" ({holder})" if holder else ""
             raise UserError(
-                f"workdir {path.parent}: another process is training here{f' ({holder})' if holder else ''}; wait for its end, or pass "
-                "another --workdir"
+                f"workdir {path.parent}: another process is training here{who}; wait for its end, "
+                "or pass another --workdir"
             ) from None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             return file
-        file.close()  # its holder has just removed it
+        file.close()  # its holder removed it between our opening and locking
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make a workdir and keep every other run out of it while the context lasts (collective: process 0 holds the lock).
+    """Make a workdir and lock it against other runs inside the context (collective).
+
+    Process 0 holds the lock.
 
     Raises:
-      UserError: the folder cannot be written, or another process is training there, in all processes of this run.
+      UserError: the folder is not writable, or another process is training there. The latter is
+        raised in all processes of this run.
     """
-    import jax  # slow, and not needed by those who write a file
+    import jax  # slow to import, and not needed by the rest of this module
 
-    from jax_idgrpo.parallel.hosts import of_all
+    from jax_idgrpo.parallel.hosts import gather_objects
 
     prepare_workdir(workdir)
     lock, refusal = None, ""
@@ -123,7 +140,7 @@ def locked(workdir: Path) -> Iterator[None]:
             lock = _lock(workdir / LOCK)
         except UserError as error:
             refusal = str(error)
-    if refusal := of_all(refusal)[0]:
+    if refusal := gather_objects(refusal)[0]:
         raise UserError(refusal)
     try:
         yield
@@ -133,7 +150,9 @@ def locked(workdir: Path) -> Iterator[None]:
             lock.close()
 
 
-def exclusive(run: Callable[Concatenate[Any, Path, P], None]) -> Callable[Concatenate[Any, Path, P], None]:
+def exclusive(
+    run: Callable[Concatenate[Any, Path, P], None],
+) -> Callable[Concatenate[Any, Path, P], None]:
     """Decorate a command `run(config, workdir, ...)` so that it holds its workdir `locked`."""
 
     @functools.wraps(run)
@@ -145,7 +164,7 @@ def exclusive(run: Callable[Concatenate[Any, Path, P], None]) -> Callable[Concat
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never half there."""
+    """Write a text file under another name and rename it, so that it is never half-written."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text)
     aside.replace(path)

@@ -51,8 +51,8 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     transformer = WanTransformer(WanConfig(**SIZES, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
     nnx.update(transformer, random(nnx.state(transformer)))
     actor, lora, base = policy.split(transformer, 3.0)
-    state = sharding.place(mesh, start(optax.adam(1e-3), lora))
-    base = sharding.place(mesh, base)
+    state = sharding.shard_params(mesh, start(optax.adam(1e-3), lora))
+    base = sharding.shard_params(mesh, base)
     vae_config = vae.VAEConfig(
         base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(False, True, True),
         latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
@@ -67,7 +67,8 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
     trajectory = rollout.sample(actor, state.params, base, condition, negative, schedule, noise, noise, window)
-    decoded = (graph, sharding.put(random(weights), sharding.replicated(mesh))), trajectory.latents, condition.references, FRAMES
+    whole = sharding.device_put_global(random(weights), sharding.replicated(mesh))
+    decoded = (graph, whole), trajectory.latents, condition.references, FRAMES
     video = rollout.decode(*decoded)
     exchanges = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", rollout.decode.lower(*decoded).compile().as_text())
     rewards = np.asarray(jnp.mean(jnp.sin(3 * video), axis=(1, 2, 3, 4)))

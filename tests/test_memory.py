@@ -7,7 +7,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, jax
-from jax_idgrpo.memory import give_back_after_compiling
+from jax_idgrpo.parallel.hosts import trim_heap_after_compile
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -23,7 +23,7 @@ for piece in pieces:
 for piece in pieces[:-1]:                               # the last keeps the end of the heap where it is
     libc.free(piece)
 if LISTENING:
-    give_back_after_compiling(least=0.0)
+    trim_heap_after_compile(least=0.0)
 before = resident()
 jax.jit(lambda x: x + 1)(1.0)
 print(before - resident())

@@ -28,7 +28,10 @@ with locked(Path(sys.argv[1])):
 def holder(tmp_path):
     """A process that holds the workdir `tmp_path / "run"` until its standard input ends."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "held\n"
     yield process
@@ -40,10 +43,13 @@ def test_a_workdir_in_use_is_refused_and_free_after_a_kill(tmp_path, holder):
     workdir = tmp_path / "run"
     before = sorted(path.name for path in workdir.iterdir())
     for command in (train, finetune):
-        with pytest.raises(UserError, match=rf"workdir .*run: another process is training here \(process {holder.pid} on ") as refused:
+        with pytest.raises(
+            UserError,
+            match=rf"workdir .*run: another process is training here \(process {holder.pid} on ",
+        ) as refused:
             command(Config(), workdir)
         assert "\n" not in str(refused.value)
-    assert sorted(path.name for path in workdir.iterdir()) == before      # nothing was touched
+    assert sorted(path.name for path in workdir.iterdir()) == before  # nothing was touched
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with locked(workdir):
@@ -52,7 +58,15 @@ def test_a_workdir_in_use_is_refused_and_free_after_a_kill(tmp_path, holder):
 
 
 def test_the_command_ends_with_status_2(tmp_path, holder):
-    words = [sys.executable, "-m", "jax_idgrpo", "train", "configs/quickstart.py", "--workdir", str(tmp_path / "run")]
+    words = [
+        sys.executable,
+        "-m",
+        "jax_idgrpo",
+        "train",
+        "configs/quickstart.py",
+        "--workdir",
+        str(tmp_path / "run"),
+    ]
     answer = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
     assert "another process is training here" in answer.stderr
@@ -70,45 +84,85 @@ def test_the_lock_is_given_up_whatever_happens_within(tmp_path):
 ADDRESS = "gs://bucket/run"
 
 
-@pytest.mark.parametrize("words", [
-    ["train", "configs/quickstart.py", "--workdir", ADDRESS],
-    ["finetune", "configs/embedded_detector.py", "--workdir", ADDRESS],
-    ["train-reward", "configs/reward_face.py", "--workdir", ADDRESS],
-    ["train", ADDRESS, "--workdir", "run"],
-    ["train", "configs/quickstart.py", "--workdir", "run", "--profile", ADDRESS],
-    ["train", "configs/quickstart.py", "--workdir", "run", "--model.path", ADDRESS],
-    ["train", "configs/quickstart.py", "--workdir", "run", "--data.prompts", ADDRESS],
-    ["sample", "configs/quickstart.py", "--prompts", "embedded:eval", "--out", ADDRESS],
-    ["sample", "configs/quickstart.py", "--prompts", ADDRESS, "--out", "out"],
-    ["sample", "configs/quickstart.py", "--prompts", "embedded:eval", "--out", "out", "--lora", ADDRESS],
-    ["score", "configs/quickstart.py", "--prompts", "embedded:eval", "--videos", ADDRESS, "--out", "out"],
-    ["score", "configs/quickstart.py", "--prompts", "embedded:eval", "--videos", ".", "--out", ADDRESS],
-    ["evaluate", "configs/quickstart.py", "--out", "out", "--lora", f"tuned={ADDRESS}"],
-    ["evaluate", "configs/quickstart.py", "--out", ADDRESS],
-    ["plan", "configs/quickstart.py", "--topology", "cpu:8", "--out", ADDRESS],
-    ["report", ADDRESS],
-    ["draw-prompts", "--out", ADDRESS, "--split", "rl", "--count", "1"],
-    ["pairs", "--out", ADDRESS, "--split", "rl", "--count", "1"],
-    ["pairs", "--out", "out", "--split", "rl", "--count", "1", "--clips", ADDRESS],
-    ["pack-pairs", "--csv", ADDRESS, "--out", "out"],
-    ["pack-pairs", "--csv", "pairs.csv", "--out", ADDRESS],
-], ids=lambda words: " ".join(words).replace(ADDRESS, "ADDRESS"))
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "configs/quickstart.py", "--workdir", ADDRESS],
+        ["finetune", "configs/embedded_detector.py", "--workdir", ADDRESS],
+        ["train-reward", "configs/reward_face.py", "--workdir", ADDRESS],
+        ["train", ADDRESS, "--workdir", "run"],
+        ["train", "configs/quickstart.py", "--workdir", "run", "--profile", ADDRESS],
+        ["train", "configs/quickstart.py", "--workdir", "run", "--model.path", ADDRESS],
+        ["train", "configs/quickstart.py", "--workdir", "run", "--data.prompts", ADDRESS],
+        ["sample", "configs/quickstart.py", "--prompts", "embedded:eval", "--out", ADDRESS],
+        ["sample", "configs/quickstart.py", "--prompts", ADDRESS, "--out", "out"],
+        [
+            "sample",
+            "configs/quickstart.py",
+            "--prompts",
+            "embedded:eval",
+            "--out",
+            "out",
+            "--lora",
+            ADDRESS,
+        ],
+        [
+            "score",
+            "configs/quickstart.py",
+            "--prompts",
+            "embedded:eval",
+            "--videos",
+            ADDRESS,
+            "--out",
+            "out",
+        ],
+        [
+            "score",
+            "configs/quickstart.py",
+            "--prompts",
+            "embedded:eval",
+            "--videos",
+            ".",
+            "--out",
+            ADDRESS,
+        ],
+        ["evaluate", "configs/quickstart.py", "--out", "out", "--lora", f"tuned={ADDRESS}"],
+        ["evaluate", "configs/quickstart.py", "--out", ADDRESS],
+        ["plan", "configs/quickstart.py", "--topology", "cpu:8", "--out", ADDRESS],
+        ["report", ADDRESS],
+        ["draw-prompts", "--out", ADDRESS, "--split", "rl", "--count", "1"],
+        ["pairs", "--out", ADDRESS, "--split", "rl", "--count", "1"],
+        ["pairs", "--out", "out", "--split", "rl", "--count", "1", "--clips", ADDRESS],
+        ["pack-pairs", "--csv", ADDRESS, "--out", "out"],
+        ["pack-pairs", "--csv", "pairs.csv", "--out", ADDRESS],
+    ],
+    ids=lambda words: " ".join(words).replace(ADDRESS, "ADDRESS"),
+)
 def test_an_address_is_no_path(words, tmp_path, monkeypatch):
     configs = Path(__file__).parents[1] / "configs"
     monkeypatch.chdir(tmp_path)
-    words = [str(configs / word.removeprefix("configs/")) if word.startswith("configs/") else word for word in words]
-    with pytest.raises(UserError, match="gs:/+bucket/run: is an address, not a path of this machine") as refused:
+    words = [
+        str(configs / word.removeprefix("configs/")) if word.startswith("configs/") else word
+        for word in words
+    ]
+    with pytest.raises(
+        UserError, match="gs:/+bucket/run: is an address, not a path of this machine"
+    ) as refused:
         cli.run(words)
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("sections", [
-    {"model": ModelConfig(adapter=ADDRESS)},
-    {"reward": RewardConfig(faces="https://host/faces")},
-    {"evaluate": EvaluateConfig(prompts="s3://bucket/held.csv")},
-    {"finetune": FinetuneConfig(out=ADDRESS)},
-    {"finetune": FinetuneConfig(options={"csv": "file:///data/pairs.csv"})},
-], ids=lambda sections: next(iter(sections)))
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": ModelConfig(adapter=ADDRESS)},
+        {"reward": RewardConfig(faces="https://host/faces")},
+        {"evaluate": EvaluateConfig(prompts="s3://bucket/held.csv")},
+        {"finetune": FinetuneConfig(out=ADDRESS)},
+        {"finetune": FinetuneConfig(options={"csv": "file:///data/pairs.csv"})},
+    ],
+    ids=lambda sections: next(iter(sections)),
+)
 def test_an_address_in_a_configuration_is_refused_by_field(sections):
     with pytest.raises(UserError, match=rf"{next(iter(sections))}\.\w+.* is an address"):
         Config(**sections)
@@ -118,11 +172,16 @@ def test_addresses_that_became_paths_are_refused_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="workdir gs:/bucket/run: is an address"):
         prepare_workdir(Path(ADDRESS))
-    with pytest.raises(UserError, match="--out gs:/bucket/run: is an address"), new_folder(Path(ADDRESS)):
+    with (
+        pytest.raises(UserError, match="--out gs:/bucket/run: is an address"),
+        new_folder(Path(ADDRESS)),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", ["runs/mine", "/runs/a:b/c", "C:/runs", "embedded:eval", "10:30 run", "a b://c"])
+@pytest.mark.parametrize(
+    "path", ["runs/mine", "/runs/a:b/c", "C:/runs", "embedded:eval", "10:30 run", "a b://c"]
+)
 def test_paths_with_colons_are_paths(path):
     assert local_path(path, "--out") == Path(path)

@@ -23,7 +23,7 @@ from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.evaluation.sampler import Model, Sampler, all_rows, evaluated, make_models, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.parallel.hosts import prove, run_once, say, written_once
+from jax_idgrpo.parallel.hosts import assert_same_across_hosts, print_once, run_once, written_once
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
@@ -42,7 +42,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    prove(config, row_digests(listed), adapter=lora or out / "none")
+    assert_same_across_hosts(config, row_digests(listed), adapter=lora or out / "none")
     sampler = make_sampler(config)
     conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
@@ -56,7 +56,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
                 asked = {"prompt": row.prompt.text, "references": [str(path) for path in row.prompt.references]}
                 lines.append({"file": file, **asked, "seed": config.run.seed, "lora": str(lora or "")})
         write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    say(f"{len(lines)} videos in {out}")
+    print_once(f"{len(lines)} videos in {out}")
 
 
 def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
@@ -70,7 +70,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     if not files:
         raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
     rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
-    prove(config, row_digests(listed), videos=videos)
+    assert_same_across_hosts(config, row_digests(listed), videos=videos)
     scorer = make_scorer(config, 1)
     lines = []
     with progress("scoring", len(rows)) as update:
@@ -81,7 +81,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with written_once(out.parent) as folder:
         write_text(folder / out.name, "".join(json.dumps(line) + "\n" for line in lines))
-    say(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
+    print_once(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
 
 
 def _row_number(file: Path, rows: int) -> int:
@@ -99,7 +99,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    prove(config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()})
+    assert_same_across_hosts(config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()})
     sampler = make_sampler(config)
     conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     models = make_models(sampler, loras)
@@ -139,7 +139,7 @@ def _compare(
     table = bootstrap.markdown(means, changes) + (f"\n{bootstrap.pairs_markdown(compared)}" if compared else "")
     write_text(out / "metrics.json", json.dumps(document, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
-    say(f"{table}\n{note}")
+    print_once(f"{table}\n{note}")
 
 
 def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Sampler:
         noise = rng.row_keys(rng.key(self.config.run.seed, "evaluate"), ids, members)
         mesh = self.pipe.transformer.config.mesh
         if mesh is not None:
-            asked, noise = sharding.put((asked, noise), sharding.batch_sharding(mesh))
+            asked, noise = sharding.device_put_global((asked, noise), sharding.batch_sharding(mesh))
         latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
         frames = asked.video_frames(self.config.data.max_people)
         return to_host(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
@@ -106,7 +106,7 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver)
     given = schedule, conditioning.encode_negative(pipe, config.data)
     mesh = pipe.transformer.config.mesh
-    schedule, negative = jax.device_put(given) if mesh is None else sharding.put(given, sharding.replicated(mesh))
+    schedule, negative = jax.device_put(given) if mesh is None else sharding.device_put_global(given, sharding.replicated(mesh))
     batch = sharding.rows_for(mesh, config.evaluate.batch)
     return Sampler(config=config, pipe=pipe, batch=batch, schedule=schedule, negative=negative, cache=conditioning.Cache())
 
@@ -122,7 +122,7 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
 
     def model(transformer: WanTransformer) -> Model:
         actor, lora, base = policy.split(transformer, *guidance)
-        return Model(actor, lora if mesh is None else sharding.place(mesh, lora), base)
+        return Model(actor, lora if mesh is None else sharding.shard_params(mesh, lora), base)
 
     rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
     plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"))

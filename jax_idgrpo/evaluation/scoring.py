@@ -54,7 +54,7 @@ def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
     reward, judge = make_reward(config, mesh), make_judge(config, mesh)
 
     def placed(tree: Any) -> Any:
-        return jax.tree.map(jnp.asarray, tree) if mesh is None else sharding.put(tree, sharding.batch_sharding(mesh))
+        return jax.tree.map(jnp.asarray, tree) if mesh is None else sharding.device_put_global(tree, sharding.batch_sharding(mesh))
 
     def score(videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt]) -> bootstrap.Scores:
         filled = np.minimum(np.arange(batch), len(prompts) - 1)     # one program, however many videos there are

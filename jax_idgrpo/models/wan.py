@@ -349,7 +349,7 @@ class WanTransformer(nnx.Module):
         """
         config = self.config
         self._check_prompt(text, control)
-        context = sharding.whole_rows(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
+        context = sharding.shard_batch(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
         if config.vace_layers is None:
             return Prompt(self._keys(self.blocks, context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
@@ -369,7 +369,7 @@ class WanTransformer(nnx.Module):
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
-        time, modulation = (sharding.whole_rows(config.mesh, a) for a in self.condition_embedder(timesteps))
+        time, modulation = (sharding.shard_batch(config.mesh, a) for a in self.condition_embedder(timesteps))
         x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
         padding = x.shape[1] - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
@@ -384,7 +384,7 @@ class WanTransformer(nnx.Module):
 
         shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
-        y = sharding.whole_rows(config.mesh, y)[:, :tokens]
+        y = sharding.shard_batch(config.mesh, y)[:, :tokens]
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
         return y.reshape(b, frames, height, width, config.out_channels)
 
@@ -392,7 +392,7 @@ class WanTransformer(nnx.Module):
         """The patches of x, followed by tokens of zeros where the mesh needs them, over the mesh."""
         mesh, tokens = self.config.mesh, _patches(x)
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
-        return sharding.divide(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
+        return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
     def _keys(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
         """Keys and values of the text for every block, as `Prompt` holds them."""
@@ -400,8 +400,8 @@ class WanTransformer(nnx.Module):
         mesh = self.config.mesh
 
         def keys(block: nnx.State) -> Keys:
-            found = nnx.merge(graph, sharding.gathered(mesh, block)).attn2.keys(context)
-            return tuple(sharding.divide_heads(mesh, x) for x in found)
+            found = nnx.merge(graph, sharding.unshard_fsdp(mesh, block)).attn2.keys(context)
+            return tuple(sharding.shard_heads(mesh, x) for x in found)
 
         keys = self._remat(keys)
         if self.config.unroll:
@@ -462,7 +462,7 @@ class WanTransformer(nnx.Module):
         mesh = self.config.mesh
 
         def apply(block: nnx.State, x: Array, text: Keys) -> Array:
-            return sharding.divide(mesh, nnx.merge(graph, sharding.gathered(mesh, block))(x, text, conditions))
+            return sharding.shard_tokens(mesh, nnx.merge(graph, sharding.unshard_fsdp(mesh, block))(x, text, conditions))
 
         return self._remat(apply), parameters
 

@@ -1,13 +1,15 @@
-"""Several processes as one run: how they find each other, what they must agree on before they start, and arrays that cross them.
+"""Several processes as one run: connecting them, comparing their inputs, moving values across them.
 
-One process per host (or per GPU under Slurm). They are told of each other by
+There is one process per host, or one per GPU under Slurm. They are connected by one of
 
-    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i      explicitly, as launch/local_multiprocess.sh does
-    Slurm's own variables                                                      under srun
-    IDGRPO_DISTRIBUTED=auto                                                    on TPU slices, whose metadata JAX reads
+    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i
+                               explicitly, as launch/local_multiprocess.sh does
+    Slurm's own variables      under srun
+    IDGRPO_DISTRIBUTED=auto    on TPU slices, whose metadata JAX reads
 
-and without any of these a process runs alone. Every process does the same things in the same order; what differs between them is data that
-no program sees, such as who writes files.
+Without any of these a process runs alone. Every process runs the same programs in the same order. A
+function marked "(collective)" waits for all processes, so all must call it. Only work outside of
+programs, such as writing files, may differ.
 """
 
 import contextlib
@@ -38,8 +40,13 @@ P = ParamSpec("P")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
-HEARTBEAT = 30      # seconds after which a process that says nothing is lost, and the run with it
-SAMPLE = 2**20      # bytes of a large file that are compared at its beginning, middle and end
+HEARTBEAT = (
+    30  # seconds without a sign of life after which a process counts as lost, and the run ends
+)
+SAMPLE = 2**20  # bytes of a large file that are compared at its beginning, middle and end
+
+
+# ---- connecting ----------------------------------------------------------------------------------
 
 
 def _number(name: str, environment: Mapping[str, str], low: int) -> int:
@@ -50,7 +57,9 @@ def _number(name: str, environment: Mapping[str, str], low: int) -> int:
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` is to be told, {} where it finds out by itself, None for a process that is alone.
+    """Derive the arguments of `jax.distributed.initialize`, or None for a process that runs alone.
+
+    The arguments are {} if JAX detects the cluster by itself.
 
     Raises:
       UserError: the explicit variables are incomplete or contradict one another.
@@ -59,28 +68,44 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if given:
         missing = [name for name in EXPLICIT if name not in given]
         if missing:
-            raise UserError(f"{' and '.join(given)} without {' and '.join(missing)}: set all three, or none to run alone")
+            raise UserError(
+                f"{' and '.join(given)} without {' and '.join(missing)}: set all three, or none "
+                "to run alone"
+            )
         count, number = _number(EXPLICIT[1], environment, 1), _number(EXPLICIT[2], environment, 0)
         if number >= count:
-            raise UserError(f"JAX_PROCESS_ID is {number} and JAX_NUM_PROCESSES {count}; processes are numbered from 0 to {count - 1}")
+            raise UserError(
+                f"JAX_PROCESS_ID is {number} and JAX_NUM_PROCESSES {count}; processes are numbered "
+                f"from 0 to {count - 1}"
+            )
         address = environment[EXPLICIT[0]]
         if not address.rpartition(":")[2].isdecimal() or not address.rpartition(":")[0]:
-            raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it names a host and a port of process 0, such as 10.0.0.2:8476")
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS is {address!r}; it names a host and a port of process 0, "
+                "such as 10.0.0.2:8476"
+            )
         return {"coordinator_address": address, "num_processes": count, "process_id": number}
     if environment.get("IDGRPO_DISTRIBUTED"):
         if environment["IDGRPO_DISTRIBUTED"] != "auto":
-            raise UserError(f"IDGRPO_DISTRIBUTED is {environment['IDGRPO_DISTRIBUTED']!r}; set it to auto, or leave it out")
+            raise UserError(
+                f"IDGRPO_DISTRIBUTED is {environment['IDGRPO_DISTRIBUTED']!r}; set it to auto, or "
+                "leave it out"
+            )
         return {}
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:      # a step is what srun starts; the batch script itself is alone
+    # srun starts a step; the batch script itself is a process alone.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return {}
     return None
 
 
 def initialise(environment: Mapping[str, str] = os.environ) -> None:
-    """Join the other processes, if there are any; before anything else is done with JAX.
+    """Initialise the distributed runtime, if there are other processes.
+
+    Must run before the first JAX call.
 
     Raises:
-      UserError: the variables cannot be used, or the others do not come within five minutes.
+      UserError: the variables are unusable, the processes cannot meet at the address, or not all
+        of them connect within five minutes.
     """
     wanted = arguments(environment)
     if wanted is None or wanted.get("num_processes") == 1:
@@ -90,24 +115,30 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     patience = _patience(environment)
     try:
-        # JAX aborts the process when its own time is up, so ours is up before.
-        _within(patience, lambda: jax.distributed.initialize(
-            **wanted, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=patience + HEARTBEAT
-        ))
-    except Exception as error:  # of many types, by the way in which the processes were to be found
+        # JAX aborts the process at the end of its own timeout, so ours is shorter.
+        _within(
+            patience,
+            lambda: jax.distributed.initialize(
+                **wanted,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                initialization_timeout=patience + HEARTBEAT,
+            ),
+        )
+    except Exception as error:  # the type depends on how the cluster was detected
         reason = " ".join(str(error).split())[:200]
         where = wanted.get("coordinator_address", "the addresses that the cluster gives")
         raise UserError(
-            f"the processes did not find each other at {where} ({reason}); start all of them, and let them reach process 0 at that address"
+            f"the processes did not find each other at {where} ({reason}); start all of them, "
+            "and let them reach process 0 at that address"
         ) from None
 
 
 def check_address(address: str, listens: bool) -> None:
-    """Refuse an address at which the processes cannot meet, before JAX waits for it or dies of it.
+    """Refuse an address at which the processes cannot meet. JAX would wait for minutes, or crash.
 
     Args:
       address: "host:port" of process 0.
-      listens: this is process 0, which will listen at the port.
+      listens: whether this is process 0, which listens at the port.
 
     Raises:
       UserError: the host has no address, or process 0 cannot listen at the port.
@@ -118,34 +149,49 @@ def check_address(address: str, listens: bool) -> None:
     except (OSError, OverflowError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"JAX_COORDINATOR_ADDRESS is {address!r}: the host {host} cannot be found ({reason}); give the name or the IP address by which "
-            "this machine reaches process 0"
+            f"JAX_COORDINATOR_ADDRESS is {address!r}: the host {host} cannot be found ({reason}); "
+            "give the name or the IP address by which this machine reaches process 0"
         ) from None
     if listens:
         _check_port(int(port), address)
 
 
 def _check_port(port: int, address: str) -> None:
-    """Try the port as JAX will use it: at all addresses of this machine, of both families or of the one that there is.
+    """Bind the port as JAX will: at all addresses of this machine, IPv6 and IPv4.
 
     Raises:
-      UserError: another program uses it, or this user may not.
+      UserError: another program uses the port, or this user may not.
     """
     for family in (socket.AF_INET6, socket.AF_INET):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as listening:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)     # connections that have just ended do not count
+                # Connections that have just ended do not block the port for JAX either.
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listening.bind(("", port))
-        except (OSError, OverflowError) as error:
-            if not isinstance(error, OSError) or error.errno in (errno.EADDRINUSE, errno.EACCES):
-                reason = "is in use" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
-                raise UserError(
-                    f"JAX_COORDINATOR_ADDRESS is {address!r}: port {port} of process 0 {reason}; choose another, the same in all processes"
-                ) from None
+        except OverflowError as error:
+            raise _refused_port(port, address, f"cannot be used ({error})") from None
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise _refused_port(port, address, "is in use") from None
+            if error.errno == errno.EACCES:
+                raise _refused_port(port, address, f"cannot be used ({error.strerror})") from None
+            # Otherwise this machine lacks the family.
+
+
+def _refused_port(port: int, address: str, reason: str) -> UserError:
+    return UserError(
+        f"JAX_COORDINATOR_ADDRESS is {address!r}: port {port} of process 0 {reason}; choose "
+        "another, the same in all processes"
+    )
 
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
-    """Call a function in a thread of its own; TimeoutError, with the thread left behind, when it takes longer."""
+    """Call a function in a thread of its own.
+
+    Raises:
+      TimeoutError: the call takes longer than `seconds`. Its thread goes on.
+      Exception: whatever the call raises.
+    """
     failures: list[Exception] = []
 
     def call() -> None:
@@ -163,55 +209,71 @@ def _within(seconds: float, function: Callable[[], None]) -> None:
         raise failure
 
 
-def joined() -> bool:
-    """Whether other processes were joined; does not start JAX."""
+def is_distributed() -> bool:
+    """Return whether this process is connected to others. Does not start JAX."""
     return jax.distributed.is_initialized()
 
 
 def _patience(environment: Mapping[str, str]) -> int:
-    """Seconds that the processes wait for each other at the start."""
+    """Seconds to wait for the other processes at the start."""
     return _number("IDGRPO_PATIENCE", environment, 1) if environment.get("IDGRPO_PATIENCE") else 300
 
 
+# ---- the same inputs everywhere ------------------------------------------------------------------
+
+
 def versions() -> dict[str, str]:
-    """Python and the libraries that decide a number."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    """Return the versions of Python and of the libraries that affect results."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
 
 
 def _fingerprint(file: Path) -> str:
-    """Size and hash of a file: of all its bytes, or of three samples where they are many.
+    """Return size and hash of a file: of all its bytes, or of three samples if it is large.
 
-    Adapters, heads and whole models of one shape have files of one size, so that the size alone tells little.
+    Adapters, reward heads and whole models of one shape have files of one size, so the size alone
+    does not tell them apart.
     """
     size = file.stat().st_size
-    starts = [0] if size <= 3 * SAMPLE else [0, (size - SAMPLE) // 2, size - SAMPLE]
+    if size <= 3 * SAMPLE:
+        return f"{size} {hashlib.sha256(file.read_bytes()).hexdigest()}"
     digest = hashlib.sha256()
     with file.open("rb") as opened:
-        for start in starts:
+        for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
             opened.seek(start)
-            digest.update(opened.read(3 * SAMPLE if len(starts) == 1 else SAMPLE))
+            digest.update(opened.read(SAMPLE))
     return f"{size} {digest.hexdigest()}"
 
 
 def folder_facts(folder: Path) -> str:
-    """Names, sizes and hashes of all files below a folder, hidden ones aside; of a file its own."""
+    """List name, size and hash of a file, or of all files below a folder except hidden ones."""
     if folder.is_file():
         return f"{folder.name} {_fingerprint(folder)}"
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    )
     return "\n".join(f"{path.relative_to(folder)} {_fingerprint(path)}" for path in files)
 
 
-def agree(facts: Mapping[str, str]) -> None:
-    """Refuse to start where processes would do different things.
+def assert_facts_match(facts: Mapping[str, str]) -> None:
+    """Compare the hashes of values across processes (collective; all pass the same names).
 
-    facts: what is compared, by the name that the user knows it by. Compared are hashes; all processes call it with the same names.
+    Args:
+      facts: values by the name that an error message gives them.
 
     Raises:
-      UserError: which facts differ from those of process 0, and in which processes.
+      UserError: names the facts that differ from those of process 0, and the processes.
     """
     if jax.process_count() == 1:
         return
-    digests = np.stack([np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8) for value in facts.values()])
+    digests = np.stack(
+        [
+            np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+            for value in facts.values()
+        ]
+    )
     everyone = np.asarray(multihost_utils.process_allgather(digests))
     differing = [
         f"{name} (process {', '.join(map(str, others))})"
@@ -219,16 +281,20 @@ def agree(facts: Mapping[str, str]) -> None:
         if (others := np.flatnonzero((everyone[:, row] != everyone[0, row]).any(-1)).tolist())
     ]
     if differing:
-        raise UserError(f"the hosts differ from process 0 in {'; '.join(differing)}; give all of them the same and start again")
+        raise UserError(
+            f"the hosts differ from process 0 in {'; '.join(differing)}; give all of them the same "
+            "and start again"
+        )
 
 
-def prove(config: Config, rows: Sequence[str], **folders: Path) -> None:
-    """`agree` on what every command reads: configuration, prompts, photos, checkpoint, reward and library versions.
+def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Path) -> None:
+    """Compare configuration, data, networks and library versions across processes (collective).
 
     Args:
       config: the configuration.
-      rows: digests of the rows that the command reads, such as those of prompts by `data.prompts.row_digests`.
-      **folders: more files and folders, by the names that the user knows them by.
+      rows: digests of the rows that the command reads, such as those of prompts by
+        `data.prompts.row_digests`.
+      **folders: further files and folders to compare, by the name that an error message gives them.
 
     Raises:
       UserError: the processes differ.
@@ -237,23 +303,37 @@ def prove(config: Config, rows: Sequence[str], **folders: Path) -> None:
         return
     reward = config.reward
     networks = [reward.folder()] if reward.faces else []
-    files = [*networks, *(Path(name) for name in (reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt) if name)]
-    agree({
-        "the configuration": config.to_json(),
-        "the prompts, photos or pairs": "\n".join(rows),
-        "the checkpoint": folder_facts(config.model.folder()),
-        "the reward": "\n".join(map(folder_facts, files)),
-        **{f"the {name}": folder_facts(folder) for name, folder in folders.items()},
-        **versions(),
-    })
+    files = [
+        *networks,
+        *(
+            Path(name)
+            for name in (reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt)
+            if name
+        ),
+    ]
+    assert_facts_match(
+        {
+            "the configuration": config.to_json(),
+            "the prompts, photos or pairs": "\n".join(rows),
+            "the checkpoint": folder_facts(config.model.folder()),
+            "the reward": "\n".join(map(folder_facts, files)),
+            **{f"the {name}": folder_facts(folder) for name, folder in folders.items()},
+            **versions(),
+        }
+    )
+
+
+# ---- values that cross processes -----------------------------------------------------------------
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays of any sharding as numpy arrays, whole, on every process; all processes call it together."""
+    """Fetch arrays of any sharding as whole numpy arrays in every process (collective)."""
     gather = {}
     leaves, structure = jax.tree.flatten(tree)
     for place, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
             gather[place] = leaf
     found = multihost_utils.process_allgather(gather, tiled=True) if gather else {}
     whole = [found[place] if place in found else _local(leaf) for place, leaf in enumerate(leaves)]
@@ -266,53 +346,66 @@ def _local(leaf: Any) -> np.ndarray:
 
 
 def to_device(tree: Any) -> Any:
-    """Arrays that this process can use alone: those that several hold are gathered; all processes call it together."""
+    """Copy arrays that span processes to this process's devices (collective).
+
+    Other arrays are returned as they are.
+    """
     alone = all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree))
     return tree if alone else jax.tree.map(jnp.asarray, to_host(tree))
 
 
-def any_process(mark: bool) -> bool:
-    """Whether the mark is set in one process at least, known to all; all processes call it together."""
-    return mark if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.asarray(mark))))
+def any_process(flag: bool) -> bool:
+    """Logical OR of `flag` across processes (collective)."""
+    return (
+        flag
+        if jax.process_count() == 1
+        else bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    )
 
 
-def of_all(value: Any) -> list[Any]:
-    """What every process passes, in their order: values that JSON can hold, of any size; all processes call it together."""
+def gather_objects(value: Any) -> list[Any]:
+    """Gather a JSON value of any size from each process, ordered by process (collective)."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(text)))).ravel()
-    everyone = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text)))))
+    everyone = np.asarray(
+        multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - len(text))))
+    )
     return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]
 
 
 def barrier(name: str) -> None:
-    """Wait until every process has come to the place of this name (collective)."""
+    """Wait until every process has reached the barrier of this name (collective)."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
+# ---- what belongs to a machine, or to process 0 --------------------------------------------------
+
+
 @functools.cache
-def processes_here() -> int:
-    """Count the processes of this run on this machine, among which its memory is shared (collective at the first call)."""
-    names = of_all(socket.gethostname())
+def local_process_count() -> int:
+    """Count this run's processes on this machine (collective at the first call)."""
+    names = gather_objects(socket.gethostname())
     return names.count(names[jax.process_index()])
 
 
 def memory_share(budget: int) -> int:
-    """Divide a budget of bytes for one machine's memory among the processes of this run there (collective at the first call)."""
-    return budget // processes_here()
+    """Divide `budget` bytes of a machine's memory among this run's processes there.
 
-
-def run_once(write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call `write(*args, **kwargs)`, which only writes files, in process 0 alone; the others do not spend the time."""
-    if jax.process_index() == 0:
-        write(*args, **kwargs)
+    Collective at the first call.
+    """
+    return budget // local_process_count()
 
 
 @contextlib.contextmanager
 def written_once(folder: Path) -> Iterator[Path]:
-    """Where a command that all processes run writes its files: the folder itself in process 0, one that is thrown away elsewhere."""
+    """Yield the folder in which a command that all processes run writes its files.
+
+    It is `folder` in process 0 and a temporary folder elsewhere. Use `run_once` for files that take
+    time to make.
+    """
     if jax.process_index() == 0:
         yield folder
     else:
@@ -320,23 +413,29 @@ def written_once(folder: Path) -> Iterator[Path]:
             yield Path(aside)
 
 
-def say(text: str) -> None:
-    """Print a result, once."""
+def run_once(write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Call `write(*args, **kwargs)`, which only writes files, in process 0 and nowhere else."""
     if jax.process_index() == 0:
-        print(text)
+        write(*args, **kwargs)
 
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that JAX records after a program is compiled, before it runs
+def print_once(text: str) -> None:
+    """Print a result in process 0 and nowhere else."""
+    run_once(print, text)
 
 
-def give_back_after_compiling(least: float = 1.0) -> None:
-    """From now on, what compiling a program took goes back to the system before the program runs.
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""Event that JAX records after it compiled a program, before the program runs."""
 
-    XLA frees hundreds of megabytes after a large program, and glibc keeps them: they then lie beside the program's own arrays, at the peak
-    of the process. Without glibc nothing is done.
+
+def trim_heap_after_compile(least: float = 1.0) -> None:
+    """Return freed heap memory to the OS (`malloc_trim`) after every XLA compilation.
+
+    XLA frees hundreds of megabytes after a large program. glibc keeps them, so that they add to the
+    process's peak once the program allocates its arrays. Does nothing without glibc.
 
     Args:
-      least: seconds of compilation below which it is left, since giving back takes up to a tenth of a second.
+      least: seconds; shorter compilations are not followed by a trim, which takes up to 0.1 s.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

@@ -5,8 +5,8 @@
     seq      tokens; attention exchanges tokens for heads, so that every device sees whole sequences of some heads
     tensor   heads and hidden features of a block, with its weights
 
-Sharding lives here: models call `divide`, `gathered` and `attend` with the mesh they were given, and know no axis by name. Without a
-mesh, or on one device, these do nothing.
+Models call `shard_tokens`, `unshard_fsdp` and `attend` with the mesh that they were given and use no axis name. Without a
+mesh, or on one device, these functions do nothing.
 
 Sources: ZeRO, arXiv 1910.02054 (fsdp); DeepSpeed-Ulysses, arXiv 2309.14509 (seq); Megatron-LM, arXiv 1909.08053 (tensor).
 """
@@ -139,21 +139,25 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state)
 
 
-def place(mesh: Mesh, state: Any) -> Any:
-    """`state` on the mesh, every leaf where the table puts it."""
-    return put(state, state_shardings(mesh, state))
+def shard_params(mesh: Mesh, state: Any) -> Any:
+    """Put the arrays of `state` on the mesh, sharded as `TABLE` says (collective)."""
+    return device_put_global(state, state_shardings(mesh, state))
 
 
 @functools.lru_cache(maxsize=64)
 def _reshard(sharding: NamedSharding) -> Callable[[Array], Array]:
-    """A program that moves an array which several processes hold; they all call it together."""
+    """Compile a program that reshards an array which spans processes (collective)."""
     return jax.jit(lambda array: array, out_shardings=sharding)
 
 
-def put(tree: Any, shardings: Any) -> Any:
-    """A tree on the devices of its shardings (one for all leaves, or a tree of them), those of other processes too.
+def device_put_global(tree: Any, shardings: Any) -> Any:
+    """Put a tree on the devices of its shardings, which may belong to several processes (collective).
 
-    Every process passes the same values; each hands over only what its own devices hold.
+    Every process passes the same values and transfers only the shards of its own devices.
+
+    Args:
+      tree: arrays on the host or on devices.
+      shardings: one sharding for all leaves, or a tree of them.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -172,8 +176,8 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def spread(mesh: Mesh, state: Any) -> Any:
-    """Shardings of a network that runs seldom and should take little room: each leaf over all devices, along an axis that divides."""
+def fully_shard(mesh: Mesh, state: Any) -> Any:
+    """Shard each leaf over all devices, along its largest axis that divides; for a network that seldom runs."""
 
     def one(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
@@ -195,14 +199,14 @@ def on_devices(network: Network) -> Network:
     if all(leaf.sharding.memory_kind != "pinned_host" for leaf in leaves):
         return network
     there = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), state)
-    return nnx.merge(graph, put(state, there))
+    return nnx.merge(graph, device_put_global(state, there))
 
 
 # ---- inside a program ----------------------------------------------------------------------------------------------------
 
 
-def gathered(mesh: Mesh | None, state: Any) -> Any:
-    """The parameters of a block as its products need them: whole over `fsdp`, still divided over `tensor`."""
+def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
+    """Gather the parameters of a block over `fsdp` before its matrix products; they stay sharded over `tensor`."""
     if mesh is None or mesh.size == 1:
         return state
 
@@ -219,22 +223,22 @@ def padded(mesh: Mesh | None, tokens: int) -> int:
     return -(-tokens // shards) * shards
 
 
-def divide(mesh: Mesh | None, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    """A stream of tokens, rows over the batch axes and tokens over `seq`."""
+def shard_tokens(mesh: Mesh | None, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    """Shard a sequence: rows over the batch axes, tokens over `seq`."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, "seq", None)))
 
 
-def whole_rows(mesh: Mesh | None, x: Array) -> Array:
-    """An array with its rows over the batch axes and nothing else divided."""
+def shard_batch(mesh: Mesh | None, x: Array) -> Array:
+    """Shard the rows of an array over the batch axes, and no other axis."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
-def divide_heads(mesh: Mesh | None, x: Float[Array, "B M K d"]) -> Float[Array, "B M K d"]:
-    """Keys or values of a short text, as `attend` takes them without `split_keys`: rows over the batch axes and heads over `tensor`."""
+def shard_heads(mesh: Mesh | None, x: Float[Array, "B M K d"]) -> Float[Array, "B M K d"]:
+    """Shard keys or values of a short text for `attend` without `split_keys`: rows over the batch axes, heads over `tensor`."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor", None)))

@@ -151,7 +151,7 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     vae_graph, decoder = nnx.split(nnx.eval_shape(lambda: WanVAE(parts.vae, rngs=nnx.Rngs(0))))
     decoder = _on(whole, decoder)
     text_graph, encoder = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(parts.text_encoder, dtypes=dtypes, rngs=nnx.Rngs(0))))
-    encoder = _on(sharding.spread(mesh, encoder), encoder)
+    encoder = _on(sharding.fully_shard(mesh, encoder), encoder)
     reward = differentiable(make_reward(config))
     scorer = _on(whole, reward.state)
     waiting = _bytes(encoder) if config.model.text_memory == "device" else 0.0

@@ -72,7 +72,7 @@ def identity_constants(config: RewardConfig) -> IdentityConfig:
 def _on_mesh(reward: FaceReward, mesh: Mesh | None) -> FaceReward:
     """The reward with its networks on every device of the mesh."""
     if mesh is not None:
-        reward.state = sharding.put(reward.state, sharding.replicated(mesh))
+        reward.state = sharding.device_put_global(reward.state, sharding.replicated(mesh))
     return reward
 
 

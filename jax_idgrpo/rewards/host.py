@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import of_all, to_host
+from jax_idgrpo.parallel.hosts import gather_objects, to_host
 
 Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 """Name of a term -> one value per video; "reward" is among them."""
@@ -50,7 +50,7 @@ class Pending:
                               stacklevel=2)
             found.append((number, {} if error is not None else {name: float(value) for name, value in row.result().items()}))
         if self._shared:
-            found = [row for part in of_all(found) for row in part]
+            found = [row for part in gather_objects(found) for row in part]
         videos = [terms for _, terms in sorted(found, key=lambda row: row[0])]
         names = dict.fromkeys(["reward", *(name for terms in videos for name in terms)])
         return {name: np.asarray([terms.get(name, np.nan) for terms in videos], np.float32) for name in names}
@@ -63,7 +63,7 @@ def _spans(array: Any) -> bool:
 def _together(batch: Sequence[Any]) -> Sequence[Any]:
     """The arrays, divided alike by rows if any of them spans processes."""
     spanning = [array for array in batch if _spans(array)]
-    return sharding.put(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
+    return sharding.device_put_global(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
 
 
 def _parts(array: Any) -> list[tuple[range, Any]]:

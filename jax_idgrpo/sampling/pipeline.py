@@ -150,7 +150,7 @@ def _load_text_encoder(found: network.Network, dtype: str, mesh: Mesh | None = N
     dtypes = Dtypes.named(dtype)
 
     def spread(state: Any) -> Any:
-        shardings = sharding.spread(mesh, state)
+        shardings = sharding.fully_shard(mesh, state)
         return sharding.in_host_memory(shardings) if memory == "host" else shardings
 
     where = None if mesh is None else spread

@@ -1,11 +1,13 @@
-"""Checkpoints of a run: written so that a kill at any moment loses only the steps since the last one, and read back bit for bit.
+"""Checkpoints of a run. A kill loses only the steps since the last one; restoring is bitwise exact.
 
-A checkpoint is a flat mapping from names to arrays, so that it does not depend on the classes that hold them, with a checksum of
-every array, because a flipped bit in stored numbers is otherwise read without complaint. A workdir holds `checkpoints/<step>/`
-(orbax), `config.json`, the configuration that made them, and `rows.json`, digests of the rows that the run reads.
+A checkpoint is a flat mapping from names to arrays, independent of the classes that hold them. It
+stores a checksum of every array, since orbax does not detect every flipped bit. A workdir holds
+`checkpoints/<step>/` (orbax), `config.json`, the configuration of the run, and `rows.json`, digests
+of the rows that the run reads.
 
-Several processes share one checkpoint, and each reads only the part that its devices hold. A part can be damaged for one
-process alone, so every decision about a checkpoint is taken together: which steps exist, whether one can be read.
+Several processes share one checkpoint, and each reads only the part that its devices hold. A file
+may be damaged that only one process reads. Therefore all processes decide together which steps
+exist and whether one of them is readable. Functions marked "(collective)" must be called by all.
 """
 
 import contextlib
@@ -28,15 +30,27 @@ import orbax.checkpoint as ocp
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import describe_change
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.parallel.hosts import barrier, of_all
+from jax_idgrpo.parallel.hosts import barrier, gather_objects
 from jax_idgrpo.workdir import write_text
 
 T = TypeVar("T")
 
-MAY_CHANGE = ("run.steps", "run.save_every", "run.keep", "run.sample_every", "run.give_up_after", "run.watch_*", "run.wandb",
-              "model.text_memory", "mesh.*", "evaluate.*", "finetune.out", "finetune.log_every")
-"""Fields that a resumed run may set anew: they say how long, how often and where, and change no number of a step but, for another mesh,
-by rounding."""
+MAY_CHANGE = (
+    "run.steps",
+    "run.save_every",
+    "run.keep",
+    "run.sample_every",
+    "run.give_up_after",
+    "run.watch_*",
+    "run.wandb",
+    "model.text_memory",
+    "mesh.*",
+    "evaluate.*",
+    "finetune.out",
+    "finetune.log_every",
+)
+"""Fields that may differ on resume. They set length, intervals and places, and change no result of
+a step, except that another mesh changes rounding."""
 
 _CHECKSUMS = "checksums"
 _ITEM = "default"  # orbax's folder for the arrays of a step
@@ -46,56 +60,89 @@ TERMINATED = 128 + signal.SIGTERM
 """Exit status after SIGTERM, as a shell gives it."""
 
 
-def check_resume(old_config_json: str, new_config: Config, may_change: tuple[str, ...] = MAY_CHANGE) -> None:
-    """Refuse to continue a run whose numbers would no longer be those of the configuration that began it.
+def check_resume(
+    old_config_json: str, new_config: Config, may_change: tuple[str, ...] = MAY_CHANGE
+) -> None:
+    """Refuse to resume a run with a configuration that would change its results.
 
     Args:
       old_config_json: `Config.to_json()` of the run in the workdir.
-      may_change: patterns of `section.field` that may differ. A cosine schedule depends on the run's length, so `run.steps` is
-        then held fixed whatever this says.
+      new_config: the present configuration.
+      may_change: patterns of `section.field` that may differ. With a cosine schedule, which depends
+        on the run's length, `run.steps` may not differ either.
 
     Raises:
-      UserError: fields that differ, by name, with both values.
+      UserError: names the fields that differ, with both values.
     """
     old, new = (
-        {f"{section}.{field}": value for section, fields in json.loads(text).items() for field, value in fields.items()}
+        {
+            f"{section}.{field}": value
+            for section, fields in json.loads(text).items()
+            for field, value in fields.items()
+        }
         for text in (old_config_json, new_config.to_json())
     )
     if new.get("optimizer.schedule") == "cosine":
         may_change = tuple(name for name in may_change if name != "run.steps")
     missing = "(absent)"
-    differing = [name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)]
-    refused = [name for name in differing if not any(fnmatch.fnmatchcase(name, pattern) for pattern in may_change)]
+    differing = [
+        name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)
+    ]
+    refused = [
+        name
+        for name in differing
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in may_change)
+    ]
     if refused:
-        changes = ", ".join(f"{name} was {old.get(name, missing)!r} and is {new.get(name, missing)!r}" for name in refused)
-        raise UserError(f"cannot resume exactly: {changes}; restore the old values or start in another --workdir")
+        changes = ", ".join(
+            f"{name} was {old.get(name, missing)!r} and is {new.get(name, missing)!r}"
+            for name in refused
+        )
+        raise UserError(
+            f"cannot resume exactly: {changes}; restore the old values or start in another "
+            "--workdir"
+        )
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """The manager of `workdir/checkpoints`, keeping the newest `keep`; close it when done, or use it as a context."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+    """Open `workdir/checkpoints`, which keeps the newest `keep` steps (collective).
+
+    Close the manager when done, or use it as a context.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
     return ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+        (workdir / "checkpoints").absolute(),
+        options=options,
+        item_handlers=ocp.StandardCheckpointHandler(),
     )
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path; keys of random numbers as their bits."""
+    """Map the path of each leaf to the leaf. Random keys become their bits."""
 
     def name(path: Any) -> str:
-        return re.sub(r"\.(raw_)?value$", "", jax.tree_util.keystr(path, simple=True, separator="."))
+        return re.sub(
+            r"\.(raw_)?value$", "", jax.tree_util.keystr(path, simple=True, separator=".")
+        )
 
     def bits(leaf: jax.Array) -> jax.Array:
-        return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        return (
+            jax.random.key_data(leaf)
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else leaf
+        )
 
     return {name(path): bits(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _rebuild(target: T, named: dict[str, jax.Array]) -> T:
-    """`target` with its leaves replaced by those of `named`, which lists them in the same order."""
+    """Replace the leaves of `target` by the values of `named`, which has the same order."""
     leaves = [
         jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else value
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else value
         for leaf, value in zip(jax.tree.leaves(target), named.values(), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(target), leaves)
@@ -103,28 +150,34 @@ def _rebuild(target: T, named: dict[str, jax.Array]) -> T:
 
 @jax.jit
 def _checksums(named: dict[str, jax.Array]) -> jax.Array:
-    """uint32 [leaves]: the sum of each array's bits times odd weights by position, exact in any order and under any sharding."""
+    """Compute one checksum per array, uint32 [leaves].
+
+    It is the sum of the array's bits times odd weights by position, modulo 2^32: exact in any order
+    of summation and under any sharding.
+    """
 
     def one(x: jax.Array) -> jax.Array:
         bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
         position = jnp.zeros((), jnp.uint32)
         for axis, size in enumerate(x.shape):
-            position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+            position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(
+                jnp.uint32, x.shape, axis
+            )
         return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
     return jnp.stack([one(x) for x in jax.tree.leaves(named)])
 
 
 def stored_steps(manager: ocp.CheckpointManager) -> list[int]:
-    """List the steps that process 0 finds, the same in every process (collective).
+    """List the steps that process 0 finds, in every process (collective).
 
-    Processes may see one folder differently for a while, as network file systems cache listings.
+    Network file systems cache listings, so processes may see different steps for a while.
     """
-    return list(of_all(list(manager.all_steps()))[0])
+    return list(gather_objects(list(manager.all_steps()))[0])
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a disk without room caused the error, or one of those that it was raised from."""
+    """Return whether the error, or an error that caused it, reports a full disk."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -133,10 +186,12 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Write the state after `step` steps and return once it is complete; a step that is already stored is left alone (collective).
+    """Write the state after `step` steps and wait until it is complete (collective).
+
+    Does nothing for a step that is already stored.
 
     Raises:
-      UserError: the disk is full. The checkpoints before this one are untouched.
+      UserError: the disk is full. Earlier checkpoints are untouched.
     """
     if step in stored_steps(manager):
         return
@@ -144,60 +199,78 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     whole = {**named, _CHECKSUMS: _checksums(named)}
     try:
         written = manager.save(step, args=ocp.args.StandardSave(whole), force=True)
-    except Exception as error:  # tensorstore raises ValueError for a full disk, and orbax wraps what its threads raise
+    except Exception as error:  # tensorstore raises ValueError for a full disk, not OSError
         if not _is_full(error):
             raise
         raise UserError(
-            f"checkpoint {manager.directory / str(step)}: no space left on the disk; the checkpoints before it are whole: free "
-            "space, or lower run.keep, and run the same command again"
+            f"checkpoint {manager.directory / str(step)}: no space left on the disk; the "
+            "checkpoints before it are whole: free space, or lower run.keep, and run the same "
+            "command again"
         ) from None
     if not written:
         raise RuntimeError(f"{manager.directory}: orbax did not write step {step}")
 
 
 def _read(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read this process's part of one checkpoint. No other process is waited for, so each may fail by itself.
+    """Read this process's part of one checkpoint. Not collective: it may fail in one process alone.
 
     Args:
       folder: the arrays of one step, as orbax stores them.
       wanted: shapes, dtypes and shardings by name.
 
     Returns:
-      Arrays by name, the stored checksums among them.
+      The arrays by name, and the stored checksums.
 
     Raises:
-      UserError: it holds other arrays than `wanted`.
-      Exception: of many types, when a file is not whole.
+      UserError: names, shapes or dtypes differ from `wanted`.
+      Exception: of many types, if a file is damaged.
     """
     handler = ocp.StandardCheckpointHandler()
-    found = {name: leaf for name, leaf in handler.metadata(folder).tree.items() if name != _CHECKSUMS}
-    stored, expected = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()} for leaves in (found, wanted))
-    differing = sorted(name for name in {**stored, **expected} if stored.get(name) != expected.get(name))
+    found = {
+        name: leaf for name, leaf in handler.metadata(folder).tree.items() if name != _CHECKSUMS
+    }
+    stored, expected = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+        for leaves in (found, wanted)
+    )
+    differing = sorted(
+        name for name in {**stored, **expected} if stored.get(name) != expected.get(name)
+    )
     if differing:
         name = differing[0]
         raise UserError(
-            f"checkpoint {folder.parent}: {len(differing)} arrays differ from the network's, first {name} "
-            f"({stored.get(name, 'absent')} there, {expected.get(name, 'absent')} here); start in another --workdir"
+            f"checkpoint {folder.parent}: {len(differing)} arrays differ from the network's, first "
+            f"{name} ({stored.get(name, 'absent')} there, {expected.get(name, 'absent')} here); "
+            "start in another --workdir"
         )
-    checksums = jax.ShapeDtypeStruct((len(wanted),), jnp.uint32, sharding=_whole(next(iter(wanted.values())).sharding))
-    restored = handler.restore(folder, args=ocp.args.StandardRestore({**wanted, _CHECKSUMS: checksums}))
+    checksums = jax.ShapeDtypeStruct(
+        (len(wanted),), jnp.uint32, sharding=_whole(next(iter(wanted.values())).sharding)
+    )
+    restored = handler.restore(
+        folder, args=ocp.args.StandardRestore({**wanted, _CHECKSUMS: checksums})
+    )
     return {name: restored[name] for name in (*wanted, _CHECKSUMS)}
 
 
-def _read_together(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, jax.Array], str]:
-    """Read one checkpoint in all processes (collective); -> its arrays, or nothing and what is damaged.
+def _read_together(
+    folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, jax.Array], str]:
+    """Read one checkpoint in all processes (collective).
+
+    Returns:
+      The arrays and "", or no arrays and a description of the damage, the same in all processes.
 
     Raises:
-      UserError: it holds other arrays than `wanted`, in all processes if in one.
+      UserError: names, shapes or dtypes differ from `wanted`. Raised in all processes if in one.
     """
     restored, refusal, damage = {}, "", ""
     try:
         restored = _read(folder, wanted)
     except UserError as error:
         refusal = str(error)
-    except Exception as error:  # orbax and tensorstore raise many types for a file that is not whole
+    except Exception as error:  # orbax and tensorstore raise many types for a damaged file
         damage = (str(error) or type(error).__name__).splitlines()[0][:200]
-    outcomes = of_all([refusal, damage])
+    outcomes = gather_objects([refusal, damage])
     if refused := [text for text, _ in outcomes if text]:
         raise UserError(refused[0])
     if failed := [(number, text) for number, (_, text) in enumerate(outcomes) if text]:
@@ -209,40 +282,50 @@ def _read_together(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> tup
 
 
 def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The devices of `sharding`, each holding the whole array."""
-    return jax.NamedSharding(sharding.mesh, jax.P()) if isinstance(sharding, jax.NamedSharding) else sharding
+    """Replicate over the devices of `sharding`."""
+    return (
+        jax.NamedSharding(sharding.mesh, jax.P())
+        if isinstance(sharding, jax.NamedSharding)
+        else sharding
+    )
 
 
 def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
-    """The newest state that can be read, with the dtypes and the sharding of `target`; None when there is no checkpoint.
+    """Read the newest intact checkpoint, with the dtypes and shardings of `target` (collective).
 
-    A damaged checkpoint is moved to `checkpoints-damaged/` with a warning, and the one before it is read.
-
-    Args:
-      target: a state of arrays of which only shapes, dtypes and shardings are used.
+    A damaged checkpoint is moved to `checkpoints-damaged/` with a warning, and the one before it is
+    read. Returns None if there is no checkpoint.
 
     Raises:
-      UserError: a checkpoint holds other arrays than the target, or none of them can be read.
+      UserError: names, shapes or dtypes differ from the target's, or no checkpoint is intact.
     """
     named = _named(target)
-    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for name, leaf in named.items()}
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in named.items()
+    }
     damaged = []
     for step in sorted(stored_steps(manager), reverse=True):
         folder = Path(manager.directory) / str(step)
         restored, reason = _read_together(folder / _ITEM, wanted)
         if reason:
-            warnings.warn(f"checkpoint {folder} is damaged ({reason}); trying the one before", stacklevel=2)
+            warnings.warn(
+                f"checkpoint {folder} is damaged ({reason}); trying the one before", stacklevel=2
+            )
             damaged.append(step)
             continue
         _set_aside(manager, damaged)
         return _rebuild(target, restored)
     if damaged:
-        raise UserError(f"checkpoints {manager.directory}: none of the {len(damaged)} can be read; move the folder away to start anew")
+        raise UserError(
+            f"checkpoints {manager.directory}: none of the {len(damaged)} can be read; move the "
+            "folder away to start anew"
+        )
     return None
 
 
 def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
-    """Move damaged checkpoints out of the manager's sight, so that their steps can be written again (collective)."""
+    """Move damaged checkpoints away, so that their steps can be written again (collective)."""
     if not steps:
         return
     if jax.process_index() == 0:
@@ -251,39 +334,48 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
             shutil.move(Path(manager.directory) / str(step), place)
-    barrier("damaged checkpoints are moved")  # a process that listed them earlier would not write these steps again
+    barrier("damaged checkpoints are moved")  # before any process lists the folder anew
     manager.reload()
 
 
 def check_rows(path: Path, rows: Sequence[str]) -> None:
-    """Refuse to continue a run on other rows than those that it began with.
+    """Refuse to resume a run on other data.
 
     Args:
-      path: where the run stored the digests of its rows. Runs of earlier versions have no such file, and are continued.
+      path: file with the digests of the run's rows. Runs of earlier versions have none and resume.
       rows: digests of the present rows.
 
     Raises:
-      UserError: which rows changed.
+      UserError: says which rows changed.
     """
     if path.exists() and (change := describe_change(json.loads(path.read_text()), rows)):
         raise UserError(
-            f"cannot resume exactly: the data is not what the run in {path.parent} began with: {change}; restore it, or start in another "
-            "--workdir"
+            f"cannot resume exactly: the data is not what the run in {path.parent} began with: "
+            f"{change}; restore it, or start in another --workdir"
         )
 
 
-def resume(workdir: Path, config: Config, manager: ocp.CheckpointManager, state: T, rows: Sequence[str] = ()) -> T:
-    """The state to go on from: the newest in the workdir, or `state` when there is none. Records the configuration and the rows.
+def resume(
+    workdir: Path,
+    config: Config,
+    manager: ocp.CheckpointManager,
+    state: T,
+    rows: Sequence[str] = (),
+) -> T:
+    """Restore the newest state of the workdir, or return `state` if it has none (collective).
+
+    Stores the configuration and the digests of the rows for the next resume.
 
     Args:
       workdir: folder of the run.
       config: the present configuration.
       manager: of the workdir's checkpoints.
-      state: the state at the start, whose shapes, dtypes and shardings the restored one gets.
-      rows: digests of the rows that the run reads, as `row_digests` makes them; nothing is compared when there are none.
+      state: initial state, with the shapes, dtypes and shardings to restore to.
+      rows: digests of the rows that the run reads, by `row_digests`. Not compared if empty.
 
     Raises:
-      UserError: the configuration or the rows changed in a way that breaks exactness, or the checkpoints cannot be used.
+      UserError: the configuration or the rows changed in a way that changes results, or the
+        checkpoints are unusable.
     """
     path, listed = workdir / "config.json", workdir / "rows.json"
     if stored_steps(manager):

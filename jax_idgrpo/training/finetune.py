@@ -22,7 +22,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import MetricsWriter, progress
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import any_process, prove, to_device, to_host
+from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_device, to_host
 from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
 from jax_idgrpo.training.task import Task, make_task
@@ -66,16 +66,16 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    prove(config, task.rows, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
+    assert_same_across_hosts(config, task.rows, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
     graphdef, params, frozen, rest = nnx.split(task.init(rng.key(seed, "init")), task.trained, task.frozen, ...)
-    frozen, parts = sharding.place(mesh, frozen), (params, rest)
+    frozen, parts = sharding.shard_params(mesh, frozen), (params, rest)
     del params, rest
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
     def batch(number: int) -> Any:
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         made = task.batch(seed, number)
-        return sharding.put(made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made))
+        return sharding.device_put_global(made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made))
 
     def averaged(state: TrainState) -> nnx.Module:
         average, kept, rest = to_device((state.ema, frozen, state.rest))
@@ -86,7 +86,7 @@ def finetune(config: Config, workdir: Path) -> None:
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = functools.partial(start, optimizer)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
-    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.place(mesh, parts)), task.rows)
+    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.shard_params(mesh, parts)), task.rows)
     del parts
     done = int(state.step)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.parallel.hosts import say
+from jax_idgrpo.parallel.hosts import print_once
 from jax_idgrpo.workdir import write_text
 
 STEPS = 2  # that are traced
@@ -47,7 +47,7 @@ class Profile:
             table = phase_table(self.rows, phases)
             if jax.process_index() == 0:
                 write_text(self.folder / "phases.md", table + "\n")
-            say(f"\n{table}\n\nprofile of {len(self.rows)} steps: {self.folder}")
+            print_once(f"\n{table}\n\nprofile of {len(self.rows)} steps: {self.folder}")
 
 
 def phase_table(rows: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:

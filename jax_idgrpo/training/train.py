@@ -27,7 +27,7 @@ from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import any_process, prove, to_host
+from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
 from jax_idgrpo.rewards.base import References, differentiable
 from jax_idgrpo.rewards.factory import make_reward, policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
@@ -75,13 +75,13 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     listed = row_digests(prompts)
-    prove(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
+    assert_same_across_hosts(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
     pipe = load(config, mesh)
     conditioning.warn_of_cut(pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
     actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
     through = config.grpo.objective == "reward_gradient"
-    base = sharding.place(mesh, base)
+    base = sharding.shard_params(mesh, base)
     vae = nnx.split(pipe.vae)
     reward = make_reward(config, mesh)
     check_mixture(config.reward.mixture, reward.term_names)
@@ -94,14 +94,14 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         score=functools.partial(score_latents, scorer.apply, config.data.max_people) if scorer else None,
     )
     schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
-    schedule, negative = sharding.put((schedule, conditioning.encode_negative(pipe, config.data)), sharding.replicated(mesh))
+    schedule, negative = sharding.device_put_global((schedule, conditioning.encode_negative(pipe, config.data)), sharding.replicated(mesh))
     cache = conditioning.Cache()
     passes = forward_passes(config, actor.branches)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = start(objective.optimizer, lora)
-    state = resume(workdir, config, manager, sharding.place(mesh, fresh), listed)
+    state = resume(workdir, config, manager, sharding.shard_params(mesh, fresh), listed)
     done = int(state.step)
     traced = Profile(profile, done, last)
     failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
@@ -109,10 +109,10 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     if watch is not None:
         guidance = config.evaluate.guidance or sampling.guidance
         watched = dataclasses.replace(actor, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
-        watch.begin(Model(watched, sharding.place(mesh, fresh.ema), base))
+        watch.begin(Model(watched, sharding.shard_params(mesh, fresh.ema), base))
 
     def rows(tree: Any, chunk: slice) -> Any:
-        return sharding.put(jax.tree.map(lambda leaf: leaf[chunk], tree), sharding.batch_sharding(mesh))
+        return sharding.device_put_global(jax.tree.map(lambda leaf: leaf[chunk], tree), sharding.batch_sharding(mesh))
 
     def keep(state: TrainState, done: int) -> None:
         save(manager, done, state)
@@ -164,7 +164,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
                 start_keys, noise_keys, again_keys, where, encoded = (
                     rows(tree, chunk) for tree in (starts, noise, again, window, people)
                 )
-                condition = sharding.put(conditioning.select(asked, of_row[chunk]), sharding.batch_sharding(mesh))
+                condition = sharding.device_put_global(conditioning.select(asked, of_row[chunk]), sharding.batch_sharding(mesh))
                 with jax.transfer_guard("disallow"):
                     given = (actor, state.params, base, condition, negative)
                     trajectory = sample(config, given, schedule, start_keys, noise_keys, where)
@@ -186,7 +186,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             grouped = {name: value.reshape(-1, sampling.group) for name, value in values.items()}
             advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, sampling.group), grouped, config.reward.mixture)
             batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
-            batch = sharding.put(batch, sharding.batch_sharding(mesh, 1))
+            batch = sharding.device_put_global(batch, sharding.batch_sharding(mesh, 1))
             del chunks
             networks = Networks(
                 base=base,
@@ -197,7 +197,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             logged: list[dict[str, Array]] = []
             for number in range(config.grpo.optimizer_steps):
                 part = share(batch, number % config.grpo.updates, config.grpo.updates)
-                step = sharding.put(jnp.int32(done * config.grpo.optimizer_steps + number), sharding.replicated(mesh))
+                step = sharding.device_put_global(jnp.int32(done * config.grpo.optimizer_steps + number), sharding.replicated(mesh))
                 with jax.transfer_guard("disallow"):
                     state, scalars = update(objective, state, networks, part, schedule, step)
                 logged.append(scalars)

@@ -1,6 +1,8 @@
-"""Run by test_processes.py in two processes: do they agree on photos and on the reward head? Prints what is refused, line by line.
+"""Run by test_processes.py in two processes: compare photos and the reward head across them.
 
-    python -m tests.distributed.agreement_worker FOLDER      FOLDER/0 and FOLDER/1 are the disks of the two hosts
+    python -m tests.distributed.agreement_worker FOLDER
+
+FOLDER/0 and FOLDER/1 are the disks of the two hosts. Prints what is refused, line by line.
 """
 
 import os
@@ -20,6 +22,6 @@ rows = row_digests(load_prompts("prompts.csv", 4))
 for digests, head in ((rows, ""), ([], "head")):
     config = Config(reward=RewardConfig(head=head))
     try:
-        hosts.prove(config, digests)
+        hosts.assert_same_across_hosts(config, digests)
     except UserError as error:
         print(error)

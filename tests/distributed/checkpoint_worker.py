@@ -1,6 +1,8 @@
-"""Run by test_checkpoints.py in several processes: write checkpoints of a divided state, or go on from them. Prints one JSON line.
+"""Run by test_checkpoints.py in several processes: write or restore checkpoints of a sharded state.
 
-    python -m tests.distributed.checkpoint_worker write|read WORKDIR
+Prints one JSON line.
+
+python -m tests.distributed.checkpoint_worker write|read WORKDIR
 """
 
 import json
@@ -31,7 +33,9 @@ def numbers(step):
 
 def state(step):
     layout = {"divided": jax.P("fsdp"), "whole": jax.P(), "step": jax.P()}
-    return sharding.put(numbers(step), {name: jax.NamedSharding(mesh, spec) for name, spec in layout.items()})
+    return sharding.device_put_global(
+        numbers(step), {name: jax.NamedSharding(mesh, spec) for name, spec in layout.items()}
+    )
 
 
 def bits_of(found, step):
@@ -39,13 +43,18 @@ def bits_of(found, step):
     expected = numbers(step)
     return all(
         np.array_equal(np.asarray(shard.data), expected[name][shard.index])
-        for name, array in found.items() for shard in array.addressable_shards
+        for name, array in found.items()
+        for shard in array.addressable_shards
     )
 
 
 task, workdir = sys.argv[1], Path(sys.argv[2])
 answer = {}
-with locked(workdir), open_checkpoints(workdir, keep=2) as manager, warnings.catch_warnings(record=True) as warned:
+with (
+    locked(workdir),
+    open_checkpoints(workdir, keep=2) as manager,
+    warnings.catch_warnings(record=True) as warned,
+):
     warnings.simplefilter("always", UserWarning)
     if task == "write":
         for step in (3, 6):
@@ -57,5 +66,7 @@ with locked(workdir), open_checkpoints(workdir, keep=2) as manager, warnings.cat
         save(manager, 6, state(6))
         answer["again"] = bits_of(restore(manager, state(0)), 6)
     answer["steps"] = stored_steps(manager)
-    answer["warned"] = [str(warning.message) for warning in warned if "is damaged" in str(warning.message)]
+    answer["warned"] = [
+        str(warning.message) for warning in warned if "is damaged" in str(warning.message)
+    ]
 print(json.dumps(answer))

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: damage that one of them meets alone costs all of them one checkpoint, and nothing more."""
+"""Checkpoints of several processes: damage that one process meets alone costs one checkpoint."""
 
 import json
 import os
@@ -10,7 +10,10 @@ from tests.distributed.processes import finish, start
 
 
 def run(task, workdir, folder):
-    answers = finish(start(["-m", "tests.distributed.checkpoint_worker", task, workdir], 2, 2, folder), timeout=120)
+    answers = finish(
+        start(["-m", "tests.distributed.checkpoint_worker", task, workdir], 2, 2, folder),
+        timeout=120,
+    )
     assert all(status == 0 for status, _ in answers), answers
     return [json.loads(printed.splitlines()[-1]) for _, printed in answers]
 
@@ -32,7 +35,7 @@ def test_damage_that_one_process_meets_falls_back_in_all(written, tmp_path, numb
     for answer in run("read", workdir, written):
         assert answer["step"] == 3 and answer["exact"] and len(answer["warned"]) == 1
         assert "trying the one before" in answer["warned"][0] and "process" in answer["warned"][0]
-        assert answer["steps"] == [3, 6] and answer["again"]    # the damaged step is written anew
+        assert answer["steps"] == [3, 6] and answer["again"]  # the damaged step is written anew
     assert [path.name for path in (workdir / "checkpoints-damaged").iterdir()] == ["6"]
 
 

@@ -48,7 +48,7 @@ def test_incomplete_variables_are_refused(change, reason):
 
 
 def test_alone_nothing_is_gathered_and_everything_agrees():
-    hosts.agree({"anything": "at all"})
+    hosts.assert_facts_match({"anything": "at all"})
     assert hosts.memory_share(1000) == 1000
     assert hosts.any_process(True) and not hosts.any_process(False)
     tree = hosts.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})

@@ -20,11 +20,12 @@ from jax_idgrpo.rewards.host import HostPool, collect
 hosts.initialise()
 mesh = sharding.make_mesh(MeshConfig())
 rows = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
-divided, numbers = sharding.put((rows, rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8))), sharding.batch_sharding(mesh))
-moved = sharding.put(divided, sharding.replicated(mesh))
+keys_of_rows = rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8))
+divided, numbers = sharding.device_put_global((rows, keys_of_rows), sharding.batch_sharding(mesh))
+moved = sharding.device_put_global(divided, sharding.replicated(mesh))
 doubled = jax.jit(lambda x: (2 * x, jnp.sum(x)))(divided)
 try:
-    hosts.agree({"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]})
+    hosts.assert_facts_match({"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]})
     answer = ""
 except UserError as error:
     answer = str(error)

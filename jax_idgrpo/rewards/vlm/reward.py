@@ -125,7 +125,7 @@ class VlmReward:
         filled = sharding.rows_for(self.mesh, count)
         if filled > count:
             tree = jax.tree.map(lambda leaf: leaf[np.minimum(np.arange(filled), count - 1)], tree)
-        return count, sharding.put(tree, sharding.batch_sharding(self.mesh))
+        return count, sharding.device_put_global(tree, sharding.batch_sharding(self.mesh))
 
 
 def load_vlm(config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> VlmReward:
