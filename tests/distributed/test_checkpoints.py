@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from jax_idgrpo.workdir import locked
 from tests.distributed.processes import finish, start
 
 
@@ -44,3 +45,11 @@ def test_whole_checkpoints_are_read_as_they_are(written, tmp_path):
     for answer in run("read", workdir, written):
         assert answer == {"step": 6, "exact": True, "again": True, "steps": [3, 6], "warned": []}
     assert not (workdir / "checkpoints-damaged").exists() and not (workdir / ".lock").exists()
+
+
+def test_a_workdir_in_use_is_refused_by_all_processes(written, tmp_path):
+    with locked(tmp_path / "run"):
+        words = ["-m", "tests.distributed.checkpoint_worker", "read", tmp_path / "run"]
+        answers = finish(start(words, 2, 2, written), timeout=120)
+    for status, printed in answers:
+        assert status != 0 and "another process is training here" in printed, printed

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jax_idgrpo.config import prompts_file
+from jax_idgrpo.data.prompts import load_prompts
+
 CONFIG = """
 from jax_idgrpo import config as c
 
@@ -133,6 +136,23 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(short):
     printed = short.finish("damaged")
     assert "is damaged" in printed and "trying the one before" in printed
     short.assert_equal("straight", "damaged")
+
+
+@pytest.mark.slow
+def test_other_prompts_under_the_same_name_are_refused(short):
+    listed = load_prompts(prompts_file("embedded:rl"), 3)[:4]
+    lines = [
+        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
+        for prompt in listed
+    ]
+    table = short.folder / "four.csv"
+    table.write_text("ref_paths,prompt\n" + "".join(lines))
+    short.finish("prompts", "--run.steps", "2", "--data.prompts", str(table))
+    table.write_text("ref_paths,prompt\n" + "".join(lines[:2]))
+    process = short.start("prompts", "--data.prompts", str(table))
+    printed = process.communicate()[0]
+    assert process.returncode == 2 and "rows 2, 3 removed" in printed.splitlines()[-1], printed
+    assert len(short.rows("prompts")) == 2
 
 
 @pytest.mark.slow
