@@ -43,6 +43,7 @@ from checkpoints_convert.lazy import blank, iter_chunks, size
 from checkpoints_convert.network import blank_matrices, describe_blanks
 from checkpoints_convert.places import adapter_place, run_config
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.workdir import local_path
 
 SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints
 PIPELINE_FORMATS: tuple[str, ...] = ("diffusers", "original")
@@ -391,6 +392,9 @@ def parser() -> Parser:
 def run(words: Sequence[str]) -> int:
     """Run the command; -> exit status. UserError for a user's mistake."""
     arguments = parser().parse_args(words)
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            local_path(value, name)
     if arguments.command == "inspect":
         return run_inspect(arguments.path, arguments.kind)
     if arguments.command == "verify":

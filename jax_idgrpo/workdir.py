@@ -126,23 +126,23 @@ def locked(workdir: Path) -> Iterator[None]:
     Process 0 holds the lock.
 
     Raises:
-      UserError: the folder is not writable, or another process is training there. The latter is
-        raised in all processes of this run.
+      UserError: the folder is not writable, or another process is training there. Raised in all
+        processes of this run if in one.
     """
     import jax  # slow to import, and not needed by the rest of this module
 
     from jax_idgrpo.parallel.hosts import gather_objects
 
-    prepare_workdir(workdir)
     lock, refusal = None, ""
-    if jax.process_index() == 0:
+    try:
         try:
-            lock = _lock(workdir / LOCK)
+            prepare_workdir(workdir)
+            if jax.process_index() == 0:
+                lock = _lock(workdir / LOCK)
         except UserError as error:
             refusal = str(error)
-    if refusal := gather_objects(refusal)[0]:
-        raise UserError(refusal)
-    try:
+        if refused := [text for text in gather_objects(refusal) if text]:
+            raise UserError(refused[0])
         yield
     finally:
         if lock is not None:

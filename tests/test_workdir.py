@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_convert.__main__ import run as convert
 from jax_idgrpo import cli
 from jax_idgrpo.config import Config, EvaluateConfig, FinetuneConfig, ModelConfig, RewardConfig
 from jax_idgrpo.errors import UserError
@@ -150,6 +151,26 @@ def test_an_address_is_no_path(words, tmp_path, monkeypatch):
     ) as refused:
         cli.run(words)
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", ADDRESS],
+        ["verify", ".", ADDRESS],
+        ["import", ".", ADDRESS],
+        ["export", ".", ADDRESS, "--format", "merged", "--base", "."],
+        ["export", ".", "out", "--format", "merged", "--base", ADDRESS],
+    ],
+    ids=lambda words: " ".join(words).replace(ADDRESS, "ADDRESS"),
+)
+def test_an_address_is_no_path_of_a_conversion(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="gs:/bucket/run: is an address, not a path of this machine"
+    ):
+        convert(words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
