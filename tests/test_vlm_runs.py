@@ -66,7 +66,7 @@ def test_score_writes_it_for_files(folder, tmp_path):
     "words, message",
     [
         (["--reward.vlm=nowhere"], "reward.vlm nowhere: no such folder"),
-        (["--reward.faces="], "only a reward.vlm and models of deepface can do without"),
+        (["--reward.faces="], "only a reward.vlm, a reward.custom and models of deepface can do without"),
         (["--reward.vlm=x", "--reward.vlm_dtype=half"], "reward.vlm_dtype is 'half'"),
     ],
 )
