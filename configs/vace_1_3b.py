@@ -19,6 +19,7 @@ def get_config() -> c.Config:
         optimizer=c.OptimizerConfig(
             learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-4, max_norm=1.0, ema_decay=0.9487
         ),
+        reward=c.RewardConfig(faces="faces"),
         evaluate=c.EvaluateConfig(prompts="test.csv", videos=1, steps=50, batch=2, frames=81, height=480, width=832),
         run=c.RunConfig(steps=115, seed=42, save_every=5, sample_every=5),
     )

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from jax_idgrpo.errors import UserError, closest
 from jax_idgrpo.workdir import local_path
 
+FILMING = 96    # channels of the published VAE
 EMBEDDED = Path(__file__).parent / "synthetic" / "assets"
 
 
@@ -98,6 +99,13 @@ class ModelConfig:
     def folder(self) -> Path:
         """The checkpoint folder."""
         return EMBEDDED / "pipeline" if self.path == "embedded" else Path(self.path)
+
+    def draws(self) -> bool:
+        """Whether the model is of the bundled one's kind, with a small VAE of its own, and not one that films; what is absent films."""
+        try:
+            return bool(json.loads((self.folder() / "vae" / "config.json").read_text())["base_dim"] < FILMING)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,9 +350,12 @@ PRICES = {"copied": 0.5}  # of penalties that cost something unless the configur
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """The reward: face similarity over `frames` evenly spaced frames of each video, or a vision-language model's score.
+    """The reward: face similarity over `frames` evenly spaced frames of each video, a vision-language model's score, or your own function.
 
-    faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package; "" where none of them is needed.
+    faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package, for its own video model alone;
+        "" where none of them is needed.
+    custom: function that is the reward, as "package.module:function" or "file.py:function" (see `rewards.custom`); "" is none.
+    custom_timeout: seconds after which a call of it is given up, and its videos with it.
     backend: what finds and embeds faces for the reward: "" is the networks of `faces`, on the accelerator; "deepface:DETECTOR/MODEL" is
         deepface's, on the host, such as deepface:retinaface/ArcFace, or deepface:opencv/embedder with the embedder of `faces`.
     head: folder of a reward head trained on pairs (`train-reward` with the task reward_face), as its export; what it says, in log-odds,
@@ -365,6 +376,8 @@ class RewardConfig:
     """
 
     faces: str = "embedded"
+    custom: str = ""
+    custom_timeout: float = 600.0
     backend: str = ""
     frames: int = 5
     similarity_low: float = 0.0
@@ -390,9 +403,15 @@ class RewardConfig:
         _require(not self.backend or re.fullmatch(r"deepface:[\w-]+/[\w-]+", self.backend) is not None,
                  f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as deepface:opencv/ArcFace, or leave it out")
         _require(not (self.backend and self.vlm), "reward.backend and reward.vlm are both set; use one of them")
-        _require(self.faces != "" or self.vlm != "" or (self.backend != "" and not self.backend.endswith("/embedder")),
-                 "reward.faces is empty; only a reward.vlm and models of deepface can do without face networks")
-        _require(not (self.head and self.vlm), "reward.head and reward.vlm are both the reward; leave one empty")
+        _require(self.faces != "" or not self.reads_faces,
+                 "reward.faces is empty; only a reward.vlm, a reward.custom and models of deepface can do without face networks")
+        _require(not (self.head and self.vlm), "reward.head and reward.vlm are mutually exclusive; leave one empty")
+        _require(not self.custom or re.fullmatch(r".+:[A-Za-z_]\w*", self.custom) is not None,
+                 f"reward.custom is {self.custom!r}; use package.module:function or file.py:function")
+        _require(not (self.custom and (self.head or self.vlm or self.backend)),
+                 "reward.custom excludes reward.head, reward.vlm and reward.backend; leave them empty")
+        _require(not (self.custom and self.mixture), "reward.mixture weighs terms, which reward.custom can do itself; leave it out")
+        _require(self.custom_timeout > 0, f"reward.custom_timeout is {self.custom_timeout}; use a positive number of seconds")
         _require(not (self.head and self.backend),
                  "reward.head reads the faces of reward.faces, and reward.backend takes others; leave one empty")
         _require(self.frames >= 1, f"reward.frames is {self.frames}; use 1 or more")
@@ -405,6 +424,11 @@ class RewardConfig:
         for name, weight in self.mixture.items():
             _require(isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
                      f"reward.mixture: {name} is {weight!r}; use a number")
+
+    @property
+    def reads_faces(self) -> bool:
+        """Whether the reward itself, not the judge alone, reads networks of `faces`."""
+        return not (self.vlm or self.custom or (self.backend and not self.backend.endswith("/embedder")))
 
     def prices(self) -> dict[str, float]:
         """What every penalty costs that costs anything."""
@@ -550,6 +574,9 @@ class Config:
                 _require(scale == 0, f"{section}.image_guidance {scale} scales a branch that only model.kind phantom has; leave it out")
         else:
             _require(self.data.max_people <= 4, f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 photos")
+        _require(self.judged or not self.reward.reads_faces,
+                 f"reward.faces embedded knows drawn people only, and model.path is {self.model.path}; pass --reward.faces FOLDER with "
+                 "face networks for photographs, as idgrpo-convert faces makes it")
         _require(rollout.prompts % grpo.updates == 0,
                  f"grpo.updates {grpo.updates} does not divide the {rollout.prompts} prompts of a rollout")
         _require(not grpo.replays or rollout.window != "none",
@@ -566,8 +593,9 @@ class Config:
                  f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
         _require(grpo.objective != "reward_gradient" or not self.reward.mixture,
                  "reward.mixture weighs advantages, and grpo.objective reward_gradient has none; use reward.penalties")
-        _require(grpo.objective != "reward_gradient" or not self.reward.backend,
-                 "grpo.objective reward_gradient needs a reward in JAX, and reward.backend runs beside it; leave the backend out")
+        for name in ("backend", "custom"):
+            _require(grpo.objective != "reward_gradient" or not getattr(self.reward, name),
+                     f"grpo.objective reward_gradient needs a reward in JAX, and reward.{name} runs beside it; leave the {name} out")
         _require(grpo.objective != "reward_gradient" or not self.reward.vlm,
                  "grpo.objective reward_gradient needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
         share = self.trained_rows // grpo.updates
@@ -585,6 +613,11 @@ class Config:
         for name, value in fields.items():
             if isinstance(value, str) and name not in NOT_PATHS:
                 local_path(value, name)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there are face networks that fit what the model shows: those of the package know drawn people only."""
+        return self.reward.faces != "" and (self.reward.faces != "embedded" or self.model.draws())
 
     def image_guidance(self, evaluation: bool = False) -> float | None:
         """Scale of the photos' branch in rollouts or in evaluation; None for a model without it."""

@@ -120,7 +120,7 @@ def adapters(pipe, tmp_path_factory):
 def stubbed(monkeypatch, pipe, prompts):
     """The commands' inputs replaced: the pipeline and the prompts above, and a face reward that looks at brightness alone."""
 
-    def make_scorer(config, batch, mesh=None):
+    def make_scorer(config, batch, mesh=None, prompts=()):
         def score(videos, asked):
             mean = videos.astype(np.float64).mean((1, 2, 3, 4))
             people = np.array([len(prompt.references) for prompt in asked])
@@ -180,7 +180,7 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
     monkeypatch.setattr(monitor, "load_prompts", lambda path, people: prompts)
     seen = []
 
-    def make_scorer(config, batch, mesh=None):
+    def make_scorer(config, batch, mesh=None, prompts=()):
         def score(videos, asked):
             seen.append(videos)
             moved = np.abs(videos - seen[0][: len(videos)]).mean((1, 2, 3, 4))

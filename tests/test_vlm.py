@@ -214,6 +214,21 @@ def test_a_rows_score_does_not_depend_on_its_neighbours(released):
     assert abs(swapped[0] - together[0]) > 1e-5 and np.allclose(swapped[1:], together[1:], atol=1e-5)
 
 
+def test_photos_and_words_are_made_ready_once(released, monkeypatch):
+    photos, _ = batch()
+    scored, cut, asked = reward(released), [], []
+    picture, question = inputs.picture, inputs.question
+    monkeypatch.setattr(inputs, "picture", lambda *given: cut.append(0) or picture(*given))
+    monkeypatch.setattr(inputs, "question", lambda *given: asked.append(0) or question(*given))
+    first = scored.encode_references(references(photos), ["a", "b", "c"], (9, 64, 96))
+    assert (len(cut), len(asked)) == (6, 3)
+    again = scored.encode_references(references([*photos, photos[0]]), ["a", "b", "c", "d"], (9, 64, 96))
+    assert (len(cut), len(asked)) == (6, 4), "a known photo in another prompt is read once, too"
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other[:3]), first, again)
+    other = scored.encode_references(references(photos), ["a", "b", "c"], (9, 96, 64))
+    assert (len(cut), len(asked)) == (6, 7) and other.ids.shape[0] == 3, "videos of another size are asked about anew"
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
     settings = files.Settings(dimensions=("VQ", "MQ", "TA"), pooling=pooling, rank=0, alpha=0.0, mean=(1.0, 2.0, 3.0),

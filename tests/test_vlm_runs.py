@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jax_idgrpo import cli
 from jax_idgrpo import config as c
@@ -17,6 +18,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import commands
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.training import train as loop
+from jax_idgrpo.training import update
 from tests import vlm_folders
 from tests.test_train import rows, tiny
 
@@ -47,6 +49,23 @@ def test_a_run_maximises_it(folder, tmp_path):
     assert [row["skipped"] for row in logged] == [0, 0] and all(np.isfinite(row["reward"]) and row["SA"] == row["reward"] for row in logged)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:reward.vlm_prompt")
+def test_prompts_of_all_sizes_train_by_one_program(folder, tmp_path):
+    """One to three people, photos of two sizes: what the reward is shown of them is no part of the update."""
+    photos = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, size in zip(photos, ((64, 64), (320, 200), (64, 64))):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).save(path)
+    texts = [f"{';'.join(path.name for path in photos[:count])},{'A person walks. ' * 9 * count}" for count in (1, 2, 3)]
+    (tmp_path / "my.csv").write_text("\n".join(["ref_paths,prompt", *texts]) + "\n")
+    config = tiny(3)
+    data = dataclasses.replace(config.data, prompts=str(tmp_path / "my.csv"))
+    before = update.update._cache_size()
+    loop.train(dataclasses.replace(config, data=data, reward=configured(folder)), tmp_path / "run")
+    assert update.update._cache_size() == before + 1
+    assert len(rows(tmp_path / "run")) == 3
+
+
 @pytest.mark.filterwarnings("ignore:reward.vlm_prompt")
 def test_score_writes_it_for_files(folder, tmp_path):
     listed = commands.load_prompts(c.prompts_file("embedded:eval"), 4)[:2]
@@ -66,7 +85,7 @@ def test_score_writes_it_for_files(folder, tmp_path):
     "words, message",
     [
         (["--reward.vlm=nowhere"], "reward.vlm nowhere: no such folder"),
-        (["--reward.faces="], "only a reward.vlm and models of deepface can do without"),
+        (["--reward.faces="], "only a reward.vlm, a reward.custom and models of deepface can do without"),
         (["--reward.vlm=x", "--reward.vlm_dtype=half"], "reward.vlm_dtype is 'half'"),
     ],
 )

@@ -71,7 +71,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
         raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
     rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
     assert_same_across_hosts(config, row_digests(listed), videos=videos)
-    scorer = make_scorer(config, 1)
+    scorer = make_scorer(config, 1, prompts=[prompt for _, prompt in rows])
     lines = []
     with progress("scoring", len(rows)) as update:
         for done, (file, prompt) in enumerate(rows, 1):
@@ -103,7 +103,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     sampler = make_sampler(config)
     conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
     models = make_models(sampler, loras)
-    scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh)
+    scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh, listed)
     prepare_workdir(out)
     with written_once(out) as folder:
         _compare(config, listed, sampler, models, scorer, folder)

@@ -42,7 +42,7 @@ class Watch:
         listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
         few = min(config.evaluate.batch, len(listed))
         sampler = make_sampler(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)), pipe)
-        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh)
+        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh, listed)
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> bootstrap.Scores:

@@ -16,7 +16,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import References, Reward
+from jax_idgrpo.rewards.base import References, Reward, check_references
 from jax_idgrpo.rewards.factory import make_judge, make_reward
 from jax_idgrpo.rewards.host import collect
 
@@ -38,7 +38,9 @@ REPORTED = {"similarity": "embedder_identity"}
 """Term of the reward -> value of a video, where the names differ."""
 
 
-def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
+def make_scorer(
+    config: Config, batch: int, mesh: Mesh | None = None, prompts: Sequence[Prompt] = ()
+) -> Scorer:
     """A function from at most `batch` videos and their prompts to values of `statistics.LABELS`, one of each per video.
 
     reward: the training reward. judge_identity: cosine between the judge's embeddings of photo and matched face, a missing person
@@ -49,9 +51,18 @@ def make_scorer(config: Config, batch: int, mesh: Mesh | None = None) -> Scorer:
     Only a face reward has an embedder. Other terms that a reward reports, such as each of several dimensions, are there by their names.
     Without `reward.faces` there is no judge, so that what it measures is left out.
 
-    mesh: where videos are scored, their rows divided; `batch` is then a number that it divides.
+    Args:
+      config: names the reward and the face networks.
+      batch: videos of one program call.
+      mesh: where videos are scored, their rows divided; `batch` is then a number that it divides.
+      prompts: those of the videos; their photos are looked at before any video is made.
+
+    Raises:
+      UserError: a network or a photo cannot be used.
     """
     reward, judge = make_reward(config, mesh), make_judge(config, mesh)
+    for looking in (reward, judge) if judge is not None else (reward,):
+        check_references(looking, prompts)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(jnp.asarray, tree) if mesh is None else sharding.device_put_global(tree, sharding.batch_sharding(mesh))

@@ -20,8 +20,7 @@ from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import differentiable
-from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.rewards.factory import make_planned_reward
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
 from jax_idgrpo.training import update
@@ -133,8 +132,9 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     """
     if not config.grpo.replays:
         raise UserError(f"plan: grpo.objective {config.grpo.objective} is not planned, only those on replayed steps are; leave it out")
-    if config.reward.backend:
-        raise UserError(f"plan: reward.backend {config.reward.backend} runs on the host and is not planned; leave it out")
+    for name in ("backend", "custom", "vlm"):
+        if chosen := getattr(config.reward, name):
+            raise UserError(f"plan: reward.{name} {chosen} is not planned, only the face reward is; leave it out")
     count, sampling = config.rows_per_call, config.rollout
     sharding.check_rows(mesh, count, "rows of one program call (rollout.micro_batch)")
     whole, rows, stacked = sharding.replicated(mesh), sharding.batch_sharding(mesh), sharding.batch_sharding(mesh, 1)
@@ -152,7 +152,7 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     decoder = _on(whole, decoder)
     text_graph, encoder = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(parts.text_encoder, dtypes=dtypes, rngs=nnx.Rngs(0))))
     encoder = _on(sharding.fully_shard(mesh, encoder), encoder)
-    reward = differentiable(make_reward(config))
+    reward = make_planned_reward(config.reward)
     scorer = _on(whole, reward.state)
     waiting = _bytes(encoder) if config.model.text_memory == "device" else 0.0
     resident = _bytes(base, state, decoder, scorer) + waiting

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
-from PIL import Image
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
@@ -107,8 +106,8 @@ def make_trainee(model: RewardModel, remat: bool) -> Trainee:
 
 
 @functools.lru_cache(maxsize=256)
-def _photo(path: File) -> Image.Image:
-    return load_reference(path)
+def _picture(path: File, vision: VisionConfig, pixels: int) -> inputs.Picture:
+    return inputs.picture(load_reference(path), vision, pixels)
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,8 +140,12 @@ class Reading:
             inputs.seconds_per_grid(total, pair.fps[side] or self.fps, len(video))
             for (pair, side), (video, total) in zip(rows, found, strict=True)
         ]
-        photos = [[_photo(path) for path in pair.references] for pair, _ in rows]
-        asked = inputs.ask(photos, [pair.prompt for pair, _ in rows], grids, seconds, self.prompting, vision, pixels)
+        photos = [[_picture(path, vision, pixels) for path in pair.references] for pair, _ in rows]
+        questions = [
+            inputs.question(shown, pair.prompt, grid, apart, self.prompting, vision)
+            for shown, (pair, _), grid, apart in zip(photos, rows, grids, seconds, strict=True)
+        ]
+        asked = inputs.ask(photos, questions, vision)
         frames = inputs.frame_grids([video for video, _ in found], vision, pixels)
         return PairBatch(asked, frames, np.asarray([pair.labels for pair in pairs], np.int32))
 

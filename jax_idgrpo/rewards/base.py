@@ -18,14 +18,16 @@ from PIL import Image
 from jax_idgrpo.data.prompts import Prompt, load_reference
 from jax_idgrpo.data.video import File, to_uint8
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 
 Terms = dict[str, Float[Array, "B"]]
+LISTED = 5      # photos that an error names
 
 # ---- reference photos ----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Photo:
     """A reference photo, opened when it is needed.
 
@@ -33,7 +35,7 @@ class Photo:
     """
 
     source: File | Image.Image
-    where: str = dataclasses.field(default="", compare=False)
+    where: str = ""
 
     def open(self) -> Image.Image:
         """Return the photo at its own size, upright RGB.
@@ -157,6 +159,33 @@ def differentiable(reward: Reward) -> DifferentiableReward:
     if not isinstance(reward, DifferentiableReward):
         raise UserError("this reward runs on the host, and no program can hold it; use the face reward of reward.faces")
     return reward
+
+
+def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Look at all photos of some prompts, each once, before work is spent on any of them.
+
+    Raises:
+      UserError: photos cannot be used; the one line names the first of them, each with its line in the CSV, and how many there are.
+    """
+    photos: dict[Hashable, tuple[Photo, str]] = {}
+    for prompt, row in zip(prompts, References.of_prompts(prompts, 1).photos, strict=True):
+        for photo in row:
+            photos.setdefault(photo.key, (photo, prompt.text))
+    refused: list[str] = []
+    with progress("looking at photos", len(photos)) as update:
+        for done, (photo, text) in enumerate(photos.values(), 1):
+            try:
+                reward.encode_references(References(((photo,),), 1), [text])
+            except UserError as error:
+                refused.append(str(error))
+            update(done)
+    if len(refused) == 1:
+        raise UserError(refused[0])
+    if refused:
+        reasons = [message.rpartition("; ") for message in refused]     # each ends in what to do
+        more = f" and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
+        shown = ", ".join(reason for reason, _, _ in reasons[:LISTED])
+        raise UserError(f"{len(refused)} of {len(photos)} reference photos cannot be used: {shown}{more}; {reasons[0][2]}")
 
 
 # ---- frames --------------------------------------------------------------------------------------

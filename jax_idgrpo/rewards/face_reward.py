@@ -23,7 +23,7 @@ from jax_idgrpo.rewards.faces import FaceStack, align, load_stack, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_copy import SIDE
-from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, largest, levels, padded, photo_crop, values, window
+from jax_idgrpo.rewards.photo_faces import Level, PhotoEncoder, PhotoFace, closer, largest, levels, padded, photo_crop, values, window
 
 
 def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
@@ -58,6 +58,9 @@ def _embed(graph, state, picture: Float[Array, "h w 3"], landmarks: Float[Array,
     stack = nnx.merge(graph, state)[0]
     crop = align(picture[None], landmarks[None, None], stack.template, stack.embedder.config.input_size)
     return normalise(stack.embedder(crop[0]))[0]
+
+
+SURE = 0.8      # least score of a face that the small detector looks at as large as in a portrait; hair and ears come to 0.79
 
 
 class FaceReward:
@@ -106,19 +109,30 @@ class FaceReward:
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
         """The largest face of a photo; None if it shows none."""
-        boxes, landmarks, scores = [], [], []
-        for level in levels(image, self._pyramid):
-            found = jax.device_get(self._find(self.state, values(padded(level.pixels))))
-            boxes.append(level.photo(found.boxes[found.mask].reshape(-1, 2, 2)).reshape(-1, 4))
-            landmarks.append(level.photo(found.landmarks[found.mask]))
-            scores.append(found.scores[found.mask])
-        faces = largest(np.concatenate(boxes), np.concatenate(scores))
-        if not faces:
+        sizes = levels(image, self._pyramid)
+        boxes, landmarks = self._search(sizes)
+        if len(sizes) > 1:
+            for _ in range(2):      # the small detector is exact, and sure, where a face is as large as in a portrait
+                boxes, landmarks = self._search([closer(image, box) for box in boxes], SURE)
+        if not len(boxes):
             return None
-        place = np.concatenate(landmarks)[faces[0]]
-        picture, points = window(image, place, self._template, 4 * self._crop_side)
+        picture, points = window(image, landmarks[0], self._template, 4 * self._crop_side)
         embedding = np.asarray(self._embed(self.state, picture, points))
-        return PhotoFace(embedding, photo_crop(image, place), len(faces))
+        return PhotoFace(embedding, photo_crop(image, landmarks[0]), len(boxes))
+
+    def _search(
+        self, pictures: Sequence[Level], least: float = 0.0
+    ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 5 2"]]:
+        """Boxes and landmarks, in the photo, of the faces that its pictures show together, largest first. least: of their scores."""
+        boxes, landmarks, scores = np.zeros((0, 4)), np.zeros((0, 5, 2)), np.zeros(0)
+        for level in pictures:
+            found = jax.device_get(self._find(self.state, values(padded(level.pixels))))
+            shown = found.mask & (found.scores >= least)
+            boxes = np.concatenate([boxes, level.photo(found.boxes[shown].reshape(-1, 2, 2)).reshape(-1, 4)])
+            landmarks = np.concatenate([landmarks, level.photo(found.landmarks[shown])])
+            scores = np.concatenate([scores, found.scores[shown]])
+        faces = largest(boxes, scores)
+        return boxes[faces], landmarks[faces]
 
     def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Terms:
         """Score videos with the networks' arrays as an argument, for programs that differentiate it."""

@@ -1,5 +1,7 @@
 """Selection of the reward that a configuration names."""
 
+import dataclasses
+import warnings
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Reward
+from jax_idgrpo.rewards.custom import CustomReward, load_function
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
 from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
 from jax_idgrpo.rewards.faces import load_stack
@@ -23,9 +26,11 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
     mesh: where the videos will be; networks that run in JAX are then on each of its devices.
 
     Raises:
-      UserError: a network is missing or damaged, or the backend is not installed.
+      UserError: a network is missing or damaged, the backend is not installed, or the custom function cannot be imported.
     """
     wanted = config.reward
+    if wanted.custom:
+        return CustomReward(load_function(wanted.custom), wanted.custom_timeout)
     if wanted.vlm:
         return make_vlm(config, mesh)
     if wanted.backend:
@@ -34,7 +39,7 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
 
 
 def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
-    """The measure of identity that never serves as reward; None where the configuration has no face networks.
+    """The measure of identity that never serves as reward; None without face networks for what the model shows, with a warning.
 
     It looks at all frames, by the networks of `reward.faces`, whatever the reward is. mesh: as for `make_reward`.
 
@@ -42,7 +47,13 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
       UserError: a network is missing or damaged.
     """
     wanted = config.reward
-    if not wanted.faces:
+    if not config.judged:
+        if wanted.faces:
+            warnings.warn(
+                "no judge: reward.faces embedded knows drawn people only; pass --reward.faces FOLDER with face networks for photographs, "
+                'or --reward.faces "" to go without',
+                stacklevel=2,
+            )
         return None
     return _on_mesh(load_reward(wanted.folder(), "judge", 0, identity_constants(wanted)), mesh)
 
@@ -56,6 +67,21 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     stack = load_stack(config.folder(), "embedder")
     head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
     return _on_mesh(FaceReward(stack, identity_constants(config), config.frames, head), mesh)
+
+
+def make_planned_reward(config: RewardConfig) -> FaceReward:
+    """The face reward, for its shapes: by the networks of the package, with a warning, where `reward.faces` is no folder on this machine.
+
+    Raises:
+      UserError: a network is damaged.
+    """
+    if not config.folder().is_dir():
+        warnings.warn(
+            f"reward.faces {config.faces}: no such folder; the reward is planned with the small networks of the package, which need less",
+            stacklevel=2,
+        )
+        config = dataclasses.replace(config, faces="embedded", head="")
+    return make_face_reward(config)
 
 
 def identity_constants(config: RewardConfig) -> IdentityConfig:

@@ -22,6 +22,10 @@ Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 """Name of a term -> one value per video; "reward" is among them."""
 
 
+Scored = Mapping[str, float] | Exception
+"""The terms of one video, or why it has none."""
+
+
 class Pending:
     """Terms that are being computed, by the number of the video. shared: other processes compute those of other videos of the batch."""
 
@@ -42,13 +46,19 @@ class Pending:
         Of a batch that spans processes all of them call it together, and all get the whole.
         """
         found: list[tuple[int, dict[str, float]]] = []
+        failed: dict[str, list[int]] = {}
         for number, row in self._rows.items():
             error = row.exception()
             if error is not None:
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-                warnings.warn(f"{self._label}: video {number} could not be scored ({type(error).__name__}: {reason}); it counts in nothing",
-                              stacklevel=2)
+                failed.setdefault(f"{type(error).__name__}: {reason}", []).append(number)
             found.append((number, {} if error is not None else {name: float(value) for name, value in row.result().items()}))
+        for reason, numbers in failed.items():
+            which = f"video {numbers[0]}" if len(numbers) == 1 else f"videos {', '.join(map(str, numbers))}"
+            warnings.warn(
+                f"{self._label}: {which} could not be scored ({reason}); the reward is NaN there, and the update leaves it out",
+                stacklevel=2,
+            )
         if self._shared:
             found = [row for part in gather_objects(found) for row in part]
         videos = [terms for _, terms in sorted(found, key=lambda row: row[0])]
@@ -92,16 +102,43 @@ class HostPool:
         The copy from the device is made by the first thread that needs it, which waits for the device in the place of the caller.
         Arrays that span processes lie on a mesh with the axes of `parallel.sharding`; all processes hand over the same batches.
         """
-        while len(self._held) >= self._in_flight:
-            self._held.popleft().wait()
-        arrays = _together(batch)
-        copied = self._threads.submit(lambda: [_rows(array) for array in arrays])
+        numbers, copied, shared = self._hand_over(batch)
 
         def score(number: int) -> Mapping[str, float]:
             return function(*(array[number] for array in copied.result()))
 
-        numbers = [number for part, _ in _parts(arrays[0]) for number in part]
-        pending = Pending({number: self._threads.submit(score, number) for number in numbers}, label, _spans(arrays[0]))
+        return self._hold(Pending({number: self._threads.submit(score, number) for number in numbers}, label, shared))
+
+    def submit_together(
+        self, function: Callable[..., Sequence[Scored]], batch: Sequence[Any], label: str = "reward"
+    ) -> Pending:
+        """As `submit`, but by one call `function(*arrays)` for all rows of this process, which says of each what it is worth."""
+        numbers, copied, shared = self._hand_over(batch)
+        rows: dict[int, Future[Mapping[str, float]]] = {number: Future() for number in numbers}
+
+        def score() -> None:
+            try:
+                scored = function(*(np.stack([array[number] for number in numbers]) for array in copied.result()))
+            except Exception as error:
+                scored = [error] * len(numbers)
+            for number, terms in zip(numbers, scored, strict=True):
+                if isinstance(terms, Exception):
+                    rows[number].set_exception(terms)
+                else:
+                    rows[number].set_result(terms)
+
+        self._threads.submit(score)
+        return self._hold(Pending(rows, label, shared))
+
+    def _hand_over(self, batch: Sequence[Any]) -> tuple[list[int], Future[list[dict[int, Any]]], bool]:
+        """Wait until there is room -> numbers of the rows of this process, the rows on the host, whether processes share the batch."""
+        while len(self._held) >= self._in_flight:
+            self._held.popleft().wait()
+        arrays = _together(batch)
+        copied = self._threads.submit(lambda: [_rows(array) for array in arrays])
+        return [number for part, _ in _parts(arrays[0]) for number in part], copied, _spans(arrays[0])
+
+    def _hold(self, pending: Pending) -> Pending:
         self._held.append(pending)
         return pending
 

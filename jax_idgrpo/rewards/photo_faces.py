@@ -23,6 +23,7 @@ from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crop
 
 SHORT = 1024                                # of the shorter side in pixels, beyond which a face gains nothing
 SIDES = (64, 128, 256, 512, SHORT)          # of the shorter side of a padded picture
+CLOSER = 1.8                                # side of a portrait, in units of its face
 RATIOS = (1.0, 1.5, 2.0)                    # of the longer to the shorter side of a padded picture
 
 
@@ -35,18 +36,22 @@ class PhotoFace(NamedTuple):
 
 
 class Level(NamedTuple):
-    """A photo at one size. scale: its pixels per pixel of the photo, along x and y."""
+    """A photo, or a part of it, at one size.
+
+    scale: its pixels per pixel of the photo, along x and y. corner: where the part begins in the photo.
+    """
 
     pixels: UInt8[np.ndarray, "h w 3"]
     scale: Float[np.ndarray, "2"]
+    corner: Float[np.ndarray, "2"] = np.zeros(2)
 
     def place(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
         """Take points of the photo to this size; integers are pixel centres."""
-        return ((points + 0.5) * self.scale - 0.5).astype(np.float32)
+        return ((points - self.corner + 0.5) * self.scale - 0.5).astype(np.float32)
 
     def photo(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
         """Take points of this size back to the photo."""
-        return (points + 0.5) / self.scale - 0.5
+        return (points + 0.5) / self.scale - 0.5 + self.corner
 
 
 def shrunk(image: Image.Image, short: int, long: int = 10**6) -> Level:
@@ -63,6 +68,15 @@ def levels(image: Image.Image, pyramid: bool) -> list[Level]:
     own = shrunk(image, SHORT, most * SHORT)
     short = min(own.pixels.shape[:2])
     return [own, *(shrunk(image, side, most * side) for side in reversed(SIDES) if pyramid and side < short)]
+
+
+def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
+    """The square of a photo around a face that fills it as a portrait does, `SIDES[0]` pixels wide, within the photo."""
+    size = np.array(image.size, float)
+    side = min(CLOSER * math.sqrt(float(np.prod(np.maximum(box[2:] - box[:2], 1)))), *image.size)
+    corner = np.clip((box[:2] + box[2:] + 1) / 2 - side / 2, 0, size - side)
+    small = image.resize((SIDES[0], SIDES[0]), Image.Resampling.LANCZOS, box=(*corner.tolist(), *(corner + side).tolist()))
+    return Level(np.asarray(small), np.full(2, SIDES[0] / side), corner)
 
 
 def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:

@@ -28,7 +28,7 @@ from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
-from jax_idgrpo.rewards.base import References, differentiable
+from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import make_reward, policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.sampling import conditioning, policy, rollout
@@ -86,6 +86,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     reward = make_reward(config, mesh)
     check_mixture(config.reward.mixture, reward.term_names)
     scorer = differentiable(reward) if through else None
+    check_references(reward, prompts)
     objective = Objective(
         policy=actor if config.grpo.replays or through else actor.unguided(),
         grpo=config.grpo,

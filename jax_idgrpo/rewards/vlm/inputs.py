@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +89,23 @@ def patches(pictures: Float[ArrayLike, "n H W 3"], config: VisionConfig) -> Floa
     return x.reshape(n // frames, -1, config.features)
 
 
-def picture(image: Image.Image, config: VisionConfig, pixels: int) -> tuple[Float[np.ndarray, "P F"], tuple[int, int]]:
-    """A photo as patches, the one picture standing for both frames, and its grid's height and width in patches. pixels: at most."""
+class Picture(NamedTuple):
+    """A photo as patches, standing for all frames of a temporal patch. grid: its height and width in patches."""
+
+    patches: Float[np.ndarray, "P F"]
+    grid: Int[np.ndarray, "2"]
+
+
+def picture(image: Image.Image, config: VisionConfig, pixels: int) -> Picture:
+    """Cut a photo into patches. pixels: at most.
+
+    Raises:
+      UserError: it is too long and thin.
+    """
     height, width = smart_resize(image.height, image.width, (LEAST_PICTURE, pixels), config.patch * config.merge)
     levels = np.asarray(on_white(image).resize((width, height), Image.Resampling.BICUBIC), np.float32)
     found = patches(np.repeat(levels[None], config.frames, 0), config)
-    return np.asarray(found[0]), (height // config.patch, width // config.patch)
+    return Picture(np.asarray(found[0]), np.array([height // config.patch, width // config.patch]))
 
 
 def frame_size(height: int, width: int, config: VisionConfig, pixels: int) -> tuple[int, int]:
@@ -254,43 +265,65 @@ def video_grid(frames: int, height: int, width: int, config: VisionConfig, pixel
     return frames // config.frames, rows // config.patch, columns // config.patch
 
 
-def ask(
-    photos: Sequence[Sequence[Image.Image]],
-    captions: Sequence[str],
-    videos: Sequence[tuple[int, int, int]],
-    seconds: Sequence[float],
-    prompting: Prompting,
-    config: VisionConfig,
-    pixels: int,
-) -> Asked:
-    """The photos and the prompt of each row, padded to common capacities.
+class Question(NamedTuple):
+    """The sequence of one row, without the padding that its batch decides.
 
-    videos: grid of each row's video, equally long in time. seconds: of `seconds_per_grid`. pixels: of a photo, at most.
+    ids, position [3, L]: of the tokens. order: number of each token among the vision tokens of the row, -1 for text. token: places of the
+    reward tokens. video: grid of the video.
     """
+
+    ids: np.ndarray
+    position: np.ndarray
+    order: np.ndarray
+    token: np.ndarray
+    video: np.ndarray
+
+
+def question(
+    shown: Sequence[Picture], caption: str, video: tuple[int, int, int], seconds: float, prompting: Prompting, config: VisionConfig
+) -> Question:
+    """Write the sequence of one row.
+
+    Args:
+      shown: the row's photos.
+      caption: its prompt.
+      video: the grid of its video.
+      seconds: of `seconds_per_grid`.
+      prompting: the words around them.
+      config: how pictures are cut.
+    """
+    grids = [tuple(picture.grid.tolist()) for picture in shown]
+    ids, kinds, token = prompting.tokens(
+        [h * w // config.merge**2 for h, w in grids], math.prod(video) // config.merge**2, caption
+    )
+    shapes = [*((1, h, w) for h, w in grids), video]
+    position, order = layout(ids, kinds, shapes, seconds * TOKENS_PER_SECOND, config.merge)
+    return Question(ids, position, order, token, np.asarray(video))
+
+
+def ask(photos: Sequence[Sequence[Picture]], questions: Sequence[Question], config: VisionConfig) -> Asked:
+    """The photos and the sequence of each row, padded to common capacities. The videos are equally long in time."""
     group = config.merge**2
-    shown = [[picture(photo, config, pixels) for photo in row] for row in photos]
-    grids = [grid for row in shown for _, grid in row]
-    slots = max(len(row) for row in shown)
+    grids = [picture.grid.tolist() for row in photos for picture in row]
+    slots = max(len(row) for row in photos)
     room = capacity(max(h * w for h, w in grids), PATCHES)
     count = capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS)
-    frame_room = capacity(max(h * w for _, h, w in videos), PATCHES)
+    frame_room = capacity(max(math.prod(row.video[1:].tolist()) for row in questions), PATCHES)
 
-    def slot(values: Float[np.ndarray, "P F"], grid: tuple[int, int]) -> dict[str, np.ndarray]:
-        return padded_grid(values, grid, config, room, count)
+    def slot(values: Float[np.ndarray, "P F"], grid: Sequence[int]) -> dict[str, np.ndarray]:
+        return padded_grid(values, (grid[0], grid[1]), config, room, count)
 
     empty = slot(np.zeros((0, config.features), np.float32), (0, 0))
     rows = []
-    for row, caption, video, apart in zip(shown, captions, videos, seconds, strict=True):
-        counts = [h * w // group for _, (h, w) in row]
-        ids, kinds, token = prompting.tokens(counts, math.prod(video) // group, caption)
-        shapes = [*((1, h, w) for _, (h, w) in row), video]
-        position, order = layout(ids, kinds, shapes, apart * TOKENS_PER_SECOND, config.merge)
-        features = [np.arange(n * room // group, n * room // group + size) for n, size in enumerate(counts)]
+    for row, asked in zip(photos, questions, strict=True):
+        video = asked.video.tolist()
+        sizes = [math.prod(shown.grid.tolist()) // group for shown in row]
+        features = [n * room // group + np.arange(size) for n, size in enumerate(sizes)]
         behind = slots * room // group
         features += [behind + t * frame_room // group + np.arange(video[1] * video[2] // group) for t in range(video[0])]
-        vision = np.where(order >= 0, np.concatenate(features)[order], -1)
-        tables = [slot(*one) for one in row] + [empty] * (slots - len(row))
-        rows.append((tables, {"ids": ids, "vision": vision, "position": position, "token": token}))
+        vision = np.where(asked.order >= 0, np.concatenate(features)[asked.order], -1)
+        tables = [slot(shown.patches, shown.grid.tolist()) for shown in row] + [empty] * (slots - len(row))
+        rows.append((tables, {"ids": asked.ids, "vision": vision, "position": asked.position, "token": asked.token}))
     length = -(-max(len(given["ids"]) for _, given in rows) // TOKENS) * TOKENS
 
     def padded(name: str, fill: int) -> np.ndarray:

@@ -1,15 +1,15 @@
 """The vision-language reward: how alike the people of the photos and of the video are, as a Qwen2.5-VL with a reward head sees it.
 
 The score is the state after the last norm at the reward token times a linear head, raw or, where the reward's folder has statistics,
-normalised per dimension and summed. Photos and words are made ready on the host, once per prompt; frames are chosen, resized and cut
-into patches on the device, in the program that scores them. One program serves all prompts of one bucket: most photos in a row, their
-largest size, the length of the sequence in steps of 128 tokens.
+normalised per dimension and summed. Photos and words are made ready on the host, once per prompt as far as the memory set aside for
+them goes; frames are chosen, resized and cut into patches on the device, in the program that scores them. One program serves all
+prompts of one bucket: most photos in a row, their largest size, the length of the sequence in steps of 128 tokens.
 
 Sources: `alibaba/identity-grpo` `vace_reward`; `KwaiVGI/VideoAlign`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from jaxtyping import Array, ArrayLike, Float
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import References, Terms
+from jax_idgrpo.rewards.base import Photo, References, Terms
 from jax_idgrpo.rewards.vlm import inputs
 from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, Settings, load
-from jax_idgrpo.rewards.vlm.inputs import Asked, Prompting
+from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting
+from jax_idgrpo.sampling import conditioning
 
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
@@ -75,6 +76,7 @@ class VlmReward:
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
         self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
         self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
+        self._cache = conditioning.Cache()
 
     def encode_references(
         self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
@@ -85,18 +87,36 @@ class VlmReward:
           UserError: a video has too few frames, or a photo is too long and thin.
         """
         total, height, width = video or self._video()
-        photos = [[photo.open() for photo in row] for row in references.photos]
-        settings = self.settings
-        count = len(inputs.frame_indices(total, settings.frames, settings.fps, self.fps))
-        return inputs.ask(
-            photos,
-            prompts,
-            [inputs.video_grid(count, height, width, self.vision, settings.pixels)] * len(photos),
-            [inputs.seconds_per_grid(total, self.fps, count)] * len(photos),
-            self.prompting,
-            self.vision,
-            settings.pixels,
-        )
+        count = len(inputs.frame_indices(total, self.settings.frames, self.settings.fps, self.fps))
+        grid = inputs.video_grid(count, height, width, self.vision, self.settings.pixels)
+        seconds = inputs.seconds_per_grid(total, self.fps, count)
+        photos = [[self._picture(photo) for photo in row] for row in references.photos]
+        questions = []
+        for row, shown, text in zip(references.photos, photos, prompts, strict=True):
+            name = (text, tuple(photo.key for photo in row), grid, seconds)
+            questions.append(
+                self._kept(name, lambda: inputs.question(shown, text, grid, seconds, self.prompting, self.vision))  # noqa: B023
+            )
+        return inputs.ask(photos, questions, self.vision)
+
+    def _picture(self, photo: Photo) -> Picture:
+        """A photo as patches."""
+
+        def read() -> Picture:
+            try:
+                return inputs.picture(photo.open(), self.vision, self.settings.pixels)
+            except UserError as error:
+                raise UserError(f"{photo.name}: {error}" if photo.name and not str(error).startswith("image") else str(error)) from None
+
+        return self._kept(photo.key, read)
+
+    def _kept(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What was made under a name, made now if it was not or did not fit."""
+        if name in self._cache:
+            return self._cache[name]
+        made = make()
+        self._cache.keep(name, made)
+        return made
 
     def _video(self) -> tuple[int, int, int]:
         if self.video is None:

@@ -1,0 +1,186 @@
+"""A reward of your own: one function, named by `reward.custom` as "package.module:function" or "file.py:function".
+
+    function(videos, prompts, references) -> rewards
+
+    videos       float32 [B, F, H, W, 3] in [-1, 1]
+    prompts      B texts
+    references   for each video the photos of its people, upright RGB `PIL.Image`s at their own size, in the order of the prompt
+    rewards      [B] numbers, higher is better; or a dict of [B] with the key "reward", whose other values are logged by their names
+
+Arrays of numpy, JAX or PyTorch will do. The function runs on the host, in a thread beside the accelerator, one call at a time, with the
+videos of one program call that this process holds. What it raises costs the videos that it cannot score: a call that fails is made again
+for each video alone. A call that does not end within `reward.custom_timeout` seconds, and a result of another shape, cost all videos of
+the call; NaN costs its own. The reward of such a video is NaN, and the video is excluded from the update.
+"""
+
+import concurrent.futures
+import functools
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import ArrayLike, Float, Int
+from PIL import Image
+
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards.base import Photo, References
+from jax_idgrpo.rewards.host import HostPool, Pending, Scored
+
+Function = Callable[[np.ndarray, list[str], list[list[Image.Image]]], Any]
+
+
+class Unusable(Exception):
+    """The function returned something that is no reward of the videos."""
+
+
+class Row(NamedTuple):
+    """A prompt with its photos."""
+
+    text: str
+    photos: tuple[Photo, ...]
+
+
+class CustomReward:
+    """The reward that a function computes on the host.
+
+    timeout: seconds after which a call is given up; its thread goes on without anybody listening.
+    reported: names of the terms that the function has returned so far, but for the reward.
+    """
+
+    term_names = ("reward",)
+
+    def __init__(self, function: Function, timeout: float = 600.0):
+        self._function, self._timeout = function, timeout
+        self.reported: tuple[str, ...] = ()
+        self._pool = HostPool(workers=1)
+        self._rows: list[Row] = []
+        self._numbers: dict[Any, int] = {}
+        self._open = functools.lru_cache(maxsize=32)(Photo.open)
+
+    def encode_references(
+        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+    ) -> Int[np.ndarray, "P"]:
+        """Numbers under which texts and photos are remembered; no photo is opened."""
+        rows = [Row(text, photos) for text, photos in zip(prompts, references.photos, strict=True)]
+        numbers = []
+        for row in rows:
+            name = row.text, tuple(photo.key for photo in row.photos)
+            if name not in self._numbers:
+                self._numbers[name] = len(self._rows)
+                self._rows.append(row)
+            numbers.append(self._numbers[name])
+        return np.asarray(numbers, np.int32)
+
+    def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, "B"]) -> Pending:
+        """Hand over videos, and do not wait for their rewards."""
+        return self._pool.submit_together(self._scores, (videos, encoded), "reward.custom")
+
+    def _scores(
+        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]
+    ) -> list[Scored]:
+        """The terms of every video, or why it has none."""
+        try:
+            return self._call(videos, numbers)
+        except (Unusable, TimeoutError) as error:
+            return [error] * len(videos)
+        except Exception as error:      # whatever a user's function raises
+            if len(videos) == 1:
+                return [error]
+            return [self._scores(videos[n : n + 1], numbers[n : n + 1])[0] for n in range(len(videos))]
+
+    def _call(self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]) -> list[Scored]:
+        rows = [self._rows[number] for number in numbers]
+        photos = [[self._open(photo) for photo in row.photos] for row in rows]
+        given = videos.astype(np.float32), [row.text for row in rows], photos
+        found = in_time(lambda: self._function(*given), self._timeout)
+        named = found if isinstance(found, Mapping) else {"reward": found}
+        if "reward" not in named:
+            raise Unusable(f'a dict without "reward", but with {", ".join(map(str, named)) or "nothing"}')
+        terms: dict[str, np.ndarray] = {}
+        for name, value in named.items():
+            try:
+                terms[str(name)] = np.asarray(value, np.float32)
+            except (TypeError, ValueError):
+                raise Unusable(f"{name} is no array of numbers but {type(value).__name__}") from None
+            if terms[str(name)].shape != (len(videos),):
+                raise Unusable(f"{name} has shape {terms[str(name)].shape} and not {(len(videos),)}")
+        self.reported = tuple(dict.fromkeys([*self.reported, *(name for name in terms if name != "reward")]))
+        return [
+            {name: float(value[n]) for name, value in terms.items()}
+            if np.isfinite(terms["reward"][n]) else Unusable(f"the reward is {terms['reward'][n]}")
+            for n in range(len(videos))
+        ]
+
+
+def in_time(function: Callable[[], Any], seconds: float) -> Any:
+    """Call a function in a thread of its own, which does not keep the process alive.
+
+    Raises:
+      TimeoutError: it has not returned in time.
+    """
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:      # also SystemExit, which would end this thread alone
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="reward.custom", daemon=True).start()
+    done, _ = concurrent.futures.wait([future], seconds)
+    if not done:
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    error = future.exception()
+    if error is not None:
+        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
+    return future.result()
+
+
+def load_function(name: str) -> Function:
+    """Import the function that `reward.custom` names; a module is looked for in the current folder, too.
+
+    Raises:
+      UserError: there is none, or the file cannot be imported.
+    """
+    where, _, attribute = name.rpartition(":")
+    what = f"reward.custom {name}"
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such file; name a Python file, relative to the current folder") from None
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what}: no module {error.name!r}; install it, or start in the folder that holds it") from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{what}: cannot be imported ({reason}); correct the file") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"{what}: {where} has no function {attribute}; define it there")
+    return function
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent.absolute()))     # for its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(name: str) -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
