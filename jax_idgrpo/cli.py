@@ -22,7 +22,7 @@ from checkpoints_convert.arguments import Parser
 from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError, closest
-from jax_idgrpo.workdir import local_path
+from jax_idgrpo.workdir import local_path, require_writable
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
@@ -36,26 +36,6 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
     configured: bool = True
-
-
-def require_writable(path: str | Path, what: str, folder: bool = True) -> Path:
-    """`path`, once it is sure that it can be made or written; nothing is created.
-
-    Raises:
-      UserError: it is an address, a file is in the way, or the nearest existing folder above cannot be written.
-    """
-    path = local_path(path, what)
-    if path.exists() and path.is_dir() != folder:
-        kind = "a file, not a folder" if folder else "a folder, not a file"
-        raise UserError(f"{what} {path}: is {kind}; choose another path")
-    parent = path if folder and path.exists() else path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            return path
-    except OSError as error:
-        raise UserError(f"{what} {path}: cannot be written ({parent}: {error.strerror}); choose another path") from None
 
 
 def _path(option: str) -> Callable[[str], Path]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from jax_idgrpo.errors import UserError, closest
-from jax_idgrpo.workdir import local_path
+from jax_idgrpo.workdir import local_path, refuse_addresses
 
 FILMING = 96    # channels of the published VAE
 EMBEDDED = Path(__file__).parent / "synthetic" / "assets"
@@ -545,10 +545,6 @@ class FinetuneConfig:
         _require(self.log_every >= 1, f"finetune.log_every is {self.log_every}; use 1 or more")
 
 
-NOT_PATHS = ("data.negative_prompt", "run.wandb")
-"""Fields of text that name no file."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run."""
@@ -566,7 +562,8 @@ class Config:
     finetune: FinetuneConfig = FinetuneConfig()
 
     def __post_init__(self) -> None:
-        self._require_local_paths()
+        sections = dataclasses.asdict(self) | {"finetune.options": self.finetune.options}
+        refuse_addresses(sections, but=("data.negative_prompt", "run.wandb"))
         rollout, grpo = self.rollout, self.grpo
         if self.model.kind == "vace":
             for section in ("rollout", "evaluate"):
@@ -604,15 +601,6 @@ class Config:
                  f"one of {grpo.updates} updates")
         _require(grpo.objective != "dpo" or self.rows_per_call % 2 == 0,
                  f"rollout.micro_batch {self.rows_per_call} would part the two videos of a pair; use an even number")
-
-    def _require_local_paths(self) -> None:
-        """Refuse addresses, such as gs://bucket/run, in every field of text that may be a path."""
-        sections = dataclasses.asdict(self)
-        sections["finetune.options"] = self.finetune.options
-        fields = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-        for name, value in fields.items():
-            if isinstance(value, str) and name not in NOT_PATHS:
-                local_path(value, name)
 
     @property
     def judged(self) -> bool:

@@ -1,25 +1,14 @@
-"""Folders and files that commands write: complete or absent, and by one run at a time."""
+"""Folders and files that commands write: complete or absent, and on this machine."""
 
 import contextlib
-import errno
-import fcntl
-import functools
 import os
 import re
-import socket
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Concatenate, ParamSpec
+from typing import Any
 
 from jax_idgrpo.errors import UserError
-
-P = ParamSpec("P")
-
-LOCK = ".lock"
-"""File in a workdir that process 0 of a run locks."""
-
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # `Path` makes one slash of two
 
@@ -43,6 +32,50 @@ def local_path(path: str | Path, what: str) -> Path:
             "and pass the local path"
         )
     return Path(path)
+
+
+def refuse_addresses(sections: Mapping[str, Mapping[str, Any]], but: Collection[str]) -> None:
+    """Refuse addresses in a configuration.
+
+    Args:
+      sections: values by section and field. Those that are text may be paths.
+      but: names `section.field` of text that is no path.
+
+    Raises:
+      UserError: names the field that holds an address.
+    """
+    for section, fields in sections.items():
+        for name, value in fields.items():
+            if isinstance(value, str) and f"{section}.{name}" not in but:
+                local_path(value, f"{section}.{name}")
+
+
+def require_writable(path: str | Path, what: str, folder: bool = True) -> Path:
+    """Return `path` if it can be made or written. Nothing is created.
+
+    Args:
+      path: as the user gave it.
+      what: the option that it comes from, for the message.
+      folder: whether it is to be a folder.
+
+    Raises:
+      UserError: it is an address, something else is in the way, or the nearest existing folder
+        above is not writable.
+    """
+    path = local_path(path, what)
+    if path.exists() and path.is_dir() != folder:
+        kind = "a file, not a folder" if folder else "a folder, not a file"
+        raise UserError(f"{what} {path}: is {kind}; choose another path")
+    parent = path if folder and path.exists() else path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            return path
+    except OSError as error:
+        raise UserError(
+            f"{what} {path}: cannot be written ({parent}: {error.strerror}); choose another path"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -83,84 +116,6 @@ def prepare_workdir(workdir: Path) -> None:
             f"workdir {workdir}: cannot be written ({error.strerror}); pass another folder "
             "with --workdir"
         ) from None
-
-
-def _lock(path: Path) -> IO[str]:
-    """Open a file and lock it until it is closed. The kernel unlocks it if the process is killed.
-
-    Raises:
-      UserError: another process holds the lock.
-    """
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                warnings.warn(
-                    f"workdir {path.parent}: its file system has no locks ({error.strerror}); start "
-                    "no second run there",
-                    stacklevel=2,
-                )
-                return file
-            file.seek(0)
-            holder = file.read().strip()
-            file.close()
-            who = f" ({holder})" if holder else ""
-            raise UserError(
-                f"workdir {path.parent}: another process is training here{who}; wait for its end, "
-                "or pass another --workdir"
-            ) from None
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            return file
-        file.close()  # its holder removed it between our opening and locking
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Make a workdir and lock it against other runs inside the context (collective).
-
-    Process 0 holds the lock.
-
-    Raises:
-      UserError: the folder is not writable, or another process is training there. Raised in all
-        processes of this run if in one.
-    """
-    import jax  # slow to import, and not needed by the rest of this module
-
-    from jax_idgrpo.parallel.hosts import gather_objects
-
-    lock, refusal = None, ""
-    try:
-        try:
-            prepare_workdir(workdir)
-            if jax.process_index() == 0:
-                lock = _lock(workdir / LOCK)
-        except UserError as error:
-            refusal = str(error)
-        if refused := [text for text in gather_objects(refusal) if text]:
-            raise UserError(refused[0])
-        yield
-    finally:
-        if lock is not None:
-            (workdir / LOCK).unlink(missing_ok=True)
-            lock.close()
-
-
-def exclusive(
-    run: Callable[Concatenate[Any, Path, P], None],
-) -> Callable[Concatenate[Any, Path, P], None]:
-    """Decorate a command `run(config, workdir, ...)` so that it holds its workdir `locked`."""
-
-    @functools.wraps(run)
-    def alone(config: Any, workdir: Path, *args: P.args, **kwargs: P.kwargs) -> None:
-        with locked(Path(workdir)):
-            run(config, Path(workdir), *args, **kwargs)
-
-    return alone
 
 
 def write_text(path: Path, text: str) -> None:

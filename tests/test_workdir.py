@@ -12,13 +12,14 @@ from jax_idgrpo import cli
 from jax_idgrpo.config import Config, EvaluateConfig, FinetuneConfig, ModelConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.training.finetune import finetune
+from jax_idgrpo.training.lock import LOCK, locked
 from jax_idgrpo.training.train import train
-from jax_idgrpo.workdir import LOCK, local_path, locked, new_folder, prepare_workdir
+from jax_idgrpo.workdir import local_path, new_folder, prepare_workdir
 
 HOLD = """
 import sys
 from pathlib import Path
-from jax_idgrpo.workdir import locked
+from jax_idgrpo.training.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -34,12 +34,12 @@ from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.sampling import conditioning, policy, rollout
 from jax_idgrpo.sampling.adapters import save_lora
 from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
+from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.profiling import Profile
 from jax_idgrpo.training.selection import check_mixture, choose, failed_in_a_row, group_statistics, mean_of_numbers, members
 from jax_idgrpo.training.setup import forward_passes, load, sample, score_latents
 from jax_idgrpo.training.state import TrainState, make_optimizer, start
 from jax_idgrpo.training.update import Networks, Objective, gather, share, update
-from jax_idgrpo.workdir import exclusive
 
 SHOWN = 4  # videos kept of a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")

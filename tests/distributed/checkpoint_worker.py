@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_idgrpo.parallel import hosts, sharding
 from jax_idgrpo.training.checkpoint import open_checkpoints, restore, save, stored_steps
-from jax_idgrpo.workdir import locked
+from jax_idgrpo.training.lock import locked
 
 hosts.initialise()
 mesh = jax.make_mesh((jax.device_count(),), ("fsdp",))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jax_idgrpo.workdir import locked
+from jax_idgrpo.training.lock import locked
 from tests.distributed.processes import finish, start
 
 
