@@ -302,15 +302,11 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
     if jax.process_count() == 1:
         return
     reward = config.reward
-    networks = [reward.folder()] if reward.faces else []
-    files = [
-        *networks,
-        *(
-            Path(name)
-            for name in (reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt)
-            if name
-        ),
-    ]
+    faces = str(reward.folder()) if reward.faces else ""
+    custom = reward.custom.rpartition(":")[0]
+    own = custom if custom.endswith(".py") else ""  # the user's own reward function
+    names = (faces, reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt, own)
+    files = [Path(name) for name in names if name]
     assert_facts_match(
         {
             "the configuration": config.to_json(),

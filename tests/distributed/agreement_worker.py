@@ -1,4 +1,4 @@
-"""Run by test_processes.py in two processes: compare photos and the reward head across them.
+"""Run by test_processes.py in two processes: compare photos and rewards across them.
 
     python -m tests.distributed.agreement_worker FOLDER
 
@@ -19,8 +19,9 @@ from jax_idgrpo.parallel import hosts
 hosts.initialise()
 os.chdir(Path(sys.argv[1]) / str(jax.process_index()))
 rows = row_digests(load_prompts("prompts.csv", 4))
-for digests, head in ((rows, ""), ([], "head")):
-    config = Config(reward=RewardConfig(head=head))
+rewards = RewardConfig(), RewardConfig(head="head"), RewardConfig(custom="mine.py:score")
+for digests, reward in zip((rows, [], []), rewards, strict=True):
+    config = Config(reward=reward)
     try:
         hosts.assert_same_across_hosts(config, digests)
     except UserError as error:

@@ -151,20 +151,21 @@ def test_a_process_that_waits_in_vain_says_for_whom(number, tmp_path):
     assert answer.stderr.startswith(f"idgrpo: the processes did not find each other at {where} (not all came within 2 s);")
 
 
-def test_hosts_with_other_photos_or_another_head_are_named(tmp_path):
+def test_hosts_with_other_photos_or_another_reward_are_named(tmp_path):
     """Files of the same names and sizes on every host, one byte of which is another on process 1."""
     for number in (0, 1):
         host = tmp_path / str(number)
         (host / "head").mkdir(parents=True)
         (host / "head" / "head.safetensors").write_bytes(b"head%d" % number)
+        (host / "mine.py").write_text(f"def score(videos, prompts, references):\n    return {number}\n")
         Image.new("RGB", (32, 32), (number, 0, 0)).save(host / "anna.png")
         (host / "prompts.csv").write_text("ref_paths,prompt\nanna.png,Anna walks\n")
     answers = finish(start(["-m", "tests.distributed.agreement_worker", tmp_path], 2, 1, tmp_path))
     assert all(status == 0 for status, _ in answers), answers
     for _, printed in answers:
-        assert printed.splitlines()[-2:] == [
+        assert printed.splitlines()[-3:] == [
             "the hosts differ from process 0 in the prompts, photos or pairs (process 1); give all of them the same and start again",
-            "the hosts differ from process 0 in the reward (process 1); give all of them the same and start again",
+            *["the hosts differ from process 0 in the reward (process 1); give all of them the same and start again"] * 2,
         ]
 
 
