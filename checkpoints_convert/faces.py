@@ -3,7 +3,8 @@
 The IR residual family has three sets of names: deepface's `arcface_weights.pth`, in which our small embedder is stored too,
 insightface's and CurricularFace's; the configuration says which, since no two of them build the same network (`arcface`).
 RetinaFace and Facenet name their modules as the published files do, so that only the leaves are renamed (`torch_names`).
-Networks of our own keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file carry no value; drop them
+YuNet and SFace have the names of the graphs in their ONNX files, dlib's ResNet those that `dlib_dat` gives its layers. Networks of
+our own keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file carry no value; drop them
 (`without_counters`) before matching.
 
 `write_folder` makes of downloaded files the folder that `--reward.faces` takes.
@@ -19,13 +20,16 @@ import jax
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert import dlib_dat, onnx, store
 from checkpoints_convert import rules as tables
-from checkpoints_convert import store
-from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule, leaves
+from checkpoints_convert.rules import CONV2D, GAMMA2D, POINTWISE2D, TRANSPOSE, VECTOR, Op, Rule, leaves
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.dlib_resnet import DlibResNet, DlibResNetConfig
 from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
+from jax_idgrpo.models.faces.sface import SFace, SFaceConfig
+from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
 
 NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
@@ -131,6 +135,57 @@ def plain(state: Any) -> list[Rule]:
     """Our own names and layouts, for networks that no other library knows: one rule per leaf of `state`."""
     sizes = {path: len(leaf.shape) for path, leaf in leaves(state).items()}
     return [Rule(path, path, Op(tuple(range(axes)), (1,) * axes, (None,) * axes)) for path, axes in sizes.items()]
+
+
+def yunet(config: YuNetConfig) -> list[Rule]:
+    """The names of YuNet's graph: 1x1 convolutions have those of PyTorch, the stem and most depthwise ones are numbered."""
+    del config  # no name depends on it
+    rules = [Rule("420", "stem.kernel", CONV2D), Rule("421", "stem.bias", VECTOR)]
+    units = [("backbone.model0.conv2.conv1", "first")]
+    units += [(f"backbone.model{k + 1}.conv{j + 1}.conv1", f"stages.{k}.{j}") for k in range(5) for j in range(2)]
+    units += [(f"neck.lateral_convs.{level}.conv1", f"laterals.{level}") for level in (2, 1, 0)]
+    named = [(point, ours, str(423 + 3 * n), str(424 + 3 * n)) for n, (point, ours) in enumerate(units)]
+    for head in HEADS:
+        for level in range(len(STRIDES)):
+            name = f"bbox_head.multi_level_{head}.{level}"
+            depth = f"{name}.conv2"
+            named.append((f"{name}.conv1", f"{head}.{level}", f"{depth}.weight", f"{depth}.bias"))
+    for point, ours, weight, bias in named:
+        rules += [Rule(f"{point}.weight", f"{ours}.point.kernel", POINTWISE2D), Rule(f"{point}.bias", f"{ours}.point.bias", VECTOR)]
+        rules += [Rule(weight, f"{ours}.depth_kernel", CONV2D), Rule(bias, f"{ours}.depth_bias", VECTOR)]
+    return rules
+
+
+def sface(config: SFaceConfig) -> list[Rule]:
+    """The names of SFace's graph; its layers are numbered from 1."""
+    rules = [Rule("conv_1_conv2d_weight", "conv.kernel", CONV2D)]
+    norms = [("conv_1_batchnorm", "norm"), ("bn1", "tail_norm"), ("fc1", "embedding_norm")]
+    slopes = [("conv_1_relu_gamma", "prelu")]
+    for block in range(len(config.widths)):
+        name, ours = f"conv_{block + 2}", f"blocks.{block}"
+        rules += [Rule(f"{name}_dw_conv2d_weight", f"{ours}.depth_kernel", CONV2D)]
+        rules += [Rule(f"{name}_conv2d_weight", f"{ours}.point.kernel", POINTWISE2D)]
+        norms += [(f"{name}_dw_batchnorm", f"{ours}.depth_norm"), (f"{name}_batchnorm", f"{ours}.point_norm")]
+        slopes += [(f"{name}_dw_relu_gamma", f"{ours}.depth_prelu"), (f"{name}_relu_gamma", f"{ours}.point_prelu")]
+    parts = (("gamma", "scale"), ("beta", "bias"), ("moving_mean", "mean"), ("moving_var", "var"))
+    rules += [Rule(f"{name}_{theirs}", f"{jax}.{ours}", VECTOR) for name, jax in norms for theirs, ours in parts]
+    rules += [Rule(name, f"{jax}.slope", GAMMA2D) for name, jax in slopes]
+    flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
+    return [*rules, Rule("pre_fc1_weight", "dense.kernel", flattened), Rule("pre_fc1_bias", "dense.bias", VECTOR)]
+
+
+DLIB_VECTOR = Op((0, 1, 2, 3), (4,), (1, None, 1, 1))  # [1, N, 1, 1] -> [N]
+DLIB_MATRIX = Op((0, 1, 2, 3), (1, 3), (None, None, 1, 1))  # [in, out, 1, 1] -> [in, out]
+
+
+def dlib_resnet(config: DlibResNetConfig) -> list[Rule]:
+    """The names of dlib's layers, which are counted from the input on."""
+    places = ["stem", *(f"blocks.{k}.conv{j}" for k in range(sum(config.blocks)) for j in (1, 2))]
+    rules = [Rule("fc.0.weights", "dense.kernel", DLIB_MATRIX)]
+    for n, place in enumerate(places):
+        rules += [Rule(f"con.{n}.filters", f"{place}.conv.kernel", CONV2D), Rule(f"con.{n}.biases", f"{place}.conv.bias", DLIB_VECTOR)]
+        rules += [Rule(f"affine.{n}.gamma", f"{place}.scale", DLIB_VECTOR), Rule(f"affine.{n}.beta", f"{place}.shift", DLIB_VECTOR)]
+    return rules
 
 
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
