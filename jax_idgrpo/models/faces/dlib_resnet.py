@@ -2,7 +2,7 @@
 
     stem    conv 7x7 of stride 2, affine, ReLU, max pooling 3x3 of stride 2; no padding
     block   ReLU(affine(conv 3x3(ReLU(affine(conv 3x3 of stride s)))) + shortcut)
-    tail    mean over the map, dense without bias
+    tail    mean over the map, dense; the published network has no bias
 
 The first block of a later stage has stride 2 without padding, and its shortcut averages 2x2 pixels. Where the two summands
 differ in size or channels, zeros follow at the end of the smaller one.
@@ -87,7 +87,7 @@ class DlibResNet(nnx.Module):
                 blocks.append(Block(inputs, width, 2 if halved and number == 0 else 1, rngs))
                 inputs = max(inputs, width)
         self.blocks = nnx.List(blocks)
-        self.dense = nnx.Linear(inputs, config.embedding_size, use_bias=False, precision="highest", rngs=rngs)
+        self.dense = nnx.Linear(inputs, config.embedding_size, precision="highest", rngs=rngs)
 
     def __call__(self, crops: Float[Array, "B S S 3"]) -> Float[Array, "B E"]:
         """crops: RGB in [-1, 1]."""
