@@ -273,7 +273,7 @@ def run_faces(arguments: argparse.Namespace) -> int:
     files = {part: getattr(arguments, part) for part in ("detector", "embedder", "judge")}
     packaged = arguments.photographs or arguments.wheel or arguments.dat
     if packaged and (extra := [f"--{part}" for part, path in files.items() if path is not None]):
-        raise UserError(f"{', '.join(extra)}: the networks for photographs come from packages; leave it out, or --photographs, --wheel and --dat")
+        raise UserError(f"{', '.join(extra)}: the networks for photographs come from packages; leave it out")
     if packaged and not arguments.photographs and None in (arguments.wheel, arguments.dat):
         lacking = "--dat" if arguments.dat is None else "--wheel"
         raise UserError(f"{lacking} is missing; give the file, or --photographs to download it")

@@ -180,7 +180,7 @@ class _Reader:
     def layer(self) -> Layer:
         tag = self.text()
         if tag not in self.details:
-            raise _Damaged(f"a layer of kind {ascii(tag)}, which no face network here has")
+            raise _Damaged(f"a layer of kind {tag!a}, which no face network here has")
         kind = tag.rstrip("_0123456789")
         number = self.counts.get(kind, 0)
         self.counts[kind] = number + 1
@@ -195,7 +195,7 @@ class _Reader:
     def network(self) -> Network:
         self.version(1)
         if (loss := self.text()) != "loss_metric_2":
-            raise _Damaged(f"its loss is {ascii(loss)}, not that of a face network")
+            raise _Damaged(f"its loss is {loss!a}, not that of a face network")
         self.real(), self.real()
         versions = [self.version(LAYER, TAG, FIRST)]
         while versions[-1] != FIRST:
@@ -203,7 +203,7 @@ class _Reader:
                 raise _Damaged(f"more than {LAYER_LIMIT:,} layers")
             versions.append(self.version(LAYER, TAG, FIRST))
         if (entry := self.text()) != "input_rgb_image_sized":
-            raise _Damaged(f"its input is {ascii(entry)}, not an image of one size")
+            raise _Damaged(f"its input is {entry!a}, not an image of one size")
         mean = tuple(self.real() for _ in range(3))
         side = tuple(self.integers(2))
         layers = []

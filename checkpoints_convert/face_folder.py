@@ -20,7 +20,6 @@ from jax_idgrpo.models.faces.dlib_resnet import MEAN, DlibResNetConfig
 from jax_idgrpo.models.faces.sface import EPSILON, TAIL_EPSILON, SFaceConfig
 from jax_idgrpo.models.faces.yunet import YuNetConfig
 
-FACES = 8  # kept per frame
 THRESHOLDS = {"retinaface": 0.9, "yunet": 0.6}  # of a detector's score, as published
 DLIB_TEMPLATE = ((47.34, 44.33), (99.85, 44.33), (73.60, 76.83), (50.54, 101.78), (96.65, 101.78))
 SETTINGS = {  # similarity_low, similarity_high and missing, where they are not those of every other network
@@ -69,13 +68,13 @@ def _of_onnx(path: Path) -> tuple[dict[str, np.ndarray], onnx.Graph]:
 
 def _convolutions(config: YuNetConfig | SFaceConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int, int]]:
     """(stride, padding, groups) of each convolution of the published graph, by the name of its weight."""
-    strides = {"420": 2} if isinstance(config, YuNetConfig) else {f"conv_{k + 2}_dw_conv2d_weight": 2 for k in config.halved}
+    halving = ["420"] if isinstance(config, YuNetConfig) else [f"conv_{k + 2}_dw_conv2d_weight" for k in config.halved]
     expected = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 4:
             outputs, inputs, size, _ = tensor.shape
             groups = outputs if inputs == 1 and size == 3 else 1
-            expected[name] = strides.get(name, 1), size // 2, groups
+            expected[name] = 2 if name in halving else 1, size // 2, groups
     return expected
 
 
@@ -145,7 +144,7 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
 def _settings(architecture: str, config: Any) -> dict[str, Any]:
     """What the JSON of a published network says beside its configuration."""
     if architecture in faces.DETECTORS:
-        return {"max_faces": FACES, "threshold": THRESHOLDS[architecture]}
+        return {"max_faces": faces.FACES, "threshold": THRESHOLDS[architecture]}
     template = [[config.input_size / faces.TEMPLATE_SIZE * side for side in point] for point in faces.ARCFACE_TEMPLATE]
     if architecture == "dlib_resnet":
         template = [list(point) for point in DLIB_TEMPLATE]

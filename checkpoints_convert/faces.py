@@ -29,6 +29,7 @@ from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
 NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 TEMPLATE_SIZE = 112  # pixels of the crop that the template belongs to
+FACES = 8  # kept per frame
 COUNTER, UNIT_SCALE = "num_batches_tracked", "features.weight"
 
 
@@ -233,7 +234,7 @@ def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
 
 def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     """The rules of a face network by its architecture's name."""
-    named = {"arcface": arcface, "yunet": yunet, "sface": sface, "dlib_resnet": dlib_resnet}
+    named: dict[str, Callable[[Any], list[Rule]]] = {"arcface": arcface, "yunet": yunet, "sface": sface, "dlib_resnet": dlib_resnet}
     if architecture in named:
         return named[architecture](config)
     return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)

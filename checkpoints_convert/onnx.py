@@ -25,7 +25,7 @@ from jax_idgrpo.errors import UserError
 FILE_LIMIT = 1 << 28  # bytes; the largest published face network has 39 million
 FIELD_LIMIT = 1_000_000  # fields in a file; the published ones have some ten thousand
 AXES_LIMIT = 8
-DTYPES = {1: np.dtype("<f4"), 3: np.dtype("i1"), 7: np.dtype("<i8")}  # ONNX's numbers of the types that are read
+DTYPES: dict[int, np.dtype] = {1: np.dtype("<f4"), 3: np.dtype("i1"), 7: np.dtype("<i8")}  # ONNX's numbers of the types that are read
 QUANTISED = "_quantized"  # the end of the name of a tensor's integers
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 SHOWN = 60  # characters of a name from a file that a complaint repeats
@@ -55,7 +55,7 @@ class Graph:
 
 def is_onnx(start: bytes) -> bool:
     """Whether a file with these first nine bytes may be ONNX: field 1, a small version, and no brace of safetensors."""
-    return start[:1] == b"\x08" and 0 < len(start[1:2]) and 3 <= start[1] < 64 and start[8:9] != b"{"
+    return start[:1] == b"\x08" and b"\x03" <= start[1:2] < b"\x40" and start[8:9] != b"{"
 
 
 def open_file(path: Path) -> Graph:
@@ -129,7 +129,8 @@ class _Reader:
             if self.fields_left < 0:
                 raise _Damaged(f"more than {FIELD_LIMIT:,} fields")
             key, at = self.varint(data, at)
-            kind, value = key & 7, None
+            kind = key & 7
+            value: Any
             if kind == VARINT:
                 value, at = self.varint(data, at)
             elif kind in (BYTES, FIXED32, FIXED64):
@@ -171,7 +172,9 @@ class _Reader:
         return _restored(tensors, nodes)
 
     def node(self, data: memoryview) -> Node:
-        inputs, outputs, op, attributes = [], [], "", {}
+        inputs: list[str] = []
+        outputs: list[str] = []
+        op, attributes = "", {}
         for number, value in self.fields(data):
             if number == 1:
                 inputs.append(_text(value))
@@ -185,7 +188,8 @@ class _Reader:
         return Node(op, tuple(inputs), tuple(outputs), attributes)
 
     def attribute(self, data: memoryview) -> tuple[str, Any]:
-        name, single, many = "", None, []
+        name, many = "", []
+        single: Any = None
         for number, value in self.fields(data):
             if number == 1:
                 name = _text(value)
@@ -203,7 +207,8 @@ class _Reader:
 
     def tensor(self, data: memoryview) -> tuple[str, np.ndarray]:
         shape: list[int] = []
-        name, kind, parts, elsewhere = "", 0, [], False
+        name, kind, elsewhere = "", 0, False
+        parts: list[tuple[int | None, memoryview]] = []
         for number, value in self.fields(data):
             if number == 1:
                 shape += self.integers(value)
@@ -225,8 +230,7 @@ class _Reader:
         needed = math.prod(shape) * DTYPES[kind].itemsize
         if held != needed or len(parts) > 1 or any(of not in (None, kind) for of, _ in parts):
             raise _Damaged(f"tensor {_quoted(name)} of {needed:,} bytes holds {held:,}")
-        flat = np.frombuffer(parts[0][1], DTYPES[kind]) if parts else np.empty(0, DTYPES[kind])
-        return name, flat.reshape(shape)
+        return name, np.frombuffer(parts[0][1] if held else b"", DTYPES[kind]).reshape(shape)
 
 
 def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
@@ -242,7 +246,8 @@ def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
             name = node.inputs[0].removesuffix(QUANTISED)
             if name in restored or name in tensors:
                 raise _Damaged(f"two tensors named {_quoted(name)}")
-            restored[name] = _dequantised(name, *(tensors[part] for part in node.inputs), node.attributes)
+            values, scale, zero_point = (tensors[part] for part in node.inputs)
+            restored[name] = _dequantised(name, values, scale, zero_point, node.attributes)
             names[node.outputs[0]] = name
             used.update(node.inputs)
         elif node.op == "Reshape" and len(node.inputs) == 2 and node.inputs[0] in names and node.inputs[1] in tensors:

