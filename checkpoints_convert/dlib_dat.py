@@ -1,16 +1,17 @@
 """dlib's files of networks (`.dat`), read without dlib and without running anything in them.
 
-    integer   a byte with the number of bytes that follow, its highest bit the sign; then these, lowest first
+    integer   a byte with the sign (highest bit) and the number of bytes; then these, lowest first
     float     two integers: mantissa and exponent of 2
     text      its length as an integer, then its bytes
     flag      the character 0 or 1
     tensor    the version 2, four sizes, float32 numbers
     alias     the version 1, four sizes: how a part of a tensor is to be seen
 
-A network is the loss, then the version numbers of all its layers from the last to the first, then the layers from the first to the
-last: 2 and 3 (the first one, with the input) are layers, 1 is a tag that later layers refer to. The first integer that the file
-breaks off in, or a size that goes beyond its end, is an error.
-Sources: davisking/dlib `dlib/serialize.h`, `dlib/float_details.h`, `dlib/dnn/core.h`, `dlib/dnn/layers.h`.
+A network is the loss, then the version numbers of all its layers from the last to the first, then
+the layers from the first to the last: 2 and 3 (the first one, with the input) are layers, 1 is a
+tag that later layers refer to. A size that goes beyond the end of the file is an error.
+Sources: davisking/dlib `dlib/serialize.h`, `dlib/float_details.h`, `dlib/dnn/core.h`,
+`dlib/dnn/layers.h`.
 """
 
 import dataclasses
@@ -42,7 +43,9 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """tensors: by kind of layer, its number among these, and part, as in `con.0.filters`. layers: from the input to the loss.
+    """tensors: by kind of layer, its number among these, and part, as in `con.0.filters`.
+
+    layers: from the input to the loss.
 
     mean: of red, green and blue, which the input layer subtracts. side: of the input in pixels.
     """
@@ -54,7 +57,7 @@ class Network:
 
 
 def is_dat(start: bytes) -> bool:
-    """Whether a file with these first nine bytes is a network of dlib: version 1, then the name of a loss."""
+    """Whether a file with these first nine bytes is a network of dlib: 1, then the name of a loss."""
     return start[:3] == b"\x01\x01\x01" and start[4:9] == b"loss_"
 
 
@@ -67,14 +70,18 @@ def open_file(path: Path) -> Network:
     try:
         size = path.stat().st_size
         if size > FILE_LIMIT:
-            raise UserError(f"{path}: has {size:,} bytes, more than any face network; give the published file")
+            raise UserError(
+                f"{path}: has {size:,} bytes, more than any face network; give the published file"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     try:
         return _Reader(data).network()
     except _Damaged as error:
-        raise UserError(f"{path}: is no whole network of dlib ({error}); get the file again") from error
+        raise UserError(
+            f"{path}: is no whole network of dlib ({error}); get the file again"
+        ) from error
 
 
 class _Reader:
@@ -113,7 +120,7 @@ class _Reader:
 
     def real(self) -> float:
         mantissa, exponent = self.integers(2)
-        if not -1100 <= exponent <= 960:  # infinities and NaN have exponents of their own beyond these
+        if not -1100 <= exponent <= 960:  # infinities and NaN have exponents beyond these
             raise _Damaged("a number that is not finite")
         return math.ldexp(mantissa, exponent)
 
@@ -141,7 +148,7 @@ class _Reader:
         return np.frombuffer(self.take(4 * count), "<f4")
 
     def parts(self, name: str, values: np.ndarray, *parts: str) -> None:
-        """Cut a tensor into the aliases that follow it in the file, and keep those that are not empty."""
+        """Cut a tensor into the aliases that follow it in the file; keep those that are not empty."""
         begin = 0
         for part in parts:
             self.version(1)

@@ -1,9 +1,9 @@
 """The folder of networks that `--reward.faces` takes, made of downloaded files.
 
-A folder holds `detector`, `embedder` and, if there is one, `judge`, each as tensors and a JSON file that says what the network
-is, where the landmarks lie in its crops, and which cosines the reward is to use with it. Files of PyTorch are read by `pth`,
-ONNX by `onnx`, dlib's by `dlib_dat`: none of them is run. A graph in a file must be the published one, since only its weights are
-taken over.
+A folder holds `detector`, `embedder` and, if there is one, `judge`, each as tensors and a JSON file
+that says what the network is, where the landmarks lie in its crops, and which cosines the reward is
+to use with it. Files of PyTorch are read by `pth`, ONNX by `onnx`, dlib's by `dlib_dat`: none of
+them is run. A graph in a file must be the published one, since only its weights are taken over.
 """
 
 import collections
@@ -22,7 +22,7 @@ from jax_idgrpo.models.faces.yunet import YuNetConfig
 
 THRESHOLDS = {"retinaface": 0.9, "yunet": 0.6}  # of a detector's score, as published
 DLIB_TEMPLATE = ((47.34, 44.33), (99.85, 44.33), (73.60, 76.83), (50.54, 101.78), (96.65, 101.78))
-SETTINGS = {  # similarity_low, similarity_high and missing, where they are not those of every other network
+SETTINGS = {  # similarity_low, similarity_high and missing of networks that differ from others
     "sface": (0.25, 0.8, 0.3),
     "dlib_resnet": (0.55, 0.85, 0.6),
 }
@@ -34,6 +34,7 @@ GRAPHS = {  # how often an operation is in a published graph
     "sface": {"BatchNormalization": 29, "Conv": 27, "PRelu": 27, "Sub": 1, "Mul": 1, "Gemm": 1},
 }
 
+# fmt: off
 DLIB_CENTRE = (  # mean of dlib's embeddings of 346 drawn people of `synthetic`; see `centred`
     -0.089, 0.0307, 0.0706, -0.0517, -0.0911, -0.0215, -0.0743, -0.0683, 0.1399, -0.112, 0.1647,
     -0.0463, -0.2047, 0.0198, -0.0428, 0.1649, -0.1579, -0.1116, -0.1143, -0.0718, 0.0231, 0.0513,
@@ -48,13 +49,15 @@ DLIB_CENTRE = (  # mean of dlib's embeddings of 346 drawn people of `synthetic`;
     -0.0769, -0.0474, 0.1883, -0.2273, 0.1451, 0.1995, 0.0701, 0.099, 0.0486, 0.0902, -0.0017,
     0.0071, -0.1484, -0.045, 0.0319, -0.0339, -0.0261, 0.0369,
 )
+# fmt: on
 
 
 def centred(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """dlib's tensors with a bias of its last layer that moves the mean face to zero.
 
-    All raw embeddings point one way: strangers have a cosine of 0.83, photos of one person 0.96. The mean of drawn faces is that of
-    photographs up to an angle of 13 degrees, and no photograph goes into it.
+    All raw embeddings point one way: strangers have a cosine of 0.83, photos of one person 0.96.
+    The mean of drawn faces is that of photographs up to an angle of 13 degrees, and no photograph
+    goes into it.
     """
     return {**tensors, "fc.0.biases": -np.asarray(DLIB_CENTRE, np.float32)[None, :, None, None]}
 
@@ -66,9 +69,15 @@ def _of_onnx(path: Path) -> tuple[dict[str, np.ndarray], onnx.Graph]:
     return {name: tensor for name, tensor in graph.tensors.items() if name in names}, graph
 
 
-def _convolutions(config: YuNetConfig | SFaceConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int, int]]:
-    """(stride, padding, groups) of each convolution of the published graph, by the name of its weight."""
-    halving = ["420"] if isinstance(config, YuNetConfig) else [f"conv_{k + 2}_dw_conv2d_weight" for k in config.halved]
+def _convolutions(
+    config: YuNetConfig | SFaceConfig, tensors: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int, int, int]]:
+    """(stride, padding, groups) of each published convolution, by the name of its weight."""
+    halving = (
+        ["420"]
+        if isinstance(config, YuNetConfig)
+        else [f"conv_{k + 2}_dw_conv2d_weight" for k in config.halved]
+    )
     expected = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 4:
@@ -78,9 +87,18 @@ def _convolutions(config: YuNetConfig | SFaceConfig, tensors: Mapping[str, np.nd
     return expected
 
 
-def _check_graph(path: Path, name: str, architecture: str, config: Any, tensors: Mapping[str, np.ndarray], graph: onnx.Graph) -> None:
+def _check_graph(
+    path: Path,
+    name: str,
+    architecture: str,
+    config: Any,
+    tensors: Mapping[str, np.ndarray],
+    graph: onnx.Graph,
+) -> None:
     """UserError if the operations of a graph are not those of the published network."""
-    other = UserError(f"{path}: has the tensors of {name}, but another graph; give the published file")
+    other = UserError(
+        f"{path}: has the tensors of {name}, but another graph; give the published file"
+    )
     counts = collections.Counter(node.op for node in graph.nodes if node.op not in WITHOUT_EFFECT)
     if counts != GRAPHS[architecture]:
         raise other
@@ -88,8 +106,15 @@ def _check_graph(path: Path, name: str, architecture: str, config: Any, tensors:
     for node in graph.nodes:
         attributes = node.attributes
         if node.op == "Conv":
-            stride, pad, groups = convolutions.pop(node.inputs[1] if len(node.inputs) > 1 else "", (0, 0, 0))
-            wanted = {"strides": (stride,) * 2, "pads": (pad,) * 4, "group": groups, "dilations": (1, 1)}
+            stride, pad, groups = convolutions.pop(
+                node.inputs[1] if len(node.inputs) > 1 else "", (0, 0, 0)
+            )
+            wanted = {
+                "strides": (stride,) * 2,
+                "pads": (pad,) * 4,
+                "group": groups,
+                "dilations": (1, 1),
+            }
             if any(attributes.get(key) != value for key, value in wanted.items()):
                 raise other
         elif node.op == "BatchNormalization":
@@ -104,21 +129,45 @@ def _check_graph(path: Path, name: str, architecture: str, config: Any, tensors:
 
 def _check_layers(path: Path, config: DlibResNetConfig, network: dlib_dat.Network) -> None:
     """UserError if the layers of dlib's file are not those of the published network."""
-    expected = [("con", config.stem, 7, 7, 2, 2, 0, 0), ("affine", 0), ("relu",), ("max_pool", 3, 3, 2, 2, 0, 0)]
+    expected = [
+        ("con", config.stem, 7, 7, 2, 2, 0, 0),
+        ("affine", 0),
+        ("relu",),
+        ("max_pool", 3, 3, 2, 2, 0, 0),
+    ]
     for width, count, halved in zip(config.widths, config.blocks, config.halved, strict=True):
         for number in range(count):
             down = halved and number == 0
             step = (2, 2, 0, 0) if down else (1, 1, 1, 1)
-            expected += [("con", width, 3, 3, *step), ("affine", 0), ("relu",), ("con", width, 3, 3, 1, 1, 1, 1), ("affine", 0)]
-            expected += [*([("avg_pool", 2, 2, 2, 2, 0, 0)] if down else []), ("add_prev",), ("relu",)]
-    expected += [("avg_pool", 0, 0, 1, 1, 0, 0), ("fc", config.embedding_size, max(config.widths), 1)]
+            expected += [
+                ("con", width, 3, 3, *step),
+                ("affine", 0),
+                ("relu",),
+                ("con", width, 3, 3, 1, 1, 1, 1),
+                ("affine", 0),
+            ]
+            expected += [
+                *([("avg_pool", 2, 2, 2, 2, 0, 0)] if down else []),
+                ("add_prev",),
+                ("relu",),
+            ]
+    expected += [
+        ("avg_pool", 0, 0, 1, 1, 0, 0),
+        ("fc", config.embedding_size, max(config.widths), 1),
+    ]
     same = [(layer.kind, *layer.numbers) for layer in network.layers] == expected
-    if not same or network.side != (config.input_size,) * 2 or not np.allclose(network.mean, MEAN, atol=1e-4):
-        raise UserError(f"{path}: holds a network of dlib with other layers than its face recognition ResNet; give the published file")
+    if (
+        not same
+        or network.side != (config.input_size,) * 2
+        or not np.allclose(network.mean, MEAN, atol=1e-4)
+    ):
+        raise UserError(
+            f"{path}: holds a network of dlib with other layers than its face recognition ResNet; give the published file"
+        )
 
 
 def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
-    """(name for people, architecture, configuration, tensors) of a downloaded file, whose graph, if it has one, is as published."""
+    """Name for people, architecture, configuration and tensors of a file with the published graph."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -128,7 +177,9 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
         tensors, graph = _of_onnx(path)
         name, architecture, config = faces.recognise(tensors, str(path))
         if architecture not in GRAPHS:
-            raise UserError(f"{path}: has the tensors of {name} in ONNX; give the file that the library downloads")
+            raise UserError(
+                f"{path}: has the tensors of {name} in ONNX; give the file that the library downloads"
+            )
         _check_graph(path, name, architecture, config, tensors, graph)
     elif dlib_dat.is_dat(start):
         network = dlib_dat.open_file(path)
@@ -145,11 +196,19 @@ def _settings(architecture: str, config: Any) -> dict[str, Any]:
     """What the JSON of a published network says beside its configuration."""
     if architecture in faces.DETECTORS:
         return {"max_faces": faces.FACES, "threshold": THRESHOLDS[architecture]}
-    template = [[config.input_size / faces.TEMPLATE_SIZE * side for side in point] for point in faces.ARCFACE_TEMPLATE]
+    template = [
+        [config.input_size / faces.TEMPLATE_SIZE * side for side in point]
+        for point in faces.ARCFACE_TEMPLATE
+    ]
     if architecture == "dlib_resnet":
         template = [list(point) for point in DLIB_TEMPLATE]
     low, high, missing = SETTINGS.get(architecture, OTHER_SETTINGS)
-    return {"template": template, "similarity_low": low, "similarity_high": high, "missing": missing}
+    return {
+        "template": template,
+        "similarity_low": low,
+        "similarity_high": high,
+        "missing": missing,
+    }
 
 
 def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
@@ -157,16 +216,28 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
     name, architecture, config, tensors = _open(path)
     unit = tensors.pop(faces.UNIT_SCALE, None)
     if unit is not None and not np.all(np.asarray(unit) == 1.0):
-        raise UserError(f"{path}: {faces.UNIT_SCALE} is not all ones, which the published networks hold it at; give the published file")
+        raise UserError(
+            f"{path}: {faces.UNIT_SCALE} is not all ones, which the published networks hold it at; give the published file"
+        )
     parameters = faces.abstract(architecture, config)
-    found = rules.match(rules.expand(faces.table(architecture, config, parameters), parameters), tensors, str(path))
-    values: dict[str, Any] = {"architecture": architecture, "config": dataclasses.asdict(config), "source": path.name}
+    found = rules.match(
+        rules.expand(faces.table(architecture, config, parameters), parameters), tensors, str(path)
+    )
+    values: dict[str, Any] = {
+        "architecture": architecture,
+        "config": dataclasses.asdict(config),
+        "source": path.name,
+    }
     values |= _settings(architecture, config)
     return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in found.items()}
 
 
 def write_folder(
-    destination: Path, detector: Path, embedder: Path, judge: Path | None, texts: Mapping[str, str] | None = None
+    destination: Path,
+    detector: Path,
+    embedder: Path,
+    judge: Path | None,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Make the folder of a face stack of downloaded files -> the name of each network by its part.
 
@@ -180,14 +251,20 @@ def write_folder(
     Raises:
       UserError: a file is missing, damaged, or of another network; nothing is left then.
     """
-    parts = {"detector": detector, "embedder": embedder, **({"judge": judge} if judge is not None else {})}
+    parts = {
+        "detector": detector,
+        "embedder": embedder,
+        **({"judge": judge} if judge is not None else {}),
+    }
     names = {}
     with store.atomic_path(destination, marker="detector.json") as new:
         new.mkdir()
         for part, path in parts.items():
             names[part], values, tensors = _published(path)
             if (values["architecture"] in faces.DETECTORS) != (part == "detector"):
-                raise UserError(f"--{part} {path}: holds {names[part]}; give {'a detector' if part == 'detector' else 'an embedder'}")
+                raise UserError(
+                    f"--{part} {path}: holds {names[part]}; give {'a detector' if part == 'detector' else 'an embedder'}"
+                )
             if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 raise UserError(f"{path}: holds NaN or infinite values; get the file again")
             store.write_file(new / f"{part}.safetensors", tensors)

@@ -1,14 +1,17 @@
-"""ONNX files of convolutional networks, read without the onnx package and without running anything in them.
+"""ONNX files of convolutional networks, read without the onnx package and without running anything
+in them.
 
-An ONNX file is a protocol buffer: fields of a number, a wire type and a value, nested by lengths. The reader knows the messages
-Model > Graph > Initializer and Model > Graph > Node > Attribute, which is a fixed depth, and passes over all others. Every length
-is checked against what encloses it, every tensor against its dimensions, before an array is made. Weights that were quantised in
+An ONNX file is a protocol buffer: fields of a number, a wire type and a value, nested by lengths.
+The reader knows the messages Model > Graph > Initializer and Model > Graph > Node > Attribute,
+which is a fixed depth, and passes over all others. Every length is checked against what encloses
+it, every tensor against its dimensions, before an array is made. Weights that were quantised in
 blocks are restored on the way:
 
-    DequantizeLinear   y = (x - zero_point) * scale, one scale and zero point per `block_size` neighbours on `axis`
+    DequantizeLinear   y = (x - zero_point) * scale, each per `block_size` neighbours on `axis`
     Reshape            to a stored shape
 
-Sources: onnx/onnx `onnx/onnx.proto`, `docs/Operators.md`; the encoding of protocol buffers at protobuf.dev.
+Sources: onnx/onnx `onnx/onnx.proto`, `docs/Operators.md`; the encoding of protocol buffers at
+protobuf.dev.
 """
 
 import dataclasses
@@ -25,7 +28,11 @@ from jax_idgrpo.errors import UserError
 FILE_LIMIT = 1 << 28  # bytes; the largest published face network has 39 million
 FIELD_LIMIT = 1_000_000  # fields in a file; the published ones have some ten thousand
 AXES_LIMIT = 8
-DTYPES: dict[int, np.dtype] = {1: np.dtype("<f4"), 3: np.dtype("i1"), 7: np.dtype("<i8")}  # ONNX's numbers of the types that are read
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("<f4"),
+    3: np.dtype("i1"),
+    7: np.dtype("<i8"),
+}  # ONNX's numbers of the types that are read
 QUANTISED = "_quantized"  # the end of the name of a tensor's integers
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 SHOWN = 60  # characters of a name from a file that a complaint repeats
@@ -37,7 +44,7 @@ class _Damaged(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation. Inputs and outputs are names; attributes are numbers, tuples of integers and bytes."""
+    """One operation. Inputs and outputs are names; attributes are numbers, bytes or integers."""
 
     op: str
     inputs: tuple[str, ...]
@@ -47,14 +54,14 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """The constants by name and the operations on them, without those that only restore constants."""
+    """Constants by name, and the operations without those that only restore constants."""
 
     tensors: dict[str, np.ndarray]
     nodes: list[Node]
 
 
 def is_onnx(start: bytes) -> bool:
-    """Whether a file with these first nine bytes may be ONNX: field 1, a small version, and no brace of safetensors."""
+    """Whether a file with these first nine bytes may be ONNX: field 1 is a small version."""
     return start[:1] == b"\x08" and b"\x03" <= start[1:2] < b"\x40" and start[8:9] != b"{"
 
 
@@ -62,12 +69,15 @@ def open_file(path: Path) -> Graph:
     """Read the constants and operations of an ONNX file.
 
     Raises:
-      UserError: the file cannot be read, is damaged, or has types and operations that no face network here has.
+      UserError: the file cannot be read, is damaged, or has types and operations that no face
+      network here has.
     """
     try:
         size = path.stat().st_size
         if size > FILE_LIMIT:
-            raise UserError(f"{path}: has {size:,} bytes, more than any face network; give the published file")
+            raise UserError(
+                f"{path}: has {size:,} bytes, more than any face network; give the published file"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
@@ -76,7 +86,9 @@ def open_file(path: Path) -> Graph:
     except _Damaged as error:
         raise UserError(f"{path}: is no whole ONNX file ({error}); get the file again") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no whole ONNX file (a name is no text); get the file again") from error
+        raise UserError(
+            f"{path}: is no whole ONNX file (a name is no text); get the file again"
+        ) from error
 
 
 def _quoted(name: str) -> str:
@@ -122,7 +134,7 @@ class _Reader:
         raise _Damaged("a number has more than 64 bits")
 
     def fields(self, data: memoryview) -> Iterator[tuple[int, Any]]:
-        """The fields of a message: its number, and an integer, four or eight bytes, or a part of the message."""
+        """The number and value of each field of a message; values are integers or bytes."""
         at = 0
         while at < len(data):
             self.fields_left -= 1
@@ -134,7 +146,9 @@ class _Reader:
             if kind == VARINT:
                 value, at = self.varint(data, at)
             elif kind in (BYTES, FIXED32, FIXED64):
-                length, at = self.varint(data, at) if kind == BYTES else ({FIXED32: 4, FIXED64: 8}[kind], at)
+                length, at = (
+                    self.varint(data, at) if kind == BYTES else ({FIXED32: 4, FIXED64: 8}[kind], at)
+                )
                 if length > len(data) - at:
                     raise _Damaged(f"a field of {length} bytes where {len(data) - at} are left")
                 value, at = data[at : at + length], at + length
@@ -223,7 +237,9 @@ class _Reader:
             elif number in (5, 6, 7, 10, 11, 13, 14):
                 elsewhere = elsewhere or bool(value)
         if elsewhere or kind not in DTYPES:
-            raise _Damaged(f"tensor {_quoted(name)} of ONNX type {kind} is stored in a way that no face network here is")
+            raise _Damaged(
+                f"tensor {_quoted(name)} of ONNX type {kind} is stored in a way that no face network here is"
+            )
         if len(shape) > AXES_LIMIT or any(side < 0 for side in shape):
             raise _Damaged(f"tensor {_quoted(name)} has no possible shape")
         held = sum(len(part) for _, part in parts)
@@ -250,10 +266,19 @@ def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
             restored[name] = _dequantised(name, values, scale, zero_point, node.attributes)
             names[node.outputs[0]] = name
             used.update(node.inputs)
-        elif node.op == "Reshape" and len(node.inputs) == 2 and node.inputs[0] in names and node.inputs[1] in tensors:
+        elif (
+            node.op == "Reshape"
+            and len(node.inputs) == 2
+            and node.inputs[0] in names
+            and node.inputs[1] in tensors
+        ):
             name, shape = names[node.inputs[0]], tensors[node.inputs[1]]
             sides = [int(side) for side in shape.ravel()]
-            if shape.ndim != 1 or min(sides, default=0) < 1 or math.prod(sides) != restored[name].size:
+            if (
+                shape.ndim != 1
+                or min(sides, default=0) < 1
+                or math.prod(sides) != restored[name].size
+            ):
                 raise _Damaged(f"tensor {_quoted(name)} does not have the shape that it is given")
             restored[name] = restored[name].reshape(sides)
             names.update(dict.fromkeys(node.outputs, name))
@@ -266,14 +291,22 @@ def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
 
 
 def _dequantised(
-    name: str, values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, attributes: Mapping[str, Any]
+    name: str,
+    values: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray,
+    attributes: Mapping[str, Any],
 ) -> np.ndarray:
     """(values - zero point) * scale, each block of neighbours on one axis with its own."""
     block, axis = attributes.get("block_size"), attributes.get("axis", 1)
     if values.dtype != np.int8 or zero_point.dtype != np.int8 or scale.dtype != np.float32:
         raise _Damaged(f"tensor {_quoted(name)} is not quantised to eight bits")
-    whole = isinstance(block, int) and isinstance(axis, int) and block > 0 and 0 <= axis < values.ndim
-    blocks = [-(-side // block) if whole and k == axis else side for k, side in enumerate(values.shape)]
+    whole = (
+        isinstance(block, int) and isinstance(axis, int) and block > 0 and 0 <= axis < values.ndim
+    )
+    blocks = [
+        -(-side // block) if whole and k == axis else side for k, side in enumerate(values.shape)
+    ]
     if not whole or list(scale.shape) != blocks or list(zero_point.shape) != blocks:
         raise _Damaged(f"tensor {_quoted(name)} is not quantised in blocks")
     group = np.arange(values.shape[axis]) // block

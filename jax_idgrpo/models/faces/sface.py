@@ -4,9 +4,9 @@
     block   depthwise 3x3 of stride s, batch norm, PReLU, conv 1x1, batch norm, PReLU
     tail    batch norm, flatten, dense, batch norm over the embedding
 
-Every batch norm uses running statistics: the network is never trained here. The published dense kernel expects channels
-first when flattening: the conversion reorders it.
-Sources: SFace (arXiv 2205.12010), MobileNets (arXiv 1704.04861); opencv/opencv_zoo `face_recognition_sface_2021dec.onnx`.
+Every batch norm uses running statistics: the network is never trained here. The published dense
+kernel expects channels first when flattening: the conversion reorders it. Sources: SFace (arXiv
+2205.12010), MobileNets (arXiv 1704.04861); opencv/opencv_zoo `face_recognition_sface_2021dec.onnx`.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ EPSILON, TAIL_EPSILON = 0.0010000000474974513, 1.9999999494757503e-05
 
 @dataclasses.dataclass(frozen=True)
 class SFaceConfig:
-    """stem: channels of the stem. widths: channels of each block. halved: numbers of the blocks of stride 2.
+    """stem: channels of the stem. widths: channels of each block. halved: numbers of the blocks of
+    stride 2.
 
     input_size: side of the square crop in pixels, a multiple of 2 for every halving.
     """
@@ -69,7 +70,13 @@ class SFace(nnx.Module):
     def __init__(self, config: SFaceConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.conv = nnx.Conv(
-            3, config.stem, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, precision="highest", rngs=rngs
+            3,
+            config.stem,
+            (3, 3),
+            padding=((1, 1), (1, 1)),
+            use_bias=False,
+            precision="highest",
+            rngs=rngs,
         )
         self.norm = _norm(config.stem, EPSILON, rngs)
         self.prelu = PReLU(config.stem)

@@ -5,11 +5,12 @@
     pyramid   a unit with ReLU per map; coarse maps are doubled and added to the finer ones
     heads     per cell a class, an objectness, four numbers of a box and ten of the landmarks
 
-    score = sqrt(sigmoid(class) sigmoid(objectness)),  centre = (cell + b[:2]) s,  size = exp(b[2:]) s,  landmark = (cell + p) s
+    score = sqrt(sigmoid(class) sigmoid(objectness))
+    centre = (cell + b[:2]) s,  size = exp(b[2:]) s,  landmark = (cell + p) s
 
 Coordinates are pixels, with integers at the pixel centres, as OpenCV uses the published file.
-Sources: YuNet (Machine Intelligence Research, 2023); opencv/opencv_zoo `face_detection_yunet_2023mar.onnx`;
-opencv `modules/objdetect/src/face_detect.cpp`.
+Sources: YuNet (Machine Intelligence Research, 2023); opencv/opencv_zoo
+`face_detection_yunet_2023mar.onnx`; opencv `modules/objdetect/src/face_detect.cpp`.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ Maps = tuple[dict[str, Float[Array, "B _ _ _"]], ...]
 class YuNetConfig:
     """width: channels of the stem, of which all others are multiples.
 
-    long_side: larger pictures are shrunk to it. candidates: best cells of a picture among which overlaps are suppressed.
-    overlap: from which intersection over union on.
+    long_side: larger pictures are shrunk to it. candidates: best cells of a picture among which
+    overlaps are suppressed. overlap: from which intersection over union on.
     """
 
     width: int = 16
@@ -63,7 +64,7 @@ def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
 
 
 class YuNet(nnx.Module):
-    """Pictures in BGR, 0 to 255, sides multiples of 32, to the raw maps of every stride, finest first."""
+    """Pictures in BGR, 0 to 255, sides multiples of 32, to raw maps, finest first."""
 
     def __init__(self, config: YuNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -73,9 +74,7 @@ class YuNet(nnx.Module):
         )
         pairs = [(one, two), (two, four), (four, four), (four, four), (four, four)]
         self.first = Unit(one, one, rngs)
-        self.stages = nnx.List(
-            [nnx.List([Unit(a, a, rngs), Unit(a, b, rngs)]) for a, b in pairs]
-        )
+        self.stages = nnx.List([nnx.List([Unit(a, a, rngs), Unit(a, b, rngs)]) for a, b in pairs])
         self.laterals = nnx.List([Unit(four, four, rngs) for _ in STRIDES])
         for name, size in HEADS.items():
             setattr(self, name, nnx.List([Unit(four, size, rngs) for _ in STRIDES]))
@@ -100,7 +99,8 @@ class YuNet(nnx.Module):
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
         """Find the best `faces` faces above `threshold` of pictures in [-1, 1].
 
-        Pictures longer than `long_side` are shrunk to it, with antialiasing; then black fills the sides up to multiples of 32.
+        Pictures longer than `long_side` are shrunk to it, with antialiasing; then black fills the
+        sides up to multiples of 32.
         """
         height, width = pictures.shape[1:3]
         scale = min(1.0, self.config.long_side / max(height, width))
@@ -130,7 +130,8 @@ def _enlarged(points: Float[Array, "*n"], scale: float) -> Float[Array, "*n"]:
 
 
 def decode(maps: Maps, faces: int, threshold: float, config: YuNetConfig) -> Detections:
-    """Decode the best `faces` faces of each picture; overlaps are suppressed over all maps together.
+    """Decode the best `faces` faces of each picture; overlaps are suppressed over all maps
+    together.
 
     Args:
       maps: raw outputs, finest first.
@@ -141,7 +142,9 @@ def decode(maps: Maps, faces: int, threshold: float, config: YuNetConfig) -> Det
     levels = []
     for level, stride in zip(maps, STRIDES, strict=True):
         height, width = level["cls"].shape[1:3]
-        x, y = jnp.meshgrid(jnp.arange(width, dtype=jnp.float32), jnp.arange(height, dtype=jnp.float32))
+        x, y = jnp.meshgrid(
+            jnp.arange(width, dtype=jnp.float32), jnp.arange(height, dtype=jnp.float32)
+        )
         cell = jnp.stack([x, y], -1)
         chances = jax.nn.sigmoid(level["cls"]) * jax.nn.sigmoid(level["obj"])
         centre = (cell + level["bbox"][..., :2]) * stride
