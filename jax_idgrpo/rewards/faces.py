@@ -247,8 +247,3 @@ def reward_settings(config: RewardConfig) -> Settings:
     if settings.similarity_low >= settings.similarity_high:
         raise UserError(f"reward.similarity_low {settings.similarity_low} is not below similarity_high {settings.similarity_high}")
     return settings
-
-
-def settled(config: RewardConfig) -> RewardConfig:
-    """The configuration with the cosines filled in that it leaves to the embedder; UserError as `reward_settings`."""
-    return dataclasses.replace(config, **dataclasses.asdict(reward_settings(config)))
