@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.config import Config, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces import bundled_detector
 from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
@@ -320,7 +320,8 @@ def with_cosines(folder, **values):
 
 
 def cosines(config, embedder="embedder"):
-    made = factory.make_reward(config, embedder).config
+    make = factory.make_reward if embedder == "embedder" else factory.make_judge
+    made = make(Config(reward=config)).config
     return made.low, made.high, made.null_similarity
 
 

@@ -20,7 +20,7 @@ from skimage import data
 
 from checkpoints_convert import face_folder, photographs
 from checkpoints_convert.__main__ import run
-from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.config import Config, RewardConfig
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.faces import align, load_embedder, load_network, load_stack
@@ -244,7 +244,7 @@ def test_the_reward_knows_two_real_people(folder):
         [jnp.stack([pixels(one)[0] for one in pair]) for pair in (photos, strangers)]
     )
     config = RewardConfig(faces=str(folder), frames=5)
-    reward = factory.make_reward(config)
+    reward = factory.make_face_reward(config)
     assert (reward.config.low, reward.config.high, reward.config.null_similarity) == (
         0.25,
         0.8,
@@ -261,7 +261,7 @@ def test_the_reward_knows_two_real_people(folder):
     assert (
         np.asarray(terms["identity_mean"])[0] > 0.6 and np.asarray(terms["identity_mean"])[1] < 0.05
     )
-    judged = factory.make_reward(config, "judge")
+    judged = factory.make_judge(Config(reward=config))
     assert (judged.config.low, judged.config.high, judged.config.null_similarity) == (
         0.55,
         0.85,
