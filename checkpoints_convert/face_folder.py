@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import dlib_dat, faces, onnx, rules, store
+from checkpoints_convert import dlib_dat, faces, file_types, onnx, rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.dlib_resnet import MEAN, DlibResNetConfig
 from jax_idgrpo.models.faces.sface import EPSILON, TAIL_EPSILON, SFaceConfig
@@ -175,6 +175,11 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     if onnx.is_onnx(start):
         tensors, graph = _of_onnx(path)
+        if faces.known(tensors) is None:
+            raise UserError(
+                f"{path}: is an ONNX file of another network than YuNet or SFace; "
+                f"{file_types.FACE_FILES}"
+            )
         name, architecture, config = faces.recognise(tensors, str(path))
         if architecture not in GRAPHS:
             raise UserError(

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert import dlib_dat, file_types, onnx, pth
+from checkpoints_convert import file_types, pth
 from checkpoints_convert.lazy import LazyTensor, size, stream_to
 from jax_idgrpo.errors import UserError
 
@@ -85,10 +85,8 @@ def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """(tensors by name, metadata) of one file of safetensors or of `torch.save`. UserError when header and file disagree."""
     path = Path(path)
     file_types.refuse_others(path)
-    start = file_types.start_of(path)
-    if onnx.is_onnx(start) or dlib_dat.is_dat(start):
-        raise UserError(f"{path}: holds a graph of ONNX or dlib; use idgrpo-convert faces FOLDER --detector FILE --embedder FILE")
-    return (pth.open_file(path), {}) if pth.is_pth(start) else _open_safetensors(path)
+    is_pth = pth.is_pth(file_types.start_of(path))
+    return (pth.open_file(path), {}) if is_pth else _open_safetensors(path)
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:

