@@ -21,7 +21,7 @@ import torch
 from flax import nnx
 
 from benchmarks.timing import medians
-from checkpoints_convert.faces import write_folder
+from checkpoints_convert.face_folder import write_folder
 from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.rewards.faces import load_stack
 

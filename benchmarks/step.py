@@ -29,7 +29,7 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks import transformer
 from benchmarks.faces import calibrate, write_weights
-from checkpoints_convert.faces import write_folder
+from checkpoints_convert.face_folder import write_folder
 from jax_idgrpo import grpo
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.parallel.hosts import trim_heap_after_compile

@@ -3,35 +3,34 @@
 The IR residual family has three sets of names: deepface's `arcface_weights.pth`, in which our small embedder is stored too,
 insightface's and CurricularFace's; the configuration says which, since no two of them build the same network (`arcface`).
 RetinaFace and Facenet name their modules as the published files do, so that only the leaves are renamed (`torch_names`).
-Networks of our own keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file carry no value; drop them
+YuNet and SFace have the names of the graphs in their ONNX files, dlib's ResNet those that `dlib_dat` gives its layers. Networks of
+our own keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file carry no value; drop them
 (`without_counters`) before matching.
-
-`write_folder` makes of downloaded files the folder that `--reward.faces` takes.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert import rules as tables
-from checkpoints_convert import store
-from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, Op, Rule, leaves
+from checkpoints_convert.rules import CONV2D, GAMMA2D, POINTWISE2D, TRANSPOSE, VECTOR, Op, Rule, leaves
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.dlib_resnet import DlibResNet, DlibResNetConfig
 from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
+from jax_idgrpo.models.faces.sface import SFace, SFaceConfig
+from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
 
 NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 TEMPLATE_SIZE = 112  # pixels of the crop that the template belongs to
+FACES = 8  # kept per frame
 COUNTER, UNIT_SCALE = "num_batches_tracked", "features.weight"
-FACES, THRESHOLD = 8, 0.9  # kept per frame, and the detector's own default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +132,64 @@ def plain(state: Any) -> list[Rule]:
     return [Rule(path, path, Op(tuple(range(axes)), (1,) * axes, (None,) * axes)) for path, axes in sizes.items()]
 
 
+def yunet(config: YuNetConfig) -> list[Rule]:
+    """The names of YuNet's graph: 1x1 convolutions have those of PyTorch, the stem and most depthwise ones are numbered."""
+    del config  # no name depends on it
+    rules = [Rule("420", "stem.kernel", CONV2D), Rule("421", "stem.bias", VECTOR)]
+    units = [("backbone.model0.conv2.conv1", "first")]
+    units += [(f"backbone.model{k + 1}.conv{j + 1}.conv1", f"stages.{k}.{j}") for k in range(5) for j in range(2)]
+    units += [(f"neck.lateral_convs.{level}.conv1", f"laterals.{level}") for level in (2, 1, 0)]
+    named = [(point, ours, str(423 + 3 * n), str(424 + 3 * n)) for n, (point, ours) in enumerate(units)]
+    for head in HEADS:
+        for level in range(len(STRIDES)):
+            name = f"bbox_head.multi_level_{head}.{level}"
+            depth = f"{name}.conv2"
+            named.append((f"{name}.conv1", f"{head}.{level}", f"{depth}.weight", f"{depth}.bias"))
+    for point, ours, weight, bias in named:
+        rules += [Rule(f"{point}.weight", f"{ours}.point.kernel", POINTWISE2D), Rule(f"{point}.bias", f"{ours}.point.bias", VECTOR)]
+        rules += [Rule(weight, f"{ours}.depth_kernel", CONV2D), Rule(bias, f"{ours}.depth_bias", VECTOR)]
+    return rules
+
+
+def sface(config: SFaceConfig) -> list[Rule]:
+    """The names of SFace's graph; its layers are numbered from 1."""
+    rules = [Rule("conv_1_conv2d_weight", "conv.kernel", CONV2D)]
+    norms = [("conv_1_batchnorm", "norm"), ("bn1", "tail_norm"), ("fc1", "embedding_norm")]
+    slopes = [("conv_1_relu_gamma", "prelu")]
+    for block in range(len(config.widths)):
+        name, ours = f"conv_{block + 2}", f"blocks.{block}"
+        rules += [Rule(f"{name}_dw_conv2d_weight", f"{ours}.depth_kernel", CONV2D)]
+        rules += [Rule(f"{name}_conv2d_weight", f"{ours}.point.kernel", POINTWISE2D)]
+        norms += [(f"{name}_dw_batchnorm", f"{ours}.depth_norm"), (f"{name}_batchnorm", f"{ours}.point_norm")]
+        slopes += [(f"{name}_dw_relu_gamma", f"{ours}.depth_prelu"), (f"{name}_relu_gamma", f"{ours}.point_prelu")]
+    parts = (("gamma", "scale"), ("beta", "bias"), ("moving_mean", "mean"), ("moving_var", "var"))
+    rules += [Rule(f"{name}_{theirs}", f"{jax}.{ours}", VECTOR) for name, jax in norms for theirs, ours in parts]
+    rules += [Rule(name, f"{jax}.slope", GAMMA2D) for name, jax in slopes]
+    flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
+    return [*rules, Rule("pre_fc1_weight", "dense.kernel", flattened), Rule("pre_fc1_bias", "dense.bias", VECTOR)]
+
+
+DLIB_VECTOR = Op((0, 1, 2, 3), (4,), (1, None, 1, 1))  # [1, N, 1, 1] -> [N]
+DLIB_MATRIX = Op((0, 1, 2, 3), (1, 3), (None, None, 1, 1))  # [in, out, 1, 1] -> [in, out]
+
+
+def dlib_resnet(config: DlibResNetConfig) -> list[Rule]:
+    """The names of dlib's layers, which are counted from the input on. The published file has no bias of the last one (`centred`)."""
+    places = ["stem", *(f"blocks.{k}.conv{j}" for k in range(sum(config.blocks)) for j in (1, 2))]
+    rules = [Rule("fc.0.weights", "dense.kernel", DLIB_MATRIX), Rule("fc.0.biases", "dense.bias", DLIB_VECTOR)]
+    for n, place in enumerate(places):
+        rules += [Rule(f"con.{n}.filters", f"{place}.conv.kernel", CONV2D), Rule(f"con.{n}.biases", f"{place}.conv.bias", DLIB_VECTOR)]
+        rules += [Rule(f"affine.{n}.gamma", f"{place}.scale", DLIB_VECTOR), Rule(f"affine.{n}.beta", f"{place}.shift", DLIB_VECTOR)]
+    return rules
+
+
 def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors without the batch counters of PyTorch's batch norms."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Downloaded files to the folder of a face stack.
+# Which network a file holds.
 
 _EMBEDDERS: dict[str, tuple[str, ArcFaceConfig]] = {
     "ArcFace-R34 of deepface": ("backbone.conv1_conv.weight", ARCFACE_R34),
@@ -158,6 +208,12 @@ def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
     if "block35.0.up.weight" in tensors and "bottleneck.weight" in tensors:
         size = tensors["bottleneck.weight"].shape[0]
         return f"Facenet, {size} numbers", "facenet", FacenetConfig(embedding_size=size)
+    if "neck.lateral_convs.0.conv1.weight" in tensors and "420" in tensors:
+        return "YuNet", "yunet", YuNetConfig()
+    if "pre_fc1_weight" in tensors and "conv_2_dw_conv2d_weight" in tensors:
+        return "SFace", "sface", SFaceConfig()
+    if "fc.0.weights" in tensors and "con.0.filters" in tensors:
+        return "ResNet of dlib", "dlib_resnet", DlibResNetConfig()
     there = set(tensors) - {UNIT_SCALE}
     names = {
         name: {rule.torch for rule in arcface(config)} for name, (example, config) in _EMBEDDERS.items() if example in there
@@ -172,14 +228,15 @@ def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
     """As `known`; UserError that names the networks for a file of another."""
     if (found := known(tensors)) is not None:
         return found
-    networks = ", ".join(["RetinaFace-R50", "Facenet", *_EMBEDDERS])
+    networks = ", ".join(["RetinaFace-R50", "YuNet", "Facenet", "SFace", "ResNet of dlib", *_EMBEDDERS])
     raise UserError(f"{source}: holds none of the face networks that can be read ({networks}); give the file that the library downloads")
 
 
 def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     """The rules of a face network by its architecture's name."""
-    if architecture == "arcface":
-        return arcface(config)
+    named: dict[str, Callable[[Any], list[Rule]]] = {"arcface": arcface, "yunet": yunet, "sface": sface, "dlib_resnet": dlib_resnet}
+    if architecture in named:
+        return named[architecture](config)
     return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
 
 
@@ -187,11 +244,17 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "retinaface": (RetinaFace, RetinaFaceConfig),
     "arcface": (ArcFace, ArcFaceConfig),
     "facenet": (Facenet, FacenetConfig),
+    "yunet": (YuNet, YuNetConfig),
+    "sface": (SFace, SFaceConfig),
+    "dlib_resnet": (DlibResNet, DlibResNetConfig),
 }
+DETECTORS = ("retinaface", "yunet")
 
 
 def file_name(architecture: str, config: Any) -> str:
-    """What the published file of a face network is called."""
+    """What the published file of a face network is called; YuNet's, SFace's and dlib's become tensors under the same names."""
+    if architecture in ("yunet", "sface", "dlib_resnet"):
+        return f"{architecture}.safetensors"
     if architecture == "arcface":
         return {"affine": "arcface_weights.pth", "bias": "backbone.pth", "plain": "CurricularFace_Backbone.pth"}[config.embedding_norm]
     return "retinaface.pth" if architecture == "retinaface" else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
@@ -217,40 +280,3 @@ def with_bystanders(architecture: str, config: Any, tensors: Mapping[str, Any]) 
     beside = {name: tensor for name, tensor in tensors.items() if name == UNIT_SCALE or name.endswith(COUNTER)}
     shapes = {name: jax.ShapeDtypeStruct(tuple(tensor.shape), tensor.dtype) for name, tensor in beside.items()}
     return [*table(architecture, config, parameters), *plain(shapes)], {**leaves(parameters), **shapes}
-
-
-def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
-    """(name for people, what the JSON says, checked tensors) of a downloaded file."""
-    tensors = without_counters(store.open_file(path)[0])
-    name, architecture, config = recognise(tensors, str(path))
-    if UNIT_SCALE in tensors and not np.all(np.asarray(tensors.pop(UNIT_SCALE)) == 1.0):
-        raise UserError(f"{path}: {UNIT_SCALE} is not all ones, which the published networks hold it at; give the published file")
-    parameters = abstract(architecture, config)
-    found = tables.match(tables.expand(table(architecture, config, parameters), parameters), tensors, str(path))
-    values: dict[str, Any] = {"architecture": architecture, "config": dataclasses.asdict(config), "source": path.name}
-    if architecture == "retinaface":
-        values |= {"max_faces": FACES, "threshold": THRESHOLD}
-    else:
-        values["template"] = [[config.input_size / TEMPLATE_SIZE * number for number in point] for point in ARCFACE_TEMPLATE]
-    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in found.items()}
-
-
-def write_folder(destination: Path, detector: Path, embedder: Path, judge: Path | None) -> dict[str, str]:
-    """Make the folder of a face stack of downloaded files -> the name of each network by its part.
-
-    detector: `retinaface.pth`. embedder, judge: any of ArcFace, Facenet, IResNet and IR-101; the judge never serves as reward.
-    UserError when a file is missing, damaged, or of another network; nothing is left then.
-    """
-    parts = {"detector": detector, "embedder": embedder, **({"judge": judge} if judge is not None else {})}
-    names = {}
-    with store.atomic_path(destination, marker="detector.json") as new:
-        new.mkdir()
-        for part, path in parts.items():
-            names[part], values, tensors = _published(path)
-            if (values["architecture"] == "retinaface") != (part == "detector"):
-                raise UserError(f"--{part} {path}: holds {names[part]}; give {'a detector' if part == 'detector' else 'an embedder'}")
-            if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
-                raise UserError(f"{path}: holds NaN or infinite values; get the file again")
-            store.write_file(new / f"{part}.safetensors", tensors)
-            store.write_json(new / f"{part}.json", values)
-    return names

@@ -14,6 +14,7 @@ FACE_FILES = (
     "face networks are read from deepface's .pth files and insightface's or CurricularFace's "
     "backbone.pth"
 )
+GRAPHS = "YuNet, SFace and dlib's ResNet are read by idgrpo-convert faces"
 UNFINISHED = (
     ".aria2",
     ".part",
@@ -43,8 +44,11 @@ TYPES = (
     FileType(rb"\x89HDF\r\n\x1a\n", "an HDF5 file (such as a Keras .h5)", f"{READ}; {FACE_FILES}"),
     # A ModelProto starts with ir_version, then comes the producer, the domain or the graph.
     FileType(
-        rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX file", f"{READ}; {FACE_FILES}"
+        rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]",
+        "an ONNX file",
+        f"{READ}; {FACE_FILES}; {GRAPHS}",
     ),
+    FileType(rb"\x01\x01\x01.loss_", "a network of dlib", GRAPHS),
     FileType(
         rb"version https://git-lfs",
         "a Git LFS pointer, not the file itself",

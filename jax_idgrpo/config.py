@@ -344,6 +344,13 @@ class OptimizerConfig:
         _require(self.max_norm > 0, f"optimizer.max_norm is {self.max_norm}; use a positive number")
 
 
+def photographs_folder() -> Path:
+    """Where the face networks for photographs lie: `jax-idgrpo/faces/photographs` in XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()
+    return base / "jax-idgrpo" / "faces" / "photographs"
+
+
 PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
 PRICES = {"copied": 0.5}  # of penalties that cost something unless the configuration says otherwise
 
@@ -353,7 +360,7 @@ class RewardConfig:
     """The reward: face similarity over `frames` evenly spaced frames of each video, a vision-language model's score, or your own function.
 
     faces: folder with detector, embedder and judge; "embedded" is the drawn-people set in the package, for its own video model alone;
-        "" where none of them is needed.
+        "photographs" the one of `idgrpo-convert faces --photographs` in the user's cache; "" where none of them is needed.
     custom: function that is the reward, as "package.module:function" or "file.py:function" (see `rewards.custom`); "" is none.
     custom_timeout: seconds after which a call of it is given up, and its videos with it.
     backend: what finds and embeds faces for the reward: "" is the networks of `faces`, on the accelerator; "deepface:DETECTOR/MODEL" is
@@ -366,7 +373,8 @@ class RewardConfig:
     vlm_dtype: of its weights and products. vlm_fps: frames per second that it is told; the published scores are at 10.
     vlm_rows: videos that it scores at once, 0 = all. vlm_devices: how many devices it has for itself, the last ones, so that scoring
         overlaps with the next rollout; 0 = it shares the mesh of the video model.
-    similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody.
+    similarity_low, similarity_high: cosines that score 0 and 1. missing: cosine below which a face counts as nobody. None: as the JSON
+        file of the embedder says, since cosines of different networks differ. The judge always has its own.
     soft_weight: share of the soft-minimum over people against their mean.
     penalties: prices of what faces followed through the video show, as JSON {"swapped": 0.5}: missing, duplicated, swapped, switched,
         blended, area (see `rewards.tracks`) and copied (see `rewards.photo_copy`). All are logged; those without a price cost nothing, but
@@ -380,9 +388,9 @@ class RewardConfig:
     custom_timeout: float = 600.0
     backend: str = ""
     frames: int = 5
-    similarity_low: float = 0.0
-    similarity_high: float = 0.9
-    missing: float = 0.15
+    similarity_low: float | None = None
+    similarity_high: float | None = None
+    missing: float | None = None
     soft_weight: float = 0.5
     head: str = ""
     vlm: str = ""
@@ -415,8 +423,8 @@ class RewardConfig:
         _require(not (self.head and self.backend),
                  "reward.head reads the faces of reward.faces, and reward.backend takes others; leave one empty")
         _require(self.frames >= 1, f"reward.frames is {self.frames}; use 1 or more")
-        _require(self.similarity_low < self.similarity_high,
-                 f"reward.similarity_low {self.similarity_low} is not below similarity_high {self.similarity_high}")
+        low, high = self.similarity_low, self.similarity_high
+        _require(low is None or high is None or low < high, f"reward.similarity_low {low} is not below similarity_high {high}")
         _require(0 <= self.soft_weight <= 1, f"reward.soft_weight is {self.soft_weight}; use 0 to 1")
         for name, price in self.penalties.items():
             _require(name in PENALTIES, f"reward.penalties knows no {name!r}{closest(name, list(PENALTIES))}")
@@ -436,7 +444,8 @@ class RewardConfig:
 
     def folder(self) -> Path:
         """Folder of the face networks."""
-        return EMBEDDED / "faces" if self.faces == "embedded" else Path(self.faces)
+        named = {"embedded": EMBEDDED / "faces", "photographs": photographs_folder()}
+        return named.get(self.faces, Path(self.faces))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -640,6 +649,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
             raise UserError(f"--{name}: {text!r} is not a number of type {kind.__name__}") from None
     if kind is str:
         return text
+    if kind == float | None:
+        return None if text.lower() in ("none", "null") else _parse(name, text, float)
     try:
         return json.loads(text)
     except json.JSONDecodeError:

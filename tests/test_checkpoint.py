@@ -206,6 +206,16 @@ def test_a_cosine_schedule_holds_the_length():
         check_resume(old.to_json(), change(old, run={"steps": 7}))
 
 
+def test_cosines_written_out_are_those_left_to_the_networks():
+    """Runs from before the networks stored them go on, and other numbers are refused."""
+    written = change(Config(), reward={"similarity_low": 0.0, "similarity_high": 0.9, "missing": 0.15})
+    check_resume(written.to_json(), Config())
+    check_resume(Config().to_json(), written)
+    for old, new in ((written, change(Config(), reward={"missing": 0.3})), (change(Config(), reward={"missing": 0.3}), Config())):
+        with pytest.raises(UserError, match=r"cannot resume exactly: reward\.missing was 0\.\d+ and is 0\.\d+;"):
+            check_resume(old.to_json(), new)
+
+
 def test_resume_records_the_configuration(tmp_path, manager):
     state = make_state(0)
     assert resume(tmp_path, Config(), manager, state) is state

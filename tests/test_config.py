@@ -142,3 +142,13 @@ def test_upright_videos_are_evaluated_upright():
         assert size(("video.height", "416"), ("video.width", "416")) == (480, 832)
         assert override(Config(), list(tall)).evaluate.height == 0
         assert size(("run.seed", "1")) == (480, 832)
+
+
+def test_cosines_may_be_left_to_the_networks():
+    assert RewardConfig().missing is None
+    changed = override(Config(), [("reward.missing", "0.2"), ("reward.similarity_low", "none"), ("reward.similarity_high", "0.75")])
+    assert (changed.reward.missing, changed.reward.similarity_low, changed.reward.similarity_high) == (0.2, None, 0.75)
+    with pytest.raises(UserError, match="--reward.missing: 'much' is not a number"):
+        override(Config(), [("reward.missing", "much")])
+    with pytest.raises(UserError, match=r"reward.similarity_low 0.9 is not below similarity_high 0.3"):
+        RewardConfig(similarity_low=0.9, similarity_high=0.3)

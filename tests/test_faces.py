@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 from typing import NamedTuple
 
 import cv2
@@ -11,14 +13,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_idgrpo.config import RewardConfig
+from jax_idgrpo.config import Config, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces import bundled_detector
 from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
-from jax_idgrpo.rewards import faces
+from jax_idgrpo.rewards import faces, factory
 from jax_idgrpo.rewards.base import References, frame_numbers
 from jax_idgrpo.rewards.face_reward import load_reward
+from jax_idgrpo.rewards.head import reading
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.synthetic.training import detector as detector_task
 from jax_idgrpo.synthetic.training import embedder as embedder_task
@@ -299,3 +302,57 @@ def test_stored_settings_are_what_the_networks_were_trained_for():
         assert np.asarray(values["template"]).shape == (5, 2)
         assert values["levels"]["clean"]["auc"] > 0.99
         assert dataclasses.asdict(network.config)["input_size"] > np.max(values["template"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cosines that a reward uses belong to its networks.
+
+COSINES = ("similarity_low", "similarity_high", "missing")
+
+
+def with_cosines(folder, **values):
+    """A copy of the networks in the package, whose embedder has other cosines."""
+    shutil.copytree(EMBEDDED, folder)
+    stored = json.loads((folder / "embedder.json").read_text())
+    stored = {name: value for name, value in stored.items() if name not in COSINES} | values
+    (folder / "embedder.json").write_text(json.dumps(stored))
+    return str(folder)
+
+
+def cosines(config, embedder="embedder"):
+    make = factory.make_reward if embedder == "embedder" else factory.make_judge
+    made = make(Config(reward=config)).config
+    return made.low, made.high, made.null_similarity
+
+
+def test_unset_cosines_are_the_networks_and_explicit_ones_win(tmp_path):
+    other = with_cosines(tmp_path / "other", similarity_low=0.25, similarity_high=0.8, missing=0.3)
+    assert cosines(RewardConfig()) == (0.0, 0.9, 0.15)
+    assert cosines(RewardConfig(faces=other)) == (0.25, 0.8, 0.3)
+    assert cosines(RewardConfig(faces=other, missing=0.5, similarity_low=0.0)) == (0.0, 0.8, 0.5)
+    older = with_cosines(tmp_path / "older")
+    assert cosines(RewardConfig(faces=older)) == (0.0, 0.9, 0.15)
+
+
+def test_the_judge_has_its_own_cosines(tmp_path):
+    """Those of the reward say nothing about another network."""
+    other = with_cosines(tmp_path / "other", similarity_low=0.25, similarity_high=0.8, missing=0.3)
+    assert cosines(RewardConfig(faces=other, missing=0.5), "judge") == (0.0, 0.9, 0.15)
+
+
+@pytest.mark.parametrize("values", [dict(missing="much"), dict(missing=True), dict(missing=None)])
+def test_damaged_cosines_are_one_line(tmp_path, values):
+    with pytest.raises(UserError, match=r"embedder\.json: missing is .*; use a number"):
+        cosines(RewardConfig(faces=with_cosines(tmp_path / "other", **values)))
+
+
+def test_cosines_in_the_wrong_order_are_one_line(tmp_path):
+    other = with_cosines(tmp_path / "other", similarity_low=0.25, similarity_high=0.8)
+    with pytest.raises(UserError, match="similarity_low 0.9 is not below similarity_high 0.8"):
+        cosines(RewardConfig(faces=other, similarity_low=0.9))
+
+
+def test_a_head_remembers_the_cosines_of_its_networks(tmp_path):
+    other = with_cosines(tmp_path / "other", similarity_low=0.25, similarity_high=0.8, missing=0.3)
+    assert reading(RewardConfig()) == {"frames": 5, "similarity_low": 0.0, "similarity_high": 0.9, "missing": 0.15}
+    assert reading(RewardConfig(faces=other))["missing"] == 0.3

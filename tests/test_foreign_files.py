@@ -20,6 +20,7 @@ from jax_idgrpo.config import Config, ModelConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import adapters, pipeline
 from jax_idgrpo.training import setup
+from tests import face_files
 
 GOLDEN = Path(__file__).parent / "golden"
 PIPELINE, ADAPTER = (
@@ -389,7 +390,8 @@ def test_a_folder_of_such_files_alone_names_them(tmp_path, kind):
 
 
 def test_face_networks_of_other_libraries_are_told_what_is_needed(tmp_path):
-    (tmp_path / "det_10g.onnx").write_bytes(ONNX)
+    graph = face_files.model([], [face_files.initializer("conv.weight", np.ones(3, np.float32))])
+    (tmp_path / "det_10g.onnx").write_bytes(graph)
     line = refused(
         "faces",
         tmp_path / "out",

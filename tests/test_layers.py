@@ -13,7 +13,9 @@ from jax_idgrpo.models.layers import (
     Linear,
     LoRAParam,
     RMSNorm,
+    _depthwise_grouped,
     apply_rotary,
+    depthwise_conv,
     layer_norm,
     matmul,
     rotary_tables,
@@ -147,3 +149,17 @@ def test_timestep_embedding_tells_all_timesteps_apart():
     angles = timesteps[:, None] * 10000.0 ** (-np.arange(128) / 128)
     np.testing.assert_allclose(got, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=1e-4)
     assert len(np.unique(got.round(3), axis=0)) == 1000
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (7, 5)), (2, (8, 6)), (2, (7, 5))])
+def test_depthwise_convolution_is_the_grouped_one(stride, size):
+    """The sum over taps of the CPU and the grouped convolution of accelerators, and their gradients."""
+    x = jax.random.normal(jax.random.key(0), (2, *size, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 1, 4))
+    values, gradients = [], []
+    for conv in (depthwise_conv, _depthwise_grouped):
+        values.append(conv(x, kernel, stride=stride))
+        gradients.append(jax.grad(lambda *a: jnp.sum(conv(*a, stride=stride) ** 2), (0, 1))(x, kernel))
+    np.testing.assert_allclose(*values, atol=1e-5)
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)

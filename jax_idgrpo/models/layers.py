@@ -230,3 +230,42 @@ def timestep_embedding(timesteps: Int[Array, "B"], features: int) -> Float[Array
     frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def depthwise_conv(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 1 C"], stride: int = 1
+) -> Float[Array, "B h w C"]:
+    """Convolve every channel with its own 3x3 kernel, one pixel of zeros around, with all bits of float32.
+
+    On the CPU the sum over the nine taps is written out: XLA's grouped convolution is 3 to 80 times slower there.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_depthwise_taps, stride=stride),
+        default=functools.partial(_depthwise_grouped, stride=stride),
+    )
+
+
+def _depthwise_grouped(x: Array, kernel: Array, *, stride: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _depthwise_taps(x: Array, kernel: Array, *, stride: int) -> Array:
+    height, width = ((size - 1) // stride + 1 for size in x.shape[1:3])
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = jnp.zeros((x.shape[0], height, width, x.shape[-1]), x.dtype)
+    for row in range(3):
+        for column in range(3):
+            rows = slice(row, row + stride * (height - 1) + 1, stride)
+            columns = slice(column, column + stride * (width - 1) + 1, stride)
+            out = out + padded[:, rows, columns] * kernel[row, column, 0]
+    return out

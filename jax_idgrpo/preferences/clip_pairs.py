@@ -27,7 +27,7 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences import video_clips
 from jax_idgrpo.preferences.corruptions import Subject, pasted
 from jax_idgrpo.preferences.video_clips import Clip
-from jax_idgrpo.rewards.faces import FaceStack, load_stack
+from jax_idgrpo.rewards.faces import FaceStack, load_settings, load_stack
 from jax_idgrpo.rewards.tracks import TrackConfig, tracks
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.synthetic import captions, scenes
@@ -120,11 +120,12 @@ class Located:
     photo_boxes: Float[np.ndarray, "M 4"]
 
 
-def locate(stack: FaceStack) -> Callable[..., tuple[Array, Array, Array]]:
+def locate(stack: FaceStack, missing: float) -> Callable[..., tuple[Array, Array, Array]]:
     """A program: video [F,H,W,3], photos [M,H,W,3] and which of them are no padding [M] -> boxes of the people's faces in the video [F,M,4]
     and in the photos [M,4], and whether somebody is found in every frame and in the photo [M].
 
-    A person's faces are those on the track that is most like their photo over the whole video (`rewards.tracks`).
+    A person's faces are those on the track that is most like their photo over the whole video (`rewards.tracks`). missing: cosine below
+    which a face counts as nobody.
     """
     graph, state = nnx.split(stack)
 
@@ -137,7 +138,7 @@ def locate(stack: FaceStack) -> Callable[..., tuple[Array, Array, Array]]:
         faces = stack(video[None])
         sought = asked & of_photos.mask
         followed = tracks(faces.boxes, faces.embeddings, faces.mask, of_photos.embeddings[None], sought[None],
-                          RewardConfig().missing, TrackConfig())
+                          missing, TrackConfig())
         theirs = (followed.track[0][:, None] == followed.of_reference[0][:, None]) & faces.mask[0][:, None]      # [F,M,K]
         boxes = jnp.einsum("tmk,tkc->tmc", theirs.astype(jnp.float32), faces.boxes[0], precision="highest")
         return boxes, of_photos.boxes, sought & jnp.all(jnp.any(theirs, -1), 0)
@@ -159,7 +160,8 @@ def located(folder: Path, split: str, shape: Shape, faces: Path) -> list[Located
     Raises:
       UserError: as `data.clips.load_clips`, a video cannot be read, or no clip is left.
     """
-    listed, program, found, short = video_clips.load_clips(folder, split), locate(load_stack(faces, "embedder")), [], 0
+    program = locate(load_stack(faces, "embedder"), load_settings(faces, "embedder").missing)
+    listed, found, short = video_clips.load_clips(folder, split), [], 0
     with progress("finding faces", len(listed)) as update:
         for done, clip in enumerate(listed, 1):
             video = read_frames(clip.video, shape.frames, shape.size, shape.fps)

@@ -92,7 +92,8 @@ def write_pairs(
         raise UserError("--faces and --fps are for videos; name their folder with --clips, or leave them out")
     root = rng.key(seed, "augment")
     draws = np.asarray(jax.vmap(lambda n: jax.random.uniform(rng.fold(root, n), (21,)))(np.arange(count)), np.float64)
-    source = filmed(clips, split, shape, faces or RewardConfig().folder(), seed) if clips else drawn(seed, split, shape)
+    networks = (RewardConfig(faces=str(faces)) if faces else RewardConfig()).folder()
+    source = filmed(clips, split, shape, networks, seed) if clips else drawn(seed, split, shape)
     with (
         workdir.new_folder(out) as folder,
         progress("pairs", count) as update,

@@ -21,14 +21,19 @@ from jaxtyping import Array, Bool, Float
 
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
+from jax_idgrpo.config import RewardConfig, photographs_folder
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ArcFace
 from jax_idgrpo.models.faces.bundled_detector import Detector, DetectorConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
+from jax_idgrpo.models.faces.dlib_resnet import DlibResNet
 from jax_idgrpo.models.faces.facenet import Facenet
 from jax_idgrpo.models.faces.retinaface import RetinaFace
+from jax_idgrpo.models.faces.sface import SFace
+from jax_idgrpo.models.faces.yunet import YuNet
 
 Points = tuple[tuple[float, float], ...]
+Embedder = ArcFace | Facenet | Judge | SFace | DlibResNet
 
 ARCFACE_TEMPLATE: Points = tables.ARCFACE_TEMPLATE
 
@@ -107,8 +112,8 @@ class FaceStack(nnx.Module):
 
     def __init__(
         self,
-        detector: Detector | RetinaFace,
-        embedder: ArcFace | Facenet | Judge,
+        detector: Detector | RetinaFace | YuNet,
+        embedder: Embedder,
         template: Points,
         max_faces: int,
         threshold: float,
@@ -161,13 +166,23 @@ def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
     store.write_json(path.with_suffix(".json"), {"architecture": kind, "config": dataclasses.asdict(network.config), **values})
 
 
+def _read_values(path: Path) -> dict[str, Any]:
+    """The JSON of a network; UserError with the command that makes the networks for photographs where they are not there yet."""
+    path = path.with_suffix(".json")
+    if path.parent == photographs_folder() and not path.is_file():
+        raise UserError(
+            f"reward.faces photographs: {path.parent} has no {path.name} yet; run idgrpo-convert faces {path.parent} --photographs"
+        )
+    return store.read_json(path)
+
+
 def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
     """Read what `save_network` wrote -> (network, values of its JSON).
 
     Raises:
       UserError: a file is missing, damaged, or holds another network.
     """
-    values = store.read_json(path.with_suffix(".json"))
+    values = _read_values(path)
     if values.get("architecture") not in _KINDS:
         raise UserError(f"{path.with_suffix('.json')}: architecture is {values.get('architecture')!r}; use one of {', '.join(_KINDS)}")
     kind = values["architecture"]
@@ -192,7 +207,7 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
     return FaceStack(detector, *load_embedder(folder, embedder), settings["max_faces"], settings["threshold"])
 
 
-def load_embedder(folder: Path, name: str) -> tuple[ArcFace | Facenet | Judge, Points]:
+def load_embedder(folder: Path, name: str) -> tuple[Embedder, Points]:
     """A network of a folder that embeds faces, and where the landmarks lie in its crops.
 
     Raises:
@@ -200,3 +215,44 @@ def load_embedder(folder: Path, name: str) -> tuple[ArcFace | Facenet | Judge, P
     """
     network, values = load_network(Path(folder) / name)
     return network, tuple((float(x), float(y)) for x, y in values["template"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Cosines of an embedder, as in `RewardConfig`; the defaults hold for networks that were stored without any, and for deepface's."""
+
+    similarity_low: float = 0.0
+    similarity_high: float = 0.9
+    missing: float = 0.15
+
+
+def load_settings(folder: Path, name: str) -> Settings:
+    """Read which cosines the embedder `name` of a folder is to be used with.
+
+    Raises:
+      UserError: its JSON file is missing or damaged, or a value is no number.
+    """
+    path = Path(folder) / f"{name}.json"
+    stored = _read_values(path)
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for field in names:
+        value = stored.get(field, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path}: {field} is {value!r}; use a number")
+    return Settings(**{field: float(stored[field]) for field in names if field in stored})
+
+
+def reward_settings(config: RewardConfig) -> Settings:
+    """The cosines that the reward of a configuration uses: its own, and where it has none those of the embedder.
+
+    Raises:
+      UserError: the embedder's JSON file is missing or damaged, or the cosines are in the wrong order.
+    """
+    chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
+    if None in chosen.values():
+        stored = load_settings(config.folder(), "embedder") if config.reads_faces else Settings()
+        chosen |= {name: getattr(stored, name) for name, value in chosen.items() if value is None}
+    settings = Settings(**chosen)
+    if settings.similarity_low >= settings.similarity_high:
+        raise UserError(f"reward.similarity_low {settings.similarity_low} is not below similarity_high {settings.similarity_high}")
+    return settings

@@ -14,7 +14,7 @@ from jax_idgrpo.rewards.base import Reward
 from jax_idgrpo.rewards.custom import CustomReward, load_function
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
 from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
-from jax_idgrpo.rewards.faces import load_stack
+from jax_idgrpo.rewards.faces import Settings, load_settings, load_stack, reward_settings
 from jax_idgrpo.rewards.head import fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
@@ -34,14 +34,17 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
     if wanted.vlm:
         return make_vlm(config, mesh)
     if wanted.backend:
-        return HostFaceReward(DeepFace(wanted.backend, wanted.folder()), identity_constants(wanted), wanted.frames)
+        return HostFaceReward(
+            DeepFace(wanted.backend, wanted.folder()), identity_constants(wanted, reward_settings(wanted)), wanted.frames
+        )
     return make_face_reward(wanted, mesh)
 
 
 def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
     """The measure of identity that never serves as reward; None without face networks for what the model shows, with a warning.
 
-    It looks at all frames, by the networks of `reward.faces`, whatever the reward is. mesh: as for `make_reward`.
+    It looks at all frames, by the networks of `reward.faces`, whatever the reward is. Its cosines are those of its own network, also
+    where the configuration sets those of the reward: they are on another scale. mesh: as for `make_reward`.
 
     Raises:
       UserError: a network is missing or damaged.
@@ -55,7 +58,8 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
                 stacklevel=2,
             )
         return None
-    return _on_mesh(load_reward(wanted.folder(), "judge", 0, identity_constants(wanted)), mesh)
+    constants = identity_constants(wanted, load_settings(wanted.folder(), "judge"))
+    return _on_mesh(load_reward(wanted.folder(), "judge", 0, constants), mesh)
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
@@ -66,7 +70,7 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     """
     stack = load_stack(config.folder(), "embedder")
     head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
-    return _on_mesh(FaceReward(stack, identity_constants(config), config.frames, head), mesh)
+    return _on_mesh(FaceReward(stack, identity_constants(config, reward_settings(config)), config.frames, head), mesh)
 
 
 def make_planned_reward(config: RewardConfig) -> FaceReward:
@@ -84,12 +88,12 @@ def make_planned_reward(config: RewardConfig) -> FaceReward:
     return make_face_reward(config)
 
 
-def identity_constants(config: RewardConfig) -> IdentityConfig:
-    """The constants of the identity reward that a configuration sets."""
+def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfig:
+    """The constants of the identity reward that a configuration sets, with the cosines of a network."""
     return IdentityConfig(
-        null_similarity=config.missing,
-        low=config.similarity_low,
-        high=config.similarity_high,
+        null_similarity=cosines.missing,
+        low=cosines.similarity_low,
+        high=cosines.similarity_high,
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.prices().items()),
     )

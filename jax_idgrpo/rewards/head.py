@@ -14,6 +14,7 @@ Gradients reach the embeddings through cosines; assignments, boxes and landmarks
 choice of tokens is ours.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards.faces import Faces
+from jax_idgrpo.rewards.faces import Faces, reward_settings
 from jax_idgrpo.rewards.identity import IdentityConfig, level
 from jax_idgrpo.rewards.matching import cosines, match_videos, most_alike
 from jax_idgrpo.rewards.tracks import tracks
@@ -250,8 +251,8 @@ def fingerprint(networks: Any) -> str:
 
 
 def reading(config: RewardConfig) -> dict[str, int | float]:
-    """The fields of the configuration that tokens depend on, beside the face networks."""
-    return {name: getattr(config, name) for name in ("frames", "similarity_low", "similarity_high", "missing")}
+    """The fields of the configuration that tokens depend on, beside the face networks; those left to the networks as these say."""
+    return {"frames": config.frames, **dataclasses.asdict(reward_settings(config))}
 
 
 def save_head(head: Head, folder: Path, networks: str, config: RewardConfig) -> None:

@@ -11,6 +11,7 @@ exist and whether one of them is readable. Functions marked "(collective)" must 
 """
 
 import contextlib
+import dataclasses
 import errno
 import fnmatch
 import json
@@ -31,6 +32,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import describe_change
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import barrier, gather_objects
+from jax_idgrpo.rewards.faces import Settings, reward_settings
 from jax_idgrpo.workdir import write_text
 
 T = TypeVar("T")
@@ -84,6 +86,14 @@ def check_resume(
     )
     if new.get("optimizer.schedule") == "cosine":
         may_change = tuple(name for name in may_change if name != "run.steps")
+    cosines = [field.name for field in dataclasses.fields(Settings)]
+    if any(old.get(f"reward.{name}") != new.get(f"reward.{name}") for name in cosines):
+        left_out: dict[str, Any] = dict.fromkeys(cosines)
+        networks = reward_settings(dataclasses.replace(new_config.reward, **left_out))
+        for values in (old, new):  # left out, or written out as the networks have it, is the same
+            for name in cosines:
+                if values.get(f"reward.{name}") is None:
+                    values[f"reward.{name}"] = getattr(networks, name)
     missing = "(absent)"
     differing = [
         name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)

@@ -11,6 +11,7 @@ units (width of the crop in head units), people (N), first_id (their first id in
 blur (its largest width in pixels).
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_idgrpo.config import Config
 from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
-from jax_idgrpo.rewards.faces import Points, align, load_network, normalise, save_network
+from jax_idgrpo.rewards.faces import Points, Settings, align, load_network, normalise, save_network
 from jax_idgrpo.synthetic.people import MAX_PEOPLE, SPLITS
 from jax_idgrpo.synthetic.training.detector import SEEN
 from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
@@ -181,6 +182,6 @@ def make(config: Config) -> Task:
 
     def save(module: nnx.Module, folder: Path) -> None:
         levels = {name: verify(module.embedder, points, blur, rows) for name, blur in (("clean", None), ("degraded", options["blur"]))}
-        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels)
+        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels, **dataclasses.asdict(Settings()))
 
     return Task(init=init, batch=batch, loss=loss, save=save)
