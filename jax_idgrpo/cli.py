@@ -21,7 +21,7 @@ from typing import NoReturn
 from checkpoints_convert.arguments import Parser
 from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
-from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.errors import Failure, UserError, closest
 from jax_idgrpo.workdir import local_path, require_writable
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
@@ -161,7 +161,11 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 def _score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("--videos", required=True, metavar="DIR", help="folder of videos, as `idgrpo sample` leaves it")
+    parser.add_argument(
+        "--videos", required=True, metavar="DIR",
+        help="a video, or a folder of them, as `idgrpo sample` leaves it; others are named ROW-NUMBER, such as 0000-0.mp4, "
+        "or in a column `video` of the CSV",
+    )
     parser.add_argument("--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, one row per video")
 
@@ -375,7 +379,10 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of the `idgrpo` program. Exit status: 0 done, 1 a process was lost, 2 a user's mistake, 130 interrupted."""
+    """Entry point of the `idgrpo` program.
+
+    Exit status: 0 done, 1 not all could be done, 2 a user's mistake, 130 interrupted.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")      # of a GPU's memory, as `plan` counts on; JAX takes 0.75
     planning = sys.argv[1:2] == ["plan"]     # what it compiles is for a machine that is not here, and cannot be read back without it
@@ -387,6 +394,9 @@ def main() -> None:
     except UserError as error:
         print(f"idgrpo: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(2)
+    except Failure as error:
+        print(f"idgrpo: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave(1)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise

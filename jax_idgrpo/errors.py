@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this", and the hint that goes with a misspelt name."""
+"""Exceptions that end a command with one line, and the hint that goes with a misspelt name."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,6 +8,13 @@ class UserError(Exception):
     """A mistake in what the user gave: one line that says what is wrong, where, and what to do.
 
     The command line prints the line on standard error and exits with status 2, without a traceback.
+    """
+
+
+class Failure(Exception):
+    """Work that was not done although nothing in the user's input is known to be wrong: one line.
+
+    The command line prints the line on standard error and exits with status 1, without a traceback.
     """
 
 

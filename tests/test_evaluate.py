@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jax_idgrpo import rng
-from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RolloutConfig, VideoConfig
+from jax_idgrpo import cli, rng
+from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RewardConfig, RolloutConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.errors import UserError
+from jax_idgrpo.data.video import read_video, to_uint8, write_video
+from jax_idgrpo.errors import Failure, UserError
 from jax_idgrpo.evaluation import bootstrap, commands, monitor, report, sampler
 from jax_idgrpo.evaluation.sampler import all_rows, evaluated, make_models, make_sampler
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -21,7 +22,7 @@ from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.rewards.base import References
-from jax_idgrpo.sampling import pipeline
+from jax_idgrpo.sampling import pipeline, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, save_lora
 
 TEXT_WIDTH = 8
@@ -122,7 +123,8 @@ def stubbed(monkeypatch, pipe, prompts):
 
     def make_scorer(config, batch, mesh=None, prompts=()):
         def score(videos, asked):
-            mean = videos.astype(np.float64).mean((1, 2, 3, 4))
+            videos = np.asarray(videos, np.float64)[: len(asked)]
+            mean = videos.mean((1, 2, 3, 4))
             people = np.array([len(prompt.references) for prompt in asked])
             motion = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))
             found = {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
@@ -130,16 +132,26 @@ def stubbed(monkeypatch, pipe, prompts):
 
         return score
 
+    def make_clip_scorer(config, prompts=()):
+        score = make_scorer(config, 1)
+
+        def score_clip(clip, prompt):
+            frames = clip.read(range(len(clip.numbers)))
+            return {name: float(value[0]) for name, value in score(frames[None], [prompt]).items()}
+
+        return score_clip
+
     monkeypatch.setattr(sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
     monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
     monkeypatch.setattr(commands, "make_scorer", make_scorer)
+    monkeypatch.setattr(commands, "make_clip_scorer", make_clip_scorer)
 
 
 def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
     sampler = make_sampler(config)
     base = make_models(sampler, {})["base"]
     rows = all_rows(prompts, 2)
-    together = np.concatenate([videos for _, videos in sampler.batches(base, rows, "")])
+    together = np.concatenate([videos[: len(batch)] for batch, videos in sampler.batches(base, rows, "")])
     assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
     alone = sampler.videos(base, [rows[3]])
     np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
@@ -215,17 +227,231 @@ def test_sample_then_score(stubbed, config, prompts, adapters, tmp_path):
     assert scores[2]["judge_identity"] == pytest.approx(scores[2]["reward"] / 2)
 
 
-@pytest.mark.parametrize("name", ["holiday.mp4", "0003-0.mp4"])
-def test_video_without_a_row_is_refused(stubbed, config, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("holiday.mp4", "does not say which row"),
+        ("20251103-anna.mp4", "does not say which row"),
+        ("0_1_0_0.mp4", "does not say which row"),
+        ("2.mp4", "does not say which row"),
+        ("0003-0.mp4", "rows 0 to 2"),
+    ],
+)
+def test_video_whose_row_is_not_known_is_refused(stubbed, config, tmp_path, name, reason):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"must start with its row in the prompts CSV, 0 to 2"):
+    with pytest.raises(UserError, match=reason):
         commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
     assert not (tmp_path / "scores.jsonl").exists()
 
 
 def test_folder_without_videos_is_refused(stubbed, config, tmp_path):
-    with pytest.raises(UserError, match=r"holds no \.mp4"):
+    with pytest.raises(UserError, match=r"holds no video \(\.mp4"):
         commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+
+
+def scores_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_clips(folder, *names, frames=3):
+    for n, name in enumerate(names):
+        write_video(folder / name, np.full((frames, 16, 32, 3), 0.1 * n, np.float32), 8)
+
+
+def test_videos_of_all_kinds_are_scored_and_hidden_files_are_not(stubbed, config, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    write_clips(folder, "0000-0.mp4", "0001-0.MP4", "0002-0.m4v", "._0000-1.mp4")
+    (folder / "notes.txt").write_text("mine")
+    commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+    assert [line["file"] for line in scores_of(tmp_path / "scores.jsonl")] == ["0000-0.mp4", "0001-0.MP4", "0002-0.m4v"]
+    assert "1 other files" in (printed := capsys.readouterr().out) and "notes.txt" in printed
+
+
+def test_videos_with_names_of_their_own_are_found_by_the_csv_or_by_samples(stubbed, config, prompts, tmp_path):
+    folder = tmp_path / "videos"
+    write_clips(folder, "anna.mp4", "both.mp4", "left.mp4")
+    lines = [{"file": "both.mp4", "prompt": prompts[1].text}, {"file": "anna.mp4", "prompt": prompts[2].text}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+    found = {line["file"]: line["prompt"] for line in scores_of(tmp_path / "scores.jsonl")}
+    assert found == {"anna.mp4": prompts[2].text, "both.mp4": prompts[1].text}
+    (tmp_path / "any.csv").write_text("ref_paths,prompt,video\na,b,left.mp4\na,b,\na,b,anna.mp4;both.mp4\n")
+    commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+    found = {line["file"]: line["prompt"] for line in scores_of(tmp_path / "scores.jsonl")}
+    assert found == {"left.mp4": prompts[0].text, "anna.mp4": prompts[2].text, "both.mp4": prompts[2].text}
+
+
+def test_samples_of_other_prompts_are_refused(stubbed, config, tmp_path):
+    write_clips(tmp_path, "0001-0.mp4")
+    (tmp_path / "samples.jsonl").write_text(json.dumps({"file": "0001-0.mp4", "prompt": "somebody else"}) + "\n")
+    with pytest.raises(UserError, match=r"line 1: 0001-0\.mp4 was made from a prompt that is not"):
+        commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
+
+
+def test_a_broken_video_costs_its_own_score_alone(stubbed, config, tmp_path, monkeypatch):
+    folder, out = tmp_path / "videos", tmp_path / "scores.jsonl"
+    write_clips(folder, "0000-0.mp4", "0001-0.mp4", "0002-0.mp4")
+    whole = (folder / "0001-0.mp4").read_bytes()
+    (folder / "0001-0.mp4").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Failure, match=r"1 of 3 videos could not be scored.*0001-0\.mp4: is damaged or cut off"):
+        commands.score(config, folder, tmp_path / "any.csv", out)
+    rewards = [line["reward"] for line in scores_of(out)]
+    assert rewards[1] is None and None not in (rewards[0], rewards[2])
+    (folder / "0001-0.mp4").write_bytes(whole)
+    scored = []
+    make = commands.make_clip_scorer
+
+    def counting(config, prompts):
+        def score(clip, prompt):
+            scored.append(clip.path.name)
+            return make(config, prompts)(clip, prompt)
+
+        return score
+
+    monkeypatch.setattr(commands, "make_clip_scorer", counting)
+    commands.score(config, folder, tmp_path / "any.csv", out)
+    assert scored == ["0001-0.mp4"], "scores that were there are made again"
+    again = [line["reward"] for line in scores_of(out)]
+    assert again[0] == rewards[0] and again[1] is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.jsonl", "videos"]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Rows of every program call."""
+    calls = []
+    videos = sampler.Sampler.videos
+
+    def counting(self, model, rows):
+        calls.append([row.name for row in rows])
+        return videos(self, model, rows)
+
+    monkeypatch.setattr(sampler.Sampler, "videos", counting)
+    return calls
+
+
+def test_a_stopped_sample_continues(stubbed, config, adapters, tmp_path, monkeypatch, counted):
+    out = tmp_path / "videos"
+    commands.sample(config, tmp_path / "any.csv", tmp_path / "whole", adapters["moved"])
+    write, written = commands.write_video, []
+
+    def stopping(path, *rest):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *rest)
+
+    monkeypatch.setattr(commands, "write_video", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        commands.sample(config, tmp_path / "any.csv", out, adapters["moved"])
+    monkeypatch.setattr(commands, "write_video", write)
+    counted.clear()
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    commands.sample(config, tmp_path / "any.csv", out, adapters["moved"])
+    assert counted == [["0002-1"]] and len(times) == 5
+    assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert (out / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+    np.testing.assert_array_equal(read_video(out / "0002-1.mp4"), read_video(tmp_path / "whole" / "0002-1.mp4"))
+    commands.sample(config, tmp_path / "any.csv", out, adapters["moved"])
+    assert len(counted) == 1, "a finished command samples again"
+
+
+def test_a_folder_with_videos_of_something_else_is_refused(stubbed, config, adapters, tmp_path):
+    commands.sample(config, tmp_path / "any.csv", tmp_path / "videos", None)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()}
+    seeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=7))
+    fewer = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, videos=1))
+    for other, lora, count in ((seeded, None, 6), (config, adapters["moved"], 6), (fewer, None, 3)):
+        with pytest.raises(UserError, match=f"holds {count} videos that were made otherwise"):
+            commands.sample(other, tmp_path / "any.csv", tmp_path / "videos", lora)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "videos").iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_videos_that_are_not_finite_are_not_written(stubbed, config, adapters, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(Blocks, "decode", lambda self, latents, chunk=None: jnp.full((latents.shape[0], 5, 16, 32, 3), jnp.nan))
+    given = {"sample": adapters["moved"], "evaluate": adapters}[command]
+    rollout.decode.clear_cache()
+    with pytest.raises(Failure, match=r"video 0000-0 is not finite"):
+        getattr(commands, command)(config, tmp_path / "any.csv", tmp_path / "out", given)
+    rollout.decode.clear_cache()
+    assert not list((tmp_path / "out").rglob("*.mp4")) and not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_mistake_leaves_what_was_there(stubbed, config, adapters, tmp_path, monkeypatch):
+    commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", adapters)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+    def refuse(*given):
+        raise UserError("the networks cannot be read")
+
+    for name in ("make_models", "make_clip_scorer"):
+        monkeypatch.setattr(commands, name, refuse)
+    other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=7))
+    with pytest.raises(UserError, match="cannot be read"):
+        commands.evaluate(other, tmp_path / "any.csv", tmp_path / "out", adapters)
+    with pytest.raises(UserError, match="cannot be read"):
+        commands.sample(other, tmp_path / "any.csv", tmp_path / "new", None)
+    write_clips(tmp_path / "videos", "0000-0.mp4")
+    with pytest.raises(UserError, match="cannot be read"):
+        commands.score(other, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "scores.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "videos"]
+
+
+def test_a_failure_is_one_line_and_exit_status_1(monkeypatch, capsys):
+    def fail(words):
+        raise Failure("video 0000-0 is not finite")
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1 and capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
+
+
+def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, monkeypatch, counted):
+    commands.evaluate(config, tmp_path / "any.csv", tmp_path / "whole", adapters)
+    make = commands.make_scorer
+
+    def stopping(*given):
+        score, calls = make(*given), []
+
+        def limited(videos, asked):
+            calls.append(asked)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return score(videos, asked)
+
+        return limited
+
+    monkeypatch.setattr(commands, "make_scorer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", adapters)
+    monkeypatch.setattr(commands, "make_scorer", make)
+    counted.clear()
+    commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", adapters)
+    assert [len(rows) for rows in counted] == [2, 4, 2], "what was scored is sampled again"
+    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "whole"))
+    assert ours == theirs
+    counted.clear()
+    commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", {"moved": adapters["moved"]})
+    assert not counted, "a comparison of models that were measured samples again"
+    other = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, steps=2))
+    commands.evaluate(other, tmp_path / "any.csv", tmp_path / "out", {})
+    assert sum(map(len, counted)) == 6, "scores of other settings are taken for these"
+
+
+def test_a_comparison_without_guidance_says_what_that_means():
+    plain = Config(model=ModelConfig(path="/models/wan"), rollout=RolloutConfig(guidance=1.0), reward=RewardConfig(faces="faces"))
+    assert "without guidance (scale 1)" in commands._guidance_note(plain)
+    guided = dataclasses.replace(plain, evaluate=EvaluateConfig(guidance=5.0))
+    assert not commands._guidance_note(guided) and not commands._guidance_note(Config(rollout=RolloutConfig(guidance=1.0)))
+
+
+def test_a_fetched_video_is_the_file_s_bytes():
+    videos = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 2, 4, 6, 3)).astype(np.float32)
+    for number in range(3):
+        np.testing.assert_array_equal(sampler.fetch(jnp.asarray(videos), number), to_uint8(videos[number]))
 
 
 def test_size_of_the_evaluation_overrides_that_of_the_run(config):

@@ -177,8 +177,8 @@ def test_motion_ignores_what_happens_inside_faces():
     videos[0, 1, 2:5, 2:5] = 1.0
     boxes = np.asarray([2, 2, 4, 4], np.float32).reshape(1, 1, 1, 4).repeat(2, 1)
     videos, boxes, mask = jnp.asarray(videos), jnp.asarray(boxes), jnp.ones((1, 2, 1), bool)
-    assert float(identity.motion(videos, boxes, mask)[0]) == 0
-    assert float(identity.motion(videos, boxes, ~mask)[0]) == pytest.approx(9 / 64)
+    assert float(identity.motion(*identity.changes(videos, boxes, mask))[0]) == 0
+    assert float(identity.motion(*identity.changes(videos, boxes, ~mask))[0]) == pytest.approx(9 / 64)
 
 
 def test_a_video_that_comes_to_a_standstill_has_stalled_for_a_share_of_its_steps():
@@ -186,10 +186,10 @@ def test_a_video_that_comes_to_a_standstill_has_stalled_for_a_share_of_its_steps
     boxes, mask = jnp.zeros((1, 5, 1, 4)), jnp.zeros((1, 5, 1), bool)
     for last in range(5):
         video = jnp.asarray(moving[:, np.minimum(np.arange(5), last)])
-        assert float(identity.stalled(video, boxes, mask, 0.01)[0]) == pytest.approx(1 - last / 4)
+        assert float(identity.stalled(*identity.changes(video, boxes, mask), 0.01)[0]) == pytest.approx(1 - last / 4)
     slow = jnp.asarray(moving[:, :1]) * 0 + 0.005 * jnp.arange(5.0)[:, None, None, None]
-    assert float(identity.stalled(slow, boxes, mask, 0.02)[0]) == pytest.approx(0.75, abs=1e-5)
-    assert float(identity.stalled(slow[:, :1], boxes[:, :1], mask[:, :1], 0.02)[0]) == 0
+    assert float(identity.stalled(*identity.changes(slow, boxes, mask), 0.02)[0]) == pytest.approx(0.75, abs=1e-5)
+    assert float(identity.stalled(*identity.changes(slow[:, :1], boxes[:, :1], mask[:, :1]), 0.02)[0]) == 0
 
 
 def test_frames_with_the_right_count():

@@ -105,6 +105,41 @@ def test_folder_of_something_else_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../../secret.png", "no picture or video of this folder"),
+        ("/etc/passwd", "no picture or video of this folder"),
+        ("metrics.json", "no picture or video of this folder"),
+        ("videos/0/gone.mp4", "which is missing"),
+    ],
+)
+def test_files_from_elsewhere_do_not_enter_the_page(tmp_path, name, reason):
+    run = tmp_path / "run"
+    make_run(run)
+    make_evaluation(run)
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    path = run / "evaluation" / "metrics.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["shown"][0]["references"][0] = name
+    path.write_text(json.dumps(evaluation))
+    with pytest.raises(UserError, match=reason):
+        report.report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_page_does_not_say_where_files_were(tmp_path):
+    make_run(tmp_path)
+    places = config.Config(
+        model=config.ModelConfig(path="/home/anna/models/Wan2.1"),
+        reward=config.RewardConfig(faces="C:\\Users\\anna\\faces", vlm="~/anna/vlm"),
+        finetune=config.FinetuneConfig(options={"folder": ["../anna/clips"]}),
+    )
+    (tmp_path / "config.json").write_text(places.to_json())
+    text = report.report(tmp_path).read_text()
+    assert "anna" not in text and all(f".../{name}" in text for name in ("Wan2.1", "faces", "vlm", "clips"))
+
+
 def test_series_keeps_the_last_value_of_a_step_and_drops_gaps():
     rows = [{"step": 0, "a": 1.0}, {"step": 1, "a": None}, {"step": 2, "a": 3.0}, {"step": 2, "a": 4.0}, {"step": 3},
             {"step": 4, "a": float("nan")}]

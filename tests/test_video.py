@@ -1,5 +1,7 @@
 """A video survives the disk, a broken one is a user's mistake, and nothing half-written stays behind."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -75,6 +77,100 @@ def test_broken_video_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.mp4"):
         video.read_video(path)
+
+
+def coded(path, clip, *, options=None, aspect=None, times=None, codec="libx264") -> None:
+    """Write a clip as other programs do: with an aspect of its pixels, or frames at times in milliseconds."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p"
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, pixels in enumerate(video.to_uint8(clip)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("aspect", "stored"), [(Fraction(2), (64, 32)), (Fraction(1, 2), (32, 64))])
+def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect, stored):
+    clip = moving_clip()
+    rows, columns = 64 // stored[0], 64 // stored[1]
+    squeezed = clip.reshape(9, stored[0], rows, stored[1], columns, 3).mean((2, 4))
+    coded(tmp_path / "clip.mp4", squeezed, aspect=aspect)
+    found = video.read_video(tmp_path / "clip.mp4")
+    assert found.shape == clip.shape and np.abs(found - clip).mean() < 0.05
+    opened = video.Clip.open(tmp_path / "clip.mp4")
+    assert (opened.height, opened.width) == (64, 64)
+
+
+def test_frames_of_a_variable_rate_are_those_of_even_times(tmp_path):
+    clip = moving_clip()
+    coded(tmp_path / "clip.mkv", clip, times=[0, 20, 40, 300, 900, 1500, 1540, 1580, 1600])
+    shown = [0, 2, 3, 3, 3, 4, 4, 4, 8]
+    assert video.Clip.open(tmp_path / "clip.mkv").numbers == tuple(shown)
+    assert np.abs(video.read_video(tmp_path / "clip.mkv") - clip[shown]).mean() < 0.04
+
+
+def test_times_that_are_even_up_to_rounding_change_nothing():
+    assert video.constant_rate([0.0, 0.13, 0.25, 0.38, 0.5]) == [0, 1, 2, 3, 4]
+    assert video.constant_rate([None, None, None]) == video.constant_rate([0.0, 0.0, 0.0]) == [0, 1, 2]
+    assert video.constant_rate([]) == [] and video.constant_rate([3.0]) == [0]
+
+
+def test_a_clip_is_read_in_blocks_as_it_is_read_whole(tmp_path):
+    video.write_video(tmp_path / "clip.mp4", moving_clip(), fps=8)
+    clip, whole = video.Clip.open(tmp_path / "clip.mp4"), video.read_video(tmp_path / "clip.mp4")
+    blocks = list(clip.blocks(4))
+    assert [len(block) for block in blocks] == [4, 4, 1]
+    np.testing.assert_array_equal(video.from_uint8(np.concatenate(blocks)), whole)
+    np.testing.assert_array_equal(clip.read([0, 4, 8]), whole[[0, 4, 8]])
+
+
+def test_a_video_that_cannot_be_read_says_why(tmp_path):
+    path = tmp_path / "clip.mp4"
+    coded(path, moving_clip())
+    whole = path.read_bytes()
+    coded(path, moving_clip(), options={"movflags": "faststart"})
+    front = path.read_bytes()
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    for content, reason in (
+        (b"", "is empty"),
+        (b"not a video at all" * 50, "is no video of a kind that is read"),
+        (whole[: len(whole) // 2], "is damaged or cut off"),
+        (front[: len(front) * 2 // 3], "is damaged or cut off"),
+        ((tmp_path / "sound.mp4").read_bytes(), "holds no video"),
+    ):
+        path.write_bytes(content)
+        for read in (video.read_video, video.Clip.open, lambda path: video.read_frames(path, 99, (64, 64), 8)):
+            with pytest.raises(UserError, match=rf"clip\.mp4: {reason}"):
+                read(path)
+
+
+def test_a_video_that_is_not_finite_is_not_written(tmp_path):
+    clip = moving_clip()
+    clip[3, 0, 0] = np.nan
+    with pytest.warns(UserWarning, match=r"clip\.mp4: is not finite"):
+        video.write_video(tmp_path / "clip.mp4", clip, fps=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_videos_of_a_folder(tmp_path):
+    for name in ("b.MP4", "a.webm", "._b.MP4", ".hidden.mp4", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "more.mp4").mkdir()
+    videos, others = video.list_videos(tmp_path)
+    assert [path.name for path in videos] == ["a.webm", "b.MP4"] and [path.name for path in others] == ["notes.txt"]
 
 
 def test_contact_sheet_is_rows_by_frames():

@@ -20,6 +20,7 @@ from jax_idgrpo.rewards import factory
 from jax_idgrpo.training import train as loop
 from jax_idgrpo.training import update
 from tests import vlm_folders
+from tests.distributed.processes import finish, start
 from tests.test_train import rows, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,26 @@ def test_score_writes_it_for_files(folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt.text for prompt in listed]
     assert all(line.keys() == {"file", "prompt", "reward", "motion"} for line in lines) and lines[0]["reward"] != lines[1]["reward"]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_by_it_as_one_does(folder, tmp_path):
+    listed = commands.load_prompts(c.prompts_file("embedded:eval"), 4)[:3]
+    table = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
+    (tmp_path / "three.csv").write_text("ref_paths,prompt\n" + "".join(table))
+    given = configured(folder)
+    options = [f"--reward.{name}={getattr(given, name)}" for name in ("faces", "vlm", "vlm_base", "vlm_dtype")]
+    sizes = ["--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "4", "--evaluate.frames", "5"]
+    found = {}
+    for processes, devices, mesh in ((2, 2, ["--mesh.data", "2", "--mesh.fsdp", "2"]), (1, 1, [])):
+        out = tmp_path / f"evaluated-{processes}"
+        words = ["-m", "jax_idgrpo", "evaluate", ROOT / "configs" / "quickstart.py", "--prompts", tmp_path / "three.csv", "--out", out]
+        answers = finish(start([*words, *options, *sizes, *mesh], processes, devices, tmp_path))
+        assert all(status == 0 for status, _ in answers), answers
+        found[processes] = json.loads((out / "metrics.json").read_text())["videos"]
+        assert len(list(out.rglob("*.mp4"))) == 3
+    for ours, theirs in zip(found[2], found[1], strict=True):
+        assert ours["base"] == pytest.approx(theirs["base"], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """Videos on disk: h264 in mp4 through PyAV, written aside and renamed; and contact sheets for people to look at.
 
+Files made elsewhere are read as a player shows them: upright, with square pixels, and at a
+constant rate.
+
 In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality factor 18), so the score of a file differs a
 little from the score of the frames that it was written from; that of a file written as `FINE` (4:4:4, 10) hardly does.
 """
 
+import collections
 import dataclasses
 import io
 import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -35,6 +42,13 @@ class File(Protocol):
 
 CONTAINERS = "mov,matroska,avi,gif"
 """FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
+"""Names of such files end so, in upper or lower case."""
+_MARKS = (
+    (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1aE\xdf\xa3"), (0, b"RIFF"), (0, b"GIF8"),
+)  # place of the bytes in the file, and what they are
+_NOTHING = np.zeros((0, 0, 3), np.uint8)
+_WIDEST = 8     # a pixel's sides differ by at most this factor
 
 
 def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -83,26 +97,213 @@ def _open(source: io.BytesIO | BinaryIO) -> InputContainer:
     return av.open(source, options={"format_whitelist": CONTAINERS})
 
 
-def _upright(frame: av.VideoFrame) -> UInt8[np.ndarray, "height width 3"]:
-    """Its pixels, turned as a player shows them: telephones store what they film lying on its side."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+def _shown(frame: av.VideoFrame, aspect: Fraction) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels as a player shows them: stretched until they are square, and turned upright.
 
-
-def _decode(source: io.BytesIO) -> list[UInt8[np.ndarray, "height width 3"]]:
-    with _open(source) as container:
-        return [_upright(frame) for frame in container.decode(video=0)]
-
-
-def write_video(path: str | Path, video: Float[np.ndarray, "frames height width 3"], fps: int, quality: Quality = Quality()) -> None:
-    """Write `video` (values in [-1, 1], even height and width) as h264 at `fps` frames per second.
-
-    The file is written aside and renamed: an interrupted run leaves no half file. Its folder is made when it is missing.
+    aspect: width of a stored pixel over its height.
     """
+    pixels = frame.to_ndarray(format="rgb24")
+    if aspect != 1:
+        height, width = pixels.shape[:2]
+        size = (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    return np.rot90(pixels, round(frame.rotation / 90))
+
+
+class _Frame(NamedTuple):
+    """A decoded frame. time: in seconds, if known. pixels: empty where nobody asked for them."""
+
+    time: float | None
+    pixels: UInt8[np.ndarray, "height width 3"]
+
+
+def _frames(
+    source: io.BytesIO | BinaryIO,
+    name: str | File,
+    wanted: Callable[[int, float | None], bool] = lambda number, time: True,
+) -> Iterator[_Frame]:
+    """Decode a video frame by frame.
+
+    Args:
+      source: the bytes of the file.
+      name: what messages call it.
+      wanted: whether the pixels of a frame, of this number and time, are needed.
+
+    Raises:
+      UserError: the file cannot be read, holds no video, or is damaged.
+    """
+    head = source.read(16)
+    size = source.seek(0, io.SEEK_END)
+    source.seek(0)
+    damaged = UserError(f"video {name}: is damaged or cut off; make or copy it again")
+    try:
+        with _open(source) as container:
+            if not container.streams.video:
+                raise UserError(f"video {name}: holds no video, sound alone; pass another file")
+            stream = container.streams.video[0]
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+            if not Fraction(1, _WIDEST) <= aspect <= _WIDEST:
+                raise UserError(
+                    f"video {name}: says that its pixels are {aspect} times as wide as high; "
+                    "store it again with square pixels"
+                )
+            if any(entry.pos + entry.size > size for entry in stream.index_entries):
+                raise damaged
+            sizes = set()
+            for number, frame in enumerate(container.decode(stream)):
+                sizes.add((frame.height, frame.width))
+                if len(sizes) > 1:
+                    raise UserError(f"video {name}: changes its size on the way; store it again")
+                needed = wanted(number, frame.time)
+                yield _Frame(frame.time, _shown(frame, aspect) if needed else _NOTHING)
+    except (OSError, IndexError, av.FFmpegError):
+        if any(head[place:].startswith(mark) for place, mark in _MARKS):
+            raise damaged from None
+        kinds = f"no video of a kind that is read ({', '.join(SUFFIXES)})"
+        reason = kinds if head else "empty"
+        raise UserError(f"video {name}: is {reason}; make or copy it again") from None
+
+
+def _bytes(path: str | File) -> io.BytesIO:
+    """The bytes of a file.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    try:
+        return io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"video {path}: cannot be read ({reason}); check its path") from None
+
+
+def constant_rate(times: Sequence[float | None]) -> list[int]:
+    """Number the frames that a player shows at evenly spaced times: as many as there are stored.
+
+    A frame that stays long comes several times, one that hardly shows not at all. If the rate is
+    constant up to rounding, or the times are unknown, every frame comes once.
+
+    times: seconds of every stored frame, ascending.
+    """
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or len(times) < 3 or known[-1] <= known[0]:
+        return list(range(len(times)))
+    even = np.linspace(known[0], known[-1], len(known))
+    if np.abs(np.asarray(known) - even).max() <= (even[1] - even[0]) / 2:
+        return list(range(len(times)))
+    return (np.searchsorted(known, even + 1e-6, side="right") - 1).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video file whose frames were counted but not kept.
+
+    numbers: stored frame that each shown frame is (see `constant_rate`). height, width: as shown.
+    """
+
+    path: Path
+    numbers: tuple[int, ...]
+    height: int
+    width: int
+
+    @classmethod
+    def open(cls, path: Path) -> "Clip":
+        """Decode a file once, to be sure of it.
+
+        Raises:
+          UserError: it cannot be read, holds no video, or is damaged.
+        """
+        with _file(path) as file:
+            found = list(_frames(file, path, lambda number, time: number == 0))
+        if not found:
+            raise UserError(f"video {path}: holds no frames; write it again")
+        numbers = constant_rate([frame.time for frame in found])
+        return cls(Path(path), tuple(numbers), *found[0].pixels.shape[:2])
+
+    def frames(self) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+        """Yield the frames in the order in which they are shown; one is held at a time."""
+        times_shown = collections.Counter(self.numbers)
+        with _file(self.path) as file:
+            decoded = _frames(file, self.path, lambda number, time: number in times_shown)
+            for number, frame in enumerate(decoded):
+                for _ in range(times_shown[number]):
+                    yield frame.pixels
+
+    def read(self, numbers: Sequence[int]) -> Float[np.ndarray, "frames height width 3"]:
+        """The shown frames of these ascending numbers, values in [-1, 1]; no others are held."""
+        wanted = set(numbers)
+        shown = enumerate(self.frames())
+        return from_uint8(np.stack([frame for number, frame in shown if number in wanted]))
+
+    def blocks(self, size: int) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
+        """The frames, at most `size` at a time."""
+        held: list[np.ndarray] = []
+        for frame in self.frames():
+            held.append(frame)
+            if len(held) == size:
+                yield np.stack(held)
+                held = []
+        if held:
+            yield np.stack(held)
+
+
+def _file(path: str | Path) -> BinaryIO:
+    """The open file of a video.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"video {path}: cannot be read ({reason}); check its path") from None
+
+
+def list_videos(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The videos of a folder by name, and its other files.
+
+    Hidden files, such as macOS leaves on foreign disks, are neither.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    videos = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return videos, [path for path in files if path.suffix.lower() not in SUFFIXES]
+
+
+def _decode(source: io.BytesIO, name: str | File) -> UInt8[np.ndarray, "frames height width 3"]:
+    found = list(_frames(source, name))
+    if not found:
+        raise UserError(f"video {name}: holds no frames; write it again")
+    numbers = constant_rate([frame.time for frame in found])
+    return np.stack([found[number].pixels for number in numbers])
+
+
+def write_video(
+    path: str | Path,
+    video: Float[np.ndarray, "frames height width 3"] | UInt8[np.ndarray, "frames height width 3"],
+    fps: int,
+    quality: Quality = Quality(),
+) -> None:
+    """Write a video of even height and width as h264.
+
+    A video with a value that is NaN or infinite is not written, with a warning. The file is written
+    aside and renamed: an interrupted run leaves no half file. Its folder is made when it is missing.
+
+    Args:
+      path: of the file.
+      video: values in [-1, 1], or bytes 0 to 255.
+      fps: frames per second.
+      quality: how much h264 loses.
+    """
+    if not np.isfinite(video).all():
+        said = f"video {path}: is not finite (NaN or infinity), so it is not written"
+        warnings.warn(said, stacklevel=2)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.writing")
     try:
-        _encode(str(aside), to_uint8(video), fps, quality)
+        _encode(str(aside), video if video.dtype == np.uint8 else to_uint8(video), fps, quality)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -113,22 +314,18 @@ def recoded(video: Float[np.ndarray, "frames height width 3"], factor: int) -> F
     buffer = io.BytesIO()
     _encode(buffer, to_uint8(video), 8, Quality(factor, repeatable=True))
     buffer.seek(0)
-    return from_uint8(np.stack(_decode(buffer)))
+    return from_uint8(_decode(buffer, "recoded"))
 
 
 def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
-    """The frames of a video file, values in [-1, 1]; decoded from its bytes alone, whatever else it names.
+    """The frames of a video file at a constant rate, values in [-1, 1].
+
+    They are decoded from the bytes of the file alone, whatever else it names.
 
     Raises:
       UserError: the file is missing, is no video of `CONTAINERS`, or holds no frame.
     """
-    try:
-        frames = _decode(io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes()))
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise UserError(f"video {path}: cannot be read ({type(error).__name__}); pass an mp4 such as `idgrpo sample` writes") from None
-    if not frames:
-        raise UserError(f"video {path}: holds no frames; write it again")
-    return from_uint8(np.stack(frames))
+    return from_uint8(_decode(_bytes(path), path))
 
 
 def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -> Float[np.ndarray, "frames height width 3"]:
@@ -140,17 +337,20 @@ def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -
       UserError: the file is missing or no video of `CONTAINERS`.
     """
     frames: list[np.ndarray] = []
-    try:
-        with Path(path).open("rb") as file, _open(file) as container:
-            start = None
-            for frame in container.decode(video=0):
-                start = frame.time if start is None else start
-                if frame.time - start >= len(frames) / fps - 1e-3:
-                    frames.append(np.asarray(ImageOps.fit(Image.fromarray(_upright(frame)), size[::-1], Image.Resampling.LANCZOS)))
-                if len(frames) == count:
-                    break
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise UserError(f"video {path}: cannot be read ({type(error).__name__}); store it again as mp4") from None
+    start: list[float] = []
+
+    def due(number: int, time: float | None) -> bool:
+        start.extend([time or 0.0] if not start else [])
+        return (time or 0.0) - start[0] >= len(frames) / fps - 1e-3
+
+    with _file(path) as file:
+        for frame in _frames(file, str(path), due):
+            if frame.pixels.size:
+                picture = Image.fromarray(frame.pixels)
+                covering = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+                frames.append(np.asarray(covering))
+            if len(frames) == count:
+                break
     return from_uint8(np.stack(frames)) if frames else np.zeros((0, *size, 3), np.float32)
 
 

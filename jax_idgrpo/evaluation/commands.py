@@ -1,145 +1,359 @@
 """Videos from prompts, scores of videos, and base against adapters on held-out prompts.
 
-Sampling is deterministic from noise that is a pure function of (seed, prompt, member), so every model starts a video
-from the same noise and differences are paired. Identity is judged by an embedder that never serves as reward.
+Sampling is deterministic from noise that is a pure function of (seed, prompt, member), so every
+model starts a video from the same noise and differences are paired. Identity is judged by an
+embedder that never serves as reward.
 
-Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts CSV from 0, MEMBER the videos of a prompt.
+Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts CSV from 0, MEMBER
+the videos of a prompt. A command that was stopped continues when it is run again (see `journal`).
 """
 
 import json
-import re
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Array
 from PIL import Image
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
-from jax_idgrpo.data.video import read_video, to_uint8, write_video
-from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.evaluation.sampler import Model, Sampler, all_rows, evaluated, make_models, make_sampler
-from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
+from jax_idgrpo.data.video import Clip, list_videos, to_uint8, write_video
+from jax_idgrpo.errors import Failure, UserError
+from jax_idgrpo.evaluation import bootstrap, journal
+from jax_idgrpo.evaluation.listing import SAMPLES, list_rows
+from jax_idgrpo.evaluation.sampler import (
+    Row,
+    all_rows,
+    evaluated,
+    fetch,
+    make_models,
+    make_sampler,
+)
+from jax_idgrpo.evaluation.scoring import make_scorer
+from jax_idgrpo.evaluation.streaming import FileScorer, make_clip_scorer
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.parallel.hosts import assert_same_across_hosts, print_once, run_once, written_once
+from jax_idgrpo.parallel.hosts import (
+    assert_same_across_hosts,
+    folder_facts,
+    gather_objects,
+    print_once,
+    run_once,
+)
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
 SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
 SHOWN = 8  # prompts whose videos are kept for the report
+SCORES = "scores.jsonl"
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------
+# ---- sample --------------------------------------------------------------------------------------
 
 
 def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """Write `evaluate.videos` videos per row of the CSV, and `samples.jsonl`, one line per video.
 
+    Videos that an earlier run of the same command left are kept.
+
     Raises:
-      UserError: the CSV, a photo, the checkpoint or the adapter cannot be used.
+      UserError: the CSV, a photo, the checkpoint or the adapter cannot be used, or the folder holds
+        videos of something else.
+      Failure: a video is not finite.
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
     assert_same_across_hosts(config, row_digests(listed), adapter=lora or out / "none")
-    sampler = make_sampler(config)
-    conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
-    name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
-    prepare_workdir(out)
-    lines = []
-    with written_once(out) as folder:
-        for batch, videos in sampler.batches(model, all_rows(listed, config.evaluate.videos), f"sampling {name}"):
-            for row, video in zip(batch, videos, strict=True):
-                file = f"{row.prompt.id:04d}-{row.member}.mp4"
-                run_once(write_video, folder / file, video, config.video.fps)
-                asked = {"prompt": row.prompt.text, "references": [str(path) for path in row.prompt.references]}
-                lines.append({"file": file, **asked, "seed": config.run.seed, "lora": str(lora or "")})
-        write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    rows = all_rows(listed, config.evaluate.videos)
+    facts = journal.video_facts(config, lora)
+    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
+    lines = {row.name: _sample_line(row, config, lora) for row in rows}
+    for row in rows:
+        lines[row.name]["key"] = journal.digest(facts, of_prompt[row.prompt.id], row.member)
+    kept = set(journal.decided(lambda: _kept_videos(out, lines)))
+    if kept:
+        print_once(f"{len(kept)} of {len(rows)} videos are in {out} already")
+    missing = [row for row in rows if row.name not in kept]
+    if missing:
+        sampler = make_sampler(config)
+        conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
+        name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
+        prepare_workdir(out)
+        ours = [lines[row.name] for row in rows if row.name in kept]
+        written = journal.Journal(out / SAMPLES, ours)
+        for batch, videos in sampler.batches(model, missing, f"sampling {name}"):
+            for number, row in enumerate(batch):
+                pixels = fetch(videos, number)
+                # The line comes before the video: a video without a line is nobody's.
+                written.add([lines[row.name]])
+                run_once(write_video, out / lines[row.name]["file"], pixels, config.video.fps)
+    run_once(write_text, out / SAMPLES, journal.text_of(lines.values()))
     print_once(f"{len(lines)} videos in {out}")
 
 
-def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
-    """Score the videos of a folder against the CSV and write one JSON line per video, in the order of the file names.
+def _sample_line(row: Row, config: Config, lora: Path | None) -> dict[str, Any]:
+    return {
+        "file": f"{row.name}.mp4",
+        "prompt": row.prompt.text,
+        "references": [str(path) for path in row.prompt.references],
+        "seed": config.run.seed,
+        "lora": str(lora or ""),
+    }
+
+
+def _kept_videos(out: Path, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of the videos of a folder that this command made.
 
     Raises:
-      UserError: no video is found, a name does not start with the number of a row, or a file cannot be read.
+      UserError: there are others.
+    """
+    if not out.is_dir():
+        return []
+    known = {line.get("file"): line.get("key") for line in journal.read_lines(out / SAMPLES)}
+    ours = {line["file"]: line["key"] for line in lines.values()}
+    videos = list_videos(out)[0]
+    others = [
+        file.name
+        for file in videos
+        if file.name not in ours or known.get(file.name) != ours[file.name]
+    ]
+    if others:
+        raise UserError(
+            f"--out {out}: holds {len(others)} videos that were made otherwise (by other prompts, "
+            f"settings or weights), such as {others[0]}; name another folder, or remove them"
+        )
+    return [file.stem for file in videos]
+
+
+# ---- score ---------------------------------------------------------------------------------------
+
+
+def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
+    """Score videos against the CSV and write one JSON line per video, in the order of their names.
+
+    Which row a video belongs to is found as `listing` says. A video that cannot be scored gets a
+    null reward and the reason; the others are scored all the same. Until the end the scores are in
+    `OUT.part`, line by line.
+
+    Raises:
+      UserError: no video is found, or the row of one is not known.
+      Failure: videos could not be scored.
     """
     listed = load_prompts(prompts, config.data.max_people)
-    files = sorted(videos.glob("*.mp4")) if videos.is_dir() else [videos]
-    if not files:
-        raise UserError(f"--videos {videos}: holds no .mp4 file; pass a folder that `idgrpo sample` wrote")
-    rows = [(file, listed[_row_number(file, len(listed))]) for file in files]
+    rows, passed_over = list_rows(videos, prompts, listed)
+    if passed_over:
+        names = ", ".join(passed_over[:5]) + (", ..." if len(passed_over) > 5 else "")
+        print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
     assert_same_across_hosts(config, row_digests(listed), videos=videos)
-    scorer = make_scorer(config, 1, prompts=[prompt for _, prompt in rows])
-    lines = []
-    with progress("scoring", len(rows)) as update:
-        for done, (file, prompt) in enumerate(rows, 1):
-            values = scorer(read_video(file)[None], [prompt])
-            lines.append({"file": file.name, "prompt": prompt.text, **{name: float(value[0]) for name, value in values.items()}})
-            update(done)
+    facts = journal.reward_facts(config)
+    of_prompt = {prompt.id: journal.prompt_facts(prompt) for _, prompt in rows}
+    keys = journal.decided(
+        lambda: [
+            journal.digest(facts, folder_facts(file), of_prompt[prompt.id]) for file, prompt in rows
+        ]
+    )
+    part = out.with_name(f"{out.name}.part")
+    lines = {
+        line["key"]: line
+        for line in journal.decided(lambda: journal.read_lines(part))
+        if line.get("key") in set(keys)
+    }
+    waiting = [(key, *row) for key, row in zip(keys, rows, strict=True) if key not in lines]
+    scorer = make_clip_scorer(config, [prompt for _, _, prompt in waiting])
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with written_once(out.parent) as folder:
-        write_text(folder / out.name, "".join(json.dumps(line) + "\n" for line in lines))
-    print_once(f"{len(lines)} scores in {out}; mean reward {np.mean([line['reward'] for line in lines]):.4f}")
+    written = journal.Journal(part, list(lines.values()))
+    refused: dict[str, dict[str, Any]] = {}
+    step, mine = jax.process_count(), jax.process_index()
+    with progress("scoring", len(rows), len(lines)) as update:
+        for first in range(0, len(waiting), step):
+            own = waiting[first + mine : first + mine + 1]
+            found = [
+                line
+                for part in gather_objects([_scored(scorer, *row) for row in own])
+                for line in part
+            ]
+            good = [line for line in found if "error" not in line]
+            lines |= {line["key"]: line for line in good}
+            written.add(good)
+            for line in found:
+                if "error" in line:
+                    refused[line["key"]] = line
+                    _complain(line["error"])
+            update(len(lines) + len(refused))
+    every = [lines.get(key) or refused[key] for key in keys]
+    shown = ({name: line[name] for name in line if name != "key"} for line in every)
+    run_once(write_text, out, journal.text_of(shown))
+    rewards = [line["reward"] for line in lines.values()]
+    mean = f"; mean reward {np.mean(rewards):.4f}" if rewards else ""
+    print_once(f"{len(rewards)} scores in {out}{mean}")
+    if refused:
+        raise Failure(
+            f"{len(refused)} of {len(every)} videos could not be scored, and have null as their "
+            f"reward in {out}; mend them and run the same command again, which keeps the other "
+            f"scores ({next(iter(refused.values()))['error']})"
+        )
+    run_once(part.unlink)
 
 
-def _row_number(file: Path, rows: int) -> int:
-    match = re.match(r"\d+", file.name)
-    if not match or int(match[0]) >= rows:
-        raise UserError(f"video {file}: its name must start with its row in the prompts CSV, 0 to {rows - 1}, as in 0000-0.mp4")
-    return int(match[0])
+def _scored(scorer: FileScorer, key: str, file: Path, prompt: Prompt) -> dict[str, Any]:
+    """The line of a video: its values, or a null reward and the error."""
+    line = {"key": key, "file": file.name, "prompt": prompt.text}
+    try:
+        values = scorer(Clip.open(file), prompt)
+    except UserError as error:
+        return line | {"reward": None, "error": str(error)}
+    if not math.isfinite(values["reward"]):
+        return line | {"reward": None, "error": f"video {file}: the reward is {values['reward']}"}
+    return line | {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _complain(text: str) -> None:
+    """Print what went wrong, once, while the command goes on."""
+    run_once(print, text, file=sys.stderr)
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
 
 
 def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]) -> None:
-    """Compare the base with adapters on the CSV's prompts: `metrics.json`, `table.md` (also printed) and `videos/` for the report.
+    """Compare the base with adapters on the CSV's prompts.
+
+    Leaves `metrics.json`, `table.md` (also printed), `scores.jsonl`, one line per model and video,
+    and `videos/` for the report. Scores that an earlier run left are kept where all that decides
+    them is the same.
 
     Raises:
       UserError: the CSV, a photo, the checkpoint or an adapter cannot be used.
+      Failure: a video is not finite.
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    assert_same_across_hosts(config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()})
-    sampler = make_sampler(config)
-    conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
-    models = make_models(sampler, loras)
-    scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh, listed)
-    prepare_workdir(out)
-    with written_once(out) as folder:
-        _compare(config, listed, sampler, models, scorer, folder)
-
-
-def _compare(
-    config: Config, listed: Sequence[Prompt], sampler: Sampler, models: Mapping[str, Model], scorer: Scorer, out: Path
-) -> None:
-    """Sample, score and write what `evaluate` leaves."""
-    rows = all_rows(listed, config.evaluate.videos)
-    shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
-    scores: dict[str, bootstrap.Scores] = {}
-    for name, model in models.items():
-        parts = []
-        for batch, videos in sampler.batches(model, rows, f"evaluating {name}"):
-            parts.append(scorer(videos, [row.prompt for row in batch]))
-            told = "judge_identity" if "judge_identity" in parts[-1] else "reward"
-            for row, video, value in zip(batch, videos, parts[-1][told], strict=True):
-                if row.member == 0 and row.prompt.id < SHOWN:
-                    path = f"videos/{row.prompt.id:04d}/{name}.mp4"
-                    run_once(write_video, out / path, video, config.video.fps)
-                    shown[row.prompt.id]["videos"][name] = {"path": path, told: float(value)}
-        scores[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in bootstrap.LABELS if metric in parts[0]}
-    clusters = np.asarray([row.prompt.id for row in rows])
-    means, changes = bootstrap.summarise(scores, clusters, config.run.seed, config.evaluate.bootstrap)
-    compared = bootstrap.pairs(scores, clusters, config.run.seed, config.evaluate.bootstrap)
-    note = (
-        f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} {SOLVER_NAMES[config.evaluate.solver]} steps, "
-        "the same noise for every model; 95 % bootstrap intervals over prompts"
+    assert_same_across_hosts(
+        config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()}
     )
-    found = bootstrap.document(means, changes, compared) | {"videos": bootstrap.per_video(scores, clusters)}
-    document = {"note": note, **found, "shown": shown}
-    table = bootstrap.markdown(means, changes) + (f"\n{bootstrap.pairs_markdown(compared)}" if compared else "")
-    write_text(out / "metrics.json", json.dumps(document, indent=1))
+    rows = all_rows(listed, config.evaluate.videos)
+    reward = journal.reward_facts(config)
+    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
+    keys = {}
+    for name, path in {"base": None, **loras}.items():
+        facts = journal.video_facts(config, path)
+        keys[name] = {
+            row.name: journal.digest(facts, reward, of_prompt[row.prompt.id], row.member)
+            for row in rows
+        }
+    known = journal.decided(lambda: _known_scores(out, keys))
+    found = {
+        name: {line["video"]: line["values"] for line in known if line["model"] == name}
+        for name in keys
+    }
+    if known:
+        print_once(f"{len(known)} of {len(keys) * len(rows)} scores are in {out / SCORES} already")
+    if any(len(scores) < len(rows) for scores in found.values()):
+        sampler = make_sampler(config)
+        conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
+        models = make_models(sampler, loras)
+        scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh, listed)
+        prepare_workdir(out)
+        written = journal.Journal(out / SCORES, known)
+        for name, model in models.items():
+            missing = [row for row in rows if row.name not in found[name]]
+            for batch, videos in sampler.batches(model, missing, f"evaluating {name}"):
+                values = scorer(videos, [row.prompt for row in batch])
+                _keep_shown(videos, batch, name, config.video.fps, out)
+                lines = [
+                    {"model": name, "video": row.name, "key": keys[name][row.name]}
+                    | {"values": {metric: float(value[n]) for metric, value in values.items()}}
+                    for n, row in enumerate(batch)
+                ]
+                written.add(lines)
+                found[name] |= {line["video"]: line["values"] for line in lines}
+    run_once(_conclude, config, listed, rows, found, out)
+
+
+def _keep_shown(videos: Array, rows: Sequence[Row], model: str, fps: int, out: Path) -> None:
+    """Write the videos of a batch that the report shows; all processes call it together."""
+    for number, row in enumerate(rows):
+        if _is_shown(row):
+            pixels = fetch(videos, number)
+            run_once(write_video, out / _shown_path(row, model), pixels, fps)
+
+
+def _is_shown(row: Row) -> bool:
+    return row.member == 0 and row.prompt.id < SHOWN
+
+
+def _shown_path(row: Row, model: str) -> str:
+    return f"videos/{row.prompt.id:04d}/{model}.mp4"
+
+
+def _known_scores(out: Path, keys: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The lines of an earlier run that count, and whose videos for the report are there."""
+    kept = {}
+    for line in journal.read_lines(out / SCORES):
+        model, video = str(line.get("model")), str(line.get("video"))
+        key = keys.get(model, {}).get(video)
+        if key is None or line.get("key") != key:
+            continue
+        number, member = map(int, video.split("-"))
+        shown = member == 0 and number < SHOWN
+        if not shown or (out / f"videos/{number:04d}/{model}.mp4").is_file():
+            kept[model, video] = line
+    return list(kept.values())
+
+
+def _conclude(
+    config: Config,
+    listed: Sequence[Prompt],
+    rows: Sequence[Row],
+    found: Mapping[str, Mapping[str, Mapping[str, float]]],
+    out: Path,
+) -> None:
+    """Write and print the comparison. found: model -> name of a video -> its values."""
+    metrics = [metric for metric in bootstrap.LABELS if metric in found["base"][rows[0].name]]
+    scores: dict[str, bootstrap.Scores] = {
+        name: {metric: np.asarray([values[row.name][metric] for row in rows]) for metric in metrics}
+        for name, values in found.items()
+    }
+    told = "judge_identity" if "judge_identity" in metrics else "reward"
+    shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
+    for name, values in found.items():
+        for row in filter(_is_shown, rows):
+            video = {"path": _shown_path(row, name), told: values[row.name][told]}
+            shown[row.prompt.id]["videos"][name] = video
+    clusters = np.asarray([row.prompt.id for row in rows])
+    resampling = config.run.seed, config.evaluate.bootstrap
+    means, changes = bootstrap.summarise(scores, clusters, *resampling)
+    compared = bootstrap.pairs(scores, clusters, *resampling)
+    note = (
+        f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} "
+        f"{SOLVER_NAMES[config.evaluate.solver]} steps, the same noise for every model; "
+        f"95 % bootstrap intervals over prompts"
+        f"{_guidance_note(config) if len(found) > 1 else ''}"
+    )
+    parts = bootstrap.document(means, changes, compared) | {
+        "videos": bootstrap.per_video(scores, clusters)
+    }
+    table = bootstrap.markdown(means, changes)
+    table += f"\n{bootstrap.pairs_markdown(compared)}" if compared else ""
+    write_text(out / "metrics.json", json.dumps({"note": note, **parts, "shown": shown}, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
     print_once(f"{table}\n{note}")
+
+
+def _guidance_note(config: Config) -> str:
+    """What to keep in mind where a model that is made for guidance is measured without."""
+    guidance = config.evaluate.guidance or config.rollout.guidance
+    if guidance != 1 or config.model.path == "embedded":
+        return ""
+    return (
+        ". All models are sampled without guidance (scale 1), at which the base is seldom used: "
+        "part of the difference may be what guidance itself gives; compare with "
+        "--evaluate.guidance 5 too"
+    )
 
 
 def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:

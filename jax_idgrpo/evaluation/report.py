@@ -10,7 +10,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from jax_idgrpo.errors import UserError
@@ -81,6 +81,8 @@ figcaption small { display: block; } svg { width: 100%; height: auto; display: b
 .sections th, .sections td { padding: 3px 0; vertical-align: top; } .sections td { white-space: normal; overflow-wrap: anywhere; }
 .sections tr th:first-child { color: var(--soft); padding-right: 12px; width: 1%; }
 """
+EMBEDDED = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
+"""Kinds of files that the page holds."""
 CARDS = 4     # metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
 
@@ -149,8 +151,37 @@ def curve(title: str, note: str, lines: dict[str, tuple[list[float], list[float]
 
 def data_uri(path: Path) -> str:
     """The file inside a URL."""
-    kind = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:{EMBEDDED[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A picture or video that an evaluation names; it must be in its folder, as pages are shared.
+
+    Raises:
+      UserError: it lies elsewhere, is missing, or is of another kind.
+    """
+    path, where = folder / name, f"{folder / 'metrics.json'}: names {name}"
+    if not path.resolve().is_relative_to(folder.resolve()) or path.suffix not in EMBEDDED:
+        raise UserError(
+            f"{where}, which is no picture or video of this folder; "
+            "run idgrpo evaluate again, or correct the file"
+        )
+    if not path.is_file():
+        raise UserError(f"{where}, which is missing; run idgrpo evaluate again")
+    return path
+
+
+def without_places(value: Any) -> Any:
+    """A value of the configuration with paths cut to their last part, as the page is shared."""
+    if isinstance(value, dict):
+        return {name: without_places(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_places(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~", "..")) or PureWindowsPath(value).drive:
+        return f".../{PureWindowsPath(value).name}"
+    return value
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> str:
@@ -215,11 +246,15 @@ def _told(video: dict[str, Any]) -> str:
 
 def gallery(evaluation: dict[str, Any], folder: Path) -> str:
     """The shown prompts: reference photos, then every model's video from the same noise."""
+    def source(name: str) -> str:
+        return data_uri(inside(folder, name))
+
     items = []
     for shown in evaluation["shown"]:
-        photos = "".join(f'<img src="{data_uri(folder / path)}" alt="reference photo">' for path in shown["references"])
+        photos = "".join(
+            f'<img src="{source(path)}" alt="reference photo">' for path in shown["references"])
         videos = "".join(
-            f'<div><video src="{data_uri(folder / video["path"])}" autoplay loop muted playsinline></video>'
+            f'<div><video src="{source(video["path"])}" autoplay loop muted playsinline></video>'
             f'<span>{html.escape(model)} <small>{_told(video)}</small></span></div>'
             for model, video in shown["videos"].items())
         prompt = html.escape(shown["prompt"])
@@ -233,7 +268,10 @@ def configuration(path: Path) -> str:
         return '<p class="absent">No config.json: <code>idgrpo train</code> writes it.</p>'
     sections = []
     for section, fields in json.loads(path.read_text()).items():
-        rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(json.dumps(value))}</td></tr>" for name, value in fields.items())
+        texts = {name: json.dumps(without_places(value)) for name, value in fields.items()}
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in texts.items())
         sections.append(f"<details open><summary>{html.escape(section)}</summary><table>{rows}</table></details>")
     return f'<div class="sections">{"".join(sections)}</div>'
 
@@ -242,7 +280,7 @@ def page(workdir: Path) -> str:
     """The whole page.
 
     Raises:
-      UserError: the folder holds neither metrics nor an evaluation.
+      UserError: the folder holds neither metrics nor an evaluation, or the evaluation is not whole.
     """
     rows = read_metrics(workdir / "metrics.jsonl")
     results = workdir / "evaluation" / "metrics.json"

@@ -4,18 +4,21 @@ Every model starts a video from the same noise, so differences between models ar
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.errors import Failure
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
@@ -32,6 +35,11 @@ class Row:
 
     prompt: Prompt
     member: int
+
+    @property
+    def name(self) -> str:
+        """What its file is called, without the ending: NUMBER-MEMBER."""
+        return f"{self.prompt.id:04d}-{self.member}"
 
 
 def all_rows(prompts: Sequence[Prompt], videos: int) -> list[Row]:
@@ -65,8 +73,11 @@ class Sampler:
     negative: Float[Array, "L D"]
     cache: conditioning.Cache
 
-    def videos(self, model: Model, rows: Sequence[Row]) -> Float[np.ndarray, "B F H W 3"]:
-        """One video in [-1, 1] per row; few rows are filled up to the batch, so that one program serves all."""
+    def videos(self, model: Model, rows: Sequence[Row]) -> Float[Array, "B F H W 3"]:
+        """Make one video in [-1, 1] per row; they stay on the devices, divided over the mesh by rows.
+
+        Few rows are filled up to `batch`, so that one program serves all.
+        """
         filled = [rows[min(n, len(rows) - 1)] for n in range(self.batch)]
         asked = conditioning.encode(self.pipe, [row.prompt for row in filled], self.config, self.cache)
         ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
@@ -75,17 +86,66 @@ class Sampler:
         mesh = self.pipe.transformer.config.mesh
         if mesh is not None:
             asked, noise = sharding.device_put_global((asked, noise), sharding.batch_sharding(mesh))
-        latents = rollout.generate(model.policy, model.lora, model.base, asked, self.negative, self.schedule, noise)
+        networks = model.policy, model.lora, model.base
+        latents = rollout.generate(*networks, asked, self.negative, self.schedule, noise)
         frames = asked.video_frames(self.config.data.max_people)
-        return to_host(rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames))[: len(rows)]
+        return rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames)
 
-    def batches(self, model: Model, rows: Sequence[Row], label: str) -> Iterator[tuple[Sequence[Row], Float[np.ndarray, "B F H W 3"]]]:
-        """`videos` of many rows, batch by batch, with a progress bar."""
+    def batches(
+        self, model: Model, rows: Sequence[Row], label: str
+    ) -> Iterator[tuple[Sequence[Row], Float[Array, "B F H W 3"]]]:
+        """Make `videos` of many rows, batch by batch, with a progress bar.
+
+        Raises:
+          Failure: a video has values that are NaN or infinite.
+        """
         with progress(label, len(rows)) as update:
             for start in range(0, len(rows), self.batch):
                 batch = rows[start : start + self.batch]
-                yield batch, self.videos(model, batch)
+                videos = self.videos(model, batch)
+                require_finite(videos, batch, label)
+                yield batch, videos
                 update(start + len(batch), {})
+
+
+@jax.jit
+def _finite(videos: Float[Array, "B F H W 3"]) -> Bool[Array, "B"]:
+    return jnp.all(jnp.isfinite(videos), axis=(1, 2, 3, 4))
+
+
+def require_finite(videos: Float[Array, "B F H W 3"], rows: Sequence[Row], label: str) -> None:
+    """Refuse videos that are no pictures; all processes call it together.
+
+    Raises:
+      Failure: the first video with a value that is NaN or infinite.
+    """
+    # What fills the batch up has no row.
+    for row, finite in zip(rows, to_host(_finite(videos)), strict=False):
+        if not finite:
+            raise Failure(
+                f"{label}: video {row.name} is not finite (NaN or infinity), so it is not written; "
+                "try --model.dtype float32, and look at the adapter with idgrpo-convert inspect"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _pixels(where: NamedSharding | None) -> Callable[[Array, int], Array]:
+    """A program that takes one video out of a batch, as bytes."""
+
+    def one(videos: Float[Array, "B F H W 3"], number: Int[Array, ""]) -> UInt8[Array, "F H W 3"]:
+        clipped = jnp.clip(videos.astype(jnp.float32), -1, 1)
+        levels = jnp.round((clipped + 1) * 127.5).astype(jnp.uint8)
+        # A sum over rows moves one video between devices; an index would move all of them.
+        mine = jnp.arange(videos.shape[0])[:, None, None, None, None] == number
+        return jnp.sum(jnp.where(mine, levels, jnp.uint8(0)), 0, dtype=jnp.uint8)
+
+    return jax.jit(one) if where is None else jax.jit(one, out_shardings=where)
+
+
+def fetch(videos: Float[Array, "B F H W 3"], number: int) -> UInt8[np.ndarray, "F H W 3"]:
+    """One video of a batch on the host, as bytes; all processes call it together."""
+    mesh = getattr(videos.sharding, "mesh", None)
+    return to_host(_pixels(None if mesh is None else sharding.replicated(mesh))(videos, number))
 
 
 def evaluated(config: Config) -> Config:

@@ -130,6 +130,12 @@ class Reward(Protocol):
           UserError: a photo cannot be used; the message names it.
         """
 
+    def frames_read(self, total: int) -> np.ndarray | None:
+        """Numbers of the frames, of a video of so many, that the reward depends on; None if on all.
+
+        Videos of these frames alone have the same terms, except for `motion`.
+        """
+
     def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Any) -> Terms | Pending:
         """Score videos in [-1, 1] against encoded references, a row for each video; does not wait for the result."""
 

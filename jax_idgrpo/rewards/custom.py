@@ -76,6 +76,10 @@ class CustomReward:
             numbers.append(self._numbers[name])
         return np.asarray(numbers, np.int32)
 
+    def frames_read(self, total: int) -> np.ndarray | None:
+        """None: the function gets all frames."""
+        return None
+
     def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, "B"]) -> Pending:
         """Hand over videos, and do not wait for their rewards."""
         return self._pool.submit_together(self._scores, (videos, encoded), "reward.custom")

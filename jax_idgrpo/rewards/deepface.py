@@ -251,6 +251,10 @@ class HostFaceReward:
             terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
         return {name: float(value[0]) for name, value in terms.items()}
 
+    def frames_read(self, total: int) -> np.ndarray | None:
+        """Numbers of the frames, of so many, that are looked at; None for all."""
+        return frame_numbers(total, self.frames) if self.frames else None
+
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Pending:
         """Every term (see `identity.reward_terms`), the reward among them; does not wait for them."""
         batch = (_pixels(self.frames, videos), encoded.embeddings, encoded.crops, encoded.mask)

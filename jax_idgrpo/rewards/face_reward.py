@@ -28,7 +28,8 @@ from jax_idgrpo.rewards.photo_faces import Level, PhotoEncoder, PhotoFace, close
 
 def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
     """The terms, and what makes the tokens of the same faces."""
-    chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
+    numbers = frame_numbers(videos.shape[1], frames)
+    chosen = (videos if len(numbers) == videos.shape[1] else videos[:, numbers]).astype(jnp.float32)
     faces = stack(chosen)
     found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
     terms = reward_terms(chosen, *found, people.embeddings, people.crops, people.mask, config)
@@ -67,14 +68,17 @@ class FaceReward:
     """A face stack with an identity reward on top, a `DifferentiableReward`.
 
     read: of the arguments of `apply`, the terms without a head's, and the tokens that a head looks at.
+    graph, state: the face stack and the head, split.
+    frames: evenly spaced frames that are looked at; 0 means all.
     """
 
     reported = ("similarity",)
 
     def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
         """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
-        graph, self.state = nnx.split((stack, head))
-        self.config, self.has_head = config, head is not None
+        self.graph, self.state = nnx.split((stack, head))
+        graph = self.graph
+        self.config, self.frames, self.has_head = config, frames, head is not None
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self._apply = jax.jit(functools.partial(_score, graph, config, frames))
         self._find, self._embed = (jax.jit(functools.partial(function, graph)) for function in (_find, _embed))
@@ -133,6 +137,10 @@ class FaceReward:
             scores = np.concatenate([scores, found.scores[shown]])
         faces = largest(boxes, scores)
         return boxes[faces], landmarks[faces]
+
+    def frames_read(self, total: int) -> np.ndarray | None:
+        """Numbers of the frames, of so many, that are looked at; None for all."""
+        return frame_numbers(total, self.frames) if self.frames else None
 
     def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Terms:
         """Score videos with the networks' arrays as an argument, for programs that differentiate it."""

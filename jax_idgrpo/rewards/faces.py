@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
@@ -125,22 +125,24 @@ class FaceStack(nnx.Module):
         self.threshold = threshold
 
     def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
-        """The faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector.
+        """Find the faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector.
 
-        Frames are searched one after the other, each of all videos: the detector's maps of one frame are all that is held of them.
+        Frames are taken one after the other, each of all videos. The maps and crops of one frame
+        are all that is held of them.
         """
-        batch, frames = videos.shape[:2]
         videos = videos.astype(jnp.float32)
-        found = jax.lax.map(
-            lambda frame: self.detector.find(frame, self.max_faces, self.threshold), jnp.moveaxis(jax.lax.stop_gradient(videos), 1, 0)
-        )
-        found = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), found)
-        pictures = videos.reshape(-1, *videos.shape[2:])
-        crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
-        embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
-        embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
-        faces = (found.boxes, found.landmarks, found.scores, found.mask, embeddings)
-        return Faces(*(leaf.reshape(batch, frames, *leaf.shape[1:]) for leaf in faces))
+
+        def one(frame: Int[Array, ""]) -> Faces:
+            pictures = jax.lax.dynamic_index_in_dim(videos, frame, axis=1, keepdims=False)
+            searched = jax.lax.stop_gradient(pictures)
+            found = self.detector.find(searched, self.max_faces, self.threshold)
+            crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
+            embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
+            embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
+            return Faces(found.boxes, found.landmarks, found.scores, found.mask, embeddings)
+
+        faces = jax.lax.map(one, jnp.arange(videos.shape[1]))
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), faces)
 
     def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
         """Embedding of the best face of each picture, whether there is one, and its landmarks."""

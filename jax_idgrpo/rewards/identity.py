@@ -15,9 +15,10 @@ Gradients reach the embeddings through the similarities s, not through the assig
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jax_idgrpo.rewards import photo_copy
 from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match, match_videos, most_alike
@@ -96,64 +97,134 @@ def largest_face_similarity(
     return jnp.sum(jnp.where(shown, jnp.maximum(jnp.max(cosine, -1), 0.0), 0.0), 1) / jnp.maximum(jnp.sum(shown, 1), 1)
 
 
-def _changes(
+@flax.struct.dataclass
+class Pixels:
+    """What the terms need of the pixels, frame by frame.
+
+    changed: absolute difference from the frame before, mean over colours, summed outside the faces
+        of both; 0 for the first frame.
+    outside: how many pixels that sum has.
+    copied, apart, detail: of the face that every person is matched to (see `photo_copy`).
+    """
+
+    changed: Float[ArrayLike, "B T"]
+    outside: Float[ArrayLike, "B T"]
+    copied: Float[ArrayLike, "B T M"]
+    apart: Float[ArrayLike, "B T M"]
+    detail: Float[ArrayLike, "B T M"]
+
+
+def _in_faces(
+    boxes: Float[ArrayLike, "B K 4"], face_mask: Bool[ArrayLike, "B K"], height: int, width: int
+) -> Bool[ArrayLike, "B H W"]:
+    """True inside the faces of a frame."""
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside_x = (columns >= boxes[..., 0:1]) & (columns <= boxes[..., 2:3])
+    inside_y = (rows >= boxes[..., 1:2]) & (rows <= boxes[..., 3:4]) & face_mask[..., None]
+    sides = inside_y.astype(jnp.float32), inside_x.astype(jnp.float32)
+    return jnp.einsum("bkh,bkw->bhw", *sides) > 0
+
+
+def changes(
     videos: Float[ArrayLike, "B T H W 3"],
     boxes: Float[ArrayLike, "B T K 4"],
     face_mask: Bool[ArrayLike, "B T K"],
-) -> tuple[Float[ArrayLike, "B t H W"], Float[ArrayLike, "B t H W"]]:
-    """Absolute difference of neighbouring frames, 0 inside the faces of both; and 1 outside of them, 0 inside. t = T - 1."""
+) -> tuple[Float[ArrayLike, "B T"], Float[ArrayLike, "B T"]]:
+    """Compute `changed` and `outside` of `Pixels`, one frame after the other."""
     height, width = videos.shape[2:4]
-    rows, columns = jnp.arange(height), jnp.arange(width)
-    inside_x = (columns >= boxes[..., 0:1]) & (columns <= boxes[..., 2:3])
-    inside_y = (rows >= boxes[..., 1:2]) & (rows <= boxes[..., 3:4])
-    face = jnp.einsum(
-        "btkh,btkw->bthw", (inside_y & face_mask[..., None]).astype(jnp.float32), inside_x.astype(jnp.float32)
-    )
-    outside = ((face[:, 1:] + face[:, :-1]) == 0).astype(jnp.float32)
-    return jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), -1) * outside, outside
+
+    def one(frame: Int[Array, ""]) -> tuple[Array, Array]:
+        def taken(number: Int[Array, ""]) -> tuple[Array, Array]:
+            picture, box, mask = (
+                jax.lax.dynamic_index_in_dim(leaf, number, 1, keepdims=False)
+                for leaf in (videos, boxes, face_mask)
+            )
+            return picture, _in_faces(box, mask, height, width)
+
+        (now, covered), (before, covered_before) = taken(frame), taken(jnp.maximum(frame - 1, 0))
+        shown = ~(covered | covered_before) & (frame > 0)
+        moved = jnp.mean(jnp.abs(now - before), -1)
+        count = jnp.sum(shown, (1, 2), dtype=jnp.float32)
+        return jnp.sum(jnp.where(shown, moved, 0.0), (1, 2)), count
+
+    changed, outside = jax.lax.map(one, jnp.arange(videos.shape[1]))
+    return changed.T, outside.T
 
 
 def motion(
-    videos: Float[ArrayLike, "B T H W 3"],
-    boxes: Float[ArrayLike, "B T K 4"],
-    face_mask: Bool[ArrayLike, "B T K"],
+    changed: Float[ArrayLike, "B T"], outside: Float[ArrayLike, "B T"]
 ) -> Float[ArrayLike, " B"]:
-    """Mean absolute difference of neighbouring frames, in units of [-1, 1], outside the faces of both; 0 for one frame."""
-    changed, outside = _changes(videos, boxes, face_mask)
-    return jnp.sum(changed, (1, 2, 3)) / jnp.maximum(jnp.sum(outside, (1, 2, 3)), 1.0)
+    """Mean absolute difference of neighbouring frames outside the faces of both.
+
+    In units of [-1, 1]; 0 for one frame. changed, outside: as `changes` computes them.
+    """
+    return jnp.sum(changed, 1) / jnp.maximum(jnp.sum(outside, 1), 1.0)
 
 
 def stalled(
-    videos: Float[ArrayLike, "B T H W 3"],
-    boxes: Float[ArrayLike, "B T K 4"],
-    face_mask: Bool[ArrayLike, "B T K"],
-    floor: float,
+    changed: Float[ArrayLike, "B T"], outside: Float[ArrayLike, "B T"], floor: float
 ) -> Float[ArrayLike, " B"]:
-    """Share of the steps from frame to frame in which nothing moves, in [0, 1]: how far the `motion` of each lies below the floor, as a
-    share of it. A video that comes to a standstill late has a `motion` like another's, but not this. 0 for one frame."""
-    changed, outside = _changes(videos, boxes, face_mask)
-    moved = jnp.sum(changed, (2, 3)) / jnp.maximum(jnp.sum(outside, (2, 3)), 1.0)
+    """Share of the steps from frame to frame in which nothing moves, in [0, 1]; 0 for one frame.
+
+    A step counts by how far its `motion` is below the floor, as a share of the floor. A video that
+    comes to a standstill late has a `motion` like another's, but not this.
+
+    Args:
+      changed: as `changes` computes it.
+      outside: as `changes` computes it.
+      floor: motion from which on a step counts nothing.
+    """
+    moved = changed[:, 1:] / jnp.maximum(outside[:, 1:], 1.0)
     return jnp.sum(jax.nn.relu(1.0 - moved / floor), 1) / max(moved.shape[1], 1)
 
 
-def of_photos(
+def read_pixels(
     videos: Float[ArrayLike, "B T H W 3"],
+    boxes: Float[ArrayLike, "B T K 4"],
     landmarks: Float[ArrayLike, "B T K 5 2"],
+    face_mask: Bool[ArrayLike, "B T K"],
     matches: Matches,
     photos: Float[ArrayLike, "B M S S 3"],
-    reference_mask: Bool[ArrayLike, "B M"],
-) -> dict[str, Float[ArrayLike, " B"]]:
-    """What the matched faces have of the person's photo (see `photo_copy`), mean over them; 0 without any.
+) -> Pixels:
+    """Measure the frames of videos, one after the other.
 
-    copied: share of them that are a copy of it, in [0, 1]. apart: how far eyes, nose and mouth stand from where they do in it, as a share
-    of the face. detail: how sharp they are, 1 as the photo, 0 without any detail.
+    Args:
+      videos: values in [-1, 1].
+      boxes: of the faces, in pixels.
+      landmarks: of the faces, in pixels.
+      face_mask: False on padding.
+      matches: references matched to the faces.
+      photos: `photo_copy.photo_crops` of the references.
     """
     padded = jnp.pad(landmarks, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
     theirs = jnp.take_along_axis(padded, matches.face[..., None, None], axis=2)
+
+    def one(frame: Int[Array, ""]) -> tuple[Array, Array, Array]:
+        picture = jax.lax.dynamic_slice_in_dim(videos, frame, 1, 1)
+        places = jax.lax.dynamic_slice_in_dim(theirs, frame, 1, 1)
+        copied, moved = photo_copy.copies(picture, places, photos)
+        sharp = photo_copy.detail(picture, places, photos)
+        return copied[:, 0], moved[:, 0], sharp[:, 0]
+
+    measured = jax.lax.map(one, jnp.arange(videos.shape[1]))
+    copied, apart, detail = (jnp.moveaxis(leaf, 0, 1) for leaf in measured)
+    changed, outside = changes(videos, boxes, face_mask)
+    return Pixels(changed=changed, outside=outside, copied=copied, apart=apart, detail=detail)
+
+
+def of_photos(
+    pixels: Pixels, matches: Matches, reference_mask: Bool[ArrayLike, "B M"]
+) -> dict[str, Float[ArrayLike, " B"]]:
+    """What the matched faces have of the person's photo (see `photo_copy`); 0 without any.
+
+    Each is the mean over the matched faces.
+    copied: share of them that are a copy of the photo, in [0, 1].
+    apart: how far eyes, nose and mouth are from where they are in the photo, as a share of the face.
+    detail: how sharp they are, 1 as the photo, 0 without any detail.
+    """
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
-    copied, apart = photo_copy.copies(videos, theirs, photos)
-    measured = {"copied": copied, "apart": apart, "detail": photo_copy.detail(videos, theirs, photos)}
+    measured = {"copied": pixels.copied, "apart": pixels.apart, "detail": pixels.detail}
     return {name: jnp.sum(jnp.where(matched, values, 0.0), (1, 2)) / count for name, values in measured.items()}
 
 
@@ -168,7 +239,31 @@ def reward_terms(
     reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """Every term of the reward and the metrics that share its matching, each [B] in fp32. photos: `copies.photo_crops` of the references.
+    """Every term of the reward and the metrics that share its matching, each [B] in fp32.
+
+    The terms are listed at `terms_of_faces`. photos: `photo_copy.photo_crops` of the references.
+    """
+    faces = (embeddings, face_mask, references, reference_mask)
+    matches = match_videos(*faces, config.null_similarity)
+    pixels = read_pixels(videos, boxes, landmarks, face_mask, matches, photos)
+    height, width = videos.shape[2:4]
+    return terms_of_faces(pixels, matches, boxes, *faces, (height, width), config)
+
+
+def terms_of_faces(
+    pixels: Pixels,
+    matches: Matches,
+    boxes: Float[ArrayLike, "B T K 4"],
+    embeddings: Float[ArrayLike, "B T K E"],
+    face_mask: Bool[ArrayLike, "B T K"],
+    references: Float[ArrayLike, "B M E"],
+    reference_mask: Bool[ArrayLike, "B M"],
+    size: tuple[int, int],
+    config: IdentityConfig,
+) -> dict[str, Float[ArrayLike, " B"]]:
+    """Compute the terms from what `read_pixels` measured and from the faces, each [B] in fp32.
+
+    size: height and width of the frames.
 
     reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms. costs: all that is subtracted.
     similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
@@ -181,16 +276,15 @@ def reward_terms(
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
-    matches = match_videos(*faces, config.null_similarity)
     people = person_scores(matches, config.low, config.high)
     identity_mean = masked_mean(people, reference_mask)
     identity_soft_min = soft_minimum(people, reference_mask, config.softness)
     extra = extra_faces(face_mask, reference_mask)
-    moved = motion(videos, boxes, face_mask)
+    moved = motion(pixels.changed, pixels.outside)
     stillness = jax.nn.relu(1.0 - moved / config.motion_floor)
     identity = config.mean_weight * identity_mean + (1.0 - config.mean_weight) * identity_soft_min
-    prices = penalties(boxes, *faces, matches, videos.shape[2:4], config.null_similarity, config.tracks)
-    compared = of_photos(videos, landmarks, matches, photos, reference_mask)
+    prices = penalties(boxes, *faces, matches, size, config.null_similarity, config.tracks)
+    compared = of_photos(pixels, matches, reference_mask)
     prices["copied"] = compared.pop("copied")
     costs = config.extra_weight * extra + config.motion_weight * stillness
     costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
@@ -203,7 +297,7 @@ def reward_terms(
         "identity_soft_min": identity_soft_min,
         "extra": extra,
         "motion": moved,
-        "stalled": stalled(videos, boxes, face_mask, config.motion_floor),
+        "stalled": stalled(pixels.changed, pixels.outside, config.motion_floor),
         "similarity": masked_mean(raw, reference_mask),
         "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
         "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),

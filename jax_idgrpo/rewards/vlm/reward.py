@@ -123,6 +123,18 @@ class VlmReward:
             raise ValueError("no size of videos was given")
         return self.video
 
+    def frames_read(self, total: int) -> np.ndarray | None:
+        """Numbers of the frames, of so many, that are looked at.
+
+        None if a video of these alone would be thinned out again.
+
+        Raises:
+          UserError: a video of so few frames cannot be scored.
+        """
+        rates = self.settings.frames, self.settings.fps, self.fps
+        chosen = inputs.frame_indices(total, *rates)
+        return chosen if len(inputs.frame_indices(len(chosen), *rates)) == len(chosen) else None
+
     def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
         """Score videos with the network's arrays as an argument."""
         return self._apply(state, videos, encoded)
