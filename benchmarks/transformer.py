@@ -195,8 +195,8 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     forward = jax.jit(apply)
     gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
 
-    objective = update.Objective(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
-    state = start(objective.optimizer, jax.tree.map(jnp.copy, lora))
+    rule = update.UpdateRule(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
+    state = start(rule.optimizer, jax.tree.map(jnp.copy, lora))
     networks = update.Networks(base=base, negative=negative)
 
     def sample() -> rollout.Trajectory:
@@ -205,10 +205,10 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
 
     def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> dict[str, jax.Array]:
         nonlocal state
-        chunk = (trajectory, asked, window.start, row_keys, None)
-        batch = update.gather([chunk], advantage[None], np.ones((1, rows), np.float32))
-        updated = update.update(objective, state, networks, batch, schedule, jnp.int32(0))
-        state, metrics = jax.block_until_ready(updated)
+        chunk = update.Rollout(trajectory=trajectory, conditioning=asked, start=window.start, noise=row_keys)
+        batch = update.store(None, chunk, jnp.int32(0), 1)
+        batch = dataclasses.replace(batch, advantage=advantage[None], weight=np.ones((1, rows), np.float32))
+        state, metrics = jax.block_until_ready(update.update(rule, state, networks, batch, schedule, jnp.int32(0)))
         return metrics
 
     return Side(

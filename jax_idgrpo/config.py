@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.objectives import OBJECTIVES, REPLAY, REWARD, Objective
 from jax_idgrpo.workdir import local_path, refuse_addresses
 
 FILMING = 96    # channels of the published VAE
@@ -285,7 +286,7 @@ class GrpoConfig:
     gradient_steps: int = 4
 
     def __post_init__(self) -> None:
-        _choice("grpo.objective", self.objective, ("clip", "guard", "divergence", "nft", "awm", "dpo", "sft", "reward_gradient"))
+        _choice("grpo.objective", self.objective, tuple(OBJECTIVES))
         for name in ("clip", "divergence", "advantage_clip", "advantage_eps", "nft_beta", "dpo_beta"):
             _require(getattr(self, name) > 0, f"grpo.{name} is {getattr(self, name)}; use a positive number")
         for name in ("kl", "best", "worst"):
@@ -295,22 +296,37 @@ class GrpoConfig:
         _choice("grpo.kl_units", self.kl_units, ("std", "velocity"))
         _choice("grpo.levels", self.levels, ("grid", "logit_normal"))
         _choice("grpo.awm_weighting", self.awm_weighting, ("uniform", "sigma", "sigma2", "huber", "ghuber"))
-        _require(not self.time_weights or self.objective in ("clip", "divergence"),
+        _require(not self.time_weights or (self.replays and "unweighted" not in self.needs),
                  f"grpo.time_weights changes nothing that {self.objective} has: guard weighs steps alike, the others replay none")
         _require(self.replays or self.kl == 0 or self.kl_units == "velocity",
                  f"grpo.kl_units std needs the std of replayed steps, and {self.objective} replays none; use velocity")
-        _require(self.objective != "dpo" or (self.best, self.worst) == (1, 1),
-                 f"grpo.objective dpo trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1")
-        _require(self.objective != "reward_gradient" or self.on_policy,
-                 f"grpo.objective reward_gradient goes through the sampler, and {self.optimizer_steps} updates per rollout would leave it; "
-                 "use grpo.updates 1 and epochs 1")
-        _require(self.objective != "sft" or (self.best >= 1 and self.worst == 0),
-                 f"grpo.objective sft imitates what it is given: use grpo.best 1 or more and grpo.worst 0, not {self.worst}")
+        _require("pairs" not in self.needs or (self.best, self.worst) == (1, 1),
+                 f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1")
+        _require("on_policy" not in self.needs or self.on_policy,
+                 f"grpo.objective {self.objective} goes through the sampler, and {self.optimizer_steps} updates per rollout would leave "
+                 "it; use grpo.updates 1 and epochs 1")
+        _require("winners" not in self.needs or (self.best >= 1 and self.worst == 0),
+                 f"grpo.objective {self.objective} imitates what it is given: use grpo.best 1 or more and grpo.worst 0, not {self.worst}")
+
+    @property
+    def definition(self) -> Objective:
+        """The objective's entry in the table of objectives."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the objective needs of the rest of the configuration, as names of `objectives.NEEDS`."""
+        return self.definition.needs
 
     @property
     def replays(self) -> bool:
-        """Whether the objective replays the stochastic steps of the rollout, rather than noising its final latents again."""
-        return self.objective in ("clip", "guard", "divergence")
+        """Whether the objective replays the stochastic steps of the rollout."""
+        return self.definition.kind == REPLAY
+
+    @property
+    def through_reward(self) -> bool:
+        """Whether the objective is the gradient of the reward itself."""
+        return self.definition.kind == REWARD
 
     @property
     def optimizer_steps(self) -> int:
@@ -592,23 +608,24 @@ class Config:
         if rollout.sampler == "cps":
             _require(grpo.kl == 0 or grpo.kl_units == "velocity",
                      "rollout.sampler cps has log-probabilities without std, so that grpo.kl_units std means nothing; use velocity")
-            _require(grpo.objective != "guard", "grpo.objective guard corrects a Gaussian's ratio, and cps has none; use another")
+            _require("gaussian" not in grpo.needs,
+                     f"grpo.objective {grpo.objective} corrects a Gaussian's ratio, and cps has none; use another")
         _require(grpo.best + grpo.worst <= rollout.group,
                  f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group")
-        _require(grpo.objective != "reward_gradient" or grpo.gradient_steps < rollout.steps,
+        _require(not grpo.through_reward or grpo.gradient_steps < rollout.steps,
                  f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps")
-        _require(grpo.objective != "reward_gradient" or not self.reward.mixture,
-                 "reward.mixture weighs advantages, and grpo.objective reward_gradient has none; use reward.penalties")
+        _require(not grpo.through_reward or not self.reward.mixture,
+                 f"reward.mixture weighs advantages, and grpo.objective {grpo.objective} has none; use reward.penalties")
         for name in ("backend", "custom"):
-            _require(grpo.objective != "reward_gradient" or not getattr(self.reward, name),
-                     f"grpo.objective reward_gradient needs a reward in JAX, and reward.{name} runs beside it; leave the {name} out")
-        _require(grpo.objective != "reward_gradient" or not self.reward.vlm,
-                 "grpo.objective reward_gradient needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
+            _require("smooth_reward" not in grpo.needs or not getattr(self.reward, name),
+                     f"grpo.objective {grpo.objective} needs a reward in JAX, and reward.{name} runs beside it; leave the {name} out")
+        _require("smooth_reward" not in grpo.needs or not self.reward.vlm,
+                 f"grpo.objective {grpo.objective} needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another")
         share = self.trained_rows // grpo.updates
         _require(rollout.rows % self.rows_per_call == 0 and share % self.rows_per_call == 0,
                  f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of a rollout, or the {share} rows of "
                  f"one of {grpo.updates} updates")
-        _require(grpo.objective != "dpo" or self.rows_per_call % 2 == 0,
+        _require("pairs" not in grpo.needs or self.rows_per_call % 2 == 0,
                  f"rollout.micro_batch {self.rows_per_call} would part the two videos of a pair; use an even number")
 
     @property

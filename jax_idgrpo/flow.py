@@ -25,6 +25,24 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 Sigma = Float[ArrayLike, "..."] | float
 
+FRAMES_PER_LATENT = 4
+"""Video frames that one latent frame holds; the first holds one frame alone."""
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames T of a video of F = 1 + 4n frames."""
+    return (frames - 1) // FRAMES_PER_LATENT + 1
+
+
+def shifted(u: Float[ArrayLike, "..."], shift: Sigma) -> Float[ArrayLike, "..."]:
+    """Noise levels sigma = shift u / (1 + (shift - 1) u) of unshifted levels u in [0, 1]; arrays keep their dtype and library."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def timestep(sigma: Float[ArrayLike, "..."]) -> Int[ArrayLike, "..."]:
+    """The integer timestep that the model is given at a noise level: int32, 1000 sigma truncated, at most 999."""
+    return (1000 * sigma).clip(max=999).astype(np.int32)
+
 
 def _sigmas64(num_steps: int, shift: float) -> np.ndarray:
     if num_steps < 1:
@@ -32,7 +50,7 @@ def _sigmas64(num_steps: int, shift: float) -> np.ndarray:
     if shift <= 0:
         raise ValueError(f"shift is {shift}; use a positive number")
     unshifted = np.flip(1 - np.linspace(1, 1 / 1000, num_steps + 1))[:-1]
-    return shift * unshifted / (1 + (shift - 1) * unshifted)
+    return shifted(unshifted, shift)
 
 
 def sigmas(num_steps: int, shift: float) -> np.ndarray:
@@ -47,8 +65,8 @@ def sigmas(num_steps: int, shift: float) -> np.ndarray:
 
 
 def timesteps(num_steps: int, shift: float) -> np.ndarray:
-    """What the model is told: int32 [S], 1000 sigma truncated from float64. Values can repeat: index steps by position."""
-    return (_sigmas64(num_steps, shift) * 1000).astype(np.int32)
+    """Timesteps of the schedule, int32 [S], from float64 noise levels. Values can repeat: index steps by position."""
+    return timestep(_sigmas64(num_steps, shift))
 
 
 def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None) -> Float[ArrayLike, "B"]:

@@ -9,18 +9,24 @@
 The first three replay the stochastic steps of a rollout; the others noise its final latents x0 again, x = (1 - sigma) x0 + sigma n,
 and compare velocities with the target n - x0, so they need no trajectory.
 
-Pure functions, float32; of the project they know `flow.row_mean` alone. Losses come per row, so that a trainer can sum them over
+`OBJECTIVES` lists them all; each entry names the function at the end of this module that evaluates it.
+
+Pure functions, float32; of the project they use `flow` alone. Losses come per row, so that a trainer can sum them over
 micro-batches and divide by one count: accumulation is then exact.
 """
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, Bool, Float, Int
 
+from jax_idgrpo import flow
 from jax_idgrpo.flow import row_mean
+from jax_idgrpo.objectives import OBJECTIVES as OBJECTIVES
+from jax_idgrpo.objectives import Objective as Objective
 
 # ---- advantages ----------------------------------------------------------------------------------------------------------
 
@@ -243,3 +249,103 @@ def dpo_loss(
     """
     change = _error_change(v, jax.lax.stop_gradient(v_reference), target, mask).reshape(-1, 2)
     return jnp.repeat(-jax.nn.log_sigmoid(-beta / 2 * (change[:, 0] - change[:, 1])), 2)
+
+
+# ---- the functions of the table ------------------------------------------------------------------------------------------
+
+Rows = dict[str, Float[ArrayLike, "B"]]
+"""Values per row by name: `policy_loss`, and what else is logged."""
+
+
+@flax.struct.dataclass
+class Replayed:
+    """One stochastic step of the rollout, evaluated again: what an objective of the kind "replay" is a function of.
+
+    transition: the step of each row. dt: its sigma_next - sigma, [B]. v, v_old: velocities of the trained policy and of the one that
+    sampled, [B,T,H,W,C]. change: how the step differs between them. advantage: [B]. mask: [B,T] the frames that count.
+    """
+
+    transition: flow.Transition
+    dt: Float[ArrayLike, "B"]
+    v: Float[ArrayLike, "B *shape"]
+    v_old: Float[ArrayLike, "B *shape"]
+    change: flow.Change
+    advantage: Float[ArrayLike, "B"]
+    mask: Bool[ArrayLike, "B T"] | None
+
+
+@flax.struct.dataclass
+class Noised:
+    """Final latents at one noise level: what an objective of the kind "latents" is a function of.
+
+    v, v_old, base: velocities [B,T,H,W,C] of the trained policy, of the one that sampled (a constant), and of the frozen base (a
+    constant; None where nothing needs it). target: noise - x0. sigma, advantage: [B]. mask: [B,T] the frames that count.
+    """
+
+    v: Float[ArrayLike, "B *shape"]
+    v_old: Float[ArrayLike, "B *shape"]
+    base: Float[ArrayLike, "B *shape"] | None
+    target: Float[ArrayLike, "B *shape"]
+    sigma: Float[ArrayLike, "B"]
+    advantage: Float[ArrayLike, "B"]
+    mask: Bool[ArrayLike, "B T"] | None
+
+
+def _surrogate_rows(surrogate: Surrogate) -> Rows:
+    return {
+        "ratio": surrogate.ratio,
+        "policy_loss": surrogate.loss,
+        "approx_kl": 0.5 * jnp.log(surrogate.ratio) ** 2,
+        "clip_fraction": surrogate.stopped.astype(jnp.float32),
+    }
+
+
+# Each takes the section `grpo` of the configuration as `settings`.
+
+
+def clip_rows(step: Replayed, settings: Any) -> Rows:
+    """Evaluate "clip" (`clipped_loss`)."""
+    return _surrogate_rows(clipped_loss(step.change.log_ratio, step.advantage, clip=settings.clip))
+
+
+def guard_rows(step: Replayed, settings: Any) -> Rows:
+    """Evaluate "guard" (`guarded_loss`)."""
+    return _surrogate_rows(guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip))
+
+
+def divergence_rows(step: Replayed, settings: Any) -> Rows:
+    """Evaluate "divergence" (`masked_loss`)."""
+    distance = jax.lax.stop_gradient(flow.divergence(step.transition, step.v, step.v_old, step.mask))
+    return _surrogate_rows(masked_loss(step.change.log_ratio, distance, step.advantage, limit=settings.divergence))
+
+
+def nft_rows(level: Noised, settings: Any) -> Rows:
+    """Evaluate "nft" (`nft_loss`)."""
+    loss = nft_loss(
+        level.v, level.v_old, level.target, level.sigma, level.advantage,
+        beta=settings.nft_beta, advantage_clip=settings.advantage_clip, normalise=settings.nft_normalise, mask=level.mask,
+    )
+    return {"policy_loss": loss}
+
+
+def awm_rows(level: Noised, settings: Any) -> Rows:
+    """Evaluate "awm" (`awm_loss`)."""
+    return _surrogate_rows(awm_loss(
+        level.v, level.v_old, level.target, level.sigma, level.advantage,
+        clip=settings.clip, weighting=settings.awm_weighting, mask=level.mask,
+    ))
+
+
+def dpo_rows(level: Noised, settings: Any) -> Rows:
+    """Evaluate "dpo" (`dpo_loss`)."""
+    return {"policy_loss": dpo_loss(level.v, level.base, level.target, beta=settings.dpo_beta, mask=level.mask)}
+
+
+def sft_rows(level: Noised, settings: Any) -> Rows:
+    """Evaluate "sft" (`matching_error`)."""
+    return {"policy_loss": matching_error(level.v, level.target, level.mask)}
+
+
+def reward_rows(reward: Float[ArrayLike, "B"], settings: Any) -> Rows:
+    """Evaluate "reward_gradient"."""
+    return {"policy_loss": -reward}

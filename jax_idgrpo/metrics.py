@@ -63,7 +63,8 @@ class MetricsWriter:
         self._file.write(_line({"step": step, **row}))
         self._file.flush()
         for name, value in row.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if math.isfinite(value):    # TensorBoard cannot draw others, and warns of each
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 

@@ -3,6 +3,7 @@
     python -m tests.mesh_worker OUT '{"data": 2, "seq": 4}' ...
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -70,13 +71,15 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     whole = sharding.device_put_global(random(weights), sharding.replicated(mesh))
     decoded = (graph, whole), trajectory.latents, condition.references, FRAMES
     video = rollout.decode(*decoded)
-    exchanges = re.findall(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", rollout.decode.lower(*decoded).compile().as_text())
+    exchanges = re.findall(r" (all-[\w-]+|collective-\w+|reduce-scatter)(?:-start)?\(", rollout.decode.lower(*decoded).compile().as_text())
     rewards = np.asarray(jnp.mean(jnp.sin(3 * video), axis=(1, 2, 3, 4)))
 
     advantage = (rewards - rewards.mean())[None] / rewards.std()
-    batch = update.gather([(trajectory, condition, window.start, noise, None)], advantage, np.ones_like(advantage))
+    chunk = update.Rollout(trajectory=trajectory, conditioning=condition, start=window.start, noise=noise)
+    batch = update.store(None, chunk, jnp.int32(0), 1)
+    batch = dataclasses.replace(batch, advantage=advantage, weight=np.ones_like(advantage))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
-    objective = update.Objective(policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9)
+    objective = update.UpdateRule(policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9)
     networks = update.Networks(base=base, negative=negative)
     gradient, rows = jax.jit(update.gradients, static_argnums=0)(objective, state.params, networks, batch, schedule, jnp.int32(0))
     flat = {sharding.leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)}

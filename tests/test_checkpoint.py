@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax import nnx
 from jax_idgrpo.config import Config, OptimizerConfig
 from jax_idgrpo.data.prompts import Prompt, row_digests
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.training.checkpoint import check_resume, open_checkpoints, restore, resume, save, stop_on_sigterm
+from jax_idgrpo.training.checkpoint import check_resume, open_checkpoints, restore, resume, save
 from jax_idgrpo.training.state import TrainState, make_optimizer, start
 from jax_idgrpo.workdir import prepare_workdir
 
@@ -270,12 +269,3 @@ def test_workdir_that_cannot_be_written(tmp_path, inside):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .* pass another folder with --workdir"):
         prepare_workdir(tmp_path / "file" / "deeper" if inside else tmp_path / "file")
-
-
-def test_sigterm_sets_a_mark_only_within():
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm() as stopping:
-        assert not stopping()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping()
-    assert signal.getsignal(signal.SIGTERM) == before

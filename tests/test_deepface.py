@@ -26,6 +26,7 @@ from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward, complete, find
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE
 from jax_idgrpo.rewards.host import collect
 from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.training import setup
 from jax_idgrpo.training import train as loop
 from tests.test_train import tiny
 
@@ -153,7 +154,7 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
 @pytest.mark.slow
 def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
     constants = IdentityConfig(null_similarity=-1.0)
-    monkeypatch.setattr(loop, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.reward.frames))
+    monkeypatch.setattr(setup, "make_reward", lambda config, mesh: HostFaceReward(fake(), constants, config.reward.frames))
     loop.train(tiny(1, micro_batch=2), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert row["faces_seen"] == 1 and row["rewards_failed"] == 0 and row["skipped"] == 0 and row["gradient_norm"] > 0

@@ -90,10 +90,9 @@ def test_9_and_14_only_the_adapter_is_trained_and_it_starts_at_the_base():
 def test_11_one_update_per_rollout_and_shares_of_whole_groups():
     assert c.GrpoConfig().on_policy
     prompts, group = 4, 2
-    of_row = jnp.repeat(jnp.arange(prompts), group).reshape(4, group)
-    rollout = update.Rollout(trajectory=None, conditioning=None, start=of_row, advantage=of_row, weight=of_row, noise=of_row)
-    shares = [np.asarray(update.share(rollout, number, 2).advantage).ravel().tolist() for number in (0, 1)]
-    assert shares == [[0, 0, 1, 1], [2, 2, 3, 3]]
+    of_row = np.repeat(np.arange(prompts), group).reshape(4, group)
+    shares = [of_row[update.share(number, len(of_row), 2)].ravel().tolist() for number in (0, 1, 2)]
+    assert shares == [[0, 0, 1, 1], [2, 2, 3, 3], [0, 0, 1, 1]]        # the third is the first of the second epoch
 
 
 def test_18_states_are_stored_once():

@@ -49,7 +49,8 @@ def test_training_continues_and_the_ratio_is_one(run):
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["ratio_min"] == row["ratio_max"] == 1 for row in rows)
     assert all(np.isfinite(row["reward"]) for row in rows)
-    assert {path.name for path in (run / "export").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training_progress.json"}
+    assert {path.name for path in (run / "export").iterdir()} == adapter
     assert list((run / "samples").rglob("*.mp4"))
 
 

@@ -15,8 +15,8 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import read_metrics
-from jax_idgrpo.training.checkpoint import TERMINATED
 from jax_idgrpo.training.finetune import finetune
+from jax_idgrpo.training.signals import TERMINATED
 from jax_idgrpo.training.task import Task, make_task
 
 

@@ -28,6 +28,15 @@ def test_schedule_equals_the_published_solver():
         np.testing.assert_allclose(flow.sigmas(int(steps), float(shift)), data[f"sigmas_{name}"], atol=1e-7, rtol=0)
 
 
+def test_one_rule_for_shifts_timesteps_and_latent_frames():
+    u = np.linspace(0, 1, 7)
+    np.testing.assert_allclose(flow.shifted(u, 1.0), u)
+    np.testing.assert_allclose(flow.shifted(u, 3.0), 3 * u / (1 + 2 * u))
+    np.testing.assert_array_equal(flow.timestep(np.array([0.0, 0.0019, 0.5, 0.9999, 1.0])), [0, 1, 500, 999, 999])
+    np.testing.assert_array_equal(flow.timestep(jnp.float32([0.25, 1.0])), [250, 999])
+    assert [flow.latent_frames(frames) for frames in (1, 5, 9, 33, 81)] == [1, 2, 3, 9, 21]
+
+
 def test_schedule_exact_values():
     values = flow.sigmas(25, 3.0)
     assert values.dtype == np.float32 and values[-1] == 0

@@ -65,6 +65,17 @@ def test_on_policy_ratio_is_one_on_every_mesh(runs, number):
     np.testing.assert_array_equal(runs[number]["ratio"], np.ones_like(runs[number]["ratio"]))
 
 
+def test_rows_of_a_rollout_are_taken_without_gathering_it():
+    """Those that are trained arrive bit for bit, divided over the devices; nobody holds the whole rollout meanwhile."""
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, "-m", "tests.rows_worker"]
+    done = subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(found["equal"]) and found["divided"]
+    assert found["exchanges"] == ["all-to-all"]
+    assert found["temporary"] < 0.5 * found["arguments"]        # of one device, which holds a quarter of the rollout
+
+
 def test_the_table_divides_the_14b_policy_and_its_state_alike():
     """Adapters, averages and moments lie alike, and no device holds much more than its share of the weights."""
     mesh = fake_mesh(fsdp=16, tensor=4)

@@ -66,7 +66,7 @@ def sampled(parts, rows=slice(None), given=None):
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], WINDOW)
     trajectory = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], window)
-    return trajectory, given, window.start, NOISE[rows], None
+    return update.Rollout(trajectory=trajectory, conditioning=given, start=window.start, noise=NOISE[rows])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,11 +75,12 @@ def gradients(fixed, lora, base, batch):
 
 
 def objective(actor):
-    return update.Objective(policy=actor, grpo=c.GrpoConfig(), optimizer=optax.sgd(1.0), ema_decay=0.9)
+    return update.UpdateRule(policy=actor, grpo=c.GrpoConfig(), optimizer=optax.sgd(1.0), ema_decay=0.9)
 
 
 def chunked(chunks):
-    return update.gather(chunks, ADVANTAGE.reshape(len(chunks), -1), jnp.ones((len(chunks), ROWS // len(chunks))))
+    whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
+    return dataclasses.replace(whole, advantage=ADVANTAGE.reshape(len(chunks), -1), weight=jnp.ones((len(chunks), ROWS // len(chunks))))
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
@@ -127,14 +128,14 @@ def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(scales):
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     parts = model()
-    together = sampled(parts)[0]
+    together = sampled(parts).trajectory
     given = jax.tree.map(lambda leaf: leaf[:1], asked())
     bare = dataclasses.replace(given, tail=given.tail[:, :1])
-    for alone in (sampled(parts, slice(0, 1), given)[0], sampled(parts, slice(0, 1), bare)[0]):
+    for alone in (sampled(parts, slice(0, 1), given).trajectory, sampled(parts, slice(0, 1), bare).trajectory):
         np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
         np.testing.assert_allclose(together.x[:1], alone.x, atol=1e-4)
     other = dataclasses.replace(given, tail=2 * given.tail)
-    assert np.abs(sampled(parts, slice(0, 1), other)[0].x - together.x[:1]).max() > 1e-2
+    assert np.abs(sampled(parts, slice(0, 1), other).trajectory.x - together.x[:1]).max() > 1e-2
 
 
 def test_micro_batches_equal_one_batch():

@@ -157,3 +157,14 @@ def test_record_is_json(tmp_path):
     cost = plan.Cost("decode", 1, None, False, 1.0, float("nan"), float("nan"), None, None, 1.0, 10, "wants 17G of 16G")
     assert "wants 17G of 16G" in plan.row(cost)
     assert json.loads(json.dumps(dataclasses.asdict(cost)))["program"] == "decode"
+
+
+def test_a_rollout_that_is_trained_in_part_is_planned_with_its_selection():
+    """The selection is given all rows, and the update the trained ones, in one piece however many updates share them."""
+    wanted = config.load(CONFIGS / "quickstart.py", [("grpo.best", "2"), ("grpo.worst", "2"), ("grpo.updates", "2")])
+    parts, mesh = programs.networks(wanted, None), sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    found = {each.name: each for each in programs.programs(wanted, parts, mesh)}
+    given = {name: next(x for x in found[name].arguments if hasattr(x, "trajectory")) for name in ("select", "update")}
+    rows = {name: rollout.start.size for name, rollout in given.items()}
+    assert rows == {"select": 32, "update": 16} and found["update"].calls == 2
+    assert jax.eval_shape(found["select"].function, *found["select"].arguments).start.shape == (2, 8)

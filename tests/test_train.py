@@ -2,14 +2,20 @@
 
 import dataclasses
 import json
+import os
+import signal
+import warnings
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from jax_idgrpo import config as c
+from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.training import selection, setup, train
+from jax_idgrpo.sampling.adapters import saved_step
+from jax_idgrpo.training import keeper, selection, setup, train
 
 
 def tiny(steps, grpo=None, **rollout):
@@ -188,7 +194,7 @@ def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
 
 def failing(monkeypatch, broken):
     """The embedded reward, whose scores are no numbers for the rows `broken(call)` of each call."""
-    real = train.make_reward
+    real = setup.make_reward
     calls = []
 
     def make(config, mesh):
@@ -203,7 +209,7 @@ def failing(monkeypatch, broken):
         monkeypatch.setattr(reward, "score", score)
         return reward
 
-    monkeypatch.setattr(train, "make_reward", make)
+    monkeypatch.setattr(setup, "make_reward", make)
     return calls
 
 
@@ -234,3 +240,105 @@ def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):
         train.train(tiny(4), tmp_path)
     assert "\n" not in str(stopped.value)
     assert [row["skipped"] for row in rows(tmp_path)] == [1, 1]
+    assert "start again in another --workdir with a lower --optimizer.learning_rate" in str(stopped.value)
+    assert not any((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "export").exists()
+
+
+def test_constant_groups_are_warned_of_once():
+    assert selection.constant_in_a_row([{"zero_std_groups": s} for s in (1.0, 0.5, 1.0, 1.0)]) == 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for constant in range(25):
+            train.warn_if_constant(constant, constant)
+    (warning,) = caught
+    assert str(warning.message).startswith("step 10: in each of the last 10 steps the rewards of every group were all equal")
+
+
+# ---- a run in chunks and updates: what it leaves in memory, and where it can be stopped -----------------------------------
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    """Two steps of two chunks and two updates on the same two prompts, without a stop: the configuration and the workdir, the bytes on
+    the device before each chunk, and how many videos were taken to the host at a time."""
+    workdir = tmp_path_factory.mktemp("chunked")
+    listed = load_prompts(c.prompts_file("embedded:rl"), 3)[:2]
+    lines = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
+    (workdir / "two.csv").write_text("ref_paths,prompt\n" + "".join(lines))
+    config = tiny(2, grpo=dict(updates=2))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=str(workdir / "two.csv")))
+    held, shown = [], []
+    real_sample, real_host = train.sample, train.to_host
+
+    def sample(*given):
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return real_sample(*given)
+
+    def to_host(tree):
+        shown.append(len(tree) if getattr(tree, "ndim", 0) == 5 else 0)
+        return real_host(tree)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "sample", sample)
+        patch.setattr(train, "to_host", to_host)
+        patch.setattr(train, "SHOWN", 3)
+        train.train(dataclasses.replace(config, run=dataclasses.replace(config.run, sample_every=5)), workdir)
+    return config, workdir, held, shown
+
+
+def test_nothing_of_a_step_is_on_the_devices_in_the_next(chunked):
+    *_, held, _ = chunked
+    assert len(held) == 4 and held[2] == held[0]
+
+
+def test_as_many_videos_are_kept_as_are_written(chunked):
+    _, workdir, _, shown = chunked
+    assert [count for count in shown if count] == [2, 1]       # of the first step; the second writes none
+    assert len(list((workdir / "samples" / "000001").glob("*.mp4"))) == 3
+
+
+def stopped_by(monkeypatch, module, name, count, number):
+    """Send this process a signal at the `count`-th call of a function, which still runs."""
+    real, calls = getattr(module, name), []
+
+    def function(*given):
+        calls.append(0)
+        if len(calls) == count:
+            os.kill(os.getpid(), number)
+        return real(*given)
+
+    monkeypatch.setattr(module, name, function)
+    return calls
+
+
+def adapters(*folders):
+    return [load_file(folder / "export" / "adapter_model.safetensors") for folder in folders]
+
+
+def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(chunked, monkeypatch, tmp_path):
+    config, undisturbed, *_ = chunked
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        calls = stopped_by(patch, train, "sample", 1, signal.SIGTERM)       # the first chunk: nothing is done yet
+        train.train(config, tmp_path)
+    assert stop.value.code == 143 and len(calls) == 1 and not any((tmp_path / "checkpoints").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        calls = stopped_by(patch, train, "update", 3, signal.SIGINT)        # the first update of step 2
+        train.train(config, tmp_path)
+    assert stop.value.code == 130 and len(calls) == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"] and saved_step(tmp_path / "export") == 1
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        calls = stopped_by(patch, train, "sample", 1, signal.SIGHUP)        # step 2 again, its first chunk
+        train.train(config, tmp_path)
+    assert stop.value.code == 129 and len(calls) == 1
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(keeper.Keeper, "_export", killed)                     # after the last checkpoint, before its export
+        train.train(config, tmp_path)
+    assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()} and saved_step(tmp_path / "export") == 1
+    train.train(config, tmp_path)
+    whole, again = adapters(undisturbed, tmp_path)
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    assert [row["policy_loss"] for row in rows(tmp_path)] == [row["policy_loss"] for row in rows(undisturbed)]

@@ -10,8 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from jax_idgrpo import flow, rng
+from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
@@ -69,7 +70,7 @@ def sampled(parts, rows=slice(None), given=None, schedule=SCHEDULE, window=None)
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], window or whole())
     trajectory = rollout.sample(actor, lora, base, given, NEGATIVE, schedule, NOISE[rows], NOISE[rows], window)
-    return trajectory, given, window.start, AGAIN[rows], None
+    return update.Rollout(trajectory=trajectory, conditioning=given, start=window.start, noise=AGAIN[rows])
 
 
 def generated(parts, rows=slice(None)):
@@ -77,16 +78,20 @@ def generated(parts, rows=slice(None)):
     actor, lora, base = parts
     given = jax.tree.map(lambda leaf: leaf[rows], asked())
     latents = rollout.generate(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows])
-    return rollout.Trajectory(latents=latents), given, FIRST[rows], AGAIN[rows], None
+    return update.Rollout(trajectory=rollout.Trajectory(latents=latents), conditioning=given, start=FIRST[rows], noise=AGAIN[rows])
 
 
-def chunked(chunks, advantage, weight=None, picks=None):
+def chunked(chunks, advantage, weight=None):
+    """A rollout of chunks, stored as a training step stores them."""
+    whole = None
+    for number, chunk in enumerate(chunks):
+        whole = update.store(whole, chunk, jnp.int32(number), len(chunks))
     weight = jnp.ones(ROWS) if weight is None else weight
-    return update.gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
+    return dataclasses.replace(whole, advantage=advantage.reshape(len(chunks), -1), weight=weight.reshape(len(chunks), -1))
 
 
 def objective(actor, **changes):
-    return update.Objective(policy=actor, grpo=GrpoConfig(**changes), optimizer=optax.sgd(1.0), ema_decay=0.9)
+    return update.UpdateRule(policy=actor, grpo=GrpoConfig(**changes), optimizer=optax.sgd(1.0), ema_decay=0.9)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -119,20 +124,20 @@ def test_every_replaying_objective_is_on_policy_with_a_step_per_prompt(wanted):
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, 1, ROWS)))
     np.testing.assert_array_equal(rows["clip_fraction"], np.zeros((1, 1, ROWS)))
     assert np.all(np.isfinite(vector(gradient))) and np.any(vector(gradient))
-    full = sampled((actor, lora, base))[0]
-    np.testing.assert_array_equal(chunk[0].x[2:, 0], full.x[2:, 0])     # these rows draw noise at step 0, as in the whole schedule
-    assert chunk[0].x.shape[1] == 2 and chunk[0].velocity.shape[1] == 1 and full.x.shape[1] == STEPS
+    full = sampled((actor, lora, base)).trajectory
+    np.testing.assert_array_equal(chunk.trajectory.x[2:, 0], full.x[2:, 0])     # these rows draw noise at step 0, as in the whole schedule
+    assert chunk.trajectory.x.shape[1] == 2 and chunk.trajectory.velocity.shape[1] == 1 and full.x.shape[1] == STEPS
 
 
 def test_rows_outside_their_window_take_euler_steps():
     actor, lora, base = model()
-    late = sampled((actor, lora, base), window=whole(jnp.asarray([1, 1, 0, 0]), 1))[0]
+    late = sampled((actor, lora, base), window=whole(jnp.asarray([1, 1, 0, 0]), 1)).trajectory
     start = rng.step_noise(NOISE, -1, asked().latent_shape)
     v = actor.velocity(lora, base, start, SCHEDULE.timestep[0], asked(), NEGATIVE)
     euler = start + v * (SCHEDULE.sigma[1] - SCHEDULE.sigma[0])
     np.testing.assert_allclose(late.x[:2, 0], euler[:2], atol=1e-5)
-    still = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=False))[0].latents
-    noisy = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=True))[0].latents
+    still = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=False)).trajectory.latents
+    noisy = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=True)).trajectory.latents
     s = float(SCHEDULE.transition.std[-1])
     spread = np.asarray(noisy - still)[asked().frame_mask]
     assert 0.9 * s < spread.std() < 1.1 * s
@@ -216,7 +221,7 @@ def test_awm_is_on_policy_at_its_first_update_also_with_the_old_adapter_run_agai
 def test_objectives_on_latents_store_no_trajectory_and_descend(wanted):
     actor, lora, base = model(guidance=1.0)
     chunk = generated((actor, lora, base))
-    assert chunk[0].x is None and chunk[0].velocity is None
+    assert chunk.trajectory.x is None and chunk.trajectory.velocity is None
     batch = chunked([chunk], ADVANTAGE)
     fixed = objective(actor, **{**wanted, "kl": 0.0})
     gradient, rows = gradients(fixed, lora, base, batch, old=lora)
@@ -254,7 +259,8 @@ def test_reward_gradient_runs_the_last_steps_again_and_climbs(last):
     middle = rollout.generate(*given, SCHEDULE.part(0, STEPS - last), NOISE)
     latents = rollout.denoise(*given, SCHEDULE.part(STEPS - last, STEPS), middle)
     np.testing.assert_allclose(latents, rollout.generate(*given, SCHEDULE, NOISE), atol=1e-5)
-    chunk = (rollout.Trajectory(latents=latents, x=middle[:, None]), asked(), FIRST, AGAIN, people)
+    trajectory = rollout.Trajectory(latents=latents, x=middle[:, None])
+    chunk = update.Rollout(trajectory=trajectory, conditioning=asked(), start=FIRST, noise=AGAIN, people=people)
     fixed = dataclasses.replace(objective(actor, objective="reward_gradient", kl_units="velocity", kl=0.0, gradient_steps=last), score=pull)
 
     @jax.jit
@@ -273,9 +279,8 @@ def test_reward_gradient_runs_the_last_steps_again_and_climbs(last):
 def test_a_pair_is_noised_alike():
     """With one latent twice, the pair's errors change alike and the loss is log 2 whatever the adapter is."""
     actor, lora, base = model(guidance=1.0)
-    trajectory, given, start, _, _ = generated((actor, lora, base))
-    twice = jax.tree.map(lambda leaf: leaf[jnp.asarray([0, 0, 2, 2])], (trajectory, given, start))
-    batch = chunked([(*twice, AGAIN[jnp.asarray([0, 0, 2, 2])], None)], ADVANTAGE)
+    twice = jax.tree.map(lambda leaf: leaf[jnp.asarray([0, 0, 2, 2])], generated((actor, lora, base)))
+    batch = chunked([twice], ADVANTAGE)
     _, rows = gradients(objective(actor, objective="dpo", kl_units="velocity", best=1, worst=1), lora, base, batch)
     np.testing.assert_allclose(rows["policy_loss"], np.full((1, 2, ROWS), np.log(2)), rtol=1e-3)
 
@@ -283,26 +288,58 @@ def test_a_pair_is_noised_alike():
 def test_rows_are_taken_through_all_chunks_and_stay_on_policy():
     actor, lora, base = model()
     halves = [sampled((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]
-    batch = chunked(halves, ADVANTAGE, picks=jnp.asarray([3, 1]))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = update.select_rows(chunked(halves, ADVANTAGE), jnp.asarray([3, 1]), mesh)
     np.testing.assert_array_equal(batch.advantage, [[ADVANTAGE[3], ADVANTAGE[1]]])
-    np.testing.assert_array_equal(batch.trajectory.x[0, 0], halves[1][0].x[1])
+    np.testing.assert_array_equal(batch.trajectory.x[0, 0], halves[1].trajectory.x[1])
     np.testing.assert_array_equal(batch.conditioning.text[0, 1], asked().text[1])
     _, rows = gradients(objective(actor), lora, base, batch)
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, 2)))
-    first, second = (update.share(chunked(halves, ADVANTAGE), number, 2) for number in (0, 1))
-    np.testing.assert_array_equal(first.advantage, ADVANTAGE[None, :2])
-    np.testing.assert_array_equal(second.start, FIRST[None, 2:])
+
+
+def test_an_objective_is_one_entry_and_one_function(monkeypatch):
+    """The configuration, the sampler and the update find all they need in the table."""
+
+    def plain_rows(level, settings):
+        return {"policy_loss": level.advantage * flow.row_mean((level.v - level.target) ** 2, level.mask), "mine": level.sigma}
+
+    monkeypatch.setitem(grpo.OBJECTIVES, "plain", grpo.Objective("latents", "plain_rows"))
+    monkeypatch.setattr(grpo, "plain_rows", plain_rows, raising=False)
+    actor, lora, base = model(guidance=1.0)
+    fixed = objective(actor, objective="plain", kl=0.0)
+    gradient, rows = gradients(fixed, lora, base, chunked([generated((actor, lora, base))], ADVANTAGE))
+    assert np.any(vector(gradient)) and rows["mine"].shape == (1, 2, ROWS)
+    with pytest.raises(UserError, match=r"grpo\.kl_units std needs the std of replayed steps, and plain replays none"):
+        GrpoConfig(objective="plain")
+    with pytest.raises(ValueError, match="unknown needs \\['luck'\\]"):
+        grpo.Objective("latents", "plain_rows", frozenset({"luck"}))
+
+
+def test_updates_take_turns_on_shares_that_stay_where_they_are():
+    """Two updates on halves of one rollout equal an update on each half alone."""
+    actor, lora, base = model()
+    halves = [sampled((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]
+    whole, networks = chunked(halves, ADVANTAGE), update.Networks(base=base, negative=NEGATIVE)
+    for turn in (0, 1, 2):
+        fixed = objective(actor, updates=2)
+        state, scalars = update.update(fixed, start(fixed.optimizer, lora), networks, whole, SCHEDULE, jnp.int32(turn))
+        half = jax.tree.map(lambda leaf: leaf[turn % 2 : turn % 2 + 1], whole)
+        alone = objective(actor)
+        wanted, same = update.update(alone, start(alone.optimizer, lora), networks, half, SCHEDULE, jnp.int32(turn))
+        np.testing.assert_allclose(vector(state.params), vector(wanted.params), rtol=1e-5, atol=1e-7)
+        assert scalars["kl"] == pytest.approx(float(same["kl"]), rel=1e-5)
+        assert np.abs(vector(state.params) - vector(lora)).max() > 1e-4
 
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     parts = model()
-    together = sampled(parts)[0]
+    together = sampled(parts).trajectory
     given = jax.tree.map(lambda leaf: leaf[:1], asked())
-    alone = sampled(parts, slice(0, 1), given)[0]
+    alone = sampled(parts, slice(0, 1), given).trajectory
     np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
     real = FRAMES + 1
     bare = dataclasses.replace(given, control=given.control[:, :real], frame_mask=given.frame_mask[:, :real])
-    unpadded = sampled(parts, slice(0, 1), bare)[0]
+    unpadded = sampled(parts, slice(0, 1), bare).trajectory
     np.testing.assert_allclose(alone.x[:, :, :real], unpadded.x, atol=1e-4)
     np.testing.assert_allclose(alone.log_prob, unpadded.log_prob, rtol=1e-5)
 
@@ -348,7 +385,7 @@ def test_a_run_compiles_rollout_and_update_once():
     for step in range(3):
         batch = chunked([sampled((actor, state.params, base))], ADVANTAGE)
         state, _ = update.update(fixed, state, networks, batch, SCHEDULE, jnp.int32(step))
-        sizes.append((rollout.sample._cache_size(), update.gather._cache_size(), update.update._cache_size()))
+        sizes.append((rollout.sample._cache_size(), update._room._cache_size(), update.update._cache_size()))
     assert sizes[1] == sizes[2] == sizes[0]
 
 
@@ -385,7 +422,7 @@ def test_generate_is_sampling_without_noise():
     actor, lora, base = model()
     quiet = rollout.Schedule.make(STEPS, 3.0)
     quiet = quiet.replace(transition=flow.identity_sde(quiet.sigma[:-1], quiet.sigma[1:], quiet.sigma[1], 0.0))
-    still = sampled((actor, lora, base), schedule=quiet)[0].latents
+    still = sampled((actor, lora, base), schedule=quiet).trajectory.latents
     got = rollout.generate(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE)
     np.testing.assert_allclose(got, still, atol=1e-5)
 
@@ -409,7 +446,7 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
 def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
     """The arithmetic of a rollout is that of its steps and one prefill; a velocity by itself has a prefill of its own, to the same bits."""
     actor, lora, base = model(guidance=3.0)
-    latents = sampled((actor, lora, base))[0].latents
+    latents = sampled((actor, lora, base)).trajectory.latents
 
     def rollout_of(steps):
         schedule = rollout.Schedule.make(steps, 3.0)
@@ -430,7 +467,7 @@ def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
 def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
     """Else every update would cost the products of a training of all weights: forward, backward, and their gradients."""
     actor, lora, base = model()
-    latents = sampled((actor, lora, base))[0].latents
+    latents = sampled((actor, lora, base)).trajectory.latents
 
     def total(lora):
         return jnp.sum(actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE))

@@ -75,6 +75,20 @@ def test_chunks_give_the_whole_video():
     assert error(program(graph, "decode", 2)(state, whole), program(graph, "decode")(state, whole)) < 1e-5
 
 
+def test_a_gradient_through_a_long_decode_takes_little_more_memory_than_the_decode():
+    """Twenty chunks: the activations of all of them would be many times those of one."""
+    graph, state = tiny_vae()
+    latents = jax.ShapeDtypeStruct((1, 21, 8, 8, 16), jnp.float32)
+
+    def decode(latents):
+        return nnx.merge(graph, state).decode(latents, 1)
+
+    def memory(function):
+        return jax.jit(function).lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
+
+    assert memory(jax.grad(lambda latents: jnp.sum(decode(latents) ** 2))) < 10 * memory(decode)
+
+
 def test_no_frame_sees_the_future():
     graph, state = tiny_vae()
     video = np.random.default_rng(2).uniform(-1, 1, (1, 21, 16, 24, 3)).astype(np.float32)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from jax_idgrpo.flow import FRAMES_PER_LATENT
+
 PIXELS_PER_LATENT = 8
-FRAMES_PER_LATENT = 4
 LARGEST_ACTIVATION = 2**28  # bytes of one activation of a video at full size; what is larger runs in chunks
 ATTENTION_LOGITS = 2**25  # how many float32 attention logits of a video may exist at once: 128 MiB
 
@@ -391,21 +392,24 @@ class WanVAE(nnx.Module):
 
 
 def _in_chunks(network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None) -> Float[Array, "B m H W D"]:
-    """network(x) in chunks of `size` frames: frame 0 with what does not fill a chunk, then a scan over full chunks."""
+    """network(x) in chunks of `size` frames: frame 0 with what does not fill a chunk, then a scan over full chunks.
+
+    A backward pass keeps what a chunk remembers of the one before, and computes the activations of each chunk again.
+    """
     if size is None:
         return network(x, Memory())
     head = 1 + (x.shape[1] - 1) % size
-    memory = Memory()
-    start = network(x[:, :head], memory)
-    if head == x.shape[1]:
-        return start
-    chunks = x[:, head:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
+    @jax.checkpoint
     def step(remembered, frames):
         memory = Memory(remembered)
         y = network(frames, memory)
         return memory.kept, y
 
-    _, rest = jax.lax.scan(step, memory.kept, chunks)
+    remembered, start = step(None, x[:, :head])
+    if head == x.shape[1]:
+        return start
+    chunks = x[:, head:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+    _, rest = jax.lax.scan(step, remembered, chunks)
     rest = rest.swapaxes(0, 1)
     return jnp.concatenate([start, rest.reshape(x.shape[0], -1, *rest.shape[3:])], axis=1)

@@ -73,20 +73,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Parts into which the rows of a batch are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
     """Refuse a batch that the mesh cannot split evenly.
 
     Raises:
       UserError: `rows` is no multiple of the number of batch shards.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(f"{what}: {rows} rows do not divide over the {shards} batch shards of the mesh; use a multiple of {shards}")
 
 
 def rows_for(mesh: Mesh | None, rows: int) -> int:
     """`rows`, or the next number that the batch shards divide."""
-    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = 1 if mesh is None else batch_shards(mesh)
     return -(-rows // shards) * shards
 
 
@@ -142,6 +147,13 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 def shard_params(mesh: Mesh, state: Any) -> Any:
     """Put the arrays of `state` on the mesh, sharded as `TABLE` says (collective)."""
     return device_put_global(state, state_shardings(mesh, state))
+
+
+def shapes(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree of arrays or shapes, with shardings: one for all leaves, or a tree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=where), tree, shardings)
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,7 +31,8 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning.cost_model import flops, traffic
 from jax_idgrpo.planning.hardware import ABSENT_GPU, CHIPS, GPUS, Chip, devices
-from jax_idgrpo.planning.programs import Networks, Program, networks, programs
+from jax_idgrpo.planning.programs import Program, networks, programs
+from jax_idgrpo.sampling.pipeline import Architecture
 from jax_idgrpo.workdir import write_text
 
 SPARE = 0.1     # of a chip's memory that a program should leave
@@ -91,7 +92,7 @@ def measure(program: Program, mesh: Mesh, chip: Chip | None, options: dict[str, 
     )
 
 
-def meshes(count: int, parts: Networks, share: int) -> Iterator[tuple[MeshConfig, int]]:
+def meshes(count: int, parts: Architecture, share: int) -> Iterator[tuple[MeshConfig, int]]:
     """Meshes of `count` devices with rows per call that fit a `share` of rows and the network, the simplest first.
 
     Simple is: few devices on one row, whole heads, and few rows at a time.

@@ -10,19 +10,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from checkpoints_convert import checkpoint
-from jax_idgrpo import rng
+from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
-from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT, VAEConfig, WanVAE
+from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.sharding import shapes
 from jax_idgrpo.rewards.factory import make_planned_reward
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
+from jax_idgrpo.sampling.pipeline import Architecture, read_architecture
 from jax_idgrpo.training import update
 from jax_idgrpo.training.state import make_optimizer, start
 
@@ -41,31 +42,22 @@ LATENT_CHANNELS = 16
 # ---- the networks --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Networks:
-    """Configurations of the video model's parts."""
-
-    transformer: WanConfig
-    vae: VAEConfig
-    text_encoder: UMT5Config
-
-
-def networks(config: Config, sizes: str | None) -> Networks:
+def networks(config: Config, sizes: str | None) -> Architecture:
     """The networks of the checkpoint that the configuration names, or, where it is not on this machine, of published `sizes`.
 
     Raises:
       UserError: there is no checkpoint and no sizes, or the sizes are unknown.
     """
     folder, model = config.model.folder(), config.model
-    run = {"rank": model.rank, "alpha": model.alpha, "remat": model.remat, "unroll": model.unroll}
+    run: dict[str, Any] = {"rank": model.rank, "alpha": model.alpha, "remat": model.remat, "unroll": model.unroll}
     if sizes is not None:
         if sizes not in SIZES:
             raise UserError(f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a checkpoint in model.path")
-        return Networks(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
+        return Architecture(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
     if not folder.is_dir():
         raise UserError(f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for published sizes without it")
-    transformer, vae, text_encoder = (checkpoint.open_part(folder, part).config for part in ("transformer", "vae", "text_encoder"))
-    return Networks(dataclasses.replace(transformer, **run), vae, text_encoder)
+    found = read_architecture(folder)
+    return dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **run))
 
 
 # ---- the programs --------------------------------------------------------------------------------------------------------
@@ -88,8 +80,7 @@ class Program:
 
 def _on(sharding: Any, tree: Any) -> Any:
     """The shapes of a tree with a sharding, one for all leaves or one each."""
-    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, jax.sharding.Sharding) else sharding
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s), tree, shardings)
+    return shapes(tree, sharding)
 
 
 def _bytes(*trees: Any) -> float:
@@ -99,7 +90,7 @@ def _bytes(*trees: Any) -> float:
 
 def _conditioning(config: Config, rows: int, text_width: int) -> Conditioning:
     video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
-    frames = (video.frames - 1) // FRAMES_PER_LATENT + 1 + (people if vace else 0)
+    frames = flow.latent_frames(video.frames) + (people if vace else 0)
 
     def latents(frames: int, channels: int) -> jax.ShapeDtypeStruct:
         shape = (rows, frames, video.height // PIXELS_PER_LATENT, video.width // PIXELS_PER_LATENT, channels)
@@ -124,7 +115,7 @@ def _trajectory(asked: Conditioning, steps: int) -> rollout.Trajectory:
     return rollout.Trajectory(latents=latents(), x=latents(steps + 1), velocity=latents(steps), log_prob=log_prob)
 
 
-def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
+def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Program]:
     """The programs of a training step and of the evaluation, in the order in which they run.
 
     Raises:
@@ -196,21 +187,25 @@ def programs(config: Config, parts: Networks, mesh: Mesh) -> Iterator[Program]:
     beside = resident - _bytes(scorer) + stored
     yield Program("reward", jax.jit(reward.apply), (scorer, video, encoded), {}, beside, chunks)
 
-    number = config.trained_rows // config.grpo.updates // count
-    values = jax.ShapeDtypeStruct((number, count), jnp.float32)
+    def batch_of(number: int) -> update.Rollout:
+        values = jax.ShapeDtypeStruct((number, count), jnp.float32, sharding=stacked)
 
-    def stack(tree: Any) -> Any:
-        return _on(stacked, jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype), tree))
+        def stack(tree: Any) -> Any:
+            return _on(stacked, jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype), tree))
 
-    batch = update.Rollout(
-        trajectory=stack(trajectory), conditioning=stack(asked), start=stack(first), advantage=_on(stacked, values),
-        weight=_on(stacked, values), noise=stack(starts),
-    )
-    objective = update.Objective(policy=actor, grpo=config.grpo, optimizer=optimizer, ema_decay=config.optimizer.ema_decay)
+        return update.Rollout(
+            trajectory=stack(trajectory), conditioning=stack(asked), start=stack(first), noise=stack(starts),
+            advantage=values, weight=values,
+        )
+
+    batch = batch_of(config.trained_rows // count)
+    if config.trained_rows < sampling.rows:
+        chosen = jax.ShapeDtypeStruct((config.trained_rows,), jnp.int32, sharding=whole)
+        yield Program("select", update.select_rows, (batch_of(chunks), chosen, mesh), {}, resident, 1)
+    rule = update.UpdateRule(policy=actor, grpo=config.grpo, optimizer=optimizer, ema_decay=config.optimizer.ema_decay)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    trained: tuple[Any, ...] = (objective, state, update.Networks(base=base, negative=negative), batch, course, step)
-    beside = resident - _bytes(state, base) + _bytes(batch) * (config.grpo.updates - 1)
-    yield Program("update", update.update, trained, {}, beside, config.grpo.optimizer_steps)
+    trained: tuple[Any, ...] = (rule, state, update.Networks(base=base, negative=negative), batch, course, step)
+    yield Program("update", update.update, trained, {}, resident - _bytes(state, base), config.grpo.optimizer_steps)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
     count = sharding.rows_for(mesh, config.evaluate.batch)

@@ -17,6 +17,9 @@ from jax_idgrpo.models.wan import WanConfig, WanTransformer
 
 BASE = nnx.Not(LoRAParam)
 
+PROGRESS = "training_progress.json"
+"""File of an exported adapter that holds its training step."""
+
 
 # ---- adapters ------------------------------------------------------------------------------------------------------------
 
@@ -63,11 +66,19 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
     )
 
 
-def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: dict[str, Any] | None = None) -> None:
+def save_lora(
+    path: str | Path, state: nnx.State, config: WanConfig, training: dict[str, Any] | None = None, step: int | None = None
+) -> None:
     """Write LoRA leaves as a PEFT directory with a model card, which `peft` loads onto diffusers' transformer.
 
-    state: of `WanTransformer(config)`, LoRA leaves only. training: the configuration of the run, for the card.
     A folder at `path` is replaced if it is an adapter or empty.
+
+    Args:
+      path: the folder.
+      state: of `WanTransformer(config)`, LoRA leaves only.
+      config: the transformer's, with rank and alpha.
+      training: the configuration of the run, for the card.
+      step: training steps done, which `saved_step` reads back; None for an adapter of no run.
     """
     base = (training or {}).get("model", {}).get("path") or None
     text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
@@ -76,3 +87,11 @@ def save_lora(path: str | Path, state: nnx.State, config: WanConfig, training: d
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
         store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))
         (new / card.FILE).write_text(text, "utf-8")
+        if step is not None:
+            store.write_json(new / PROGRESS, {"step": step})
+
+
+def saved_step(path: str | Path) -> int | None:
+    """Training steps of the adapter that a run wrote at `path`; None where there is no adapter, or it does not say."""
+    file = Path(path) / PROGRESS
+    return store.read_json(file).get("step") if file.is_file() else None

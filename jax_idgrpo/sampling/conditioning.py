@@ -30,6 +30,7 @@ from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
+from jax_idgrpo import flow
 from jax_idgrpo.config import Config, DataConfig
 from jax_idgrpo.data.photos import PhotoCache, on_white
 from jax_idgrpo.data.prompts import Prompt
@@ -163,8 +164,8 @@ def control(
 
 @nnx.jit
 def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[Array, "B T h w C"]:
-    latent_frames, height, width = (video.shape[1] - 1) // 4 + 1, video.shape[2] // 8, video.shape[3] // 8
-    return vae.encode(video, vae.chunk(latent_frames, height, width))
+    _, frames, height, width, _ = video.shape
+    return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8))
 
 
 @nnx.jit
@@ -297,7 +298,7 @@ def encode(
     rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
     references = np.asarray([len(prompt.references) for prompt in prompts], np.int32)
     text = np.stack([padded(text, data.text_length) for text, _ in rows])
-    frames = (video.frames - 1) // 4 + 1
+    frames = flow.latent_frames(video.frames)
     if config.model.kind == "vace":
         if ("grey", video) not in cache:
             blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)

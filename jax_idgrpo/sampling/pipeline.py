@@ -24,9 +24,9 @@ from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
-from jax_idgrpo.models.umt5 import UMT5Encoder
-from jax_idgrpo.models.vae import WanVAE
-from jax_idgrpo.models.wan import WanTransformer
+from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
+from jax_idgrpo.models.vae import VAEConfig, WanVAE
+from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.adapters import BASE, add_adapter, load_lora_state, lora_scale, with_adapter
 
@@ -136,25 +136,76 @@ def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
 
 
 def _load_transformer(found: network.Network, dtype: str, **run: Any) -> WanTransformer:
-    config, dtypes = dataclasses.replace(found.config, **run), Dtypes.named(dtype)
-    where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
-    return _fill(lambda: WanTransformer(config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
+    return _fill(_transformer_shapes(dataclasses.replace(found.config, **run), dtype), found)
 
 
 def _load_vae(found: network.Network, mesh: Mesh | None = None) -> WanVAE:
-    where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
-    return _fill(lambda: WanVAE(found.config, rngs=nnx.Rngs(0)), found, where)
+    return _fill(_vae_shapes(found.config, mesh), found)
 
 
 def _load_text_encoder(found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
-    dtypes = Dtypes.named(dtype)
+    return _fill(_text_encoder_shapes(found.config, dtype, mesh, memory), found)
 
+
+def _transformer_shapes(config: WanConfig, dtype: str) -> WanTransformer:
+    where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
+    return _shapes(lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), where)
+
+
+def _vae_shapes(config: VAEConfig, mesh: Mesh | None = None) -> WanVAE:
+    where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
+    return _shapes(lambda: WanVAE(config, rngs=nnx.Rngs(0)), where)
+
+
+def _text_encoder_shapes(config: UMT5Config, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
     def spread(state: Any) -> Any:
         shardings = sharding.fully_shard(mesh, state)
         return sharding.in_host_memory(shardings) if memory == "host" else shardings
 
-    where = None if mesh is None else spread
-    return _fill(lambda: UMT5Encoder(found.config, dtypes=dtypes, rngs=nnx.Rngs(0)), found, where)
+    return _shapes(lambda: UMT5Encoder(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), None if mesh is None else spread)
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Configurations of a video model's networks."""
+
+    transformer: WanConfig
+    vae: VAEConfig
+    text_encoder: UMT5Config
+
+
+def read_architecture(path: str | Path) -> Architecture:
+    """The architecture of a folder of any layout; no tensor is read.
+
+    Raises:
+      UserError: a network is missing, or its configuration cannot be used.
+    """
+    parts = (checkpoint.open_part(path, part).config for part in ("transformer", "vae", "text_encoder"))
+    return Architecture(*parts)
+
+
+def pipeline_shapes(
+    architecture: Architecture, dtype: str, kind: str, *, mesh: Mesh | None = None, text_memory: str = "device"
+) -> Pipeline:
+    """The pipeline that `load_pipeline` makes of a checkpoint of this architecture, of shapes with shardings in place of arrays.
+
+    Args:
+      architecture: its transformer has the adapter's rank and how it is run.
+      dtype, kind, text_memory: as in `load_pipeline`.
+      mesh: of the planned devices, which need not exist here.
+
+    Returns:
+      The networks; it has no tokenizer, path or schedule of its own.
+    """
+    return Pipeline(
+        transformer=_transformer_shapes(dataclasses.replace(architecture.transformer, mesh=mesh), dtype),
+        vae=_vae_shapes(architecture.vae, mesh),
+        text_encoder=_text_encoder_shapes(architecture.text_encoder, dtype, mesh, text_memory),
+        tokenizer=None,
+        shift=1.0,
+        kind=kind,
+        path=Path(),
+    )
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -193,16 +244,18 @@ def _shift(found: checkpoint.Checkpoint) -> float:
     return float(shift)
 
 
-def _fill(build: Callable[[], Network], found: network.Network, where: Callable[[Any], Any] | None = None) -> Network:
-    """The network that `build` describes with the tensors of `found`; no other copy of its parameters is made.
+def _shapes(build: Callable[[], Network], where: Callable[[Any], Any] | None = None) -> Network:
+    """The network that `build` makes, of shapes. where: shapes -> their shardings; None is the default device."""
+    made = nnx.eval_shape(build)
+    if where is None:
+        return made
+    graph, abstract = nnx.split(made)
+    return nnx.merge(graph, sharding.shapes(abstract, where(abstract)))
 
-    where: shapes -> their shardings; a host reads only the slices that its devices hold. None is the default device.
-    """
-    graph, abstract = nnx.split(nnx.eval_shape(build))
-    if where is not None:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, where(abstract)
-        )
+
+def _fill(shapes: Network, found: network.Network) -> Network:
+    """The network of shapes with the tensors of `found`; a host reads only the slices that its devices hold."""
+    graph, abstract = nnx.split(shapes)
     return nnx.merge(graph, network.fill(found, abstract))
 
 

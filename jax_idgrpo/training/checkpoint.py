@@ -10,17 +10,14 @@ may be damaged that only one process reads. Therefore all processes decide toget
 exist and whether one of them is readable. Functions marked "(collective)" must be called by all.
 """
 
-import contextlib
 import dataclasses
 import errno
 import fnmatch
 import json
 import re
 import shutil
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,9 +54,6 @@ a step, except that another mesh changes rounding."""
 _CHECKSUMS = "checksums"
 _ITEM = "default"  # orbax's folder for the arrays of a step
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as a shell gives it."""
 
 
 def check_resume(
@@ -399,14 +393,3 @@ def resume(
             write_text(listed, json.dumps(list(rows)))
         write_text(path, config.to_json())
     return state if restored is None else restored
-
-
-@contextlib.contextmanager
-def stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM only sets a mark, which the yielded function reads: the loop saves and exits with `TERMINATED`."""
-    requested = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
-    try:
-        yield requested.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,8 +23,9 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import MetricsWriter, progress
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_device, to_host
-from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
+from jax_idgrpo.training.checkpoint import open_checkpoints, resume, save
 from jax_idgrpo.training.lock import exclusive
+from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
 from jax_idgrpo.training.task import Task, make_task
 
@@ -55,7 +56,8 @@ def finetune(config: Config, workdir: Path) -> None:
     """Train `config.finetune.task` for `config.run.steps` steps, continuing what the workdir holds.
 
     Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is of the averaged weights and is
-    also written to `finetune.out`. On SIGTERM it writes a checkpoint and exits with status 143.
+    also written to `finetune.out`. On SIGTERM, SIGHUP or Ctrl-C it writes a checkpoint and exits with status 128 plus the signal's
+    number.
 
     Raises:
       UserError: the workdir or the configuration cannot be used, or the loss is no longer a number.
@@ -95,7 +97,7 @@ def finetune(config: Config, workdir: Path) -> None:
         manager,
         MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
         progress(f"finetune {config.finetune.task}", last, done) as update,
-        stop_on_sigterm() as stopping,
+        stop_on_signals() as stopping,
     ):
         upcoming = batch(done) if done < last else None
         pending: list[dict[str, jax.Array]] = []
@@ -104,7 +106,7 @@ def finetune(config: Config, workdir: Path) -> None:
             state, scalars = step(state, frozen, upcoming)
             pending.append(scalars)
             done += 1
-            saving, stop = done % config.run.save_every == 0 or done == last, any_process(stopping())
+            saving, stop = done % config.run.save_every == 0 or done == last, any_process(stopping() != 0)
             upcoming = batch(done) if done < last else None  # made while the device works
             jax.block_until_ready(pending[-2:][0])  # one step in flight: batches do not pile up on the device
 
@@ -116,7 +118,7 @@ def finetune(config: Config, workdir: Path) -> None:
                 if not math.isfinite(means["loss"]):
                     raise UserError(
                         f"finetune {config.finetune.task}: the loss is {means['loss']} by step {done}; "
-                        f"lower optimizer.learning_rate, and continue or start again in another --workdir"
+                        "start again in another --workdir with a lower --optimizer.learning_rate"
                     )
                 seconds = time.monotonic() - began
                 speed = len(rows) * config.finetune.batch / seconds
@@ -135,7 +137,7 @@ def finetune(config: Config, workdir: Path) -> None:
             if closing:
                 pending, began = [], time.monotonic()
             if stop and done < last:
-                raise SystemExit(TERMINATED)
+                raise SystemExit(stopping() or TERMINATED)     # of another process's signal nothing more is known
 
     # ---- store -----------------------------------------------------------------------------------------------------------
     network = averaged(state)

@@ -68,12 +68,13 @@ def choose(
         if name != "reward":
             advantage = advantage + factor * advantages(terms[name])
     advantage = np.where(weight, advantage, 0).astype(np.float32)
-    if config.drop_constant or config.objective == "dpo":
+    pairs = "pairs" in config.needs
+    if config.drop_constant or pairs:
         weight &= np.any(advantage != 0, axis=1, keepdims=True)
     if config.best + config.worst == 0:
         return advantage, weight.astype(np.float32), None
     members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
-    if config.objective == "dpo":
+    if pairs:
         weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
     rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
     return advantage, weight.astype(np.float32), rows.ravel()
@@ -94,3 +95,8 @@ def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> N
 def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
     """How many of the last rows of metrics are of steps in which no update could be used."""
     return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
+
+
+def constant_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
+    """How many of the last rows of metrics are of steps in which the rewards of every group were equal."""
+    return sum(1 for _ in itertools.takewhile(lambda row: row.get("zero_std_groups") == 1, reversed(rows)))

@@ -1,16 +1,116 @@
-"""Parts of a training run: the pipeline, the rollout of an objective, and its cost."""
+"""Parts of a training run: what is trained and what it is trained with, the rollout of an objective, and its cost."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.base import Reward, differentiable
+from jax_idgrpo.rewards.factory import make_planned_reward, make_reward
 from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
+from jax_idgrpo.sampling.pipeline import Architecture, Pipeline, load_pipeline, pipeline_shapes, read_architecture
+from jax_idgrpo.training.selection import check_mixture
+from jax_idgrpo.training.state import make_optimizer, start
+from jax_idgrpo.training.update import UpdateRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run trains, on what, and by what rule; arrays, or shapes with shardings where a run is planned.
+
+    mesh: where everything lies. pipe: the networks of the video model. policy: structure of the transformer, without arrays.
+    state: `TrainState` before the first step; None once training has taken it over. base: the frozen weights.
+    negative: [L,D] the encoded negative prompt. vae: graph and state. reward: what scores videos. schedule: of the rollout.
+    rule: of the update. passes: transformer passes of a step, to log.
+    """
+
+    config: Config
+    mesh: Mesh
+    pipe: Pipeline
+    policy: policy.Policy
+    state: Any
+    base: nnx.State
+    negative: Any
+    vae: tuple[nnx.GraphDef, nnx.State]
+    reward: Reward
+    schedule: rollout.Schedule
+    rule: UpdateRule
+    passes: Mapping[str, float]
+
+
+def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Architecture | None = None) -> Run:
+    """Read or describe everything that a run needs before its first step.
+
+    Args:
+      config: the run.
+      mesh: its devices; with `abstract` they need not exist here.
+      abstract: make shapes with shardings in place of arrays; of the checkpoint its configuration alone is read.
+      architecture: with `abstract`, the networks to describe in place of the checkpoint's.
+
+    Raises:
+      UserError: the checkpoint, the adapter or the reward cannot be used.
+    """
+    sampling, model, whole = config.rollout, config.model, sharding.replicated(mesh)
+    place: Callable[[Any, Any], Any] = sharding.shapes if abstract else sharding.device_put_global
+    if abstract:
+        found = architecture or read_architecture(model.folder())
+        running: dict[str, Any] = dict(rank=model.rank, alpha=model.alpha, remat=model.remat, unroll=model.unroll)
+        found = dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **running))
+        pipe = pipeline_shapes(found, model.dtype, model.kind, mesh=mesh, text_memory=model.text_memory)
+        negative = jax.ShapeDtypeStruct((config.data.text_length, found.text_encoder.d_model), jnp.float32)
+    else:
+        pipe = load(config, mesh)
+        negative = conditioning.encode_negative(pipe, config.data)
+    actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
+    optimizer = make_optimizer(config.optimizer, config.run.steps * config.grpo.optimizer_steps)
+    first = functools.partial(start, optimizer)
+    state = jax.eval_shape(first, lora) if abstract else first(lora)
+    reward = _reward(config, mesh, abstract)
+    through = config.grpo.through_reward
+    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
+    return Run(
+        config=config,
+        mesh=mesh,
+        pipe=pipe,
+        policy=actor,
+        state=place(state, sharding.state_shardings(mesh, state)),
+        base=place(base, sharding.state_shardings(mesh, base)),
+        negative=place(negative, whole),
+        vae=nnx.split(pipe.vae),
+        reward=reward,
+        schedule=place(schedule, whole),
+        rule=UpdateRule(
+            policy=actor if config.grpo.replays or through else actor.unguided(),
+            grpo=config.grpo,
+            optimizer=optimizer,
+            ema_decay=config.optimizer.ema_decay,
+            score=functools.partial(score_latents, differentiable(reward).apply, config.data.max_people) if through else None,
+        ),
+        passes=forward_passes(config, actor.branches),
+    )
+
+
+def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward:
+    """The reward, on the mesh or with shapes as its state."""
+    if not abstract:
+        reward = make_reward(config, mesh)
+        check_mixture(config.reward.mixture, reward.term_names)
+        return reward
+    for name in ("backend", "custom", "vlm"):
+        if chosen := getattr(config.reward, name):
+            raise UserError(f"plan: reward.{name} {chosen} is not planned, only the face reward is; leave it out")
+    planned = make_planned_reward(config.reward)
+    planned.state = sharding.shapes(planned.state, sharding.replicated(mesh))
+    return planned
 
 
 def score_latents(
@@ -43,7 +143,7 @@ def sample(
     """What the objective trains on, of one chunk: trained steps, or where reward gradients begin, or final latents alone."""
     if config.grpo.replays:
         return rollout.sample(*given, schedule, start_keys, noise_keys, window)
-    if config.grpo.objective == "reward_gradient":
+    if config.grpo.through_reward:
         before = config.rollout.steps - config.grpo.gradient_steps
         x = rollout.generate(*given, schedule.part(0, before), start_keys)
         latents = rollout.denoise(*given, schedule.part(before, config.rollout.steps), x)
@@ -58,13 +158,13 @@ def forward_passes(config: Config, branches: int) -> dict[str, float]:
     policy among them. backward: those of them that a gradient runs back through.
     """
     sampling, wanted = config.rollout, config.grpo
-    if wanted.objective == "reward_gradient":
+    if wanted.through_reward:
         levels, trained = wanted.gradient_steps, branches
     elif wanted.replays:
         levels, trained = sampling.trained_steps, branches
     else:
         levels, trained = wanted.times, 1
-    base = wanted.kl > 0 or wanted.objective == "dpo"
+    base = wanted.kl > 0 or "base" in wanted.needs
     old = not (wanted.replays or wanted.on_policy)
     backward = config.trained_rows * wanted.epochs * levels * trained
     return {

@@ -2,13 +2,13 @@
 
 Step k's prompts, noise and window are functions of (seed, k), so a run that was stopped anywhere goes on to the same adapter as
 one that was not. Everything between prompt and updated weights stays on the device: the programs of a step run under a guard
-that refuses transfers.
+that refuses transfers. After a step nothing of it stays there.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,332 @@ from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
 from jax_idgrpo.rewards.base import References, check_references, differentiable
-from jax_idgrpo.rewards.factory import make_reward, policy_devices
+from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
-from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.adapters import save_lora
-from jax_idgrpo.training.checkpoint import TERMINATED, open_checkpoints, resume, save, stop_on_sigterm
+from jax_idgrpo.sampling import conditioning, rollout
+from jax_idgrpo.training.checkpoint import open_checkpoints, resume
+from jax_idgrpo.training.keeper import Keeper
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.profiling import Profile
-from jax_idgrpo.training.selection import check_mixture, choose, failed_in_a_row, group_statistics, mean_of_numbers, members
-from jax_idgrpo.training.setup import forward_passes, load, sample, score_latents
-from jax_idgrpo.training.state import TrainState, make_optimizer, start
-from jax_idgrpo.training.update import Networks, Objective, gather, share, update
+from jax_idgrpo.training.selection import (
+    choose,
+    constant_in_a_row,
+    failed_in_a_row,
+    group_statistics,
+    mean_of_numbers,
+    members,
+)
+from jax_idgrpo.training.setup import Run, build, sample
+from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
+from jax_idgrpo.training.state import TrainState
+from jax_idgrpo.training.update import Networks, Rollout, select_rows, store, update
 
 SHOWN = 4  # videos kept of a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
 """Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
+CONSTANT = 10  # training steps in a row with nothing but constant groups, after which a warning is due
+
+LeaveIfAsked = Callable[[Callable[[], TrainState]], None]
+"""Called at moments at which a run may stop, with what returns the state of the last finished step."""
+
+
+@exclusive
+def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
+    """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
+
+    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is a PEFT adapter of the averaged
+    weights, written with every checkpoint. SIGTERM, SIGHUP and Ctrl-C are looked at between the chunks of a rollout and between
+    updates: the last finished step is then saved, and the process exits with status 128 plus the signal's number.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      profile: a folder for a profile of the second and third step.
+
+    Raises:
+      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used, the updates are not finite, or
+        another process trains in the workdir.
+    """
+    last = config.run.steps
+
+    # ---- what is trained, on what, by what -------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh, policy_devices(config))
+    sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    listed = row_digests(prompts)
+    assert_same_across_hosts(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
+    run = build(config, mesh)
+    conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
+    conditioning.warn_of_padding(prompts, config.data.max_people)
+    check_references(run.reward, prompts)
+    run, fresh = dataclasses.replace(run, state=None), run.state        # the first update takes the arrays of the state over
+    cache = conditioning.Cache()
+
+    # ---- where it stands -------------------------------------------------------------------------------------------------
+    manager = open_checkpoints(workdir, config.run.keep)
+    state = resume(workdir, config, manager, fresh, listed)
+    done = int(state.step)
+    keeper = Keeper(manager, workdir / "export", config, run.pipe.transformer.config)
+    keeper.begin(state)
+    traced = Profile(profile, done, last)
+    before = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done]
+    failed, constant = failed_in_a_row(before), constant_in_a_row(before)
+    watch = begin_watch(run, fresh.ema, workdir / "watch") if config.run.watch_every else None
+    del fresh
+
+    # ---- train -----------------------------------------------------------------------------------------------------------
+    with (
+        manager,
+        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        progress("train", last, done) as show,
+        stop_on_signals() as stopping,
+    ):
+
+        def leave_if_asked(finished: Callable[[], TrainState]) -> None:
+            if any_process(stopping() != 0):
+                keeper.keep(finished(), done)
+                raise SystemExit(stopping() or TERMINATED)      # no more is known of a signal to another process
+
+        while done < last:
+            leave_if_asked(lambda: state)
+            traced.begin(done)
+            clock = [time.monotonic()]
+            batch = prepare(run, prompts, done, cache)
+            clock.append(time.monotonic())
+
+            shown = SHOWN if config.run.sample_every and ((done + 1) % config.run.sample_every == 0 or done == 0) else 0
+            sampled, terms, videos = roll_out(run, state, batch, shown, leave_if_asked)
+            clock.append(time.monotonic())
+            values = collect_all(terms)
+            rewards = values.pop("reward")
+            clock.append(time.monotonic())
+
+            grouped = {name: value.reshape(-1, config.rollout.group) for name, value in values.items()}
+            advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, config.rollout.group), grouped, config.reward.mixture)
+            sampled = trained_part(run, sampled, advantage, weight, picks)
+            state, scalars = train_on(run, state, sampled, done, leave_if_asked)
+            chosen = batch.prompts
+            del sampled, terms, batch
+            clock.append(time.monotonic())
+
+            seconds = np.diff(clock)
+            row = group_statistics(rewards, config.rollout.group) | {name: mean_of_numbers(value) for name, value in values.items()}
+            row |= scalars | {"advantage_std": float(advantage.std())} | dict(run.passes)
+            row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * config.rollout.rows / float(seconds.sum())}
+            if watch is not None and (done + 1) % config.run.watch_every == 0:
+                row |= watch(state.ema, done + 1)
+            writer.write(done, row)
+            traced.end(done, row, PHASES)
+            done += 1
+            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
+            if videos and jax.process_index() == 0:
+                write_samples(workdir / "samples" / f"{done:06d}", np.concatenate(videos), chosen, config)
+            del videos
+
+            failed = failed + 1 if row["skipped"] == 1 else 0
+            constant = constant + 1 if row["zero_std_groups"] == 1 else 0
+            warn_if_constant(constant, done)
+            keeper.judge(row, nothing_to_train=bool(np.isfinite(rewards).all() and not weight.any()))
+            if failed == config.run.give_up_after:
+                raise UserError(
+                    f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; {keeper.advice(failed, done)}"
+                )
+            keeper.keep_if_due(state, done)
+        if keeper.doubtful:
+            raise UserError(f"train: step {done}, the last, had no finite gradient, so that it is not saved; {keeper.advice(failed, done)}")
+
+
+def begin_watch(run: Run, start: nnx.State, folder: Path) -> Callable[[nnx.State, int], dict[str, float]]:
+    """Score held-out prompts before training, unless an earlier part of the run did.
+
+    Args:
+      run: the run.
+      start: the adapter that it starts from.
+      folder: gets the scores.
+
+    Returns:
+      What scores an adapter after some steps: values to log.
+    """
+    config, base = run.config, run.base
+    guidance = config.evaluate.guidance or config.rollout.guidance
+    watched = dataclasses.replace(run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
+    watch = Watch.make(config, run.pipe, folder)
+    watch.begin(Model(watched, start, base))
+    return lambda ema, step: watch(Model(watched, ema, base), step)
+
+
+# ---- prepare -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one training step samples, B rows: P prompts with G videos each, those of a prompt one after another.
+
+    of_row: [B] which of the prompts a row belongs to. conditioning: [P,...] of the prompts, on the host. people: of each row, what the
+    reward compares its video with. starts, noise, again: [B] keys of the start noise, of the noise
+    along the way, and of the noise that objectives on final latents add again. window: of each row.
+    """
+
+    prompts: Sequence[Prompt]
+    of_row: Int[np.ndarray, "B"]
+    conditioning: conditioning.Conditioning
+    people: Any
+    starts: Key[Array, "B"]
+    noise: Key[Array, "B"]
+    again: Key[Array, "B"]
+    window: rollout.Window
+
+
+def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.Cache) -> Batch:
+    """Choose the prompts, the noise and the window of training step `step`, and encode what is not in the cache.
+
+    Args:
+      run: the run.
+      prompts: all of the run.
+      step: training steps done.
+      cache: encoded prompts, kept for the whole run.
+    """
+    config, sampling, seed = run.config, run.config.rollout, run.config.run.seed
+    chosen = [prompts[index] for index in prompt_batch(prompts, seed, step, sampling.prompts)]
+    ids = [prompt.id for prompt in chosen]
+    of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
+    asked = conditioning.encode(run.pipe, chosen, config, cache)
+    photos = References.of_prompts(chosen, config.data.max_people)
+    people = run.reward.encode_references(photos, [prompt.text for prompt in chosen])
+    numbers = members(ids, sampling.group)
+    first = np.repeat(numbers[:, :1], sampling.group, axis=1)
+
+    def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, "B"]:
+        return rng.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
+
+    root = rng.fold(rng.key(seed, "noise"), step)
+    return Batch(
+        prompts=chosen,
+        of_row=of_row,
+        conditioning=asked,
+        people=jax.tree.map(lambda leaf: leaf[of_row], people),
+        starts=row_keys(root, first if sampling.start_noise == "shared" else numbers),
+        noise=row_keys(root, numbers),
+        again=row_keys(rng.key(seed, "forward"), first if "pairs" in config.grpo.needs else numbers),
+        window=rollout.Window(
+            start=rollout.window_starts(sampling, seed, step)[of_row],
+            size=sampling.trained_steps,
+            final_noise=sampling.final_step == "sde",
+        ),
+    )
+
+
+# ---- roll out ------------------------------------------------------------------------------------------------------------
+
+
+def roll_out(
+    run: Run, state: TrainState, batch: Batch, shown: int, leave_if_asked: LeaveIfAsked
+) -> tuple[Rollout, list[Terms | Pending], list[np.ndarray]]:
+    """Sample and score a step's videos, chunk by chunk; one chunk waits on the devices while one is computed.
+
+    Args:
+      run: the run.
+      state: of the last finished step.
+      batch: what to sample.
+      shown: how many videos to keep.
+      leave_if_asked: called between chunks.
+
+    Returns:
+      The rollout, the terms of each chunk's reward, which may still be computed, and the first `shown` videos on the host.
+    """
+    size, whole, rows = run.config.rows_per_call, sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
+    through, sampled, ahead = run.config.grpo.through_reward, None, None
+    terms: list[Terms | Pending] = []
+    videos: list[np.ndarray] = []
+    chunks = len(batch.of_row) // size
+    for number in range(chunks):
+        if number:
+            leave_if_asked(lambda: state)
+        chunk = slice(number * size, (number + 1) * size)
+        leaves = (batch.starts, batch.noise, batch.again, batch.window, batch.people)
+        starts, noise, again, window, people = sharding.device_put_global(jax.tree.map(lambda leaf: leaf[chunk], leaves), rows)
+        condition = sharding.device_put_global(conditioning.select(batch.conditioning, batch.of_row[chunk]), rows)
+        place = sharding.device_put_global(jnp.int32(number), whole)
+        with jax.transfer_guard("disallow"):
+            given = (run.policy, state.params, run.base, condition, run.negative)
+            trajectory = sample(run.config, given, run.schedule, starts, noise, window)
+            frames = condition.video_frames(run.config.data.max_people)
+            video = rollout.decode(run.vae, trajectory.latents, condition.video_start, frames)
+            part = Rollout(
+                trajectory=trajectory, conditioning=condition, start=window.start, noise=again, people=people if through else None
+            )
+            sampled = store(sampled, part, place, chunks)
+            del part
+        terms.append(run.reward.score(video, people))
+        if missing := shown - sum(map(len, videos)):
+            videos.append(to_host(video[:missing]))
+        jax.block_until_ready(ahead)
+        ahead = trajectory.latents
+    jax.block_until_ready(ahead)
+    assert sampled is not None
+    return sampled, terms, videos
+
+
+def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray, "rows"]]:
+    """The terms of all chunks on the host, once they are there; a chunk without some term has NaN in its place."""
+    collected = [collect(term) for term in terms]
+    names = dict.fromkeys(name for term in collected for name in term)
+    return {name: np.concatenate([term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]) for name in names}
+
+
+# ---- update --------------------------------------------------------------------------------------------------------------
+
+
+def trained_part(
+    run: Run,
+    sampled: Rollout,
+    advantage: Float[np.ndarray, "P G"],
+    weight: Float[np.ndarray, "P G"],
+    picks: Int[np.ndarray, "n"] | None,
+) -> Rollout:
+    """Complete a rollout by what its scores decide, and reduce it to the rows `picks`; None keeps all."""
+    shape, rows = sampled.start.shape, sharding.batch_sharding(run.mesh, 1)
+    advantage, weight = sharding.device_put_global((advantage.reshape(shape), weight.reshape(shape)), rows)
+    sampled = sharding.device_put_global(dataclasses.replace(sampled, advantage=advantage, weight=weight), rows)
+    if picks is None:
+        return sampled
+    chosen = sharding.device_put_global(picks, sharding.replicated(run.mesh))
+    return sharding.device_put_global(select_rows(sampled, chosen, run.mesh), rows)
+
+
+def train_on(
+    run: Run, state: TrainState, sampled: Rollout, done: int, leave_if_asked: LeaveIfAsked
+) -> tuple[TrainState, dict[str, float]]:
+    """Take the optimizer steps of a training step; the state is donated.
+
+    Args:
+      run: the run.
+      state: of the last finished step.
+      sampled: what is trained on.
+      done: training steps done.
+      leave_if_asked: called between updates; a copy of `state` waits for it in the memory of the hosts.
+
+    Returns:
+      The state after the step, and the values to log.
+    """
+    wanted, on_mesh = run.config.grpo, sharding.state_shardings(run.mesh, state)
+    networks = Networks(
+        base=run.base,
+        negative=run.negative,
+        old=None if wanted.replays or wanted.on_policy else jax.tree.map(jnp.copy, state.params),
+        scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
+    )
+    finished = None if wanted.on_policy else sharding.device_put_global(state, sharding.in_host_memory(on_mesh))
+    logged: list[dict[str, Array]] = []
+    for number in range(wanted.optimizer_steps):
+        if number:
+            jax.block_until_ready(logged)
+            leave_if_asked(lambda: sharding.device_put_global(finished, on_mesh))
+        step = sharding.device_put_global(jnp.int32(done * wanted.optimizer_steps + number), sharding.replicated(run.mesh))
+        with jax.transfer_guard("disallow"):
+            state, scalars = update(run.rule, state, networks, sampled, run.schedule, step)
+        logged.append(scalars)
+    return dataclasses.replace(state, step=state.step + 1), summary(to_host(logged))
 
 
 def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -57,187 +368,23 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
-@exclusive
-def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
-    """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
+# ---- log -----------------------------------------------------------------------------------------------------------------
 
-    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is a PEFT adapter of the averaged
-    weights, written with every checkpoint. On SIGTERM it writes a checkpoint and exits with status 143. profile: a folder for a profile of
-    the second and third step.
 
-    Raises:
-      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used, or another process trains in the workdir.
-    """
-    sampling, seed, last = config.rollout, config.run.seed, config.run.steps
-
-    # ---- what is trained, on what, by what -------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh, policy_devices(config))
-    sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
-    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
-    listed = row_digests(prompts)
-    assert_same_across_hosts(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
-    pipe = load(config, mesh)
-    conditioning.warn_of_cut(pipe.tokenizer, prompts, config.data.text_length)
-    conditioning.warn_of_padding(prompts, config.data.max_people)
-    actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
-    through = config.grpo.objective == "reward_gradient"
-    base = sharding.shard_params(mesh, base)
-    vae = nnx.split(pipe.vae)
-    reward = make_reward(config, mesh)
-    check_mixture(config.reward.mixture, reward.term_names)
-    scorer = differentiable(reward) if through else None
-    check_references(reward, prompts)
-    objective = Objective(
-        policy=actor if config.grpo.replays or through else actor.unguided(),
-        grpo=config.grpo,
-        optimizer=make_optimizer(config.optimizer, last * config.grpo.optimizer_steps),
-        ema_decay=config.optimizer.ema_decay,
-        score=functools.partial(score_latents, scorer.apply, config.data.max_people) if scorer else None,
-    )
-    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
-    schedule, negative = sharding.device_put_global((schedule, conditioning.encode_negative(pipe, config.data)), sharding.replicated(mesh))
-    cache = conditioning.Cache()
-    passes = forward_passes(config, actor.branches)
-
-    # ---- where it stands -------------------------------------------------------------------------------------------------
-    manager = open_checkpoints(workdir, config.run.keep)
-    fresh = start(objective.optimizer, lora)
-    state = resume(workdir, config, manager, sharding.shard_params(mesh, fresh), listed)
-    done = int(state.step)
-    traced = Profile(profile, done, last)
-    failed = failed_in_a_row([row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done])
-    watch = Watch.make(config, pipe, workdir / "watch") if config.run.watch_every else None
-    if watch is not None:
-        guidance = config.evaluate.guidance or sampling.guidance
-        watched = dataclasses.replace(actor, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
-        watch.begin(Model(watched, sharding.shard_params(mesh, fresh.ema), base))
-
-    def rows(tree: Any, chunk: slice) -> Any:
-        return sharding.device_put_global(jax.tree.map(lambda leaf: leaf[chunk], tree), sharding.batch_sharding(mesh))
-
-    def keep(state: TrainState, done: int) -> None:
-        save(manager, done, state)
-        ema = to_host(state.ema)
-        if jax.process_index() == 0:
-            save_lora(workdir / "export", ema, pipe.transformer.config, dataclasses.asdict(config))
-
-    # ---- train -----------------------------------------------------------------------------------------------------------
-    with (
-        manager,
-        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
-        progress("train", last, done) as show,
-        stop_on_sigterm() as stopping,
-    ):
-        while done < last:
-            traced.begin(done)
-            clock = [time.monotonic()]
-
-            # Prompts and what they ask for: [P], then one row per video.
-            chosen = [prompts[index] for index in prompt_batch(prompts, seed, done, sampling.prompts)]
-            ids = [prompt.id for prompt in chosen]
-            of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
-            asked = conditioning.encode(pipe, chosen, config, cache)
-            photos = References.of_prompts(chosen, config.data.max_people)
-            people = jax.tree.map(lambda leaf: leaf[of_row], reward.encode_references(photos, [prompt.text for prompt in chosen]))
-            clock.append(time.monotonic())
-            numbers = members(ids, sampling.group)
-            first = np.repeat(numbers[:, :1], sampling.group, axis=1)
-
-            def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, "B"]:
-                return rng.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
-
-            root = rng.fold(rng.key(seed, "noise"), done)
-            noise = row_keys(root, numbers)
-            starts = row_keys(root, first if sampling.start_noise == "shared" else numbers)
-            again = row_keys(rng.key(seed, "forward"), first if config.grpo.objective == "dpo" else numbers)
-            window = rollout.Window(
-                start=rollout.window_starts(sampling, seed, done)[of_row],
-                size=sampling.trained_steps,
-                final_noise=sampling.final_step == "sde",
-            )
-
-            # Rollout and reward, chunk by chunk; the device works ahead of the host.
-            chunks: list[tuple[rollout.Trajectory, conditioning.Conditioning, Array, Array, Any]] = []
-            terms: list[Terms | Pending] = []
-            videos: list[Array] = []
-            for begin in range(0, sampling.rows, config.rows_per_call):
-                chunk = slice(begin, begin + config.rows_per_call)
-                start_keys, noise_keys, again_keys, where, encoded = (
-                    rows(tree, chunk) for tree in (starts, noise, again, window, people)
-                )
-                condition = sharding.device_put_global(conditioning.select(asked, of_row[chunk]), sharding.batch_sharding(mesh))
-                with jax.transfer_guard("disallow"):
-                    given = (actor, state.params, base, condition, negative)
-                    trajectory = sample(config, given, schedule, start_keys, noise_keys, where)
-                    frames = condition.video_frames(config.data.max_people)
-                    video = rollout.decode(vae, trajectory.latents, condition.video_start, frames)
-                terms.append(reward.score(video, encoded))
-                chunks.append((trajectory, condition, where.start, again_keys, encoded if through else None))
-                if len(videos) < SHOWN:
-                    videos.append(video[:SHOWN])
-            jax.block_until_ready([trajectory.latents for trajectory, *_ in chunks])
-            clock.append(time.monotonic())
-            collected = [collect(term) for term in terms]
-            names = dict.fromkeys(name for term in collected for name in term)
-            values = {name: np.concatenate([term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]) for name in names}
-            clock.append(time.monotonic())
-
-            # Advantages over whole groups, then one optimizer step per share of the rollout.
-            rewards = values.pop("reward")
-            grouped = {name: value.reshape(-1, sampling.group) for name, value in values.items()}
-            advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, sampling.group), grouped, config.reward.mixture)
-            batch = gather(chunks, advantage.reshape(len(chunks), -1), weight.reshape(len(chunks), -1), picks)
-            batch = sharding.device_put_global(batch, sharding.batch_sharding(mesh, 1))
-            del chunks
-            networks = Networks(
-                base=base,
-                negative=negative,
-                old=None if config.grpo.replays or config.grpo.on_policy else jax.tree.map(jnp.copy, state.params),
-                scorer=(vae, scorer.state) if scorer else None,
-            )
-            logged: list[dict[str, Array]] = []
-            for number in range(config.grpo.optimizer_steps):
-                part = share(batch, number % config.grpo.updates, config.grpo.updates)
-                step = sharding.device_put_global(jnp.int32(done * config.grpo.optimizer_steps + number), sharding.replicated(mesh))
-                with jax.transfer_guard("disallow"):
-                    state, scalars = update(objective, state, networks, part, schedule, step)
-                logged.append(scalars)
-            state = state.replace(step=state.step + 1)
-            scalars = summary(to_host(logged))
-            clock.append(time.monotonic())
-
-            # What happened.
-            seconds = np.diff(clock)
-            row = group_statistics(rewards, sampling.group) | {name: mean_of_numbers(value) for name, value in values.items()}
-            row |= scalars | {"advantage_std": float(advantage.std())} | passes
-            row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * sampling.rows / float(seconds.sum())}
-            if watch is not None and (done + 1) % config.run.watch_every == 0:
-                row |= watch(Model(watched, state.ema, base), done + 1)
-            writer.write(done, row)
-            traced.end(done, row, PHASES)
-            done += 1
-            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
-            failed = failed + 1 if scalars["skipped"] == 1 else 0
-            if failed == config.run.give_up_after:
-                raise UserError(
-                    f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; see rewards_failed and "
-                    f"gradient_norm in {workdir / 'metrics.jsonl'}, and continue from the last checkpoint with a lower learning rate in "
-                    "another --workdir"
-                )
-            if config.run.sample_every and (done % config.run.sample_every == 0 or done == 1):
-                shown = np.concatenate(to_host(videos))
-                if jax.process_index() == 0:
-                    write_samples(workdir / "samples" / f"{done:06d}", shown, chosen, config)
-            stop = any_process(stopping())
-            if done % config.run.save_every == 0 or done == last or stop:
-                keep(state, done)
-            if stop and done < last:
-                raise SystemExit(TERMINATED)
+def warn_if_constant(constant: int, done: int) -> None:
+    """Warn when `constant` steps in a row, up to step `done`, had rewards that were equal within every group; once in a row."""
+    if constant == CONSTANT and jax.process_index() == 0:
+        warnings.warn(
+            f"step {done}: in each of the last {CONSTANT} steps the rewards of every group were all equal, so that nothing is learned; "
+            "look at samples/ and at the reward's terms in metrics.jsonl, and see whether the reward tells videos apart "
+            "(reward.similarity_low, similarity_high and penalties)",
+            stacklevel=2,
+        )
 
 
 def write_samples(folder: Path, videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt], config: Config) -> None:
-    """The first videos of a step as mp4 at the model's frame rate, named by prompt and member."""
+    """Write videos as mp4 at the model's frame rate, named by prompt and member."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, video in enumerate(videos[:SHOWN]):
+    for index, video in enumerate(videos):
         number, member = divmod(index, config.rollout.group)
         write_video(folder / f"{prompts[number].id:04d}-{member}.mp4", video, config.video.fps)

@@ -29,12 +29,12 @@ from jaxtyping import Array, Float
 from PIL import Image
 from tqdm import tqdm
 
-from jax_idgrpo import rng
+from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, require_seed
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
-from jax_idgrpo.models.vae import FRAMES_PER_LATENT, PIXELS_PER_LATENT
+from jax_idgrpo.models.vae import PIXELS_PER_LATENT
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.pipeline import (
@@ -106,7 +106,7 @@ def cell_weight(boxes: Float[Array, "B F M 4"], visible: Float[Array, "B F M"], 
 
     share = overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]  # [B,F,M,h,w]
     share = jnp.max(share * (visible > 0.2)[..., None, None], axis=2)
-    rest = share[:, 1:].reshape(share.shape[0], -1, FRAMES_PER_LATENT, *share.shape[2:]).mean(axis=2)
+    rest = share[:, 1:].reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:]).mean(axis=2)
     return 1 + (face - 1) * jnp.concatenate([share[:, :1], rest], axis=1)
 
 
@@ -193,11 +193,10 @@ def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *
     control = jax.vmap(lambda p: conditioning.control(p, grey, people, order))(photos)
     x0 = jnp.concatenate([control[:, :people, ..., : photos.shape[-1]], video], axis=1)
     u = (jnp.arange(rows) + jax.random.uniform(sigma_key, (rows,))) / rows
-    sigma = shift * u / (1 + (shift - 1) * u)
+    sigma = flow.shifted(u, shift)
     noise = jax.random.normal(noise_key, x0.shape)
     wide = sigma[:, None, None, None, None]
-    timesteps = jnp.minimum(1000 * sigma, 999).astype(jnp.int32)
-    velocity = transformer((1 - wide) * x0 + wide * noise, timesteps, batch["text"], control)
+    velocity = transformer((1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control)
     error = jnp.mean((velocity - (noise - x0)) ** 2, axis=-1)
     weight = jnp.pad(batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT)
     return jnp.sum(weight * error) / jnp.sum(weight), {"video_error": jnp.mean(error[:, people:])}
