@@ -99,7 +99,7 @@ def _start() -> None:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a Python file with get_config(), such as configs/quickstart.py")
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="W", help="folder of the run; a run found there is continued")
 
 
@@ -142,7 +142,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts and reference photos: header ref_paths,prompt")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl")
     parser.add_argument("--lora", metavar="PATH", help="adapter to sample with; without it the base model")
@@ -160,7 +160,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def _score_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     parser.add_argument(
         "--videos", required=True, metavar="DIR",
         help="a video, or a folder of them, as `idgrpo sample` leaves it; others are named ROW-NUMBER, such as 0000-0.mp4, "
@@ -182,7 +182,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     parser.add_argument("--prompts", metavar="CSV", help="held-out prompts; default: evaluate.prompts of the configuration")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for metrics.json, table.md and videos/")
     parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="adapters to compare with the base")
@@ -265,7 +265,7 @@ def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]])
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     slices = "a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; GPUs such as h200:8 or h100:4x8; cpu:8; or gpu, this machine's"
     parser.add_argument("--topology", required=True, metavar="T", help=slices)
     parser.add_argument("--sizes", metavar="S", help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine")
@@ -337,12 +337,6 @@ def _overview() -> str:
     ])
 
 
-def _fields() -> dict[str, object]:
-    """Option -> default, for every field of the configuration."""
-    sections = dataclasses.asdict(configuration.Config())
-    return {f"--{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-
-
 def run(arguments: Sequence[str]) -> None:
     """Run `idgrpo` with `arguments` (the words after the program's name).
 
@@ -359,9 +353,8 @@ def run(arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
     command = COMMANDS[name]
-    fields = _fields() if command.configured else {}
-    epilog = "\n".join(["fields of the configuration, with the defaults of the schema:",
-                        *(f"  {field} {value!r}" for field, value in fields.items())]) if fields else ""
+    fields = [f"--{field}" for field in configuration.field_names()] if command.configured else []
+    epilog = "\n".join(["Fields of the configuration; a recipe may set other defaults.", *configuration.describe()]) if fields else ""
     parser = Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     command.options(parser)
@@ -373,7 +366,7 @@ def run(arguments: Sequence[str]) -> None:
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):
             raise UserError(f"unexpected argument {word}; see idgrpo {name} --help")
-        options = [option for action in parser._actions for option in action.option_strings] + list(fields)
+        options = [option for action in parser._actions for option in action.option_strings] + fields
         raise UserError(f"unknown option {word}{closest(word, options)}; see idgrpo {name} --help")
     command.run(parsed, overrides)
 

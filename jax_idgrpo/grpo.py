@@ -9,7 +9,7 @@
 The first three replay the stochastic steps of a rollout; the others noise its final latents x0 again, x = (1 - sigma) x0 + sigma n,
 and compare velocities with the target n - x0, so they need no trajectory.
 
-`OBJECTIVES` lists them all; each entry names the function at the end of this module that evaluates it.
+`config.objectives.OBJECTIVES` lists them all; each entry names the function at the end of this module that evaluates it.
 
 Pure functions, float32; of the project they use `flow` alone. Losses come per row, so that a trainer can sum them over
 micro-batches and divide by one count: accumulation is then exact.
@@ -25,8 +25,6 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jax_idgrpo import flow
 from jax_idgrpo.flow import row_mean
-from jax_idgrpo.objectives import OBJECTIVES as OBJECTIVES
-from jax_idgrpo.objectives import Objective as Objective
 
 # ---- advantages ----------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,13 @@
 """Configurations: every stored one loads, names mean what the mathematics calls them, and what cannot work is refused with the reason."""
 
+import dataclasses
 import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+from jax_idgrpo import config as schema
 from jax_idgrpo import flow, grpo
 from jax_idgrpo.config import (
     Config,
@@ -56,7 +59,7 @@ WRONG = {
     "window_every is 0": lambda: build(dict(window="progressive", window_size=4, window_every=0)),
     "window is 'late'; use all, fixed": lambda: build(dict(window="late")),
     "cps has log-probabilities without std": lambda: build(dict(sampler="cps")),
-    "cps has none": lambda: build(dict(sampler="cps"), objective="guard", kl=0.0),
+    "cps does not have": lambda: build(dict(sampler="cps"), objective="guard", kl=0.0),
     "cps takes at most 1": lambda: build(dict(sampler="cps", noise_level=1.2), kl=0.0),
     "sampler is 'euler'": lambda: build(dict(sampler="euler")),
     "stores no trajectory; set rollout.window none": lambda: build(objective="nft", kl_units="velocity"),
@@ -65,25 +68,25 @@ WRONG = {
         **LATENTS | dict(objective="awm", rollout=dict(window="none", start_noise="shared"))
     ),
     "adds noise, which rollout.window none excludes": lambda: build(dict(window="none", final_step="sde"), objective="sft"),
-    "awm replays none; use velocity": lambda: build(dict(window="none"), objective="awm"),
+    "'awm' does not; use velocity": lambda: build(dict(window="none"), objective="awm"),
     "group is 1; a group needs 2": lambda: build(dict(group=1)),
     "dpo trains pairs": lambda: build(**LATENTS, objective="dpo"),
-    "would part the two videos of a pair": lambda: build(
+    "would split the two videos of a pair": lambda: build(
         **LATENTS | dict(rollout=dict(window="none", prompts=3, micro_batch=3)), objective="dpo", best=1, worst=1
     ),
-    "imitates what it is given": lambda: build(**LATENTS, objective="sft", best=1, worst=1),
+    "trains on the best videos only": lambda: build(**LATENTS, objective="sft", best=1, worst=1),
     "use fewer than the 4 of rollout.steps": lambda: build(
         **LATENTS | dict(rollout=dict(window="none", steps=4)), objective="reward_gradient"
     ),
-    "would leave it": lambda: build(**LATENTS, objective="reward_gradient", epochs=2),
+    "is on-policy": lambda: build(**LATENTS, objective="reward_gradient", epochs=2),
     "more than the 8 videos of a group": lambda: build(best=5, worst=4),
-    "time_weights changes nothing that guard has": lambda: build(objective="guard", time_weights=True),
+    "time_weights has no effect with objective 'guard'": lambda: build(objective="guard", time_weights=True),
     "does not divide the 16 prompts": lambda: build(updates=3),
     "or the 64 rows of one of 1 updates": lambda: build(dict(micro_batch=128), best=2, worst=2),
     "penalties knows no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
     "swapped is 'much'; use a number": lambda: RewardConfig(penalties={"swapped": "much"}),
     "reward.mixture: mimr is 'much'; use a number": lambda: RewardConfig(mixture={"mimr": "much"}),
-    "reward.mixture weighs advantages": lambda: Config(
+    "reward.mixture weights advantages": lambda: Config(
         rollout=RolloutConfig(window="none"), grpo=GrpoConfig(objective="reward_gradient", kl_units="velocity"),
         reward=RewardConfig(mixture={"mimr": 1.0}),
     ),
@@ -152,3 +155,18 @@ def test_cosines_may_be_left_to_the_networks():
         override(Config(), [("reward.missing", "much")])
     with pytest.raises(UserError, match=r"reward.similarity_low 0.9 is not below similarity_high 0.3"):
         RewardConfig(similarity_low=0.9, similarity_high=0.3)
+
+
+def test_every_field_is_described_for_help():
+    text = "\n".join(schema.describe())
+    for name in schema.field_names():
+        assert f"--{name} " in text
+    for section in get_type_hints(Config).values():
+        for field in dataclasses.fields(section):
+            assert len(field.metadata["help"]) > 10, f"{section.__name__}.{field.name} has no description"
+
+
+def test_recipes_are_named_without_a_path():
+    assert load("quickstart") == load(CONFIGS[0].parent / "quickstart.py")
+    with pytest.raises(UserError, match=r"quikstart: no such file or recipe; did you mean quickstart"):
+        load("quikstart")

@@ -47,8 +47,7 @@ def test_no_module_imports_the_package_as_a_whole(module):
 def test_modules_are_short(module):
     """A module is read in one sitting; networks alone are longer."""
     lines = len(MODULES[module].read_text().splitlines())
-    known = {"jax_idgrpo.config": 760, "checkpoints_convert.checkpoint": 519}
-    assert lines <= known.get(module, 450) or module.startswith("jax_idgrpo.models."), f"{module} has {lines} lines"
+    assert lines <= 450 or module.startswith("jax_idgrpo.models."), f"{module} has {lines} lines"
 
 
 def test_few_files_at_the_top():

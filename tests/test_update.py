@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jax_idgrpo import flow, grpo, rng
-from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig
+from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig, objectives
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
@@ -303,7 +303,7 @@ def test_an_objective_is_one_entry_and_one_function(monkeypatch):
     def plain_rows(level, settings):
         return {"policy_loss": level.advantage * flow.row_mean((level.v - level.target) ** 2, level.mask), "mine": level.sigma}
 
-    monkeypatch.setitem(grpo.OBJECTIVES, "plain", grpo.Objective("latents", "plain_rows"))
+    monkeypatch.setitem(objectives.OBJECTIVES, "plain", objectives.Objective("latents", "plain_rows"))
     monkeypatch.setattr(grpo, "plain_rows", plain_rows, raising=False)
     actor, lora, base = model(guidance=1.0)
     fixed = objective(actor, objective="plain", kl=0.0)
@@ -312,7 +312,7 @@ def test_an_objective_is_one_entry_and_one_function(monkeypatch):
     with pytest.raises(UserError, match=r"grpo\.kl_units std needs the std of replayed steps, and plain replays none"):
         GrpoConfig(objective="plain")
     with pytest.raises(ValueError, match="unknown needs \\['luck'\\]"):
-        grpo.Objective("latents", "plain_rows", frozenset({"luck"}))
+        objectives.Objective("latents", "plain_rows", frozenset({"luck"}))
 
 
 def test_updates_take_turns_on_shares_that_stay_where_they_are():
