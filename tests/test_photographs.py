@@ -22,7 +22,7 @@ from checkpoints_convert import face_folder, photographs
 from checkpoints_convert.__main__ import run
 from jax_idgrpo.config import Config, RewardConfig
 from jax_idgrpo.rewards import factory
-from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.faces import align, load_embedder, load_network, load_stack
 from jax_idgrpo.synthetic import scenes
 from tests import packages
@@ -235,14 +235,11 @@ def test_the_reward_knows_two_real_people(folder):
         clip("data/single_face.mp4", 5, 240, 208),
     )
     video = np.concatenate([left, right], 2)
-    photos = [np.concatenate([one[0], np.zeros_like(one[0])], 1) for one in (left, right)]
     strangers = [
-        canvas(packages.photo(*place, side=240), 416)[:240]
-        for place in (PORTRAITS["sunak"][0], PORTRAITS["ardern"][1])
+        packages.photo(*place) for place in (PORTRAITS["sunak"][0], PORTRAITS["ardern"][1])
     ]
-    images = jnp.stack(
-        [jnp.stack([pixels(one)[0] for one in pair]) for pair in (photos, strangers)]
-    )
+    rows = ([left[0], right[0]], strangers)
+    photos = tuple(tuple(Photo(Image.fromarray(photo)) for photo in row) for row in rows)
     config = RewardConfig(faces=str(folder), frames=5)
     reward = factory.make_face_reward(config)
     assert (reward.config.low, reward.config.high, reward.config.null_similarity) == (
@@ -250,11 +247,9 @@ def test_the_reward_knows_two_real_people(folder):
         0.8,
         0.3,
     )
-    terms = reward.score_terms(
-        jnp.repeat(pixels(video[None])[0], 2, 0),
-        reward.embed_references(References(images, jnp.ones((2, 2), bool))),
-        jnp.ones((2, 2), bool),
-    )
+    videos = jnp.repeat(pixels(video[None])[0], 2, 0)
+    asked = reward.encode_references(References(photos, 2), ["two people", "two strangers"])
+    terms = reward.score(videos, asked)
     assert np.asarray(terms["faces_seen"]) == pytest.approx([2, 2])
     right_people, others = np.asarray(terms["similarity"])
     assert right_people > 0.6 and others < 0.1
