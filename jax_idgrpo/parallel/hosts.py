@@ -12,7 +12,6 @@ function marked "(collective)" waits for all processes, so all must call it. Onl
 programs, such as writing files, may differ.
 """
 
-import contextlib
 import ctypes
 import errno
 import functools
@@ -22,9 +21,8 @@ import json
 import os
 import platform
 import socket
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -393,20 +391,6 @@ def memory_share(budget: int) -> int:
     Collective at the first call.
     """
     return budget // local_process_count()
-
-
-@contextlib.contextmanager
-def written_once(folder: Path) -> Iterator[Path]:
-    """Yield the folder in which a command that all processes run writes its files.
-
-    It is `folder` in process 0 and a temporary folder elsewhere. Use `run_once` for files that take
-    time to make.
-    """
-    if jax.process_index() == 0:
-        yield folder
-    else:
-        with tempfile.TemporaryDirectory() as aside:
-            yield Path(aside)
 
 
 def run_once(write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
