@@ -85,13 +85,17 @@ def test_order_of_people_changes_nothing():
 
 
 def test_padding_changes_nothing():
-    """Where people two and three are white photos, masked: the first person alone decides, whatever stands in the padding."""
-    alone, videos = asked(), [paste(clip) for clip in clips()]
-    alone = alone.replace(mask=alone.mask & np.array([True, False, False]))
-    other = alone.replace(images=np.where(alone.mask[..., None, None, None], alone.images, 0.3).astype(np.float32))
-    found = terms(videos, alone)["copied"]
+    """Where people two and three are masked the first person alone decides, whatever stands in the padding."""
+    videos = np.stack([paste(clip) for clip in clips()]).astype(np.float32)
+    people = reward().encode_references(asked(), [""] * len(videos))
+    alone = people.replace(mask=people.mask & np.array([True, False, False]))
+    other = alone.replace(
+        embeddings=np.where(alone.mask[..., None], alone.embeddings, np.float32(0.3)),
+        crops=np.where(alone.mask[..., None, None, None], alone.crops, np.float32(0.3)),
+    )
+    found = np.asarray(reward().score(videos, alone)["copied"])
     assert found.mean() > 0.5
-    np.testing.assert_allclose(terms(videos, other)["copied"], found, atol=1e-6)
+    np.testing.assert_allclose(reward().score(videos, other)["copied"], found, atol=1e-6)
 
 
 def test_nobody_is_no_copy():

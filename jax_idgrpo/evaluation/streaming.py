@@ -32,7 +32,6 @@ from jax_idgrpo.rewards.identity import (
     read_pixels,
     terms_of_faces,
 )
-from jax_idgrpo.rewards.vlm.reward import VlmReward
 
 BLOCK = 32  # frames of a block, at most
 BLOCK_PIXELS = 2**23  # of all frames of a block: 100 MB as float32
@@ -157,7 +156,7 @@ class ClipScorer:
         found = first_row(
             self.reward.score(jnp.asarray(from_uint8(np.stack(held))[None]), rewarded)
         )
-        if isinstance(self.reward, VlmReward):  # its motion is that of all frames
+        if self.reward.motion_of_all_frames:
             found["motion"] = changes.mean()
         return values(self.reward, found, None if stream is None else stream.terms())
 

@@ -130,6 +130,10 @@ class Reward(Protocol):
           UserError: a photo cannot be used; the message names it.
         """
 
+    @property
+    def motion_of_all_frames(self) -> bool:
+        """Whether `motion` is that of all frames, also of those that `frames_read` leaves out."""
+
     def frames_read(self, total: int) -> np.ndarray | None:
         """Numbers of the frames, of a video of so many, that the reward depends on; None if on all.
 

@@ -53,6 +53,7 @@ class CustomReward:
     """
 
     term_names = ("reward",)
+    motion_of_all_frames = False
 
     def __init__(self, function: Function, timeout: float = 600.0):
         self._function, self._timeout = function, timeout

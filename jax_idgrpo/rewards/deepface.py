@@ -201,6 +201,7 @@ class HostFaceReward:
     """The identity reward on faces that a function finds on the host. Nothing flows back through it."""
 
     reported = ("similarity",)
+    motion_of_all_frames = False
 
     def __init__(
         self,

@@ -73,6 +73,7 @@ class FaceReward:
     """
 
     reported = ("similarity",)
+    motion_of_all_frames = False
 
     def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
         """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""

@@ -53,6 +53,8 @@ def _score(
 class VlmReward:
     """A reward model with its words. The terms are the reward, every dimension, and the motion of the video."""
 
+    motion_of_all_frames = True
+
     def __init__(
         self,
         model: RewardModel,
