@@ -1,7 +1,7 @@
 """The update: sum the gradients of an objective over micro-batches and noise levels, take one optimizer step. One program.
 
-An objective's entry in `config.objectives.OBJECTIVES` says which of three kinds it is. "replay" runs the trained steps of the rollout again; the
-velocity is the function that sampled them, at the same dtypes and the same batch shape, so the ratio of the first update after a
+An objective's entry in `config.objectives.OBJECTIVES` says which of three kinds it is. "replay" runs the trained steps of the rollout
+again; the velocity is the function that sampled them, at the same dtypes and the same batch shape, so the ratio of the first update after a
 rollout is exactly 1. "latents" noises the final latents again, with noise that is a function of the row and of the optimizer step.
 "reward" runs the last denoising steps again, decodes the video and scores it, all under the gradient.
 
