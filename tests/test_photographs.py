@@ -27,6 +27,8 @@ from jax_idgrpo.rewards.faces import align, load_embedder, load_network, load_st
 from jax_idgrpo.synthetic import scenes
 from tests import packages
 
+pytestmark = pytest.mark.slow  # downloads 135 MB once
+
 PORTRAITS = {  # person -> photographs in the packages
     "obama": [
         ("presidents", "test_images/obama.jpg"),
