@@ -136,7 +136,10 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
     assert one["wrote"] == [0] and other["wrote"] == []
     assert one["share"] == other["share"] == 500        # both are on this machine
     assert not one["warned"]
-    assert other["warned"] == ["reward: video 5 could not be scored (ValueError: no face); it counts in nothing"]
+    assert other["warned"] == [
+        "reward: video 5 could not be scored (ValueError: no face); the reward is NaN there, and "
+        "the update leaves it out"
+    ]
 
 
 @pytest.mark.parametrize("number", [0, 1])
