@@ -54,6 +54,20 @@ def test_training_continues_and_the_ratio_is_one(run):
     assert list((run / "samples").rglob("*.mp4"))
 
 
+def test_a_run_and_an_adapter_of_version_0_1_go_on(prompts, tmp_path):
+    """Written by 0.1.0 with the same options: its configuration is accepted, its checkpoint and adapter are read."""
+    shutil.copytree(ROOT / "tests" / "fixtures" / "run_of_version_0_1", tmp_path / "old")
+    old = tmp_path / "old" / "export"
+    idgrpo("sample", CONFIG, "--prompts", prompts, "--out", tmp_path / "videos", "--lora", old, *SHORT)
+    assert len(list((tmp_path / "videos").glob("*.mp4"))) == 4
+    before = (old / "adapter_model.safetensors").read_bytes()
+    options = ["--run.save_every", "2", "--run.sample_every", "0"]
+    idgrpo("train", CONFIG, "--workdir", tmp_path / "old", *SHORT[: SHORT.index("--run.save_every")], *SHORT[-8:], *options, "--run.steps", "3")
+    rows = [json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["ratio_min"] == rows[2]["ratio_max"] == 1
+    assert (old / "adapter_model.safetensors").read_bytes() != before
+
+
 def test_evaluate_and_report(run, prompts):
     idgrpo("evaluate", CONFIG, "--prompts", prompts, "--out", run / "evaluation", "--lora", f"tuned={run / 'export'}", *SHORT)
     found = json.loads((run / "evaluation" / "metrics.json").read_text())
