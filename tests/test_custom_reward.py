@@ -152,7 +152,7 @@ def test_a_function_of_a_module_or_a_file_with_neighbours(tmp_path, monkeypatch)
 def test_what_makes_no_sense_beside_it_is_refused(values, reason):
     with pytest.raises(UserError, match=reason):
         c.RewardConfig(**values)
-    with pytest.raises(UserError, match="reward_gradient needs a reward in JAX, and reward.custom runs beside it"):
+    with pytest.raises(UserError, match="reward_gradient needs a reward in JAX, and reward.custom runs on the host"):
         c.Config(reward=c.RewardConfig(custom="a:b"), grpo=c.GrpoConfig(objective="reward_gradient", gradient_steps=2, kl_units="velocity"),
                  rollout=c.RolloutConfig(window="none"))
 
@@ -194,13 +194,13 @@ def test_score_writes_its_terms_and_the_judges(tmp_path):
 
 def test_the_bundled_faces_serve_no_model_that_films(tmp_path):
     films = c.ModelConfig(path="x")
-    with pytest.raises(UserError, match=r"reward.faces embedded knows drawn people only, and model.path is x; pass --reward.faces FOLDER"):
+    with pytest.raises(UserError, match=r"reward.faces embedded knows synthetic people only, and model.path is x; pass --reward.faces"):
         c.Config(model=films)
     with pytest.raises(UserError, match="reward.faces embedded"):
         c.Config(model=films, reward=c.RewardConfig(backend="deepface:opencv/embedder"))
     for other in (dict(faces="faces"), dict(custom="a:b"), dict(vlm="reward"), dict(backend="deepface:retinaface/ArcFace")):
         c.Config(model=films, reward=c.RewardConfig(**other))
-    with pytest.warns(UserWarning, match="no judge: reward.faces embedded knows drawn people only"):
+    with pytest.warns(UserWarning, match="no judge: reward.faces embedded knows synthetic people only"):
         assert factory.make_judge(c.Config(model=films, reward=c.RewardConfig(custom="a:b"))) is None
     assert factory.make_judge(c.Config(reward=c.RewardConfig(faces="", vlm="reward"))) is None
     for bundled in ("embedded", str(c.EMBEDDED / "pipeline")):

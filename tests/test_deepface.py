@@ -172,7 +172,7 @@ def test_a_backend_that_makes_no_sense_is_refused(values, reason):
 
 def test_nothing_flows_back_through_a_backend():
     grpo = dict(objective="reward_gradient", gradient_steps=2, kl_units="velocity")
-    with pytest.raises(UserError, match="reward_gradient needs a reward in JAX, and reward.backend runs beside it"):
+    with pytest.raises(UserError, match="reward_gradient needs a reward in JAX, and reward.backend runs on the host"):
         dataclasses.replace(tiny(1, grpo, window="none"), reward=c.RewardConfig(backend=OPENCV))
 
 

@@ -48,7 +48,7 @@ def test_the_documentation_shows_commands():
 
 
 def test_a_model_that_films_is_shown_with_face_networks_or_another_reward():
-    """The networks of the package know drawn people only, and published recipes hold a placeholder."""
+    """The networks of the package know synthetic people only, and published recipes hold a placeholder."""
     shown = [words for _, words in commands() if "_1_3b" in words[2] or "_14b" in words[2]]
     training = [words for words in shown if words[1] == "train"]
     assert training

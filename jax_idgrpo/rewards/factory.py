@@ -53,8 +53,8 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
     if not config.judged:
         if wanted.faces:
             warnings.warn(
-                "no judge: reward.faces embedded knows drawn people only; pass --reward.faces FOLDER with face networks for photographs, "
-                'or --reward.faces "" to go without',
+                "no judge: reward.faces embedded knows synthetic people only; pass --reward.faces FOLDER with face networks for "
+                'photographs, or --reward.faces "" to go without',
                 stacklevel=2,
             )
         return None
