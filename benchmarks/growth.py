@@ -89,7 +89,7 @@ class Case:
         width = self.network.text_dim
         text_encoder = UMT5Config(d_model=width, d_ff=width, num_heads=4, d_kv=width // 4, num_layers=1, vocab_size=64)
         mesh = sharding.make_mesh(c.MeshConfig(**{"data": 1, "fsdp": 1} | {self.axis: -1}), devices)
-        parts = programs.Networks(self.network, programs.PUBLISHED_VAE, text_encoder)
+        parts = programs.Architecture(self.network, programs.PUBLISHED_VAE, text_encoder)
         return next(program for program in programs.programs(config, parts, mesh) if program.name == "update")
 
     def arithmetic(self) -> float:

@@ -94,7 +94,7 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
     found = {program.name: program for program in programs.programs(wanted, programs.networks(wanted, size), mesh)}
     assert list(found) == ["text encoder", "rollout", "decode", "reward", "update", "evaluation: sample", "evaluation: decode"]
     batch = found["update"].arguments[3]
-    assert batch.advantage.size * wanted.grpo.updates == wanted.trained_rows
+    assert batch.advantage.size == wanted.trained_rows      # every update is given the whole rollout, and reads its share
     assert (batch.conditioning.control is None) == ("phantom" in name)
     asked = found["evaluation: sample"].arguments[3]
     assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)

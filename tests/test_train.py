@@ -1,6 +1,7 @@
 """The whole loop on the embedded models, small: files, exact resume, refusals."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -270,6 +271,8 @@ def chunked(tmp_path_factory):
     real_sample, real_host = train.sample, train.to_host
 
     def sample(*given):
+        if not held:
+            gc.collect()        # what other runs left, and the setup of this one
         held.append(sum(array.nbytes for array in jax.live_arrays()))
         return real_sample(*given)
 
@@ -287,7 +290,7 @@ def chunked(tmp_path_factory):
 
 def test_nothing_of_a_step_is_on_the_devices_in_the_next(chunked):
     *_, held, _ = chunked
-    assert len(held) == 4 and held[2] == held[0]
+    assert len(held) == 4 and held[2] <= held[0] < held[1]
 
 
 def test_as_many_videos_are_kept_as_are_written(chunked):
