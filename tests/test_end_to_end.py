@@ -62,7 +62,8 @@ def test_a_run_and_an_adapter_of_version_0_1_go_on(prompts, tmp_path):
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 4
     before = (old / "adapter_model.safetensors").read_bytes()
     options = ["--run.save_every", "2", "--run.sample_every", "0"]
-    idgrpo("train", CONFIG, "--workdir", tmp_path / "old", *SHORT[: SHORT.index("--run.save_every")], *SHORT[-8:], *options, "--run.steps", "3")
+    same = [*SHORT[: SHORT.index("--run.save_every")], *SHORT[-8:], *options]
+    idgrpo("train", CONFIG, "--workdir", tmp_path / "old", *same, "--run.steps", "3")
     rows = [json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["ratio_min"] == rows[2]["ratio_max"] == 1
     assert (old / "adapter_model.safetensors").read_bytes() != before

@@ -56,10 +56,18 @@ _ITEM = "default"  # orbax's folder for the arrays of a step
 _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
 
 
+def _fields(config_json: str) -> dict[str, Any]:
+    """Return the values of a stored configuration by `section.field`."""
+    sections = json.loads(config_json).items()
+    return {f"{section}.{field}": value for section, fields in sections for field, value in fields.items()}
+
+
 def check_resume(
     old_config_json: str, new_config: Config, may_change: tuple[str, ...] = MAY_CHANGE
 ) -> None:
     """Refuse to resume a run with a configuration that would change its results.
+
+    A field that the run's version did not have counts as its default, under which nothing changes.
 
     Args:
       old_config_json: `Config.to_json()` of the run in the workdir.
@@ -70,14 +78,9 @@ def check_resume(
     Raises:
       UserError: names the fields that differ, with both values.
     """
-    old, new = (
-        {
-            f"{section}.{field}": value
-            for section, fields in json.loads(text).items()
-            for field, value in fields.items()
-        }
-        for text in (old_config_json, new_config.to_json())
-    )
+    old, new = _fields(old_config_json), _fields(new_config.to_json())
+    defaults = _fields(Config().to_json())
+    old = {name: value for name, value in defaults.items() if name in new} | old
     if new.get("optimizer.schedule") == "cosine":
         may_change = tuple(name for name in may_change if name != "run.steps")
     cosines = [field.name for field in dataclasses.fields(Settings)]
