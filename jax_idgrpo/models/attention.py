@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -73,13 +76,19 @@ def attention(
         kernel = functools.partial(fused, implementation="cudnn")
     else:
         kernel = functools.partial(
-            exact, max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS), abreast=ABREAST.get(platform, 1)
+            exact,
+            max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS),
+            abreast=ABREAST.get(platform, 1),
         )
     return sharding.attend(mesh, kernel, q, k, v, lengths, split_keys)
 
 
 def fused(
-    q: Float[Array, "B N K d"], k: Float[Array, "B M K d"], v: Float[Array, "B M K d"], lengths: Int[Array, "B"] | None, implementation: str
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M K d"],
+    v: Float[Array, "B M K d"],
+    lengths: Int[Array, "B"] | None,
+    implementation: str,
 ) -> Float[Array, "B N K d"]:
     """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library.
 
@@ -94,7 +103,13 @@ def fused(
     if lengths is None and m % 2:
         lengths = jnp.full(len(q), m, jnp.int32)
     out, _ = jax.nn.dot_product_attention(
-        fit(q), fit(k), fit(v), scale=1.0, key_value_seq_lengths=lengths, implementation=implementation, return_residual=True
+        fit(q),
+        fit(k),
+        fit(v),
+        scale=1.0,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+        return_residual=True,
     )
     return out[:, :n, :, :d]
 
@@ -118,7 +133,11 @@ def exact(
     tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, abreast)
     q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
     q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # queries of zeros, dropped below
-    hidden = None if lengths is None else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
+    hidden = (
+        None
+        if lengths is None
+        else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
+    )
     out = _exact(q, k, v, hidden, tiling)[:, :n]
     return out.reshape(b, heads, n, d).swapaxes(1, 2)
 
@@ -135,12 +154,16 @@ class Tiling(NamedTuple):
         """That of `groups` heads, whose number `together` times `abreast` divides."""
         together = _largest_divisor(groups, max_logits // (queries * keys))
         parts = min(queries, -(-queries * keys * together // max_logits))
-        return cls(together, _largest_divisor(groups // together, abreast) if parts == 1 else 1, parts)
+        return cls(
+            together, _largest_divisor(groups // together, abreast) if parts == 1 else 1, parts
+        )
 
 
 def _largest_divisor(number: int, bound: int) -> int:
     """The largest one up to the bound; 1 where there is none."""
-    return max(size for size in range(1, number + 1) if number % size == 0 and size <= max(1, bound))
+    return max(
+        size for size in range(1, number + 1) if number % size == 0 and size <= max(1, bound)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -156,7 +179,11 @@ def _product(axes: str, x: Array, y: Array) -> Array:
 
 def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
     logits = _product("gnd,gmd->gnm", q, k)
-    return logits if hidden is None else jnp.where(hidden[:, None, :], jnp.finfo(jnp.float32).min, logits)
+    return (
+        logits
+        if hidden is None
+        else jnp.where(hidden[:, None, :], jnp.finfo(jnp.float32).min, logits)
+    )
 
 
 def _abreast(function: Callable, size: int) -> Callable:
@@ -164,8 +191,15 @@ def _abreast(function: Callable, size: int) -> Callable:
 
     def whole(arrays: Any) -> Any:
         count = len(jax.tree.leaves(arrays)[0]) // size
-        pieces = [function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays)) for i in range(count)]
-        return pieces[0] if count == 1 else jax.tree.map(lambda *found: jnp.concatenate(found), *pieces)
+        pieces = [
+            function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays))
+            for i in range(count)
+        ]
+        return (
+            pieces[0]
+            if count == 1
+            else jax.tree.map(lambda *found: jnp.concatenate(found), *pieces)
+        )
 
     return whole
 
@@ -189,8 +223,15 @@ def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> An
         return function(arrays, others)
 
     def body(i: Array, arrays: Any) -> Any:
-        rows, beside = (jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree) for tree in (arrays, others))
-        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0), arrays, function(rows, beside))
+        rows, beside = (
+            jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree)
+            for tree in (arrays, others)
+        )
+        return jax.tree.map(
+            lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * size, 0),
+            arrays,
+            function(rows, beside),
+        )
 
     return jax.lax.fori_loop(0, count, body, arrays)
 
@@ -205,7 +246,9 @@ def _join(x: Array) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
-def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling) -> tuple[Array, tuple]:
+def _exact_forward(
+    q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling
+) -> tuple[Array, tuple]:
     def heads(arrays: tuple) -> tuple[Array, Array]:
         q, k, v, hidden = arrays
 
@@ -221,7 +264,10 @@ def _exact_forward(q: Array, k: Array, v: Array, hidden: Array | None, tiling: T
             return queries(q)
         return jax.tree.map(_join, jax.lax.map(queries, _cut(q, tiling.parts)))
 
-    out, log_total = checkpoint_name(_map(_abreast(heads, tiling.together), (q, k, v, hidden), tiling.together * tiling.abreast), KEPT)
+    out, log_total = checkpoint_name(
+        _map(_abreast(heads, tiling.together), (q, k, v, hidden), tiling.together * tiling.abreast),
+        KEPT,
+    )
     return out, (q, k, v, hidden, out, log_total)
 
 
@@ -234,7 +280,9 @@ def _exact_backward(tiling: Tiling, saved: tuple, gradient: Array) -> tuple:
             weights = jnp.exp(_weights(q, k, hidden) - log_total)
             dv = _product("gnm,gnd->gmd", weights.astype(v.dtype), gradient)
             dweights = _product("gnd,gmd->gnm", gradient, v)
-            delta = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+            delta = jnp.sum(
+                gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True
+            )
             dlogits = (weights * (dweights - delta)).astype(q.dtype)
             dq = _product("gnm,gmd->gnd", dlogits, k)
             dk = _product("gnm,gnd->gmd", dlogits, q)
@@ -245,7 +293,9 @@ def _exact_backward(tiling: Tiling, saved: tuple, gradient: Array) -> tuple:
         if tiling.parts == 1:
             (dk, dv), dq = queries(nothing, over)
         else:
-            (dk, dv), dq = jax.lax.scan(queries, nothing, jax.tree.map(lambda x: _cut(x, tiling.parts), over))
+            (dk, dv), dq = jax.lax.scan(
+                queries, nothing, jax.tree.map(lambda x: _cut(x, tiling.parts), over)
+            )
             dq = _join(dq)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -279,9 +329,16 @@ def splash(
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, -d % LANES)))
 
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((size_q, size_kv))] * heads),
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.FullMask((size_q, size_kv))] * heads
+        ),
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q, block_kv_dq=block_kv
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -307,6 +364,8 @@ def block(length: int) -> int:
     """Rows of a kernel's block for `length` tokens: a multiple of the lanes, large, that leaves little padding."""
 
     def cost(size: int) -> float:
-        return -(-length // size) * (size + LANES / 2)  # the second term stands for what each block costs by itself
+        return -(-length // size) * (
+            size + LANES / 2
+        )  # the second term stands for what each block costs by itself
 
     return min(range(LANES, LARGEST_BLOCK + 1, LANES), key=cost)

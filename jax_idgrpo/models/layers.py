@@ -60,7 +60,9 @@ def product(x: Array, y: Array, axes: int | tuple = 1) -> Array:
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
+def matmul(
+    x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]
+) -> Float[Array, "*batch out"]:
     """x W, accumulated and returned in float32; the backward products take the operands' dtype too.
 
     The gradient of W sums over all tokens. On the CPU that is one product over flattened tokens, twice as fast; elsewhere
@@ -70,7 +72,10 @@ def matmul(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Floa
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel), (x, kernel)  # not `matmul`, into which no rematerialisation policy could see
+    return product(x, kernel), (
+        x,
+        kernel,
+    )  # not `matmul`, into which no rematerialisation policy could see
 
 
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -115,11 +120,15 @@ class Linear(nnx.Module):
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), dtypes.parameters))
+        self.kernel = nnx.Param(
+            kernel_init(rngs.params(), (in_features, out_features), dtypes.parameters)
+        )
         self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.parameters)) if use_bias else None
         self.rank, self.alpha, self.compute = rank, alpha, dtypes.compute
         if rank:
-            self.lora_a = LoRAParam(jax.random.normal(rngs.params(), (in_features, rank), jnp.float32) / rank)
+            self.lora_a = LoRAParam(
+                jax.random.normal(rngs.params(), (in_features, rank), jnp.float32) / rank
+            )
             self.lora_b = LoRAParam(jnp.zeros((rank, out_features), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
@@ -142,7 +151,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        return (
+            x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -56,9 +56,18 @@ class VisionConfig:
         return self.window // self.merge // self.patch
 
     def __post_init__(self):
-        _require(self.width % self.heads == 0 and self.width // self.heads % 4 == 0, f"width {self.width} is not 4n x {self.heads} heads")
-        _require(all(0 <= block < self.depth for block in self.full_blocks), f"full_blocks {self.full_blocks} reach beyond {self.depth}")
-        _require(self.cells >= 1, f"window {self.window} is smaller than a merged cell of {self.merge * self.patch} pixels")
+        _require(
+            self.width % self.heads == 0 and self.width // self.heads % 4 == 0,
+            f"width {self.width} is not 4n x {self.heads} heads",
+        )
+        _require(
+            all(0 <= block < self.depth for block in self.full_blocks),
+            f"full_blocks {self.full_blocks} reach beyond {self.depth}",
+        )
+        _require(
+            self.cells >= 1,
+            f"window {self.window} is smaller than a merged cell of {self.merge * self.patch} pixels",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +99,22 @@ class QwenConfig:
         return self.width // self.heads
 
     def __post_init__(self):
-        _require(self.width % self.heads == 0, f"width {self.width} does not divide into {self.heads} heads")
-        _require(self.heads % self.kv_heads == 0, f"{self.heads} heads do not share {self.kv_heads} key heads evenly")
-        _require(2 * sum(self.sections) == self.head_dim, f"sections {self.sections} do not add up to half of head_dim {self.head_dim}")
-        _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
+        _require(
+            self.width % self.heads == 0,
+            f"width {self.width} does not divide into {self.heads} heads",
+        )
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"{self.heads} heads do not share {self.kv_heads} key heads evenly",
+        )
+        _require(
+            2 * sum(self.sections) == self.head_dim,
+            f"sections {self.sections} do not add up to half of head_dim {self.head_dim}",
+        )
+        _require(
+            self.rank == 0 or self.alpha > 0,
+            f"alpha is {self.alpha} with rank {self.rank}; it must be positive",
+        )
 
 
 @struct.dataclass
@@ -134,18 +155,36 @@ class Sequences:
 class SwiGLU(nnx.Module):
     """down(silu(gate x) * up x)."""
 
-    def __init__(self, width: int, ffn: int, *, use_bias: bool, rank: int = 0, alpha: float = 0.0, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        ffn: int,
+        *,
+        use_bias: bool,
+        rank: int = 0,
+        alpha: float = 0.0,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
         def linear(inside: int, outside: int) -> Linear:
-            return Linear(inside, outside, use_bias=use_bias, rank=rank, alpha=alpha, dtypes=dtypes, rngs=rngs)
+            return Linear(
+                inside, outside, use_bias=use_bias, rank=rank, alpha=alpha, dtypes=dtypes, rngs=rngs
+            )
 
-        self.gate_proj, self.up_proj, self.down_proj = linear(width, ffn), linear(width, ffn), linear(ffn, width)
+        self.gate_proj, self.up_proj, self.down_proj = (
+            linear(width, ffn),
+            linear(width, ffn),
+            linear(ffn, width),
+        )
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate = jax.nn.silu(self.gate_proj(x).astype(jnp.float32))
         return self.down_proj(gate * self.up_proj(x).astype(jnp.float32))
 
 
-def rotate(x: Float[Array, "*batch K d"], cos: Float[Array, "*batch d"], sin: Float[Array, "*batch d"]) -> Float[Array, "*batch K d"]:
+def rotate(
+    x: Float[Array, "*batch K d"], cos: Float[Array, "*batch d"], sin: Float[Array, "*batch d"]
+) -> Float[Array, "*batch K d"]:
     """Rotary positions on the halves of every head: x cos + (-x2, x1) sin, in float32."""
     x = x.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
@@ -157,7 +196,9 @@ def _twice(angles: Float[Array, "*batch half"]) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def vision_rotary(place: Int[Array, "*batch 2"], head_dim: int) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+def vision_rotary(
+    place: Int[Array, "*batch 2"], head_dim: int
+) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """cos and sin of a patch's row (a quarter of the head's frequencies, 10000^(-4i/d)) and column (the next quarter), then both again."""
     frequency = 10000.0 ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
     angles = place[..., None].astype(jnp.float32) * frequency.astype(np.float32)
@@ -168,7 +209,9 @@ def text_rotary(
     position: Int[Array, "3 *batch"], config: QwenConfig
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """cos and sin of M-RoPE: the frequencies in three consecutive chunks turn by time, row and column."""
-    frequency = (config.theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)).astype(np.float32)
+    frequency = (
+        config.theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
+    ).astype(np.float32)
     angles = position[..., None].astype(jnp.float32) * frequency
     ends = np.cumsum(config.sections)[:-1]
     chunks = [part[axis] for axis, part in enumerate(jnp.split(angles, ends, axis=-1))]
@@ -176,21 +219,43 @@ def text_rotary(
 
 
 def attend(
-    q: Float[Array, "*batch N K d"], k: Float[Array, "*batch M G d"], v: Float[Array, "*batch M G d"], mask: Bool[Array, "..."]
+    q: Float[Array, "*batch N K d"],
+    k: Float[Array, "*batch M G d"],
+    v: Float[Array, "*batch M G d"],
+    mask: Bool[Array, "..."],
 ) -> Float[Array, "*batch N K d"]:
     """softmax(q k^T / sqrt(d)) v in float32 with K / G query heads per key head; mask [*batch,N or 1,M] is False for hidden keys."""
     *batch, n, heads, d = q.shape
     groups = k.shape[-2]
-    q = (q.astype(jnp.float32) * d**-0.5).astype(v.dtype).reshape(*batch, n, groups, heads // groups, d)
-    logits = jnp.einsum("...ngqd,...mgd->...gqnm", q, k.astype(v.dtype), precision=precision(v), preferred_element_type=jnp.float32)
+    q = (
+        (q.astype(jnp.float32) * d**-0.5)
+        .astype(v.dtype)
+        .reshape(*batch, n, groups, heads // groups, d)
+    )
+    logits = jnp.einsum(
+        "...ngqd,...mgd->...gqnm",
+        q,
+        k.astype(v.dtype),
+        precision=precision(v),
+        preferred_element_type=jnp.float32,
+    )
     logits = jnp.where(mask[..., None, None, :, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...gqnm,...mgd->...ngqd", weights, v, precision=precision(v), preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "...gqnm,...mgd->...ngqd",
+        weights,
+        v,
+        precision=precision(v),
+        preferred_element_type=jnp.float32,
+    )
     return out.reshape(*batch, n, heads, d).astype(v.dtype)
 
 
 def attend_in_parts(
-    q: Float[Array, "B N K d"], k: Float[Array, "B M G d"], v: Float[Array, "B M G d"], seen: Callable[[Array], Array]
+    q: Float[Array, "B N K d"],
+    k: Float[Array, "B M G d"],
+    v: Float[Array, "B M G d"],
+    seen: Callable[[Array], Array],
 ) -> Float[Array, "B N K d"]:
     """`attend`, `QUERIES` queries at a time. seen: numbers of queries -> the mask [B or nothing, Q or 1, M] of what they see."""
     length = q.shape[1]
@@ -208,7 +273,9 @@ def attend_in_parts(
     return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
-def causal(q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]) -> Float[Array, "B N K d"]:
+def causal(
+    q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]
+) -> Float[Array, "B N K d"]:
     """Attention to oneself and what came before; padding on the right is seen by padding alone."""
     return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
@@ -218,7 +285,9 @@ def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
     return nnx.split_rngs(splits=count)(nnx.vmap(build))(rngs)
 
 
-def _scan(stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False) -> Array:
+def _scan(
+    stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False
+) -> Array:
     """x through the blocks of a stack, one program for all: `run(block, x, what is the block's own)`."""
     graph, parameters = nnx.split(stack)
 
@@ -240,9 +309,16 @@ class VisionAttention(nnx.Module):
         self.heads = config.heads
 
     def __call__(
-        self, x: Float[Array, "R P D"], rotary: tuple[Array, Array], grids: Grids, full: Bool[Array, ""]
+        self,
+        x: Float[Array, "R P D"],
+        rotary: tuple[Array, Array],
+        grids: Grids,
+        full: Bool[Array, ""],
     ) -> Float[Array, "R P D"]:
-        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
+        q, k, v = (
+            part.reshape(*part.shape[:2], self.heads, -1)
+            for part in jnp.split(self.qkv(x), 3, axis=-1)
+        )
         q, k = rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype)
 
         def within_windows() -> Array:
@@ -250,11 +326,17 @@ class VisionAttention(nnx.Module):
             places = grids.window.reshape(rows, -1, 1, 1)
 
             def cut(array: Array) -> Array:
-                found = jnp.take_along_axis(jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))), places, axis=1)
+                found = jnp.take_along_axis(
+                    jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))), places, axis=1
+                )
                 return found.reshape(rows, windows, size, self.heads, -1)
 
             out = attend(cut(q), cut(k), cut(v), (grids.window < x.shape[1])[:, :, None, :])
-            return jnp.take_along_axis(out.reshape(rows, windows * size, self.heads, -1), grids.back[..., None, None], axis=1)
+            return jnp.take_along_axis(
+                out.reshape(rows, windows * size, self.heads, -1),
+                grids.back[..., None, None],
+                axis=1,
+            )
 
         def whole_grid() -> Array:
             return attend_in_parts(q, k, v, lambda queries: grids.mask[:, None, :])
@@ -272,7 +354,9 @@ class VisionBlock(nnx.Module):
         self.norm2 = RMSNorm(config.width, eps=config.eps)
         self.mlp = SwiGLU(config.width, config.ffn, use_bias=True, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], grids: Grids, full: Bool[Array, ""]) -> Array:
+    def __call__(
+        self, x: Array, rotary: tuple[Array, Array], grids: Grids, full: Bool[Array, ""]
+    ) -> Array:
         x = x + self.attn(self.norm1(x), rotary, grids, full).astype(x.dtype)
         return x + self.mlp(self.norm2(x)).astype(x.dtype)
 
@@ -295,10 +379,22 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Grids of patches -> a feature of the language model's width for every merged cell, in the order of the patches."""
 
-    def __init__(self, config: VisionConfig, width: int, *, remat: bool = False, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: VisionConfig,
+        width: int,
+        *,
+        remat: bool = False,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.remat, self.residual = config, remat, dtypes.residual
-        self.patch_embed = Linear(config.features, config.width, use_bias=False, dtypes=dtypes, rngs=rngs)
-        self.blocks = _stack(lambda rngs: VisionBlock(config, dtypes=dtypes, rngs=rngs), config.depth, rngs)
+        self.patch_embed = Linear(
+            config.features, config.width, use_bias=False, dtypes=dtypes, rngs=rngs
+        )
+        self.blocks = _stack(
+            lambda rngs: VisionBlock(config, dtypes=dtypes, rngs=rngs), config.depth, rngs
+        )
         self.merger = Merger(config, width, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, grids: Grids) -> Float[Array, "R Q D"]:
@@ -306,7 +402,9 @@ class VisionTower(nnx.Module):
         rotary = vision_rotary(grids.place, config.width // config.heads)
         full = jnp.isin(jnp.arange(config.depth), np.asarray(config.full_blocks, np.int32))
         x = self.patch_embed(grids.patches).astype(self.residual)
-        x = _scan(self.blocks, lambda block, x, full: block(x, rotary, grids, full), x, full, self.remat)
+        x = _scan(
+            self.blocks, lambda block, x, full: block(x, rotary, grids, full), x, full, self.remat
+        )
         return self.merger(x)
 
 
@@ -318,15 +416,32 @@ class Attention(nnx.Module):
 
     def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def linear(inside: int, outside: int, bias: bool) -> Linear:
-            return Linear(inside, outside, use_bias=bias, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
+            return Linear(
+                inside,
+                outside,
+                use_bias=bias,
+                rank=config.rank,
+                alpha=config.alpha,
+                dtypes=dtypes,
+                rngs=rngs,
+            )
 
         width, keys = config.width, config.kv_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj = linear(width, width, True), linear(width, keys, True), linear(width, keys, True)
+        self.q_proj, self.k_proj, self.v_proj = (
+            linear(width, width, True),
+            linear(width, keys, True),
+            linear(width, keys, True),
+        )
         self.o_proj = linear(width, width, False)
         self.head_dim = config.head_dim
 
-    def __call__(self, x: Float[Array, "B L D"], rotary: tuple[Array, Array]) -> Float[Array, "B L D"]:
-        q, k, v = (layer(x).reshape(*x.shape[:2], -1, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+    def __call__(
+        self, x: Float[Array, "B L D"], rotary: tuple[Array, Array]
+    ) -> Float[Array, "B L D"]:
+        q, k, v = (
+            layer(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = causal(rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype), v)
         return self.o_proj(out.reshape(x.shape))
 
@@ -338,7 +453,15 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(config.width, eps=config.eps)
         self.self_attn = Attention(config, dtypes=dtypes, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.width, eps=config.eps)
-        self.mlp = SwiGLU(config.width, config.ffn, use_bias=False, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
+        self.mlp = SwiGLU(
+            config.width,
+            config.ffn,
+            use_bias=False,
+            rank=config.rank,
+            alpha=config.alpha,
+            dtypes=dtypes,
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array, rotary: tuple[Array, Array]) -> Array:
         x = x + self.self_attn(self.input_layernorm(x), rotary).astype(x.dtype)
@@ -350,12 +473,20 @@ class QwenReward(nnx.Module):
 
     def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         self.config, self.dtypes = config, dtypes
-        self.visual = VisionTower(config.vision, config.width, remat=config.remat, dtypes=dtypes, rngs=rngs)
-        table = 0.02 * jax.random.normal(rngs.params(), (config.vocabulary, config.width), jnp.float32)
+        self.visual = VisionTower(
+            config.vision, config.width, remat=config.remat, dtypes=dtypes, rngs=rngs
+        )
+        table = 0.02 * jax.random.normal(
+            rngs.params(), (config.vocabulary, config.width), jnp.float32
+        )
         self.embed_tokens = nnx.Param(table.astype(dtypes.parameters))
-        self.layers = _stack(lambda rngs: Block(config, dtypes=dtypes, rngs=rngs), config.layers, rngs)
+        self.layers = _stack(
+            lambda rngs: Block(config, dtypes=dtypes, rngs=rngs), config.layers, rngs
+        )
         self.norm = RMSNorm(config.width, eps=config.eps)
-        self.rm_head = Linear(config.width, config.outputs, use_bias=False, dtypes=FLOAT32, rngs=rngs)
+        self.rm_head = Linear(
+            config.width, config.outputs, use_bias=False, dtypes=FLOAT32, rngs=rngs
+        )
 
     def features(self, grids: Grids, rows: int) -> Float[Array, "B Q D"]:
         """Vision features of grids that lie `rows` times n, one row's n grids together: those of a row one after another."""
@@ -367,13 +498,25 @@ class QwenReward(nnx.Module):
         config = self.config
         text = jnp.take(self.embed_tokens[...], sequences.ids, axis=0)
         seen = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
-        x = jnp.where((sequences.vision >= 0)[..., None], seen.astype(jnp.float32), text.astype(jnp.float32)).astype(self.dtypes.residual)
+        x = jnp.where(
+            (sequences.vision >= 0)[..., None], seen.astype(jnp.float32), text.astype(jnp.float32)
+        ).astype(self.dtypes.residual)
         rotary = text_rotary(sequences.position, config)
-        x = _scan(self.layers, lambda block, x, _: block(x, rotary), x, jnp.arange(config.layers), config.remat)
+        x = _scan(
+            self.layers,
+            lambda block, x, _: block(x, rotary),
+            x,
+            jnp.arange(config.layers),
+            config.remat,
+        )
         return self.norm(x)
 
     def __call__(
-        self, sequences: Sequences, pictures: Grids | None, frames: Grids | None, pooling: str = "special"
+        self,
+        sequences: Sequences,
+        pictures: Grids | None,
+        frames: Grids | None,
+        pooling: str = "special",
     ) -> Float[Array, "B K O"]:
         """Scores, float32: at each reward token ("special"), at the last token ("last"), or of the mean of all tokens before it ("mean",
         which leaves out the last one, as published).
@@ -391,9 +534,13 @@ class QwenReward(nnx.Module):
             last = jnp.sum(sequences.mask, axis=1) - 1
             return self.rm_head(jnp.take_along_axis(hidden, last[:, None, None], axis=1))
         _require(pooling == "mean", f"pooling is {pooling!r}; choose special, last or mean")
-        before = jnp.arange(sequences.mask.shape[1]) < jnp.sum(sequences.mask, axis=1, keepdims=True) - 1
+        before = (
+            jnp.arange(sequences.mask.shape[1]) < jnp.sum(sequences.mask, axis=1, keepdims=True) - 1
+        )
         weight = before[..., None].astype(jnp.float32)
-        return self.rm_head(jnp.sum(hidden * weight, axis=1, keepdims=True) / jnp.sum(weight, axis=1, keepdims=True))
+        return self.rm_head(
+            jnp.sum(hidden * weight, axis=1, keepdims=True) / jnp.sum(weight, axis=1, keepdims=True)
+        )
 
 
 # ---- the tables of a grid ------------------------------------------------------------------------------------------------
@@ -403,17 +550,27 @@ def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
     """Row and column of every patch of a height x width grid, cells row by row, the patches of a cell together."""
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     shape = (height // merge, merge, width // merge, merge)
-    return np.stack([part.reshape(shape).transpose(0, 2, 1, 3).ravel() for part in (rows, columns)], axis=-1)
+    return np.stack(
+        [part.reshape(shape).transpose(0, 2, 1, 3).ravel() for part in (rows, columns)], axis=-1
+    )
 
 
 def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, "n"]]:
     """The cells of each window of a grid of height x width patches, windows row by row; those at the edge hold fewer."""
-    cells = np.arange(height // config.merge * (width // config.merge)).reshape(height // config.merge, width // config.merge)
+    cells = np.arange(height // config.merge * (width // config.merge)).reshape(
+        height // config.merge, width // config.merge
+    )
     side = config.cells
-    return [cells[y : y + side, x : x + side].ravel() for y in range(0, cells.shape[0], side) for x in range(0, cells.shape[1], side)]
+    return [
+        cells[y : y + side, x : x + side].ravel()
+        for y in range(0, cells.shape[0], side)
+        for x in range(0, cells.shape[1], side)
+    ]
 
 
-def grid_tables(height: int, width: int, config: VisionConfig, patches: int, count: int) -> dict[str, np.ndarray]:
+def grid_tables(
+    height: int, width: int, config: VisionConfig, patches: int, count: int
+) -> dict[str, np.ndarray]:
     """`place mask window back` of one grid, padded to a capacity of `patches` and `count` windows.
 
     Raises:
@@ -422,7 +579,9 @@ def grid_tables(height: int, width: int, config: VisionConfig, patches: int, cou
     size, group = config.cells**2 * config.merge**2, config.merge**2
     used, found = height * width, windows(height, width, config)
     if used > patches or len(found) > count:
-        raise ValueError(f"a grid of {height} x {width} patches and {len(found)} windows does not fit {patches} and {count}")
+        raise ValueError(
+            f"a grid of {height} x {width} patches and {len(found)} windows does not fit {patches} and {count}"
+        )
     place, back = np.zeros((patches, 2), np.int32), np.zeros(patches, np.int32)
     window = np.full((count, size), patches, np.int32)
     place[:used] = merge_order(height, width, config.merge)
@@ -434,7 +593,11 @@ def grid_tables(height: int, width: int, config: VisionConfig, patches: int, cou
 
 
 def layout(
-    ids: Int[np.ndarray, "L"], kinds: Int[np.ndarray, "L"], shapes: Sequence[tuple[int, int, int]], step: float, merge: int
+    ids: Int[np.ndarray, "L"],
+    kinds: Int[np.ndarray, "L"],
+    shapes: Sequence[tuple[int, int, int]],
+    step: float,
+    merge: int,
 ) -> tuple[Int[np.ndarray, "3 L"], Int[np.ndarray, "L"]]:
     """Time, row and column of every token, and which vision token of the sequence it is (-1 for text).
 
@@ -451,7 +614,9 @@ def layout(
         at += first - place
         t, h, w = shape[0], shape[1] // merge, shape[2] // merge
         times = (np.arange(t) * np.float32(step if kinds[first] == 2 else 1)).astype(np.int64)
-        grid = np.stack(np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")).reshape(3, -1)
+        grid = np.stack(np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")).reshape(
+            3, -1
+        )
         position[:, first : first + grid.shape[1]] = at + grid
         at += max(h, w)
         place = first + grid.shape[1]

@@ -38,7 +38,9 @@ class UMT5Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0:
-                raise UserError(f"text encoder: {field.name} is {getattr(self, field.name)}; it must be positive")
+                raise UserError(
+                    f"text encoder: {field.name} is {getattr(self, field.name)}; it must be positive"
+                )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
             raise UserError(
                 f"text encoder: num_buckets {self.num_buckets} must be a multiple of 4, "
@@ -48,7 +50,14 @@ class UMT5Config:
 
 def umt5_xxl(**changes) -> UMT5Config:
     """google/umt5-xxl, the encoder of every Wan 2.1 model."""
-    sizes = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24}
+    sizes = {
+        "vocab_size": 256384,
+        "d_model": 4096,
+        "d_kv": 64,
+        "num_heads": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+    }
     return UMT5Config(**(sizes | changes))
 
 
@@ -62,7 +71,9 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     exact = half // 2
     relative = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(relative)
-    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact)) / np.log(max_distance / exact)
+    ratio = np.log(np.maximum(distance, exact).astype(np.float32) / np.float32(exact)) / np.log(
+        max_distance / exact
+    )
     far = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
     return np.where(relative > 0, half, 0) + np.where(distance < exact, distance, far)
 
@@ -75,21 +86,31 @@ class Attention(nnx.Module):
 
         def project(features: int, width: int, deviation: float) -> Linear:
             init = nnx.initializers.normal(deviation)
-            return Linear(features, width, use_bias=False, kernel_init=init, dtypes=dtypes, rngs=rngs)
+            return Linear(
+                features, width, use_bias=False, kernel_init=init, dtypes=dtypes, rngs=rngs
+            )
 
-        self.q = project(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)  # stands in for the scale
+        self.q = project(
+            config.d_model, inner, (config.d_model * config.d_kv) ** -0.5
+        )  # stands in for the scale
         self.k = project(config.d_model, inner, config.d_model**-0.5)
         self.v = project(config.d_model, inner, config.d_model**-0.5)
         self.o = project(inner, config.d_model, inner**-0.5)
-        table = jax.random.normal(rngs.params(), (config.num_buckets, config.num_heads), jnp.float32)
+        table = jax.random.normal(
+            rngs.params(), (config.num_buckets, config.num_heads), jnp.float32
+        )
         self.relative_bias = nnx.Param(table * config.d_model**-0.5)
         self.num_heads = config.num_heads
 
     def __call__(
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
-        q, k, v = (layer(x).reshape(*x.shape[:2], self.num_heads, -1) for layer in (self.q, self.k, self.v))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision(q, k), preferred_element_type=jnp.float32)
+        q, k, v = (
+            layer(x).reshape(*x.shape[:2], self.num_heads, -1) for layer in (self.q, self.k, self.v)
+        )
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk", q, k, precision=precision(q, k), preferred_element_type=jnp.float32
+        )
         logits = logits + jnp.moveaxis(self.relative_bias[...].astype(jnp.float32)[buckets], -1, 0)
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
@@ -103,7 +124,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: UMT5Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def project(features: int, width: int) -> Linear:
             init = nnx.initializers.normal(features**-0.5)
-            return Linear(features, width, use_bias=False, kernel_init=init, dtypes=dtypes, rngs=rngs)
+            return Linear(
+                features, width, use_bias=False, kernel_init=init, dtypes=dtypes, rngs=rngs
+            )
 
         self.gate = project(config.d_model, config.d_ff)
         self.up = project(config.d_model, config.d_ff)
@@ -151,12 +174,18 @@ class UMT5Encoder(nnx.Module):
         The result is in the dtype of the stream, `dtypes.residual`. UserError when the shapes differ.
         """
         if ids.ndim != 2 or ids.shape != mask.shape:
-            raise UserError(f"text encoder: ids {ids.shape} and mask {mask.shape} must both be [B, L]")
+            raise UserError(
+                f"text encoder: ids {ids.shape} and mask {mask.shape} must both be [B, L]"
+            )
         config, mask = self.config, mask != 0
-        buckets = jnp.asarray(relative_buckets(ids.shape[1], config.num_buckets, config.max_distance))
+        buckets = jnp.asarray(
+            relative_buckets(ids.shape[1], config.num_buckets, config.max_distance)
+        )
         graph, blocks = nnx.split(self.blocks)
         x = jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(
             self.dtypes.residual
         )  # NaN when out of range
-        x, _ = jax.lax.scan(lambda x, block: (nnx.merge(graph, block)(x, mask, buckets), None), x, blocks)
+        x, _ = jax.lax.scan(
+            lambda x, block: (nnx.merge(graph, block)(x, mask, buckets), None), x, blocks
+        )
         return jnp.where(mask[..., None], self.norm(x), 0).astype(self.dtypes.residual)

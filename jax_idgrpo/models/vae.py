@@ -24,7 +24,9 @@ from jaxtyping import Array, ArrayLike, Float
 from jax_idgrpo.flow import FRAMES_PER_LATENT
 
 PIXELS_PER_LATENT = 8
-LARGEST_ACTIVATION = 2**28  # bytes of one activation of a video at full size; what is larger runs in chunks
+LARGEST_ACTIVATION = (
+    2**28
+)  # bytes of one activation of a video at full size; what is larger runs in chunks
 ATTENTION_LOGITS = 2**25  # how many float32 attention logits of a video may exist at once: 128 MiB
 
 
@@ -51,13 +53,19 @@ class VAEConfig:
                 f"dim_mult have {len(self.dim_mult) - 1} steps between them"
             )
         if 2 ** len(self.temporal_downsample) != PIXELS_PER_LATENT:
-            raise ValueError(f"dim_mult needs 4 levels, so that 8 pixels become one latent; it has {len(self.dim_mult)}")
+            raise ValueError(
+                f"dim_mult needs 4 levels, so that 8 pixels become one latent; it has {len(self.dim_mult)}"
+            )
         if 2 ** sum(self.temporal_downsample) != FRAMES_PER_LATENT:
-            raise ValueError(f"temporal_downsample must hold two True entries: {self.temporal_downsample}")
+            raise ValueError(
+                f"temporal_downsample must hold two True entries: {self.temporal_downsample}"
+            )
         if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} entries each")
         if any(self.base_dim * multiple % 2 for multiple in self.dim_mult[1:]):
-            raise ValueError(f"every level above the first needs an even width: {self.base_dim} * {self.dim_mult}")
+            raise ValueError(
+                f"every level above the first needs an even width: {self.base_dim} * {self.dim_mult}"
+            )
 
 
 class Memory:
@@ -92,7 +100,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         square = jnp.sum(x * x, axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24))  # of the square: a gradient exists at x = 0
+        inverse = jax.lax.rsqrt(
+            jnp.maximum(square, 1e-24)
+        )  # of the square: a gradient exists at x = 0
         return x * inverse * (x.shape[-1] ** 0.5 * self.gamma[...])
 
 
@@ -100,7 +110,9 @@ class Dense(nnx.Module):
     """A convolution of one pixel in one frame: kernel [in, out]."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(_fan_in_normal(rngs.params(), (in_channels, out_channels), in_channels))
+        self.kernel = nnx.Param(
+            _fan_in_normal(rngs.params(), (in_channels, out_channels), in_channels)
+        )
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
@@ -111,7 +123,15 @@ class Dense(nnx.Module):
 class FrameConv(nnx.Module):
     """A 3x3 convolution of each frame by itself: kernel [3, 3, in, out]."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int, padding: tuple[int, int], rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        padding: tuple[int, int],
+        rngs: nnx.Rngs,
+    ):
         shape = (3, 3, in_channels, out_channels)
         self.kernel = nnx.Param(_fan_in_normal(rngs.params(), shape, 9 * in_channels))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
@@ -140,7 +160,10 @@ class CausalConv(nnx.Module):
             y = _conv2d(x[:, 0], self.kernel[2], 1, (1, 1))[:, None]
         else:
             y = jax.lax.platform_dependent(
-                jnp.concatenate([past, x], axis=1), self.kernel[...], cpu=_stacked_conv3d, default=_conv3d
+                jnp.concatenate([past, x], axis=1),
+                self.kernel[...],
+                cpu=_stacked_conv3d,
+                default=_conv3d,
             )
         return y + self.bias[...]
 
@@ -158,7 +181,9 @@ class TimeConv(nnx.Module):
         count = (x.shape[1] - 3) // stride + 1
         taps = [x[:, k : k + stride * (count - 1) + 1 : stride] for k in range(3)]
         stacked = jnp.concatenate(taps, axis=-1)
-        y = stacked.reshape(-1, stacked.shape[-1]) @ self.kernel[...].reshape(-1, self.kernel.shape[-1])
+        y = stacked.reshape(-1, stacked.shape[-1]) @ self.kernel[...].reshape(
+            -1, self.kernel.shape[-1]
+        )
         return (y + self.bias[...]).reshape(*stacked.shape[:-1], -1)
 
 
@@ -194,7 +219,9 @@ class ResBlock(nnx.Module):
         self.conv1 = CausalConv(in_channels, out_channels, rngs=rngs)
         self.norm2 = RMSNorm(out_channels)
         self.conv2 = CausalConv(out_channels, out_channels, rngs=rngs)
-        self.conv_shortcut = None if in_channels == out_channels else Dense(in_channels, out_channels, rngs=rngs)
+        self.conv_shortcut = (
+            None if in_channels == out_channels else Dense(in_channels, out_channels, rngs=rngs)
+        )
 
     def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w D"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)), memory)
@@ -215,11 +242,15 @@ class AttentionBlock(nnx.Module):
         positions = height * width
         qkv = self.to_qkv(self.norm(x)).reshape(batch, frames, positions, 3, channels)
 
-        def attend(qkv):  # of one frame of every video, [B,N,3,C]: rows stay whole, so that they may lie on different devices
+        def attend(
+            qkv,
+        ):  # of one frame of every video, [B,N,3,C]: rows stay whole, so that they may lie on different devices
             q, k, v = jnp.moveaxis(qkv, 2, 0)
             return jax.nn.softmax(q @ k.mT * channels**-0.5, axis=-1) @ v
 
-        attended = jax.lax.map(attend, qkv.swapaxes(0, 1), batch_size=max(1, ATTENTION_LOGITS // positions**2))
+        attended = jax.lax.map(
+            attend, qkv.swapaxes(0, 1), batch_size=max(1, ATTENTION_LOGITS // positions**2)
+        )
         return x + self.proj(attended.swapaxes(0, 1).reshape(x.shape))
 
 
@@ -230,7 +261,9 @@ class Downsample(nnx.Module):
         self.resample = FrameConv(channels, channels, stride=2, padding=(0, 1), rngs=rngs)
         self.time_conv = TimeConv(channels, channels) if time else None
 
-    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s h/2 w/2 C"]:
+    def __call__(
+        self, x: Float[Array, "B t h w C"], memory: Memory
+    ) -> Float[Array, "B s h/2 w/2 C"]:
         x = self.resample(x)
         if self.time_conv is None:
             return x
@@ -249,12 +282,16 @@ class Upsample(nnx.Module):
         self.time_conv = TimeConv(channels, 2 * channels) if time else None
         self.resample = FrameConv(channels, channels // 2, stride=1, padding=(1, 1), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s 2*h 2*w C/2"]:
+    def __call__(
+        self, x: Float[Array, "B t h w C"], memory: Memory
+    ) -> Float[Array, "B s 2*h 2*w C/2"]:
         if self.time_conv is not None:
             alone, rest = (x[:, :1], x[:, 1:]) if memory.first else (x[:, :0], x)
             past = memory.before(rest, 2)
             if rest.shape[1]:
-                rest = _double_frames(self.time_conv(jnp.concatenate([past, rest], axis=1), stride=1))
+                rest = _double_frames(
+                    self.time_conv(jnp.concatenate([past, rest], axis=1), stride=1)
+                )
                 x = jnp.concatenate([alone, rest], axis=1)
         return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
 
@@ -281,7 +318,15 @@ class MidBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """num_res_blocks + 1 res blocks, and an upsampling unless it is the last block."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, up: Upsample | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        up: Upsample | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
         widths = [in_channels] + [out_channels] * num_res_blocks
         self.resnets = nnx.List([ResBlock(width, out_channels, rngs=rngs) for width in widths])
         self.upsamplers = nnx.List([] if up is None else [up])
@@ -310,7 +355,9 @@ class Encoder(nnx.Module):
         self.norm_out = RMSNorm(channels)
         self.conv_out = CausalConv(channels, 2 * config.z_dim, rngs=rngs)
 
-    def __call__(self, video: Float[Array, "B F H W 3"], memory: Memory) -> Float[Array, "B T H/8 W/8 C"]:
+    def __call__(
+        self, video: Float[Array, "B F H W 3"], memory: Memory
+    ) -> Float[Array, "B T H/8 W/8 C"]:
         x = self.conv_in(video, memory)
         for block in self.down_blocks:
             x = block(x, memory)
@@ -335,7 +382,9 @@ class Decoder(nnx.Module):
         self.norm_out = RMSNorm(widths[-1])
         self.conv_out = CausalConv(widths[-1], 3, rngs=rngs)
 
-    def __call__(self, latents: Float[Array, "B T h w z"], memory: Memory) -> Float[Array, "B F 8*h 8*w 3"]:
+    def __call__(
+        self, latents: Float[Array, "B T h w z"], memory: Memory
+    ) -> Float[Array, "B F 8*h 8*w 3"]:
         x = self.mid_block(self.conv_in(latents, memory), memory)
         for block in self.up_blocks:
             x = block(x, memory)
@@ -352,7 +401,9 @@ class WanVAE(nnx.Module):
         self.post_quant_conv = Dense(config.z_dim, config.z_dim, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def encode(self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None) -> Float[Array, "B T H/8 W/8 z"]:
+    def encode(
+        self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None
+    ) -> Float[Array, "B T H/8 W/8 z"]:
         """Normalised latents, (posterior mean - latents_mean) / latents_std.
 
         `chunk`: how many latent frames (of 4 video frames) to run at a time; None runs the whole video at once.
@@ -361,7 +412,9 @@ class WanVAE(nnx.Module):
         mean, _ = self.posterior(video, chunk)
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
-    def decode(self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+    def decode(
+        self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None
+    ) -> Float[Array, "B F 8*h 8*w 3"]:
         """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
@@ -379,19 +432,29 @@ class WanVAE(nnx.Module):
         video = jnp.asarray(video)
         frames, height, width = video.shape[1:4]
         if frames % FRAMES_PER_LATENT != 1:
-            raise ValueError(f"a video needs 1 + {FRAMES_PER_LATENT}n frames, this one has {frames}")
+            raise ValueError(
+                f"a video needs 1 + {FRAMES_PER_LATENT}n frames, this one has {frames}"
+            )
         if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
-            raise ValueError(f"height and width must be multiples of {PIXELS_PER_LATENT}, not {height}x{width}")
-        moments = self.quant_conv(_in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT))
+            raise ValueError(
+                f"height and width must be multiples of {PIXELS_PER_LATENT}, not {height}x{width}"
+            )
+        moments = self.quant_conv(
+            _in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT)
+        )
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def pixels(self, raw: Float[ArrayLike, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
+    def pixels(
+        self, raw: Float[ArrayLike, "B T h w z"], chunk: int | None = None
+    ) -> Float[Array, "B F 8*h 8*w 3"]:
         """The video of latents that are not normalised, not clamped: what training compares with the truth."""
         return _in_chunks(self.decoder, self.post_quant_conv(jnp.asarray(raw)), chunk)
 
 
-def _in_chunks(network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None) -> Float[Array, "B m H W D"]:
+def _in_chunks(
+    network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None
+) -> Float[Array, "B m H W D"]:
     """network(x) in chunks of `size` frames: frame 0 with what does not fill a chunk, then a scan over full chunks.
 
     A backward pass keeps what a chunk remembers of the one before, and computes the activations of each chunk again.

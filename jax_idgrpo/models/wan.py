@@ -91,22 +91,43 @@ class WanConfig:
             "out_channels",
         )
         for name in (*sizes, "rope_max_seq_len", "vace_in_channels"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions turn pairs, so make it even")
-        _require(self.head_dim >= 6, f"head_dim is {self.head_dim}; three position axes need at least 6")
-        _require(self.freq_dim % 2 == 0, f"freq_dim is {self.freq_dim}; it holds cosines and sines, so make it even")
+            _require(
+                getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1"
+            )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}; rotary positions turn pairs, so make it even",
+        )
+        _require(
+            self.head_dim >= 6, f"head_dim is {self.head_dim}; three position axes need at least 6"
+        )
+        _require(
+            self.freq_dim % 2 == 0,
+            f"freq_dim is {self.freq_dim}; it holds cosines and sines, so make it even",
+        )
         _require(self.eps > 0, f"eps is {self.eps}; it must be positive")
         _require(self.rank >= 0, f"rank is {self.rank}; it must be 0 (no adapter) or more")
-        _require(self.rank == 0 or self.alpha > 0, f"alpha is {self.alpha} with rank {self.rank}; it must be positive")
+        _require(
+            self.rank == 0 or self.alpha > 0,
+            f"alpha is {self.alpha} with rank {self.rank}; it must be positive",
+        )
         _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.mesh is not None:
             sharding.check_heads(self.mesh, self.num_heads, self.ffn_dim)
         if self.vace_layers is not None:
             layers = self.vace_layers
-            _require(isinstance(layers, tuple), f"vace_layers is a {type(layers).__name__}; make it a tuple")
+            _require(
+                isinstance(layers, tuple),
+                f"vace_layers is a {type(layers).__name__}; make it a tuple",
+            )
             _require(len(layers) > 0, "vace_layers is empty; use None for a model without control")
-            _require(layers[0] == 0, f"vace_layers starts at {layers[0]}; the first hint belongs to block 0")
-            _require(all(a < b for a, b in itertools.pairwise(layers)), f"vace_layers {layers} must rise")
+            _require(
+                layers[0] == 0,
+                f"vace_layers starts at {layers[0]}; the first hint belongs to block 0",
+            )
+            _require(
+                all(a < b for a, b in itertools.pairwise(layers)), f"vace_layers {layers} must rise"
+            )
             _require(
                 layers[-1] < self.num_layers,
                 f"vace_layers reaches block {layers[-1]} but num_layers is {self.num_layers}; blocks count from 0",
@@ -174,14 +195,23 @@ class Attention(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def project() -> Linear:
-            return Linear(config.width, config.width, rank=config.rank, alpha=config.alpha, dtypes=dtypes, rngs=rngs)
+            return Linear(
+                config.width,
+                config.width,
+                rank=config.rank,
+                alpha=config.alpha,
+                dtypes=dtypes,
+                rngs=rngs,
+            )
 
         self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
         self.norm_q = RMSNorm(config.width, eps=config.eps)
         self.norm_k = RMSNorm(config.width, eps=config.eps)
         self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
 
-    def keys(self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None) -> Keys:
+    def keys(
+        self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None
+    ) -> Keys:
         """What the tokens of the context are asked for, and what they answer."""
         k, v = self._heads(self.norm_k(self.to_k(context))), self._heads(self.to_v(context))
         return (k if rotary is None else apply_rotary(k, *rotary)).astype(self.compute), v
@@ -226,7 +256,9 @@ class Block(nnx.Module):
         self.ffn = FeedForward(config, dtypes=dtypes, rngs=rngs)
         self.eps = config.eps
 
-    def __call__(self, x: Float[Array, "B N D"], text: Keys, conditions: Conditions) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], text: Keys, conditions: Conditions
+    ) -> Float[Array, "B N D"]:
         rows = self.scale_shift_table[...] + conditions.modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (rows[:, i, None, :] for i in range(6))
         h = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
@@ -242,7 +274,9 @@ class ControlBlock(Block):
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         super().__init__(config, dtypes=dtypes, rngs=rngs)
-        self.proj_out = Linear(config.width, config.width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
+        self.proj_out = Linear(
+            config.width, config.width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs
+        )
 
     def hint(self, c: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         return self.proj_out(c).astype(c.dtype)
@@ -271,7 +305,9 @@ def _gate(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
-    gate, slope = _gate(jax.lax.optimization_barrier(x))  # else the forward pass's tanh is kept for it
+    gate, slope = _gate(
+        jax.lax.optimization_barrier(x)
+    )  # else the forward pass's tanh is kept for it
     dx = dy.astype(jnp.float32) * (gate + 2 * x.astype(jnp.float32) * gate * (1 - gate) * slope)
     return (dx.astype(x.dtype),)
 
@@ -282,7 +318,9 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 class Embedder(nnx.Module):
     """Linear, activation, linear."""
 
-    def __init__(self, features: int, width: int, activation: Callable, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, width: int, activation: Callable, *, dtypes: Dtypes, rngs: nnx.Rngs
+    ):
         self.linear_1 = Linear(features, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
         self.linear_2 = Linear(width, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
         self.activation = activation
@@ -296,12 +334,16 @@ class ConditionEmbedder(nnx.Module):
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         width = config.width
-        self.time_embedder = Embedder(config.freq_dim, width, jax.nn.silu, dtypes=FLOAT32, rngs=rngs)
+        self.time_embedder = Embedder(
+            config.freq_dim, width, jax.nn.silu, dtypes=FLOAT32, rngs=rngs
+        )
         self.time_proj = Linear(width, 6 * width, dtypes=FLOAT32, rngs=rngs)
         self.text_embedder = Embedder(config.text_dim, width, gelu, dtypes=dtypes, rngs=rngs)
         self.freq_dim = config.freq_dim
 
-    def __call__(self, timesteps: Int[Array, "B"]) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+    def __call__(
+        self, timesteps: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
         """-> the head's modulation, the blocks' modulation; the text's tokens are `text_embedder`'s."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         rows = self.time_proj(jax.nn.silu(time))
@@ -318,11 +360,17 @@ class WanTransformer(nnx.Module):
         self.condition_embedder = ConditionEmbedder(config, dtypes=dtypes, rngs=rngs)
         self.blocks = _stack(Block, config.num_layers, config, dtypes, rngs)
         if config.vace_layers is not None:
-            self.vace_patch_embedding = Linear(patch * config.vace_in_channels, width, dtypes=dtypes, rngs=rngs)
+            self.vace_patch_embedding = Linear(
+                patch * config.vace_in_channels, width, dtypes=dtypes, rngs=rngs
+            )
             self.vace_proj_in = Linear(width, width, dtypes=dtypes, rngs=rngs)
             self.vace_blocks = _stack(ControlBlock, len(config.vace_layers), config, dtypes, rngs)
-        self.scale_shift_table = nnx.Param(jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5)
-        self.proj_out = Linear(width, patch * config.out_channels, kernel_init=SMALL, dtypes=FLOAT32, rngs=rngs)
+        self.scale_shift_table = nnx.Param(
+            jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5
+        )
+        self.proj_out = Linear(
+            width, patch * config.out_channels, kernel_init=SMALL, dtypes=FLOAT32, rngs=rngs
+        )
 
     def __call__(
         self,
@@ -340,7 +388,9 @@ class WanTransformer(nnx.Module):
         one number or one per VACE block. `frame_mask` [B,T] is True on a row's first frames; those behind are hidden from them, and
         their own velocity means nothing. Raises UserError for shapes that do not fit.
         """
-        return self.velocity(latents, timesteps, self.prefill(text, control), control_scale, frame_mask)
+        return self.velocity(
+            latents, timesteps, self.prefill(text, control), control_scale, frame_mask
+        )
 
     def prefill(self, text: Array, control: Array | None = None) -> Prompt:
         """What `velocity` needs of text and control, as `__call__` takes them.
@@ -349,11 +399,15 @@ class WanTransformer(nnx.Module):
         """
         config = self.config
         self._check_prompt(text, control)
-        context = sharding.shard_batch(config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute)))
+        context = sharding.shard_batch(
+            config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute))
+        )
         if config.vace_layers is None:
             return Prompt(self._keys(self.blocks, context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
-        return Prompt(self._keys(self.blocks, context), self._keys(self.vace_blocks, context), tokens)
+        return Prompt(
+            self._keys(self.blocks, context), self._keys(self.vace_blocks, context), tokens
+        )
 
     def velocity(
         self,
@@ -369,20 +423,29 @@ class WanTransformer(nnx.Module):
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
-        time, modulation = (sharding.shard_batch(config.mesh, a) for a in self.condition_embedder(timesteps))
+        time, modulation = (
+            sharding.shard_batch(config.mesh, a) for a in self.condition_embedder(timesteps)
+        )
         x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
         padding = x.shape[1] - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
         if padding and lengths is None:
             lengths = jnp.full(b, tokens, jnp.int32)
-        cos, sin = (jnp.pad(table, ((0, padding), (0, 0))) for table in rotary_tables(config.head_dim, *grid))
+        cos, sin = (
+            jnp.pad(table, ((0, padding), (0, 0)))
+            for table in rotary_tables(config.head_dim, *grid)
+        )
         conditions = Conditions(modulation, (cos, sin), lengths)
         if prompt.control is None:
             x = self._run_plain(x, prompt, conditions)
         else:
-            x = self._run_groups(x, _add(x, prompt.control), self._scale(control_scale), prompt, conditions)
+            x = self._run_groups(
+                x, _add(x, prompt.control), self._scale(control_scale), prompt, conditions
+            )
 
-        shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(0, 1)
+        shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(
+            0, 1
+        )
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
         y = sharding.shard_batch(config.mesh, y)[:, :tokens]
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
@@ -414,20 +477,28 @@ class WanTransformer(nnx.Module):
             for block, text in zip(_unstack(blocks), prompt.main, strict=True):
                 x = apply(block, x, text)
             return x
-        return jax.lax.scan(lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, prompt.main))[0]
+        return jax.lax.scan(
+            lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, prompt.main)
+        )[0]
 
-    def _run_groups(self, x: Array, c: Array, scale: Array, prompt: Prompt, conditions: Conditions) -> Array:
+    def _run_groups(
+        self, x: Array, c: Array, scale: Array, prompt: Prompt, conditions: Conditions
+    ) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
         apply_control, controls = self._applied(self.vace_blocks, conditions)
         control_graph = nnx.graphdef(self.vace_blocks)
 
-        def control(c: Array, parameters: nnx.State, text: Keys, scale: Array) -> tuple[Array, Array]:
+        def control(
+            c: Array, parameters: nnx.State, text: Keys, scale: Array
+        ) -> tuple[Array, Array]:
             c = apply_control(parameters, c, text)
             return c, scale * nnx.merge(control_graph, parameters).hint(c)
 
         if self.config.unroll:
             mains = zip(_unstack(blocks), prompt.main, strict=True)
-            for parameters, keys, s, size in zip(_unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True):
+            for parameters, keys, s, size in zip(
+                _unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True
+            ):
                 c, hint = control(c, parameters, keys, s)
                 for number, (block, text) in enumerate(itertools.islice(mains, size)):
                     x = apply(block, x, text)
@@ -442,7 +513,9 @@ class WanTransformer(nnx.Module):
 
             def main(x: Array, part: tuple) -> tuple[Array, None]:
                 (block, text), first = part
-                return apply(block, x, text) + jnp.where(first, hint, 0), None  # one body for all blocks: half the program
+                return apply(block, x, text) + jnp.where(
+                    first, hint, 0
+                ), None  # one body for all blocks: half the program
 
             return (jax.lax.scan(main, x, (mains, first))[0], c), None
 
@@ -451,7 +524,12 @@ class WanTransformer(nnx.Module):
             count = len(list(run))
             mains = _rows((blocks, prompt.main), at, count * size, (count, size))
             first = jnp.broadcast_to(jnp.arange(size) == 0, (count, size))
-            parts = (_rows((controls, prompt.vace), done, count, (count,)), scale[done : done + count], mains, first)
+            parts = (
+                _rows((controls, prompt.vace), done, count, (count,)),
+                scale[done : done + count],
+                mains,
+                first,
+            )
             (x, c), _ = jax.lax.scan(group, (x, c), parts)
             at, done = at + count * size, done + count
         return x
@@ -462,7 +540,9 @@ class WanTransformer(nnx.Module):
         mesh = self.config.mesh
 
         def apply(block: nnx.State, x: Array, text: Keys) -> Array:
-            return sharding.shard_tokens(mesh, nnx.merge(graph, sharding.unshard_fsdp(mesh, block))(x, text, conditions))
+            return sharding.shard_tokens(
+                mesh, nnx.merge(graph, sharding.unshard_fsdp(mesh, block))(x, text, conditions)
+            )
 
         return self._remat(apply), parameters
 
@@ -472,15 +552,22 @@ class WanTransformer(nnx.Module):
 
     def _scale(self, control_scale: float | Array) -> Float[Array, "G"]:
         """One scale per VACE block, in the stream's dtype so that multiplying a hint does not promote the stream."""
-        scale, count = jnp.asarray(control_scale, self.dtypes.residual), len(self.config.vace_layers)
+        scale, count = (
+            jnp.asarray(control_scale, self.dtypes.residual),
+            len(self.config.vace_layers),
+        )
         _require(
-            scale.shape in ((), (count,)), f"control_scale has shape {scale.shape}; give a number or {count} of them"
+            scale.shape in ((), (count,)),
+            f"control_scale has shape {scale.shape}; give a number or {count} of them",
         )
         return jnp.broadcast_to(scale, (count,))
 
     def _check_prompt(self, text: Array, control: Array | None) -> None:
         config = self.config
-        _require(text.ndim == 3 and text.shape[2] == config.text_dim, f"text has shape {text.shape}; expected [B,L,{config.text_dim}]")
+        _require(
+            text.ndim == 3 and text.shape[2] == config.text_dim,
+            f"text has shape {text.shape}; expected [B,L,{config.text_dim}]",
+        )
         if config.vace_layers is None:
             _require(control is None, "control was given, but this model has no VACE blocks")
             return
@@ -490,31 +577,45 @@ class WanTransformer(nnx.Module):
             f"control has shape {control.shape}; expected [B,T,H,W,{config.vace_in_channels}]",
         )
 
-    def _check(self, latents: Array, timesteps: Array, prompt: Prompt, frame_mask: Array | None) -> None:
+    def _check(
+        self, latents: Array, timesteps: Array, prompt: Prompt, frame_mask: Array | None
+    ) -> None:
         config, shape = self.config, latents.shape
         _require(
             len(shape) == 5 and shape[-1] == config.in_channels,
             f"latents have shape {shape}; expected [B,T,H,W,{config.in_channels}]",
         )
-        _require(shape[2] % PATCH == 0 and shape[3] % PATCH == 0, f"latents are {shape[2]}x{shape[3]}; make both even")
+        _require(
+            shape[2] % PATCH == 0 and shape[3] % PATCH == 0,
+            f"latents are {shape[2]}x{shape[3]}; make both even",
+        )
         _require(
             max(shape[1], shape[2] // PATCH, shape[3] // PATCH) <= config.rope_max_seq_len,
             f"latents {shape} reach beyond rope_max_seq_len {config.rope_max_seq_len}",
         )
-        _require(timesteps.shape == shape[:1], f"timesteps have shape {timesteps.shape}; expected [{shape[0]}]")
         _require(
-            jnp.issubdtype(timesteps.dtype, jnp.integer), f"timesteps are {timesteps.dtype}; give integers 0 .. 999"
+            timesteps.shape == shape[:1],
+            f"timesteps have shape {timesteps.shape}; expected [{shape[0]}]",
+        )
+        _require(
+            jnp.issubdtype(timesteps.dtype, jnp.integer),
+            f"timesteps are {timesteps.dtype}; give integers 0 .. 999",
         )
         rows = jax.tree.leaves(prompt.main)[0].shape[-4]
         _require(rows == shape[0], f"text has {rows} rows; expected the {shape[0]} of the latents")
         if prompt.control is not None:
-            tokens = sharding.padded(config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH))
+            tokens = sharding.padded(
+                config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH)
+            )
             _require(
                 prompt.control.shape[:2] == (shape[0], tokens),
                 f"control has {prompt.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",
             )
         if frame_mask is not None:
-            _require(frame_mask.shape == shape[:2], f"frame_mask has shape {frame_mask.shape}; expected {shape[:2]}")
+            _require(
+                frame_mask.shape == shape[:2],
+                f"frame_mask has shape {frame_mask.shape}; expected {shape[:2]}",
+            )
 
 
 def group_sizes(config: WanConfig) -> list[int]:
@@ -522,7 +623,9 @@ def group_sizes(config: WanConfig) -> list[int]:
     return [b - a for a, b in itertools.pairwise((*config.vace_layers, config.num_layers))]
 
 
-def _stack(block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
+def _stack(
+    block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs
+) -> Block:
     """`count` blocks as one module whose leaves have a leading axis."""
 
     @nnx.split_rngs(splits=count)
@@ -535,7 +638,9 @@ def _stack(block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rn
 
 def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
     """`count` layers from `start` on, their axis folded to `shape`."""
-    return jax.tree.map(lambda leaf: leaf[start : start + count].reshape(*shape, *leaf.shape[1:]), stacked)
+    return jax.tree.map(
+        lambda leaf: leaf[start : start + count].reshape(*shape, *leaf.shape[1:]), stacked
+    )
 
 
 def unstacked(parameters: nnx.State) -> nnx.State:
@@ -552,7 +657,11 @@ def unstacked(parameters: nnx.State) -> nnx.State:
 
 def _layers(leaf: Array | tuple[Array, ...]) -> tuple[Array, ...]:
     """One array per layer; a split, so that the gradients come back by concatenation and not by adding padded arrays."""
-    return leaf if isinstance(leaf, tuple) else tuple(part[0] for part in jax.lax.split(leaf, (1,) * len(leaf)))
+    return (
+        leaf
+        if isinstance(leaf, tuple)
+        else tuple(part[0] for part in jax.lax.split(leaf, (1,) * len(leaf)))
+    )
 
 
 def _unstack(parameters: nnx.State) -> list[nnx.State]:

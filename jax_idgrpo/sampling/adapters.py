@@ -24,19 +24,27 @@ PROGRESS = "training_progress.json"
 # ---- adapters ------------------------------------------------------------------------------------------------------------
 
 
-def with_adapter(transformer: WanTransformer, config: WanConfig, state: nnx.State) -> WanTransformer:
+def with_adapter(
+    transformer: WanTransformer, config: WanConfig, state: nnx.State
+) -> WanTransformer:
     """The network of `config` made of the transformer's base arrays and the adapter `state`."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))
+    graph = nnx.graphdef(
+        nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0)))
+    )
     return nnx.merge(graph, nnx.state(transformer, BASE), state)
 
 
-def add_adapter(transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]) -> WanTransformer:
+def add_adapter(
+    transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]
+) -> WanTransformer:
     """The transformer with a fresh adapter: A ~ N(0, 1/R^2), B = 0, so its output is unchanged."""
     config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
 
     @jax.jit  # the compiler drops the base that nobody asked for
     def fresh(key: Key[Array, ""]) -> nnx.State:
-        return nnx.state(WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(params=key)), LoRAParam)
+        return nnx.state(
+            WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(params=key)), LoRAParam
+        )
 
     return with_adapter(transformer, config, fresh(key))
 
@@ -60,14 +68,23 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
     tensors, _ = store.open_weights(weights)
     if (what := lora.misfit(tensors, config)) is not None:
         raise UserError(f"{weights}: {what}; pass an adapter of this model")
-    model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
+    )
     return to_jax(
-        lora.rules(wan.block_stacks(config), lora.prefix(tensors)), tensors, nnx.state(model, LoRAParam), str(weights)
+        lora.rules(wan.block_stacks(config), lora.prefix(tensors)),
+        tensors,
+        nnx.state(model, LoRAParam),
+        str(weights),
     )
 
 
 def save_lora(
-    path: str | Path, state: nnx.State, config: WanConfig, training: dict[str, Any] | None = None, step: int | None = None
+    path: str | Path,
+    state: nnx.State,
+    config: WanConfig,
+    training: dict[str, Any] | None = None,
+    step: int | None = None,
 ) -> None:
     """Write LoRA leaves as a PEFT directory with a model card, which `peft` loads onto diffusers' transformer.
 
@@ -81,11 +98,15 @@ def save_lora(
       step: training steps done, which `saved_step` reads back; None for an adapter of no run.
     """
     base = (training or {}).get("model", {}).get("path") or None
-    text = card.render("peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha))
+    text = card.render(
+        "peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha)
+    )
     with store.atomic_path(path, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
-        store.write_file(new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state))
+        store.write_file(
+            new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state)
+        )
         (new / card.FILE).write_text(text, "utf-8")
         if step is not None:
             store.write_json(new / PROGRESS, {"step": step})

@@ -89,7 +89,9 @@ class Conditioning:
     @property
     def video_start(self) -> Int[Values, "P"]:
         """The first video frame of each row."""
-        return self.references if self.tail is None else self.references - self.references  # zeros that come from no host
+        return (
+            self.references if self.tail is None else self.references - self.references
+        )  # zeros that come from no host
 
     def video_frames(self, max_people: int) -> int:
         """T, the latent frames of the video."""
@@ -101,7 +103,9 @@ def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditionin
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 
 
-def video_latents(x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: int) -> Float[Array, "B T H W C"]:
+def video_latents(
+    x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: int
+) -> Float[Array, "B T H W C"]:
     """The T = `frames` video frames of each row, from its `start` on."""
     return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
 
@@ -124,7 +128,9 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
     return out
 
 
-def whole_canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
+def whole_canvas(
+    image: Image.Image, height: int, width: int
+) -> Float[np.ndarray, "height width 3"]:
     """Phantom's form of `canvas`: one Lanczos resize from the image's own size."""
     image = on_white(image)
     ratio = image.width / image.height
@@ -132,7 +138,9 @@ def whole_canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarra
     columns, rows = (max(side, 1) for side in size)
     out = np.full((height, width, 3), 255, np.float32)
     top, left = (height - rows) // 2, (width - columns) // 2
-    out[top : top + rows, left : left + columns] = np.asarray(image.resize((columns, rows), Image.Resampling.LANCZOS), np.float32)
+    out[top : top + rows, left : left + columns] = np.asarray(
+        image.resize((columns, rows), Image.Resampling.LANCZOS), np.float32
+    )
     return out / np.float32(127.5) - 1
 
 
@@ -141,13 +149,18 @@ def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
     old = x.shape[axis]
     position = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
     low = np.floor(position).astype(int)
-    weight = np.expand_dims((position - low).astype(np.float32), [a for a in range(x.ndim) if a != axis])
+    weight = np.expand_dims(
+        (position - low).astype(np.float32), [a for a in range(x.ndim) if a != axis]
+    )
     high = np.minimum(low + 1, old - 1)
     return np.take(x, low, axis) * (1 - weight) + np.take(x, high, axis) * weight
 
 
 def control(
-    references: Float[Values, "M H W C"], grey: Float[Values, "T H W C"], max_people: int, order: str = "diffusers"
+    references: Float[Values, "M H W C"],
+    grey: Float[Values, "T H W C"],
+    max_people: int,
+    order: str = "diffusers",
 ) -> Float[Array, "N H W D"]:
     """The control of one row from the latents of its photos (as given) and of a mid-grey video; D = 2 C + 64.
 
@@ -157,7 +170,9 @@ def control(
         references = references[::-1]
     mask = jnp.ones((*grey.shape[:-1], MASK_CHANNELS), jnp.float32)
     video = jnp.concatenate([grey, grey, mask], axis=-1)
-    people = jnp.pad(references, ((0, 0), (0, 0), (0, 0), (0, video.shape[-1] - references.shape[-1])))
+    people = jnp.pad(
+        references, ((0, 0), (0, 0), (0, 0), (0, video.shape[-1] - references.shape[-1]))
+    )
     padding = ((0, max_people - references.shape[0]), (0, 0), (0, 0), (0, 0))
     return jnp.pad(jnp.concatenate([people, video]), padding)
 
@@ -169,18 +184,24 @@ def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[A
 
 
 @nnx.jit
-def _encode_tokens(text_encoder: nnx.Module, ids: Int[Values, "B L"], mask: Int[Values, "B L"]) -> Float[Array, "B L D"]:
+def _encode_tokens(
+    text_encoder: nnx.Module, ids: Int[Values, "B L"], mask: Int[Values, "B L"]
+) -> Float[Array, "B L D"]:
     return text_encoder(ids, mask).astype(jnp.float32)
 
 
-def encode_texts(pipe: Pipeline, texts: Sequence[str], length: int) -> list[Float[np.ndarray, "n D"]]:
+def encode_texts(
+    pipe: Pipeline, texts: Sequence[str], length: int
+) -> list[Float[np.ndarray, "n D"]]:
     """The float32 text embeddings of prompts, each cut to `length` tokens; on the host, without padding.
 
     A text encoder that waits in the host's memory is on the devices while this runs.
     """
     encoder, found = sharding.on_devices(pipe.text_encoder) if texts else None, []
     for text in texts:
-        tokens = pipe.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        tokens = pipe.tokenizer(
+            text, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+        )
         ids, mask = (np.asarray(tokens[name], np.int32) for name in ("input_ids", "attention_mask"))
         found.append(to_host(_encode_tokens(encoder, ids, mask))[0, : mask.sum()])
     return found
@@ -240,7 +261,9 @@ def negative_prompt(config: DataConfig) -> str:
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.negative_prompt: cannot read {path} ({error}); name a UTF-8 text file") from None
+        raise UserError(
+            f"data.negative_prompt: cannot read {path} ({error}); name a UTF-8 text file"
+        ) from None
     log.info("negative prompt from %s, SHA-256 %s", path, hashlib.sha256(text.encode()).hexdigest())
     return text
 
@@ -290,7 +313,9 @@ def encode(
     data, video = config.data, config.video
     new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
     opened = PhotoCache(room=0) if photos is None else photos
-    encoded = {number: _encode_photos(pipe, prompt, config, opened) for number, prompt in new.items()}
+    encoded = {
+        number: _encode_photos(pipe, prompt, config, opened) for number, prompt in new.items()
+    }
     texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
     made = {number: (text, encoded[number]) for number, text in zip(new, texts, strict=True)}
     for number, row in made.items():
@@ -304,12 +329,21 @@ def encode(
             blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)
             cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
         grey, order = cache["grey", video], data.reference_order
-        controls = [np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows]
+        controls = [
+            np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows
+        ]
         mask = np.asarray(frame_mask(references, frames, data.max_people))
-        return Conditioning(text=text, control=np.stack(controls), frame_mask=mask, references=references)
-    tail = [np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0))) for _, latents in rows]
+        return Conditioning(
+            text=text, control=np.stack(controls), frame_mask=mask, references=references
+        )
+    tail = [
+        np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0)))
+        for _, latents in rows
+    ]
     mask = np.ones((len(prompts), frames), bool)
-    return Conditioning(text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail))
+    return Conditioning(
+        text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail)
+    )
 
 
 def _encode_photos(

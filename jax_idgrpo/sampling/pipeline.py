@@ -28,7 +28,13 @@ from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.sampling.adapters import BASE, add_adapter, load_lora_state, lora_scale, with_adapter
+from jax_idgrpo.sampling.adapters import (
+    BASE,
+    add_adapter,
+    load_lora_state,
+    lora_scale,
+    with_adapter,
+)
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -98,14 +104,20 @@ def load_pipeline(
     """
     path = checkpoint_place(path) if Path(path).exists() else Path(path)
     if kind not in (None, *identify.KINDS):
-        raise UserError(f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out")
+        raise UserError(
+            f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out"
+        )
     if not path.is_dir():
-        remedy = hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
+        remedy = (
+            hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
+        )
         raise UserError(f"{path}: no such folder; {remedy}")
     found = checkpoint.open_checkpoint(path, kind)
     if missing := found.missing():
         raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
-    transformer = _load_transformer(found.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh)
+    transformer = _load_transformer(
+        found.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh
+    )
     if rank:
         transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
     assert found.tokenizer is not None and found.kind is not None
@@ -143,26 +155,41 @@ def _load_vae(found: network.Network, mesh: Mesh | None = None) -> WanVAE:
     return _fill(_vae_shapes(found.config, mesh), found)
 
 
-def _load_text_encoder(found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
+def _load_text_encoder(
+    found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device"
+) -> UMT5Encoder:
     return _fill(_text_encoder_shapes(found.config, dtype, mesh, memory), found)
 
 
 def _transformer_shapes(config: WanConfig, dtype: str) -> WanTransformer:
-    where = None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
-    return _shapes(lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), where)
+    where = (
+        None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
+    )
+    return _shapes(
+        lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), where
+    )
 
 
 def _vae_shapes(config: VAEConfig, mesh: Mesh | None = None) -> WanVAE:
-    where = None if mesh is None else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
+    where = (
+        None
+        if mesh is None
+        else functools.partial(jax.tree.map, lambda _: sharding.replicated(mesh))
+    )
     return _shapes(lambda: WanVAE(config, rngs=nnx.Rngs(0)), where)
 
 
-def _text_encoder_shapes(config: UMT5Config, dtype: str, mesh: Mesh | None = None, memory: str = "device") -> UMT5Encoder:
+def _text_encoder_shapes(
+    config: UMT5Config, dtype: str, mesh: Mesh | None = None, memory: str = "device"
+) -> UMT5Encoder:
     def spread(state: Any) -> Any:
         shardings = sharding.fully_shard(mesh, state)
         return sharding.in_host_memory(shardings) if memory == "host" else shardings
 
-    return _shapes(lambda: UMT5Encoder(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), None if mesh is None else spread)
+    return _shapes(
+        lambda: UMT5Encoder(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)),
+        None if mesh is None else spread,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +207,19 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
       UserError: a network is missing, or its configuration cannot be used.
     """
-    parts = (checkpoint.open_part(path, part).config for part in ("transformer", "vae", "text_encoder"))
+    parts = (
+        checkpoint.open_part(path, part).config for part in ("transformer", "vae", "text_encoder")
+    )
     return Architecture(*parts)
 
 
 def pipeline_shapes(
-    architecture: Architecture, dtype: str, kind: str, *, mesh: Mesh | None = None, text_memory: str = "device"
+    architecture: Architecture,
+    dtype: str,
+    kind: str,
+    *,
+    mesh: Mesh | None = None,
+    text_memory: str = "device",
 ) -> Pipeline:
     """The pipeline that `load_pipeline` makes of a checkpoint of this architecture, of shapes with shardings in place of arrays.
 
@@ -198,7 +232,9 @@ def pipeline_shapes(
       The networks; it has no tokenizer, path or schedule of its own.
     """
     return Pipeline(
-        transformer=_transformer_shapes(dataclasses.replace(architecture.transformer, mesh=mesh), dtype),
+        transformer=_transformer_shapes(
+            dataclasses.replace(architecture.transformer, mesh=mesh), dtype
+        ),
         vae=_vae_shapes(architecture.vae, mesh),
         text_encoder=_text_encoder_shapes(architecture.text_encoder, dtype, mesh, text_memory),
         tokenizer=None,
@@ -220,7 +256,10 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer whose files lie in `folder`; nothing is fetched."""
     from transformers import AutoTokenizer  # seconds to import
 
-    for file in ("tokenizer_config.json", "tokenizer.json"):  # without the second the library may make one up
+    for file in (
+        "tokenizer_config.json",
+        "tokenizer.json",
+    ):  # without the second the library may make one up
         store.read_json(folder / file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -286,30 +325,41 @@ def save_transformer(transformer: WanTransformer, path: str | Path, shift: float
 def save_vae(network: WanVAE, path: str | Path) -> None:
     """Write `vae/` into the pipeline folder `path`."""
     config = network.config
-    _save_network(Path(path) / "vae", vae.config_to_json(config), vae.rules(config), nnx.state(network))
+    _save_network(
+        Path(path) / "vae", vae.config_to_json(config), vae.rules(config), nnx.state(network)
+    )
     _write_index(Path(path))
 
 
 def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) -> None:
     """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`."""
     config, folder = network.config, Path(path) / "text_encoder"
-    values = umt5.config_to_json(config) | {"dtype": str(leaves(nnx.state(network))["embedding"].dtype)}
+    values = umt5.config_to_json(config) | {
+        "dtype": str(leaves(nnx.state(network))["embedding"].dtype)
+    }
     _save_network(folder, values, umt5.rules(config), nnx.state(network))
     with store.atomic_path(Path(path) / "tokenizer", "tokenizer_config.json") as new:
         tokenizer.save_pretrained(new)
     _write_index(Path(path))
 
 
-def _save_network(folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State) -> None:
+def _save_network(
+    folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State
+) -> None:
     with store.atomic_path(folder, "config.json") as new:
         new.mkdir()
         store.write_json(new / "config.json", config)
-        store.write_file(new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state))
+        store.write_file(
+            new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state)
+        )
 
 
 def _write_index(path: Path) -> None:
     """`model_index.json`: the library and class of every part that the folder holds so far."""
-    values: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": wan.DIFFUSERS_VERSION}
+    values: dict[str, Any] = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": wan.DIFFUSERS_VERSION,
+    }
     for part, (library, file, key) in PARTS.items():
         if (path / part).is_dir():
             name = store.read_json(path / part / file)[key]

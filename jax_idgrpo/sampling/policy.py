@@ -45,13 +45,19 @@ class Policy:
 
     def unguided(self) -> "Policy":
         """The branch of prompt and photos alone."""
-        return dataclasses.replace(self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0)
+        return dataclasses.replace(
+            self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0
+        )
 
     # Both programs below stand between barriers, so that they are compiled to the same products wherever they are called. What has no
     # gradient stands in a barrier of its own: one that has a gradient makes one for everything in it, the frozen weights' for nobody.
 
     def prefill(
-        self, lora: nnx.State | None, base: nnx.State, conditioning: Conditioning, negative: Float[Array, "L D"]
+        self,
+        lora: nnx.State | None,
+        base: nnx.State,
+        conditioning: Conditioning,
+        negative: Float[Array, "L D"],
     ) -> Prompt:
         """What a velocity needs of the prompts alone, for all noise levels; `lora=None` is the frozen base.
 
@@ -59,7 +65,9 @@ class Policy:
         """
         text, control = conditioning.text, conditioning.control
         lora = jax.lax.optimization_barrier(lora)
-        base, text, control, negative = jax.lax.optimization_barrier((base, text, control, negative))
+        base, text, control, negative = jax.lax.optimization_barrier(
+            (base, text, control, negative)
+        )
         others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
         prompt = self._network(lora, base).prefill(_together([text, *others]), control)
         main, vace = jax.lax.optimization_barrier((prompt.main, prompt.vace))
@@ -82,7 +90,9 @@ class Policy:
         prompt = self.prefill(lora, base, conditioning, negative) if prompt is None else prompt
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
         lora, x, main, vace = jax.lax.optimization_barrier((lora, x, prompt.main, prompt.vace))
-        base, timestep, conditioning, control = jax.lax.optimization_barrier((base, timestep, conditioning, prompt.control))
+        base, timestep, conditioning, control = jax.lax.optimization_barrier(
+            (base, timestep, conditioning, prompt.control)
+        )
         frames = x.shape[1]
 
         def repeat(array: Array) -> Array:
@@ -92,10 +102,14 @@ class Policy:
         if conditioning.tail is None:
             control = repeat(control)
         else:
-            tails = [conditioning.tail] * min(self.branches, 2) + [jnp.zeros_like(conditioning.tail)] * (self.branches - 2)
+            tails = [conditioning.tail] * min(self.branches, 2) + [
+                jnp.zeros_like(conditioning.tail)
+            ] * (self.branches - 2)
             latents = jnp.concatenate([latents, _together(tails)], axis=1)
             mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
-        found = self._network(lora, base).velocity(latents, repeat(timestep), Prompt(main, vace, control), frame_mask=mask)[:, :frames]
+        found = self._network(lora, base).velocity(
+            latents, repeat(timestep), Prompt(main, vace, control), frame_mask=mask
+        )[:, :frames]
         return jax.lax.optimization_barrier(self._combine(found))
 
     def _network(self, lora: nnx.State | None, base: nnx.State) -> WanTransformer:
@@ -124,7 +138,13 @@ def split(
     """A transformer with adapters -> (policy, adapter state, base state)."""
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
-    plain = nnx.split(nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0))))[0]
+    plain = nnx.split(
+        nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0)))
+    )[0]
     if config.unroll and config.mesh is None:
         base = unstacked(base)
-    return Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance), lora, base
+    return (
+        Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance),
+        lora,
+        base,
+    )

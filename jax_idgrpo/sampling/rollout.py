@@ -34,7 +34,14 @@ class Schedule:
     solver: flow.Solver
 
     @classmethod
-    def make(cls, steps: int, shift: float, sampler: str = "identity", noise_level: float = 0.0, solver: str = "euler") -> "Schedule":
+    def make(
+        cls,
+        steps: int,
+        shift: float,
+        sampler: str = "identity",
+        noise_level: float = 0.0,
+        solver: str = "euler",
+    ) -> "Schedule":
         """The schedule of `flow.sigmas` with a sampler of `flow.SAMPLERS` (noise level 0 = its own) and a solver of `flow.SOLVERS`."""
         sigma = flow.sigmas(steps, shift)
         level = {"noise_level": noise_level} if noise_level else {}
@@ -53,7 +60,13 @@ class Schedule:
         steps = slice(first, last)
         cut = jax.tree.map(lambda leaf: leaf[steps], (self.timestep, self.transition, self.solver))
         timestep, transition, solver = cut
-        return Schedule(sigma=self.sigma[first : last + 1], timestep=timestep, shift=self.shift, transition=transition, solver=solver)
+        return Schedule(
+            sigma=self.sigma[first : last + 1],
+            timestep=timestep,
+            shift=self.shift,
+            transition=transition,
+            solver=solver,
+        )
 
 
 @flax.struct.dataclass
@@ -95,7 +108,9 @@ def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray
     if config.window == "random":
         start = jax.random.randint(root, (), 0, config.steps // 2 - config.window_size + 1)
     if config.window == "per_prompt":
-        start = jax.random.randint(root, (config.prompts,), 0, config.steps // 2 - config.window_size + 1)
+        start = jax.random.randint(
+            root, (config.prompts,), 0, config.steps // 2 - config.window_size + 1
+        )
     return np.broadcast_to(np.asarray(start, np.int32), config.prompts)
 
 
@@ -104,7 +119,9 @@ def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B
     return rng.step_noise(rows, -1, conditioning.latent_shape)
 
 
-def _put(kept: Float[Array, "B n *shape"], place: Int[Array, "B"], value: Float[Array, "B *shape"]) -> Float[Array, "B n *shape"]:
+def _put(
+    kept: Float[Array, "B n *shape"], place: Int[Array, "B"], value: Float[Array, "B *shape"]
+) -> Float[Array, "B n *shape"]:
     """`kept` with each row's value at its place; a place outside keeps nothing."""
     here = place[:, None] == jnp.arange(kept.shape[1])
     return jnp.where(here.reshape(here.shape + (1,) * (value.ndim - 1)), value[:, None], kept)
@@ -134,15 +151,40 @@ def sample(
         x, kept = carry
         index, timestep, sigma, sigma_next, transition = step
         v = policy.velocity(lora, base, x, timestep, conditioning, negative, prompt)
-        drawn = flow.step(transition, x, v, noise=rng.step_noise(rows, index, x.shape[1:]), mask=conditioning.frame_mask)
+        drawn = flow.step(
+            transition,
+            x,
+            v,
+            noise=rng.step_noise(rows, index, x.shape[1:]),
+            mask=conditioning.frame_mask,
+        )
         place = index - window.start
         draws = (place >= 0) & (place < window.size) | (window.final_noise & (index == last))
-        kept = jax.tree.map(lambda kept, value: _put(kept, place, value), kept, (x, v, drawn.log_prob))
-        return (jnp.where(draws[:, None, None, None, None], drawn.x_next, flow.ode_step(x, v, sigma, sigma_next)), kept), None
+        kept = jax.tree.map(
+            lambda kept, value: _put(kept, place, value), kept, (x, v, drawn.log_prob)
+        )
+        return (
+            jnp.where(
+                draws[:, None, None, None, None],
+                drawn.x_next,
+                flow.ode_step(x, v, sigma, sigma_next),
+            ),
+            kept,
+        ), None
 
     count, size = x.shape[0], window.size
-    kept = (jnp.zeros((count, size + 1, *x.shape[1:])), jnp.zeros((count, size, *x.shape[1:])), jnp.zeros((count, size)))
-    steps = (jnp.arange(last + 1), schedule.timestep, schedule.sigma[:-1], schedule.sigma[1:], schedule.transition)
+    kept = (
+        jnp.zeros((count, size + 1, *x.shape[1:])),
+        jnp.zeros((count, size, *x.shape[1:])),
+        jnp.zeros((count, size)),
+    )
+    steps = (
+        jnp.arange(last + 1),
+        schedule.timestep,
+        schedule.sigma[:-1],
+        schedule.sigma[1:],
+        schedule.transition,
+    )
     latents, (states, velocity, log_prob) = jax.lax.scan(body, (x, kept), steps)[0]
     return Trajectory(latents=latents, x=states, velocity=velocity, log_prob=log_prob)
 
@@ -165,7 +207,9 @@ def denoise(
         v = policy.velocity(lora, base, state.x, timestep, conditioning, negative, prompt)
         return flow.solver_step(solver, state, v, sigma), None
 
-    return jax.lax.scan(body, flow.SolverState.start(x), (schedule.timestep, schedule.sigma[:-1], schedule.solver))[0].x
+    return jax.lax.scan(
+        body, flow.SolverState.start(x), (schedule.timestep, schedule.sigma[:-1], schedule.solver)
+    )[0].x
 
 
 def generate(
@@ -183,7 +227,10 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="frames")
 def decode(
-    vae: tuple[nnx.GraphDef, nnx.State], latents: Float[Array, "B N h w C"], start: Int[Array, "B"], frames: int
+    vae: tuple[nnx.GraphDef, nnx.State],
+    latents: Float[Array, "B N h w C"],
+    start: Int[Array, "B"],
+    frames: int,
 ) -> Float[Array, "B F H W 3"]:
     """The videos in [-1, 1] of final latents: `frames` latent frames from each row's `start` on, references dropped."""
     network, video = nnx.merge(*vae), video_latents(latents, start, frames)

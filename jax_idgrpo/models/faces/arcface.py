@@ -47,7 +47,9 @@ class ArcFaceConfig:
         return size
 
 
-ARCFACE_R34 = ArcFaceConfig(units=(3, 4, 6, 3), epsilon=2e-5, channel_order="bgr", input_range=(0.0, 1.0))
+ARCFACE_R34 = ArcFaceConfig(
+    units=(3, 4, 6, 3), epsilon=2e-5, channel_order="bgr", input_range=(0.0, 1.0)
+)
 IRESNET_34 = ArcFaceConfig(units=(3, 4, 6, 3), embedding_norm="bias")
 IRESNET_50 = ArcFaceConfig(units=(3, 4, 14, 3), embedding_norm="bias")
 IRESNET_100 = ArcFaceConfig(units=(3, 13, 30, 3), embedding_norm="bias")
@@ -56,14 +58,27 @@ IR_101 = ArcFaceConfig(units=(3, 13, 30, 3), first_shortcut="subsample", embeddi
 
 def _batch_norm(width: int, epsilon: float, rngs: nnx.Rngs, norm: str = "affine") -> nnx.BatchNorm:
     return nnx.BatchNorm(
-        width, epsilon=epsilon, momentum=0.95, use_fast_variance=False, use_scale=norm == "affine", use_bias=norm != "plain", rngs=rngs
+        width,
+        epsilon=epsilon,
+        momentum=0.95,
+        use_fast_variance=False,
+        use_scale=norm == "affine",
+        use_bias=norm != "plain",
+        rngs=rngs,
     )
 
 
 def _conv(inputs: int, width: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     pad = size // 2
     return nnx.Conv(
-        inputs, width, (size, size), (stride, stride), padding=((pad, pad), (pad, pad)), use_bias=False, precision="highest", rngs=rngs
+        inputs,
+        width,
+        (size, size),
+        (stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        precision="highest",
+        rngs=rngs,
     )
 
 
@@ -124,14 +139,27 @@ class ArcFace(nnx.Module):
         for stage, (units, width) in enumerate(zip(config.units, config.widths, strict=True)):
             first = config.first_shortcut if stage == 0 else "conv"
             shortcuts = [first] + ["identity"] * (units - 1)
-            stages.append(nnx.List([Unit(width if k else inputs, width, s, config.epsilon, rngs) for k, s in enumerate(shortcuts)]))
+            stages.append(
+                nnx.List(
+                    [
+                        Unit(width if k else inputs, width, s, config.epsilon, rngs)
+                        for k, s in enumerate(shortcuts)
+                    ]
+                )
+            )
             inputs = width
         self.stages = nnx.List(stages)
         self.tail_norm = _batch_norm(inputs, config.epsilon, rngs)
-        self.dense = nnx.Linear(config.grid**2 * inputs, config.embedding_size, precision="highest", rngs=rngs)
-        self.embedding_norm = _batch_norm(config.embedding_size, config.epsilon, rngs, config.embedding_norm)
+        self.dense = nnx.Linear(
+            config.grid**2 * inputs, config.embedding_size, precision="highest", rngs=rngs
+        )
+        self.embedding_norm = _batch_norm(
+            config.embedding_size, config.epsilon, rngs, config.embedding_norm
+        )
 
-    def __call__(self, crops: Float[Array, "B S S 3"], *, train: bool = False) -> Float[Array, "B E"]:
+    def __call__(
+        self, crops: Float[Array, "B S S 3"], *, train: bool = False
+    ) -> Float[Array, "B E"]:
         """crops: RGB in [-1, 1]. train: batch norms use the batch's statistics and update their running ones."""
         low, high = self.config.input_range
         x = (crops + 1.0) * (0.5 * (high - low)) + low

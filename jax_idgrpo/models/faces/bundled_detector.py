@@ -43,7 +43,9 @@ class Detections(NamedTuple):
     mask: Bool[Array, "B K"]
 
 
-def _conv(inputs: int, width: int, size: int, stride: int, dilation: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(
+    inputs: int, width: int, size: int, stride: int, dilation: int, rngs: nnx.Rngs
+) -> nnx.Conv:
     pad = dilation * (size // 2)
     return nnx.Conv(
         inputs,
@@ -88,7 +90,9 @@ class Detector(nnx.Module):
         out = self.head(jax.nn.silu(self.norm(x)))
         logits, sides, points = out[..., 0] - 4.0, out[..., 1:5], out[..., 5:]
         scale = self.config.scale
-        return DetectorOutput(logits, scale * jax.nn.softplus(sides), scale * points.reshape(*points.shape[:-1], 5, 2))
+        return DetectorOutput(
+            logits, scale * jax.nn.softplus(sides), scale * points.reshape(*points.shape[:-1], 5, 2)
+        )
 
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
         """The best `faces` faces above `threshold`."""
@@ -103,13 +107,17 @@ def cell_centres(height: int, width: int) -> Float[Array, "h w 2"]:
 
 def intersection_over_union(a: Float[Array, "*m 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*k"]:
     """Of boxes x0 y0 x1 y1, whose leading axes broadcast; 0 for empty ones."""
-    overlap = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0.0)
+    overlap = jnp.maximum(
+        jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0.0
+    )
     inside = overlap[..., 0] * overlap[..., 1]
     area_a, area_b = (jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0.0), -1) for box in (a, b))
     return inside / jnp.maximum(area_a + area_b - inside, 1e-6)
 
 
-def suppress(boxes: Float[Array, "N 4"], mask: Bool[Array, "N"], overlap: float) -> Bool[Array, "N"]:
+def suppress(
+    boxes: Float[Array, "N 4"], mask: Bool[Array, "N"], overlap: float
+) -> Bool[Array, "N"]:
     """Greedy suppression of boxes sorted best first: a box survives if no better survivor overlaps it that much."""
     close = intersection_over_union(boxes[:, None], boxes[None]) >= overlap
     number = jnp.arange(boxes.shape[0])
@@ -120,11 +128,15 @@ def suppress(boxes: Float[Array, "N 4"], mask: Bool[Array, "N"], overlap: float)
     return jax.lax.fori_loop(0, boxes.shape[0], visit, mask)
 
 
-def decode(output: DetectorOutput, faces: int, threshold: float, overlap: float = 0.4) -> Detections:
+def decode(
+    output: DetectorOutput, faces: int, threshold: float, overlap: float = 0.4
+) -> Detections:
     """The best `faces` faces above `threshold` in each picture. Among 3 faces candidates, peaks of the map, overlaps are suppressed."""
     height, width = output.logits.shape[1:]
     scores = jax.nn.sigmoid(output.logits)
-    neighbourhood = jax.lax.reduce_window(scores, -jnp.inf, jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME")
+    neighbourhood = jax.lax.reduce_window(
+        scores, -jnp.inf, jax.lax.max, (1, 3, 3), (1, 1, 1), "SAME"
+    )
     peaks = jnp.where(scores >= neighbourhood, scores, 0.0).reshape(scores.shape[0], -1)
     candidates = min(3 * faces, height * width)
     best, cell = jax.lax.top_k(peaks, candidates)
@@ -140,4 +152,6 @@ def decode(output: DetectorOutput, faces: int, threshold: float, overlap: float 
 
     found = jax.vmap(picture)(best, cell, output.sides, output.points)
     missing = max(faces - candidates, 0)
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found)
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found
+    )

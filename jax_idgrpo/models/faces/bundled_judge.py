@@ -27,7 +27,14 @@ class ConvNorm(nnx.Module):
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs, size: int = 3, stride: int = 1):
         pad = size // 2
         self.conv = nnx.Conv(
-            inputs, width, (size, size), (stride, stride), padding=((pad, pad), (pad, pad)), use_bias=False, precision="highest", rngs=rngs
+            inputs,
+            width,
+            (size, size),
+            (stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=False,
+            precision="highest",
+            rngs=rngs,
         )
         self.norm = nnx.GroupNorm(width, num_groups=8, use_fast_variance=False, rngs=rngs)
 
@@ -47,9 +54,13 @@ class Judge(nnx.Module):
             inputs = width
         self.stages = nnx.List(stages)
         side = config.input_size // 2 ** len(config.widths)
-        self.dense = nnx.Linear(side * side * inputs, config.embedding_size, precision="highest", rngs=rngs)
+        self.dense = nnx.Linear(
+            side * side * inputs, config.embedding_size, precision="highest", rngs=rngs
+        )
 
-    def __call__(self, crops: Float[Array, "B S S 3"], *, train: bool = False) -> Float[Array, "B E"]:
+    def __call__(
+        self, crops: Float[Array, "B S S 3"], *, train: bool = False
+    ) -> Float[Array, "B E"]:
         """crops: RGB in [-1, 1]. Training and inference compute the same thing."""
         x = self.stem(crops)
         for number, stage in enumerate(self.stages):

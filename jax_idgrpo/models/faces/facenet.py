@@ -34,10 +34,25 @@ class FacenetConfig:
 class ConvBn(nnx.Module):
     """Convolution without bias, batch norm, relu."""
 
-    def __init__(self, inputs: int, width: int, size: Size, rngs: nnx.Rngs, stride: int = 1, pad: Size = (0, 0)):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        size: Size,
+        rngs: nnx.Rngs,
+        stride: int = 1,
+        pad: Size = (0, 0),
+    ):
         padding = tuple((side, side) for side in pad)
         self.conv = nnx.Conv(
-            inputs, width, size, (stride, stride), padding=padding, use_bias=False, precision="highest", rngs=rngs
+            inputs,
+            width,
+            size,
+            (stride, stride),
+            padding=padding,
+            use_bias=False,
+            precision="highest",
+            rngs=rngs,
         )
         self.bn = nnx.BatchNorm(width, epsilon=EPSILON, use_running_average=True, rngs=rngs)
 
@@ -48,11 +63,20 @@ class ConvBn(nnx.Module):
 class Mixed(nnx.Module):
     """Branches side by side, concatenated. A branch is a chain of (channels, kernel, stride, padding); a chain of one is bare."""
 
-    def __init__(self, inputs: int, chains: list[list[tuple[int, Size, int, Size]]], pool: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        chains: list[list[tuple[int, Size, int, Size]]],
+        pool: bool,
+        rngs: nnx.Rngs,
+    ):
         self.branches, self.pool = len(chains), pool
         for number, chain in enumerate(chains):
             widths = [inputs] + [layer[0] for layer in chain]
-            layers = [ConvBn(widths[k], w, size, rngs, stride, pad) for k, (w, size, stride, pad) in enumerate(chain)]
+            layers = [
+                ConvBn(widths[k], w, size, rngs, stride, pad)
+                for k, (w, size, stride, pad) in enumerate(chain)
+            ]
             setattr(self, f"branch_{number}", layers[0] if len(layers) == 1 else nnx.List(layers))
         self.width = sum(chain[-1][0] for chain in chains) + (inputs if pool else 0)
 
@@ -71,7 +95,14 @@ class Mixed(nnx.Module):
 class Block(Mixed):
     """x + scale up(branches of x), relu unless it is the last of all."""
 
-    def __init__(self, inputs: int, chains: list[list[tuple[int, Size, int, Size]]], scale: float, last: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        chains: list[list[tuple[int, Size, int, Size]]],
+        scale: float,
+        last: bool,
+        rngs: nnx.Rngs,
+    ):
         super().__init__(inputs, chains, False, rngs)
         self.scale, self.last = scale, last
         self.up = nnx.Conv(self.width, inputs, (1, 1), precision="highest", rngs=rngs)
@@ -115,20 +146,36 @@ class Facenet(nnx.Module):
         self.conv2d_4a_3x3 = ConvBn(c(80), c(192), (3, 3), rngs)
         self.conv2d_4b_3x3 = ConvBn(c(192), c(256), (3, 3), rngs, stride=2)
         three, seven, eight = config.blocks
-        small = [[_one(c(32))], [_one(c(32)), _three(c(32))], [_one(c(32)), _three(c(32)), _three(c(32))]]
+        small = [
+            [_one(c(32))],
+            [_one(c(32)), _three(c(32))],
+            [_one(c(32)), _three(c(32)), _three(c(32))],
+        ]
         self.block35 = nnx.List([Block(c(256), small, 0.17, False, rngs) for _ in range(three)])
-        self.mixed_6a = Mixed(c(256), [[_halve(c(384))], [_one(c(192)), _three(c(192)), _halve(c(256))]], True, rngs)
+        self.mixed_6a = Mixed(
+            c(256), [[_halve(c(384))], [_one(c(192)), _three(c(192)), _halve(c(256))]], True, rngs
+        )
         width = self.mixed_6a.width
         middle = [[_one(c(128))], _cross(c(128), 7)]
         self.block17 = nnx.List([Block(width, middle, 0.1, False, rngs) for _ in range(seven)])
-        ends = [[_one(c(256)), _halve(c(384))], [_one(c(256)), _halve(c(256))], [_one(c(256)), _three(c(256)), _halve(c(256))]]
+        ends = [
+            [_one(c(256)), _halve(c(384))],
+            [_one(c(256)), _halve(c(256))],
+            [_one(c(256)), _three(c(256)), _halve(c(256))],
+        ]
         self.mixed_7a = Mixed(width, ends, True, rngs)
         width = self.mixed_7a.width
         large = [[_one(c(192))], _cross(c(192), 3)]
         lasts = [k == eight - 1 for k in range(eight)]
-        self.block8 = nnx.List([Block(width, large, 1.0 if last else 0.2, last, rngs) for last in lasts])
-        self.bottleneck = nnx.Linear(width, config.embedding_size, use_bias=False, precision="highest", rngs=rngs)
-        self.bottleneck_bn = nnx.BatchNorm(config.embedding_size, epsilon=EPSILON, use_running_average=True, rngs=rngs)
+        self.block8 = nnx.List(
+            [Block(width, large, 1.0 if last else 0.2, last, rngs) for last in lasts]
+        )
+        self.bottleneck = nnx.Linear(
+            width, config.embedding_size, use_bias=False, precision="highest", rngs=rngs
+        )
+        self.bottleneck_bn = nnx.BatchNorm(
+            config.embedding_size, epsilon=EPSILON, use_running_average=True, rngs=rngs
+        )
 
     def __call__(self, crops: Float[Array, "B S S 3"]) -> Float[Array, "B E"]:
         """crops: RGB in [-1, 1]."""

@@ -49,9 +49,20 @@ def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(width, epsilon=EPSILON, use_running_average=True, rngs=rngs)
 
 
-def _conv(inputs: int, width: int, size: int, rngs: nnx.Rngs, stride: int = 1, bias: bool = True) -> nnx.Conv:
+def _conv(
+    inputs: int, width: int, size: int, rngs: nnx.Rngs, stride: int = 1, bias: bool = True
+) -> nnx.Conv:
     pad = (size // 2, size // 2)
-    return nnx.Conv(inputs, width, (size, size), (stride, stride), padding=(pad, pad), use_bias=bias, precision="highest", rngs=rngs)
+    return nnx.Conv(
+        inputs,
+        width,
+        (size, size),
+        (stride, stride),
+        padding=(pad, pad),
+        use_bias=bias,
+        precision="highest",
+        rngs=rngs,
+    )
 
 
 class Unit(nnx.Module):
@@ -66,7 +77,9 @@ class Unit(nnx.Module):
         self.conv3 = _conv(middle, 4 * middle, 1, rngs, bias=False)
         self.sc = _conv(inputs, 4 * middle, 1, rngs, stride, bias=False) if first else None
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
         entered = jax.nn.relu(self.bn1(x))
         inner = jax.nn.relu(self.bn2(self.conv1(entered)))
         out = self.conv3(jax.nn.relu(self.bn3(self.conv2(inner))))
@@ -79,9 +92,15 @@ class Stage(nnx.Module):
     def __init__(self, inputs: int, middle: int, units: int, stride: int, rngs: nnx.Rngs):
         self.units = units
         for k in range(units):
-            setattr(self, f"unit{k + 1}", Unit(4 * middle if k else inputs, middle, 1 if k else stride, k == 0, rngs))
+            setattr(
+                self,
+                f"unit{k + 1}",
+                Unit(4 * middle if k else inputs, middle, 1 if k else stride, k == 0, rngs),
+            )
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
         x, inner = self.unit1(x)
         for k in range(1, self.units):
             x, _ = getattr(self, f"unit{k + 1}")(x)
@@ -145,7 +164,9 @@ class RetinaFace(nnx.Module):
         inputs = width
         for stage, units in enumerate(config.units):
             middle = width * 2**stage
-            setattr(self, f"stage{stage + 1}", Stage(inputs, middle, units, 2 if stage else 1, rngs))
+            setattr(
+                self, f"stage{stage + 1}", Stage(inputs, middle, units, 2 if stage else 1, rngs)
+            )
             inputs = 4 * middle
         self.bn1 = _norm(inputs, rngs)
         for name, channels, size in (
@@ -166,7 +187,9 @@ class RetinaFace(nnx.Module):
 
     def __call__(self, pictures: Float[Array, "B H W 3"]) -> tuple[Maps, Maps, Maps]:
         x = jax.nn.relu(self.bn0(self.conv0(self.bn_data(pictures))))
-        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # nothing is below zero here, so the padding never shows
+        x = nnx.max_pool(
+            x, (3, 3), (2, 2), ((1, 1), (1, 1))
+        )  # nothing is below zero here, so the padding never shows
         x, _ = self.stage1(x)
         x, _ = self.stage2(x)
         x, fine = self.stage3(x)
@@ -191,22 +214,41 @@ class RetinaFace(nnx.Module):
         height, width = pictures.shape[1:3]
         scale = resize_scale(height, width, self.config)
         size = round(height * scale), round(width * scale)
-        found = decode(self(resized((pictures + 1.0) * 127.5, size, scale)), size, faces, threshold, self.config)
+        found = decode(
+            self(resized((pictures + 1.0) * 127.5, size, scale)),
+            size,
+            faces,
+            threshold,
+            self.config,
+        )
         return found._replace(boxes=found.boxes / scale, landmarks=found.landmarks / scale)
 
 
-def resized(pictures: Float[Array, "B H W 3"], size: tuple[int, int], scale: float) -> Float[Array, "B h w 3"]:
+def resized(
+    pictures: Float[Array, "B H W 3"], size: tuple[int, int], scale: float
+) -> Float[Array, "B h w 3"]:
     """Pictures times `scale`, cut to `size`; what lies beyond their border is the border, as in OpenCV."""
     pictures = jnp.pad(pictures, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
     return jax.image.scale_and_translate(
-        pictures, (pictures.shape[0], *size, 3), (1, 2), jnp.full(2, scale), jnp.zeros(2), "linear", antialias=False, precision="highest"
+        pictures,
+        (pictures.shape[0], *size, 3),
+        (1, 2),
+        jnp.full(2, scale),
+        jnp.zeros(2),
+        "linear",
+        antialias=False,
+        precision="highest",
     )
 
 
 def resize_scale(height: int, width: int, config: RetinaFaceConfig) -> float:
     """By how much a picture grows before detection."""
     scale = config.short_side / min(height, width)
-    return config.long_side / max(height, width) if round(scale * max(height, width)) > config.long_side else scale
+    return (
+        config.long_side / max(height, width)
+        if round(scale * max(height, width)) > config.long_side
+        else scale
+    )
 
 
 def _candidates(maps: Maps, stride: int, anchors: tuple[tuple[float, ...], ...]):
@@ -220,17 +262,28 @@ def _candidates(maps: Maps, stride: int, anchors: tuple[tuple[float, ...], ...])
     sides, points = sides.reshape(batch, -1, 4), points.reshape(batch, -1, 5, 2)
     middle, half = sides[..., :2] * size + centre, 0.5 * (jnp.exp(sides[..., 2:]) * size - 1.0)
     landmarks = points * size[:, None] + centre[:, None]
-    return shares[..., 2:].reshape(batch, -1), jnp.concatenate([middle - half, middle + half], -1), landmarks
+    return (
+        shares[..., 2:].reshape(batch, -1),
+        jnp.concatenate([middle - half, middle + half], -1),
+        landmarks,
+    )
 
 
 def decode(
-    maps: tuple[Maps, Maps, Maps], size: tuple[int, int], faces: int, threshold: float, config: RetinaFaceConfig
+    maps: tuple[Maps, Maps, Maps],
+    size: tuple[int, int],
+    faces: int,
+    threshold: float,
+    config: RetinaFaceConfig,
 ) -> Detections:
     """The best `faces` faces of each picture of `size` (height, width), overlaps suppressed over all maps together.
 
     Boxes are cut off at the border, landmarks are not; a pixel's width counts in areas.
     """
-    levels = [_candidates(level, stride, anchors) for level, stride, anchors in zip(maps, STRIDES, ANCHORS, strict=True)]
+    levels = [
+        _candidates(level, stride, anchors)
+        for level, stride, anchors in zip(maps, STRIDES, ANCHORS, strict=True)
+    ]
     scores, boxes, landmarks = (jnp.concatenate(parts, 1) for parts in zip(*levels, strict=True))
     count = min(config.candidates, scores.shape[1])
     best, number = jax.lax.top_k(scores, count)
@@ -244,4 +297,6 @@ def decode(
 
     found = jax.vmap(picture)(best, number, boxes, landmarks)
     missing = max(faces - count, 0)
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found)
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found
+    )
