@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_idgrpo.models.attention import LANES, LARGEST_BLOCK, attention, block, exact, fused, kept, splash
+from jax_idgrpo.models.attention import LANES, LARGEST_BLOCK, attention, attention_remat_policy, block, exact, fused, splash
 from jax_idgrpo.planning.cost_model import flops
 
 CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
@@ -29,7 +29,7 @@ def reference(q, k, v, lengths=None):
 
 @pytest.mark.parametrize("queries", [1, 7, 13])
 def test_parts_and_hidden_tails(queries):
-    """4 queries of a head at a time (the last part ragged), one head or two at a time, several such abreast, and all at once."""
+    """4 queries of a head at a time (the last part ragged), one head or two at a time, several such groups concurrently, and all at once."""
     q, k, v = normal(0, 2, queries, 6, 8), normal(1, 2, 5, 6, 8), normal(2, 2, 5, 6, 8)
     lengths = jnp.array([3, 5])
     want = reference(q, k, v, lengths)
@@ -129,5 +129,5 @@ def test_rematerialisation_can_keep_the_output(kernel, monkeypatch):
         x = normal(0, 1, 4, 2, 8).astype(jnp.bfloat16)
         return flops(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(x, x, x)) / (2 * 2 * 4 * 4 * 8)
 
-    assert products(kept) == 7
+    assert products(attention_remat_policy) == 7
     assert products(jax.checkpoint_policies.nothing_saveable) == 9

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstacked, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstack_blocks, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.planning.cost_model import flops
 
 TINY = WanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=40, text_dim=8, freq_dim=16, vace_layers=(0, 2, 4))
@@ -162,7 +162,7 @@ def test_an_unrolled_policy_holds_its_blocks_apart_and_copies_no_weight():
     """The velocity of a stack, to the bit; no program cuts a kernel out of a stack."""
     config = dataclasses.replace(TINY, unroll=True, rank=2, alpha=2.0)
     graph, lora, stacked = nnx.split(model(config), LoRAParam, ...)
-    apart = unstacked(stacked)
+    apart = unstack_blocks(stacked)
     given = inputs()
 
     def velocity(base):
@@ -187,7 +187,7 @@ def test_the_gradient_of_an_adapter_keeps_little_of_each_block():
         graph, lora, base = nnx.split(abstract(config), LoRAParam, ...)
         given = jnp.ones((8, 2, 16, 16, 16)), jnp.arange(8), jnp.ones((8, 4, 16))
         gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(nnx.merge(graph, base, lora)(*given) ** 2)))
-        return gradient.lower(lora, jax.eval_shape(unstacked, base)).compile().memory_analysis().temp_size_in_bytes
+        return gradient.lower(lora, jax.eval_shape(unstack_blocks, base)).compile().memory_analysis().temp_size_in_bytes
 
     stream = 4 * 8 * 128 * 64
     assert (needed(6) - needed(2)) / 4 < 31 * stream

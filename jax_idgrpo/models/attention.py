@@ -1,14 +1,15 @@
-"""softmax(q k^T / sqrt(d)) v, by the kernel that fits the machine. The only place that attends over tokens of a video.
+"""Compute softmax(q k^T / sqrt(d)) v over the tokens of a video, with the platform's kernel.
 
-    cpu              exact: logits and softmax in float32, worked through in parts that fit the cache
+    cpu              exact: logits and softmax in float32, in parts that fit the cache
     gpu, bfloat16    cuDNN flash attention, through `jax.nn.dot_product_attention`
     tpu, bfloat16    splash attention, a Pallas kernel that comes with JAX
-    else             exact: the kernels of GPU and TPU have no float32 that is worth its name
+    otherwise        exact: flash kernels do not run in full float32 precision
 
-Keys are hidden from a row's length on, a right tail: padding always stands behind what counts. All of them keep logits and softmax in
-float32, and none holds more logits at once than a bound.
+Padding is always on the right: each row attends to its first `lengths[b]` keys. All kernels compute
+logits and softmax in float32 and bound the number of logits in memory.
 
-Sources: FlashAttention, arXiv 2205.14135 and 2307.08691 (the backward pass from the log-sum-exp of each row).
+Sources: FlashAttention, arXiv 2205.14135 and 2307.08691 (the backward pass from the log-sum-exp of
+each row).
 """
 
 import functools
@@ -29,43 +30,54 @@ from jaxtyping import Array, Float, Int
 from jax_idgrpo.models.layers import precision
 from jax_idgrpo.parallel import sharding
 
-# Largest number of float32 logits of the heads that are worked on together: on the CPU what stays in its cache.
+# Largest number of float32 logits computed together. On the CPU they stay in its cache.
 MAX_LOGITS = {"cpu": 1 << 20}
 DEFAULT_MAX_LOGITS = 1 << 28
 
-# So many times that number exist at once in a forward pass, where whole heads fit it: a CPU loses by dividing one small product between its
-# cores what it gains, and works on independent ones side by side. Not in a backward pass: those that do not wait for each other do not
-# wait for the gradient either, and all blocks' weights would be made early and kept.
-ABREAST = {"cpu": 4}
+# Head groups evaluated concurrently in the forward pass. On the CPU several small products in
+# parallel are faster than one product split across cores. The backward pass evaluates one group at
+# a time: independent groups would not wait for the gradient, and the softmax weights of all blocks
+# would be in memory at once.
+CONCURRENT_GROUPS = {"cpu": 4}
 
-KEPT = "attention"  # name of what the backward pass needs of an attention beside its operands
-CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive of cuDNN's forward pass, whose outputs cannot be named from outside
+RESIDUALS = "attention"  # checkpoint name of the residuals of the backward pass
+# JAX's primitive for cuDNN's forward pass. Its outputs cannot be given a checkpoint name.
+CUDNN = "dot_product_attention_fwd_wrapper"
 
-_named = jax.checkpoint_policies.save_only_these_names(KEPT)
+_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
-LANES = 128  # of a TPU: blocks of a kernel are multiples of it
+LANES = 128  # lanes of a TPU; block sizes are multiples of it
 LARGEST_BLOCK = 1024
 
 
-def kept(primitive: Any, *values: Any, **parameters: Any) -> Any:
-    """The rematerialisation policy (of `jax.checkpoint`) that keeps what attention's backward pass needs, whichever kernel it is."""
+def attention_remat_policy(primitive: Any, *values: Any, **parameters: Any) -> Any:
+    """Save the residuals of attention's backward pass (a `jax.checkpoint` policy)."""
     return primitive.name == CUDNN or _named(primitive, *values, **parameters)
 
 
 def attention(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M K d"],
-    v: Float[Array, "B M K d"],
+    q: Float[Array, "B N heads d"],
+    k: Float[Array, "B keys heads d"],
+    v: Float[Array, "B keys heads d"],
     lengths: Int[Array, "B"] | None = None,
     *,
     mesh: Mesh | None = None,
     split_keys: bool = False,
     max_logits: int | None = None,
-) -> Float[Array, "B N K d"]:
-    """Attention per head, in v's dtype; row b attends to the first `lengths[b]` keys, at least one, or to all.
+) -> Float[Array, "B N heads d"]:
+    """Compute attention per head.
 
-    q is scaled in float32 and then takes k's dtype. split_keys: see `parallel.attend`. max_logits: of the exact kernel; None is what
-    suits the platform.
+    Args:
+      q: queries, not scaled. They are scaled in float32 and cast to k's dtype.
+      k: keys.
+      v: values.
+      lengths: row b attends to its first `lengths[b]` keys, at least one; None attends to all.
+      mesh: the mesh of the devices; None is a single device.
+      split_keys: see `sharding.attend`.
+      max_logits: bound of the exact kernel; None is the platform's default.
+
+    Returns:
+      The output, in v's dtype.
     """
     platform = sharding.platform(mesh)
     q = (q.astype(jnp.float32) / math.sqrt(q.shape[-1])).astype(k.dtype)
@@ -78,22 +90,30 @@ def attention(
         kernel = functools.partial(
             exact,
             max_logits=max_logits or MAX_LOGITS.get(platform, DEFAULT_MAX_LOGITS),
-            abreast=ABREAST.get(platform, 1),
+            concurrent=CONCURRENT_GROUPS.get(platform, 1),
         )
     return sharding.attend(mesh, kernel, q, k, v, lengths, split_keys)
 
 
 def fused(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M K d"],
-    v: Float[Array, "B M K d"],
+    q: Float[Array, "B N heads d"],
+    k: Float[Array, "B keys heads d"],
+    v: Float[Array, "B keys heads d"],
     lengths: Int[Array, "B"] | None,
     implementation: str,
-) -> Float[Array, "B N K d"]:
-    """JAX's own attention of a scaled q; "cudnn" is the flash kernel of NVIDIA's library.
+) -> Float[Array, "B N heads d"]:
+    """Compute attention with JAX's own function; "cudnn" is the flash kernel of NVIDIA's library.
 
-    That one takes an even number of tokens and heads of a multiple of 8: what is not is padded, and the padding is hidden. Its log-sum-exp,
-    which the backward pass needs, is asked for always, so that a rollout runs the same kernel as its replay.
+    cuDNN requires an even number of tokens and a head size that is a multiple of 8; inputs are
+    padded to that, and the padding is masked. The log-sum-exp is always returned, although only the
+    backward pass needs it, so that rollout and replay run the same kernel.
+
+    Args:
+      q: scaled queries.
+      k: keys.
+      v: values.
+      lengths: keys per row; None attends to all.
+      implementation: "cudnn" or "xla".
     """
     n, m, d = q.shape[1], k.shape[1], q.shape[-1]
 
@@ -114,25 +134,32 @@ def fused(
     return out[:, :n, :, :d]
 
 
-# ---- exact ---------------------------------------------------------------------------------------------------------------
+# ---- exact ---------------------------------------------------------------------------------------
 
 
 def exact(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M K d"],
-    v: Float[Array, "B M K d"],
+    q: Float[Array, "B N heads d"],
+    k: Float[Array, "B keys heads d"],
+    v: Float[Array, "B keys heads d"],
     lengths: Int[Array, "B"] | None,
     max_logits: int,
-    abreast: int = 1,
-) -> Float[Array, "B N K d"]:
-    """Attention of a scaled q in plain XLA, some heads or some queries at a time; the backward pass computes the weights again.
+    concurrent: int = 1,
+) -> Float[Array, "B N heads d"]:
+    """Compute attention in plain XLA in tiles; the backward pass recomputes the softmax weights.
 
-    max_logits: of the heads, or the queries of one head, that are worked on together. abreast: so many groups of heads at once, forwards.
+    Args:
+      q: scaled queries.
+      k: keys.
+      v: values.
+      lengths: keys per row; None attends to all.
+      max_logits: largest number of logits of one tile, which is a group of heads or, where one head
+        exceeds it, some queries of that head.
+      concurrent: groups of heads evaluated concurrently in the forward pass.
     """
     b, n, heads, d = q.shape
-    tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, abreast)
+    tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, concurrent)
     q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
-    q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # queries of zeros, dropped below
+    q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # zero queries, dropped below
     hidden = (
         None
         if lengths is None
@@ -143,24 +170,30 @@ def exact(
 
 
 class Tiling(NamedTuple):
-    """How an attention is worked through: `together` heads as one product, `abreast` such products at once, queries in `parts`."""
+    """How an attention is split into tiles.
+
+    Attributes:
+      together: heads of one product (a head group).
+      concurrent: head groups evaluated concurrently in the forward pass.
+      parts: parts of the queries, evaluated one after another.
+    """
 
     together: int
-    abreast: int
+    concurrent: int
     parts: int
 
     @classmethod
-    def of(cls, groups: int, queries: int, keys: int, max_logits: int, abreast: int) -> "Tiling":
-        """That of `groups` heads, whose number `together` times `abreast` divides."""
-        together = _largest_divisor(groups, max_logits // (queries * keys))
+    def of(cls, heads: int, queries: int, keys: int, max_logits: int, concurrent: int) -> "Tiling":
+        """Choose the tiles of `heads` heads, those of all rows counted."""
+        together = _largest_divisor(heads, max_logits // (queries * keys))
         parts = min(queries, -(-queries * keys * together // max_logits))
         return cls(
-            together, _largest_divisor(groups // together, abreast) if parts == 1 else 1, parts
+            together, _largest_divisor(heads // together, concurrent) if parts == 1 else 1, parts
         )
 
 
 def _largest_divisor(number: int, bound: int) -> int:
-    """The largest one up to the bound; 1 where there is none."""
+    """Return the largest divisor of `number` up to the bound, at least 1."""
     return max(
         size for size in range(1, number + 1) if number % size == 0 and size <= max(1, bound)
     )
@@ -168,12 +201,15 @@ def _largest_divisor(number: int, bound: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _exact(q: Array, k: Array, v: Array, hidden: Array | None, tiling: Tiling) -> Array:
-    """q [G,N,d], k and v [G,M,d], hidden [G,M] -> [G,N,d]; the tiling is one of G heads, its parts divide N."""
+    """Compute attention [heads,N,d] of q [heads,N,d], k and v [heads,keys,d], hidden [heads,keys].
+
+    `heads` are the heads of all rows. N must be a multiple of the tiling's parts.
+    """
     return _exact_forward(q, k, v, hidden, tiling)[0]
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
-    """`jnp.einsum`, with all the bits of its operands, in float32."""
+    """Compute `jnp.einsum` at the full precision of its operands, in float32."""
     return jnp.einsum(axes, x, y, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
@@ -186,8 +222,8 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
     )
 
 
-def _abreast(function: Callable, size: int) -> Callable:
-    """`function` of arrays, over their leading axis `size` rows at a time, none waiting for another."""
+def _concurrently(function: Callable, size: int) -> Callable:
+    """Apply `function` to groups of `size` leading rows, with no dependency between groups."""
 
     def whole(arrays: Any) -> Any:
         count = len(jax.tree.leaves(arrays)[0]) // size
@@ -198,14 +234,14 @@ def _abreast(function: Callable, size: int) -> Callable:
         return (
             pieces[0]
             if count == 1
-            else jax.tree.map(lambda *found: jnp.concatenate(found), *pieces)
+            else jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         )
 
     return whole
 
 
 def _map(function: Callable, arrays: Any, size: int) -> Any:
-    """`function` over the leading axis of the arrays, `size` rows after `size` rows."""
+    """Apply `function` over the leading axis of the arrays, `size` rows at a time, in sequence."""
     count = len(jax.tree.leaves(arrays)[0]) // size
     if count == 1:
         return function(arrays)
@@ -214,9 +250,16 @@ def _map(function: Callable, arrays: Any, size: int) -> Any:
 
 
 def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> Any:
-    """`_map` of a function of arrays and others that returns new arrays, each of which takes the place of the one it comes from.
+    """Apply `function(arrays, others)` like `_map`, writing each result over its input array.
 
-    A map's own output is zeros before the loop, which on a CPU wait in memory from the program's start.
+    `lax.map` would allocate zeros for its output, which on a CPU are in memory from the program's
+    start.
+
+    Args:
+      function: returns new values for `arrays`.
+      arrays: pytree of arrays that are replaced.
+      others: pytree of arrays that are only read.
+      size: rows per call.
     """
     count = len(jax.tree.leaves(arrays)[0]) // size
     if count == 1:
@@ -237,12 +280,12 @@ def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> An
 
 
 def _cut(x: Array, parts: int) -> Array:
-    """[G,N,...] -> [parts,G,N/parts,...]"""
+    """Split [heads,N,...] into [parts,heads,N/parts,...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
 
 
 def _join(x: Array) -> Array:
-    """The inverse of `_cut`."""
+    """Invert `_cut`."""
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
@@ -265,8 +308,12 @@ def _exact_forward(
         return jax.tree.map(_join, jax.lax.map(queries, _cut(q, tiling.parts)))
 
     out, log_total = checkpoint_name(
-        _map(_abreast(heads, tiling.together), (q, k, v, hidden), tiling.together * tiling.abreast),
-        KEPT,
+        _map(
+            _concurrently(heads, tiling.together),
+            (q, k, v, hidden),
+            tiling.together * tiling.concurrent,
+        ),
+        RESIDUALS,
     )
     return out, (q, k, v, hidden, out, log_total)
 
@@ -305,19 +352,24 @@ def _exact_backward(tiling: Tiling, saved: tuple, gradient: Array) -> tuple:
 _exact.defvjp(_exact_forward, _exact_backward)
 
 
-# ---- splash --------------------------------------------------------------------------------------------------------------
+# ---- splash --------------------------------------------------------------------------------------
 
 
 def splash(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M K d"],
-    v: Float[Array, "B M K d"],
+    q: Float[Array, "B N heads d"],
+    k: Float[Array, "B keys heads d"],
+    v: Float[Array, "B keys heads d"],
     lengths: Int[Array, "B"] | None,
     interpret: bool = False,
-) -> Float[Array, "B N K d"]:
-    """Attention of a scaled q by the TPU kernel; lengths that are no multiple of its blocks are padded, and the padding is hidden.
+) -> Float[Array, "B N heads d"]:
+    """Compute attention with the TPU kernel; tokens are padded to whole blocks and masked.
 
-    interpret: run the kernel's instructions on any machine, slowly, for tests.
+    Args:
+      q: scaled queries.
+      k: keys.
+      v: values.
+      lengths: keys per row; None attends to all.
+      interpret: emulate the kernel on any machine, slowly, for tests.
     """
     _, n, heads, d = q.shape
     m = k.shape[1]
@@ -325,7 +377,7 @@ def splash(
     size_q, size_kv = -(-n // block_q) * block_q, -(-m // block_kv) * block_kv
 
     def fit(x: Array, size: int) -> Array:
-        """[B,N,K,d] -> [B,K,size,d'], zeros behind; d' fills the lanes."""
+        """Transpose [B,N,heads,d] to [B,heads,size,d'], zero-padded; d' is a multiple of LANES."""
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, size - x.shape[1]), (0, -d % LANES)))
 
     kernel = splash_attention_kernel.make_splash_mha(
@@ -342,7 +394,7 @@ def splash(
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=KEPT,
+        residual_checkpoint_name=RESIDUALS,
         interpret=interpret,
     )
 
@@ -361,11 +413,9 @@ def splash(
 
 
 def block(length: int) -> int:
-    """Rows of a kernel's block for `length` tokens: a multiple of the lanes, large, that leaves little padding."""
+    """Choose the block size for `length` tokens: a large multiple of LANES with little padding."""
 
     def cost(size: int) -> float:
-        return -(-length // size) * (
-            size + LANES / 2
-        )  # the second term stands for what each block costs by itself
+        return -(-length // size) * (size + LANES / 2)  # LANES / 2 is the overhead of a block
 
     return min(range(LANES, LARGEST_BLOCK + 1, LANES), key=cost)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.attention import attention, kept
+from jax_idgrpo.models.attention import attention, attention_remat_policy
 from jax_idgrpo.models.layers import (
     FLOAT32,
     Dtypes,
@@ -44,7 +44,7 @@ PATCH = 2  # rows and columns of latents in one token; one latent frame deep
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": kept,
+    "attention": attention_remat_policy,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -174,11 +174,11 @@ class Conditions(NamedTuple):
     lengths: Int[Array, "B"] | None
 
 
-Keys = tuple[Float[Array, "B M K d"], Float[Array, "B M K d"]]
-"""Keys and values of an attention, in the dtype of its products."""
+KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
+"""KeyValue and values of an attention, in the dtype of its products."""
 
 
-class Prompt(NamedTuple):
+class PromptCache(NamedTuple):
     """What the network computes of text and control alone: the same at every noise level, so that sampling needs it once.
 
     main, vace: keys and values of the text for every block of the two stacks, stacked or, where blocks are written out, a tuple of
@@ -209,9 +209,9 @@ class Attention(nnx.Module):
         self.norm_k = RMSNorm(config.width, eps=config.eps)
         self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
 
-    def keys(
+    def key_value(
         self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None
-    ) -> Keys:
+    ) -> KeyValue:
         """What the tokens of the context are asked for, and what they answer."""
         k, v = self._heads(self.norm_k(self.to_k(context))), self._heads(self.to_v(context))
         return (k if rotary is None else apply_rotary(k, *rotary)).astype(self.compute), v
@@ -219,14 +219,14 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        keys: Keys,
+        key_value: KeyValue,
         rotary: tuple[Array, Array] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B N D"]:
         """From the tokens x to those of the keys; with `rotary` these are x's own, so that both are divided alike."""
         q = self._heads(self.norm_q(self.to_q(x)))
         q = q if rotary is None else apply_rotary(q, *rotary)
-        out = attention(q, *keys, lengths, mesh=self.mesh, split_keys=rotary is not None)
+        out = attention(q, *key_value, lengths, mesh=self.mesh, split_keys=rotary is not None)
         return self.to_out(out.reshape(x.shape))
 
     def _heads(self, x: Array) -> Array:
@@ -257,13 +257,15 @@ class Block(nnx.Module):
         self.eps = config.eps
 
     def __call__(
-        self, x: Float[Array, "B N D"], text: Keys, conditions: Conditions
+        self, x: Float[Array, "B N D"], text: KeyValue, conditions: Conditions
     ) -> Float[Array, "B N D"]:
         rows = self.scale_shift_table[...] + conditions.modulation
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (rows[:, i, None, :] for i in range(6))
         h = layer_norm(x, self.eps) * (1 + scale_a) + shift_a
-        keys, rotary = self.attn1.keys(h, conditions.rotary), conditions.rotary
-        x = _add(x, gate_a * self.attn1(h, keys, rotary, conditions.lengths).astype(jnp.float32))
+        rotary = conditions.rotary
+        key_value = self.attn1.key_value(h, rotary)
+        attended = self.attn1(h, key_value, rotary, conditions.lengths)
+        x = _add(x, gate_a * attended.astype(jnp.float32))
         x = _add(x, self.attn2(self.norm2(x), text))
         h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
         return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
@@ -392,7 +394,7 @@ class WanTransformer(nnx.Module):
             latents, timesteps, self.prefill(text, control), control_scale, frame_mask
         )
 
-    def prefill(self, text: Array, control: Array | None = None) -> Prompt:
+    def prefill(self, text: Array, control: Array | None = None) -> PromptCache:
         """What `velocity` needs of text and control, as `__call__` takes them.
 
         Rows that share their control, as branches of a guidance do, may have it worked on once and its tokens repeated.
@@ -403,23 +405,25 @@ class WanTransformer(nnx.Module):
             config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute))
         )
         if config.vace_layers is None:
-            return Prompt(self._keys(self.blocks, context))
+            return PromptCache(self._key_values(self.blocks, context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
-        return Prompt(
-            self._keys(self.blocks, context), self._keys(self.vace_blocks, context), tokens
+        return PromptCache(
+            self._key_values(self.blocks, context),
+            self._key_values(self.vace_blocks, context),
+            tokens,
         )
 
     def velocity(
         self,
         latents: Array,
         timesteps: Array,
-        prompt: Prompt,
+        cache: PromptCache,
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
     ) -> Float[Array, "B T H W C"]:
         """`__call__` of a prompt that was worked on before, by this network and with the adapter that it has now."""
         config = self.config
-        self._check(latents, timesteps, prompt, frame_mask)
+        self._check(latents, timesteps, cache, frame_mask)
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
@@ -436,11 +440,11 @@ class WanTransformer(nnx.Module):
             for table in rotary_tables(config.head_dim, *grid)
         )
         conditions = Conditions(modulation, (cos, sin), lengths)
-        if prompt.control is None:
-            x = self._run_plain(x, prompt, conditions)
+        if cache.control is None:
+            x = self._run_plain(x, cache, conditions)
         else:
             x = self._run_groups(
-                x, _add(x, prompt.control), self._scale(control_scale), prompt, conditions
+                x, _add(x, cache.control), self._scale(control_scale), cache, conditions
             )
 
         shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(
@@ -457,49 +461,49 @@ class WanTransformer(nnx.Module):
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
         return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
-    def _keys(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
-        """Keys and values of the text for every block, as `Prompt` holds them."""
+    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
+        """Keys and values of the text for every block, as `PromptCache` holds them."""
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
 
-        def keys(block: nnx.State) -> Keys:
-            found = nnx.merge(graph, sharding.unshard_fsdp(mesh, block)).attn2.keys(context)
-            return tuple(sharding.shard_heads(mesh, x) for x in found)
+        def key_value(block: nnx.State) -> KeyValue:
+            attn2 = nnx.merge(graph, sharding.unshard_fsdp(mesh, block)).attn2
+            return tuple(sharding.shard_heads(mesh, x) for x in attn2.key_value(context))
 
-        keys = self._remat(keys)
+        key_value = self._remat(key_value)
         if self.config.unroll:
-            return tuple(keys(block) for block in _unstack(parameters))
-        return jax.lax.map(keys, parameters)
+            return tuple(key_value(block) for block in _unstack(parameters))
+        return jax.lax.map(key_value, parameters)
 
-    def _run_plain(self, x: Array, prompt: Prompt, conditions: Conditions) -> Array:
+    def _run_plain(self, x: Array, cache: PromptCache, conditions: Conditions) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
         if self.config.unroll:
-            for block, text in zip(_unstack(blocks), prompt.main, strict=True):
+            for block, text in zip(_unstack(blocks), cache.main, strict=True):
                 x = apply(block, x, text)
             return x
         return jax.lax.scan(
-            lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, prompt.main)
+            lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, cache.main)
         )[0]
 
     def _run_groups(
-        self, x: Array, c: Array, scale: Array, prompt: Prompt, conditions: Conditions
+        self, x: Array, c: Array, scale: Array, cache: PromptCache, conditions: Conditions
     ) -> Array:
         apply, blocks = self._applied(self.blocks, conditions)
         apply_control, controls = self._applied(self.vace_blocks, conditions)
         control_graph = nnx.graphdef(self.vace_blocks)
 
         def control(
-            c: Array, parameters: nnx.State, text: Keys, scale: Array
+            c: Array, parameters: nnx.State, text: KeyValue, scale: Array
         ) -> tuple[Array, Array]:
             c = apply_control(parameters, c, text)
             return c, scale * nnx.merge(control_graph, parameters).hint(c)
 
         if self.config.unroll:
-            mains = zip(_unstack(blocks), prompt.main, strict=True)
-            for parameters, keys, s, size in zip(
-                _unstack(controls), prompt.vace, scale, group_sizes(self.config), strict=True
+            mains = zip(_unstack(blocks), cache.main, strict=True)
+            for parameters, key_value, s, size in zip(
+                _unstack(controls), cache.vace, scale, group_sizes(self.config), strict=True
             ):
-                c, hint = control(c, parameters, keys, s)
+                c, hint = control(c, parameters, key_value, s)
                 for number, (block, text) in enumerate(itertools.islice(mains, size)):
                     x = apply(block, x, text)
                     if number == 0:
@@ -522,10 +526,10 @@ class WanTransformer(nnx.Module):
         at = done = 0
         for size, run in itertools.groupby(group_sizes(self.config)):
             count = len(list(run))
-            mains = _rows((blocks, prompt.main), at, count * size, (count, size))
+            mains = _rows((blocks, cache.main), at, count * size, (count, size))
             first = jnp.broadcast_to(jnp.arange(size) == 0, (count, size))
             parts = (
-                _rows((controls, prompt.vace), done, count, (count,)),
+                _rows((controls, cache.vace), done, count, (count,)),
                 scale[done : done + count],
                 mains,
                 first,
@@ -539,7 +543,7 @@ class WanTransformer(nnx.Module):
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
 
-        def apply(block: nnx.State, x: Array, text: Keys) -> Array:
+        def apply(block: nnx.State, x: Array, text: KeyValue) -> Array:
             return sharding.shard_tokens(
                 mesh, nnx.merge(graph, sharding.unshard_fsdp(mesh, block))(x, text, conditions)
             )
@@ -578,7 +582,7 @@ class WanTransformer(nnx.Module):
         )
 
     def _check(
-        self, latents: Array, timesteps: Array, prompt: Prompt, frame_mask: Array | None
+        self, latents: Array, timesteps: Array, cache: PromptCache, frame_mask: Array | None
     ) -> None:
         config, shape = self.config, latents.shape
         _require(
@@ -601,15 +605,15 @@ class WanTransformer(nnx.Module):
             jnp.issubdtype(timesteps.dtype, jnp.integer),
             f"timesteps are {timesteps.dtype}; give integers 0 .. 999",
         )
-        rows = jax.tree.leaves(prompt.main)[0].shape[-4]
+        rows = jax.tree.leaves(cache.main)[0].shape[-4]
         _require(rows == shape[0], f"text has {rows} rows; expected the {shape[0]} of the latents")
-        if prompt.control is not None:
+        if cache.control is not None:
             tokens = sharding.padded(
                 config.mesh, shape[1] * (shape[2] // PATCH) * (shape[3] // PATCH)
             )
             _require(
-                prompt.control.shape[:2] == (shape[0], tokens),
-                f"control has {prompt.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",
+                cache.control.shape[:2] == (shape[0], tokens),
+                f"control has {cache.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",
             )
         if frame_mask is not None:
             _require(
@@ -643,7 +647,7 @@ def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
     )
 
 
-def unstacked(parameters: nnx.State) -> nnx.State:
+def unstack_blocks(parameters: nnx.State) -> nnx.State:
     """The parameters of a network with every block's arrays apart, as tuples, which an unrolled network reads as they are.
 
     Out of a stack a program copies them at every call: XLA has no views.

@@ -21,7 +21,7 @@ PROGRESS = "training_progress.json"
 """File of an exported adapter that holds its training step."""
 
 
-# ---- adapters ------------------------------------------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------------------
 
 
 def with_adapter(

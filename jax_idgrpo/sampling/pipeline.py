@@ -74,7 +74,7 @@ class Pipeline:
         self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def load_pipeline(
@@ -298,7 +298,7 @@ def _fill(shapes: Network, found: network.Network) -> Network:
     return nnx.merge(graph, network.fill(found, abstract))
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save_pipeline(pipe: Pipeline, path: str | Path) -> None:

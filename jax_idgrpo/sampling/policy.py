@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.models.wan import Prompt, WanTransformer, unstacked
+from jax_idgrpo.models.wan import PromptCache, WanTransformer, unstack_blocks
 from jax_idgrpo.sampling.conditioning import Conditioning
 
 
@@ -58,7 +58,7 @@ class Policy:
         base: nnx.State,
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
-    ) -> Prompt:
+    ) -> PromptCache:
         """What a velocity needs of the prompts alone, for all noise levels; `lora=None` is the frozen base.
 
         negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
@@ -69,9 +69,9 @@ class Policy:
             (base, text, control, negative)
         )
         others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
-        prompt = self._network(lora, base).prefill(_together([text, *others]), control)
-        main, vace = jax.lax.optimization_barrier((prompt.main, prompt.vace))
-        return Prompt(main, vace, jax.lax.optimization_barrier(prompt.control))
+        cache = self._network(lora, base).prefill(_together([text, *others]), control)
+        main, vace = jax.lax.optimization_barrier((cache.main, cache.vace))
+        return PromptCache(main, vace, jax.lax.optimization_barrier(cache.control))
 
     def velocity(
         self,
@@ -81,17 +81,17 @@ class Policy:
         timestep: Int[Array, "..."],
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
-        prompt: Prompt | None = None,
+        cache: PromptCache | None = None,
     ) -> Float[Array, "B N H W C"]:
         """The guided velocity [B,N,H,W,16], float32, at one integer timestep or one per row; `lora=None` is the frozen base.
 
         prompt: what `prefill` says for the same adapter, conditioning and negative prompt; worked out here where it is not given.
         """
-        prompt = self.prefill(lora, base, conditioning, negative) if prompt is None else prompt
+        cache = self.prefill(lora, base, conditioning, negative) if cache is None else cache
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
-        lora, x, main, vace = jax.lax.optimization_barrier((lora, x, prompt.main, prompt.vace))
+        lora, x, main, vace = jax.lax.optimization_barrier((lora, x, cache.main, cache.vace))
         base, timestep, conditioning, control = jax.lax.optimization_barrier(
-            (base, timestep, conditioning, prompt.control)
+            (base, timestep, conditioning, cache.control)
         )
         frames = x.shape[1]
 
@@ -108,7 +108,7 @@ class Policy:
             latents = jnp.concatenate([latents, _together(tails)], axis=1)
             mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
         found = self._network(lora, base).velocity(
-            latents, repeat(timestep), Prompt(main, vace, control), frame_mask=mask
+            latents, repeat(timestep), PromptCache(main, vace, control), frame_mask=mask
         )[:, :frames]
         return jax.lax.optimization_barrier(self._combine(found))
 
@@ -142,7 +142,7 @@ def split(
         nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0)))
     )[0]
     if config.unroll and config.mesh is None:
-        base = unstacked(base)
+        base = unstack_blocks(base)
     return (
         Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance),
         lora,

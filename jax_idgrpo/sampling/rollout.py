@@ -144,13 +144,13 @@ def sample(
 ) -> Trajectory:
     """Sample one batch and keep its window. `rows` are the videos' keys (`rng.row_keys`), `starts` those of their start noise."""
     x = _start(starts, conditioning)
-    prompt = policy.prefill(lora, base, conditioning, negative)
+    cache = policy.prefill(lora, base, conditioning, negative)
     last = schedule.timestep.shape[0] - 1
 
     def body(carry: tuple[Array, Kept], step: tuple[Any, ...]) -> tuple[tuple[Array, Kept], None]:
         x, kept = carry
         index, timestep, sigma, sigma_next, transition = step
-        v = policy.velocity(lora, base, x, timestep, conditioning, negative, prompt)
+        v = policy.velocity(lora, base, x, timestep, conditioning, negative, cache)
         drawn = flow.step(
             transition,
             x,
@@ -200,11 +200,11 @@ def denoise(
     x: Float[Array, "B N H W C"],
 ) -> Float[Array, "B N H W C"]:
     """Follow the ODE from x, at the schedule's first noise level, to its last, by the schedule's solver."""
-    prompt = policy.prefill(lora, base, conditioning, negative)
+    cache = policy.prefill(lora, base, conditioning, negative)
 
     def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
         timestep, sigma, solver = step
-        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative, prompt)
+        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative, cache)
         return flow.solver_step(solver, state, v, sigma), None
 
     return jax.lax.scan(
