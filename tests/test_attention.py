@@ -29,7 +29,7 @@ def reference(q, k, v, lengths=None):
 
 @pytest.mark.parametrize("queries", [1, 7, 13])
 def test_parts_and_hidden_tails(queries):
-    """4 queries of a head at a time (the last part ragged), one head or two at a time, several such groups concurrently, and all at once."""
+    """4 queries of a head at a time (the last part ragged), groups of one head or two, several groups concurrently, all at once."""
     q, k, v = normal(0, 2, queries, 6, 8), normal(1, 2, 5, 6, 8), normal(2, 2, 5, 6, 8)
     lengths = jnp.array([3, 5])
     want = reference(q, k, v, lengths)

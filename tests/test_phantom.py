@@ -57,7 +57,8 @@ def asked():
         control=None,
         frame_mask=jnp.ones((ROWS, FRAMES), bool),
         references=references,
-        tail=jnp.asarray(rng.normal(size=(ROWS, PEOPLE, 4, 6, 16)), jnp.float32),      # not zero in the padding: it must have no say
+        # Not zero in the padding, which must not change the velocity.
+        reference_latents=jnp.asarray(rng.normal(size=(ROWS, PEOPLE, 4, 6, 16)), jnp.float32),
     )
 
 
@@ -105,11 +106,12 @@ def test_guided_velocity_equals_the_original(case):
         one = slice(row, row + 1)
         given = Conditioning(
             text=jnp.asarray(arrays["text"][one]), control=None, frame_mask=jnp.ones((1, latents.shape[1]), bool),
-            references=jnp.asarray([references.shape[1]]), tail=jnp.asarray(references[one]),
+            references=jnp.asarray([references.shape[1]]), reference_latents=jnp.asarray(references[one]),
         )
         got = velocity(latents[one], (jnp.int32(arrays["timesteps"][row]), given), jnp.asarray(arrays["negative_text"][row]))
         assert relative_error(got, arrays["velocity"][one]) < 1e-4
-    wrong = dataclasses.replace(given, tail=given.tail[:, ::-1] if references.shape[1] > 1 else 0 * given.tail)
+    photos = given.reference_latents
+    wrong = dataclasses.replace(given, reference_latents=photos[:, ::-1] if references.shape[1] > 1 else 0 * photos)
     got = velocity(latents[one], (jnp.int32(arrays["timesteps"][-1]), wrong), jnp.asarray(arrays["negative_text"][-1]))
     assert relative_error(got, arrays["velocity"][one]) > 1e-3
 
@@ -130,11 +132,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     parts = model()
     together = sampled(parts).trajectory
     given = jax.tree.map(lambda leaf: leaf[:1], asked())
-    bare = dataclasses.replace(given, tail=given.tail[:, :1])
+    bare = dataclasses.replace(given, reference_latents=given.reference_latents[:, :1])
     for alone in (sampled(parts, slice(0, 1), given).trajectory, sampled(parts, slice(0, 1), bare).trajectory):
         np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
         np.testing.assert_allclose(together.x[:1], alone.x, atol=1e-4)
-    other = dataclasses.replace(given, tail=2 * given.tail)
+    other = dataclasses.replace(given, reference_latents=2 * given.reference_latents)
     assert np.abs(sampled(parts, slice(0, 1), other).trajectory.x - together.x[:1]).max() > 1e-2
 
 
@@ -198,10 +200,10 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
     prompts = [Prompt(0, "a person", (paths[2],)), Prompt(1, "two people", (paths[0], paths[1]))]
     given = conditioning.encode(pipe, prompts, config, conditioning.Cache())
     assert given.control is None and given.latent_shape == (2, 8, 8, 16) and given.frame_mask.all()
-    assert given.tail_mask.tolist() == [[True, False, False], [True, True, False]]
+    assert given.reference_mask.tolist() == [[True, False, False], [True, True, False]]
     photo = conditioning.whole_canvas(Image.open(paths[1]), 64, 64)
-    np.testing.assert_allclose(given.tail[1, 1], pipe.vae.encode(jnp.asarray(photo)[None, None])[0, 0], atol=1e-4)
-    assert not np.any(given.tail[1, 2]) and given.video_frames(3) == 2
+    np.testing.assert_allclose(given.reference_latents[1, 1], pipe.vae.encode(jnp.asarray(photo)[None, None])[0, 0], atol=1e-4)
+    assert not np.any(given.reference_latents[1, 2]) and given.video_frames(3) == 2
     placed = jax.device_put(given)
     with jax.transfer_guard("disallow"):    # as inside a step
         start = placed.video_start

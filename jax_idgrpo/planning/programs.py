@@ -101,7 +101,7 @@ def _conditioning(config: Config, rows: int, text_width: int) -> Conditioning:
         control=latents(frames, 2 * LATENT_CHANNELS + MASK_CHANNELS) if vace else None,
         frame_mask=jax.ShapeDtypeStruct((rows, frames), jnp.bool),
         references=jax.ShapeDtypeStruct((rows,), jnp.int32),
-        tail=None if vace else latents(people, LATENT_CHANNELS),
+        reference_latents=None if vace else latents(people, LATENT_CHANNELS),
     )
 
 

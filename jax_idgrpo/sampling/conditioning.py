@@ -63,39 +63,39 @@ class Conditioning:
 
     text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding; None for Phantom.
     frame_mask: False in the padding. references: how many people each row has.
-    tail: Phantom's clean latents of the photos, zero in the padding; None for VACE.
+    reference_latents: Phantom's clean latents of the photos, zero in the padding; None for VACE.
     """
 
     text: Float[Values, "P L D"]
     control: Float[Values, "P N H W 96"] | None
     frame_mask: Bool[Values, "P N"]
     references: Int[Values, "P"]
-    tail: Float[Values, "P M H W C"] | None = None
+    reference_latents: Float[Values, "P M H W C"] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """Shape [N, H, W, 16] of the latents that one row denoises."""
-        if self.tail is not None:
-            return (self.frame_mask.shape[1], *self.tail.shape[2:])
+        if self.reference_latents is not None:
+            return (self.frame_mask.shape[1], *self.reference_latents.shape[2:])
         assert self.control is not None
         return (*self.control.shape[1:4], (self.control.shape[-1] - MASK_CHANNELS) // 2)
 
     @property
-    def tail_mask(self) -> Bool[Values, "P M"]:
+    def reference_mask(self) -> Bool[Values, "P M"]:
         """True on the photos behind the video."""
-        assert self.tail is not None
-        return jnp.arange(self.tail.shape[1]) < self.references[:, None]
+        assert self.reference_latents is not None
+        return jnp.arange(self.reference_latents.shape[1]) < self.references[:, None]
 
     @property
     def video_start(self) -> Int[Values, "P"]:
         """The first video frame of each row."""
         return (
-            self.references if self.tail is None else self.references - self.references
+            self.references if self.reference_latents is None else self.references - self.references
         )  # zeros that come from no host
 
     def video_frames(self, max_people: int) -> int:
         """T, the latent frames of the video."""
-        return self.frame_mask.shape[1] - (max_people if self.tail is None else 0)
+        return self.frame_mask.shape[1] - (max_people if self.reference_latents is None else 0)
 
 
 def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
@@ -336,13 +336,17 @@ def encode(
         return Conditioning(
             text=text, control=np.stack(controls), frame_mask=mask, references=references
         )
-    tail = [
+    reference_latents = [
         np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0)))
         for _, latents in rows
     ]
     mask = np.ones((len(prompts), frames), bool)
     return Conditioning(
-        text=text, control=None, frame_mask=mask, references=references, tail=np.stack(tail)
+        text=text,
+        control=None,
+        frame_mask=mask,
+        references=references,
+        reference_latents=np.stack(reference_latents),
     )
 
 

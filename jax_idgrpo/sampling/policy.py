@@ -99,14 +99,14 @@ class Policy:
             return _together([array] * self.branches)
 
         latents, mask = repeat(x), repeat(conditioning.frame_mask)
-        if conditioning.tail is None:
+        if conditioning.reference_latents is None:
             control = repeat(control)
         else:
-            tails = [conditioning.tail] * min(self.branches, 2) + [
-                jnp.zeros_like(conditioning.tail)
+            references = [conditioning.reference_latents] * min(self.branches, 2) + [
+                jnp.zeros_like(conditioning.reference_latents)
             ] * (self.branches - 2)
-            latents = jnp.concatenate([latents, _together(tails)], axis=1)
-            mask = jnp.concatenate([mask, repeat(conditioning.tail_mask)], axis=1)
+            latents = jnp.concatenate([latents, _together(references)], axis=1)
+            mask = jnp.concatenate([mask, repeat(conditioning.reference_mask)], axis=1)
         found = self._network(lora, base).velocity(
             latents, repeat(timestep), PromptCache(main, vace, control), frame_mask=mask
         )[:, :frames]
