@@ -1,1 +1,1 @@
-"""From a checkpoint and prompts to videos."""
+"""Sample videos from a checkpoint and prompts."""

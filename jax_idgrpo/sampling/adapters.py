@@ -1,4 +1,4 @@
-"""LoRA adapters of the transformer: made fresh, loaded and saved."""
+"""Initialise, load and save LoRA adapters of the transformer."""
 
 import dataclasses
 from pathlib import Path
@@ -17,17 +17,19 @@ from jax_idgrpo.models.wan import WanConfig, WanTransformer
 
 BASE = nnx.Not(LoRAParam)
 
-PROGRESS = "training_progress.json"
-"""File of an exported adapter that holds its training step."""
-
-
-# ---- adapters ------------------------------------------------------------------------------------
+PROGRESS = "training_progress.json"  # file of an exported adapter with its training step
 
 
 def with_adapter(
     transformer: WanTransformer, config: WanConfig, state: nnx.State
 ) -> WanTransformer:
-    """The network of `config` made of the transformer's base arrays and the adapter `state`."""
+    """Build the network of `config` from the transformer's base arrays and an adapter.
+
+    Args:
+      transformer: supplies the base arrays, which are shared, and the dtypes.
+      config: with the adapter's rank and alpha.
+      state: LoRA leaves.
+    """
     graph = nnx.graphdef(
         nnx.eval_shape(lambda: WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(0)))
     )
@@ -37,10 +39,17 @@ def with_adapter(
 def add_adapter(
     transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]
 ) -> WanTransformer:
-    """The transformer with a fresh adapter: A ~ N(0, 1/R^2), B = 0, so its output is unchanged."""
+    """Return the transformer with a new adapter: A ~ N(0, 1/R^2), B = 0, so its output is the same.
+
+    Args:
+      transformer: supplies the base arrays, which are shared.
+      rank: R.
+      alpha: the adapter is scaled by alpha / R.
+      key: for A.
+    """
     config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
 
-    @jax.jit  # the compiler drops the base that nobody asked for
+    @jax.jit  # the compiler removes the unused initialisation of the base
     def fresh(key: Key[Array, ""]) -> nnx.State:
         return nnx.state(
             WanTransformer(config, dtypes=transformer.dtypes, rngs=nnx.Rngs(params=key)), LoRAParam
@@ -50,24 +59,27 @@ def add_adapter(
 
 
 def lora_scale(path: str | Path) -> tuple[int, float]:
-    """(rank, alpha) of an adapter: see `checkpoints_convert.adapter.adapter_scale`."""
+    """Read (rank, alpha) of an adapter: see `checkpoints_convert.adapter.adapter_scale`."""
     return adapter.adapter_scale(Path(path))
 
 
 def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
-    """The adapter at `path` as the state of the LoRA leaves of `WanTransformer(config)`, float32.
+    """Read the adapter at `path` as the LoRA leaves of `WanTransformer(config)`, float32.
 
-    UserError when its rank or alpha is not the config's, or its tensors are not those of this transformer.
+    Raises:
+      UserError: its rank or alpha differs from the config's, or its tensors are not those of this
+        transformer.
     """
     weights, _ = adapter.adapter_files(Path(path))
     rank, alpha = lora_scale(path)
     if (rank, alpha) != (config.rank, config.alpha):
         raise UserError(
-            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; make them equal"
+            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; "
+            "make them equal"
         )
     tensors, _ = store.open_weights(weights)
-    if (what := lora.misfit(tensors, config)) is not None:
-        raise UserError(f"{weights}: {what}; pass an adapter of this model")
+    if (problem := lora.misfit(tensors, config)) is not None:
+        raise UserError(f"{weights}: {problem}; pass an adapter of this model")
     model = nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
     )
@@ -86,16 +98,17 @@ def save_lora(
     training: dict[str, Any] | None = None,
     step: int | None = None,
 ) -> None:
-    """Write LoRA leaves as a PEFT directory with a model card, which `peft` loads onto diffusers' transformer.
+    """Write LoRA leaves as a PEFT directory with a model card.
 
-    A folder at `path` is replaced if it is an adapter or empty.
+    `peft` loads the directory onto diffusers' transformer. A folder at `path` is replaced if it is an
+    adapter or empty.
 
     Args:
       path: the folder.
-      state: of `WanTransformer(config)`, LoRA leaves only.
-      config: the transformer's, with rank and alpha.
-      training: the configuration of the run, for the card.
-      step: training steps done, which `saved_step` reads back; None for an adapter of no run.
+      state: LoRA leaves of `WanTransformer(config)`.
+      config: of the transformer, with rank and alpha.
+      training: configuration of the run, for the card.
+      step: completed training steps, which `saved_step` reads; None if no run trained the adapter.
     """
     base = (training or {}).get("model", {}).get("path") or None
     text = card.render(
@@ -113,6 +126,6 @@ def save_lora(
 
 
 def saved_step(path: str | Path) -> int | None:
-    """Training steps of the adapter that a run wrote at `path`; None where there is no adapter, or it does not say."""
+    """Read the training steps of the adapter at `path`; None if none are recorded."""
     file = Path(path) / PROGRESS
     return store.read_json(file).get("step") if file.is_file() else None

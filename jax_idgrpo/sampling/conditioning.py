@@ -1,18 +1,22 @@
-"""Prompts and reference photos -> what the transformer is conditioned on.
+"""Encode prompts and reference photos to the conditioning of the transformer.
 
-VACE's control signal for generation from references alone, per latent frame 96 channels `inactive 16 | reactive 16 | mask 64`:
+VACE's control for generation from references only has 96 channels per latent frame,
+`inactive 16 | reactive 16 | mask 64`:
 
-    reference frames   latents of one photo | zeros | zeros        one latent frame each, diffusers puts the last photo first
-    video frames       g | g | ones                                g = latents of a mid-grey video, the same for every prompt
+    reference frames   latents of one photo | zeros | zeros   one latent frame per photo
+    video frames       g | g | ones                           g = latents of a mid-grey video
 
-Rows with fewer people than `max_people` are padded behind the video, `[M references, T video, max_people - M padding]`: the real
-frames keep the rotary positions they have alone, the padding is masked, so a row does not depend on its neighbours.
+diffusers puts the last photo first; g is the same for every prompt. Rows with fewer people than
+`max_people` are padded after the video, `[M references, T video, max_people - M padding]`. The
+other frames keep the rotary positions that they have without padding, and the padding is masked, so
+a row does not depend on the other rows of its batch.
 
-Phantom has no control: the latents of the photos, one frame each, stand clean behind the video, `[T video, M references, max_people - M
-padding]`, for the transformer alone; what is denoised is the video.
+Phantom has no control. The clean latents of the photos, one frame each, follow the video,
+`[T video, M references, max_people - M padding]`. They are inputs of the transformer only; the
+video is denoised.
 
-Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`, `prepare_masks`); Phantom-video/Phantom,
-`subject2video.py`.
+Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`,
+`prepare_masks`); Phantom-video/Phantom, `subject2video.py`.
 """
 
 import hashlib
@@ -41,15 +45,15 @@ from jax_idgrpo.parallel.hosts import memory_share, to_host
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
-CUT_SHOWN = 10  # prompts beyond the text length that get a warning of their own
-ROOM = 4 * 2**30  # bytes of one machine's memory that a run may fill with encoded prompts
+CUT_SHOWN = 10  # prompts longer than the text length that get a separate warning each
+ROOM = 4 * 2**30  # bytes per machine that a run may fill with encoded prompts
 
 Values: TypeAlias = Array | np.ndarray
 
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """The parts of `jax_idgrpo.sampling.pipeline.Pipeline` that are used here."""
+    """The attributes of `jax_idgrpo.sampling.pipeline.Pipeline` that this module uses."""
 
     vae: Any
     text_encoder: Any
@@ -58,23 +62,28 @@ class Pipeline(Protocol):
 
 @struct.dataclass
 class Conditioning:
-    """What P prompts ask for; N latent frames are denoised per row, laid out `[references, video, padding]` (VACE, N = max_people + T) or
-    `[video]` (Phantom, N = T).
+    """Conditioning of P prompts.
 
-    text: text embeddings, zero past the prompt's end. control: VACE's control, zero in the padding; None for Phantom.
-    frame_mask: False in the padding. references: how many people each row has.
-    reference_latents: Phantom's clean latents of the photos, zero in the padding; None for VACE.
+    Each row denoises `frames` latent frames: max_people + T for VACE, `[references, video,
+    padding]`, and T for Phantom, `[video]`.
+
+    Attributes:
+      text: text embeddings, zero after the prompt's end.
+      control: VACE's control, zero in the padding; None for Phantom.
+      frame_mask: False in the padding.
+      references: number of people, per row.
+      reference_latents: Phantom's clean latents of the photos, zero in the padding; None for VACE.
     """
 
     text: Float[Values, "P L D"]
-    control: Float[Values, "P N H W 96"] | None
-    frame_mask: Bool[Values, "P N"]
+    control: Float[Values, "P frames H W 96"] | None
+    frame_mask: Bool[Values, "P frames"]
     references: Int[Values, "P"]
     reference_latents: Float[Values, "P M H W C"] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """Shape [N, H, W, 16] of the latents that one row denoises."""
+        """Shape [frames, H, W, 16] of the latents that one row denoises."""
         if self.reference_latents is not None:
             return (self.frame_mask.shape[1], *self.reference_latents.shape[2:])
         assert self.control is not None
@@ -82,41 +91,56 @@ class Conditioning:
 
     @property
     def reference_mask(self) -> Bool[Values, "P M"]:
-        """True on the photos behind the video."""
+        """True on the photos, False in the padding after them (Phantom)."""
         assert self.reference_latents is not None
         return jnp.arange(self.reference_latents.shape[1]) < self.references[:, None]
 
     @property
     def video_start(self) -> Int[Values, "P"]:
-        """The first video frame of each row."""
+        """Index of the first video frame, per row."""
+        # The difference makes zeros on the devices; a constant would be transferred from the host.
         return (
             self.references if self.reference_latents is None else self.references - self.references
-        )  # zeros that come from no host
+        )
 
     def video_frames(self, max_people: int) -> int:
-        """T, the latent frames of the video."""
+        """Return T, the latent frames of the video."""
         return self.frame_mask.shape[1] - (max_people if self.reference_latents is None else 0)
 
 
 def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
-    """The given rows, which may repeat: `np.repeat(np.arange(P), G)` makes groups of G."""
+    """Select rows, which may repeat: `np.repeat(np.arange(P), G)` makes groups of G."""
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 
 
 def video_latents(
-    x: Float[Array, "B N H W C"], start: Int[Array, "B"], frames: int
+    x: Float[Array, "B frames H W C"], start: Int[Array, "B"], frames: int
 ) -> Float[Array, "B T H W C"]:
-    """The T = `frames` video frames of each row, from its `start` on."""
+    """Slice the T = `frames` video frames of each row, from the row's `start` on."""
     return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
 
 
-def frame_mask(references: Int[Values, "B"], frames: int, max_people: int) -> Bool[Array, "B N"]:
-    """[B, max_people + frames]: True on the references and the video of each row, False on the padding behind them."""
+def frame_mask(
+    references: Int[Values, "B"], frames: int, max_people: int
+) -> Bool[Array, "B frames"]:
+    """Return True on the references and the video of each row, False on the padding after them.
+
+    Args:
+      references: number of people, per row.
+      frames: T, latent frames of the video.
+      max_people: people per row with padding; the result has max_people + T frames.
+    """
     return jnp.arange(max_people + frames) < references[:, None] + frames
 
 
 def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "height width 3"]:
-    """The image scaled to fit, centred on white, float32 in [-1, 1]."""
+    """Scale the image to fit and centre it on white; float32 in [-1, 1].
+
+    Args:
+      image: of any mode and size.
+      height: of the canvas, pixels.
+      width: of the canvas, pixels.
+    """
     image = on_white(image)
     image = image.resize([max(size // 8, 1) * 8 for size in image.size], Image.Resampling.LANCZOS)
     pixels = np.asarray(image, np.float32) / np.float32(255) * 2 - 1
@@ -131,7 +155,13 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
 def whole_canvas(
     image: Image.Image, height: int, width: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Phantom's form of `canvas`: one Lanczos resize from the image's own size."""
+    """Scale the image as `canvas` does, in Phantom's way: one Lanczos resize.
+
+    Args:
+      image: of any mode and size.
+      height: of the canvas, pixels.
+      width: of the canvas, pixels.
+    """
     image = on_white(image)
     ratio = image.width / image.height
     size = (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
@@ -145,7 +175,7 @@ def whole_canvas(
 
 
 def _bilinear(x: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Linear interpolation along one axis, pixel centres aligned, edges repeated, no smoothing when it shrinks."""
+    """Interpolate linearly along one axis: centres aligned, edges repeated, no antialiasing."""
     old = x.shape[axis]
     position = np.clip((np.arange(size) + 0.5) * (old / size) - 0.5, 0, old - 1)
     low = np.floor(position).astype(int)
@@ -161,10 +191,14 @@ def control(
     grey: Float[Values, "T H W C"],
     max_people: int,
     order: str = "diffusers",
-) -> Float[Array, "N H W D"]:
-    """The control of one row from the latents of its photos (as given) and of a mid-grey video; D = 2 C + 64.
+) -> Float[Array, "frames H W control"]:
+    """Build VACE's control of one row, with 2 C + 64 channels.
 
-    order: "diffusers" puts the last photo first, "original" keeps the order.
+    Args:
+      references: latents of the row's photos, in the order of the prompt.
+      grey: latents of a mid-grey video.
+      max_people: people per row with padding; the result has max_people + T frames.
+      order: "diffusers" puts the last photo first, "original" keeps the order.
     """
     if order == "diffusers":
         references = references[::-1]
@@ -193,26 +227,34 @@ def _encode_tokens(
 def encode_texts(
     pipe: Pipeline, texts: Sequence[str], length: int
 ) -> list[Float[np.ndarray, "n D"]]:
-    """The float32 text embeddings of prompts, each cut to `length` tokens; on the host, without padding.
+    """Encode prompts, each truncated to `length` tokens.
 
-    A text encoder that waits in the host's memory is on the devices while this runs.
+    A text encoder in host memory is copied to the devices for the duration of the call.
+
+    Args:
+      pipe: supplies tokenizer and text encoder.
+      texts: the prompts.
+      length: largest number of tokens.
+
+    Returns:
+      float32 embeddings without padding, on the host.
     """
-    encoder, found = sharding.on_devices(pipe.text_encoder) if texts else None, []
+    encoder, embeddings = sharding.on_devices(pipe.text_encoder) if texts else None, []
     for text in texts:
         tokens = pipe.tokenizer(
             text, padding="max_length", max_length=length, truncation=True, return_tensors="np"
         )
         ids, mask = (np.asarray(tokens[name], np.int32) for name in ("input_ids", "attention_mask"))
-        found.append(to_host(_encode_tokens(encoder, ids, mask))[0, : mask.sum()])
-    return found
+        embeddings.append(to_host(_encode_tokens(encoder, ids, mask))[0, : mask.sum()])
+    return embeddings
 
 
 def _cut_off(tokenizer: Any, text: str, length: int) -> str:
-    """Say what of a text `encode_texts` cuts off; "" if it keeps all."""
+    """Describe the part of a text that `encode_texts` truncates; "" if none."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= length:
         return ""
-    # The last token that is kept marks the end.
+    # The last of the `length` tokens is the end-of-sequence token.
     lost = tokenizer.decode(ids[length - 1 :], skip_special_tokens=True)
     shown = lost if len(lost) <= 200 else f"{lost[:200]}..."
     return (
@@ -222,19 +264,25 @@ def _cut_off(tokenizer: Any, text: str, length: int) -> str:
 
 
 def warn_of_cut(tokenizer: Any, prompts: Sequence[Prompt], length: int) -> None:
-    """Warn, once per prompt, of text beyond `length` tokens, with its line and what is lost."""
-    found = [(prompt, _cut_off(tokenizer, prompt.text, length)) for prompt in prompts]
-    cut = [(prompt, said) for prompt, said in found if said]
-    for prompt, said in cut[:CUT_SHOWN]:
+    """Warn of each prompt with more than `length` tokens: its line and the text that is lost.
+
+    Args:
+      tokenizer: of the pipeline.
+      prompts: the prompts of the run.
+      length: `data.text_length`.
+    """
+    described = [(prompt, _cut_off(tokenizer, prompt.text, length)) for prompt in prompts]
+    cut = [(prompt, problem) for prompt, problem in described if problem]
+    for prompt, problem in cut[:CUT_SHOWN]:
         where = prompt.where or f"prompt {prompt.id}"
-        warnings.warn(f"{where}: the prompt has {said}", stacklevel=2)
+        warnings.warn(f"{where}: the prompt has {problem}", stacklevel=2)
     if len(cut) > CUT_SHOWN:
         more = len(cut) - CUT_SHOWN
         warnings.warn(f"{more} more prompts are cut to data.text_length {length}", stacklevel=2)
 
 
 def warn_of_padding(prompts: Sequence[Prompt], max_people: int) -> None:
-    """Warn if no prompt has `max_people`: every row is computed as if it had."""
+    """Warn if no prompt has `max_people` people: every row is padded to that number."""
     most = max(prompt.people for prompt in prompts)
     if most < max_people:
         warnings.warn(
@@ -245,12 +293,12 @@ def warn_of_padding(prompts: Sequence[Prompt], max_people: int) -> None:
 
 
 def padded(text: Float[np.ndarray, "n D"], length: int) -> Float[np.ndarray, "{length} D"]:
-    """A text embedding as the transformer takes it: zero past its end."""
+    """Pad a text embedding with zeros to `length` tokens, as the transformer requires."""
     return np.pad(text, ((0, length - len(text)), (0, 0)))
 
 
 def negative_prompt(config: DataConfig) -> str:
-    """The text of the unguided branch; "@FILE" is read from the file, and its hash goes to the log.
+    """Return the text of the unguided branch; "@FILE" reads the file and logs its hash.
 
     Raises:
       UserError: the file is missing or is not UTF-8 text.
@@ -269,17 +317,19 @@ def negative_prompt(config: DataConfig) -> str:
 
 
 def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L D"]:
-    """The text embedding of the unguided branch; a warning says what of its text is cut off."""
+    """Encode the text of the unguided branch; warn if it is truncated."""
     text = negative_prompt(config)
-    if said := _cut_off(pipe.tokenizer, text, config.text_length):
-        warnings.warn(f"data.negative_prompt: has {said}", stacklevel=2)
+    if problem := _cut_off(pipe.tokenizer, text, config.text_length):
+        warnings.warn(f"data.negative_prompt: has {problem}", stacklevel=2)
     return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
 
 
 class Cache(dict[Any, Any]):
     """Encoded prompts of a run, on the host.
 
-    room: bytes that are left for further ones; what does not fit is not kept. By default this process's share of `ROOM`.
+    Attributes:
+      room: bytes left; entries that do not fit are not stored. By default this process's share of
+        `ROOM`.
     """
 
     def __init__(self, room: int | None = None):
@@ -287,7 +337,7 @@ class Cache(dict[Any, Any]):
         self.room = memory_share(ROOM) if room is None else room
 
     def keep(self, name: Any, made: Any) -> None:
-        """Keep a pytree of numpy arrays under a name, if it fits."""
+        """Store a pytree of numpy arrays under a name, if it fits."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
         if size <= self.room:
             self.room -= size
@@ -301,14 +351,21 @@ def encode(
     cache: Cache,
     photos: PhotoCache | None = None,
 ) -> Conditioning:
-    """The conditioning of `prompts` for videos of the size in `config.video`, as the model of `config.model.kind` takes it; on the host.
+    """Encode `prompts` for videos of size `config.video` and the model `config.model.kind`.
 
-    cache: the caller keeps it for the run, so that a prompt is encoded once, or, when the cache is full, whenever it is asked for.
-    photos: opens the photos, and is shared with whoever else needs them. Without it a photo is
-    opened whenever it is encoded.
+    Args:
+      pipe: supplies VAE, text encoder and tokenizer.
+      prompts: the prompts, one row each.
+      config: of the run.
+      cache: one per run. A prompt is encoded once; if the cache is full, at every call.
+      photos: cache of opened photos, which others may share; None opens a photo at every encoding.
+
+    Returns:
+      The conditioning, on the host.
 
     Raises:
-      UserError: a photo is missing or broken, or a prompt has more people than `config.data.max_people`.
+      UserError: a photo is missing or broken, or a prompt has more people than
+        `config.data.max_people`.
     """
     data, video = config.data, config.video
     new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
@@ -353,11 +410,12 @@ def encode(
 def _encode_photos(
     pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache
 ) -> Float[np.ndarray, "M H W C"]:
-    """The latents of a prompt's photos."""
+    """Encode a prompt's photos, one latent frame each."""
     data, video = config.data, config.video
     if not 1 <= len(prompt.references) <= data.max_people:
         raise UserError(
-            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; data.max_people allows 1 to {data.max_people}"
+            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; "
+            f"data.max_people allows 1 to {data.max_people}"
         )
     fit = canvas if config.model.kind == "vace" else whole_canvas
     canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]

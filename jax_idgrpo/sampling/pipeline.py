@@ -1,10 +1,13 @@
-"""A video model as one object: transformer, VAE, text encoder, tokenizer. It is read from a folder of any layout that
-`checkpoints_convert` knows and written to a diffusers folder:
+"""Read and write a video model: transformer, VAE, text encoder and tokenizer as one object.
+
+A model is read from a folder of any layout that `checkpoints_convert` supports and written to a
+diffusers folder:
 
     model_index.json  scheduler/  text_encoder/  tokenizer/  transformer/  vae/
 
-Names and layouts are the tables of `checkpoints_convert`; nothing is cast but to the dtype policy asked for. Folders are
-written under another name and renamed, so a reader sees a whole one or none.
+Names and layouts come from the tables of `checkpoints_convert`. Tensors are cast only to the
+requested dtype policy. Folders are written under a temporary name and renamed, so a reader finds a
+complete folder or none.
 """
 
 import dataclasses
@@ -38,7 +41,7 @@ from jax_idgrpo.sampling.adapters import (
 
 Network = TypeVar("Network", bound=nnx.Module)
 
-PARTS = {  # part -> library, and where its own files name the class
+PARTS = {  # part -> library, and the file and key that name the part's class
     "scheduler": ("diffusers", "scheduler_config.json", "_class_name"),
     "text_encoder": ("transformers", "config.json", "architectures"),
     "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
@@ -51,8 +54,15 @@ PARTS = {  # part -> library, and where its own files name the class
 class Pipeline:
     """The networks of one video model.
 
-    tokenizer: of transformers; called with padding="max_length", max_length=L and truncation=True it keeps the final eos.
-    shift: of the schedule, from the scheduler's `flow_shift`. kind: "vace", "wan" or "phantom". path: where it was read.
+    Attributes:
+      transformer: the velocity network, with or without an adapter.
+      vae: the video autoencoder.
+      text_encoder: the prompt encoder.
+      tokenizer: of transformers. With padding="max_length", max_length=L and truncation=True it
+        preserves the final end-of-sequence token.
+      shift: of the schedule, the scheduler's `flow_shift`.
+      kind: "vace", "wan" or "phantom".
+      path: the folder that was read.
     """
 
     transformer: WanTransformer
@@ -64,10 +74,14 @@ class Pipeline:
     path: Path
 
     def load_lora(self, path: str | Path) -> None:
-        """Give the transformer the adapter at `path`, in place of one it may have; the base arrays are shared.
+        """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
-        path: a PEFT directory, the workdir of a run, or a file of weights (names with or without `base_model.model.` or `transformer.`).
-        UserError for an adapter of another model or of an unsupported kind.
+        Args:
+          path: a PEFT directory, the workdir of a run, or a file of weights (tensor names with or
+            without `base_model.model.` or `transformer.`).
+
+        Raises:
+          UserError: the adapter is of another model or of an unsupported kind.
         """
         rank, alpha = lora_scale(path)
         config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
@@ -90,75 +104,90 @@ def load_pipeline(
     mesh: Mesh | None = None,
     text_memory: str = "device",
 ) -> Pipeline:
-    """Read a diffusers folder, a folder of the original layout, or the store that `idgrpo-convert import` makes of either.
+    """Read a pipeline: a diffusers folder, the original layout, or a store of `idgrpo-convert`.
 
-    dtype: "float32" or "bfloat16" for transformer and text encoder (their sensitive parts stay float32); the VAE is float32.
-    kind: None takes it from the store or the transformer; Phantom has plain Wan's tensors, so "phantom" must be said.
-    rank, alpha: rank > 0 adds a fresh adapter drawn from `seed`, which changes nothing until trained.
-    remat, unroll, mesh: as in `WanConfig`; on a mesh every tensor of the transformer goes straight to where `parallel.TABLE` puts it,
-    the text encoder is spread over all devices, and the VAE lies on each. text_memory: on a mesh, where the text encoder lies while
-    it is not used, "device" or "host".
+    Args:
+      path: the folder.
+      dtype: "float32" or "bfloat16", of transformer and text encoder. Their parts that are
+        sensitive to rounding and the VAE are always float32.
+      kind: "vace", "wan" or "phantom"; None takes it from the store or the tensors. Phantom has the
+        tensors of plain Wan, so outside a store it must be given.
+      rank: if positive, add a new adapter of this rank. It changes no output until it is trained.
+      alpha: of the new adapter.
+      seed: of the new adapter.
+      remat: as in `WanConfig`.
+      unroll: as in `WanConfig`.
+      mesh: as in `WanConfig`. Each tensor of the transformer is loaded directly to its sharding in
+        `sharding.TABLE`, the text encoder is sharded over all devices, and the VAE is replicated.
+      text_memory: memory of the text encoder while idle, "device" or "host"; needs a mesh.
 
     Raises:
-      UserError: the folder is not such a pipeline or does not fit.
+      UserError: the folder is not a pipeline of a supported layout, or its parts do not fit.
     """
     path = checkpoint_place(path) if Path(path).exists() else Path(path)
     if kind not in (None, *identify.KINDS):
         raise UserError(
-            f"{path}: kind {kind!r} is unknown; choose {', '.join(identify.KINDS)} or leave kind out"
+            f"{path}: kind {kind!r} is unknown; "
+            f"choose {', '.join(identify.KINDS)} or leave kind out"
         )
     if not path.is_dir():
         remedy = (
             hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
         )
         raise UserError(f"{path}: no such folder; {remedy}")
-    found = checkpoint.open_checkpoint(path, kind)
-    if missing := found.missing():
+    source = checkpoint.open_checkpoint(path, kind)
+    if missing := source.missing():
         raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
     transformer = _load_transformer(
-        found.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh
+        source.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh
     )
     if rank:
         transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
-    assert found.tokenizer is not None and found.kind is not None
+    assert source.tokenizer is not None and source.kind is not None
     return Pipeline(
         transformer=transformer,
-        vae=_load_vae(found.networks["vae"], mesh),
-        text_encoder=_load_text_encoder(found.networks["text_encoder"], dtype, mesh, text_memory),
+        vae=_load_vae(source.networks["vae"], mesh),
+        text_encoder=_load_text_encoder(source.networks["text_encoder"], dtype, mesh, text_memory),
         tokenizer=load_tokenizer(path),
-        shift=_shift(found),
-        kind=found.kind,
+        shift=_shift(source),
+        kind=source.kind,
         path=path,
     )
 
 
 def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:
-    """The transformer of a folder of any layout; `run` are the fields of `WanConfig` that no checkpoint holds: remat, unroll, mesh."""
+    """Read the transformer of a folder of any layout.
+
+    Args:
+      path: the folder.
+      dtype: as in `load_pipeline`.
+      **run: fields of `WanConfig` that no checkpoint contains: remat, unroll, mesh.
+    """
     return _load_transformer(checkpoint.open_part(path, "transformer"), dtype, **run)
 
 
 def load_vae(path: str | Path) -> WanVAE:
-    """The VAE of a folder of any layout, float32."""
+    """Read the VAE of a folder of any layout, float32."""
     return _load_vae(checkpoint.open_part(path, "vae"))
 
 
 def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
-    """The text encoder of a folder of any layout."""
+    """Read the text encoder of a folder of any layout."""
     return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
 
 
-def _load_transformer(found: network.Network, dtype: str, **run: Any) -> WanTransformer:
-    return _fill(_transformer_shapes(dataclasses.replace(found.config, **run), dtype), found)
+def _load_transformer(source: network.Network, dtype: str, **run: Any) -> WanTransformer:
+    return _fill(_transformer_shapes(dataclasses.replace(source.config, **run), dtype), source)
 
 
-def _load_vae(found: network.Network, mesh: Mesh | None = None) -> WanVAE:
-    return _fill(_vae_shapes(found.config, mesh), found)
+def _load_vae(source: network.Network, mesh: Mesh | None = None) -> WanVAE:
+    return _fill(_vae_shapes(source.config, mesh), source)
 
 
 def _load_text_encoder(
-    found: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device"
+    source: network.Network, dtype: str, mesh: Mesh | None = None, memory: str = "device"
 ) -> UMT5Encoder:
-    return _fill(_text_encoder_shapes(found.config, dtype, mesh, memory), found)
+    return _fill(_text_encoder_shapes(source.config, dtype, mesh, memory), source)
 
 
 def _transformer_shapes(config: WanConfig, dtype: str) -> WanTransformer:
@@ -182,13 +211,13 @@ def _vae_shapes(config: VAEConfig, mesh: Mesh | None = None) -> WanVAE:
 def _text_encoder_shapes(
     config: UMT5Config, dtype: str, mesh: Mesh | None = None, memory: str = "device"
 ) -> UMT5Encoder:
-    def spread(state: Any) -> Any:
+    def shardings_of(state: Any) -> Any:
         shardings = sharding.fully_shard(mesh, state)
         return sharding.in_host_memory(shardings) if memory == "host" else shardings
 
     return _shapes(
         lambda: UMT5Encoder(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)),
-        None if mesh is None else spread,
+        None if mesh is None else shardings_of,
     )
 
 
@@ -202,7 +231,7 @@ class Architecture:
 
 
 def read_architecture(path: str | Path) -> Architecture:
-    """The architecture of a folder of any layout; no tensor is read.
+    """Read the architecture of a folder of any layout, without its tensors.
 
     Raises:
       UserError: a network is missing, or its configuration cannot be used.
@@ -221,15 +250,17 @@ def pipeline_shapes(
     mesh: Mesh | None = None,
     text_memory: str = "device",
 ) -> Pipeline:
-    """The pipeline that `load_pipeline` makes of a checkpoint of this architecture, of shapes with shardings in place of arrays.
+    """Build the pipeline of an architecture with shapes and shardings in place of arrays.
 
     Args:
-      architecture: its transformer has the adapter's rank and how it is run.
-      dtype, kind, text_memory: as in `load_pipeline`.
-      mesh: of the planned devices, which need not exist here.
+      architecture: of the networks, the transformer's with rank, remat and unroll.
+      dtype: as in `load_pipeline`.
+      kind: as in `load_pipeline`.
+      mesh: of the planned devices, which need not exist on this machine.
+      text_memory: as in `load_pipeline`.
 
     Returns:
-      The networks; it has no tokenizer, path or schedule of its own.
+      The pipeline, without tokenizer, path and schedule shift.
     """
     return Pipeline(
         transformer=_transformer_shapes(
@@ -245,7 +276,7 @@ def pipeline_shapes(
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a folder of any layout; nothing is fetched."""
+    """Read the tokenizer of a folder of any layout, without network access."""
     folder = checkpoint.tokenizer_folder(Path(path))
     if folder is None:
         raise UserError(f"{path}: has no tokenizer; get the whole pipeline")
@@ -253,30 +284,31 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer whose files lie in `folder`; nothing is fetched."""
+    """Read the tokenizer files of `folder`, without network access."""
     from transformers import AutoTokenizer  # seconds to import
 
-    for file in (
-        "tokenizer_config.json",
-        "tokenizer.json",
-    ):  # without the second the library may make one up
+    # Both must exist: without tokenizer.json the library may construct another tokenizer.
+    for file in ("tokenizer_config.json", "tokenizer.json"):
         store.read_json(folder / file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises whatever its parsers do
+    except Exception as error:  # the library passes on any exception of its parsers
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again"
         ) from error
 
 
-def _shift(found: checkpoint.Checkpoint) -> float:
-    """Of the scheduler's file, or, in the original layout, which has none, of the kind."""
-    if found.scheduler is None:
-        if (found.path / INDEX).is_file():
-            raise UserError(f"{found.path}: has no folder scheduler/; get the whole pipeline")
-        return checkpoint.SHIFTS[str(found.kind)]
-    file = found.scheduler / checkpoint.SCHEDULER_CONFIG
+def _shift(source: checkpoint.Checkpoint) -> float:
+    """Read the flow shift from the scheduler config.
+
+    The original layout has no scheduler config; the shift is then the model kind's default.
+    """
+    if source.scheduler is None:
+        if (source.path / INDEX).is_file():
+            raise UserError(f"{source.path}: has no folder scheduler/; get the whole pipeline")
+        return checkpoint.SHIFTS[str(source.kind)]
+    file = source.scheduler / checkpoint.SCHEDULER_CONFIG
     shift = store.read_json(file).get("flow_shift")
     if not isinstance(shift, int | float) or shift <= 0:
         raise UserError(f"{file}: flow_shift is {shift!r}; it must be a positive number")
@@ -284,25 +316,28 @@ def _shift(found: checkpoint.Checkpoint) -> float:
 
 
 def _shapes(build: Callable[[], Network], where: Callable[[Any], Any] | None = None) -> Network:
-    """The network that `build` makes, of shapes. where: shapes -> their shardings; None is the default device."""
-    made = nnx.eval_shape(build)
+    """Evaluate `build` to a network of shapes.
+
+    `where` maps shapes to their shardings; None is the default device.
+    """
+    built = nnx.eval_shape(build)
     if where is None:
-        return made
-    graph, abstract = nnx.split(made)
+        return built
+    graph, abstract = nnx.split(built)
     return nnx.merge(graph, sharding.shapes(abstract, where(abstract)))
 
 
-def _fill(shapes: Network, found: network.Network) -> Network:
-    """The network of shapes with the tensors of `found`; a host reads only the slices that its devices hold."""
+def _fill(shapes: Network, source: network.Network) -> Network:
+    """Load the tensors of `source`; a host reads only the slices of its devices."""
     graph, abstract = nnx.split(shapes)
-    return nnx.merge(graph, network.fill(found, abstract))
+    return nnx.merge(graph, network.fill(source, abstract))
 
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
-    """Write the diffusers folder, dtypes kept; the adapter, if any, is left out (see `save_lora`).
+    """Write the diffusers folder in the arrays' dtypes, without an adapter (see `save_lora`).
 
     A folder at `path` is replaced if it is a pipeline or empty.
     """
@@ -313,7 +348,13 @@ def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
 
 
 def save_transformer(transformer: WanTransformer, path: str | Path, shift: float) -> None:
-    """Write `transformer/` and `scheduler/` into the pipeline folder `path`."""
+    """Write `transformer/` and `scheduler/` into the pipeline folder `path`.
+
+    Args:
+      transformer: its adapter, if any, is left out.
+      path: the pipeline folder.
+      shift: of the schedule.
+    """
     config, state = transformer.config, nnx.state(transformer, BASE)
     _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
     with store.atomic_path(Path(path) / "scheduler", "scheduler_config.json") as new:
@@ -332,7 +373,13 @@ def save_vae(network: WanVAE, path: str | Path) -> None:
 
 
 def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) -> None:
-    """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`."""
+    """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`.
+
+    Args:
+      network: the text encoder.
+      tokenizer: of transformers.
+      path: the pipeline folder.
+    """
     config, folder = network.config, Path(path) / "text_encoder"
     values = umt5.config_to_json(config) | {
         "dtype": str(leaves(nnx.state(network))["embedding"].dtype)
@@ -355,7 +402,7 @@ def _save_network(
 
 
 def _write_index(path: Path) -> None:
-    """`model_index.json`: the library and class of every part that the folder holds so far."""
+    """Write `model_index.json`: library and class of every part in the folder."""
     values: dict[str, Any] = {
         "_class_name": "WanPipeline",
         "_diffusers_version": wan.DIFFUSERS_VERSION,

@@ -1,11 +1,12 @@
-"""The policy's velocity: a frozen transformer, an adapter that may be off, and guidance with all its branches in one batch.
+"""Compute the policy's velocity: frozen transformer, optional LoRA, and guidance in one batch.
 
-Rollout and replay both call `Policy.velocity`; nothing else turns latents into velocities, so the two cannot disagree.
+Rollout and replay both call `Policy.velocity`, and no other function maps latents to velocities.
 
     VACE      v = v_negative + guidance (v_prompt - v_negative), the same control in both
     Phantom   v = v_none + image_guidance (v_photos - v_none) + guidance (v_both - v_photos)
 
-v_both sees prompt and photos, v_photos the negative prompt and the photos, v_none the negative prompt and zeros in the photos' place.
+v_both is conditioned on the prompt and the photos, v_photos on the negative prompt and the photos,
+v_none on the negative prompt and zeros in place of the photos.
 Source: Phantom-video/Phantom, `subject2video.py`.
 """
 
@@ -25,10 +26,15 @@ from jax_idgrpo.sampling.conditioning import Conditioning
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Structure of the transformer with and without its adapter; the arrays are passed in.
+    """Structure of the transformer with and without its adapter; the arrays are arguments.
 
-    adapted, plain: the two graph definitions. guidance: scale of the prompt. image_guidance: scale of the photos, None for a model without
-    such a branch (VACE). With all scales 1 the branch of prompt and photos runs alone.
+    If all scales are 1, only the branch of prompt and photos runs.
+
+    Attributes:
+      adapted: graph definition with the adapter.
+      plain: graph definition without it.
+      guidance: scale of the prompt.
+      image_guidance: scale of the photos; None for a model without that branch (VACE).
     """
 
     adapted: Any
@@ -44,13 +50,14 @@ class Policy:
         return 2 if self.image_guidance is None else 3
 
     def unguided(self) -> "Policy":
-        """The branch of prompt and photos alone."""
+        """Return the policy without guidance: only the branch of prompt and photos runs."""
         return dataclasses.replace(
             self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0
         )
 
-    # Both programs below stand between barriers, so that they are compiled to the same products wherever they are called. What has no
-    # gradient stands in a barrier of its own: one that has a gradient makes one for everything in it, the frozen weights' for nobody.
+    # Optimization barriers isolate both functions so XLA compiles them identically in rollout and
+    # replay. Inputs without gradients get their own barrier: a shared one would materialise
+    # gradients for the frozen weights.
 
     def prefill(
         self,
@@ -59,9 +66,13 @@ class Policy:
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
     ) -> PromptCache:
-        """What a velocity needs of the prompts alone, for all noise levels; `lora=None` is the frozen base.
+        """Compute the part of a velocity that depends only on the prompts, for all noise levels.
 
-        negative: [L,D] the encoded negative prompt, shared by all rows; unused without guidance.
+        Args:
+          lora: adapter state; None is the frozen base.
+          base: base state.
+          conditioning: of the B rows.
+          negative: encoded negative prompt, shared by all rows; unused without guidance.
         """
         text, control = conditioning.text, conditioning.control
         lora = jax.lax.optimization_barrier(lora)
@@ -77,15 +88,23 @@ class Policy:
         self,
         lora: nnx.State | None,
         base: nnx.State,
-        x: Float[Array, "B N H W C"],
+        x: Float[Array, "B frames H W C"],
         timestep: Int[Array, "..."],
         conditioning: Conditioning,
         negative: Float[Array, "L D"],
         cache: PromptCache | None = None,
-    ) -> Float[Array, "B N H W C"]:
-        """The guided velocity [B,N,H,W,16], float32, at one integer timestep or one per row; `lora=None` is the frozen base.
+    ) -> Float[Array, "B frames H W C"]:
+        """Compute the guided velocity, float32.
 
-        prompt: what `prefill` says for the same adapter, conditioning and negative prompt; worked out here where it is not given.
+        Args:
+          lora: adapter state; None is the frozen base.
+          base: base state.
+          x: latents that are denoised: the video, for VACE with references and padding.
+          timestep: integers 0 .. 999, one for all rows or one per row.
+          conditioning: of the B rows.
+          negative: encoded negative prompt, shared by all rows; unused without guidance.
+          cache: result of `prefill` for the same adapter, conditioning and negative prompt; None
+            computes it.
         """
         cache = self.prefill(lora, base, conditioning, negative) if cache is None else cache
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
@@ -107,16 +126,18 @@ class Policy:
             ] * (self.branches - 2)
             latents = jnp.concatenate([latents, _together(references)], axis=1)
             mask = jnp.concatenate([mask, repeat(conditioning.reference_mask)], axis=1)
-        found = self._network(lora, base).velocity(
+        branches = self._network(lora, base).velocity(
             latents, repeat(timestep), PromptCache(main, vace, control), frame_mask=mask
         )[:, :frames]
-        return jax.lax.optimization_barrier(self._combine(found))
+        return jax.lax.optimization_barrier(self._combine(branches))
 
     def _network(self, lora: nnx.State | None, base: nnx.State) -> WanTransformer:
         return nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
 
-    def _combine(self, branches: Float[Array, "R N H W C"]) -> Float[Array, "B N H W C"]:
-        """The velocities of the branches, those of a row together, as one."""
+    def _combine(
+        self, branches: Float[Array, "rows frames H W C"]
+    ) -> Float[Array, "B frames H W C"]:
+        """Combine the velocities of the branches, in the order of `_together`, by the scales."""
         if self.branches == 1:
             return branches
         parts = branches.reshape(-1, self.branches, *branches.shape[1:])
@@ -128,14 +149,17 @@ class Policy:
 
 
 def _together(branches: Sequence[Array]) -> Array:
-    """One batch [branches B, ...] of all branches, those of a row together: where rows are divided over devices, each stays on its own."""
+    """Interleave the branches into one batch [B * branches, ...].
+
+    The branches of a row are adjacent, so that sharding the batch keeps them on the row's device.
+    """
     return jnp.stack(branches, axis=1).reshape(-1, *branches[0].shape[1:])
 
 
 def split(
     transformer: WanTransformer, guidance: float, image_guidance: float | None = None
 ) -> tuple[Policy, nnx.State, nnx.State]:
-    """A transformer with adapters -> (policy, adapter state, base state)."""
+    """Split a transformer with adapters into (policy, adapter state, base state)."""
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(

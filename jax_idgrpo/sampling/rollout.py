@@ -1,6 +1,6 @@
-"""Sampling: one jitted scan over denoising steps, stochastic inside a window and deterministic outside.
+"""Sample videos: one jitted scan over the denoising steps, stochastic inside a window.
 
-What an update replays is kept in float32: the states and velocities of the window, from which it forms its ratio.
+The states and velocities of the window are stored in float32; updates compute ratios from them.
 """
 
 import functools
@@ -23,8 +23,12 @@ from jax_idgrpo.sampling.policy import Policy
 class Schedule:
     """Denoising steps, indexed by position and never looked up by value.
 
-    sigma: [S+1] float32 with a final 0. timestep: [S] int32. shift: [] of the flow. transition, solver: the stochastic and the
-    deterministic step, every leaf [S,...].
+    Attributes:
+      sigma: noise levels, descending, the last is 0.
+      timestep: integers 0 .. 999.
+      shift: of the flow.
+      transition: coefficients of the stochastic step, every leaf [S,...].
+      solver: coefficients of the deterministic step, every leaf [S,...].
     """
 
     sigma: Float[Array, "S+1"]
@@ -42,7 +46,15 @@ class Schedule:
         noise_level: float = 0.0,
         solver: str = "euler",
     ) -> "Schedule":
-        """The schedule of `flow.sigmas` with a sampler of `flow.SAMPLERS` (noise level 0 = its own) and a solver of `flow.SOLVERS`."""
+        """Build the schedule of `flow.sigmas`.
+
+        Args:
+          steps: S, denoising steps.
+          shift: of the flow.
+          sampler: name in `flow.SAMPLERS`.
+          noise_level: of the sampler; 0 is the sampler's default.
+          solver: name in `flow.SOLVERS`.
+        """
         sigma = flow.sigmas(steps, shift)
         level = {"noise_level": noise_level} if noise_level else {}
         made = cls(
@@ -56,7 +68,10 @@ class Schedule:
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def part(self, first: int, last: int) -> "Schedule":
-        """The steps from `first` to before `last`; a program, so that cutting reads nothing from the host."""
+        """Return the steps from `first` to before `last`.
+
+        Jitted, so that slicing transfers nothing from the host.
+        """
         steps = slice(first, last)
         cut = jax.tree.map(lambda leaf: leaf[steps], (self.timestep, self.transition, self.solver))
         timestep, transition, solver = cut
@@ -71,9 +86,12 @@ class Schedule:
 
 @flax.struct.dataclass
 class Window:
-    """Which denoising steps draw noise and are trained: `size` of them from `start` [B] on, a start for each row.
+    """Denoising steps that draw noise and are trained.
 
-    final_noise: the last step of the schedule draws noise too; it is never trained.
+    Attributes:
+      start: first step of the window, per row.
+      size: K, steps of the window.
+      final_noise: whether the last step of the schedule draws noise too; it is never trained.
     """
 
     start: Int[Array, "B"]
@@ -83,21 +101,24 @@ class Window:
 
 @flax.struct.dataclass
 class Trajectory:
-    """What is kept of a rollout, all float32; every leaf has its rows first.
+    """Stored part of a rollout, float32, rows first.
 
-    latents: [B,N,H,W,16] at the end. For the K steps of the window, None without one: x [B,K+1,N,H,W,16] the states before and after,
-    velocity [B,K,N,H,W,16] of the policy that sampled them, log_prob [B,K]. For the gradient of the reward: x [B,1,N,H,W,16] alone,
-    the state from which the last steps are run again.
+    Attributes:
+      latents: final latents.
+      x: states before and after the K steps of the window. For reward gradients one state: the one
+        from which the last steps are run again.
+      velocity: velocities of the sampling policy in the window; None without a window.
+      log_prob: log-probabilities of the steps of the window; None without a window.
     """
 
-    latents: Float[Array, "B N H W C"]
-    x: Float[Array, "B K+1 N H W C"] | None = None
-    velocity: Float[Array, "B K N H W C"] | None = None
+    latents: Float[Array, "B frames H W C"]
+    x: Float[Array, "B K+1 frames H W C"] | None = None
+    velocity: Float[Array, "B K frames H W C"] | None = None
     log_prob: Float[Array, "B K"] | None = None
 
 
 def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, "P"]:
-    """The first denoising step that is trained in training step `step`, for each of its prompts."""
+    """Return the first denoising step of the window in training step `step`, per prompt."""
     first, last = config.window_start, config.steps - 1 - config.window_size
     root = rng.fold(rng.key(seed, "window"), step)
     start: Any = 0
@@ -115,19 +136,21 @@ def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray
 
 
 @jax.jit
-def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B N H W C"]:
+def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B frames H W C"]:
     return rng.step_noise(rows, -1, conditioning.latent_shape)
 
 
-def _put(
-    kept: Float[Array, "B n *shape"], place: Int[Array, "B"], value: Float[Array, "B *shape"]
+def _write(
+    record: Float[Array, "B n *shape"], index: Int[Array, "B"], value: Float[Array, "B *shape"]
 ) -> Float[Array, "B n *shape"]:
-    """`kept` with each row's value at its place; a place outside keeps nothing."""
-    here = place[:, None] == jnp.arange(kept.shape[1])
-    return jnp.where(here.reshape(here.shape + (1,) * (value.ndim - 1)), value[:, None], kept)
+    """Write each row's value at the row's index; an index out of range writes nothing."""
+    here = index[:, None] == jnp.arange(record.shape[1])
+    return jnp.where(here.reshape(here.shape + (1,) * (value.ndim - 1)), value[:, None], record)
 
 
-Kept = tuple[Float[Array, "B states N H W C"], Float[Array, "B K N H W C"], Float[Array, "B K"]]
+Record = tuple[
+    Float[Array, "B states frames H W C"], Float[Array, "B K frames H W C"], Float[Array, "B K"]
+]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -142,13 +165,27 @@ def sample(
     rows: Key[Array, "B"],
     window: Window,
 ) -> Trajectory:
-    """Sample one batch and keep its window. `rows` are the videos' keys (`rng.row_keys`), `starts` those of their start noise."""
+    """Sample one batch and store the steps of its window.
+
+    Args:
+      policy: structure of the transformer.
+      lora: adapter state; None is the frozen base.
+      base: base state.
+      conditioning: of the B rows.
+      negative: encoded negative prompt.
+      schedule: the denoising steps.
+      starts: keys of the videos' start noise.
+      rows: keys of the videos (`rng.row_keys`).
+      window: the stochastic steps.
+    """
     x = _start(starts, conditioning)
     cache = policy.prefill(lora, base, conditioning, negative)
     last = schedule.timestep.shape[0] - 1
 
-    def body(carry: tuple[Array, Kept], step: tuple[Any, ...]) -> tuple[tuple[Array, Kept], None]:
-        x, kept = carry
+    def body(
+        carry: tuple[Array, Record], step: tuple[Any, ...]
+    ) -> tuple[tuple[Array, Record], None]:
+        x, record = carry
         index, timestep, sigma, sigma_next, transition = step
         v = policy.velocity(lora, base, x, timestep, conditioning, negative, cache)
         drawn = flow.step(
@@ -158,10 +195,10 @@ def sample(
             noise=rng.step_noise(rows, index, x.shape[1:]),
             mask=conditioning.frame_mask,
         )
-        place = index - window.start
-        draws = (place >= 0) & (place < window.size) | (window.final_noise & (index == last))
-        kept = jax.tree.map(
-            lambda kept, value: _put(kept, place, value), kept, (x, v, drawn.log_prob)
+        position = index - window.start
+        draws = (position >= 0) & (position < window.size) | (window.final_noise & (index == last))
+        record = jax.tree.map(
+            lambda record, value: _write(record, position, value), record, (x, v, drawn.log_prob)
         )
         return (
             jnp.where(
@@ -169,11 +206,11 @@ def sample(
                 drawn.x_next,
                 flow.ode_step(x, v, sigma, sigma_next),
             ),
-            kept,
+            record,
         ), None
 
     count, size = x.shape[0], window.size
-    kept = (
+    record = (
         jnp.zeros((count, size + 1, *x.shape[1:])),
         jnp.zeros((count, size, *x.shape[1:])),
         jnp.zeros((count, size)),
@@ -185,7 +222,7 @@ def sample(
         schedule.sigma[1:],
         schedule.transition,
     )
-    latents, (states, velocity, log_prob) = jax.lax.scan(body, (x, kept), steps)[0]
+    latents, (states, velocity, log_prob) = jax.lax.scan(body, (x, record), steps)[0]
     return Trajectory(latents=latents, x=states, velocity=velocity, log_prob=log_prob)
 
 
@@ -197,9 +234,22 @@ def denoise(
     conditioning: Conditioning,
     negative: Float[Array, "L D"],
     schedule: Schedule,
-    x: Float[Array, "B N H W C"],
-) -> Float[Array, "B N H W C"]:
-    """Follow the ODE from x, at the schedule's first noise level, to its last, by the schedule's solver."""
+    x: Float[Array, "B frames H W C"],
+) -> Float[Array, "B frames H W C"]:
+    """Integrate the ODE from x with the schedule's solver.
+
+    Args:
+      policy: structure of the transformer.
+      lora: adapter state; None is the frozen base.
+      base: base state.
+      conditioning: of the B rows.
+      negative: encoded negative prompt.
+      schedule: the denoising steps.
+      x: latents at the schedule's first noise level.
+
+    Returns:
+      Latents at the schedule's last noise level.
+    """
     cache = policy.prefill(lora, base, conditioning, negative)
 
     def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
@@ -220,18 +270,35 @@ def generate(
     negative: Float[Array, "L D"],
     schedule: Schedule,
     rows: Key[Array, "B"],
-) -> Float[Array, "B N H W C"]:
-    """Sample one batch without noise along the way and return the latents alone, as evaluation does."""
+) -> Float[Array, "B frames H W C"]:
+    """Sample one batch deterministically, as evaluation does; return the final latents.
+
+    Args:
+      policy: structure of the transformer.
+      lora: adapter state; None is the frozen base.
+      base: base state.
+      conditioning: of the B rows.
+      negative: encoded negative prompt.
+      schedule: the denoising steps.
+      rows: keys of the videos' start noise.
+    """
     return denoise(policy, lora, base, conditioning, negative, schedule, _start(rows, conditioning))
 
 
 @functools.partial(jax.jit, static_argnames="frames")
 def decode(
     vae: tuple[nnx.GraphDef, nnx.State],
-    latents: Float[Array, "B N h w C"],
+    latents: Float[Array, "B frames h w C"],
     start: Int[Array, "B"],
     frames: int,
 ) -> Float[Array, "B F H W 3"]:
-    """The videos in [-1, 1] of final latents: `frames` latent frames from each row's `start` on, references dropped."""
+    """Decode the video frames of final latents, without the references, to videos in [-1, 1].
+
+    Args:
+      vae: graph definition and state of the VAE.
+      latents: final latents.
+      start: first video frame, per row.
+      frames: T, latent frames of the video.
+    """
     network, video = nnx.merge(*vae), video_latents(latents, start, frames)
     return network.decode(video, network.chunk(*video.shape[1:4]))
