@@ -1,7 +1,7 @@
-"""Building blocks shared by the networks: dtype policy, linear layer with LoRA, norms, position tables.
+"""Building blocks of the networks: dtype policy, linear layer with LoRA, norms, position tables.
 
-Every function works on channels-last arrays and keeps the mathematics that is sensitive to rounding (norms, rotary
-products) in float32 whatever the compute dtype is.
+Arrays are channels-last. Operations that are sensitive to rounding (norms, rotary products) run in
+float32 for every compute dtype.
 
 Sources: LoRA, arXiv 2106.09685; rotary positions, arXiv 2104.09864; RMSNorm, arXiv 1910.07467.
 """
@@ -22,9 +22,10 @@ from jax_idgrpo.errors import UserError
 class Dtypes:
     """The dtype policy of one network.
 
-    `parameters`: storage of the large kernels (small sensitive ones and adapters are always float32).
-    `compute`: operands of matrix products, which accumulate in float32.
-    `residual`: the stream between blocks.
+    Attributes:
+      parameters: of the large kernels; small sensitive ones and adapters are always float32.
+      compute: of the operands of matrix products, which accumulate in float32.
+      residual: of the stream between blocks.
     """
 
     parameters: jnp.dtype
@@ -33,7 +34,7 @@ class Dtypes:
 
     @classmethod
     def named(cls, name: str) -> "Dtypes":
-        """`float32`, or `bfloat16` (weights, products and stream; the rest stays float32)."""
+        """Return the policy "float32", or "bfloat16" for weights, products and stream."""
         if name not in ("float32", "bfloat16"):
             raise UserError(f"dtype is {name!r}; choose float32 or bfloat16")
         dtype = jnp.dtype(name)
@@ -45,17 +46,20 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class LoRAParam(nnx.Param):
-    """A leaf of a low-rank adapter; `nnx.state(model, LoRAParam)` is everything that reinforcement learning trains."""
+    """A leaf of a LoRA adapter; GRPO trains only `nnx.state(model, LoRAParam)`."""
 
 
 def precision(*operands: Array) -> jax.lax.Precision:
-    """Of a product: all bits of float32 operands, which a TPU would round to bfloat16 and a GPU to TF32 by default."""
+    """Return the highest precision for float32 operands, the default precision otherwise.
+
+    By default a TPU rounds float32 operands to bfloat16, and a GPU to TF32.
+    """
     wide = any(operand.dtype == jnp.float32 for operand in operands)
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
 def product(x: Array, y: Array, axes: int | tuple = 1) -> Array:
-    """`jnp.tensordot`, accumulated and returned in float32, with all the bits of its operands."""
+    """Compute `jnp.tensordot` at the full precision of its operands; the result is float32."""
     return jnp.tensordot(x, y, axes, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 
@@ -63,19 +67,18 @@ def product(x: Array, y: Array, axes: int | tuple = 1) -> Array:
 def matmul(
     x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]
 ) -> Float[Array, "*batch out"]:
-    """x W, accumulated and returned in float32; the backward products take the operands' dtype too.
+    """Compute x W, accumulated and returned in float32.
 
-    The gradient of W sums over all tokens. On the CPU that is one product over flattened tokens, twice as fast; elsewhere
-    the axes stay apart, because flattening two sharded axes would gather them.
+    The backward products have operands of the same dtypes. The gradient of W sums over all tokens:
+    on the CPU as one product over flattened tokens, which is twice as fast; elsewhere without
+    flattening, because flattening two sharded axes would gather them.
     """
     return product(x, kernel)
 
 
 def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, kernel), (
-        x,
-        kernel,
-    )  # not `matmul`, into which no rematerialisation policy could see
+    # `product`, not `matmul`: rematerialisation policies do not see inside a custom_vjp.
+    return product(x, kernel), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -93,7 +96,7 @@ def _kernel_gradient(x: Array, dy: Array) -> Array:
 
 def _kernel_gradient_flat(x: Array, dy: Array) -> Array:
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    if x.shape[1] > dy.shape[1]:  # the wider operand goes to the right
+    if x.shape[1] > dy.shape[1]:  # faster with the wider operand on the right
         return _kernel_gradient(dy, x).T
     return _kernel_gradient(x, dy)
 
@@ -102,10 +105,11 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-    """y = x W + b + (alpha / R) (x A) B; rank 0 is a plain layer.
+    """y = x W + b + (alpha / R) (x A) B; rank 0 has no adapter.
 
-    W [in, out] and b [out] are stored in `dtypes.parameters`, A [in, R] and B [R, out] in float32; operands of the products are
-    `dtypes.compute`, sums float32. A ~ N(0, 1/R^2) and B = 0, so a fresh adapter leaves the layer bit-equal.
+    W [in, out] and b [out] are stored in `dtypes.parameters`, A [in, R] and B [R, out] in float32.
+    Operands of the products are in `dtypes.compute`, sums in float32. A ~ N(0, 1/R^2) and B = 0, so
+    a new adapter leaves the layer bitwise unchanged.
     """
 
     def __init__(
@@ -143,7 +147,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in and out of float32."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; computed and returned in float32."""
 
     def __init__(self, features: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
@@ -158,9 +162,9 @@ class RMSNorm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def layer_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
-    """(x - mean) / sqrt(var + eps) over the last axis in float32; the biased variance, in two passes.
+    """Compute (x - mean) / sqrt(var + eps) over the last axis in float32, with the biased variance.
 
-    The backward pass keeps x and the two numbers of each token.
+    The variance is computed in a second pass. The backward pass saves x and two numbers per token.
     """
     return _layer_norm_forward(x, eps)[0]
 
@@ -174,7 +178,8 @@ def _layer_norm_forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array
 
 
 def _layer_norm_backward(eps: float, saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array]:
-    # Behind a barrier and in this form no array of the size of x is kept from the forward pass, or made before dy is there.
+    # The barrier and this form prevent XLA from saving another array of the size of x in the
+    # forward pass, and from computing one before dy exists.
     x, mean, scale = jax.lax.optimization_barrier(saved)
     wide = x.astype(jnp.float32)
     slope = scale**3 * jnp.mean(dy * (wide - mean), axis=-1, keepdims=True)
@@ -186,7 +191,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nnx.Module):
-    """Affine `layer_norm`; the one without weights is the function itself."""
+    """`layer_norm` with scale and bias."""
 
     def __init__(self, features: int, *, eps: float):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
@@ -199,7 +204,10 @@ class LayerNorm(nnx.Module):
 
 @functools.lru_cache(maxsize=16)
 def _rotary_axis(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [length, size / 2] of position / 10000^(2i / size), float64 rounded once to float32."""
+    """Return cos and sin [length, size / 2] of position / 10000^(2i / size).
+
+    Computed in float64 and rounded once to float32.
+    """
     angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
@@ -207,9 +215,15 @@ def _rotary_axis(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
 def rotary_tables(
     head_dim: int, frames: int, height: int, width: int
 ) -> tuple[Float[Array, "N half"], Float[Array, "N half"]]:
-    """cos and sin of the rotary angles of a grid of tokens ordered (frame, row, column), column fastest.
+    """Compute cos and sin of the rotary angles of a token grid ordered (frame, row, column).
 
-    The head dimension d is shared out as d - 4 (d // 6) to the frame, 2 (d // 6) each to row and column.
+    Of the d channels of a head, d - 4 (d // 6) encode the frame, 2 (d // 6) each row and column.
+
+    Args:
+      head_dim: d, even.
+      frames: extent of the grid.
+      height: extent of the grid, tokens.
+      width: extent of the grid, tokens.
     """
     part = 2 * (head_dim // 6)
     grid, tables = (frames, height, width), ([], [])
@@ -222,12 +236,18 @@ def rotary_tables(
 
 
 def apply_rotary(
-    x: Float[Array, "B N K d"], cos: Float[Array, "N half"], sin: Float[Array, "N half"]
-) -> Float[Array, "B N K d"]:
-    """Rotates the adjacent pairs (2i, 2i + 1) of every head by their angle, in float32.
+    x: Float[Array, "B N heads d"], cos: Float[Array, "N half"], sin: Float[Array, "N half"]
+) -> Float[Array, "B N heads d"]:
+    """Rotate the adjacent pairs (2i, 2i + 1) of every head by their angle, in float32.
 
-    The result holds all first members of the pairs, then all second ones: a fixed reordering of the head dimension that
-    leaves q k^T as it is, as long as q and k are both rotated here, and saves putting the pairs back together.
+    In the result the first members of all pairs precede the second members. This permutation of the
+    head dimension saves interleaving the pairs again. It does not change q k^T if q and k are both
+    rotated by this function.
+
+    Args:
+      x: queries or keys.
+      cos: cosines of `rotary_tables`.
+      sin: sines of `rotary_tables`.
     """
     x = x.astype(jnp.float32)
     first, second = x[..., 0::2], x[..., 1::2]
@@ -236,7 +256,10 @@ def apply_rotary(
 
 
 def timestep_embedding(timesteps: Int[Array, "B"], features: int) -> Float[Array, "B features"]:
-    """[cos(t f), sin(t f)] in float32 with f_i = 10000^(-i / half), half = features / 2; t is an integer 0 .. 999."""
+    """Compute [cos(t f), sin(t f)], float32, with f_i = 10000^(-i / half), half = features / 2.
+
+    `timesteps` are integers 0 .. 999.
+    """
     half = features // 2
     frequencies = (10000.0 ** (-np.arange(half) / half)).astype(np.float32)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -246,9 +269,15 @@ def timestep_embedding(timesteps: Int[Array, "B"], features: int) -> Float[Array
 def depthwise_conv(
     x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 1 C"], stride: int = 1
 ) -> Float[Array, "B h w C"]:
-    """Convolve every channel with its own 3x3 kernel, one pixel of zeros around, with all bits of float32.
+    """Convolve every channel with its own 3x3 kernel, padded by one zero pixel, in full float32.
 
-    On the CPU the sum over the nine taps is written out: XLA's grouped convolution is 3 to 80 times slower there.
+    On the CPU the nine taps are summed explicitly; XLA's grouped convolution is 3 to 80 times
+    slower.
+
+    Args:
+      x: images, float32.
+      kernel: one 3x3 kernel per channel.
+      stride: of height and width.
     """
     return jax.lax.platform_dependent(
         x,

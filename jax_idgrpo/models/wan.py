@@ -1,15 +1,18 @@
-"""The Wan2.1 video diffusion transformer, with the VACE control branch where the configuration names one.
+"""The Wan2.1 video diffusion transformer, with an optional VACE control branch.
 
-velocity = f(noisy latents, timestep, text, control), velocity = noise - clean latents. Tokens are 2 x 2 patches of latent
-frames. Each block is self-attention with three-axis rotary positions, cross-attention to the text, and a feed-forward
-layer, modulated by the timestep. VACE runs a second, shorter stack on the control latents; the output of its block g,
-through a linear layer, is the hint added to the stream after main block `vace_layers[g]`.
+velocity = f(noisy latents, timestep, text, control), velocity = noise - clean latents. Tokens are
+2 x 2 patches of latent frames. Each block is self-attention with three-axis rotary positions,
+cross-attention to the text, and a feed-forward layer, modulated by the timestep. VACE runs a
+second, shorter stack on the control latents. The output of its block g, through a linear layer, is
+the hint added to the stream after main block `vace_layers[g]`.
 
-All blocks of a stack are one module whose leaves carry a leading layer axis and which is scanned. A hint needs only the
-control stream, so it is computed right before the main block that takes it: the scan goes over groups of one VACE block
-and the main blocks up to the next one, and one hint is alive at a time.
+All blocks of a stack are one module whose leaves have a leading layer axis, and which is scanned. A
+hint depends only on the control stream, so it is computed immediately before the main block that
+uses it. The scan runs over groups of one VACE block and the main blocks up to the next one, so one
+hint is in memory at a time.
 
-Sources: Wan, arXiv 2503.20314, github.com/Wan-Video/Wan2.1 wan/modules/model.py; VACE, arXiv 2503.07598.
+Sources: Wan, arXiv 2503.20314, github.com/Wan-Video/Wan2.1 wan/modules/model.py; VACE, arXiv
+2503.07598.
 """
 
 import dataclasses
@@ -39,7 +42,7 @@ from jax_idgrpo.models.layers import (
 )
 from jax_idgrpo.parallel import sharding
 
-PATCH = 2  # rows and columns of latents in one token; one latent frame deep
+PATCH = 2  # rows and columns of latents in one token, which covers one latent frame
 
 REMAT = {
     "none": None,
@@ -51,14 +54,28 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-    """Sizes of the network and how its stack of blocks is run.
+    """Sizes of the network and the execution of its blocks.
 
-    `vace_layers`: the main blocks that receive a hint, in rising order from 0; None is plain Wan.
-    `rank`, `alpha`: LoRA on the attention projections of all blocks; rank 0 is none.
-    `remat`: what a block keeps for the backward pass: "none" recomputes nothing, "full" keeps its input only, "attention" also
-    the outputs of its attentions, "dots" also the outputs of the linear layers.
-    `unroll`: write every block out instead of scanning; faster for a handful of small blocks.
-    `mesh`: the devices that its arrays lie on, None for one; it changes nothing but who computes what.
+    Attributes:
+      num_layers: main blocks.
+      num_heads: attention heads.
+      head_dim: channels of a head, even.
+      ffn_dim: inner width of the feed-forward layers.
+      text_dim: width of the text embeddings.
+      freq_dim: channels of the sinusoidal timestep embedding, even.
+      eps: of all norms.
+      in_channels: latent channels.
+      out_channels: velocity channels.
+      rope_max_seq_len: largest extent of the token grid on any axis.
+      vace_layers: main blocks that receive a hint, in rising order from 0; None is plain Wan.
+      vace_in_channels: channels of the control.
+      rank: of the LoRA on the attention projections of all blocks; 0 is none.
+      alpha: the LoRA is scaled by alpha / rank.
+      remat: what a block saves for the backward pass. "none" recomputes nothing, "full" saves only
+        its input, "attention" its input and the outputs of its attentions, "dots" its input and the
+        outputs of its linear layers.
+      unroll: unroll the blocks instead of scanning; faster for a few small blocks.
+      mesh: devices of the arrays; None is a single device. Results do not depend on it.
     """
 
     num_layers: int
@@ -96,14 +113,14 @@ class WanConfig:
             )
         _require(
             self.head_dim % 2 == 0,
-            f"head_dim is {self.head_dim}; rotary positions turn pairs, so make it even",
+            f"head_dim is {self.head_dim}; it must be even (rotary embedding rotates pairs)",
         )
         _require(
             self.head_dim >= 6, f"head_dim is {self.head_dim}; three position axes need at least 6"
         )
         _require(
             self.freq_dim % 2 == 0,
-            f"freq_dim is {self.freq_dim}; it holds cosines and sines, so make it even",
+            f"freq_dim is {self.freq_dim}; it must be even (half cosines, half sines)",
         )
         _require(self.eps > 0, f"eps is {self.eps}; it must be positive")
         _require(self.rank >= 0, f"rank is {self.rank}; it must be 0 (no adapter) or more")
@@ -130,7 +147,8 @@ class WanConfig:
             )
             _require(
                 layers[-1] < self.num_layers,
-                f"vace_layers reaches block {layers[-1]} but num_layers is {self.num_layers}; blocks count from 0",
+                f"vace_layers reaches block {layers[-1]} but num_layers is {self.num_layers}; "
+                "blocks count from 0",
             )
 
     @property
@@ -145,29 +163,35 @@ def _require(condition: bool, message: str) -> None:
 
 
 def wan_1_3b(**changes) -> WanConfig:
-    """Wan2.1-T2V-1.3B, and Phantom-Wan-1.3B."""
+    """Return the configuration of Wan2.1-T2V-1.3B and Phantom-Wan-1.3B."""
     sizes = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
 
 def vace_1_3b(**changes) -> WanConfig:
-    """Wan2.1-VACE-1.3B."""
+    """Return the configuration of Wan2.1-VACE-1.3B."""
     return wan_1_3b(**({"vace_layers": tuple(range(0, 30, 2))} | changes))
 
 
 def wan_14b(**changes) -> WanConfig:
-    """Wan2.1-T2V-14B, and Phantom-Wan-14B."""
+    """Return the configuration of Wan2.1-T2V-14B and Phantom-Wan-14B."""
     sizes = {"num_layers": 40, "num_heads": 40, "head_dim": 128, "ffn_dim": 13824, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
 
 def vace_14b(**changes) -> WanConfig:
-    """Wan2.1-VACE-14B."""
+    """Return the configuration of Wan2.1-VACE-14B."""
     return wan_14b(**({"vace_layers": tuple(range(0, 40, 5))} | changes))
 
 
 class Conditions(NamedTuple):
-    """What every block of both stacks reads besides its stream."""
+    """Inputs of every block of both stacks besides its stream and the text.
+
+    Attributes:
+      modulation: of the timestep, for shift, scale and gate of attention and feed-forward.
+      rotary: cosines and sines of the tokens' rotary angles.
+      lengths: tokens per row that are attended to; None attends to all.
+    """
 
     modulation: Float[Array, "B 6 D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
@@ -175,14 +199,17 @@ class Conditions(NamedTuple):
 
 
 KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
-"""KeyValue and values of an attention, in the dtype of its products."""
+"""Keys and values of an attention, in the compute dtype."""
 
 
 class PromptCache(NamedTuple):
-    """What the network computes of text and control alone: the same at every noise level, so that sampling needs it once.
+    """Activations that depend only on text and control, computed once for all noise levels.
 
-    main, vace: keys and values of the text for every block of the two stacks, stacked or, where blocks are written out, a tuple of
-    them. control: the tokens of the control.
+    Attributes:
+      main: keys and values of the text for every main block, stacked, or a tuple if the blocks are
+        unrolled.
+      vace: the same for every VACE block; None for plain Wan.
+      control: tokens of the control; None for plain Wan.
     """
 
     main: Any
@@ -212,7 +239,7 @@ class Attention(nnx.Module):
     def key_value(
         self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None
     ) -> KeyValue:
-        """What the tokens of the context are asked for, and what they answer."""
+        """Project the context to keys and values; `rotary`, if given, is applied to the keys."""
         k, v = self._heads(self.norm_k(self.to_k(context))), self._heads(self.to_v(context))
         return (k if rotary is None else apply_rotary(k, *rotary)).astype(self.compute), v
 
@@ -223,7 +250,15 @@ class Attention(nnx.Module):
         rotary: tuple[Array, Array] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B N D"]:
-        """From the tokens x to those of the keys; with `rotary` these are x's own, so that both are divided alike."""
+        """Attend from the tokens x to keys and values.
+
+        Args:
+          x: queries before their projection.
+          key_value: of `key_value`.
+          rotary: cosines and sines for self-attention, whose keys are sharded like its queries;
+            None for cross-attention.
+          lengths: keys per row; None attends to all.
+        """
         q = self._heads(self.norm_q(self.to_q(x)))
         q = q if rotary is None else apply_rotary(q, *rotary)
         out = attention(q, *key_value, lengths, mesh=self.mesh, split_keys=rotary is not None)
@@ -234,7 +269,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """W2 gelu(W1 x), the tanh form of gelu."""
+    """W2 gelu(W1 x) with the tanh form of gelu."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         self.linear_1 = Linear(config.width, config.ffn_dim, dtypes=dtypes, rngs=rngs)
@@ -245,7 +280,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Gated self-attention, cross-attention to the text, gated feed-forward; the stream keeps its dtype."""
+    """Gated self-attention, cross-attention to the text, gated feed-forward; keeps x's dtype."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (6, config.width), jnp.float32) / config.width**0.5
@@ -272,7 +307,7 @@ class Block(nnx.Module):
 
 
 class ControlBlock(Block):
-    """A VACE block: a block with the linear layer that turns its output into a hint."""
+    """A VACE block: a block with a linear layer that maps its output to a hint."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         super().__init__(config, dtypes=dtypes, rngs=rngs)
@@ -281,35 +316,36 @@ class ControlBlock(Block):
         )
 
     def hint(self, c: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """Map the control stream after this block to the hint."""
         return self.proj_out(c).astype(c.dtype)
 
 
 def _add(x: Array, update: Array) -> Array:
-    """x + update in float32, in x's dtype."""
+    """Add in float32 and cast to x's dtype."""
     return (x.astype(jnp.float32) + update.astype(jnp.float32)).astype(x.dtype)
 
 
-# Layers whose output joins a stream that works without them start small, not at zero, so that all of them learn at once.
+# Layers that add to a stream start small instead of at zero, so that all layers before them receive
+# a gradient from the first step.
 SMALL = nnx.initializers.normal(0.02)
 
 
 @jax.custom_vjp
 def gelu(x: Array) -> Array:
-    """The tanh form, in float32; the backward pass keeps x alone and computes the rest again."""
+    """Compute the tanh form of gelu in float32; the backward pass saves only x."""
     return (x.astype(jnp.float32) * _gate(x)[0]).astype(x.dtype)
 
 
 def _gate(x: Array) -> tuple[Array, Array]:
-    """The factor of x in its gelu, (1 + tanh u(x)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), and u's derivative; float32."""
+    """Compute the gate (1 + tanh u) / 2 and du/dx, u = sqrt(2 / pi) (x + 0.044715 x^3); float32."""
     x = x.astype(jnp.float32)
     scale, cubic = math.sqrt(2 / math.pi), 0.044715
     return (1 + jnp.tanh(scale * (x + cubic * x**3))) / 2, scale * (1 + 3 * cubic * x**2)
 
 
 def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
-    gate, slope = _gate(
-        jax.lax.optimization_barrier(x)
-    )  # else the forward pass's tanh is kept for it
+    # Without the barrier XLA would save the forward pass's tanh.
+    gate, slope = _gate(jax.lax.optimization_barrier(x))
     dx = dy.astype(jnp.float32) * (gate + 2 * x.astype(jnp.float32) * gate * (1 - gate) * slope)
     return (dx.astype(x.dtype),)
 
@@ -332,7 +368,7 @@ class Embedder(nnx.Module):
 
 
 class ConditionEmbedder(nnx.Module):
-    """Timestep and text to what the blocks read; the timestep's part in float32."""
+    """Embed the timestep, in float32, and the text for the blocks."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         width = config.width
@@ -346,14 +382,17 @@ class ConditionEmbedder(nnx.Module):
     def __call__(
         self, timesteps: Int[Array, "B"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
-        """-> the head's modulation, the blocks' modulation; the text's tokens are `text_embedder`'s."""
+        """Return the modulations of the head and of the blocks."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         rows = self.time_proj(jax.nn.silu(time))
         return time, rows.reshape(len(rows), 6, -1)
 
 
 class WanTransformer(nnx.Module):
-    """The network; see the module's docstring. `WanTransformer(replace(config, rank=0))` is the same one, adapter off."""
+    """The network of the module's docstring.
+
+    `WanTransformer(replace(config, rank=0))` is the same network without the adapter.
+    """
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         width, patch = config.width, PATCH * PATCH
@@ -383,21 +422,30 @@ class WanTransformer(nnx.Module):
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
     ) -> Float[Array, "B T H W C"]:
-        """The velocity, float32.
+        """Compute the velocity, float32.
 
-        `latents` [B,T,H,W,16] normalised, H and W even; `timesteps` integers 0 .. 999; `text` [B,L,Dt], padding rows zero:
-        they are attended to, as in the published models. `control` [B,T,H,W,96] for VACE, and only there; `control_scale`
-        one number or one per VACE block. `frame_mask` [B,T] is True on a row's first frames; those behind are hidden from them, and
-        their own velocity means nothing. Raises UserError for shapes that do not fit.
+        Args:
+          latents: [B,T,H,W,16], normalised, H and W even.
+          timesteps: [B], integers 0 .. 999.
+          text: [B,L,text_dim], zero after the prompt's end. All L tokens are attended to, as in the
+            published models.
+          control: [B,T,H,W,96], for VACE only.
+          control_scale: one number, or one per VACE block.
+          frame_mask: [B,T], True on a row's first frames. The frames after them are not attended
+            to, and their velocity is undefined. None is all True.
+
+        Raises:
+          UserError: shapes do not fit.
         """
         return self.velocity(
             latents, timesteps, self.prefill(text, control), control_scale, frame_mask
         )
 
     def prefill(self, text: Array, control: Array | None = None) -> PromptCache:
-        """What `velocity` needs of text and control, as `__call__` takes them.
+        """Compute the cache of `velocity` from text and control, which are as in `__call__`.
 
-        Rows that share their control, as branches of a guidance do, may have it worked on once and its tokens repeated.
+        Text and control may have different numbers of rows: guidance branches share their control,
+        and its tokens are repeated afterwards.
         """
         config = self.config
         self._check_prompt(text, control)
@@ -406,7 +454,7 @@ class WanTransformer(nnx.Module):
         )
         if config.vace_layers is None:
             return PromptCache(self._key_values(self.blocks, context))
-        tokens = self.vace_proj_in(self.vace_patch_embedding(self._divided(control)))
+        tokens = self.vace_proj_in(self.vace_patch_embedding(self._shard_patches(control)))
         return PromptCache(
             self._key_values(self.blocks, context),
             self._key_values(self.vace_blocks, context),
@@ -421,7 +469,18 @@ class WanTransformer(nnx.Module):
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
     ) -> Float[Array, "B T H W C"]:
-        """`__call__` of a prompt that was worked on before, by this network and with the adapter that it has now."""
+        """Compute the velocity as `__call__` does, from the cache of the prompt.
+
+        Args:
+          latents: as in `__call__`.
+          timesteps: as in `__call__`.
+          cache: of `prefill`, by this network with its present adapter.
+          control_scale: as in `__call__`.
+          frame_mask: as in `__call__`.
+
+        Raises:
+          UserError: shapes do not fit.
+        """
         config = self.config
         self._check(latents, timesteps, cache, frame_mask)
         b, frames, height, width, _ = latents.shape
@@ -430,7 +489,7 @@ class WanTransformer(nnx.Module):
         time, modulation = (
             sharding.shard_batch(config.mesh, a) for a in self.condition_embedder(timesteps)
         )
-        x = self.patch_embedding(self._divided(latents)).astype(self.dtypes.residual)
+        x = self.patch_embedding(self._shard_patches(latents)).astype(self.dtypes.residual)
         padding = x.shape[1] - tokens
         lengths = None if frame_mask is None else jnp.sum(frame_mask, axis=1) * (grid[1] * grid[2])
         if padding and lengths is None:
@@ -447,22 +506,21 @@ class WanTransformer(nnx.Module):
                 x, _add(x, cache.control), self._scale(control_scale), cache, conditions
             )
 
-        shift, scale = (self.scale_shift_table[...] + time[:, None, :])[:, :, None, :].swapaxes(
-            0, 1
-        )
+        rows = self.scale_shift_table[...] + time[:, None, :]
+        shift, scale = rows[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
         y = sharding.shard_batch(config.mesh, y)[:, :tokens]
         y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
         return y.reshape(b, frames, height, width, config.out_channels)
 
-    def _divided(self, x: Array) -> Float[Array, "B N F"]:
-        """The patches of x, followed by tokens of zeros where the mesh needs them, over the mesh."""
+    def _shard_patches(self, x: Array) -> Float[Array, "B N features"]:
+        """Cut x into patches, append zero tokens if the mesh needs them, and shard the tokens."""
         mesh, tokens = self.config.mesh, _patches(x)
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
         return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
     def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
-        """Keys and values of the text for every block, as `PromptCache` holds them."""
+        """Compute keys and values of the text for every block, in the layout of `PromptCache`."""
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
 
@@ -517,9 +575,8 @@ class WanTransformer(nnx.Module):
 
             def main(x: Array, part: tuple) -> tuple[Array, None]:
                 (block, text), first = part
-                return apply(block, x, text) + jnp.where(
-                    first, hint, 0
-                ), None  # one body for all blocks: half the program
+                # One body for first and later blocks halves the program.
+                return apply(block, x, text) + jnp.where(first, hint, 0), None
 
             return (jax.lax.scan(main, x, (mains, first))[0], c), None
 
@@ -539,7 +596,10 @@ class WanTransformer(nnx.Module):
         return x
 
     def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
-        """-> a function (parameters of one block, stream, the text's keys) -> stream under the remat policy, and the stacked parameters."""
+        """Return a function that applies one block under the remat policy, and stacked parameters.
+
+        The function maps (parameters of a block, stream, the text's keys and values) to a stream.
+        """
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
 
@@ -554,8 +614,8 @@ class WanTransformer(nnx.Module):
         policy = REMAT[self.config.remat]
         return function if policy is None else jax.checkpoint(function, policy=policy)
 
-    def _scale(self, control_scale: float | Array) -> Float[Array, "G"]:
-        """One scale per VACE block, in the stream's dtype so that multiplying a hint does not promote the stream."""
+    def _scale(self, control_scale: float | Array) -> Float[Array, "blocks"]:
+        """Broadcast to one scale per VACE block, in the stream's dtype so that hints keep it."""
         scale, count = (
             jnp.asarray(control_scale, self.dtypes.residual),
             len(self.config.vace_layers),
@@ -613,7 +673,8 @@ class WanTransformer(nnx.Module):
             )
             _require(
                 cache.control.shape[:2] == (shape[0], tokens),
-                f"control has {cache.control.shape[:2]} rows and tokens; expected the {(shape[0], tokens)} of the latents",
+                f"control has {cache.control.shape[:2]} rows and tokens; "
+                f"expected the {(shape[0], tokens)} of the latents",
             )
         if frame_mask is not None:
             _require(
@@ -623,14 +684,22 @@ class WanTransformer(nnx.Module):
 
 
 def group_sizes(config: WanConfig) -> list[int]:
-    """Main blocks in each group: from the one that takes the group's hint up to the next that takes one."""
+    """Return the number of main blocks in each group; the first of a group receives its hint."""
     return [b - a for a, b in itertools.pairwise((*config.vace_layers, config.num_layers))]
 
 
 def _stack(
     block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs
 ) -> Block:
-    """`count` blocks as one module whose leaves have a leading axis."""
+    """Initialise `count` blocks as one module whose leaves have a leading axis.
+
+    Args:
+      block: class of the blocks.
+      count: number of blocks.
+      config: of the network.
+      dtypes: dtype policy.
+      rngs: split over the blocks.
+    """
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap
@@ -641,26 +710,36 @@ def _stack(
 
 
 def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
-    """`count` layers from `start` on, their axis folded to `shape`."""
+    """Slice `count` layers from `start` on and reshape their axis to `shape`.
+
+    Args:
+      stacked: pytree of arrays with a leading layer axis.
+      start: first layer.
+      count: number of layers, the product of `shape`.
+      shape: new leading axes.
+    """
     return jax.tree.map(
         lambda leaf: leaf[start : start + count].reshape(*shape, *leaf.shape[1:]), stacked
     )
 
 
 def unstack_blocks(parameters: nnx.State) -> nnx.State:
-    """The parameters of a network with every block's arrays apart, as tuples, which an unrolled network reads as they are.
+    """Split the stacked arrays of the blocks into tuples, which an unrolled network uses directly.
 
-    Out of a stack a program copies them at every call: XLA has no views.
+    XLA has no views: an unrolled program would copy every layer out of its stack at each call.
     """
 
-    def apart(path: tuple, leaf: Any) -> Any:
+    def split(path: tuple, leaf: Any) -> Any:
         return _layers(leaf) if path[0].key in ("blocks", "vace_blocks") else leaf
 
-    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(apart, tree))(parameters)
+    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(split, tree))(parameters)
 
 
 def _layers(leaf: Array | tuple[Array, ...]) -> tuple[Array, ...]:
-    """One array per layer; a split, so that the gradients come back by concatenation and not by adding padded arrays."""
+    """Split into one array per layer.
+
+    `lax.split`, unlike slices, has a gradient that concatenates instead of adding padded arrays.
+    """
     return (
         leaf
         if isinstance(leaf, tuple)
@@ -669,13 +748,16 @@ def _layers(leaf: Array | tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _unstack(parameters: nnx.State) -> list[nnx.State]:
-    """One state per layer."""
+    """Split a stacked state into one state per layer."""
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=lambda node: isinstance(node, tuple))
     return [jax.tree.unflatten(treedef, layer) for layer in zip(*map(_layers, leaves), strict=True)]
 
 
-def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N F"]:
-    """Tokens ordered (frame, row, column) with features ordered (row in patch, column in patch, channel)."""
+def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N features"]:
+    """Cut latents into patches: tokens ordered (frame, row, column).
+
+    Features are ordered (row in patch, column in patch, channel).
+    """
     b, frames, height, width, channels = x.shape
     x = x.reshape(b, frames, height // PATCH, PATCH, width // PATCH, PATCH, channels).swapaxes(3, 4)
     return x.reshape(b, -1, PATCH * PATCH * channels)

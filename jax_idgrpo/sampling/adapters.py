@@ -100,8 +100,8 @@ def save_lora(
 ) -> None:
     """Write LoRA leaves as a PEFT directory with a model card.
 
-    `peft` loads the directory onto diffusers' transformer. A folder at `path` is replaced if it is an
-    adapter or empty.
+    `peft` loads the directory onto diffusers' transformer. A folder at `path` is replaced if it is
+    an adapter or empty.
 
     Args:
       path: the folder.
