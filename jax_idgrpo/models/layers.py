@@ -46,7 +46,7 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class LoRAParam(nnx.Param):
-    """A leaf of a LoRA adapter; GRPO trains only `nnx.state(model, LoRAParam)`."""
+    """A leaf of a LoRA adapter; reinforcement learning trains these leaves and no others."""
 
 
 def precision(*operands: Array) -> jax.lax.Precision:

@@ -1,10 +1,10 @@
-"""The UMT5 text encoder: token ids [B,L] to one row of width D per token.
+"""The UMT5 text encoder: token ids [B,L] to embeddings [B,L,D].
 
     h = rms(x);  x = x + O softmax(Q h (K h)^T + bias[bucket(key - query)] + padding) V h
     h = rms(x);  x = x + W_down (gelu_tanh(W_gate h) * (W_up h))
 
-and a last rms. Logits are not scaled by the head size. Each layer has a relative bias table of its own. No layer has a
-bias vector, so all of the network is matrices and norm scales.
+and a final rms. Logits are not scaled by the head size. Each layer has its own table of relative
+biases. No linear layer has a bias vector.
 
 Sources: T5, arXiv 1910.10683; UMT5, arXiv 2304.09151; transformers `modeling_umt5.py`.
 """
@@ -23,7 +23,19 @@ from jax_idgrpo.models.layers import Dtypes, Linear, RMSNorm, precision
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-    """Sizes; the attention's inner width is num_heads * d_kv, whatever d_model is."""
+    """Sizes of the network.
+
+    Attributes:
+      vocab_size: number of token ids.
+      d_model: D, width of the stream.
+      d_kv: channels of a head; num_heads * d_kv need not equal d_model.
+      num_heads: attention heads.
+      d_ff: inner width of the feed-forward layers.
+      num_layers: number of blocks.
+      num_buckets: of relative positions, a multiple of 4.
+      max_distance: distance in tokens from which all keys share a bucket.
+      eps: of all norms.
+    """
 
     vocab_size: int
     d_model: int
@@ -39,7 +51,8 @@ class UMT5Config:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) <= 0:
                 raise UserError(
-                    f"text encoder: {field.name} is {getattr(self, field.name)}; it must be positive"
+                    f"text encoder: {field.name} is {getattr(self, field.name)}; "
+                    "it must be positive"
                 )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
             raise UserError(
@@ -49,7 +62,7 @@ class UMT5Config:
 
 
 def umt5_xxl(**changes) -> UMT5Config:
-    """google/umt5-xxl, the encoder of every Wan 2.1 model."""
+    """Return the configuration of google/umt5-xxl, the encoder of every Wan 2.1 model."""
     sizes = {
         "vocab_size": 256384,
         "d_model": 4096,
@@ -62,10 +75,16 @@ def umt5_xxl(**changes) -> UMT5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """int [query, key]: the bucket of key - query.
+    """Return the bucket of key - query, int [query, key].
 
-    Keys behind the query use the upper half. Within a half of h buckets, distances below h / 2 have one each, longer ones
-    share the rest evenly in the logarithm up to `max_distance`; the last takes all that is farther.
+    Keys after the query use the upper half of the buckets. Within a half of h buckets, each distance
+    below h / 2 has its own bucket. Longer distances up to `max_distance` share the others evenly in
+    the logarithm, and the last bucket contains all distances beyond.
+
+    Args:
+      length: tokens.
+      num_buckets: a multiple of 4.
+      max_distance: in tokens.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -90,9 +109,8 @@ class Attention(nnx.Module):
                 features, width, use_bias=False, kernel_init=init, dtypes=dtypes, rngs=rngs
             )
 
-        self.q = project(
-            config.d_model, inner, (config.d_model * config.d_kv) ** -0.5
-        )  # stands in for the scale
+        # The initialisation of q contains the factor by which the logits are not scaled.
+        self.q = project(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
         self.k = project(config.d_model, inner, config.d_model**-0.5)
         self.v = project(config.d_model, inner, config.d_model**-0.5)
         self.o = project(inner, config.d_model, inner**-0.5)
@@ -119,7 +137,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """W_down (gelu(W_gate x) * (W_up x)), the tanh form of gelu."""
+    """W_down (gelu(W_gate x) * (W_up x)) with the tanh form of gelu."""
 
     def __init__(self, config: UMT5Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def project(features: int, width: int) -> Linear:
@@ -153,7 +171,7 @@ class Block(nnx.Module):
 
 
 class UMT5Encoder(nnx.Module):
-    """The encoder; its blocks are one module with a leading layer axis, scanned."""
+    """The encoder; its blocks are one module with a leading layer axis, which is scanned."""
 
     def __init__(self, config: UMT5Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
         self.config, self.dtypes = config, dtypes
@@ -169,9 +187,14 @@ class UMT5Encoder(nnx.Module):
         self.norm = RMSNorm(config.d_model, eps=config.eps)
 
     def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """ids: 0 <= id < vocab_size. mask: 1 on tokens, 0 on padding, which nothing attends to and whose rows are zero.
+        """Encode tokens to embeddings in `dtypes.residual`, zero in the padding.
 
-        The result is in the dtype of the stream, `dtypes.residual`. UserError when the shapes differ.
+        Args:
+          ids: 0 <= id < vocab_size.
+          mask: 1 on tokens, 0 on padding, which is not attended to.
+
+        Raises:
+          UserError: the shapes differ.
         """
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise UserError(
@@ -182,9 +205,8 @@ class UMT5Encoder(nnx.Module):
             relative_buckets(ids.shape[1], config.num_buckets, config.max_distance)
         )
         graph, blocks = nnx.split(self.blocks)
-        x = jnp.take(self.embedding[...], ids, axis=0, mode="fill").astype(
-            self.dtypes.residual
-        )  # NaN when out of range
+        x = jnp.take(self.embedding[...], ids, axis=0, mode="fill")  # NaN for ids out of range
+        x = x.astype(self.dtypes.residual)
         x, _ = jax.lax.scan(
             lambda x, block: (nnx.merge(graph, block)(x, mask, buckets), None), x, blocks
         )

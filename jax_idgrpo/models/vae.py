@@ -1,17 +1,24 @@
-"""The Wan2.1 video autoencoder: 9 frames of 64x64 pixels become 3 latent frames of 8x8 with 16 channels, and back.
+"""The Wan2.1 video autoencoder: 9 frames of 64x64 pixels to 3 latent frames of 8x8x16, and back.
 
-Time shrinks by 4, height and width by 8; frame 0 is coded alone, so a single picture is a video of one frame.
-Every convolution over time is causal: it sees the past, two zero frames before the first one, and never the future.
+Time shrinks by 4, height and width by 8. Frame 0 has its own latent frame, so a picture is a video
+of one frame. Every convolution over time is causal: its input is the current frame and the frames
+before it, with two zero frames before frame 0.
 
-Frame 0 takes a path of its own through each change of the frame rate (F = 1 + 4n frames, T = 1 + n latent frames):
+Frame 0 is treated separately at each change of the frame rate (F = 1 + 4n frames, T = 1 + n latent
+frames):
 
-    halving    y = [x_0, w * (x_0, x_1, x_2), w * (x_2, x_3, x_4), ...]          frame 0 is kept and is seen by the next
-    doubling   y = [x_0, a_1, b_1, a_2, b_2, ...],  (a_i, b_i) = w * (x_{i-2}, x_{i-1}, x_i)   frame 0 is not doubled
-                                                                                  and counts as zero for the others
-Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and activations are float32.
+    halving    y = [x_0, w * (x_0, x_1, x_2), w * (x_2, x_3, x_4), ...]
+    doubling   y = [x_0, a_1, b_1, a_2, b_2, ...],  (a_i, b_i) = w * (x_{i-2}, x_{i-1}, x_i)
 
-Long videos run in chunks (`chunk=`): each convolution then remembers its last input frames in a `Memory`. The result
-is the same for every chunk size, whole video included; only the peak memory differs.
+Halving copies frame 0, which is also an input of the next one. Doubling does not double frame 0 and
+replaces it by zero in the convolution.
+
+Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and
+activations are float32.
+
+Long videos run in chunks (`chunk=`), for which each convolution stores its last input frames in a
+`Memory`. The result is the same for every chunk size and for the whole video at once; only the peak
+memory differs.
 """
 
 from dataclasses import dataclass
@@ -24,18 +31,22 @@ from jaxtyping import Array, ArrayLike, Float
 from jax_idgrpo.flow import FRAMES_PER_LATENT
 
 PIXELS_PER_LATENT = 8
-LARGEST_ACTIVATION = (
-    2**28
-)  # bytes of one activation of a video at full size; what is larger runs in chunks
-ATTENTION_LOGITS = 2**25  # how many float32 attention logits of a video may exist at once: 128 MiB
+LARGEST_ACTIVATION = 2**28  # bytes of a full-resolution activation; longer videos run in chunks
+ATTENTION_LOGITS = 2**25  # largest number of float32 attention logits in memory, 128 MiB
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """Sizes of the autoencoder and the statistics that normalise its latents.
 
-    The channels of level i are base_dim * dim_mult[i], level 0 at full resolution; `temporal_downsample[i]` says whether
-    the step from level i to i + 1 also halves the frame rate. `latents_mean` and `latents_std` have z_dim entries.
+    Attributes:
+      base_dim: level i has base_dim * dim_mult[i] channels.
+      dim_mult: one factor per level; level 0 is at full resolution.
+      num_res_blocks: residual blocks of a level of the encoder; the decoder has one more.
+      temporal_downsample: whether the step from level i to i + 1 also halves the frame rate.
+      latents_mean: mean of each latent channel.
+      latents_std: standard deviation of each latent channel.
+      z_dim: latent channels.
     """
 
     base_dim: int
@@ -49,12 +60,14 @@ class VAEConfig:
     def __post_init__(self):
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
-                f"temporal_downsample has {len(self.temporal_downsample)} entries, the {len(self.dim_mult)} levels of "
-                f"dim_mult have {len(self.dim_mult) - 1} steps between them"
+                f"temporal_downsample has {len(self.temporal_downsample)} entries, "
+                f"the {len(self.dim_mult)} levels of dim_mult have {len(self.dim_mult) - 1} steps "
+                "between them"
             )
         if 2 ** len(self.temporal_downsample) != PIXELS_PER_LATENT:
             raise ValueError(
-                f"dim_mult needs 4 levels, so that 8 pixels become one latent; it has {len(self.dim_mult)}"
+                "dim_mult needs 4 levels, so that 8 pixels become one latent; "
+                f"it has {len(self.dim_mult)}"
             )
         if 2 ** sum(self.temporal_downsample) != FRAMES_PER_LATENT:
             raise ValueError(
@@ -64,27 +77,34 @@ class VAEConfig:
             raise ValueError(f"latents_mean and latents_std need z_dim = {self.z_dim} entries each")
         if any(self.base_dim * multiple % 2 for multiple in self.dim_mult[1:]):
             raise ValueError(
-                f"every level above the first needs an even width: {self.base_dim} * {self.dim_mult}"
+                "every level above the first needs an even width: "
+                f"{self.base_dim} * {self.dim_mult}"
             )
 
 
 class Memory:
-    """What the causal convolutions of one pass remember between chunks of a video, in the order they are called.
+    """Frames that the causal convolutions carry from one chunk of a video to the next.
 
-    `first` says whether the chunk begins with frame 0. While a chunk runs, each convolution over time asks for the
-    frames before its input with `before` and the frames it will need next time are collected in `kept`.
+    The entries are in the order in which the convolutions run.
+
+    Attributes:
+      first: whether the chunk begins with frame 0.
+      stored: frames for the next chunk, filled by `before`.
     """
 
-    def __init__(self, remembered: list[Float[Array, "B n h w C"]] | None = None):
-        self.first = remembered is None
-        self.kept: list[Float[Array, "B n h w C"]] = []
-        self._remembered = remembered or []
+    def __init__(self, previous: list[Float[Array, "B n h w C"]] | None = None):
+        self.first = previous is None
+        self.stored: list[Float[Array, "B n h w C"]] = []
+        self._previous = previous or []
 
     def before(self, x: Float[Array, "B t h w C"], count: int) -> Float[Array, "B count h w C"]:
-        """The `count` frames before x: zeros before frame 0, what the chunk before left otherwise. Keeps x's last ones."""
+        """Return the `count` frames before x, and store the last `count` frames for the next chunk.
+
+        In the first chunk they are zeros.
+        """
         shape = (x.shape[0], count, *x.shape[2:])
-        past = jnp.zeros(shape, x.dtype) if self.first else self._remembered[len(self.kept)]
-        self.kept.append(jnp.concatenate([past, x], axis=1)[:, -count:])
+        past = jnp.zeros(shape, x.dtype) if self.first else self._previous[len(self.stored)]
+        self.stored.append(jnp.concatenate([past, x], axis=1)[:, -count:])
         return past
 
 
@@ -93,21 +113,23 @@ def _fan_in_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Float[Arr
 
 
 class RMSNorm(nnx.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels. Unlike mean-square-plus-epsilon near zero input."""
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels.
+
+    Near zero input the result differs from the RMSNorm that adds an epsilon to the mean square.
+    """
 
     def __init__(self, channels: int):
         self.gamma = nnx.Param(jnp.ones(channels, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         square = jnp.sum(x * x, axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(
-            jnp.maximum(square, 1e-24)
-        )  # of the square: a gradient exists at x = 0
+        # The maximum is of the square, so that a gradient exists at x = 0.
+        inverse = jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return x * inverse * (x.shape[-1] ** 0.5 * self.gamma[...])
 
 
 class Dense(nnx.Module):
-    """A convolution of one pixel in one frame: kernel [in, out]."""
+    """A 1x1x1 convolution: kernel [in, out]."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(
@@ -115,13 +137,13 @@ class Dense(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
 
-    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch out"]:
         flat = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
         return (flat + self.bias[...]).reshape(*x.shape[:-1], -1)
 
 
 class FrameConv(nnx.Module):
-    """A 3x3 convolution of each frame by itself: kernel [3, 3, in, out]."""
+    """A 3x3 convolution of each frame: kernel [3, 3, in, out]."""
 
     def __init__(
         self,
@@ -137,16 +159,16 @@ class FrameConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
         self.stride, self.padding = stride, padding
 
-    def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t H W D"]:
+    def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t H W out"]:
         frames = x.reshape(-1, *x.shape[2:])
         y = _conv2d(frames, self.kernel[...], self.stride, self.padding) + self.bias[...]
         return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 class CausalConv(nnx.Module):
-    """A 3x3x3 convolution that sees a frame and the two before it: kernel [3 (time), 3, 3, in, out].
+    """A 3x3x3 convolution over a frame and the two before it: kernel [3 (time), 3, 3, in, out].
 
-    New weights act on single frames: the taps of the two earlier frames start at zero.
+    At initialisation the taps of the two earlier frames are zero.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
@@ -154,9 +176,9 @@ class CausalConv(nnx.Module):
         self.kernel = nnx.Param(jnp.pad(last, ((2, 0), (0, 0), (0, 0), (0, 0), (0, 0))))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
 
-    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w D"]:
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w out"]:
         past = memory.before(x, 2)
-        if memory.first and x.shape[1] == 1:  # the earlier taps meet only zeros
+        if memory.first and x.shape[1] == 1:  # the earlier taps multiply zeros
             y = _conv2d(x[:, 0], self.kernel[2], 1, (1, 1))[:, None]
         else:
             y = jax.lax.platform_dependent(
@@ -169,15 +191,18 @@ class CausalConv(nnx.Module):
 
 
 class TimeConv(nnx.Module):
-    """A convolution over three frames at one pixel: kernel [3, in, out]. Starts as copies of the newest frame."""
+    """A convolution over three frames at one pixel: kernel [3, in, out].
+
+    At initialisation the output channels are copies of the newest frame.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         newest = jnp.tile(jnp.eye(in_channels, dtype=jnp.float32), (1, out_channels // in_channels))
         self.kernel = nnx.Param(jnp.stack([jnp.zeros_like(newest), jnp.zeros_like(newest), newest]))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32))
 
-    def __call__(self, x: Float[Array, "B t h w C"], stride: int) -> Float[Array, "B s h w D"]:
-        """Windows of three frames, `stride` apart, without padding."""
+    def __call__(self, x: Float[Array, "B t h w C"], stride: int) -> Float[Array, "B s h w out"]:
+        """Convolve windows of three frames, `stride` apart, without padding."""
         count = (x.shape[1] - 3) // stride + 1
         taps = [x[:, k : k + stride * (count - 1) + 1 : stride] for k in range(3)]
         stacked = jnp.concatenate(taps, axis=-1)
@@ -188,14 +213,21 @@ class TimeConv(nnx.Module):
 
 
 def _conv2d(x, kernel, stride, padding):
-    """x [N,h,w,C], kernel [3,3,C,D]; the same (before, after) padding on height and width."""
+    """Convolve x [images,h,w,C] with kernel [3,3,C,out].
+
+    Args:
+      x: images.
+      kernel: of the convolution.
+      stride: of height and width.
+      padding: (before, after), of height and width.
+    """
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), (padding, padding), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def _conv3d(x, kernel):
-    """x [B,t+2,h,w,C], kernel [3,3,3,C,D] -> [B,t,h,w,D], zero padding in space."""
+    """Convolve x [B,t+2,h,w,C] with kernel [3,3,3,C,out] to [B,t,h,w,out], padded in space."""
     padding = ((0, 0), (1, 1), (1, 1))
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1, 1), padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
@@ -203,7 +235,7 @@ def _conv3d(x, kernel):
 
 
 def _stacked_conv3d(x, kernel):
-    """The same as `_conv3d` as one 2-D convolution with the three frames side by side on the channels: 6x faster on CPU."""
+    """Compute `_conv3d` as a 2-D convolution of stacked frames, which is 6x faster on the CPU."""
     frames = x.shape[1] - 2
     stacked = jnp.concatenate([x[:, k : k + frames] for k in range(3)], axis=-1)
     flat = kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, -1, kernel.shape[-1])
@@ -212,7 +244,7 @@ def _stacked_conv3d(x, kernel):
 
 
 class ResBlock(nnx.Module):
-    """x' + conv2(silu(norm2(conv1(silu(norm1(x)))))); x' passes a Dense where the channels change."""
+    """x' + conv2(silu(norm2(conv1(silu(norm1(x)))))); x' = x or a Dense of x."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs):
         self.norm1 = RMSNorm(in_channels)
@@ -223,14 +255,14 @@ class ResBlock(nnx.Module):
             None if in_channels == out_channels else Dense(in_channels, out_channels, rngs=rngs)
         )
 
-    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w D"]:
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B t h w out"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)), memory)
         h = self.conv2(jax.nn.silu(self.norm2(h)), memory)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class AttentionBlock(nnx.Module):
-    """x + proj(attention(norm(x))) within each frame: one head as wide as the channels."""
+    """x + proj(attention(norm(x))) within each frame, with one head."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.norm = RMSNorm(channels)
@@ -242,9 +274,8 @@ class AttentionBlock(nnx.Module):
         positions = height * width
         qkv = self.to_qkv(self.norm(x)).reshape(batch, frames, positions, 3, channels)
 
-        def attend(
-            qkv,
-        ):  # of one frame of every video, [B,N,3,C]: rows stay whole, so that they may lie on different devices
+        # Maps over frames, not rows, so that the rows may be sharded.
+        def attend(qkv):  # [B, positions, 3, C] of one frame
             q, k, v = jnp.moveaxis(qkv, 2, 0)
             return jax.nn.softmax(q @ k.mT * channels**-0.5, axis=-1) @ v
 
@@ -255,7 +286,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the height and width, and with `time` half the frame rate; the channels stay."""
+    """Halve height and width, and with `time` the frame rate; the channels are unchanged."""
 
     def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
         self.resample = FrameConv(channels, channels, stride=2, padding=(0, 1), rngs=rngs)
@@ -276,7 +307,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the height and width, and with `time` twice the frame rate; half the channels."""
+    """Double height and width, and with `time` the frame rate; halve the channels."""
 
     def __init__(self, channels: int, time: bool, *, rngs: nnx.Rngs):
         self.time_conv = TimeConv(channels, 2 * channels) if time else None
@@ -286,25 +317,25 @@ class Upsample(nnx.Module):
         self, x: Float[Array, "B t h w C"], memory: Memory
     ) -> Float[Array, "B s 2*h 2*w C/2"]:
         if self.time_conv is not None:
-            alone, rest = (x[:, :1], x[:, 1:]) if memory.first else (x[:, :0], x)
+            frame_0, rest = (x[:, :1], x[:, 1:]) if memory.first else (x[:, :0], x)
             past = memory.before(rest, 2)
             if rest.shape[1]:
                 rest = _double_frames(
                     self.time_conv(jnp.concatenate([past, rest], axis=1), stride=1)
                 )
-                x = jnp.concatenate([alone, rest], axis=1)
+                x = jnp.concatenate([frame_0, rest], axis=1)
         return self.resample(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
 
 
-def _double_frames(x: Float[Array, "B t h w D"]) -> Float[Array, "B 2*t h w D/2"]:
-    """The first half of the channels is the earlier frame."""
+def _double_frames(x: Float[Array, "B t h w C"]) -> Float[Array, "B 2*t h w C/2"]:
+    """Split each frame into two by its channels; the first half is the earlier frame."""
     batch, frames, height, width, channels = x.shape
     x = x.reshape(batch, frames, height, width, 2, channels // 2).transpose(0, 1, 4, 2, 3, 5)
     return x.reshape(batch, 2 * frames, height, width, channels // 2)
 
 
 class MidBlock(nnx.Module):
-    """Res block, attention, res block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.resnets = nnx.List([ResBlock(channels, channels, rngs=rngs) for _ in range(2)])
@@ -316,7 +347,7 @@ class MidBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """num_res_blocks + 1 res blocks, and an upsampling unless it is the last block."""
+    """num_res_blocks + 1 residual blocks, and an upsampling except in the last level."""
 
     def __init__(
         self,
@@ -331,14 +362,14 @@ class UpBlock(nnx.Module):
         self.resnets = nnx.List([ResBlock(width, out_channels, rngs=rngs) for width in widths])
         self.upsamplers = nnx.List([] if up is None else [up])
 
-    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s H W D"]:
+    def __call__(self, x: Float[Array, "B t h w C"], memory: Memory) -> Float[Array, "B s H W out"]:
         for block in (*self.resnets, *self.upsamplers):
             x = block(x, memory)
         return x
 
 
 class Encoder(nnx.Module):
-    """Video -> mean and log-variance, before the last 1x1x1 convolution."""
+    """Map a video to mean and log-variance, before the last 1x1x1 convolution."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = [config.base_dim * multiple for multiple in config.dim_mult]
@@ -366,7 +397,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents, after the first 1x1x1 convolution -> video, not clamped."""
+    """Map latents, after the first 1x1x1 convolution, to a video that is not clamped."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = [config.base_dim * multiple for multiple in config.dim_mult[::-1]]
@@ -392,7 +423,10 @@ class Decoder(nnx.Module):
 
 
 class WanVAE(nnx.Module):
-    """The autoencoder. Videos are float32 in [-1, 1], F = 1 + 4n frames, height and width multiples of 8."""
+    """The autoencoder.
+
+    Videos are float32 in [-1, 1], with F = 1 + 4n frames, and height and width multiples of 8.
+    """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -404,10 +438,14 @@ class WanVAE(nnx.Module):
     def encode(
         self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None
     ) -> Float[Array, "B T H/8 W/8 z"]:
-        """Normalised latents, (posterior mean - latents_mean) / latents_std.
+        """Encode to normalised latents, (posterior mean - latents_mean) / latents_std.
 
-        `chunk`: how many latent frames (of 4 video frames) to run at a time; None runs the whole video at once.
-        Raises ValueError when F is not 1 + 4n, or the height or width not a multiple of 8.
+        Args:
+          video: in [-1, 1].
+          chunk: latent frames (of 4 video frames) per chunk; None runs the whole video at once.
+
+        Raises:
+          ValueError: F is not 1 + 4n, or height or width is not a multiple of 8.
         """
         mean, _ = self.posterior(video, chunk)
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
@@ -415,12 +453,18 @@ class WanVAE(nnx.Module):
     def decode(
         self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None
     ) -> Float[Array, "B F 8*h 8*w 3"]:
-        """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
+        """Decode normalised latents to a video, clamped to [-1, 1]; `chunk` as in `encode`."""
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
 
     def chunk(self, frames: int, height: int, width: int) -> int | None:
-        """The `chunk` at which a video of so many latent frames, rows and columns takes little memory; None for a small one."""
+        """Choose the `chunk` that bounds memory for a video; None if the whole video fits.
+
+        Args:
+          frames: latent frames.
+          height: of the latent grid.
+          width: of the latent grid.
+        """
         pixels = FRAMES_PER_LATENT * height * width * PIXELS_PER_LATENT**2
         size = 4 * self.config.base_dim * pixels
         return None if frames * size <= LARGEST_ACTIVATION else max(1, LARGEST_ACTIVATION // size)
@@ -428,7 +472,7 @@ class WanVAE(nnx.Module):
     def posterior(
         self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None
     ) -> tuple[Float[Array, "B T H/8 W/8 z"], Float[Array, "B T H/8 W/8 z"]]:
-        """Mean and log-variance (within [-30, 20]) of the latents, not normalised."""
+        """Return mean and log-variance, in [-30, 20], of the latents, not normalised."""
         video = jnp.asarray(video)
         frames, height, width = video.shape[1:4]
         if frames % FRAMES_PER_LATENT != 1:
@@ -448,31 +492,36 @@ class WanVAE(nnx.Module):
     def pixels(
         self, raw: Float[ArrayLike, "B T h w z"], chunk: int | None = None
     ) -> Float[Array, "B F 8*h 8*w 3"]:
-        """The video of latents that are not normalised, not clamped: what training compares with the truth."""
+        """Decode latents that are not normalised to a video that is not clamped, as in training."""
         return _in_chunks(self.decoder, self.post_quant_conv(jnp.asarray(raw)), chunk)
 
 
 def _in_chunks(
     network: Encoder | Decoder, x: Float[Array, "B n h w C"], size: int | None
-) -> Float[Array, "B m H W D"]:
-    """network(x) in chunks of `size` frames: frame 0 with what does not fill a chunk, then a scan over full chunks.
+) -> Float[Array, "B m H W out"]:
+    """Apply the network in chunks: frame 0 with the remainder, then a scan over full chunks.
 
-    A backward pass keeps what a chunk remembers of the one before, and computes the activations of each chunk again.
+    The backward pass saves the memory between chunks and recomputes the activations of each chunk.
+
+    Args:
+      network: encoder or decoder.
+      x: its input.
+      size: frames of a chunk; None is the whole video.
     """
     if size is None:
         return network(x, Memory())
     head = 1 + (x.shape[1] - 1) % size
 
     @jax.checkpoint
-    def step(remembered, frames):
-        memory = Memory(remembered)
+    def step(previous, frames):
+        memory = Memory(previous)
         y = network(frames, memory)
-        return memory.kept, y
+        return memory.stored, y
 
-    remembered, start = step(None, x[:, :head])
+    previous, start = step(None, x[:, :head])
     if head == x.shape[1]:
         return start
     chunks = x[:, head:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
-    _, rest = jax.lax.scan(step, remembered, chunks)
+    _, rest = jax.lax.scan(step, previous, chunks)
     rest = rest.swapaxes(0, 1)
     return jnp.concatenate([start, rest.reshape(x.shape[0], -1, *rest.shape[3:])], axis=1)
