@@ -1,12 +1,13 @@
-"""Qwen2.5-VL with a reward head: pictures and frames through a vision tower, one sequence of text and vision tokens through a causal
-language model, a score read at a special token.
+"""Qwen2.5-VL with a reward head: vision tower, causal language model, scores at special tokens.
 
-Every picture, and every pair of frames of a video, is a grid of its own: attention in the tower never leaves it. A grid is given as
-patches in 2 x 2 merge order, with the tables that its shape decides (`Grids`), so that one program serves all shapes of one capacity.
-Blocks of both stacks are scanned. There is no cache and no generation: what comes after the reward token is not computed.
+The vision tower encodes pictures and video frames. The language model reads one sequence of text
+and vision tokens. Every picture, and every pair of frames of a video, is a separate grid of
+patches: attention in the tower is within a grid. Patches are in 2 x 2 merge order. Tables that
+depend on the grid's shape are inputs (`Grids`), so one program serves all shapes of one capacity.
+Blocks of both stacks are scanned. There is no key/value cache and no generation.
 
-Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the reward head as in `alibaba/identity-grpo` and
-`KwaiVGI/VideoAlign`.
+Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the reward head as in
+`alibaba/identity-grpo` and `KwaiVGI/VideoAlign`.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm, precision
 
-QUERIES = 512  # queries whose logits exist at once
+QUERIES = 512  # queries whose logits are in memory at once
 
 
 def _require(condition: bool, message: str) -> None:
@@ -32,7 +33,20 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the tower. `window` is in pixels; `full_blocks` attend to their whole grid, the others within windows."""
+    """Sizes of the vision tower.
+
+    Attributes:
+      depth: number of blocks.
+      width: of the stream.
+      heads: attention heads.
+      ffn: inner width of the feed-forward layers.
+      full_blocks: blocks that attend to the whole grid; the others attend within windows.
+      window: side of a window, pixels.
+      patch: side of a patch, pixels.
+      frames: video frames of a patch.
+      merge: side of a merged cell, patches.
+      eps: of all norms.
+    """
 
     depth: int = 32
     width: int = 1280
@@ -47,7 +61,7 @@ class VisionConfig:
 
     @property
     def features(self) -> int:
-        """Values of one patch: channels, frames, rows, columns."""
+        """Number of values of a patch: channels x frames x rows x columns."""
         return 3 * self.frames * self.patch**2
 
     @property
@@ -66,17 +80,30 @@ class VisionConfig:
         )
         _require(
             self.cells >= 1,
-            f"window {self.window} is smaller than a merged cell of {self.merge * self.patch} pixels",
+            f"window {self.window} is smaller than a merged cell of "
+            f"{self.merge * self.patch} pixels",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
-    """Sizes of the language model (those of the 3B model by default), the tower's, and the head's.
+    """Sizes of the vision tower, the language model and the head; by default those of the 3B model.
 
-    sections: how many of the head_dim / 2 rotary frequencies turn by time, by row and by column.
-    outputs: scores per special token. rank, alpha: LoRA on every linear layer of the language model; rank 0 is none.
-    remat: recompute each block in the backward pass.
+    Attributes:
+      vision: sizes of the vision tower.
+      layers: blocks of the language model.
+      width: D, of its stream.
+      heads: query heads.
+      kv_heads: key and value heads.
+      ffn: inner width of the feed-forward layers.
+      vocabulary: number of token ids.
+      sections: how many of the head_dim / 2 rotary frequencies encode time, row and column.
+      theta: base of the rotary frequencies.
+      eps: of all norms.
+      outputs: scores per reward token.
+      rank: of the LoRA on every linear layer of the language model; 0 is none.
+      alpha: the LoRA is scaled by alpha / rank.
+      remat: whether the backward pass recomputes each block.
     """
 
     vision: VisionConfig = VisionConfig()
@@ -96,6 +123,7 @@ class QwenConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.width // self.heads
 
     def __post_init__(self):
@@ -119,33 +147,40 @@ class QwenConfig:
 
 @struct.dataclass
 class Grids:
-    """R grids of patches, padded to one capacity P; W windows of S patches each.
+    """Grids of patches, padded to one capacity of patches and of windows.
 
-    patches: normalised pixels, (channel, frame, row, column) within a patch, patches in 2 x 2 merge order. place: row and column of each
-    patch. mask: False in the padding. window: the patch at each place of each window, P where there is none. back: for each patch its
-    place in the windows one after another.
+    Attributes:
+      patches: normalised pixels, (channel, frame, row, column) within a patch; patches are in 2 x 2
+        merge order.
+      place: row and column of each patch.
+      mask: False in the padding.
+      window: number of the patch at each position of each window; the capacity if there is none.
+      back: position of each patch in the concatenated windows.
     """
 
-    patches: Float[Array, "R P F"]
-    place: Int[Array, "R P 2"]
-    mask: Bool[Array, "R P"]
-    window: Int[Array, "R W S"]
-    back: Int[Array, "R P"]
+    patches: Float[Array, "grids patches features"]
+    place: Int[Array, "grids patches 2"]
+    mask: Bool[Array, "grids patches"]
+    window: Int[Array, "grids windows size"]
+    back: Int[Array, "grids patches"]
 
 
 @struct.dataclass
 class Sequences:
     """B sequences of L tokens, padded on the right.
 
-    ids: vocabulary; the ids at vision tokens do not matter. vision: which of the row's vision features stands at a token, -1 for text.
-    position: time, row, column. token: where the reward tokens are, in their order; outputs are read there.
-    mask: False in the padding.
+    Attributes:
+      ids: token ids; those at vision tokens are ignored.
+      vision: number of the row's vision feature at a vision token, -1 at text.
+      position: time, row, column.
+      token: positions of the reward tokens, in order.
+      mask: False in the padding.
     """
 
     ids: Int[Array, "B L"]
     vision: Int[Array, "B L"]
     position: Int[Array, "3 B L"]
-    token: Int[Array, "B K"]
+    token: Int[Array, "B scores"]
     mask: Bool[Array, "B L"]
 
 
@@ -183,9 +218,15 @@ class SwiGLU(nnx.Module):
 
 
 def rotate(
-    x: Float[Array, "*batch K d"], cos: Float[Array, "*batch d"], sin: Float[Array, "*batch d"]
-) -> Float[Array, "*batch K d"]:
-    """Rotary positions on the halves of every head: x cos + (-x2, x1) sin, in float32."""
+    x: Float[Array, "*batch heads d"], cos: Float[Array, "*batch d"], sin: Float[Array, "*batch d"]
+) -> Float[Array, "*batch heads d"]:
+    """Apply rotary positions to the halves of every head: x cos + (-x2, x1) sin, in float32.
+
+    Args:
+      x: queries or keys.
+      cos: of the angles, repeated for both halves.
+      sin: of the angles, repeated for both halves.
+    """
     x = x.astype(jnp.float32)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos[..., None, :] + jnp.concatenate([-second, first], axis=-1) * sin[..., None, :]
@@ -199,7 +240,11 @@ def _twice(angles: Float[Array, "*batch half"]) -> tuple[Array, Array]:
 def vision_rotary(
     place: Int[Array, "*batch 2"], head_dim: int
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
-    """cos and sin of a patch's row (a quarter of the head's frequencies, 10000^(-4i/d)) and column (the next quarter), then both again."""
+    """Compute cos and sin of the rotary angles of patches.
+
+    The first quarter of the d channels encodes the row, with frequencies 10000^(-4i/d), the second
+    quarter the column; the second half repeats the first.
+    """
     frequency = 10000.0 ** (-np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
     angles = place[..., None].astype(jnp.float32) * frequency.astype(np.float32)
     return _twice(angles.reshape(*place.shape[:-1], -1))
@@ -208,7 +253,7 @@ def vision_rotary(
 def text_rotary(
     position: Int[Array, "3 *batch"], config: QwenConfig
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
-    """cos and sin of M-RoPE: the frequencies in three consecutive chunks turn by time, row and column."""
+    """Compute cos and sin of M-RoPE: consecutive chunks of frequencies for time, row and column."""
     frequency = (
         config.theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
     ).astype(np.float32)
@@ -219,12 +264,22 @@ def text_rotary(
 
 
 def attend(
-    q: Float[Array, "*batch N K d"],
-    k: Float[Array, "*batch M G d"],
-    v: Float[Array, "*batch M G d"],
+    q: Float[Array, "*batch N heads d"],
+    k: Float[Array, "*batch keys groups d"],
+    v: Float[Array, "*batch keys groups d"],
     mask: Bool[Array, "..."],
-) -> Float[Array, "*batch N K d"]:
-    """softmax(q k^T / sqrt(d)) v in float32 with K / G query heads per key head; mask [*batch,N or 1,M] is False for hidden keys."""
+) -> Float[Array, "*batch N heads d"]:
+    """Compute softmax(q k^T / sqrt(d)) v with the softmax in float32.
+
+    Args:
+      q: queries; `heads / groups` query heads share a key head.
+      k: keys.
+      v: values.
+      mask: [*batch, N or 1, keys], False for masked keys.
+
+    Returns:
+      The output, in v's dtype.
+    """
     *batch, n, heads, d = q.shape
     groups = k.shape[-2]
     q = (
@@ -252,47 +307,76 @@ def attend(
 
 
 def attend_in_parts(
-    q: Float[Array, "B N K d"],
-    k: Float[Array, "B M G d"],
-    v: Float[Array, "B M G d"],
-    seen: Callable[[Array], Array],
-) -> Float[Array, "B N K d"]:
-    """`attend`, `QUERIES` queries at a time. seen: numbers of queries -> the mask [B or nothing, Q or 1, M] of what they see."""
+    q: Float[Array, "B N heads d"],
+    k: Float[Array, "B keys groups d"],
+    v: Float[Array, "B keys groups d"],
+    mask_of: Callable[[Array], Array],
+) -> Float[Array, "B N heads d"]:
+    """Compute `attend`, `QUERIES` queries at a time.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      mask_of: maps numbers of queries to their mask, [B, queries or 1, keys] without or with B.
+    """
     length = q.shape[1]
     if length <= QUERIES:
-        return attend(q, k, v, seen(jnp.arange(length)))
+        return attend(q, k, v, mask_of(jnp.arange(length)))
     count = -(-length // QUERIES)
     padded = jnp.pad(q, ((0, 0), (0, count * QUERIES - length), (0, 0), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(len(q), count, QUERIES, *q.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def part(given: tuple[Array, Array]) -> Array:
-        return attend(given[0], k, v, seen(given[1] + jnp.arange(QUERIES)))
+    def attend_part(part: tuple[Array, Array]) -> Array:
+        queries, first = part
+        return attend(queries, k, v, mask_of(first + jnp.arange(QUERIES)))
 
-    out = jax.lax.map(part, (parts, jnp.arange(count) * QUERIES))
+    out = jax.lax.map(attend_part, (parts, jnp.arange(count) * QUERIES))
     return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
 def causal(
-    q: Float[Array, "B N K d"], k: Float[Array, "B N G d"], v: Float[Array, "B N G d"]
-) -> Float[Array, "B N K d"]:
-    """Attention to oneself and what came before; padding on the right is seen by padding alone."""
+    q: Float[Array, "B N heads d"], k: Float[Array, "B N groups d"], v: Float[Array, "B N groups d"]
+) -> Float[Array, "B N heads d"]:
+    """Compute causal attention; only padding attends to padding, which is on the right.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+    """
     return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
 
 def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
-    """`count` blocks as one module whose leaves have a leading axis."""
+    """Initialise `count` blocks as one module whose leaves have a leading axis.
+
+    Args:
+      build: maps random streams to a block.
+      count: number of blocks.
+      rngs: split over the blocks.
+    """
     return nnx.split_rngs(splits=count)(nnx.vmap(build))(rngs)
 
 
 def _scan(
     stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False
 ) -> Array:
-    """x through the blocks of a stack, one program for all: `run(block, x, what is the block's own)`."""
+    """Apply the blocks of a stack to x with one scan.
+
+    Args:
+      stack: of `_stack`.
+      run: maps (block, x, entry of `per_block`) to x.
+      x: the stream.
+      per_block: pytree of arrays with a leading layer axis.
+      remat: whether the backward pass recomputes each block.
+    """
     graph, parameters = nnx.split(stack)
 
-    def body(x: Array, given: tuple[nnx.State, Any]) -> tuple[Array, None]:
-        return run(nnx.merge(graph, given[0]), x, given[1]), None
+    def body(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, None]:
+        block, extra = layer
+        return run(nnx.merge(graph, block), x, extra), None
 
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (parameters, per_block))[0]
 
@@ -301,7 +385,7 @@ def _scan(
 
 
 class VisionAttention(nnx.Module):
-    """Heads over a grid's patches, within windows or over all of them."""
+    """Attention over a grid's patches, within windows or over the whole grid."""
 
     def __init__(self, config: VisionConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         self.qkv = Linear(config.width, 3 * config.width, dtypes=dtypes, rngs=rngs)
@@ -310,11 +394,11 @@ class VisionAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "R P D"],
+        x: Float[Array, "grids patches width"],
         rotary: tuple[Array, Array],
         grids: Grids,
         full: Bool[Array, ""],
-    ) -> Float[Array, "R P D"]:
+    ) -> Float[Array, "grids patches width"]:
         q, k, v = (
             part.reshape(*part.shape[:2], self.heads, -1)
             for part in jnp.split(self.qkv(x), 3, axis=-1)
@@ -326,10 +410,9 @@ class VisionAttention(nnx.Module):
             places = grids.window.reshape(rows, -1, 1, 1)
 
             def cut(array: Array) -> Array:
-                found = jnp.take_along_axis(
-                    jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))), places, axis=1
-                )
-                return found.reshape(rows, windows, size, self.heads, -1)
+                padded = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)))
+                patches = jnp.take_along_axis(padded, places, axis=1)
+                return patches.reshape(rows, windows, size, self.heads, -1)
 
             out = attend(cut(q), cut(k), cut(v), (grids.window < x.shape[1])[:, :, None, :])
             return jnp.take_along_axis(
@@ -362,7 +445,7 @@ class VisionBlock(nnx.Module):
 
 
 class Merger(nnx.Module):
-    """RMSNorm, the patches of a cell side by side, two linear layers with an exact GELU between them."""
+    """RMSNorm, concatenation of the patches of a cell, linear layer, exact GELU, linear layer."""
 
     def __init__(self, config: VisionConfig, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         inside = config.width * config.merge**2
@@ -371,13 +454,13 @@ class Merger(nnx.Module):
         self.linear_2 = Linear(inside, width, dtypes=dtypes, rngs=rngs)
         self.group = config.merge**2
 
-    def __call__(self, x: Float[Array, "R P d"]) -> Float[Array, "R Q D"]:
+    def __call__(self, x: Float[Array, "grids patches width"]) -> Float[Array, "grids cells D"]:
         x = self.ln_q(x).reshape(x.shape[0], x.shape[1] // self.group, -1)
         return self.linear_2(jax.nn.gelu(self.linear_1(x).astype(jnp.float32), approximate=False))
 
 
 class VisionTower(nnx.Module):
-    """Grids of patches -> a feature of the language model's width for every merged cell, in the order of the patches."""
+    """Map grids of patches to one feature per merged cell, in patch order and of width D."""
 
     def __init__(
         self,
@@ -397,7 +480,7 @@ class VisionTower(nnx.Module):
         )
         self.merger = Merger(config, width, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, grids: Grids) -> Float[Array, "R Q D"]:
+    def __call__(self, grids: Grids) -> Float[Array, "grids cells D"]:
         config = self.config
         rotary = vision_rotary(grids.place, config.width // config.heads)
         full = jnp.isin(jnp.arange(config.depth), np.asarray(config.full_blocks, np.int32))
@@ -412,7 +495,7 @@ class VisionTower(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal attention with fewer key heads than query heads; biases on q, k and v."""
+    """Causal grouped-query attention with biases on q, k and v."""
 
     def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def linear(inside: int, outside: int, bias: bool) -> Linear:
@@ -469,7 +552,7 @@ class Block(nnx.Module):
 
 
 class QwenReward(nnx.Module):
-    """The whole network: vision tower, language model, and a linear head without bias, read in float32."""
+    """The whole network: vision tower, language model, and a float32 linear head without bias."""
 
     def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         self.config, self.dtypes = config, dtypes
@@ -488,18 +571,25 @@ class QwenReward(nnx.Module):
             config.width, config.outputs, use_bias=False, dtypes=FLOAT32, rngs=rngs
         )
 
-    def features(self, grids: Grids, rows: int) -> Float[Array, "B Q D"]:
-        """Vision features of grids that lie `rows` times n, one row's n grids together: those of a row one after another."""
-        found = self.visual(grids)
-        return found.reshape(rows, -1, found.shape[-1])
+    def features(self, grids: Grids, rows: int) -> Float[Array, "B cells D"]:
+        """Encode rows * n grids, the n grids of a row adjacent; concatenate the grids of a row."""
+        features = self.visual(grids)
+        return features.reshape(rows, -1, features.shape[-1])
 
-    def hidden(self, sequences: Sequences, vision: Float[Array, "B Q D"]) -> Float[Array, "B L D"]:
-        """What the language model makes of each token, after the last norm, float32. vision: what `sequences.vision` counts."""
+    def hidden(
+        self, sequences: Sequences, vision: Float[Array, "B cells D"]
+    ) -> Float[Array, "B L D"]:
+        """Compute the language model's states after the last norm, float32.
+
+        `vision` contains the features that `sequences.vision` numbers.
+        """
         config = self.config
         text = jnp.take(self.embed_tokens[...], sequences.ids, axis=0)
-        seen = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
+        picture = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
         x = jnp.where(
-            (sequences.vision >= 0)[..., None], seen.astype(jnp.float32), text.astype(jnp.float32)
+            (sequences.vision >= 0)[..., None],
+            picture.astype(jnp.float32),
+            text.astype(jnp.float32),
         ).astype(self.dtypes.residual)
         rotary = text_rotary(sequences.position, config)
         x = _scan(
@@ -517,12 +607,20 @@ class QwenReward(nnx.Module):
         pictures: Grids | None,
         frames: Grids | None,
         pooling: str = "special",
-    ) -> Float[Array, "B K O"]:
-        """Scores, float32: at each reward token ("special"), at the last token ("last"), or of the mean of all tokens before it ("mean",
-        which leaves out the last one, as published).
+    ) -> Float[Array, "B scores outputs"]:
+        """Compute the scores, float32.
 
-        pictures, frames: the grids of all rows' reference pictures and of their videos, those of one row together; a row's features are
-        those of its pictures (all capacity of them), then those of its frames.
+        A row's vision features are those of its pictures, with padding, then those of its frames.
+
+        Args:
+          sequences: the tokens.
+          pictures: grids of the reference pictures, those of a row adjacent.
+          frames: grids of the videos, those of a row adjacent.
+          pooling: "special" scores each reward token, "last" the last token, "mean" the mean of all
+            tokens before the last one, as published.
+
+        Raises:
+          UserError: `pooling` is none of these.
         """
         rows = sequences.ids.shape[0]
         parts = [self.features(grids, rows) for grids in (pictures, frames) if grids is not None]
@@ -543,11 +641,17 @@ class QwenReward(nnx.Module):
         )
 
 
-# ---- the tables of a grid ------------------------------------------------------------------------
+# ---- tables of a grid ----------------------------------------------------------------------------
 
 
-def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
-    """Row and column of every patch of a height x width grid, cells row by row, the patches of a cell together."""
+def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "patches 2"]:
+    """Return row and column of every patch, cells row by row and the patches of a cell adjacent.
+
+    Args:
+      height: of the grid, patches.
+      width: of the grid, patches.
+      merge: side of a cell, patches.
+    """
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     shape = (height // merge, merge, width // merge, merge)
     return np.stack(
@@ -556,7 +660,13 @@ def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "P 2"]:
 
 
 def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, "n"]]:
-    """The cells of each window of a grid of height x width patches, windows row by row; those at the edge hold fewer."""
+    """Return the cells of each window, row by row; windows at the edge have fewer.
+
+    Args:
+      height: of the grid, patches.
+      width: of the grid, patches.
+      config: sizes of the tower.
+    """
     cells = np.arange(height // config.merge * (width // config.merge)).reshape(
         height // config.merge, width // config.merge
     )
@@ -571,21 +681,29 @@ def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarra
 def grid_tables(
     height: int, width: int, config: VisionConfig, patches: int, count: int
 ) -> dict[str, np.ndarray]:
-    """`place mask window back` of one grid, padded to a capacity of `patches` and `count` windows.
+    """Return the fields place, mask, window and back of `Grids` for one grid.
+
+    Args:
+      height: of the grid, patches.
+      width: of the grid, patches.
+      config: sizes of the tower.
+      patches: capacity of patches.
+      count: capacity of windows.
 
     Raises:
-      ValueError: the grid has more of either.
+      ValueError: the grid exceeds a capacity.
     """
     size, group = config.cells**2 * config.merge**2, config.merge**2
-    used, found = height * width, windows(height, width, config)
-    if used > patches or len(found) > count:
+    used, cells_of = height * width, windows(height, width, config)
+    if used > patches or len(cells_of) > count:
         raise ValueError(
-            f"a grid of {height} x {width} patches and {len(found)} windows does not fit {patches} and {count}"
+            f"a grid of {height} x {width} patches and {len(cells_of)} windows "
+            f"does not fit {patches} and {count}"
         )
     place, back = np.zeros((patches, 2), np.int32), np.zeros(patches, np.int32)
     window = np.full((count, size), patches, np.int32)
     place[:used] = merge_order(height, width, config.merge)
-    for number, cells in enumerate(found):
+    for number, cells in enumerate(cells_of):
         inside = (cells[:, None] * group + np.arange(group)).ravel()
         window[number, : len(inside)] = inside
         back[inside] = number * size + np.arange(len(inside))
@@ -599,11 +717,16 @@ def layout(
     step: float,
     merge: int,
 ) -> tuple[Int[np.ndarray, "3 L"], Int[np.ndarray, "L"]]:
-    """Time, row and column of every token, and which vision token of the sequence it is (-1 for text).
+    """Return time, row and column of tokens, and their number among vision tokens (-1 for text).
 
-    kinds: 0 for text, 1 for a picture's token, 2 for a video's. shapes: (t, h, w) in patches of pictures and video, in their order.
-    step: rotary positions between two temporal grids of a video, cut to whole ones after multiplying. Text goes on behind the larger side
-    of what stands before it.
+    The positions of text continue after the larger side of the preceding picture or video.
+
+    Args:
+      ids: the tokens.
+      kinds: 0 for text, 1 for a token of a picture, 2 for a token of a video.
+      shapes: (t, h, w) of pictures and video, patches, in order.
+      step: rotary positions between two temporal grids of a video; products are rounded down.
+      merge: side of a cell, patches.
     """
     position, order = np.zeros((3, len(ids)), np.int64), np.full(len(ids), -1)
     order[kinds > 0] = np.arange(np.sum(kinds > 0))

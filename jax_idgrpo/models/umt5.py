@@ -77,9 +77,9 @@ def umt5_xxl(**changes) -> UMT5Config:
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
     """Return the bucket of key - query, int [query, key].
 
-    Keys after the query use the upper half of the buckets. Within a half of h buckets, each distance
-    below h / 2 has its own bucket. Longer distances up to `max_distance` share the others evenly in
-    the logarithm, and the last bucket contains all distances beyond.
+    Keys after the query use the upper half of the buckets. Within a half of h buckets, each
+    distance below h / 2 has its own bucket. Longer distances up to `max_distance` share the others
+    evenly in the logarithm, and the last bucket contains all distances beyond.
 
     Args:
       length: tokens.
@@ -98,7 +98,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
 
 
 class Attention(nnx.Module):
-    """Unscaled multi-head self-attention with a learned bias per head and bucket of relative position."""
+    """Unscaled multi-head self-attention with a learned bias per head and position bucket."""
 
     def __init__(self, config: UMT5Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
         inner = config.num_heads * config.d_kv

@@ -1,12 +1,15 @@
-"""Face embedder of the IR residual family: ArcFace-R34, IResNet, IR-101 and small ones, by configuration.
+"""Face embedders of the IR residual family: ArcFace-R34, IResNet, IR-101 and small ones.
 
     stem   conv 3x3, batch norm, PReLU
-    unit   batch norm, conv 3x3, batch norm, PReLU, conv 3x3 of stride s, batch norm; plus the shortcut, nothing after the sum
+    unit   batch norm, conv 3x3, batch norm, PReLU, conv 3x3 of stride s, batch norm; plus shortcut
     tail   batch norm, flatten, dense, batch norm over the embedding
 
-The first unit of every stage has stride 2. Every padding is 1 on each side, as in PyTorch. Computed in float32.
-Sources: ArcFace (arXiv 1801.07698), deepface `models/facial_recognition/pytorch/ArcFace.py`, insightface `iresnet.py`,
-CurricularFace `model_irse.py`. Published dense kernels expect channels first when flattening: the conversion reorders them.
+No activation follows the sum of a unit. The first unit of every stage has stride 2. Every padding
+is 1 on each side, as in PyTorch. Computed in float32. Published dense kernels expect channels first
+when flattening; the conversion reorders them.
+
+Sources: ArcFace (arXiv 1801.07698), deepface `models/facial_recognition/pytorch/ArcFace.py`,
+insightface `iresnet.py`, CurricularFace `model_irse.py`.
 """
 
 import dataclasses
@@ -18,13 +21,20 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class ArcFaceConfig:
-    """Which member of the family.
+    """A member of the family.
 
-    units, widths: residual units and channels of each stage; stem: channels of the stem.
-    input_size: side of the square crop in pixels. epsilon: of every batch norm.
-    first_shortcut: of stage 1, "conv" (1x1 and batch norm, as in the other stages) or "subsample" (every second pixel).
-    embedding_norm: last batch norm, "affine", "bias" (scale fixed at 1) or "plain" (neither).
-    channel_order, input_range: what the network wants of a crop, such as "bgr" in (0, 1).
+    Attributes:
+      units: residual units of each stage.
+      widths: channels of each stage.
+      stem: channels of the stem.
+      input_size: side of the square crop, pixels.
+      embedding_size: E.
+      epsilon: of every batch norm.
+      first_shortcut: of stage 1, "conv" (1x1 and batch norm, as in the other stages) or "subsample"
+        (every second pixel).
+      embedding_norm: last batch norm, "affine", "bias" (scale fixed at 1) or "plain" (neither).
+      channel_order: of the network's input, "rgb" or "bgr".
+      input_range: of the network's input.
     """
 
     units: tuple[int, ...]
@@ -40,7 +50,7 @@ class ArcFaceConfig:
 
     @property
     def grid(self) -> int:
-        """Side of the last feature map."""
+        """Side of the last feature map, pixels."""
         size = self.input_size
         for _ in self.units:
             size = (size + 1) // 2
@@ -83,12 +93,12 @@ def _conv(inputs: int, width: int, size: int, stride: int, rngs: nnx.Rngs) -> nn
 
 
 class PReLU(nnx.Module):
-    """max(x, 0) + slope min(x, 0), one slope per channel."""
+    """max(x, 0) + slope min(x, 0) with one slope per channel."""
 
     def __init__(self, width: int):
         self.slope = nnx.Param(jnp.full(width, 0.25))
 
-    def __call__(self, x: Float[Array, "*n C"]) -> Float[Array, "*n C"]:
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         return jnp.maximum(x, 0) + self.slope[...] * jnp.minimum(x, 0)
 
 
@@ -99,12 +109,12 @@ class Shortcut(nnx.Module):
         self.conv = _conv(inputs, width, 1, 2, rngs)
         self.norm = _batch_norm(width, epsilon, rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w out"]:
         return self.norm(self.conv(x), use_running_average=not train)
 
 
 class Unit(nnx.Module):
-    """Residual unit; shortcut: "conv", "subsample" or "identity"."""
+    """A residual unit with shortcut "conv", "subsample" or "identity"."""
 
     def __init__(self, inputs: int, width: int, shortcut: str, epsilon: float, rngs: nnx.Rngs):
         stride = 1 if shortcut == "identity" else 2
@@ -117,7 +127,7 @@ class Unit(nnx.Module):
         self.norm3 = _batch_norm(width, epsilon, rngs)
         self.shortcut = Shortcut(inputs, width, epsilon, rngs) if shortcut == "conv" else None
 
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w out"]:
         if self.shortcut is not None:
             skip = self.shortcut(x, train)
         else:
@@ -128,7 +138,7 @@ class Unit(nnx.Module):
 
 
 class ArcFace(nnx.Module):
-    """Crops to raw embeddings; divide by their length before taking cosines."""
+    """Map crops to embeddings of any norm; divide by the norm before taking cosines."""
 
     def __init__(self, config: ArcFaceConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -158,9 +168,12 @@ class ArcFace(nnx.Module):
         )
 
     def __call__(
-        self, crops: Float[Array, "B S S 3"], *, train: bool = False
+        self, crops: Float[Array, "B side side 3"], *, train: bool = False
     ) -> Float[Array, "B E"]:
-        """crops: RGB in [-1, 1]. train: batch norms use the batch's statistics and update their running ones."""
+        """Embed crops, RGB in [-1, 1].
+
+        With `train`, batch norms use the statistics of the batch and update the running ones.
+        """
         low, high = self.config.input_range
         x = (crops + 1.0) * (0.5 * (high - low)) + low
         if self.config.channel_order == "bgr":

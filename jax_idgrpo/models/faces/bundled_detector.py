@@ -1,8 +1,10 @@
-"""A small fully convolutional face detector without anchors, and the decoding that any detector shares.
+"""The bundled face detector, small and without anchors, and the decoding that all detectors share.
 
-A map of stride 4 says for every cell how likely a face is centred in it, how far its four sides are, and where its five
-landmarks are. Peaks of the map are decoded, overlaps are suppressed, the best K are kept: static shapes throughout.
-Coordinates are pixels, with integers at the pixel centres. Idea: CenterNet (arXiv 1904.07850).
+Maps of stride 4 contain for every cell the logit of a face centred in it, the distances to the four
+sides of its box, and its five landmarks. Peaks are decoded, overlaps suppressed, and the best K
+returned, with static shapes. Coordinates are pixels, with integers at the pixel centres.
+
+Source: CenterNet (arXiv 1904.07850).
 """
 
 import dataclasses
@@ -18,16 +20,29 @@ STRIDE = 4
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
-    """width: channels at stride 4; blocks: residual blocks there; dilations: of their convolutions, taken in turn."""
+    """Sizes of the detector.
+
+    Attributes:
+      width: channels at stride 4.
+      blocks: residual blocks at stride 4.
+      dilations: of the blocks' first convolutions, repeated cyclically.
+      scale: pixels per unit of the regressed distances.
+    """
 
     width: int = 48
     blocks: int = 4
     dilations: tuple[int, ...] = (1, 2, 1, 3)
-    scale: float = 12.0  # pixels per unit of the regressed distances
+    scale: float = 12.0
 
 
 class DetectorOutput(NamedTuple):
-    """Raw maps. logits: of a face centred in the cell; sides: left, top, right, bottom distances; points: x, y offsets in pixels."""
+    """Maps of the detector.
+
+    Attributes:
+      logits: of a face centred in the cell.
+      sides: distances of left, top, right and bottom side, pixels.
+      points: x, y offsets of the landmarks, pixels.
+    """
 
     logits: Float[Array, "B h w"]
     sides: Float[Array, "B h w 4"]
@@ -35,7 +50,14 @@ class DetectorOutput(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The best K faces of each picture, best first. boxes: x0 y0 x1 y1. mask is False where there are fewer."""
+    """The best K faces of each picture, best first.
+
+    Attributes:
+      boxes: x0 y0 x1 y1, pixels.
+      landmarks: x, y, pixels.
+      scores: in [0, 1].
+      mask: False where the picture has fewer faces.
+    """
 
     boxes: Float[Array, "B K 4"]
     landmarks: Float[Array, "B K 5 2"]
@@ -72,7 +94,7 @@ class Block(nnx.Module):
 
 
 class Detector(nnx.Module):
-    """Pictures [B,H,W,3] in [-1, 1], H and W multiples of 4, to maps of stride 4."""
+    """Map pictures in [-1, 1], H and W multiples of 4, to maps of stride 4."""
 
     def __init__(self, config: DetectorConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -95,18 +117,24 @@ class Detector(nnx.Module):
         )
 
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
-        """The best `faces` faces above `threshold`."""
+        """Find the best `faces` faces with a score of at least `threshold`.
+
+        Args:
+          pictures: in [-1, 1].
+          faces: number of faces to return.
+          threshold: in [0, 1].
+        """
         return decode(self(pictures), faces, threshold)
 
 
 def cell_centres(height: int, width: int) -> Float[Array, "h w 2"]:
-    """x, y of the cells of a map of the given size, in pixels."""
+    """Return x, y of the cell centres of a map, in pixels."""
     x, y = jnp.meshgrid(jnp.arange(width), jnp.arange(height))
     return jnp.stack([x, y], -1) * float(STRIDE) + (STRIDE - 1) / 2
 
 
 def intersection_over_union(a: Float[Array, "*m 4"], b: Float[Array, "*n 4"]) -> Float[Array, "*k"]:
-    """Of boxes x0 y0 x1 y1, whose leading axes broadcast; 0 for empty ones."""
+    """Compute the IoU of boxes x0 y0 x1 y1, whose leading axes broadcast; 0 for empty boxes."""
     overlap = jnp.maximum(
         jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0.0
     )
@@ -116,9 +144,15 @@ def intersection_over_union(a: Float[Array, "*m 4"], b: Float[Array, "*n 4"]) ->
 
 
 def suppress(
-    boxes: Float[Array, "N 4"], mask: Bool[Array, "N"], overlap: float
-) -> Bool[Array, "N"]:
-    """Greedy suppression of boxes sorted best first: a box survives if no better survivor overlaps it that much."""
+    boxes: Float[Array, "boxes 4"], mask: Bool[Array, "boxes"], overlap: float
+) -> Bool[Array, "boxes"]:
+    """Suppress overlapping boxes greedily: a box survives if no better survivor overlaps it.
+
+    Args:
+      boxes: x0 y0 x1 y1, best first.
+      mask: candidates.
+      overlap: smallest intersection over union that counts as overlap.
+    """
     close = intersection_over_union(boxes[:, None], boxes[None]) >= overlap
     number = jnp.arange(boxes.shape[0])
 
@@ -131,7 +165,16 @@ def suppress(
 def decode(
     output: DetectorOutput, faces: int, threshold: float, overlap: float = 0.4
 ) -> Detections:
-    """The best `faces` faces above `threshold` in each picture. Among 3 faces candidates, peaks of the map, overlaps are suppressed."""
+    """Decode the best `faces` faces with a score of at least `threshold` in each picture.
+
+    The candidates are the best 3 * faces peaks of the map.
+
+    Args:
+      output: maps of the detector.
+      faces: number of faces to return; missing ones have mask False.
+      threshold: in [0, 1].
+      overlap: intersection over union from which the worse face is suppressed.
+    """
     height, width = output.logits.shape[1:]
     scores = jax.nn.sigmoid(output.logits)
     neighbourhood = jax.lax.reduce_window(
@@ -150,8 +193,8 @@ def decode(
         order = jnp.argsort(~keep, stable=True)[:faces]
         return Detections(boxes[order], landmarks[order], best[order], keep[order])
 
-    found = jax.vmap(picture)(best, cell, output.sides, output.points)
+    detections = jax.vmap(picture)(best, cell, output.sides, output.points)
     missing = max(faces - candidates, 0)
     return jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), detections
     )

@@ -1,7 +1,9 @@
-"""The judge: a face embedder of another architecture than the reward's, so that what fools one need not fool the other.
+"""The bundled judge: a face embedder that measures results and is never a reward.
 
-Plain convolutions in VGG style with group norm and SiLU behind a strided 5x5 stem, average pooling between stages, one dense
-layer at the end; no residuals, no batch norm, another crop. It measures results and never serves as a reward.
+Its architecture differs from the reward's, so that an image that exploits one embedder need not
+exploit the other: VGG-style convolutions with group norm and SiLU after a strided 5x5 stem, average
+pooling between stages, one dense layer at the end. It has no residuals and no batch norm, and its
+crops are different.
 """
 
 import dataclasses
@@ -14,7 +16,14 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """widths: channels of each stage of two convolutions; the stem and every stage but the first halve the picture."""
+    """Sizes of the judge.
+
+    Attributes:
+      widths: channels of each stage of two convolutions. The stem and every stage but the first
+        halve the picture.
+      input_size: side of the square crop, pixels.
+      embedding_size: E.
+    """
 
     widths: tuple[int, ...] = (24, 48, 96)
     input_size: int = 40
@@ -38,12 +47,12 @@ class ConvNorm(nnx.Module):
         )
         self.norm = nnx.GroupNorm(width, num_groups=8, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         return jax.nn.silu(self.norm(self.conv(x)))
 
 
 class Judge(nnx.Module):
-    """Crops to raw embeddings; divide by their length before taking cosines."""
+    """Map crops to embeddings of any norm; divide by the norm before taking cosines."""
 
     def __init__(self, config: JudgeConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -59,9 +68,9 @@ class Judge(nnx.Module):
         )
 
     def __call__(
-        self, crops: Float[Array, "B S S 3"], *, train: bool = False
+        self, crops: Float[Array, "B side side 3"], *, train: bool = False
     ) -> Float[Array, "B E"]:
-        """crops: RGB in [-1, 1]. Training and inference compute the same thing."""
+        """Embed crops, RGB in [-1, 1]; `train` changes nothing."""
         x = self.stem(crops)
         for number, stage in enumerate(self.stages):
             if number:

@@ -1,8 +1,11 @@
-"""Facenet: Inception-ResNet-v1 as an embedder of faces, with 128 or 512 numbers. Computed in float32.
+"""Facenet: the face embedder Inception-ResNet-v1, E = 128 or 512. Computed in float32.
 
-Modules carry the names of deepface's PyTorch files, so that their table is a renaming of leaves. Every batch norm uses running
-statistics and the scale that the file holds (all ones): the network is never trained here.
-Sources: FaceNet (arXiv 1503.03832), Inception-v4 (arXiv 1602.07261); deepface 0.0.103 `models/facial_recognition/pytorch/Facenet.py`.
+Modules have the names of deepface's PyTorch files, so that the conversion table only renames
+leaves. Every batch norm uses running statistics and the scale of the file (all ones): the network
+is never trained here.
+
+Sources: FaceNet (arXiv 1503.03832), Inception-v4 (arXiv 1602.07261); deepface 0.0.103
+`models/facial_recognition/pytorch/Facenet.py`.
 """
 
 import dataclasses
@@ -18,9 +21,15 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class FacenetConfig:
-    """embedding_size: 128 or 512. blocks: residual blocks of the three stages. divide: of all channels, 1 as published.
+    """Sizes of the network.
 
-    input_size: side of the square crop; channel_order, input_range: what the network wants of a crop.
+    Attributes:
+      embedding_size: E, 128 or 512.
+      blocks: residual blocks of the three stages.
+      divide: divisor of all channels, 1 as published.
+      input_size: side of the square crop, pixels.
+      channel_order: of the network's input, "rgb" or "bgr".
+      input_range: of the network's input.
     """
 
     embedding_size: int = 512
@@ -32,7 +41,7 @@ class FacenetConfig:
 
 
 class ConvBn(nnx.Module):
-    """Convolution without bias, batch norm, relu."""
+    """Convolution without bias, batch norm, ReLU."""
 
     def __init__(
         self,
@@ -56,12 +65,16 @@ class ConvBn(nnx.Module):
         )
         self.bn = nnx.BatchNorm(width, epsilon=EPSILON, use_running_average=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         return jax.nn.relu(self.bn(self.conv(x)))
 
 
 class Mixed(nnx.Module):
-    """Branches side by side, concatenated. A branch is a chain of (channels, kernel, stride, padding); a chain of one is bare."""
+    """Parallel branches, concatenated.
+
+    A branch is a chain of (channels, kernel, stride, padding). A chain of one layer is the layer
+    itself and not a list, as in the published file.
+    """
 
     def __init__(
         self,
@@ -80,7 +93,7 @@ class Mixed(nnx.Module):
             setattr(self, f"branch_{number}", layers[0] if len(layers) == 1 else nnx.List(layers))
         self.width = sum(chain[-1][0] for chain in chains) + (inputs if pool else 0)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         outputs = []
         for number in range(self.branches):
             branch, y = getattr(self, f"branch_{number}"), x
@@ -93,7 +106,7 @@ class Mixed(nnx.Module):
 
 
 class Block(Mixed):
-    """x + scale up(branches of x), relu unless it is the last of all."""
+    """relu(x + scale up(branches of x)); the last block of the network has no ReLU."""
 
     def __init__(
         self,
@@ -125,13 +138,13 @@ def _halve(width: int) -> tuple[int, Size, int, Size]:
 
 
 def _cross(width: int, length: int) -> list[tuple[int, Size, int, Size]]:
-    """1x1, then a row and a column."""
+    """Return the chain of a 1x1, a 1 x length and a length x 1 convolution."""
     side = length // 2
     return [_one(width), (width, (1, length), 1, (0, side)), (width, (length, 1), 1, (side, 0))]
 
 
 class Facenet(nnx.Module):
-    """Crops to raw embeddings; divide by their length before taking cosines."""
+    """Map crops to embeddings of any norm; divide by the norm before taking cosines."""
 
     def __init__(self, config: FacenetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -177,8 +190,8 @@ class Facenet(nnx.Module):
             config.embedding_size, epsilon=EPSILON, use_running_average=True, rngs=rngs
         )
 
-    def __call__(self, crops: Float[Array, "B S S 3"]) -> Float[Array, "B E"]:
-        """crops: RGB in [-1, 1]."""
+    def __call__(self, crops: Float[Array, "B side side 3"]) -> Float[Array, "B E"]:
+        """Embed crops, RGB in [-1, 1]."""
         low, high = self.config.input_range
         x = (crops + 1.0) * (0.5 * (high - low)) + low
         if self.config.channel_order == "bgr":

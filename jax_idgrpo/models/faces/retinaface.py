@@ -1,13 +1,17 @@
-"""RetinaFace on ResNet-50: faces with five landmarks in photographs, as anchors on three maps. Computed in float32.
+"""RetinaFace on ResNet-50: a detector of faces with five landmarks. Computed in float32.
 
-    trunk     pre-activation ResNet-50; maps of stride 8 and 16 are taken inside the first unit of stages 3 and 4, stride 32 at the end
+    trunk     pre-activation ResNet-50; maps of stride 8 and 16 come from inside the first unit of
+              stages 3 and 4, that of stride 32 from the end
     pyramid   1x1 to one width, coarse maps doubled, cropped and added to the finer ones
     context   three receptive fields of 3x3 convolutions per map, concatenated
     heads     per cell two anchors: background or face, four numbers of a box, ten of the landmarks
 
-Modules carry the names of the published PyTorch file, so that its table is a renaming of leaves. Every batch norm uses running
-statistics: the network is never trained here. Coordinates are pixels, with integers at the pixel centres.
-Sources: RetinaFace (arXiv 1905.00641); PyPI retina-face 0.0.19, `model/retinaface_pth_model.py`, `RetinaFace.py`.
+Modules have the names of the published PyTorch file, so that the conversion table only renames
+leaves. Every batch norm uses running statistics: the network is never trained here. Coordinates are
+pixels, with integers at the pixel centres.
+
+Sources: RetinaFace (arXiv 1905.00641); PyPI retina-face 0.0.19, `model/retinaface_pth_model.py`,
+`RetinaFace.py`.
 """
 
 import dataclasses
@@ -31,10 +35,15 @@ Maps = tuple[Float[Array, "B _ _ 4"], Float[Array, "B _ _ 8"], Float[Array, "B _
 
 @dataclasses.dataclass(frozen=True)
 class RetinaFaceConfig:
-    """units: of each stage; width: channels of the stem, of which all others are multiples.
+    """Sizes of the network, and its detection settings.
 
-    short_side, long_side: pictures are resized until their short side is the one, unless the long side would pass the other.
-    candidates: best anchors of a picture among which overlaps are suppressed. overlap: from which intersection over union on.
+    Attributes:
+      units: of each stage.
+      width: channels of the stem; all others are multiples.
+      short_side: to which the short side of a picture is resized, pixels.
+      long_side: upper bound of the resized long side, pixels; it overrides `short_side`.
+      candidates: best anchors of a picture that enter the suppression of overlaps.
+      overlap: intersection over union from which the worse face is suppressed.
     """
 
     units: tuple[int, ...] = (3, 4, 6, 3)
@@ -66,7 +75,7 @@ def _conv(
 
 
 class Unit(nnx.Module):
-    """Bottleneck with the norms before the convolutions -> (output, the last activation inside)."""
+    """Pre-activation bottleneck; returns its output and the activation before the 3x3 kernel."""
 
     def __init__(self, inputs: int, middle: int, stride: int, first: bool, rngs: nnx.Rngs):
         self.bn1 = _norm(inputs, rngs)
@@ -79,7 +88,7 @@ class Unit(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
+    ) -> tuple[Float[Array, "B h w out"], Float[Array, "B H W middle"]]:
         entered = jax.nn.relu(self.bn1(x))
         inner = jax.nn.relu(self.bn2(self.conv1(entered)))
         out = self.conv3(jax.nn.relu(self.bn3(self.conv2(inner))))
@@ -87,7 +96,7 @@ class Unit(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Units named unit1, unit2, ... -> (output, inner activation of the first)."""
+    """Units unit1, unit2, ...; returns their output and the inner activation of the first."""
 
     def __init__(self, inputs: int, middle: int, units: int, stride: int, rngs: nnx.Rngs):
         self.units = units
@@ -100,7 +109,7 @@ class Stage(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B h w D"], Float[Array, "B H W M"]]:
+    ) -> tuple[Float[Array, "B h w out"], Float[Array, "B H W middle"]]:
         x, inner = self.unit1(x)
         for k in range(1, self.units):
             x, _ = getattr(self, f"unit{k + 1}")(x)
@@ -108,7 +117,7 @@ class Stage(nnx.Module):
 
 
 class Context(nnx.Module):
-    """Receptive fields of one, two and three convolutions side by side."""
+    """Concatenated outputs of one, two and three 3x3 convolutions."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         half = width // 2
@@ -122,7 +131,7 @@ class Context(nnx.Module):
             setattr(self, name, _conv(inputs, outputs, 3, rngs))
             setattr(self, f"{name}_bn", _norm(outputs, rngs))
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w out"]:
         one = self.conv1_bn(self.conv1(x))
         shared = jax.nn.relu(self.context_conv1_bn(self.context_conv1(x)))
         two = self.context_conv2_bn(self.context_conv2(shared))
@@ -132,7 +141,7 @@ class Context(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Probabilities (background of both anchors, face of both), boxes and landmarks of every cell."""
+    """Map features to probabilities (background, face), boxes and landmarks of both anchors."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs):
         self.cls_score = _conv(inputs, 4, 1, rngs)
@@ -146,14 +155,14 @@ class Head(nnx.Module):
 
 
 def _doubled(x: Float[Array, "B h w C"], height: int, width: int) -> Float[Array, "B H W C"]:
-    """Every cell four times, then the middle of the wanted size."""
+    """Double height and width by repetition, then crop the centre of the given size."""
     x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
     top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
     return x[:, top : top + height, left : left + width]
 
 
 class RetinaFace(nnx.Module):
-    """Pictures in RGB, 0 to 255, of any size to the three maps of every stride, coarsest first."""
+    """Map pictures (RGB, 0 to 255, of any size) to maps of every stride, coarsest first."""
 
     def __init__(self, config: RetinaFaceConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -182,14 +191,13 @@ class RetinaFace(nnx.Module):
             setattr(self, f"ssh_m{level}_det", Context(pyramid, rngs))
             setattr(self, f"face_rpn_stride{stride}", Head(2 * pyramid, rngs))
 
-    def _lateral(self, name: str, x: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+    def _lateral(self, name: str, x: Float[Array, "B h w C"]) -> Float[Array, "B h w out"]:
         return jax.nn.relu(getattr(self, f"{name}_bn")(getattr(self, name)(x)))
 
     def __call__(self, pictures: Float[Array, "B H W 3"]) -> tuple[Maps, Maps, Maps]:
         x = jax.nn.relu(self.bn0(self.conv0(self.bn_data(pictures))))
-        x = nnx.max_pool(
-            x, (3, 3), (2, 2), ((1, 1), (1, 1))
-        )  # nothing is below zero here, so the padding never shows
+        # x is not negative, so the padding of max_pool has no effect.
+        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         x, _ = self.stage1(x)
         x, _ = self.stage2(x)
         x, fine = self.stage3(x)
@@ -206,28 +214,41 @@ class RetinaFace(nnx.Module):
         )
 
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
-        """The best `faces` faces above `threshold` of pictures in [-1, 1].
+        """Find the best `faces` faces with a score of at least `threshold`.
 
-        Pictures are resized as the published detector does it, bilinearly without antialiasing, by the scale itself and not by the ratio of
-        the rounded sizes; not rounded to whole grey levels.
+        Pictures are resized as by the published detector: bilinearly, without antialiasing, by the
+        scale itself and not by the ratio of the rounded sizes. They are not rounded to integers.
+
+        Args:
+          pictures: in [-1, 1].
+          faces: number of faces to return.
+          threshold: in [0, 1].
         """
         height, width = pictures.shape[1:3]
         scale = resize_scale(height, width, self.config)
         size = round(height * scale), round(width * scale)
-        found = decode(
+        resized_faces = decode(
             self(resized((pictures + 1.0) * 127.5, size, scale)),
             size,
             faces,
             threshold,
             self.config,
         )
-        return found._replace(boxes=found.boxes / scale, landmarks=found.landmarks / scale)
+        return resized_faces._replace(
+            boxes=resized_faces.boxes / scale, landmarks=resized_faces.landmarks / scale
+        )
 
 
 def resized(
     pictures: Float[Array, "B H W 3"], size: tuple[int, int], scale: float
 ) -> Float[Array, "B h w 3"]:
-    """Pictures times `scale`, cut to `size`; what lies beyond their border is the border, as in OpenCV."""
+    """Scale pictures and crop them to `size`; their border is repeated outside, as in OpenCV.
+
+    Args:
+      pictures: of any range.
+      size: height and width of the result, pixels.
+      scale: of both axes.
+    """
     pictures = jnp.pad(pictures, ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
     return jax.image.scale_and_translate(
         pictures,
@@ -242,7 +263,13 @@ def resized(
 
 
 def resize_scale(height: int, width: int, config: RetinaFaceConfig) -> float:
-    """By how much a picture grows before detection."""
+    """Return the scale of a picture before detection.
+
+    Args:
+      height: of the picture, pixels.
+      width: of the picture, pixels.
+      config: of the network.
+    """
     scale = config.short_side / min(height, width)
     return (
         config.long_side / max(height, width)
@@ -252,7 +279,16 @@ def resize_scale(height: int, width: int, config: RetinaFaceConfig) -> float:
 
 
 def _candidates(maps: Maps, stride: int, anchors: tuple[tuple[float, ...], ...]):
-    """Every anchor of one map: scores [B,N], boxes [B,N,4], landmarks [B,N,5,2]."""
+    """Decode every anchor of one map.
+
+    Args:
+      maps: of one stride.
+      stride: pixels per cell.
+      anchors: boxes x0 y0 x1 y1 of a cell at the origin, pixels.
+
+    Returns:
+      Scores [B,anchors], boxes [B,anchors,4], landmarks [B,anchors,5,2].
+    """
     shares, sides, points = maps
     batch, height, width = shares.shape[:3]
     x, y = jnp.meshgrid(jnp.arange(width) * float(stride), jnp.arange(height) * float(stride))
@@ -276,9 +312,16 @@ def decode(
     threshold: float,
     config: RetinaFaceConfig,
 ) -> Detections:
-    """The best `faces` faces of each picture of `size` (height, width), overlaps suppressed over all maps together.
+    """Decode the best `faces` faces of each picture; overlaps are suppressed across maps.
 
-    Boxes are cut off at the border, landmarks are not; a pixel's width counts in areas.
+    Boxes are clipped at the border, landmarks are not. Areas include the border pixels.
+
+    Args:
+      maps: of the network, coarsest first.
+      size: height and width of the pictures, pixels.
+      faces: number of faces to return; missing ones have mask False.
+      threshold: smallest score, in [0, 1].
+      config: of the network.
     """
     levels = [
         _candidates(level, stride, anchors)
@@ -295,8 +338,8 @@ def decode(
         order = jnp.argsort(~keep, stable=True)[:faces]
         return Detections(boxes[order], landmarks[order], best[order], keep[order])
 
-    found = jax.vmap(picture)(best, number, boxes, landmarks)
+    detections = jax.vmap(picture)(best, number, boxes, landmarks)
     missing = max(faces - count, 0)
     return jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), found
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), detections
     )

@@ -1,12 +1,14 @@
-"""SFace: a face embedder with 128 numbers on MobileNet v1. Computed in float32.
+"""SFace: a face embedder on MobileNet v1, E = 128. Computed in float32.
 
     stem    conv 3x3, batch norm, PReLU
     block   depthwise 3x3 of stride s, batch norm, PReLU, conv 1x1, batch norm, PReLU
     tail    batch norm, flatten, dense, batch norm over the embedding
 
 Every batch norm uses running statistics: the network is never trained here. The published dense
-kernel expects channels first when flattening: the conversion reorders it. Sources: SFace (arXiv
-2205.12010), MobileNets (arXiv 1704.04861); opencv/opencv_zoo `face_recognition_sface_2021dec.onnx`.
+kernel expects channels first when flattening; the conversion reorders it.
+
+Sources: SFace (arXiv 2205.12010), MobileNets (arXiv 1704.04861); opencv/opencv_zoo
+`face_recognition_sface_2021dec.onnx`.
 """
 
 import dataclasses
@@ -23,10 +25,14 @@ EPSILON, TAIL_EPSILON = 0.0010000000474974513, 1.9999999494757503e-05
 
 @dataclasses.dataclass(frozen=True)
 class SFaceConfig:
-    """stem: channels of the stem. widths: channels of each block. halved: numbers of the blocks of
-    stride 2.
+    """Sizes of the network.
 
-    input_size: side of the square crop in pixels, a multiple of 2 for every halving.
+    Attributes:
+      stem: channels of the stem.
+      widths: channels of each block.
+      halved: numbers of the blocks of stride 2.
+      input_size: side of the square crop, pixels, a multiple of 2 ** len(halved).
+      embedding_size: E.
     """
 
     stem: int = 32
@@ -37,7 +43,7 @@ class SFaceConfig:
 
     @property
     def grid(self) -> int:
-        """Side of the last feature map."""
+        """Side of the last feature map, pixels."""
         return self.input_size // 2 ** len(self.halved)
 
 
@@ -46,7 +52,7 @@ def _norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 
 class Block(nnx.Module):
-    """Filter each channel on its own, then mix the channels of each pixel."""
+    """Depthwise 3x3 convolution, then 1x1 convolution."""
 
     def __init__(self, inputs: int, width: int, stride: int, rngs: nnx.Rngs):
         self.stride = stride
@@ -58,14 +64,14 @@ class Block(nnx.Module):
         self.point_norm = _norm(width, EPSILON, rngs)
         self.point_prelu = PReLU(width)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
         x = depthwise_conv(x, self.depth_kernel[...], self.stride)
         x = self.depth_prelu(self.depth_norm(x))
         return self.point_prelu(self.point_norm(self.point(x)))
 
 
 class SFace(nnx.Module):
-    """Crops to raw embeddings; divide by their length before taking cosines."""
+    """Map crops to embeddings of any norm; divide by the norm before taking cosines."""
 
     def __init__(self, config: SFaceConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -90,8 +96,8 @@ class SFace(nnx.Module):
         self.dense = nnx.Linear(config.grid**2 * inputs, size, precision="highest", rngs=rngs)
         self.embedding_norm = _norm(size, TAIL_EPSILON, rngs)
 
-    def __call__(self, crops: Float[Array, "B S S 3"]) -> Float[Array, "B E"]:
-        """crops: RGB in [-1, 1]; the network reads (pixel - 127.5) / 128."""
+    def __call__(self, crops: Float[Array, "B side side 3"]) -> Float[Array, "B E"]:
+        """Embed crops, RGB in [-1, 1]; the network's input is (pixel - 127.5) / 128."""
         x = self.prelu(self.norm(self.conv(crops * (127.5 / 128))))
         for block in self.blocks:
             x = block(x)

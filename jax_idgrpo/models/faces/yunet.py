@@ -3,12 +3,13 @@
     unit      1x1 convolution, depthwise 3x3 convolution
     trunk     stem of stride 2, then units with ReLU; maps of stride 8, 16 and 32
     pyramid   a unit with ReLU per map; coarse maps are doubled and added to the finer ones
-    heads     per cell a class, an objectness, four numbers of a box and ten of the landmarks
+    heads     per cell the class, the objectness, four numbers of the box, ten of the landmarks
 
     score = sqrt(sigmoid(class) sigmoid(objectness))
     centre = (cell + b[:2]) s,  size = exp(b[2:]) s,  landmark = (cell + p) s
 
 Coordinates are pixels, with integers at the pixel centres, as OpenCV uses the published file.
+
 Sources: YuNet (Machine Intelligence Research, 2023); opencv/opencv_zoo
 `face_detection_yunet_2023mar.onnx`; opencv `modules/objdetect/src/face_detect.cpp`.
 """
@@ -30,10 +31,13 @@ Maps = tuple[dict[str, Float[Array, "B _ _ _"]], ...]
 
 @dataclasses.dataclass(frozen=True)
 class YuNetConfig:
-    """width: channels of the stem, of which all others are multiples.
+    """Sizes of the network, and its detection settings.
 
-    long_side: larger pictures are shrunk to it. candidates: best cells of a picture among which
-    overlaps are suppressed. overlap: from which intersection over union on.
+    Attributes:
+      width: channels of the stem; all others are multiples.
+      long_side: larger pictures are shrunk to it, pixels.
+      candidates: best cells of a picture that enter the suppression of overlaps.
+      overlap: intersection over union from which the worse face is suppressed.
     """
 
     width: int = 16
@@ -43,7 +47,7 @@ class YuNetConfig:
 
 
 class Unit(nnx.Module):
-    """Mix the channels of each pixel, then filter each channel on its own; both with a bias."""
+    """1x1 convolution, then depthwise 3x3 convolution, both with a bias."""
 
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs):
         self.point = nnx.Linear(inputs, width, precision="highest", rngs=rngs)
@@ -51,7 +55,7 @@ class Unit(nnx.Module):
         self.depth_kernel = nnx.Param(init(rngs.params(), (3, 3, 1, width), jnp.float32))
         self.depth_bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w out"]:
         return depthwise_conv(self.point(x), self.depth_kernel[...]) + self.depth_bias[...]
 
 
@@ -64,7 +68,7 @@ def _double(x: Float[Array, "B h w C"]) -> Float[Array, "B _ _ C"]:
 
 
 class YuNet(nnx.Module):
-    """Pictures in BGR, 0 to 255, sides multiples of 32, to raw maps, finest first."""
+    """Map pictures (BGR, 0 to 255, sides multiples of 32) to maps of every stride, finest first."""
 
     def __init__(self, config: YuNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -97,10 +101,15 @@ class YuNet(nnx.Module):
         )
 
     def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
-        """Find the best `faces` faces above `threshold` of pictures in [-1, 1].
+        """Find the best `faces` faces with a score of at least `threshold`.
 
-        Pictures longer than `long_side` are shrunk to it, with antialiasing; then black fills the
-        sides up to multiples of 32.
+        Pictures longer than `long_side` are shrunk to it, with antialiasing. Black pixels pad the
+        sides to multiples of 32.
+
+        Args:
+          pictures: in [-1, 1].
+          faces: number of faces to return.
+          threshold: in [0, 1].
         """
         height, width = pictures.shape[1:3]
         scale = min(1.0, self.config.long_side / max(height, width))
@@ -118,25 +127,24 @@ class YuNet(nnx.Module):
             )
         pads = [(0, -side % STRIDES[-1]) for side in pixels.shape[1:3]]
         maps = self(jnp.pad(pixels, ((0, 0), *pads, (0, 0))))
-        found = decode(maps, faces, threshold, self.config)
-        return found._replace(
-            boxes=_enlarged(found.boxes, scale), landmarks=_enlarged(found.landmarks, scale)
+        shrunk = decode(maps, faces, threshold, self.config)
+        return shrunk._replace(
+            boxes=_enlarged(shrunk.boxes, scale), landmarks=_enlarged(shrunk.landmarks, scale)
         )
 
 
 def _enlarged(points: Float[Array, "*n"], scale: float) -> Float[Array, "*n"]:
-    """Coordinates in the picture that was shrunk by `scale`."""
+    """Map coordinates of the shrunk picture to the original, which was scaled by `scale`."""
     return points if scale == 1.0 else (points + 0.5) / scale - 0.5
 
 
 def decode(maps: Maps, faces: int, threshold: float, config: YuNetConfig) -> Detections:
-    """Decode the best `faces` faces of each picture; overlaps are suppressed over all maps
-    together.
+    """Decode the best `faces` faces of each picture; overlaps are suppressed across maps.
 
     Args:
-      maps: raw outputs, finest first.
-      faces: how many faces to return; missing ones have mask False.
-      threshold: least score, in [0, 1].
+      maps: of the network, finest first.
+      faces: number of faces to return; missing ones have mask False.
+      threshold: smallest score, in [0, 1].
       config: of the network.
     """
     levels = []
@@ -165,8 +173,8 @@ def decode(maps: Maps, faces: int, threshold: float, config: YuNetConfig) -> Det
         order = jnp.argsort(~keep, stable=True)[:faces]
         return Detections(boxes[order], landmarks[order], best[order], keep[order])
 
-    found = jax.vmap(picture)(best, number, boxes, landmarks)
-    lacking = max(faces - count, 0)
+    detections = jax.vmap(picture)(best, number, boxes, landmarks)
+    missing = max(faces - count, 0)
     return jax.tree.map(
-        lambda leaf: jnp.pad(leaf, [(0, 0), (0, lacking)] + [(0, 0)] * (leaf.ndim - 2)), found
+        lambda leaf: jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), detections
     )
