@@ -225,7 +225,7 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
 def _concurrently(function: Callable, size: int) -> Callable:
     """Apply `function` to groups of `size` leading rows, with no dependency between groups."""
 
-    def whole(arrays: Any) -> Any:
+    def apply(arrays: Any) -> Any:
         count = len(jax.tree.leaves(arrays)[0]) // size
         pieces = [
             function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays))
@@ -237,7 +237,7 @@ def _concurrently(function: Callable, size: int) -> Callable:
             else jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
         )
 
-    return whole
+    return apply
 
 
 def _map(function: Callable, arrays: Any, size: int) -> Any:

@@ -237,7 +237,7 @@ class Attention(nnx.Module):
         self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
 
     def key_value(
-        self, context: Float[Array, "B M D"], rotary: tuple[Array, Array] | None = None
+        self, context: Float[Array, "B keys D"], rotary: tuple[Array, Array] | None = None
     ) -> KeyValue:
         """Project the context to keys and values; `rotary`, if given, is applied to the keys."""
         k, v = self._heads(self.norm_k(self.to_k(context))), self._heads(self.to_v(context))
