@@ -244,10 +244,10 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
     config = Config(rollout=RolloutConfig(steps=STEPS, window="none"), grpo=wanted)
     actor, lora, base = model()
     on_device = sharding.replicated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    given, course, noise, window = sharding.device_put_global(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
+    given, schedule, noise, window = sharding.device_put_global(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
     with jax.transfer_guard("disallow"):
-        trajectory = setup.sample(config, (actor, *given), course, noise, noise, window)
-    np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, course, noise), atol=1e-5)
+        trajectory = setup.sample(config, (actor, *given), schedule, noise, noise, window)
+    np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, schedule, noise), atol=1e-5)
 
 
 @pytest.mark.parametrize("last", [rarely(1), STEPS - 1])

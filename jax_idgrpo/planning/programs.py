@@ -150,7 +150,7 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     width = parts.text_encoder.d_model
     negative = jax.ShapeDtypeStruct((config.data.text_length, width), jnp.float32, sharding=whole)
 
-    def schedule(steps: int, *chosen: Any) -> Any:
+    def make_schedule(steps: int, *chosen: Any) -> Any:
         return _on(whole, rollout.Schedule.make(steps, sampling.shift or 3.0, *chosen))
 
     def row_keys(rows: int) -> Any:
@@ -171,8 +171,8 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     starts = _on(rows, row_keys(count))
     first = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
     window = rollout.Window(start=first, size=sampling.trained_steps, final_noise=sampling.final_step == "sde")
-    course = schedule(sampling.steps, sampling.sampler, sampling.noise_level)
-    given: tuple[Any, ...] = (actor, state.params, base, asked, negative, course, starts, starts, window)
+    schedule = make_schedule(sampling.steps, sampling.sampler, sampling.noise_level)
+    given: tuple[Any, ...] = (actor, state.params, base, asked, negative, schedule, starts, starts, window)
     yield Program("rollout", rollout.sample, given, {}, resident - _bytes(state.params, base) + stored, chunks)
 
     def decoding(name: str, latents: Any, asked: Conditioning, beside: float, calls: int) -> Program:
@@ -204,13 +204,13 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
         yield Program("select", update.select_rows, (batch_of(chunks), chosen, mesh), {}, resident, 1)
     rule = update.UpdateRule(policy=actor, grpo=config.grpo, optimizer=optimizer, ema_decay=config.optimizer.ema_decay)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    trained: tuple[Any, ...] = (rule, state, update.Networks(base=base, negative=negative), batch, course, step)
+    trained: tuple[Any, ...] = (rule, state, update.Networks(base=base, negative=negative), batch, schedule, step)
     yield Program("update", update.update, trained, {}, resident - _bytes(state, base), config.grpo.optimizer_steps)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
     count = sharding.rows_for(mesh, config.evaluate.batch)
     asked = _on(rows, _conditioning(evaluated(config), count, width))
     x = jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32, sharding=rows)
-    given = (actor, state.params, base, asked, negative, schedule(config.evaluate.steps), x)
+    given = (actor, state.params, base, asked, negative, make_schedule(config.evaluate.steps), x)
     yield Program("evaluation: sample", rollout.denoise, given, {}, resident - _bytes(state.params, base), 0)
     yield decoding("evaluation: decode", x, asked, resident - _bytes(decoder), 0)
