@@ -121,7 +121,8 @@ def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(scales):
     actor, lora, base = model(*scales)
     assert actor.branches == (3 if scales[0] > 1 else 1) and actor.unguided().branches == 1
     chunk = sampled((actor, lora, base))
-    assert chunk[0].x.shape == (ROWS, STEPS, FRAMES, 4, 6, 16)          # the state is the video: no photo is denoised
+    # The state is the video: no photo is denoised.
+    assert chunk.trajectory.x.shape == (ROWS, STEPS, FRAMES, 4, 6, 16)
     gradient, rows = gradients(objective(actor), lora, base, chunked([chunk]))
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, ROWS)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and float(optax.global_norm(gradient)) > 0
