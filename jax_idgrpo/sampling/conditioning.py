@@ -36,6 +36,7 @@ from PIL import Image
 
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, DataConfig
+from jax_idgrpo.data.photos import ROOM as PHOTO_ROOM
 from jax_idgrpo.data.photos import PhotoCache, on_white
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
@@ -330,11 +331,13 @@ class Cache(dict[Any, Any]):
     Attributes:
       room: bytes left; entries that do not fit are not stored. By default this process's share of
         `ROOM`.
+      photos: opened photos, so that a prompt that did not fit opens no file when it is encoded again.
     """
 
     def __init__(self, room: int | None = None):
         super().__init__()
         self.room = memory_share(ROOM) if room is None else room
+        self.photos = PhotoCache(memory_share(PHOTO_ROOM))
 
     def keep(self, name: Any, made: Any) -> None:
         """Store a pytree of numpy arrays under a name, if it fits."""
@@ -349,7 +352,6 @@ def encode(
     prompts: Sequence[Prompt],
     config: Config,
     cache: Cache,
-    photos: PhotoCache | None = None,
 ) -> Conditioning:
     """Encode `prompts` for videos of size `config.video` and the model `config.model.kind`.
 
@@ -358,7 +360,6 @@ def encode(
       prompts: the prompts, one row each.
       config: of the run.
       cache: one per run. A prompt is encoded once; if the cache is full, at every call.
-      photos: cache of opened photos, which others may share; None opens a photo at every encoding.
 
     Returns:
       The conditioning, on the host.
@@ -369,9 +370,8 @@ def encode(
     """
     data, video = config.data, config.video
     new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
-    opened = PhotoCache(room=0) if photos is None else photos
     encoded = {
-        number: _encode_photos(pipe, prompt, config, opened) for number, prompt in new.items()
+        number: _encode_photos(pipe, prompt, config, cache.photos) for number, prompt in new.items()
     }
     texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
     made = {number: (text, encoded[number]) for number, text in zip(new, texts, strict=True)}
