@@ -40,7 +40,10 @@ def measured(name: str, *words: str) -> tuple[float, float]:
     seconds, peak = time.perf_counter() - began, usage.ru_maxrss / 1e6
     if status:
         raise SystemExit(f"{name} failed: {told}")
-    print(f"{name:<34} {seconds:7.1f} s   peak {peak:5.2f} GB   {told.strip().splitlines()[-1] if told.strip() else ''}", flush=True)
+    print(
+        f"{name:<34} {seconds:7.1f} s   peak {peak:5.2f} GB   {told.strip().splitlines()[-1] if told.strip() else ''}",
+        flush=True,
+    )
     return seconds, peak
 
 
@@ -67,7 +70,9 @@ def write_14b_shaped(folder: Path, layers: int, dtype: str) -> None:
     from jax_idgrpo.models.wan import WanTransformer, wan_14b
 
     config = dataclasses.replace(wan_14b(), num_layers=layers)
-    shapes = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))))
+    shapes = nnx.state(
+        nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)))
+    )
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(DTYPES[dtype])
 
     class Random:
@@ -80,30 +85,60 @@ def write_14b_shaped(folder: Path, layers: int, dtype: str) -> None:
             return np.resize(noise, self.shape)
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {slot.torch: Random(slot.torch_shape) for slot in rules.expand(wan.rules(config, "original"), shapes)}
+    tensors = {
+        slot.torch: Random(slot.torch_shape)
+        for slot in rules.expand(wan.rules(config, "original"), shapes)
+    }
     store.write_json(folder / "config.json", wan.config_to_original(config))
     store.write_file(folder / WEIGHTS, tensors)
     print(max(map(lazy.size, tensors.values())) / 1e9)
 
 
 def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
-    script = (sys.executable, __file__, "source", "--folder", str(folder), "--layers", str(layers), "--dtype", dtype)
-    made = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)  # not here: a child's peak is the parent's
+    script = (
+        sys.executable,
+        __file__,
+        "source",
+        "--folder",
+        str(folder),
+        "--layers",
+        str(layers),
+        "--dtype",
+        dtype,
+    )
+    made = subprocess.run(
+        script, check=True, stdout=subprocess.PIPE, text=True
+    )  # not here: a child's peak is the parent's
     largest = float(made.stdout)
     file = folder / "source" / WEIGHTS
     size = file.stat().st_size / 1e9
-    print(f"{size:.2f} GB, {dtype}, {layers} layers of the widths of Wan 14B; largest tensor {largest:.2f} GB")
+    print(
+        f"{size:.2f} GB, {dtype}, {layers} layers of the widths of Wan 14B; largest tensor {largest:.2f} GB"
+    )
     os.sync()
     seconds = {}
     for repeat in range(repeats):
         for name, words in {
             "cp": ("cp", str(file), str(folder / "copy")),
-            "cp, flushed to the disk": ("sh", "-c", f"cp '{file}' '{folder / 'copy'}' && sync '{folder / 'copy'}'"),
+            "cp, flushed to the disk": (
+                "sh",
+                "-c",
+                f"cp '{file}' '{folder / 'copy'}' && sync '{folder / 'copy'}'",
+            ),
             "import": convert("import", file.parent, folder / "store"),
-            "export --format diffusers": convert("export", folder / "store", folder / "diffusers", "--format", "diffusers"),
-            "export --format original": convert("export", folder / "store", folder / "original", "--format", "original"),
+            "export --format diffusers": convert(
+                "export", folder / "store", folder / "diffusers", "--format", "diffusers"
+            ),
+            "export --format original": convert(
+                "export", folder / "store", folder / "original", "--format", "original"
+            ),
         }.items():
-            for leftover in ("copy", *(("store",) if name == "import" else ()), "diffusers", "original"):
+            for leftover in (
+                "copy",
+                *(("store",) if name == "import" else ()),
+                "diffusers",
+                "original",
+            ):
                 path = folder / leftover
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             os.sync()
@@ -116,7 +151,9 @@ def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
     flushed = min(seconds["cp, flushed to the disk"])
     for name in ("import", "export --format diffusers", "export --format original"):
         best = min(seconds[name])
-        print(f"{name}: {best / copy:.2f} times cp, {best / flushed:.2f} times cp flushed to the disk; {size / best:.2f} GB/s")
+        print(
+            f"{name}: {best / copy:.2f} times cp, {best / flushed:.2f} times cp flushed to the disk; {size / best:.2f} GB/s"
+        )
 
 
 # ---- the full-size model -----------------------------------------------------------------------------------------------
@@ -137,14 +174,23 @@ def theirs(folder: Path, dtype: str) -> None:
     kind = getattr(torch, dtype)
     torch.set_default_dtype(kind)
     model = WanVACETransformer3DModel(
-        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, freq_dim=256,
-        vace_layers=list(range(0, 30, 2)), vace_in_channels=96,
+        num_attention_heads=12,
+        attention_head_dim=128,
+        ffn_dim=8960,
+        num_layers=30,
+        text_dim=4096,
+        freq_dim=256,
+        vace_layers=list(range(0, 30, 2)),
+        vace_in_channels=96,
     ).eval()
     torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # norm weights and biases, of which none is constant then
             parameter += 0.1 * torch.randn(parameter.shape).to(parameter.dtype)
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters of {kind}", file=sys.stderr)
+    print(
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters of {kind}",
+        file=sys.stderr,
+    )
     model.save_pretrained(folder / "source" / "transformer", max_shard_size="5GB")
 
     def channels_first(array: np.ndarray) -> torch.Tensor:
@@ -153,8 +199,10 @@ def theirs(folder: Path, dtype: str) -> None:
     given = inputs()
     began = time.perf_counter()
     out = model(
-        hidden_states=channels_first(given["latents"]), timestep=torch.tensor([TIMESTEP]),
-        encoder_hidden_states=torch.from_numpy(given["text"]).to(kind), control_hidden_states=channels_first(given["control"]),
+        hidden_states=channels_first(given["latents"]),
+        timestep=torch.tensor([TIMESTEP]),
+        encoder_hidden_states=torch.from_numpy(given["text"]).to(kind),
+        control_hidden_states=channels_first(given["control"]),
         return_dict=False,
     )[0]
     np.save(folder / "theirs.npy", np.moveaxis(out.float().numpy(), 1, -1))
@@ -174,38 +222,77 @@ def ours(folder: Path, dtype: str) -> None:
     given = inputs()
     began = time.perf_counter()
     graph, state = nnx.split(model)  # not nnx.jit, which would return a second copy of the weights
-    run = jax.jit(lambda state, latents, text, control: nnx.merge(graph, state)(latents, jax.numpy.array([TIMESTEP]), text, control))
+    run = jax.jit(
+        lambda state, latents, text, control: nnx.merge(graph, state)(
+            latents, jax.numpy.array([TIMESTEP]), text, control
+        )
+    )
     got = np.asarray(run(state, given["latents"], given["text"], given["control"]))
     want = np.load(folder / "theirs.npy")
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     seconds = time.perf_counter() - began
-    print(f"load {loaded:.1f} s, compile and forward {seconds:.1f} s, relative difference {error:.2e}")
+    print(
+        f"load {loaded:.1f} s, compile and forward {seconds:.1f} s, relative difference {error:.2e}"
+    )
     assert error < (1e-4 if dtype == "float32" else 3e-2)
 
 
 def vace(folder: Path, dtype: str) -> None:
     script = str(Path(__file__))
     source, transformer = folder / "source", folder / "source" / "transformer"
-    measured("diffusers: build, save, run", sys.executable, script, "theirs", "--folder", str(folder), "--dtype", dtype)
+    measured(
+        "diffusers: build, save, run",
+        sys.executable,
+        script,
+        "theirs",
+        "--folder",
+        str(folder),
+        "--dtype",
+        dtype,
+    )
     size = sum(file.stat().st_size for file in transformer.iterdir())
     print(f"{size:,} bytes in {len(list(transformer.glob('*.safetensors')))} files")
     measured("import", *convert("import", transformer, folder / "store"))
-    measured("ours: load, run, compare", sys.executable, script, "ours", "--folder", str(folder), "--dtype", dtype)
-    measured("export --format diffusers", *convert("export", folder / "store", folder / "out", "--format", "diffusers"))
+    measured(
+        "ours: load, run, compare",
+        sys.executable,
+        script,
+        "ours",
+        "--folder",
+        str(folder),
+        "--dtype",
+        dtype,
+    )
+    measured(
+        "export --format diffusers",
+        *convert("export", folder / "store", folder / "out", "--format", "diffusers"),
+    )
     measured("verify source out", *convert("verify", transformer, folder / "out"))
     index = f"{WEIGHTS}.index.json"
-    assert json.loads((folder / "out" / index).read_text()).keys() == json.loads((transformer / index).read_text()).keys()
+    assert (
+        json.loads((folder / "out" / index).read_text()).keys()
+        == json.loads((transformer / index).read_text()).keys()
+    )
     shutil.rmtree(folder / "out")
-    measured("export --format original", *convert("export", folder / "store", folder / "out", "--format", "original"))
+    measured(
+        "export --format original",
+        *convert("export", folder / "store", folder / "out", "--format", "original"),
+    )
     measured("verify source out", *convert("verify", source / "transformer", folder / "out"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("streaming", "vace", *STEPS), help="the last are steps of the first two")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", choices=("streaming", "vace", *STEPS), help="the last are steps of the first two"
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=2, help="of every step of streaming; the fastest counts")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="of every step of streaming; the fastest counts"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()

@@ -32,12 +32,22 @@ from typing import Any, NoReturn
 from benchmarks.gpu_parts import PARTS, ROOT, Row
 
 PACKAGES = (
-    "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "flax", "optax",
-    "orbax-checkpoint", "torch", "diffusers", "peft", "transformers",
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "nvidia-cudnn-cu13",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "torch",
+    "diffusers",
+    "peft",
+    "transformers",
 )
-MACHINE = "machine"     # what comes before all parts: what this machine is
-LEAST = 10.0    # seconds below which no part is started
-PATIENCE = 300.0    # seconds of a small part, which may run on a CPU with other work
+MACHINE = "machine"  # what comes before all parts: what this machine is
+LEAST = 10.0  # seconds below which no part is started
+PATIENCE = 300.0  # seconds of a small part, which may run on a CPU with other work
 
 
 def machine() -> dict[str, Any]:
@@ -50,8 +60,14 @@ def machine() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    return {"backend": jax.default_backend(), "device": device.device_kind, "memory_limit": limit,
-            "cores": os.cpu_count(), "python": platform.python_version(), "packages": versions}
+    return {
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "memory_limit": limit,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
 
 
 def child(name: str, small: bool, record: Path) -> None:
@@ -75,9 +91,7 @@ def child(name: str, small: bool, record: Path) -> None:
             add({"status": f"failed: {reason[:300]}"})
 
 
-def run(
-    name: str, out: Path, small: bool, seconds: float, flag: str = ""
-) -> dict[str, Any]:
+def run(name: str, out: Path, small: bool, seconds: float, flag: str = "") -> dict[str, Any]:
     """Run a part in a process of its own, for some seconds at most -> its record.
 
     Args:
@@ -98,7 +112,8 @@ def run(
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(record)]
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(out.absolute() / "programs"),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
         }
@@ -110,13 +125,13 @@ def run(
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):     # and what it started
+            with contextlib.suppress(ProcessLookupError):  # and what it started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         lines = record.read_text().splitlines() if record.exists() else []
     found["status"] = status
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):     # cut off where it was stopped
+        with contextlib.suppress(json.JSONDecodeError):  # cut off where it was stopped
             entry = json.loads(line)
             if "row" in entry:
                 found["rows"].append(entry["row"])
@@ -137,8 +152,10 @@ def write(out: Path, described: dict[str, Any], records: list[dict[str, Any]]) -
         status = f"{record['status']}, {record['seconds']:.0f} s"
         lines += [f"| {' | '.join([record['part'], *cells])} |" for cells in rows]
         lines.append(f"| {record['part']} | {status.replace('|', '/')} | | | | |")
-    texts = {"results.json": json.dumps({"machine": described, "parts": records}, indent=2),
-             "results.md": "\n".join(lines)}
+    texts = {
+        "results.json": json.dumps({"machine": described, "parts": records}, indent=2),
+        "results.md": "\n".join(lines),
+    }
     for name, text in texts.items():
         (out / f".{name}").write_text(text + "\n")
         (out / f".{name}").replace(out / name)
@@ -156,8 +173,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results")
     parser.add_argument("--small", action="store_true", help="toy sizes, also without a GPU")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS),
-                        metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(PARTS),
+        default=list(PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}",
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part is not None:
@@ -173,7 +196,7 @@ def main() -> None:
     if not on_gpu and not small:
         refuse("JAX finds no GPU here; use a machine that has one, or pass --small")
     out.mkdir(parents=True, exist_ok=True)
-    if not on_gpu:      # compiling takes most of the time
+    if not on_gpu:  # compiling takes most of the time
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     began, allowed = time.monotonic(), 0.0
     records: list[dict[str, Any]] = []
@@ -186,8 +209,10 @@ def main() -> None:
     for name in arguments.only:
         allowed += PATIENCE if small else PARTS[name].seconds
         attempt(name)
-    sound = [r["status"] == "done" and all(row["holds"] is not False for row in r["rows"])
-             for r in records]
+    sound = [
+        r["status"] == "done" and all(row["holds"] is not False for row in r["rows"])
+        for r in records
+    ]
     for name, record in zip(arguments.only, tuple(records), strict=True):
         if PARTS[name].flag and any(row["holds"] is False for row in record["rows"]):
             attempt(name, PARTS[name].flag)

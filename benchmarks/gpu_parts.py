@@ -17,10 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TINY = (        # of configs/quickstart.py: the smallest run with every phase of a step
-    "--video.frames=5", "--rollout.prompts=2", "--rollout.group=2", "--rollout.steps=2",
-    "--rollout.window=fixed", "--rollout.window_size=1", "--reward.frames=2", "--model.rank=2",
-    "--model.alpha=2", "--model.dtype=bfloat16",
+TINY = (  # of configs/quickstart.py: the smallest run with every phase of a step
+    "--video.frames=5",
+    "--rollout.prompts=2",
+    "--rollout.group=2",
+    "--rollout.steps=2",
+    "--rollout.window=fixed",
+    "--rollout.window_size=1",
+    "--reward.frames=2",
+    "--model.rank=2",
+    "--model.alpha=2",
+    "--model.dtype=bfloat16",
 )
 
 
@@ -98,7 +105,9 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
 
     heads, width = (2, 16) if small else (12, 128)
     shapes: list[tuple[int, int, list[int] | None]] = [
-        (4289, 4289, None), (777, 777, [777, 301]), (4290, 513, [513, 77]),
+        (4289, 4289, None),
+        (777, 777, [777, 301]),
+        (4290, 513, [513, 77]),
     ]
     if small:
         shapes = [(33, 33, None), (18, 9, [9, 4])]
@@ -133,8 +142,14 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
                 return float(jnp.linalg.norm(x.astype(jnp.float32) - true) / jnp.linalg.norm(true))
 
             holds = error(seen) < 3 * error(rounded) + 1e-3
-            yield Row(f"{shape}: {name}, relative error", error(seen), "", "exact in bfloat16",
-                      error(rounded), holds)
+            yield Row(
+                f"{shape}: {name}, relative error",
+                error(seen),
+                "",
+                "exact in bfloat16",
+                error(rounded),
+                holds,
+            )
 
         def equal(others: Sequence[Any], found: Sequence[Any] = found) -> list[bool]:
             return [np.array_equal(x, y) for x, y in zip(found, others)]
@@ -199,19 +214,33 @@ def resume(small: bool, folder: Path) -> Iterator[Row]:
 
     def differing(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
         pairs = zip(rows, others, strict=True)
-        return float(sum(row[name] != other[name] for row, other in pairs for name in row
-                         if not name.startswith("seconds_") and name != "videos_per_hour"))
+        return float(
+            sum(
+                row[name] != other[name]
+                for row, other in pairs
+                for name in row
+                if not name.startswith("seconds_") and name != "videos_per_hour"
+            )
+        )
 
-    metrics = {"first step in two processes": differing(whole[:1], first),
-               "both steps, resumed": differing(whole, last)}
+    metrics = {
+        "first step in two processes": differing(whole[:1], first),
+        "both steps, resumed": differing(whole, last),
+    }
     for name, count in metrics.items():
         yield Row(f"{name}: metrics that differ", count, f"of {len(whole[0])}", holds=count == 0)
-    one, other = (load_file(folder / name / "export" / "adapter_model.safetensors")
-                  for name in ("whole", "resumed"))
+    one, other = (
+        load_file(folder / name / "export" / "adapter_model.safetensors")
+        for name in ("whole", "resumed")
+    )
     count = float(sum(np.count_nonzero(one[name] != other[name]) for name in one))
     total = sum(tensor.size for tensor in one.values())
-    yield Row("both steps, resumed: numbers of the adapter that differ", count, f"of {total}",
-              holds=count == 0)
+    yield Row(
+        "both steps, resumed: numbers of the adapter that differ",
+        count,
+        f"of {total}",
+        holds=count == 0,
+    )
 
 
 def quickstart(small: bool, folder: Path) -> Iterator[Row]:
@@ -224,8 +253,9 @@ def quickstart(small: bool, folder: Path) -> Iterator[Row]:
         ratio = choose(row[name] for row in rows)
         yield Row(f"{name} of {count} steps", ratio, holds=ratio == 1)
     shown = max(1, count // 4)
-    begin, end = (statistics.mean(row["reward"] for row in part)
-                  for part in (rows[:shown], rows[-shown:]))
+    begin, end = (
+        statistics.mean(row["reward"] for row in part) for part in (rows[:shown], rows[-shown:])
+    )
     yield Row(f"reward, last {shown} steps", end, "", f"first {shown}", begin, math.isfinite(end))
 
 
@@ -282,8 +312,13 @@ def memory(small: bool, folder: Path) -> Iterator[Row]:
 
     sizes: str | None = "1.3b"
     file, topology = "vace_1_3b", "h200:1"
-    words = ["--rollout.prompts=1", "--rollout.group=4", "--rollout.micro_batch=4",
-             "--rollout.steps=4", "--grpo.updates=1"]
+    words = [
+        "--rollout.prompts=1",
+        "--rollout.group=4",
+        "--rollout.micro_batch=4",
+        "--rollout.steps=4",
+        "--grpo.updates=1",
+    ]
     if small:
         file, topology, sizes, words = "quickstart", "cpu:1", None, [*TINY]
     path, chosen = str(ROOT / "configs" / f"{file}.py"), ("rollout", "decode", "update")
@@ -298,8 +333,11 @@ def memory(small: bool, folder: Path) -> Iterator[Row]:
         chip = hardware.CHIPS.get(device.device_kind)
         mesh = sharding.make_mesh(wanted.mesh, [device])
         every = programs.programs(wanted, programs.networks(wanted, sizes), mesh)
-        here = [(plan.measure(program, mesh, chip), program) for program in every
-                if program.name in chosen]
+        here = [
+            (plan.measure(program, mesh, chip), program)
+            for program in every
+            if program.name in chosen
+        ]
         measured: dict[str, float | None] = {}
         beside = {program.name: program.beside for _, program in here}
         # The device reports the highest peak since the process began, so the largest comes last.
@@ -348,7 +386,7 @@ def _call(program: Any) -> tuple[float | None, float]:
         peak = statistic("peak_bytes_in_use")
         if number == 0 and used is not None and peak is not None and peak != before:
             own = (peak - used + held) / 1e9
-        del arguments, arrays       # or they would raise the peak of the next call
+        del arguments, arrays  # or they would raise the peak of the next call
     return own, seconds
 
 

@@ -32,13 +32,29 @@ from jax_idgrpo.training.train import PHASES
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 UNGUIDED, GUIDED = "evaluation", "evaluation-guided"  # folders
-CALIBRATION = 6     # steps before a run's seconds per step are known; the first ones compile
+CALIBRATION = 6  # steps before a run's seconds per step are known; the first ones compile
 
-LATENTS = {"rollout.window": "none", "rollout.window_size": 0, "rollout.start_noise": "distinct", "grpo.kl_units": "velocity"}
-FAST = {"rollout.steps": 8, "rollout.window": "per_prompt", "rollout.window_size": 1, "grpo.kl": 0, "grpo.time_weights": True}
+LATENTS = {
+    "rollout.window": "none",
+    "rollout.window_size": 0,
+    "rollout.start_noise": "distinct",
+    "grpo.kl_units": "velocity",
+}
+FAST = {
+    "rollout.steps": 8,
+    "rollout.window": "per_prompt",
+    "rollout.window_size": 1,
+    "grpo.kl": 0,
+    "grpo.time_weights": True,
+}
 RECIPES: dict[str, dict[str, object]] = {
-    "parity": {"rollout.steps": 25, "rollout.window": "all", "rollout.window_size": 0, "rollout.final_step": "sde",
-               "rollout.start_noise": "distinct"},
+    "parity": {
+        "rollout.steps": 25,
+        "rollout.window": "all",
+        "rollout.window_size": 0,
+        "rollout.final_step": "sde",
+        "rollout.start_noise": "distinct",
+    },
     "window": {},
     "fast": FAST,
     "cps": FAST | {"rollout.sampler": "cps", "grpo.kl_units": "velocity"},
@@ -46,13 +62,30 @@ RECIPES: dict[str, dict[str, object]] = {
     "divergence": {"grpo.objective": "divergence"},
     "nft": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3},
     "awm": LATENTS | {"grpo.objective": "awm", "grpo.kl": 1e-3, "grpo.clip": 1.0},
-    "dpo": LATENTS | {"grpo.objective": "dpo", "grpo.kl": 1e-3, "grpo.best": 1, "grpo.worst": 1, "reward.mixture": '{"motion": 0.25}'},
-    "sft": LATENTS | {"grpo.objective": "sft", "grpo.kl": 0, "grpo.best": 1, "optimizer.learning_rate": 3e-4},  # at 3e-3 it collapses
-    "reward_gradient": LATENTS | {"grpo.objective": "reward_gradient", "grpo.kl": 1e-3, "grpo.gradient_steps": 2},
+    "dpo": LATENTS
+    | {
+        "grpo.objective": "dpo",
+        "grpo.kl": 1e-3,
+        "grpo.best": 1,
+        "grpo.worst": 1,
+        "reward.mixture": '{"motion": 0.25}',
+    },
+    "sft": LATENTS
+    | {
+        "grpo.objective": "sft",
+        "grpo.kl": 0,
+        "grpo.best": 1,
+        "optimizer.learning_rate": 3e-4,
+    },  # at 3e-3 it collapses
+    "reward_gradient": LATENTS
+    | {"grpo.objective": "reward_gradient", "grpo.kl": 1e-3, "grpo.gradient_steps": 2},
     "fast_guided": FAST | {"rollout.guidance": 2.0},
     "nft_guided": LATENTS | {"grpo.objective": "nft", "grpo.kl": 1e-3, "rollout.guidance": 2.0},
 }
-SHARED = {"model.remat": "none", "reward.penalties": '{"copied": 0}'}  # faster, and no price for copies, which these videos are not
+SHARED = {
+    "model.remat": "none",
+    "reward.penalties": '{"copied": 0}',
+}  # faster, and no price for copies, which these videos are not
 SEEDS = {"parity": (1, 2, 3), "fast": (1, 2, 3)}
 
 
@@ -81,14 +114,24 @@ def passes_per_step(recipe: str) -> float:
 
 def idgrpo(*words: object) -> None:
     """Run a command to its end."""
-    subprocess.run([sys.executable, "-m", "jax_idgrpo", *map(str, words)], check=True, cwd=CONFIG.parents[1])
+    subprocess.run(
+        [sys.executable, "-m", "jax_idgrpo", *map(str, words)], check=True, cwd=CONFIG.parents[1]
+    )
 
 
 def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
     """Train, or go on training, to `steps` steps, and keep the adapter under the number of steps."""
     kept = folder / f"export-{steps}"
     if not kept.exists():
-        idgrpo("train", CONFIG, "--workdir", folder, *words(overrides(recipe, seed)), "--run.steps", steps)
+        idgrpo(
+            "train",
+            CONFIG,
+            "--workdir",
+            folder,
+            *words(overrides(recipe, seed)),
+            "--run.steps",
+            steps,
+        )
         shutil.copytree(folder / "export", kept)
 
 
@@ -100,13 +143,19 @@ def seconds_per_step(workdir: Path) -> dict[str, float]:
         if recipe not in seconds:
             folder = workdir / f"{recipe}-1"
             train(folder, recipe, 1, CALIBRATION)
-            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            seconds[recipe] = numbers.median(sum(row[phase] for phase in PHASES) for row in rows[2:CALIBRATION])
+            rows = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
+            seconds[recipe] = numbers.median(
+                sum(row[phase] for phase in PHASES) for row in rows[2:CALIBRATION]
+            )
             kept.write_text(json.dumps(seconds))
     return seconds
 
 
-def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[str, float]) -> None:
+def run(
+    workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[str, float]
+) -> None:
     """Train a recipe to both budgets and evaluate its adapters."""
     folder = workdir / f"{recipe}-{seed}"
     guidance = RECIPES[recipe].get("rollout.guidance", 1.0)
@@ -131,7 +180,9 @@ def run(workdir: Path, recipe: str, seed: int, parity_steps: int, seconds: dict[
 
 def evaluated(workdir: Path, recipe: str, name: str) -> list[list[dict[str, Any]]]:
     """The videos of every seed's evaluation of this name, as far as there is one."""
-    files = [workdir / f"{recipe}-{seed}" / name / "metrics.json" for seed in SEEDS.get(recipe, (1,))]
+    files = [
+        workdir / f"{recipe}-{seed}" / name / "metrics.json" for seed in SEEDS.get(recipe, (1,))
+    ]
     return [json.loads(file.read_text())["videos"] for file in files if file.exists()]
 
 
@@ -151,18 +202,35 @@ def table(workdir: Path) -> str:
         for budget, steps in (budgets if name == UNGUIDED else budgets | {"base": 0}).items():
             seeds = [videos for videos in found if budget in videos[0]]
             scale = 1.0 if name == UNGUIDED else RECIPES[recipe]["rollout.guidance"]
-            cells = [recipe, f"guidance {scale:g}", budget, str(len(seeds)), str(steps), f"{steps * passes_per_step(recipe):,.0f}",
-                     f"{seconds[recipe]:.1f}"]
+            cells = [
+                recipe,
+                f"guidance {scale:g}",
+                budget,
+                str(len(seeds)),
+                str(steps),
+                f"{steps * passes_per_step(recipe):,.0f}",
+                f"{seconds[recipe]:.1f}",
+            ]
             for term in names:
-                change = [[video[budget][term] - before[term] for video, before in zip(videos, base, strict=True)] for videos in seeds]
-                cells.append(bootstrap.bootstrap(np.mean(change, axis=0), clusters, 0, 2000).text(sign=True))
+                change = [
+                    [
+                        video[budget][term] - before[term]
+                        for video, before in zip(videos, base, strict=True)
+                    ]
+                    for videos in seeds
+                ]
+                cells.append(
+                    bootstrap.bootstrap(np.mean(change, axis=0), clusters, 0, 2000).text(sign=True)
+                )
             rows.append(cells)
     return bootstrap.align(rows)
 
 
 def main() -> None:
     """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(RECIPES), choices=list(RECIPES))
     parser.add_argument("--parity-steps", type=int, default=30)

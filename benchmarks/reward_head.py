@@ -45,7 +45,12 @@ SETS = {
 }
 """Name -> (split, seed, kinds of faults, share of automatic pairs)."""
 TRAIN, HELD_OUT = ("train", "train_hard"), ("held_out", "hard")
-FIXED = {"mean cosine": "similarity", "min cosine": "similarity_min", "MIMR": "mimr", "fixed part": "reward"}
+FIXED = {
+    "mean cosine": "similarity",
+    "min cosine": "similarity_min",
+    "MIMR": "mimr",
+    "fixed part": "reward",
+}
 ARMS = {
     "trusted only": ("trusted", False),
     "raw automatic": ("automatic", False),
@@ -71,12 +76,18 @@ def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.nda
     return found, {name: np.asarray(values) for name, values in said.items()}
 
 
-def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config, programs: dict) -> Head:
+def trained(
+    pairs: list[Pair], sides: Sides, networks: str, mixing: str, config, programs: dict
+) -> Head:
     """A head, of the averaged weights as `finetune` stores them. programs: the step is compiled once for all that are alike in kind."""
     task = head_task(pairs, [], sides, networks, PairOptions(pairs="", mixing=mixing), config)
-    graph, params, frozen, rest = nnx.split(task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...)
+    graph, params, frozen, rest = nnx.split(
+        task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...
+    )
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    step = programs.setdefault(graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed))
+    step = programs.setdefault(
+        graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed)
+    )
     state = start(optimizer, params, rest)
     for number in range(config.run.steps):
         state, _ = step(state, frozen, task.batch(config.run.seed, number))
@@ -84,34 +95,57 @@ def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config,
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in dict(train=1600, held_out=800, seeds=3, steps=1200).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
+    options.add_argument(
+        "--folder",
+        type=Path,
+        help="where the pairs are kept; those that are there already are used",
+    )
     arguments = options.parse_args()
-    base = configuration.load(ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))])
+    base = configuration.load(
+        ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))]
+    )
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
         for name, (split, seed, kinds, automatic) in SETS.items():
             if not (folder / name).exists():
                 count = arguments.train if split == "train" else arguments.held_out
-                write_pairs(folder / name, split, count, seed=seed, distortions=",".join(kinds), automatic=automatic)
+                write_pairs(
+                    folder / name,
+                    split,
+                    count,
+                    seed=seed,
+                    distortions=",".join(kinds),
+                    automatic=automatic,
+                )
         pairs, held_out = (
-            [pair for name in names for pair in load_pairs(folder / name / "pairs.csv", ("SA",))] for names in (TRAIN, HELD_OUT)
+            [pair for name in names for pair in load_pairs(folder / name / "pairs.csv", ("SA",))]
+            for names in (TRAIN, HELD_OUT)
         )
-        faults, held_faults = (np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
-                               for names in (TRAIN, HELD_OUT))
+        faults, held_faults = (
+            np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
+            for names in (TRAIN, HELD_OUT)
+        )
         reward = make_face_reward(base.reward)
         truth = [label for name in TRAIN for label in column(folder / name, "truth")]
         sides, _ = read(reward, pairs, base)
         held_sides, said = read(reward, held_out, base)
     networks = fingerprint(reward.state)
-    right = [dataclasses.replace(pair, labels=(LABELS[label],), source="trusted") for pair, label in zip(pairs, truth, strict=True)]
+    right = [
+        dataclasses.replace(pair, labels=(LABELS[label],), source="trusted")
+        for pair, label in zip(pairs, truth, strict=True)
+    ]
     sides |= {true: sides[pair] for pair, true in zip(pairs, right, strict=True)}
     labels = np.asarray([pair.labels[0] for pair in held_out])
-    hard = np.arange(len(labels)) >= arguments.held_out     # the pairs of the second set
+    hard = np.arange(len(labels)) >= arguments.held_out  # the pairs of the second set
     groups = {"all": ~hard, "no paste": ~hard & (held_faults != "paste"), "hard": hard}
-    kinds_of = {name: (held_faults == name) & (hard if name in HARD else ~hard) for name in DISTORTIONS}
+    kinds_of = {
+        name: (held_faults == name) & (hard if name in HARD else ~hard) for name in DISTORTIONS
+    }
 
     def row(name: str, differences_: Sequence[np.ndarray]) -> str:
         """One line of the table: accuracy of every group, and with ties."""
@@ -124,17 +158,26 @@ def main() -> None:
             spread = f" ({min(values):.3f}-{max(values):.3f})" if ranged and len(values) > 1 else ""
             return f"{np.mean(values):.3f}{spread}"
 
-        cells = [cell(groups["all"]), cell(groups["all"], "with_ties"), cell(groups["no paste"]), cell(groups["hard"])]
+        cells = [
+            cell(groups["all"]),
+            cell(groups["all"], "with_ties"),
+            cell(groups["no paste"]),
+            cell(groups["hard"]),
+        ]
         return f"| {name} | {' | '.join([*cells, *(cell(chosen, ranged=False) for chosen in kinds_of.values())])} |"
 
     trusted = sum(pair.source == "trusted" for pair in pairs)
-    print(f"{len(pairs)} training pairs, {trusted} of them trusted; {int((~hard).sum())} held-out pairs and {int(hard.sum())} of hard "
-          f"faults alone; {arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
+    print(
+        f"{len(pairs)} training pairs, {trusted} of them trusted; {int((~hard).sum())} held-out pairs and {int(hard.sum())} of hard "
+        f"faults alone; {arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n"
+    )
     print("| reward | without ties | with ties | no paste | hard |", " | ".join(kinds_of), "|")
     print("| --- |" + " --- |" * (4 + len(kinds_of)), flush=True)
     for name, difference in said.items():
         print(row(name, [difference]), flush=True)
-    told: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "true labels", "trusted only, no hard fault seen")}
+    told: dict[str, list[np.ndarray]] = {
+        name: [] for name in (*ARMS, "true labels", "trusted only, no hard fault seen")
+    }
     programs: dict = {}
     for seed in range(arguments.seeds):
         began, teacher = time.monotonic(), None
@@ -146,14 +189,21 @@ def main() -> None:
         for name, (mixing, filters) in ARMS.items():
             chosen = pairs
             if filters:
-                kinds = [[pair for pair in pairs if pair.source == kind] for kind in ("trusted", "automatic")]
+                kinds = [
+                    [pair for pair in pairs if pair.source == kind]
+                    for kind in ("trusted", "automatic")
+                ]
                 chosen = kinds[0] + agreed(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
             head = trained(chosen, sides, networks, mixing, config, programs)
             teacher = teacher or head
             told[name].append(opinion(head))
-        told["true labels"].append(opinion(trained(right, sides, networks, "trusted", config, programs)))
+        told["true labels"].append(
+            opinion(trained(right, sides, networks, "trusted", config, programs))
+        )
         few = [pair for pair, fault in zip(pairs, faults, strict=True) if fault not in HARD]
-        told["trusted only, no hard fault seen"].append(opinion(trained(few, sides, networks, "trusted", config, programs)))
+        told["trusted only, no hard fault seen"].append(
+            opinion(trained(few, sides, networks, "trusted", config, programs))
+        )
         print(f"<!-- seed {seed}: {time.monotonic() - began:.0f} s -->", flush=True)
     for name, found in told.items():
         print(row(f"head, {name}", found), flush=True)

@@ -44,10 +44,12 @@ from jax_idgrpo.sampling.pipeline import load_vae
 PHASES = ("rollout", "decode", "reward", "update")
 PEOPLE = 2
 SIZE = transformer.SIZES["40m"]
-VAE_CHANNELS = 32       # of the published VAE's 96, whose decoding would hide all else on a CPU
+VAE_CHANNELS = 32  # of the published VAE's 96, whose decoding would hide all else on a CPU
 
 
-def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[[Any], np.ndarray]) -> dict[str, float]:
+def step(
+    side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[[Any], np.ndarray]
+) -> dict[str, float]:
     """Take a step -> seconds by phase."""
     times = [time.perf_counter()]
     trajectory = side.sample()
@@ -56,18 +58,24 @@ def step(side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[
     times.append(time.perf_counter())
     rewards = reward(videos)
     times.append(time.perf_counter())
-    side.learn(trajectory, np.asarray(grpo.advantages(rewards, np.zeros(len(rewards), int)), np.float32))
+    side.learn(
+        trajectory, np.asarray(grpo.advantages(rewards, np.zeros(len(rewards), int)), np.float32)
+    )
     times.append(time.perf_counter())
     return dict(zip(PHASES, np.diff(times).tolist(), strict=True))
 
 
-def our_eyes(home: Path, looked: int, people: np.ndarray, rows: int) -> tuple[Callable[[Any], Any], Callable[[Any], np.ndarray]]:
+def our_eyes(
+    home: Path, looked: int, people: np.ndarray, rows: int
+) -> tuple[Callable[[Any], Any], Callable[[Any], np.ndarray]]:
     """Decoding and reward by this package."""
     vae = nnx.split(load_vae(home))
     reward = FaceReward(load_stack(home / "ours", "embedder"), IdentityConfig(), looked)
     everywhere = np.broadcast_to(people, (rows, *people.shape))
     mask = np.ones((rows, len(people)), bool)
-    faces = ReferenceFaces(jnp.asarray(everywhere), jnp.zeros((rows, len(people), SIDE, SIDE, 3)), mask)
+    faces = ReferenceFaces(
+        jnp.asarray(everywhere), jnp.zeros((rows, len(people), SIDE, SIDE, 3)), mask
+    )
     start = jnp.zeros(rows, jnp.int32)
 
     def decode(latents: jax.Array) -> jax.Array:
@@ -84,7 +92,10 @@ def their_eyes(home: Path, looked: int, people: np.ndarray) -> tuple[Callable[..
     from deepface import DeepFace
 
     vae = diffusers.AutoencoderKLWan.from_pretrained(home / "vae").eval()
-    mean, std = (torch.tensor(getattr(vae.config, name)).reshape(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        torch.tensor(getattr(vae.config, name)).reshape(1, -1, 1, 1, 1)
+        for name in ("latents_mean", "latents_std")
+    )
     DeepFace.build_model("retinaface", "face_detector")
     DeepFace.build_model("ArcFace")
 
@@ -93,26 +104,38 @@ def their_eyes(home: Path, looked: int, people: np.ndarray) -> tuple[Callable[..
         return to_uint8(np.moveaxis(vae.decode(latents * std + mean).sample.numpy(), 1, -1))
 
     def likeness(frame: np.ndarray) -> float:
-        found = DeepFace.represent(frame[..., ::-1], "ArcFace", detector_backend="retinaface", enforce_detection=False, max_faces=PEOPLE)
+        found = DeepFace.represent(
+            frame[..., ::-1],
+            "ArcFace",
+            detector_backend="retinaface",
+            enforce_detection=False,
+            max_faces=PEOPLE,
+        )
         faces = np.asarray([face["embedding"] for face in found])
         cosine = people @ (faces / np.linalg.norm(faces, axis=1, keepdims=True)).T
         return float(cosine[linear_sum_assignment(-cosine)].sum() / len(people))
 
     def score(videos: np.ndarray) -> np.ndarray:
         seen = frame_numbers(videos.shape[1], looked)
-        return np.asarray([np.mean([likeness(video[number]) for number in seen]) for video in videos])
+        return np.asarray(
+            [np.mean([likeness(video[number]) for number in seen]) for video in videos]
+        )
 
     return decode, score
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("rows", 2), ("steps", 4), ("looked", 1), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of their transformer's blocks")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile of their transformer's blocks"
+    )
     arguments = parser.parse_args()
 
-    trim_heap_after_compile()     # as every command of ours does
+    trim_heap_after_compile()  # as every command of ours does
     torch.manual_seed(0)
     given = transformer.inputs(arguments.rows, SIZE)
     people = np.random.default_rng(1).standard_normal((PEOPLE, 512)).astype(np.float32)
@@ -126,7 +149,11 @@ def main() -> None:
         theirs = transformer.theirs(
             transformer.their_network(SIZE, folder), given, arguments.steps, SIZE, arguments.compile
         )
-        calibrate(files / "retinaface.pth", PEOPLE, np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8))
+        calibrate(
+            files / "retinaface.pth",
+            PEOPLE,
+            np.random.default_rng(2).integers(0, 256, (128, 128, 3), np.uint8),
+        )
         write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
         eyes = {
             "ours": our_eyes(home, arguments.looked, people, arguments.rows),
@@ -140,7 +167,10 @@ def main() -> None:
     for number in range(arguments.rounds + 1):
         for name, side in sides.items():
             seconds[name].append(step(side, *eyes[name]))
-            print(f"round {number} of {arguments.rounds}, {name}: {sum(seconds[name][-1].values()):.1f} s", flush=True)
+            print(
+                f"round {number} of {arguments.rounds}, {name}: {sum(seconds[name][-1].values()):.1f} s",
+                flush=True,
+            )
     found = {
         name: {phase: statistics.median(row[phase] for row in rows[1:]) for phase in PHASES}
         | {"step": statistics.median(sum(row.values()) for row in rows[1:])}

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # a GPU has to hold both sides
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU has to hold both sides
 
 import jax
 import jax.numpy as jnp
@@ -78,29 +78,73 @@ class Size:
 
 
 SHARED = dict(
-    freq_dim=256, in_channels=16, out_channels=16, vace_in_channels=96, patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads",
-    cross_attn_norm=True, eps=1e-6, rope_max_seq_len=1024,
+    freq_dim=256,
+    in_channels=16,
+    out_channels=16,
+    vace_in_channels=96,
+    patch_size=[1, 2, 2],
+    qk_norm="rms_norm_across_heads",
+    cross_attn_norm=True,
+    eps=1e-6,
+    rope_max_seq_len=1024,
 )
 SIZES = {
     "tiny": Size(
-        SHARED | dict(
-            num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2, text_dim=32,
+        SHARED
+        | dict(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            ffn_dim=64,
+            num_layers=2,
+            text_dim=32,
             vace_layers=[0],
         ),
-        shape=(3, 4, 4), text=8, rank=4, steps=3, dtype="bfloat16", checkpointing=True,
-        remat="attention", unroll=False,
+        shape=(3, 4, 4),
+        text=8,
+        rank=4,
+        steps=3,
+        dtype="bfloat16",
+        checkpointing=True,
+        remat="attention",
+        unroll=False,
     ),
     "40m": Size(
-        SHARED | dict(
-            num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, vace_layers=[0, 4, 8]
+        SHARED
+        | dict(
+            num_attention_heads=6,
+            attention_head_dim=64,
+            ffn_dim=1536,
+            num_layers=12,
+            text_dim=512,
+            vace_layers=[0, 4, 8],
         ),
-        shape=(5, 16, 16), text=64, rank=8, steps=4, dtype="float32", checkpointing=False, remat="none", unroll=True,
+        shape=(5, 16, 16),
+        text=64,
+        rank=8,
+        steps=4,
+        dtype="float32",
+        checkpointing=False,
+        remat="none",
+        unroll=True,
     ),
     "1.3b": Size(
-        SHARED | dict(
-            num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, vace_layers=list(range(0, 30, 2))
+        SHARED
+        | dict(
+            num_attention_heads=12,
+            attention_head_dim=128,
+            ffn_dim=8960,
+            num_layers=30,
+            text_dim=4096,
+            vace_layers=list(range(0, 30, 2)),
         ),
-        shape=(9 + 2, 30, 52), text=512, rank=32, steps=25, dtype="bfloat16", checkpointing=True, remat="attention", unroll=False,
+        shape=(9 + 2, 30, 52),
+        text=512,
+        rank=32,
+        steps=25,
+        dtype="bfloat16",
+        checkpointing=True,
+        remat="attention",
+        unroll=False,
     ),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,7 +182,10 @@ def inputs(rows: int, size: Size) -> Inputs:
     """What both sides are given, channels last."""
     rng, width = np.random.default_rng(0), size.network["text_dim"]
     shapes = dict(
-        latents=(rows, *size.shape, 16), control=(rows, *size.shape, 96), text=(rows, size.text, width), negative=(size.text, width),
+        latents=(rows, *size.shape, 16),
+        control=(rows, *size.shape, 96),
+        text=(rows, size.text, width),
+        negative=(size.text, width),
         advantage=(rows,),
     )
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -148,7 +195,9 @@ def write_transformer(folder: str, size: Size) -> None:
     """Write a randomly filled checkpoint into `folder`/transformer."""
     import diffusers
 
-    diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(Path(folder) / "transformer")
+    diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(
+        Path(folder) / "transformer"
+    )
 
 
 def our_network(size: Size, folder: str | None = None) -> WanTransformer:
@@ -178,12 +227,19 @@ def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
 
 def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side:
     """This package. `learn` returns the metrics of the update."""
-    actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE)
+    actor, lora, base = policy.split(
+        add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE
+    )
     rows = len(given["latents"])
-    latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
+    latents, control, text, negative = (
+        jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative")
+    )
     timesteps = jnp.full(rows, 500)
     asked = Conditioning(
-        text=text, control=control, frame_mask=jnp.ones((rows, size.shape[0]), bool), references=jnp.zeros(rows, jnp.int32)
+        text=text,
+        control=control,
+        frame_mask=jnp.ones((rows, size.shape[0]), bool),
+        references=jnp.zeros(rows, jnp.int32),
     )
     row_keys = rng.row_keys(rng.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
     schedule = rollout.Schedule.make(steps, SHIFT)
@@ -195,7 +251,9 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     forward = jax.jit(apply)
     gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
 
-    rule = update.UpdateRule(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
+    rule = update.UpdateRule(
+        policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9
+    )
     state = start(rule.optimizer, jax.tree.map(jnp.copy, lora))
     networks = update.Networks(base=base, negative=negative)
 
@@ -205,10 +263,16 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
 
     def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> dict[str, jax.Array]:
         nonlocal state
-        chunk = update.Rollout(trajectory=trajectory, conditioning=asked, start=window.start, noise=row_keys)
+        chunk = update.Rollout(
+            trajectory=trajectory, conditioning=asked, start=window.start, noise=row_keys
+        )
         batch = update.store(None, chunk, jnp.int32(0), 1)
-        batch = dataclasses.replace(batch, advantage=advantage[None], weight=np.ones((1, rows), np.float32))
-        state, metrics = jax.block_until_ready(update.update(rule, state, networks, batch, schedule, jnp.int32(0)))
+        batch = dataclasses.replace(
+            batch, advantage=advantage[None], weight=np.ones((1, rows), np.float32)
+        )
+        state, metrics = jax.block_until_ready(
+            update.update(rule, state, networks, batch, schedule, jnp.int32(0))
+        )
         return metrics
 
     return Side(
@@ -220,23 +284,24 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     )
 
 
-def theirs(
-    base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool
-) -> Side:
+def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool) -> Side:
     """diffusers and peft on PyTorch."""
     import peft
 
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     lora = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets)
     network = peft.get_peft_model(base, lora).eval().to(DEVICE)
-    torch.backends.cuda.matmul.allow_tf32 = True        # as the recipe has it
+    torch.backends.cuda.matmul.allow_tf32 = True  # as the recipe has it
     if size.checkpointing:
         network.get_base_model().enable_gradient_checkpointing()
     if compiled:
-        torch._dynamo.config.recompile_limit = 64       # rows, gradients on and off, adapter on and off: beyond 8 it falls back to eager
+        torch._dynamo.config.recompile_limit = (
+            64  # rows, gradients on and off, adapter on and off: beyond 8 it falls back to eager
+        )
         network.get_base_model().compile_repeated_blocks()
     latents, control = (
-        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE) for name in ("latents", "control")
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE)
+        for name in ("latents", "control")
     )
     text, negative = (torch.from_numpy(given[name]).to(DEVICE) for name in ("text", "negative"))
     schedule = rollout.Schedule.make(steps, SHIFT)
@@ -244,24 +309,41 @@ def theirs(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
 
-    Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]     # before and after a step, and its log-probability
+    Steps = list[
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ]  # before and after a step, and its log-probability
 
-    def call(x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+    def call(
+        x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor
+    ) -> torch.Tensor:
         times = torch.full((len(x),), timestep, device=DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=size.dtype == "bfloat16"):
-            v = network(hidden_states=x, timestep=times, encoder_hidden_states=text, control_hidden_states=control, return_dict=False)
+            v = network(
+                hidden_states=x,
+                timestep=times,
+                encoder_hidden_states=text,
+                control_hidden_states=control,
+                return_dict=False,
+            )
         return v[0].float()
 
     def velocity(x: torch.Tensor, timestep: int) -> torch.Tensor:
         both = torch.cat([text, negative.expand_as(text)])
-        prompt, none = call(torch.cat([x, x]), timestep, both, torch.cat([control, control])).chunk(2)
+        prompt, none = call(torch.cat([x, x]), timestep, both, torch.cat([control, control])).chunk(
+            2
+        )
         return none + GUIDANCE * (prompt - none)
 
-    def step(x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def step(
+        x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """-> next state, mean, standard deviation, log-probability [B]"""
         sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
         level = (sigma / (1 - min(sigma, sigmas[1]))) ** 0.5 * 0.7
-        mean = x * (1 + level**2 / (2 * sigma) * dt) + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
+        mean = (
+            x * (1 + level**2 / (2 * sigma) * dt)
+            + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
+        )
         std = torch.tensor(level * (-dt) ** 0.5, device=DEVICE)
         x_next = mean + std * torch.randn_like(x) if x_next is None else x_next
         log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
@@ -288,7 +370,9 @@ def theirs(
             with torch.no_grad(), network.disable_adapter():
                 reference = step(x, velocity(x, timesteps[index]), index, x_next)[1]
             ratio = torch.exp(log_prob - old)
-            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+            loss = torch.maximum(
+                -advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+            ).mean()
             loss = loss + KL * ((mean - reference) ** 2 / (2 * std**2)).mean()
             (loss / (steps - 1)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -322,7 +406,10 @@ def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
     """Floating-point operations of the model in PyTorch's calls; those that checkpointing repeats are left out."""
 
     def counted(call: Callable[[], Any]) -> float:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # plain products, which are counted everywhere
+        with (
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # plain products, which are counted everywhere
             call()
         return float(counter.get_total_flops())
 
@@ -332,7 +419,7 @@ def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
         "forward": forward,
         "gradient of the adapter": both,
         "rollout": 2 * steps * forward,
-        "update": 2 * (steps - 1) * (both + forward),   # the adapter's replay, and the frozen base
+        "update": 2 * (steps - 1) * (both + forward),  # the adapter's replay, and the frozen base
     }
 
 
@@ -383,7 +470,7 @@ def _answer(
     pipe: Any, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
 ) -> None:
     """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
-    trim_heap_after_compile()     # as every command of ours does
+    trim_heap_after_compile()  # as every command of ours does
     torch.manual_seed(0)
     sized, given = SIZES[size], inputs(rows, SIZES[size])
     if name == "ours":
@@ -391,7 +478,11 @@ def _answer(
     else:
         side = theirs(their_network(sized, folder), given, steps, sized, compiled)
     answers: dict[str, Callable[[], Any]] = {
-        "velocity": lambda: np.asarray(side.forward()) if name == "ours" else np.moveaxis(side.forward().cpu().numpy(), 1, -1),
+        "velocity": lambda: (
+            np.asarray(side.forward())
+            if name == "ours"
+            else np.moveaxis(side.forward().cpu().numpy(), 1, -1)
+        ),
         "arithmetic": lambda: arithmetic(side, sized, steps),
         "speed": lambda: product_speed(sized.dtype),
         "peak": lambda: peak_memory(name) / 2**30,
@@ -429,20 +520,31 @@ def _again(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="40m")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--steps", type=int, help="denoising steps; default 4, and 25 for 1.3b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of their blocks, which diffusers calls regional")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile of their blocks, which diffusers calls regional",
+    )
     arguments = parser.parse_args()
 
     if jax.default_backend() == "gpu" and DEVICE == "cpu":
-        sys.exit("transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu")
+        sys.exit(
+            "transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu"
+        )
     size = SIZES[arguments.size]
     steps = arguments.steps or size.steps
     on = jax.devices()[0].device_kind
-    print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}", flush=True)
+    print(
+        f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(folder, size)
         given = (folder, arguments.rows, steps, arguments.size, arguments.compile)
@@ -453,13 +555,27 @@ def main() -> None:
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
         seconds[name] = seconds_of(sides, name, arguments.rounds)
         figures = ", ".join(f"{side} {found:.3f} s" for side, found in seconds[name].items())
-        print(f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}", flush=True)
-    print("peak memory: " + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()), flush=True)
-    if not arguments.compile:       # whose kernels PyTorch does not count
+        print(
+            f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}",
+            flush=True,
+        )
+    print(
+        "peak memory: "
+        + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()),
+        flush=True,
+    )
+    if not arguments.compile:  # whose kernels PyTorch does not count
         counted, speed = sides["theirs"]("arithmetic"), sides["ours"]("speed")
-        print(f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product")
+        print(
+            f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product"
+        )
         for name, found in seconds.items():
-            print(f"{name}: " + ", ".join(f"{side} {counted[name] / each / speed:.0%}" for side, each in found.items()))
+            print(
+                f"{name}: "
+                + ", ".join(
+                    f"{side} {counted[name] / each / speed:.0%}" for side, each in found.items()
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -27,11 +27,22 @@ def drawn(leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> jax.Array:
     return jnp.asarray(np.resize(block, leaf.shape))
 
 
-def grids(config: QwenConfig, height: int, width: int, count: int, rng: np.random.Generator) -> Grids:
+def grids(
+    config: QwenConfig, height: int, width: int, count: int, rng: np.random.Generator
+) -> Grids:
     """`count` grids of random pixels."""
-    tables = grid_tables(height, width, config.vision, height * width, len(windows(height, width, config.vision)))
-    stacked = {name: jnp.asarray(np.repeat(table[None], count, 0)) for name, table in tables.items()}
-    return Grids(patches=jnp.asarray(rng.normal(size=(count, height * width, config.vision.features)), jnp.float32), **stacked)
+    tables = grid_tables(
+        height, width, config.vision, height * width, len(windows(height, width, config.vision))
+    )
+    stacked = {
+        name: jnp.asarray(np.repeat(table[None], count, 0)) for name, table in tables.items()
+    }
+    return Grids(
+        patches=jnp.asarray(
+            rng.normal(size=(count, height * width, config.vision.features)), jnp.float32
+        ),
+        **stacked,
+    )
 
 
 def main() -> None:
@@ -41,24 +52,40 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     given = parser.parse_args()
     config, rng = QwenConfig(), np.random.default_rng(0)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: QwenReward(config, dtypes=Dtypes.named("bfloat16"), rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(
+            lambda: QwenReward(config, dtypes=Dtypes.named("bfloat16"), rngs=nnx.Rngs(0))
+        )
+    )
     began = time.monotonic()
     state = jax.tree.map(lambda leaf: drawn(leaf, rng), abstract)
-    print(f"{sum(leaf.size for leaf in jax.tree.leaves(state)):,} parameters, {time.monotonic() - began:.0f} s to draw", flush=True)
+    print(
+        f"{sum(leaf.size for leaf in jax.tree.leaves(state)):,} parameters, {time.monotonic() - began:.0f} s to draw",
+        flush=True,
+    )
     photo, frames = grids(config, *given.photo, 1, rng), grids(config, *given.frame, 2, rng)
     seen = (given.photo[0] * given.photo[1] + 2 * given.frame[0] * given.frame[1]) // 4
     order = np.arange(given.tokens)
     sequences = Sequences(
-        ids=jnp.asarray(rng.integers(0, 1000, (1, given.tokens))), vision=jnp.asarray(np.where(order < seen, order, -1)[None]),
-        position=jnp.asarray(np.broadcast_to(order, (3, 1, given.tokens))), token=jnp.asarray([[given.tokens - 1]]),
+        ids=jnp.asarray(rng.integers(0, 1000, (1, given.tokens))),
+        vision=jnp.asarray(np.where(order < seen, order, -1)[None]),
+        position=jnp.asarray(np.broadcast_to(order, (3, 1, given.tokens))),
+        token=jnp.asarray([[given.tokens - 1]]),
         mask=jnp.ones((1, given.tokens), bool),
     )
-    program = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs)).lower(state, sequences, photo, frames).compile()
+    program = (
+        jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))
+        .lower(state, sequences, photo, frames)
+        .compile()
+    )
     for number in ("first", "second"):
         began = time.monotonic()
         score = float(program(state, sequences, photo, frames)[0, 0, 0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{number} pass: {time.monotonic() - began:.1f} s, score {score:.4f}, peak {peak:.1f} GiB resident", flush=True)
+        print(
+            f"{number} pass: {time.monotonic() - began:.1f} s, score {score:.4f}, peak {peak:.1f} GiB resident",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

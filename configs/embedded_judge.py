@@ -5,7 +5,9 @@ from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig,
 
 def get_config() -> Config:
     return Config(
-        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99
+        ),
         run=RunConfig(steps=900, seed=13, save_every=300, sample_every=0),
         finetune=FinetuneConfig(
             task="embedder",

@@ -1,6 +1,13 @@
 """Text encoder and tokenizer of the embedded set: a UMT5 of 0.1M parameters that reads the prompts of the cast. Minutes on two cores."""
 
-from jax_idgrpo.config import EMBEDDED, Config, DataConfig, FinetuneConfig, OptimizerConfig, RunConfig
+from jax_idgrpo.config import (
+    EMBEDDED,
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 
 def get_config() -> Config:

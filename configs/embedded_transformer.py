@@ -24,7 +24,12 @@ def get_config() -> Config:
         video=VideoConfig(frames=9, height=64, width=64, fps=8),
         rollout=RolloutConfig(shift=3.0, steps=16, guidance=2.0),
         optimizer=OptimizerConfig(
-            learning_rate=1.2e-3, beta2=0.99, weight_decay=0.01, warmup=100, schedule="cosine", ema_decay=0.998
+            learning_rate=1.2e-3,
+            beta2=0.99,
+            weight_decay=0.01,
+            warmup=100,
+            schedule="cosine",
+            ema_decay=0.998,
         ),
         run=RunConfig(steps=2800, save_every=400, sample_every=1000),
         finetune=FinetuneConfig(

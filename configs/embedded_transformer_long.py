@@ -17,6 +17,8 @@ def get_config() -> Config:
         run=dataclasses.replace(config.run, steps=13000, seed=44, save_every=500),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
         finetune=dataclasses.replace(
-            config.finetune, start=str(EMBEDDED / "pipeline"), options=config.finetune.options | {"pool": 12288, "pool_seed": 44}
+            config.finetune,
+            start=str(EMBEDDED / "pipeline"),
+            options=config.finetune.options | {"pool": 12288, "pool_seed": 44},
         ),
     )

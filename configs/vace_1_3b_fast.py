@@ -11,6 +11,8 @@ def get_config() -> c.Config:
     base = c.load(Path(__file__).with_name("vace_1_3b.py"))
     return dataclasses.replace(
         base,
-        rollout=dataclasses.replace(base.rollout, prompts=16, steps=20, window="random", window_size=2, final_step="ode"),
+        rollout=dataclasses.replace(
+            base.rollout, prompts=16, steps=20, window="random", window_size=2, final_step="ode"
+        ),
         grpo=dataclasses.replace(base.grpo, updates=1),
     )

@@ -53,7 +53,9 @@ class PairOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.automatic <= 1 or self.theta <= 1 or self.mixing not in MIXINGS:
-            raise UserError(f"finetune.options: automatic is 0 to 1, theta above 1, mixing {', '.join(MIXINGS[:-1])} or {MIXINGS[-1]}")
+            raise UserError(
+                f"finetune.options: automatic is 0 to 1, theta above 1, mixing {', '.join(MIXINGS[:-1])} or {MIXINGS[-1]}"
+            )
 
 
 Chosen = TypeVar("Chosen", bound=PairOptions)
@@ -69,20 +71,30 @@ def read_options(kind: type[Chosen], values: Mapping[str, Any]) -> Chosen:
     if unknown := [name for name in values if name not in known]:
         raise UserError(f"finetune.options knows no {unknown[0]!r}; use {', '.join(known)}")
     if "pairs" not in values:
-        raise UserError("finetune.options names no pairs; name a CSV of preference pairs, or a data set of them")
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        raise UserError(
+            "finetune.options names no pairs; name a CSV of preference pairs, or a data set of them"
+        )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return kind(**given)
 
 
 def agreed(pairs: Sequence[Pair], found: Float[np.ndarray, "N O"], theta: float) -> list[Pair]:
     """The pairs whose labels a teacher with these differences of scores takes to be right, in every dimension that is labelled."""
     return [
-        pair for pair, row in zip(pairs, found, strict=True)
-        if all(label not in (-1, 0, 1) or agrees(float(d), label, theta) for d, label in zip(row, pair.labels, strict=True))
+        pair
+        for pair, row in zip(pairs, found, strict=True)
+        if all(
+            label not in (-1, 0, 1) or agrees(float(d), label, theta)
+            for d, label in zip(row, pair.labels, strict=True)
+        )
     ]
 
 
-def filtered(pairs: Sequence[Pair], options: PairOptions, teacher: Callable[[], Differences]) -> Sequence[Pair]:
+def filtered(
+    pairs: Sequence[Pair], options: PairOptions, teacher: Callable[[], Differences]
+) -> Sequence[Pair]:
     """The pairs without those automatic ones that the teacher contradicts; all of them where `options` names none.
 
     teacher: reads it, and is asked only where there is something to filter.
@@ -95,7 +107,9 @@ def filtered(pairs: Sequence[Pair], options: PairOptions, teacher: Callable[[], 
     return [pair for pair in pairs if pair.source != "automatic"] + kept
 
 
-def step_pairs(pairs: Mixture, options: PairOptions, config: Config, seed: int, step: int) -> list[Pair]:
+def step_pairs(
+    pairs: Mixture, options: PairOptions, config: Config, seed: int, step: int
+) -> list[Pair]:
     """The pairs of a training step: a pure function of (seed, step)."""
     share = {
         "smooth": automatic_share(step, config.run.steps, options.automatic),
@@ -110,13 +124,20 @@ def pair_loss(
     a: Float[Array, "B O"], b: Float[Array, "B O"], labels: Int[Array, "B O"], theta: float
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean loss of the dimensions; agreement with the labels that are no ties, and the spread of the scores."""
-    value = jnp.mean(jnp.stack([btt_loss(a[:, n], b[:, n], labels[:, n], theta) for n in range(a.shape[1])]))
+    value = jnp.mean(
+        jnp.stack([btt_loss(a[:, n], b[:, n], labels[:, n], theta) for n in range(a.shape[1])])
+    )
     decided = jnp.abs(labels) == 1
     right = decided & ((a - b) * labels > 0)
-    return value, {"accuracy": jnp.sum(right) / jnp.maximum(jnp.sum(decided), 1), "spread": jnp.std(jnp.concatenate([a, b]))}
+    return value, {
+        "accuracy": jnp.sum(right) / jnp.maximum(jnp.sum(decided), 1),
+        "spread": jnp.std(jnp.concatenate([a, b])),
+    }
 
 
-def accuracy(difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"], seed: int) -> dict[str, Any]:
+def accuracy(
+    difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"], seed: int
+) -> dict[str, Any]:
     """Agreement with the labels: without ties (they are left out, equal scores are wrong), with its interval; and with ties.
 
     With ties: the best over eps of calling |difference| <= eps a tie. Source: arXiv 2305.14324.
@@ -127,7 +148,9 @@ def accuracy(difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"], se
     found: dict[str, Any] = {"pairs": len(label), "ties": int((~decided).sum())}
     if decided.any():
         right = (difference * label > 0)[decided].astype(float)
-        found["without_ties"] = dataclasses.asdict(bootstrap.bootstrap(right, np.arange(len(right)), seed, RESAMPLES))
+        found["without_ties"] = dataclasses.asdict(
+            bootstrap.bootstrap(right, np.arange(len(right)), seed, RESAMPLES)
+        )
     if len(label):
         found["with_ties"] = _with_ties(difference, label)
     return found
@@ -143,11 +166,19 @@ def _with_ties(difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"]) 
     return float(np.max((tied + right)[between]) / len(label))
 
 
-def write_accuracy(folder: Path, held_out: Sequence[Pair], differences: Differences, options: PairOptions, seed: int) -> None:
+def write_accuracy(
+    folder: Path,
+    held_out: Sequence[Pair],
+    differences: Differences,
+    options: PairOptions,
+    seed: int,
+) -> None:
     """Measure the accuracy on held-out pairs, say it, and store it as `accuracy.json`; nothing without such pairs."""
     if not held_out:
         return
     found, labels = differences(held_out), np.asarray([pair.labels for pair in held_out])
-    told = {name: accuracy(found[:, n], labels[:, n], seed) for n, name in enumerate(options.dimensions)}
+    told = {
+        name: accuracy(found[:, n], labels[:, n], seed) for n, name in enumerate(options.dimensions)
+    }
     write_text(folder / "accuracy.json", json.dumps(told, indent=1))
     print(f"held-out accuracy: {json.dumps(told)}")

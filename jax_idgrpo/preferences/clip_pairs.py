@@ -34,7 +34,7 @@ from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND, Identity, dressed
 
 BATCH = 32
-SEEN = 0.8          # share of every face that an honest clip shows
+SEEN = 0.8  # share of every face that an honest clip shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Shape:
         if self.frames < 1 or self.fps < 1:
             raise UserError(f"--frames {self.frames} --fps {self.fps}: use 1 or more")
         if any(side < 32 or side % 8 for side in self.size):
-            raise UserError(f"--size {self.size[0]} {self.size[1]}: use height and width of 32 or more that are multiples of 8")
+            raise UserError(
+                f"--size {self.size[0]} {self.size[1]}: use height and width of 32 or more that are multiples of 8"
+            )
 
 
 # ---- drawn people ----------------------------------------------------------------------------------------------------------
@@ -74,7 +76,10 @@ def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
     best = jax.jit(lambda photos: stack.best(photos))
     step = 0
     while True:
-        both = [jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, take)) for take in (0, 1)]
+        both = [
+            jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, take))
+            for take in (0, 1)
+        ]
         first = both[0]
         flat = first.portraits.reshape(-1, *first.portraits.shape[2:])
         found = np.asarray(best(flat)[1]).reshape(first.mask.shape)
@@ -91,10 +96,14 @@ def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
     """The n-th clip of a batch."""
     video, mask = batch.video[n], batch.mask[n]
     people, scene = jax.tree.map(lambda leaf: leaf[n], (batch.people, batch.scene))
-    known = jax.tree.map(lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people)
+    known = jax.tree.map(
+        lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people
+    )
 
     def recast(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
-        whose = np.asarray([faces.get(m, m) for m in range(len(mask))])        # STRANGER is the last that is known
+        whose = np.asarray(
+            [faces.get(m, m) for m in range(len(mask))]
+        )  # STRANGER is the last that is known
         heads = jax.tree.map(lambda leaf: leaf[whose], known)
         return np.asarray(_drawn(dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
 
@@ -103,7 +112,11 @@ def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _drawn(
-    people: Identity, mask: Bool[Array, "M"], scene: scenes.Scene, frames: int, size: tuple[int, int]
+    people: Identity,
+    mask: Bool[Array, "M"],
+    scene: scenes.Scene,
+    frames: int,
+    size: tuple[int, int],
 ) -> Float[Array, "F H W 3"]:
     return scenes.render_clip(people, mask, scene, frames, size).video
 
@@ -131,22 +144,38 @@ def locate(stack: FaceStack, missing: float) -> Callable[..., tuple[Array, Array
 
     @jax.jit
     def program(
-        state: nnx.State, video: Float[Array, "F H W 3"], photos: Float[Array, "M H W 3"], asked: Bool[Array, "M"]
+        state: nnx.State,
+        video: Float[Array, "F H W 3"],
+        photos: Float[Array, "M H W 3"],
+        asked: Bool[Array, "M"],
     ) -> tuple[Float[Array, "F M 4"], Float[Array, "M 4"], Bool[Array, "M"]]:
         stack = nnx.merge(graph, state)
         of_photos = jax.tree.map(lambda leaf: leaf[0, :, 0], stack(photos[None]))
         faces = stack(video[None])
         sought = asked & of_photos.mask
-        followed = tracks(faces.boxes, faces.embeddings, faces.mask, of_photos.embeddings[None], sought[None],
-                          missing, TrackConfig())
-        theirs = (followed.track[0][:, None] == followed.of_reference[0][:, None]) & faces.mask[0][:, None]      # [F,M,K]
-        boxes = jnp.einsum("tmk,tkc->tmc", theirs.astype(jnp.float32), faces.boxes[0], precision="highest")
+        followed = tracks(
+            faces.boxes,
+            faces.embeddings,
+            faces.mask,
+            of_photos.embeddings[None],
+            sought[None],
+            missing,
+            TrackConfig(),
+        )
+        theirs = (followed.track[0][:, None] == followed.of_reference[0][:, None]) & faces.mask[0][
+            :, None
+        ]  # [F,M,K]
+        boxes = jnp.einsum(
+            "tmk,tkc->tmc", theirs.astype(jnp.float32), faces.boxes[0], precision="highest"
+        )
         return boxes, of_photos.boxes, sought & jnp.all(jnp.any(theirs, -1), 0)
 
     return lambda *given: program(state, *given)
 
 
-def _canvases(clip: Clip, shape: Shape) -> tuple[Float[np.ndarray, "M H W 3"], Bool[np.ndarray, "M"]]:
+def _canvases(
+    clip: Clip, shape: Shape
+) -> tuple[Float[np.ndarray, "M H W 3"], Bool[np.ndarray, "M"]]:
     """The photos at the size of the video, behind them white ones up to `clips.MOST`, and which are none of these."""
     photos = np.ones((video_clips.MOST, *shape.size, 3), np.float32)
     for m, path in enumerate(clip.references):
@@ -177,7 +206,9 @@ def located(folder: Path, split: str, shape: Shape, faces: Path) -> list[Located
     left = f"{len(listed)} clips of the split {split}: {short} too short, {lost} that do not show everybody throughout"
     print(f"--clips {folder}: left out of {left}")
     if not found:
-        raise UserError(f"--clips {folder}: left out of {left}; none remains, so add clips that show every face large and clear")
+        raise UserError(
+            f"--clips {folder}: left out of {left}; none remains, so add clips that show every face large and clear"
+        )
     return found
 
 
@@ -195,7 +226,9 @@ def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -
     for this in found:
         alike.setdefault((this.clip.prompt, this.clip.people), []).append(this)
     if len({this.clip.circle for this in found}) < 2:
-        raise UserError(f"--clips {folder}: the usable clips of the split {split} are all of one circle of people; add clips of strangers")
+        raise UserError(
+            f"--clips {folder}: the usable clips of the split {split} are all of one circle of people; add clips of strangers"
+        )
     groups, root, number = list(alike.values()), rng.key(seed, "data"), 0
     while True:
         u = np.asarray(jax.random.uniform(rng.fold(root, number), (4,)), np.float64)
@@ -203,14 +236,24 @@ def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -
         first = among(group, u[0])
         second = among([this for this in group if this is not first] or group, u[1])
         others = [this for this in found if this.clip.circle != first.clip.circle]
-        one, other = (_filmed_subject(take, among(others, v), shape) for take, v in ((first, u[2]), (second, u[3])))
-        yield Takes((one, other), first.clip.prompt, tuple(load_reference(path) for path in first.clip.references))
+        one, other = (
+            _filmed_subject(take, among(others, v), shape)
+            for take, v in ((first, u[2]), (second, u[3]))
+        )
+        yield Takes(
+            (one, other),
+            first.clip.prompt,
+            tuple(load_reference(path) for path in first.clip.references),
+        )
         number += 1
 
 
 def _filmed_subject(one: Located, stranger: Located, shape: Shape) -> Subject:
     photos, asked = _canvases(one.clip, shape)
-    video, other = (read_frames(clip.video, shape.frames, shape.size, shape.fps) for clip in (one.clip, stranger.clip))
+    video, other = (
+        read_frames(clip.video, shape.frames, shape.size, shape.fps)
+        for clip in (one.clip, stranger.clip)
+    )
     recast = functools.partial(pasted, video, one.boxes, other, stranger.boxes[:, 0])
     return Subject(video, one.boxes, asked, photos, one.photo_boxes, recast)
 

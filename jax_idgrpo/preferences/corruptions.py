@@ -38,7 +38,9 @@ class Subject:
     mask: Bool[np.ndarray, "M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
-    recast: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(pytree_node=False)
+    recast: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(
+        pytree_node=False
+    )
 
     @property
     def people(self) -> list[int]:
@@ -53,7 +55,9 @@ def grown(box: Float[np.ndarray, "4"], factor: float) -> Float[np.ndarray, "4"]:
 
 
 def sampled(
-    pictures: Float[np.ndarray, "*n H W 3"], x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]
+    pictures: Float[np.ndarray, "*n H W 3"],
+    x: Float[np.ndarray, "h w"],
+    y: Float[np.ndarray, "h w"],
 ) -> Float[np.ndarray, "*n h w 3"]:
     """Bilinear samples at x, y in pixels (the first pixel's middle is 0.5); the edge is repeated outside."""
     height, width = pictures.shape[-3:-1]
@@ -61,11 +65,16 @@ def sampled(
     left, top = np.floor(column).astype(int), np.floor(row).astype(int)
     right, below = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
     a, b = (column - left)[..., None], (row - top)[..., None]
-    upper, lower = (pictures[..., line, left, :] * (1 - a) + pictures[..., line, right, :] * a for line in (top, below))
+    upper, lower = (
+        pictures[..., line, left, :] * (1 - a) + pictures[..., line, right, :] * a
+        for line in (top, below)
+    )
     return upper * (1 - b) + lower * b
 
 
-def _pixels(left: int, top: int, right: int, bottom: int) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
+def _pixels(
+    left: int, top: int, right: int, bottom: int
+) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:
     """x and y of the middles of the pixels of a rectangle."""
     x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(top, bottom) + 0.5)
     return x, y
@@ -97,7 +106,9 @@ def put(
     radius = np.hypot((x - middle[0]) / (size[0] / 2), (y - middle[1]) / (size[1] / 2))
     opacity = strength * np.clip((1 - radius) / EDGE, 0, 1)[..., None]
     scale = (source[2:] - source[:2]) / size
-    face = sampled(picture, (x - box[0]) * scale[0] + source[0], (y - box[1]) * scale[1] + source[1])
+    face = sampled(
+        picture, (x - box[0]) * scale[0] + source[0], (y - box[1]) * scale[1] + source[1]
+    )
     part = frame[top:bottom, left:right]
     part += opacity * (face - part)
 
@@ -116,7 +127,11 @@ def pasted(
     changed = np.array(video, np.float32)
     for i, other in faces.items():
         for t, frame in enumerate(changed):
-            source = (stranger[t], stranger_boxes[t]) if other == STRANGER else (video[t], boxes[t, other])
+            source = (
+                (stranger[t], stranger_boxes[t])
+                if other == STRANGER
+                else (video[t], boxes[t, other])
+            )
             put(frame, boxes[t, i], *source)
     return changed
 
@@ -126,14 +141,21 @@ def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndar
     reach = math.ceil(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
     for axis in (0, 1):
-        around = np.pad(picture, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge")
+        around = np.pad(
+            picture, [(reach, reach) if k == axis else (0, 0) for k in range(3)], mode="edge"
+        )
         length = picture.shape[axis]
-        parts = (weight * around.take(range(k, k + length), axis) for k, weight in enumerate(kernel / kernel.sum()))
+        parts = (
+            weight * around.take(range(k, k + length), axis)
+            for k, weight in enumerate(kernel / kernel.sum())
+        )
         picture = sum(parts, np.zeros_like(picture))
     return picture
 
 
-def _changed(subject: Subject, change: Callable[[np.ndarray, int], None], share: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def _changed(
+    subject: Subject, change: Callable[[np.ndarray, int], None], share: float = 1.0
+) -> Float[np.ndarray, "F H W 3"]:
     """A new clip: `change(frame, its number)` on the last frames, a share of all."""
     video = np.array(subject.video, np.float32)
     for t in np.flatnonzero(_last(len(video), share)).tolist():
@@ -146,7 +168,9 @@ def _last(frames: int, share: float) -> Float[np.ndarray, "F"]:
     return (np.arange(frames) >= frames - math.ceil(round(share * frames, 6))).astype(np.float32)
 
 
-def _recast(subject: Subject, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]) -> Float[np.ndarray, "F H W 3"]:
+def _recast(
+    subject: Subject, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]
+) -> Float[np.ndarray, "F H W 3"]:
     """A new clip in which some have other faces, by number; opacity: of these, for every frame."""
     video = np.array(subject.video, np.float32)
     if faces and opacity.any():
@@ -176,7 +200,9 @@ def paste(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3
 def freeze(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The clip comes to a standstill; strength: for which share of it."""
     last = len(subject.video) - 1
-    return np.asarray(subject.video, np.float32)[np.minimum(np.arange(last + 1), round((1 - strength) * last))]
+    return np.asarray(subject.video, np.float32)[
+        np.minimum(np.arange(last + 1), round((1 - strength) * last))
+    ]
 
 
 def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
@@ -184,14 +210,24 @@ def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W
 
     def change(frame: np.ndarray, t: int) -> None:
         for i in subject.people[:1]:
-            put(frame, grown(subject.boxes[t, i], 1 + strength), subject.video[t], subject.boxes[t, i], float(strength > 0))
+            put(
+                frame,
+                grown(subject.boxes[t, i], 1 + strength),
+                subject.video[t],
+                subject.boxes[t, i],
+                float(strength > 0),
+            )
 
     return _changed(subject, change)
 
 
 def duplicate(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end everybody has the first person's face; strength: for which share of the clip."""
-    return _recast(subject, dict.fromkeys(subject.people[1:], subject.people[0]), _last(len(subject.video), strength))
+    return _recast(
+        subject,
+        dict.fromkeys(subject.people[1:], subject.people[0]),
+        _last(len(subject.video), strength),
+    )
 
 
 def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
@@ -207,7 +243,9 @@ def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
 
 def blend(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """Each face is mixed with the next person's, half and half at strength 1."""
-    return _recast(subject, _round(subject), np.full(len(subject.video), 0.5 * strength, np.float32))
+    return _recast(
+        subject, _round(subject), np.full(len(subject.video), 0.5 * strength, np.float32)
+    )
 
 
 def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
@@ -217,12 +255,20 @@ def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
 
 def replace(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The last person has the stranger's face; strength: its opacity."""
-    return _recast(subject, dict.fromkeys(subject.people[-1:], STRANGER), np.full(len(subject.video), strength, np.float32))
+    return _recast(
+        subject,
+        dict.fromkeys(subject.people[-1:], STRANGER),
+        np.full(len(subject.video), strength, np.float32),
+    )
 
 
 def drift(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The last person turns into the stranger little by little; strength: opacity of the stranger's face in the last frame."""
-    return _recast(subject, dict.fromkeys(subject.people[-1:], STRANGER), np.linspace(0, strength, len(subject.video), dtype=np.float32))
+    return _recast(
+        subject,
+        dict.fromkeys(subject.people[-1:], STRANGER),
+        np.linspace(0, strength, len(subject.video), dtype=np.float32),
+    )
 
 
 def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
@@ -235,7 +281,13 @@ def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
             left, top, right, bottom = _inside(grown(box, 1.5), *frame.shape[:2])
             if right > left and bottom > top:
                 corner = np.array([left, top, left, top], box.dtype)
-                put(frame, box, _blurred(subject.video[t, top:bottom, left:right], sigma), box - corner, float(strength > 0))
+                put(
+                    frame,
+                    box,
+                    _blurred(subject.video[t, top:bottom, left:right], sigma),
+                    box - corner,
+                    float(strength > 0),
+                )
 
     return _changed(subject, change)
 
@@ -243,18 +295,24 @@ def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
 # ---- nuisances -------------------------------------------------------------------------------------------------------------
 
 
-def light(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+def light(
+    video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]
+) -> Float[np.ndarray, "F H W 3"]:
     """Brighter or darker, warmer or colder. direction: of the gain, and of each channel beyond it."""
     gain = 1 + strength * (GAIN * direction[0] + TINT * direction[1:])
     return np.clip((video + 1) * gain.astype(np.float32) - 1, -1, 1)
 
 
-def codec(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+def codec(
+    video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]
+) -> Float[np.ndarray, "F H W 3"]:
     """Through h264 and back, at a quality that falls with the strength."""
     return recoded(video, QUALITY[0] + round(strength * (QUALITY[1] - QUALITY[0])))
 
 
-def crop(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+def crop(
+    video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]
+) -> Float[np.ndarray, "F H W 3"]:
     """A margin is cut away and the rest fills the picture. direction: of the rest's place, across and down."""
     height, width = video.shape[1:3]
     cut = strength * MARGIN
@@ -263,14 +321,18 @@ def crop(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[
     return sampled(video, x * (1 - cut) + start[0], y * (1 - cut) + start[1]).astype(np.float32)
 
 
-def pose(video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]) -> Float[np.ndarray, "F H W 3"]:
+def pose(
+    video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]
+) -> Float[np.ndarray, "F H W 3"]:
     """The camera leans, about the picture's middle. A mirror image would be somebody else: no face is symmetric."""
     height, width = video.shape[1:3]
     angle = strength * ROLL * float(direction[0])
     x, y = _pixels(0, 0, width, height)
     dx, dy = x - width / 2, y - height / 2
     cos, sin = math.cos(angle), math.sin(angle)
-    return sampled(video, width / 2 + cos * dx - sin * dy, height / 2 + sin * dx + cos * dy).astype(np.float32)
+    return sampled(video, width / 2 + cos * dx - sin * dy, height / 2 + sin * dx + cos * dy).astype(
+        np.float32
+    )
 
 
 DISTORTIONS: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
@@ -285,7 +347,25 @@ DISTORTIONS: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
     "freeze": freeze,
     "paste": paste,
 }
-TRICKS = ("paste", "freeze", "enlarge", "duplicate", "drop", "blend", "swap")  # what a policy might do to please a face reward
-LOOKS = ("blur", "enlarge", "freeze", "paste")  # these change how a face or the clip looks, not who is there
+TRICKS = (
+    "paste",
+    "freeze",
+    "enlarge",
+    "duplicate",
+    "drop",
+    "blend",
+    "swap",
+)  # what a policy might do to please a face reward
+LOOKS = (
+    "blur",
+    "enlarge",
+    "freeze",
+    "paste",
+)  # these change how a face or the clip looks, not who is there
 TOGETHER = ("swap", "duplicate", "blend")  # these need two people
-NUISANCES: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {"light": light, "codec": codec, "crop": crop, "pose": pose}
+NUISANCES: dict[str, Callable[..., Float[np.ndarray, "F H W 3"]]] = {
+    "light": light,
+    "codec": codec,
+    "crop": crop,
+    "pose": pose,
+}

@@ -33,7 +33,13 @@ from jax_idgrpo.errors import UserError
 
 COLUMNS = ("path_A", "path_B", "prompt", "ref_paths")
 LABELS = {"A": 1, "B": -1, "same": 0, "invalid": 22}
-SOURCES = {"": "trusted", "trusted": "trusted", "automatic": "automatic", "auto": "automatic", "synthetic": "automatic"}
+SOURCES = {
+    "": "trusted",
+    "trusted": "trusted",
+    "automatic": "automatic",
+    "auto": "automatic",
+    "synthetic": "automatic",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,9 @@ def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
 def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
     where = f"pairs {path}, line {line}"
     if None in row or None in row.values():
-        raise UserError(f"{where}: has more or fewer fields than the header; put texts with commas in double quotes")
+        raise UserError(
+            f"{where}: has more or fewer fields than the header; put texts with commas in double quotes"
+        )
     labels = [row[name].strip() for name in dimensions]
     if unknown := [label for label in labels if label not in LABELS]:
         raise UserError(f"{where}: a label is {unknown[0]!r}; use {', '.join(LABELS)}")
@@ -118,16 +126,27 @@ def _pair(row: dict, path: Path, line: int, dimensions: Sequence[str]) -> Pair:
     if source not in SOURCES:
         raise UserError(f"{where}: source is {source!r}; use trusted or automatic")
     fps, frames = (
-        tuple(_number(row.get(f"{name}_{side}", ""), f"{where}: {name}_{side}") for side in "AB") for name in ("fps", "num_frames")
+        tuple(_number(row.get(f"{name}_{side}", ""), f"{where}: {name}_{side}") for side in "AB")
+        for name in ("fps", "num_frames")
     )
-    photos = tuple(path.parent / name.strip() for name in row["ref_paths"].split(SEPARATOR) if name.strip())
+    photos = tuple(
+        path.parent / name.strip() for name in row["ref_paths"].split(SEPARATOR) if name.strip()
+    )
     videos = tuple(path.parent / row[f"path_{side}"].strip() for side in "AB")
     if not photos:
-        raise UserError(f"{where}: no reference photo; name image files in ref_paths, joined by {SEPARATOR}")
+        raise UserError(
+            f"{where}: no reference photo; name image files in ref_paths, joined by {SEPARATOR}"
+        )
     for file in (*photos, *videos):
         if not file.is_file():
             raise UserError(f"{where}: {file} is no file; paths are relative to the CSV")
-    content = Row(photos, (videos[0], videos[1]), row["prompt"].strip(), (fps[0], fps[1]), (int(frames[0]), int(frames[1])))
+    content = Row(
+        photos,
+        (videos[0], videos[1]),
+        row["prompt"].strip(),
+        (fps[0], fps[1]),
+        (int(frames[0]), int(frames[1])),
+    )
     return Pair(content, tuple(LABELS[label] for label in labels), SOURCES[source])
 
 
@@ -153,7 +172,12 @@ def pair_digests(pairs: Sequence[Pair]) -> list[str]:
         values: list[Any] = [pair.labels, pair.source]
         if isinstance(pair.row, Row):
             files = [path for path in (*pair.references, *pair.videos) if isinstance(path, Path)]
-            values += [pair.prompt, pair.fps, pair.row.num_frames, [(path.name, path.stat().st_size) for path in files]]
+            values += [
+                pair.prompt,
+                pair.fps,
+                pair.row.num_frames,
+                [(path.name, path.stat().st_size) for path in files],
+            ]
         short = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
         return f"{short}-{short}"
 
@@ -197,7 +221,9 @@ def pair_batch(given: Mixture, seed: int, step: int, count: int, share: float) -
     """
     kinds = (given.trusted, given.automatic)
     draws = np.asarray(jax.random.uniform(rng.fold(rng.key(seed, "data"), step), (count,)))
-    orders = [grain.MapDataset.range(max(len(kind), 1)).seed(seed).shuffle().repeat() for kind in kinds]
+    orders = [
+        grain.MapDataset.range(max(len(kind), 1)).seed(seed).shuffle().repeat() for kind in kinds
+    ]
     chosen = []
     for row, draw in enumerate(draws):
         kind = int((draw < share and len(kinds[1]) > 0) or not len(kinds[0]))

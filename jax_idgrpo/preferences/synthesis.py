@@ -31,12 +31,28 @@ from jax_idgrpo.preferences.clip_pairs import Shape, among, drawn, filmed
 from jax_idgrpo.preferences.corruptions import DISTORTIONS, LOOKS, NUISANCES, TOGETHER, Subject
 from jax_idgrpo.synthetic import captions, people
 
-TIES = 0.2          # share of pairs without a fault
-STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS} | {"swap": (0.2, 0.25)}
+TIES = 0.2  # share of pairs without a fault
+STRENGTHS = {name: (0.5, 0.4) if name in LOOKS else (0.2, 0.15) for name in DISTORTIONS} | {
+    "swap": (0.2, 0.25)
+}
 """Kind -> least strength of the stronger fault, and least difference of the two: who somebody is counts however little is changed, while
 what is wrong with a picture must be seen. Faults that last for a share of the clip differ by one frame of nine at least."""
-COLUMNS = ("path_A", "path_B", "prompt", "ref_paths", "num_frames_A", "num_frames_B", "fps_A", "fps_B", "SA", "source", "distortion",
-           "strength_A", "strength_B", "truth")
+COLUMNS = (
+    "path_A",
+    "path_B",
+    "prompt",
+    "ref_paths",
+    "num_frames_A",
+    "num_frames_B",
+    "fps_A",
+    "fps_B",
+    "SA",
+    "source",
+    "distortion",
+    "strength_A",
+    "strength_B",
+    "truth",
+)
 
 
 def pair(
@@ -51,9 +67,13 @@ def pair(
     low = little * (high - gap) if name and second < 0.5 else 0.0
     a, b = (high, low) if order < 0.5 else (low, high)
     videos = []
-    for subject, strength, (which, amount, *direction) in zip(subjects, (a, b), (nuisances[:6], nuisances[6:12]), strict=True):
+    for subject, strength, (which, amount, *direction) in zip(
+        subjects, (a, b), (nuisances[:6], nuisances[6:12]), strict=True
+    ):
         video = DISTORTIONS[name](subject, float(strength)) if name else subject.video
-        changed = NUISANCES[among(list(NUISANCES), which)](video, float(amount), 2 * np.asarray(direction) - 1)
+        changed = NUISANCES[among(list(NUISANCES), which)](
+            video, float(amount), 2 * np.asarray(direction) - 1
+        )
         videos.append(np.clip(changed, -1, 1).astype(np.float32))
     return name, (float(a), float(b)), videos
 
@@ -89,9 +109,14 @@ def write_pairs(
     if not 0 <= automatic <= 1 or not 0 <= careless <= 1:
         raise UserError("--automatic and --careless are shares; use 0 to 1")
     if clips is None and (faces or shape.fps != people.FRAMES_PER_SECOND):
-        raise UserError("--faces and --fps are for videos; name their folder with --clips, or leave them out")
+        raise UserError(
+            "--faces and --fps are for videos; name their folder with --clips, or leave them out"
+        )
     root = rng.key(seed, "augment")
-    draws = np.asarray(jax.vmap(lambda n: jax.random.uniform(rng.fold(root, n), (21,)))(np.arange(count)), np.float64)
+    draws = np.asarray(
+        jax.vmap(lambda n: jax.random.uniform(rng.fold(root, n), (21,)))(np.arange(count)),
+        np.float64,
+    )
     networks = (RewardConfig(faces=str(faces)) if faces else RewardConfig()).folder()
     source = filmed(clips, split, shape, networks, seed) if clips else drawn(seed, split, shape)
     with (
@@ -113,5 +138,18 @@ def write_pairs(
             kind = "automatic" if u[18] < automatic else "trusted"
             said = _said(truth, u[19:], careless if kind == "automatic" else 0.0)
             sizes = (shape.frames,) * 2 + (shape.fps,) * 2
-            rows.writerow((*files, takes.prompt, ";".join(photos), *sizes, said, kind, name, f"{a:.3f}", f"{b:.3f}", truth))
+            rows.writerow(
+                (
+                    *files,
+                    takes.prompt,
+                    ";".join(photos),
+                    *sizes,
+                    said,
+                    kind,
+                    name,
+                    f"{a:.3f}",
+                    f"{b:.3f}",
+                    truth,
+                )
+            )
             update(number + 1)

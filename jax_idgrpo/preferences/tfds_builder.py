@@ -26,14 +26,20 @@ SHARD = 2**28
 def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
     """What an example holds."""
     file = tfds.features.Tensor(shape=(), dtype=np.object_)
-    sides = {"video": file, "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"), "num_frames": np.int64}
-    return tfds.features.FeaturesDict({
-        "prompt": tfds.features.Text(),
-        "references": tfds.features.Sequence(file),
-        "labels": {name: tfds.features.ClassLabel(names=list(LABELS)) for name in dimensions},
-        "source": tfds.features.ClassLabel(names=list(SOURCES)),
-        **{f"{name}_{side}": kind for name, kind in sides.items() for side in "AB"},
-    })
+    sides = {
+        "video": file,
+        "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"),
+        "num_frames": np.int64,
+    }
+    return tfds.features.FeaturesDict(
+        {
+            "prompt": tfds.features.Text(),
+            "references": tfds.features.Sequence(file),
+            "labels": {name: tfds.features.ClassLabel(names=list(LABELS)) for name in dimensions},
+            "source": tfds.features.ClassLabel(names=list(SOURCES)),
+            **{f"{name}_{side}": kind for name, kind in sides.items() for side in "AB"},
+        }
+    )
 
 
 def named(value: int) -> str:
@@ -58,22 +64,42 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
     name = NAME
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, pairs: Sequence[Pair], dimensions: Sequence[str], update: Callable[[int], None], data_dir: Path):
+    def __init__(
+        self,
+        *,
+        pairs: Sequence[Pair],
+        dimensions: Sequence[str],
+        update: Callable[[int], None],
+        data_dir: Path,
+    ):
         """update: is told how many pairs are written."""
         self._pairs, self._dimensions, self._update = pairs, tuple(dimensions), update
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        labels = {name: "".join(named(pair.labels[n])[0] for pair in self._pairs) for n, name in enumerate(self._dimensions)}
+        labels = {
+            name: "".join(named(pair.labels[n])[0] for pair in self._pairs)
+            for n, name in enumerate(self._dimensions)
+        }
         index = {"labels": labels, "sources": "".join(pair.source[0] for pair in self._pairs)}
         return tfds.core.DatasetInfo(
-            builder=self, description=type(self).__doc__, features=features(self._dimensions), metadata=tfds.core.MetadataDict(index),
+            builder=self,
+            description=type(self).__doc__,
+            features=features(self._dimensions),
+            metadata=tfds.core.MetadataDict(index),
             disable_shuffling=True,
         )
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
-        sizes = [sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos)) for pair in self._pairs]
-        return {SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]}
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
+        sizes = [
+            sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos))
+            for pair in self._pairs
+        ]
+        return {
+            SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]
+        }
 
     def _examples(self, numbers: range) -> Iterator[tuple[int, dict]]:
         for number in numbers:
@@ -88,13 +114,21 @@ def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
       UserError: a file cannot be read.
     """
     row = pair.row.read()
-    a_b = {"video": [_bytes(file) for file in row.videos], "fps": row.fps, "num_frames": row.num_frames}
+    a_b = {
+        "video": [_bytes(file) for file in row.videos],
+        "fps": row.fps,
+        "num_frames": row.num_frames,
+    }
     return {
         "prompt": row.prompt,
         "references": [_bytes(file) for file in row.references],
         "labels": {name: named(label) for name, label in zip(dimensions, pair.labels, strict=True)},
         "source": pair.source,
-        **{f"{name}_{side}": values[n] for name, values in a_b.items() for n, side in enumerate("AB")},
+        **{
+            f"{name}_{side}": values[n]
+            for name, values in a_b.items()
+            for n, side in enumerate("AB")
+        },
     }
 
 
@@ -102,4 +136,6 @@ def _bytes(file: File) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); check its permissions"
+        ) from None

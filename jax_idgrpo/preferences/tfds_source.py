@@ -37,7 +37,9 @@ def open_pairs(path: str | Path, dimensions: Sequence[str]) -> Sequence[Pair]:
     Raises:
       UserError: as `load_pairs` and `StoredPairs`.
     """
-    return StoredPairs(Path(path), dimensions) if Path(path).is_dir() else load_pairs(path, dimensions)
+    return (
+        StoredPairs(Path(path), dimensions) if Path(path).is_dir() else load_pairs(path, dimensions)
+    )
 
 
 def builder() -> ModuleType:
@@ -49,7 +51,9 @@ def builder() -> ModuleType:
     try:
         from jax_idgrpo.preferences import tfds_builder
     except ImportError as error:
-        raise UserError(f"data sets of pairs need tensorflow-datasets ({error}); install it: pip install 'jax-idgrpo[data]'") from None
+        raise UserError(
+            f"data sets of pairs need tensorflow-datasets ({error}); install it: pip install 'jax-idgrpo[data]'"
+        ) from None
     return tfds_builder
 
 
@@ -66,10 +70,15 @@ class StoredRow:
     def read(self) -> Row:
         """Raises UserError where the data set is damaged."""
         found = self.among.example(self.number)
-        photos = tuple(StoredFile(self, "references", place) for place in range(len(found["references"])))
+        photos = tuple(
+            StoredFile(self, "references", place) for place in range(len(found["references"]))
+        )
         return Row(
-            photos, (StoredFile(self, "video_A"), StoredFile(self, "video_B")), found["prompt"],
-            (float(found["fps_A"]), float(found["fps_B"])), (int(found["num_frames_A"]), int(found["num_frames_B"])),
+            photos,
+            (StoredFile(self, "video_A"), StoredFile(self, "video_B")),
+            found["prompt"],
+            (float(found["fps_A"]), float(found["fps_B"])),
+            (int(found["num_frames_A"]), int(found["num_frames_B"])),
         )
 
 
@@ -82,7 +91,11 @@ class StoredFile:
     place: int = -1
 
     def __str__(self) -> str:
-        return f"{self.row}, {self.name}" if self.place < 0 else f"{self.row}, {self.name} {self.place}"
+        return (
+            f"{self.row}, {self.name}"
+            if self.place < 0
+            else f"{self.row}, {self.name} {self.place}"
+        )
 
     def read_bytes(self) -> bytes:
         """Raises UserError where the data set is damaged."""
@@ -102,12 +115,16 @@ class StoredPairs(Sequence[Pair]):
         lengths = _lengths(folder, written)
         self.folder, (self._columns, self._sources) = folder, _index(folder, sum(lengths))
         if missing := [name for name in dimensions if name not in self._columns]:
-            raise UserError(f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
-                            f"make it again with --dimensions {','.join(dimensions)}")
+            raise UserError(
+                f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
+                f"make it again with --dimensions {','.join(dimensions)}"
+            )
         self._labels = [self._columns[name] for name in dimensions]
         self._features = written.features(list(self._columns))
         stem = folder / f"{written.NAME}-{written.SPLIT}.array_record"
-        files = [Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))]
+        files = [
+            Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))
+        ]
         if lost := [file.name for file in files if not file.is_file()]:
             raise UserError(f"pairs {folder}: {lost[0]} is missing; {AGAIN}")
         try:
@@ -139,11 +156,19 @@ class StoredPairs(Sequence[Pair]):
         try:
             read = self._features.deserialize_example_np(self._records[number])
             read["prompt"] = read["prompt"].decode()
-            said = {name: list(LETTERS)[label] for name, label in read["labels"].items()}, list(SOURCES)[read["source"]]
-        except Exception as error:      # whatever the libraries raise over damaged bytes
+            said = (
+                {name: list(LETTERS)[label] for name, label in read["labels"].items()},
+                list(SOURCES)[read["source"]],
+            )
+        except Exception as error:  # whatever the libraries raise over damaged bytes
             raise UserError(f"{StoredRow(self, number)}: {_damaged(error)}") from None
-        if said != ({name: column[number] for name, column in self._columns.items()}, self._sources[number]):
-            raise UserError(f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}")
+        if said != (
+            {name: column[number] for name, column in self._columns.items()},
+            self._sources[number],
+        ):
+            raise UserError(
+                f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}"
+            )
         return read
 
 
@@ -166,16 +191,23 @@ def _lengths(folder: Path, written: ModuleType) -> list[int]:
       UserError: the folder is no data set of pairs, or of another version.
     """
     if not (folder / INFO).is_file():
-        raise UserError(f"pairs {folder}: is a folder without {INFO}, so no data set; name a CSV, or make one: {MAKE}")
+        raise UserError(
+            f"pairs {folder}: is a folder without {INFO}, so no data set; name a CSV, or make one: {MAKE}"
+        )
     info = _json(folder / INFO)
     try:
         found = [info[name] for name in ("name", "version", "fileFormat")]
-        lengths = {split["name"]: [int(length) for length in split["shardLengths"]] for split in info["splits"]}
+        lengths = {
+            split["name"]: [int(length) for length in split["shardLengths"]]
+            for split in info["splits"]
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"pairs {folder / INFO}: {_damaged(error)}") from None
     wanted = [written.NAME, written.VERSION, "array_record"]
     if found != wanted or list(lengths) != [written.SPLIT]:
-        raise UserError(f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(wanted)}; make one of the CSV: {MAKE}")
+        raise UserError(
+            f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(wanted)}; make one of the CSV: {MAKE}"
+        )
     return lengths[written.SPLIT]
 
 
@@ -188,7 +220,10 @@ def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
     index = _json(folder / INDEX)
     try:
         labels, sources = dict(index["labels"]), str(index["sources"])
-        fit = [set(sources) <= set(SOURCES), *(set(column) <= set(LETTERS) for column in labels.values())]
+        fit = [
+            set(sources) <= set(SOURCES),
+            *(set(column) <= set(LETTERS) for column in labels.values()),
+        ]
         if not all(fit) or any(len(column) != count for column in (sources, *labels.values())):
             raise ValueError(f"not the letters of {count} pairs")
     except (KeyError, TypeError, ValueError) as error:
@@ -210,9 +245,13 @@ def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
     with (
         workdir.new_folder(out) as folder,
         progress("pairs", len(pairs)) as update,
-        contextlib.redirect_stdout(io.StringIO()),      # which says where the folder is while it is not complete
+        contextlib.redirect_stdout(
+            io.StringIO()
+        ),  # which says where the folder is while it is not complete
     ):
-        made = written.IdentityPairs(pairs=pairs, dimensions=names, update=update, data_dir=folder / "making")
+        made = written.IdentityPairs(
+            pairs=pairs, dimensions=names, update=update, data_dir=folder / "making"
+        )
         made.download_and_prepare()
         for file in Path(made.data_dir).iterdir():
             file.rename(folder / file.name)

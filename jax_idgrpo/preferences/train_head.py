@@ -25,13 +25,31 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
+from jax_idgrpo.preferences.batches import (
+    Differences,
+    PairOptions,
+    filtered,
+    pair_loss,
+    read_options,
+    step_pairs,
+    write_accuracy,
+)
 from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.factory import make_face_reward
-from jax_idgrpo.rewards.head import PEOPLE, VIDEO, Head, Tokens, fingerprint, load_head, reading, save_head, seen
+from jax_idgrpo.rewards.head import (
+    PEOPLE,
+    VIDEO,
+    Head,
+    Tokens,
+    fingerprint,
+    load_head,
+    reading,
+    save_head,
+    seen,
+)
 from jax_idgrpo.training.task import Loss, Task
 
 Sides = dict[Pair, tuple[Tokens, Tokens]]
@@ -53,7 +71,9 @@ class HeadOptions(PairOptions):
     tokens: str = ""
 
 
-def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
+def kept(
+    folder: str, reward: FaceReward, config: Config
+) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
     """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them; "" is no folder.
 
     A file is named by all that its tokens depend on: the bytes of video and photos, the face networks, the settings, this version.
@@ -61,26 +81,41 @@ def kept(folder: str, reward: FaceReward, config: Config) -> Callable[[Pair, Fil
     if not folder:
         return lambda pair, path, read: read()
     names, size = (*PEOPLE, *VIDEO), ("photos at their own size", config.data.max_people)
-    common = repr((names, size, reading(config.reward), importlib.metadata.version("jax-idgrpo"), fingerprint(reward.state)))
+    common = repr(
+        (
+            names,
+            size,
+            reading(config.reward),
+            importlib.metadata.version("jax-idgrpo"),
+            fingerprint(reward.state),
+        )
+    )
 
     def of(pair: Pair, path: File, read: Callable[[], Tokens]) -> Tokens:
         try:
             parts = [common.encode(), *(file.read_bytes() for file in (path, *pair.references))]
         except OSError:
-            return read()           # which says what cannot be read
+            return read()  # which says what cannot be read
         name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
         file = Path(folder) / f"{name}.safetensors"
         try:
-            return Tokens(**{name: np.asarray(value) for name, value in store.open_tensors(file).items()})
-        except (UserError, TypeError):      # there is none, or a damaged one
+            return Tokens(
+                **{name: np.asarray(value) for name, value in store.open_tensors(file).items()}
+            )
+        except (UserError, TypeError):  # there is none, or a damaged one
             tokens = read()
-            store.write_file(file, {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)})
+            store.write_file(
+                file,
+                {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)},
+            )
             return tokens
 
     return of
 
 
-def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = "") -> Sides:
+def read_tokens(
+    reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = ""
+) -> Sides:
     """The tokens of every pair, each video looked at once for the same photos. folder: see `kept`.
 
     Raises:
@@ -92,30 +127,44 @@ def read_tokens(reward: FaceReward, pairs: Iterable[Pair], config: Config, folde
         for done, pair in enumerate(listed, 1):
             for path in pair.videos:
                 if (pair.references, path) not in known:
-                    known[pair.references, path] = tokens_of(pair, path, lambda: read_one(reward, pair, path, config)[1])  # noqa: B023
-            found[pair] = (known[pair.references, pair.videos[0]], known[pair.references, pair.videos[1]])
+                    known[pair.references, path] = tokens_of(
+                        pair, path, lambda: read_one(reward, pair, path, config)[1]
+                    )  # noqa: B023
+            found[pair] = (
+                known[pair.references, pair.videos[0]],
+                known[pair.references, pair.videos[1]],
+            )
             update(done)
     return found
 
 
-def read_one(reward: FaceReward, pair: Pair, path: File, config: Config) -> tuple[dict[str, float], Tokens]:
+def read_one(
+    reward: FaceReward, pair: Pair, path: File, config: Config
+) -> tuple[dict[str, float], Tokens]:
     """The terms of the fixed reward and the tokens of one video of a pair, without the batch's axis.
 
     Raises:
       UserError: as `read_tokens`.
     """
     if len(pair.references) > config.data.max_people:
-        raise UserError(f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}")
+        raise UserError(
+            f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}"
+        )
     photos = References((tuple(map(Photo, pair.references)),), config.data.max_people)
     people = reward.encode_references(photos, [pair.prompt])
     terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], people))
-    return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(lambda leaf: leaf[0], said)
+    return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(
+        lambda leaf: leaf[0], said
+    )
 
 
 def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
     """The arrays of some pairs."""
     rows = [sides[pair][side] for side in (0, 1) for pair in pairs]
-    return PairBatch(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), np.asarray([pair.labels for pair in pairs], np.int32))
+    return PairBatch(
+        jax.tree.map(lambda *leaves: np.stack(leaves), *rows),
+        np.asarray([pair.labels for pair in pairs], np.int32),
+    )
 
 
 def differences(head: Head, sides: Sides) -> Differences:
@@ -134,12 +183,23 @@ def new_head(pairs: Sequence[Pair], sides: Sides, key: Array) -> Head:
     return Head(seen(read.people[read.mask]), seen(read.video), rngs=nnx.Rngs(key))
 
 
-def head_task(pairs: Sequence[Pair], held_out: Sequence[Pair], sides: Sides, networks: str, options: PairOptions, config: Config) -> Task:
+def head_task(
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    sides: Sides,
+    networks: str,
+    options: PairOptions,
+    config: Config,
+) -> Task:
     """The task once the tokens of all pairs are known."""
     start, mixed = Path(config.finetune.start), by_source(pairs)
 
     def init(key: jax.Array) -> nnx.Module:
-        return load_head(start, networks, config.reward) if config.finetune.start else new_head(pairs, sides, key)
+        return (
+            load_head(start, networks, config.reward)
+            if config.finetune.start
+            else new_head(pairs, sides, key)
+        )
 
     def batch(seed: int, step: int) -> PairBatch:
         return collate(step_pairs(mixed, options, config, seed, step), sides)
@@ -159,11 +219,17 @@ def make(config: Config) -> Task:
     """The task of `configs/reward_face.py`."""
     options = read_options(HeadOptions, config.finetune.options)
     if len(options.dimensions) != 1:
-        raise UserError(f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one")
+        raise UserError(
+            f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one"
+        )
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
     reward = make_face_reward(dataclasses.replace(config.reward, head=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
-    pairs = filtered(pairs, options, lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides))
+    pairs = filtered(
+        pairs,
+        options,
+        lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides),
+    )
     return head_task(pairs, held_out, sides, networks, options, config)

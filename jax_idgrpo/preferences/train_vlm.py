@@ -30,7 +30,15 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
+from jax_idgrpo.preferences.batches import (
+    Differences,
+    PairOptions,
+    filtered,
+    pair_loss,
+    read_options,
+    step_pairs,
+    write_accuracy,
+)
 from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.vlm import files, inputs
@@ -84,7 +92,9 @@ class Trainee(nnx.Module):
     def fill(self) -> None:
         """Put the rows into the table."""
         table, rows = self.network.embed_tokens[...], self.rows[...]
-        self.network.embed_tokens[...] = table.at[table.shape[0] - rows.shape[0] :].set(rows.astype(table.dtype))
+        self.network.embed_tokens[...] = table.at[table.shape[0] - rows.shape[0] :].set(
+            rows.astype(table.dtype)
+        )
 
 
 def trained(path: tuple[Any, ...], value: Any) -> bool:
@@ -135,7 +145,10 @@ class Reading:
         pixels, vision = self.settings.pixels, self.vision
         rows = [(pair, side) for side in (0, 1) for pair in pairs]
         found = [_frames(pair.videos[side], self.settings.frames) for pair, side in rows]
-        grids = [inputs.video_grid(len(video), video.shape[1], video.shape[2], vision, pixels) for video, _ in found]
+        grids = [
+            inputs.video_grid(len(video), video.shape[1], video.shape[2], vision, pixels)
+            for video, _ in found
+        ]
         seconds = [
             inputs.seconds_per_grid(total, pair.fps[side] or self.fps, len(video))
             for (pair, side), (video, total) in zip(rows, found, strict=True)
@@ -156,7 +169,9 @@ def read_with(model: RewardModel, text: str, fps: float) -> Reading:
     return Reading(model.settings, model.network.config.vision, prompting, fps)
 
 
-def differences(trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size: int) -> Float[np.ndarray, "N O"]:
+def differences(
+    trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size: int
+) -> Float[np.ndarray, "N O"]:
     """Score of A minus score of B of every pair, `size` pairs at a time."""
     graph, state = nnx.split(trainee)
 
@@ -184,11 +199,15 @@ def read_teacher(config: Config, options: Options) -> Differences:
     reward = config.reward
     model = files.load(options.teacher, reward.vlm_base or None, reward.vlm_dtype)
     if model.settings.dimensions != options.dimensions:
-        raise UserError(f"finetune.options: teacher {options.teacher} scores {', '.join(model.settings.dimensions)}, "
-                        f"the pairs are labelled in {', '.join(options.dimensions)}")
+        raise UserError(
+            f"finetune.options: teacher {options.teacher} scores {', '.join(model.settings.dimensions)}, "
+            f"the pairs are labelled in {', '.join(options.dimensions)}"
+        )
     text = inputs.read_text(Path(options.teacher) / files.PROMPT, model.settings.template)
     trainee = Trainee(model.network, len(model.settings.tokens), model.settings)
-    return lambda pairs: differences(trainee, pairs, read_with(model, text, reward.vlm_fps), config.finetune.batch)
+    return lambda pairs: differences(
+        trainee, pairs, read_with(model, text, reward.vlm_fps), config.finetune.batch
+    )
 
 
 def open_model(config: Config, options: Options, key: jax.Array) -> tuple[RewardModel, str]:
@@ -202,18 +221,33 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
     if begun:
         model = files.load(begun, base or None, dtype, merge=False, mesh=mesh)
         if model.network.config.rank == 0:
-            raise UserError(f"finetune.start {begun}: its adapter is merged already; start from a folder that holds {files.ADAPTER}")
+            raise UserError(
+                f"finetune.start {begun}: its adapter is merged already; start from a folder that holds {files.ADAPTER}"
+            )
     else:
         if not base:
-            raise UserError("reward.vlm_base is empty; name the folder of the Qwen2.5-VL model that training starts from")
+            raise UserError(
+                "reward.vlm_base is empty; name the folder of the Qwen2.5-VL model that training starts from"
+            )
         size = len(options.dimensions)
         settings = Settings(
-            dimensions=options.dimensions, pooling=options.pooling, frames=options.frames, pixels=options.pixels, template="own",
-            mean=(0.0,) * size, deviation=(1.0,) * size, rank=options.rank, alpha=options.alpha,
+            dimensions=options.dimensions,
+            pooling=options.pooling,
+            frames=options.frames,
+            pixels=options.pixels,
+            template="own",
+            mean=(0.0,) * size,
+            deviation=(1.0,) * size,
+            rank=options.rank,
+            alpha=options.alpha,
         )
         model = files.start(base, settings, key, dtype, mesh)
     file = options.text or (str(Path(begun) / files.PROMPT) if begun else "")
-    text = inputs.read_text(Path(file), model.settings.template) if file else inputs.own_text(model.settings.tokens)
+    text = (
+        inputs.read_text(Path(file), model.settings.template)
+        if file
+        else inputs.own_text(model.settings.tokens)
+    )
     return model, text
 
 
@@ -232,14 +266,32 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> PairBatch:
         return reading.batch(step_pairs(mixed, options, config, seed, step))
 
-    def loss(trainee: nnx.Module, given: PairBatch, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        trainee: nnx.Module, given: PairBatch, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         a, b = jnp.split(trainee(given.asked, given.frames), 2)
         return pair_loss(a, b, given.labels, options.theta)
 
     def save(trainee: nnx.Module, folder: Path) -> None:
         size = config.finetune.batch
-        write_accuracy(folder.parent, held_out, lambda pairs: differences(trainee, pairs, reading, size), options, config.run.seed)
+        write_accuracy(
+            folder.parent,
+            held_out,
+            lambda pairs: differences(trainee, pairs, reading, size),
+            options,
+            config.run.seed,
+        )
         trainee.fill()
-        files.save(dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text)
+        files.save(
+            dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text
+        )
 
-    return Task(init=init, batch=batch, loss=loss, save=save, trained=trained, frozen=nnx.Param, rows=pair_digests(mixed.pairs))
+    return Task(
+        init=init,
+        batch=batch,
+        loss=loss,
+        save=save,
+        trained=trained,
+        frozen=nnx.Param,
+        rows=pair_digests(mixed.pairs),
+    )

@@ -39,22 +39,36 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
     if split not in UPTO:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(UPTO)}")
     if not folder.is_dir():
-        raise UserError(f"--clips {folder}: no such folder; name one with clips.csv, whose header is path,{','.join(COLUMNS)}")
+        raise UserError(
+            f"--clips {folder}: no such folder; name one with clips.csv, whose header is path,{','.join(COLUMNS)}"
+        )
     csv = folder / "clips.csv"
     rows, clips = list(read_rows(csv, ("path", *COLUMNS))), []
     for prompt, (line, row) in zip(load_prompts(csv, MOST), rows, strict=True):
         video = folder / (row["path"] or "").strip()
         if not video.is_file():
-            raise UserError(f"clips {csv}, line {line}: {video} is no file; write the video's path relative to the CSV")
-        people = tuple(hashlib.sha256(photo.read_bytes()).hexdigest() for photo in prompt.references)
+            raise UserError(
+                f"clips {csv}, line {line}: {video} is no file; write the video's path relative to the CSV"
+            )
+        people = tuple(
+            hashlib.sha256(photo.read_bytes()).hexdigest() for photo in prompt.references
+        )
         if len(set(people)) < len(people):
-            raise UserError(f"clips {csv}, line {line}: two of the photos are the same; name one photo per person")
+            raise UserError(
+                f"clips {csv}, line {line}: two of the photos are the same; name one photo per person"
+            )
         clips.append(Clip(video, prompt.text, prompt.references, people))
-    of = {person: min(circle) for circle in circles([clip.people for clip in clips]) for person in circle}
+    of = {
+        person: min(circle)
+        for circle in circles([clip.people for clip in clips])
+        for person in circle
+    }
     clips = [dataclasses.replace(clip, circle=of[clip.people[0]]) for clip in clips]
     chosen = [clip for clip in clips if split_of(clip.circle) == split]
     if not chosen:
-        raise UserError(f"--clips {folder}: none of its {len(set(of.values()))} circles of people belongs to the split {split}; add clips")
+        raise UserError(
+            f"--clips {folder}: none of its {len(set(of.values()))} circles of people belongs to the split {split}; add clips"
+        )
     return chosen
 
 
@@ -63,7 +77,9 @@ def circles(groups: Sequence[Sequence[str]]) -> list[set[str]]:
     found: list[set[str]] = []
     for group in groups:
         touched = [circle for circle in found if not circle.isdisjoint(group)]
-        found = [circle for circle in found if circle.isdisjoint(group)] + [set(group).union(*touched)]
+        found = [circle for circle in found if circle.isdisjoint(group)] + [
+            set(group).union(*touched)
+        ]
     return found
 
 

@@ -35,7 +35,13 @@ from jax_idgrpo.synthetic.scenes import Batch, Scene, sample_ids, sample_mask, s
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
-_LIGHT_PHRASES = ("in soft light", "in bright light", "in dim light", "in warm light", "in cold light")
+_LIGHT_PHRASES = (
+    "in soft light",
+    "in bright light",
+    "in dim light",
+    "in warm light",
+    "in cold light",
+)
 
 
 def _background_phrase(kind: int, one: str, two: str) -> str:
@@ -70,12 +76,17 @@ def _person_phrase(labels: np.ndarray) -> str:
 def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
     """English description of one clip (no batch axis), on the host: people in reference order, then place and light."""
     labels, actions, mask = np.asarray(people.labels), np.asarray(scene.action), np.asarray(mask)
-    phrases = [f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}" for k in np.flatnonzero(mask)]
+    phrases = [
+        f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}"
+        for k in np.flatnonzero(mask)
+    ]
     one, two = (_COLOUR_NAMES[int(k)] for k in np.asarray(scene.colours))
     place = f"{_background_phrase(int(scene.background), one, two)} {_LIGHT_PHRASES[int(scene.light_kind)]}"
     if len(phrases) == 1:
         return f"one person {place}: a {phrases[0]}."
-    listed = ", ".join(f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases))
+    listed = ", ".join(
+        f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases)
+    )
     return f"{_COUNTS[len(phrases) - 1]} people {place}: {listed}."
 
 
@@ -93,7 +104,14 @@ def describe(scene: Scene, people: Identity, mask: Bool[ArrayLike, "B M"]) -> li
 
 def vocabulary() -> list[str]:
     """Every word a prompt can hold, sorted, without punctuation."""
-    texts = [*_ACTIONS, *_LIGHT_PHRASES, *_STYLE_NAMES, *_HAIR_NAMES, *_COLOUR_NAMES, *_HAT_NAMES[1:]]
+    texts = [
+        *_ACTIONS,
+        *_LIGHT_PHRASES,
+        *_STYLE_NAMES,
+        *_HAIR_NAMES,
+        *_COLOUR_NAMES,
+        *_HAT_NAMES[1:],
+    ]
     texts += [*_GLASSES_NAMES[1:], *_BEARD_NAMES[1:], *_CLOTHES_NAMES, *_COUNTS[:MAX_PEOPLE]]
     texts += [_background_phrase(k, "", "") for k in range(len(_BACKGROUNDS))]
     texts += ["a bald head hair glasses with and another person people"]
@@ -107,7 +125,9 @@ def _asked(seed, count: int, split: str):
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
     people = identity(ids)
     photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
-    scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)  # splits share no scenes either
+    scene_keys = jax.random.split(
+        rng.fold(scene_key, SPLITS[split][0]), count
+    )  # splits share no scenes either
     return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
 
 

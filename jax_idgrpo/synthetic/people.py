@@ -45,7 +45,14 @@ _HAIR = {
 }
 _HAIR_SHARES = (0.20, 0.20, 0.12, 0.12, 0.14, 0.08, 0.05, 0.05, 0.04)
 _EYE = np.array(
-    [[0.24, 0.13, 0.07], [0.42, 0.27, 0.12], [0.18, 0.42, 0.24], [0.16, 0.40, 0.72], [0.42, 0.50, 0.56]], np.float32
+    [
+        [0.24, 0.13, 0.07],
+        [0.42, 0.27, 0.12],
+        [0.18, 0.42, 0.24],
+        [0.16, 0.40, 0.72],
+        [0.42, 0.50, 0.56],
+    ],
+    np.float32,
 )
 _COLOURS = {
     "red": (0.80, 0.14, 0.14),
@@ -94,7 +101,10 @@ _HAT_TABLE = np.array(list(_HATS.values()), np.float32)
 _GLASSES_NAMES, _GLASSES_SHARES = ("none", "round", "square"), (0.68, 0.18, 0.14)
 _BEARD_NAMES, _BEARD_SHARES = ("none", "stubble", "goatee", "beard"), (0.64, 0.10, 0.10, 0.16)
 _MOUSTACHE_SHARE = 0.5
-_CLOTHES_NAMES, _CLOTHES_SHARES = ("shirt", "striped shirt", "jacket", "sweater"), (0.35, 0.25, 0.2, 0.2)
+_CLOTHES_NAMES, _CLOTHES_SHARES = (
+    ("shirt", "striped shirt", "jacket", "sweater"),
+    (0.35, 0.25, 0.2, 0.2),
+)
 
 _BACKGROUNDS = ("wall", "sky", "stripes", "tiles", "hills", "room", "beach", "lights")
 _ACTIONS = (
@@ -190,12 +200,16 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
 
     tone = u[24] * (len(_SKIN) - 1)
     low = jnp.minimum(tone.astype(jnp.int32), len(_SKIN) - 2)
-    skin = jnp.asarray(_SKIN)[low] + (tone - low) * (jnp.asarray(_SKIN)[low + 1] - jnp.asarray(_SKIN)[low])
+    skin = jnp.asarray(_SKIN)[low] + (tone - low) * (
+        jnp.asarray(_SKIN)[low + 1] - jnp.asarray(_SKIN)[low]
+    )
     skin = skin + jitter(25, 0.06)
 
     hair_style, hair = _pick(u[28], _STYLE_TABLE[:, 0]), _pick(u[29], _HAIR_SHARES)
     style = jnp.asarray(_STYLE_TABLE)[hair_style, 1:]
-    style = style + (u[30:40] - 0.5) * jnp.array([0.08, 0.18, 0.5, 0.2, 0.1, 0.3, 0.03, 0.1, 0.1, 0.08]) * (style != 0)
+    style = style + (u[30:40] - 0.5) * jnp.array(
+        [0.08, 0.18, 0.5, 0.2, 0.1, 0.3, 0.03, 0.1, 0.1, 0.08]
+    ) * (style != 0)
     hair_colour = jnp.asarray(_HAIR_TABLE)[hair] * (0.8 + 0.4 * u[43]) + jitter(40, 0.08)
 
     garment = _pick(u[44], _CLOTHES_SHARES)
@@ -212,7 +226,9 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
 
     lips = skin * jnp.array([0.86, 0.58, 0.58]) + u[59] * jnp.array([0.12, -0.12, -0.06])
     colours = jnp.asarray(_COLOUR_TABLE)
-    frame = jnp.stack([jnp.full(3, 0.10), jnp.array([0.55, 0.12, 0.12]), jnp.array([0.75, 0.60, 0.25])])
+    frame = jnp.stack(
+        [jnp.full(3, 0.10), jnp.array([0.55, 0.12, 0.12]), jnp.array([0.75, 0.60, 0.25])]
+    )
     clip = lambda c: jnp.clip(c, 0.02, 1.0)  # noqa: E731
     return Identity(
         skin=clip(skin),
@@ -226,7 +242,9 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
         shape=shape,
         style=style,
         headwear=headwear,
-        labels=jnp.stack(_Labels(hair_style, hair, clothes, garment, hat, hat_colour, glasses, beard)),
+        labels=jnp.stack(
+            _Labels(hair_style, hair, clothes, garment, hat, hat_colour, glasses, beard)
+        ),
     )
 
 
@@ -244,4 +262,6 @@ def dressed(heads: Identity, people: Identity) -> Identity:
     labels = jnp.asarray(heads.labels).at[..., garments].set(people.labels[..., garments])
     shoulders = _Shape._fields.index("shoulders")
     shape = jnp.asarray(heads.shape).at[..., shoulders].set(people.shape[..., shoulders])
-    return dataclasses.replace(heads, clothes=people.clothes, trim=people.trim, labels=labels, shape=shape)
+    return dataclasses.replace(
+        heads, clothes=people.clothes, trim=people.trim, labels=labels, shape=shape
+    )

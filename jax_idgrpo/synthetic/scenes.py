@@ -33,7 +33,16 @@ from jax_idgrpo.synthetic.people import (
     _pick,
     identity,
 )
-from jax_idgrpo.synthetic.renderer import POINTS, Light, Pose, _grid, _paint_person, _truth, portrait_truth, render_portrait
+from jax_idgrpo.synthetic.renderer import (
+    POINTS,
+    Light,
+    Pose,
+    _grid,
+    _paint_person,
+    _truth,
+    portrait_truth,
+    render_portrait,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes
@@ -45,7 +54,6 @@ class Scene:
 
     Each field of a pose at time t is base + slope (t - 1/2) + amplitude sin(2 pi (rate t + phase)).
     """
-
 
     base: Float[Array, "*n M P"]  # P = fields of Pose, in its order
     slope: Float[Array, "*n M P"]
@@ -61,13 +69,20 @@ class Scene:
     decor: Float[Array, "*n 4"]  # free numbers in [0, 1] of the background
 
 
-_TOLD_OF_ALL = (3, 8, 9, 10)  # numbers of a scene that its prompt tells: colours, light and background
+_TOLD_OF_ALL = (
+    3,
+    8,
+    9,
+    10,
+)  # numbers of a scene that its prompt tells: colours, light and background
 
 
 def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
     """Poses [M] of one scene (no batch axis) at a time in seconds."""
     wave = jnp.sin(2 * jnp.pi * (scene.rate * time + scene.phase))
-    pose = Pose(*jnp.moveaxis(scene.base + scene.slope * (time - 0.5) + scene.amplitude * wave, -1, 0))
+    pose = Pose(
+        *jnp.moveaxis(scene.base + scene.slope * (time - 0.5) + scene.amplitude * wave, -1, 0)
+    )
     return pose._replace(
         open=jnp.clip(pose.open, 0.0, 1.0),
         blink=jnp.clip((pose.blink - 0.8) * 5.0, 0.0, 1.0),
@@ -75,7 +90,9 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
     )
 
 
-def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Array, ""] = 0) -> Scene:
+def sample_scene(
+    key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Array, ""] = 0
+) -> Scene:
     """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background.
 
     take: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
@@ -85,10 +102,19 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
     fields = len(Pose._fields)
     shape = (people * (25 + fields) + 16,)
     numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, take)))
-    told = np.concatenate([np.isin(np.arange(16), _TOLD_OF_ALL), np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people)])
+    told = np.concatenate(
+        [
+            np.isin(np.arange(16), _TOLD_OF_ALL),
+            np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people),
+        ]
+    )
     numbers = jnp.where(told | (jnp.asarray(take) == 0), numbers, anew)
     w, per_person = numbers[:16], numbers[16:].reshape(people, -1)
-    phase, place, u = per_person[:, :fields], per_person[:, fields], 2.0 * per_person[:, fields + 1 :] - 1.0
+    phase, place, u = (
+        per_person[:, :fields],
+        per_person[:, fields],
+        2.0 * per_person[:, fields + 1 :] - 1.0,
+    )
     index = lambda number, count: jnp.minimum((number * count).astype(jnp.int32), count - 1)  # noqa: E731
     at = {name: k for k, name in enumerate(Pose._fields)}
 
@@ -99,7 +125,9 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
     top = jnp.where(count > 2, 27.0, 28.0) + 4.0 * u[:, 2]
 
     action = index(0.5 * (u[:, 23] + 1.0), len(_ACTIONS))
-    action = jnp.where((action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action))
+    action = jnp.where(
+        (action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action)
+    )
     does = lambda k: (action == k).astype(jnp.float32)  # noqa: E731
     walk, turn, nod, talk, dance = does(1) - does(0), does(2), does(3), does(4), does(5)
     grow, wave, smile = does(6) - does(7), does(8), does(9)
@@ -135,10 +163,14 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
 
     light_kind = index(w[8], len(_LIGHTS))
     gain = jnp.array([1.0, 1.12, 0.68, 0.98, 0.96])[light_kind] * (0.97 + 0.06 * w[0])
-    tint = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32)[
-        light_kind
-    ]
-    side = jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind] * jnp.where(w[1] < 0.5, -1.0, 1.0) * (0.6 + 0.8 * w[2])
+    tint = jnp.array(
+        [[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32
+    )[light_kind]
+    side = (
+        jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind]
+        * jnp.where(w[1] < 0.5, -1.0, 1.0)
+        * (0.6 + 0.8 * w[2])
+    )
     first = index(w[9], len(_COLOURS))
     other = (first + 1 + index(w[3], len(_COLOURS) - 1)) % len(_COLOURS)
     return Scene(
@@ -173,21 +205,29 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
 
     blue, pale = jnp.array([0.42, 0.66, 0.92]), jnp.array([0.86, 0.92, 0.96])
     angle = a * jnp.pi
-    band = soft(jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b)
+    band = soft(
+        jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b
+    )
     cell = 8.0 + 6.0 * b
     tile_x, tile_y = (jnp.abs((p / cell) % 2 - 1) - 0.5 for p in (x + 20 * a, y + 20 * c))
     tiles = jnp.clip(0.5 + 4 * cell * tile_x * tile_y, 0, 1)
     ridge = lambda level, k, shift: soft(level + 5 * jnp.sin(x * k + shift * 6.28) - y)  # noqa: E731
-    hills = mix(mix(sky(blue, pale), one * 0.8, ridge(30 + 8 * a, 0.11, b)), one, ridge(42 + 6 * c, 0.08, d))
+    hills = mix(
+        mix(sky(blue, pale), one * 0.8, ridge(30 + 8 * a, 0.11, b)), one, ridge(42 + 6 * c, 0.08, d)
+    )
     room = mix(plain, two * 0.7, soft(50.0 - y))
     pane = soft(jnp.maximum(jnp.abs(x - 10 - 44 * a) - 9, jnp.abs(y - 16) - 10))
     cross = soft(jnp.minimum(jnp.abs(x - 10 - 44 * a), jnp.abs(y - 16)) - 0.7)
     room = mix(mix(room, blue * 0.5 + 0.45, pane), (0.95, 0.95, 0.93), pane * cross)
     sun = soft(jnp.hypot(x - 8 - 48 * a, y - 12) - 5)
-    beach = mix(mix(sky(blue, pale), (0.99, 0.90, 0.55), sun), (0.16, 0.45, 0.66), soft(34 + 4 * b - y))
+    beach = mix(
+        mix(sky(blue, pale), (0.99, 0.90, 0.55), sun), (0.16, 0.45, 0.66), soft(34 + 4 * b - y)
+    )
     beach = mix(beach, (0.90, 0.82, 0.60), soft(46 + 4 * c + 1.5 * jnp.sin(x * 0.2 + d * 6) - y))
     grid_x, grid_y = ((p % (13 + 6 * d)) - 6.5 - 3 * d for p in (x + 20 * a, y + 20 * b))
-    lights = mix(plain * 0.35, two * 0.6 + 0.4, jnp.clip(1.3 - jnp.hypot(grid_x, grid_y) / (3 + 2 * c), 0, 1))
+    lights = mix(
+        plain * 0.35, two * 0.6 + 0.4, jnp.clip(1.3 - jnp.hypot(grid_x, grid_y) / (3 + 2 * c), 0, 1)
+    )
     kinds = jnp.stack(
         [
             plain,
@@ -208,15 +248,23 @@ class Clip:
     """A drawn clip and its truth, people in reference order; boxes, landmarks, visibility of absent people are zero."""
 
     video: Float[Array, "*n F H W 3"]  # [-1, 1]
-    boxes: Float[Array, "*n F M 4"]  # face oval: x0, y0, x1, y1 in pixels, may reach outside the picture
+    boxes: Float[
+        Array, "*n F M 4"
+    ]  # face oval: x0, y0, x1, y1 in pixels, may reach outside the picture
     landmarks: Float[
         Array, "*n F M 5 2"
     ]  # x, y in pixels: left eye, right eye, nose, left and right mouth corner in the picture
-    visible: Float[Array, "*n F M"]  # share of the face oval inside the picture and not covered by another person
+    visible: Float[
+        Array, "*n F M"
+    ]  # share of the face oval inside the picture and not covered by another person
 
 
 def render_clip(
-    people: Identity, mask: Bool[Array, "M"], scene: Scene, frames: int = 9, size: tuple[int, int] = (64, 64)
+    people: Identity,
+    mask: Bool[Array, "M"],
+    scene: Scene,
+    frames: int = 9,
+    size: tuple[int, int] = (64, 64),
 ) -> Clip:
     """Draw one clip of the people [M] of `mask` (no batch axis; vmap it)."""
     x, y = _grid(size)
@@ -236,7 +284,9 @@ def render_clip(
 
         start = (background, jnp.zeros((*present.shape, *size), jnp.float32))
         slots = jnp.eye(present.shape[0])[order]
-        (canvas, faces), _ = jax.lax.scan(paint_next, start, (sort(people), sort(poses), present[order], slots))
+        (canvas, faces), _ = jax.lax.scan(
+            paint_next, start, (sort(people), sort(poses), present[order], slots)
+        )
         boxes, landmarks = jax.vmap(_truth)(people, poses)
         # The oval's area at this size, from the box: what lies outside the picture counts as hidden.
         shapes = people.shape
@@ -245,7 +295,9 @@ def render_clip(
         visible = jnp.clip(jnp.sum(faces, axis=(1, 2)) / area, 0.0, 1.0)
         return canvas, boxes * jnp.tile(ratio, 2), landmarks * ratio, visible
 
-    video, boxes, landmarks, visible = jax.vmap(frame)(jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND)
+    video, boxes, landmarks, visible = jax.vmap(frame)(
+        jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND
+    )
     return Clip(
         video=jnp.clip(jnp.moveaxis(video, 1, -1), 0.0, 1.0) * 2.0 - 1.0,
         boxes=boxes * present[:, None],
@@ -259,7 +311,11 @@ def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
     width, height, taper, square = (shape[:, k, None] for k in range(4))
     w = jnp.linspace(-1.0, 1.0, 65)
     squared = w * w * (1.0 + square * (w * w - 1.0) * (w > 0))
-    half = width * (1.0 - taper * jnp.clip(w, 0.0, 1.2) ** 2) * jnp.sqrt(jnp.maximum(1.0 - squared, 0.0))
+    half = (
+        width
+        * (1.0 - taper * jnp.clip(w, 0.0, 1.2) ** 2)
+        * jnp.sqrt(jnp.maximum(1.0 - squared, 0.0))
+    )
     return jnp.sum(half, axis=1) * 2.0 * height[:, 0] * (2.0 / 64)
 
 
@@ -294,11 +350,15 @@ def draw(
     """Clips and portraits of the given people; scenes and portraits are drawn from the key. Trace it inside `jit`."""
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
-    scene = jax.vmap(lambda k, m: sample_scene(k, m, take))(jax.random.split(scene_key, ids.shape[0]), mask)
+    scene = jax.vmap(lambda k, m: sample_scene(k, m, take))(
+        jax.random.split(scene_key, ids.shape[0]), mask
+    )
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
     portrait_keys = jax.random.split(portrait_key, ids.shape)
     portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(people, portrait_keys)
-    portrait_boxes, _ = jax.vmap(jax.vmap(lambda p, k: portrait_truth(p, k, size)))(people, portrait_keys)
+    portrait_boxes, _ = jax.vmap(jax.vmap(lambda p, k: portrait_truth(p, k, size)))(
+        people, portrait_keys
+    )
     return Batch(
         video=clip.video,
         portraits=jnp.where(mask[..., None, None, None], portraits, 1.0),
@@ -313,18 +373,26 @@ def draw(
     )
 
 
-def sample_ids(key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOPLE) -> Int[Array, "count people"]:
+def sample_ids(
+    key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOPLE
+) -> Int[Array, "count people"]:
     """Ids from a split's range, distinct within a row: one from each of `people` equal parts of it, shuffled."""
     first, last = SPLITS[split]
     part = (last - first) // people
     drawn, order = jax.random.uniform(key, (2, count, people), jnp.float32)
-    ids = first + jnp.minimum((drawn * part).astype(jnp.int32), part - 1) + part * jnp.arange(people)
+    ids = (
+        first + jnp.minimum((drawn * part).astype(jnp.int32), part - 1) + part * jnp.arange(people)
+    )
     return jnp.take_along_axis(ids, jnp.argsort(order, axis=1), axis=1)
 
 
-def sample_mask(key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE) -> Bool[Array, "count people"]:
+def sample_mask(
+    key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE
+) -> Bool[Array, "count people"]:
     """How many people: one 30 %, two 50 %, three 20 %; the first slots are the filled ones."""
-    number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(jax.random.uniform(key, (count,), jnp.float32))
+    number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(
+        jax.random.uniform(key, (count,), jnp.float32)
+    )
     return jnp.arange(people) < number[:, None]
 
 
@@ -344,4 +412,11 @@ def batch(
     """
     key = rng.fold(rng.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)
-    return draw(draw_key, sample_ids(id_key, size, split), sample_mask(mask_key, size), frames, resolution, take)
+    return draw(
+        draw_key,
+        sample_ids(id_key, size, split),
+        sample_mask(mask_key, size),
+        frames,
+        resolution,
+        take,
+    )

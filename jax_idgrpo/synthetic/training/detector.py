@@ -32,22 +32,39 @@ from jax_idgrpo.models.faces.bundled_detector import (
 )
 from jax_idgrpo.rewards.faces import load_network, save_network
 from jax_idgrpo.synthetic import people, scenes
-from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.synthetic.training.faces import (
+    FacePictures,
+    degrade,
+    draw_frames,
+    draw_portraits,
+    join,
+)
 from jax_idgrpo.training.task import Task
 
 SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "portraits"))
-def draw(seed: int | Array, step: int | Array, frames: int, portraits: int, first_id: int | Array, last_id: int | Array) -> FacePictures:
+def draw(
+    seed: int | Array,
+    step: int | Array,
+    frames: int,
+    portraits: int,
+    first_id: int | Array,
+    last_id: int | Array,
+) -> FacePictures:
     """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     ids = jax.random.randint(keys[0], (frames, people.MAX_PEOPLE), first_id, last_id)
     clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames))
-    return join(clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id)))
+    return join(
+        clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id))
+    )
 
 
-def targets(truth: FacePictures, height: int, width: int) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
+def targets(
+    truth: FacePictures, height: int, width: int
+) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
     """How much each cell is the centre of each face, in [0, 1]: for the faces to be found, and for those that do not count."""
     centre = 0.5 * (truth.boxes[..., :2] + truth.boxes[..., 2:])
     size = jnp.maximum(truth.boxes[..., 2:] - truth.boxes[..., :2], 1.0)
@@ -84,14 +101,27 @@ def detector_loss(output: DetectorOutput, truth: FacePictures) -> tuple[Array, d
     return loss, {"score_loss": score, "box_error": box_error, "landmark_error": point_error}
 
 
-def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshold: float, blur: float, rounds: int = 8) -> dict[str, float]:
+def levels(
+    module: nnx.Module,
+    frames: int,
+    portraits: int,
+    faces: int,
+    threshold: float,
+    blur: float,
+    rounds: int = 8,
+) -> dict[str, float]:
     """Found share of the faces to be found (overlap 0.5 or more), wrong ones per picture, landmark error in pixels; held-out people."""
     graph, state = nnx.split(module)
 
     @jax.jit
     def measure(state: Any, truth: FacePictures, key: Array) -> dict[str, Array]:
-        found = decode(nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold)
-        overlap = intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None]) * found.mask[..., None]
+        found = decode(
+            nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold
+        )
+        overlap = (
+            intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None])
+            * found.mask[..., None]
+        )
         wanted = truth.visible >= SEEN
         hit = wanted & (jnp.max(overlap, 1) >= 0.5)
         nearest = jax.vmap(lambda points, k: points[k])(found.landmarks, jnp.argmax(overlap, 1))
@@ -130,12 +160,16 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> FacePictures:
         return draw(seed, step, frames, portraits, *people.SPLITS["train"])
 
-    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        module: nnx.Module, truth: FacePictures, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         return detector_loss(module(degrade(key, truth.pictures, blur)), truth)
 
     def save(module: nnx.Module, folder: Path) -> None:
         measured = {
-            name: levels(module, frames, portraits, options["max_faces"], options["threshold"], strength)
+            name: levels(
+                module, frames, portraits, options["max_faces"], options["threshold"], strength
+            )
             for name, strength in (("sharp", 0.0), ("blurred", blur))
         }
         save_network(module, Path(folder) / "detector", levels=measured, **stored)

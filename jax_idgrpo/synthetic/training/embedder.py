@@ -28,7 +28,13 @@ from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
 from jax_idgrpo.rewards.faces import Points, Settings, align, load_network, normalise, save_network
 from jax_idgrpo.synthetic.people import MAX_PEOPLE, SPLITS
 from jax_idgrpo.synthetic.training.detector import SEEN
-from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.synthetic.training.faces import (
+    FacePictures,
+    degrade,
+    draw_frames,
+    draw_portraits,
+    join,
+)
 from jax_idgrpo.training.task import Task
 
 # The landmarks of an average head seen from the front, in head units from the face's centre.
@@ -48,7 +54,9 @@ class Classifier(nnx.Module):
 
     def __init__(self, embedder: ArcFace | Judge, people: int, rngs: nnx.Rngs):
         self.embedder = embedder
-        self.centres = nnx.Param(0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size)))
+        self.centres = nnx.Param(
+            0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size))
+        )
 
     def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N P"]:
         """Cosines of the crops' embeddings with every centre."""
@@ -56,12 +64,20 @@ class Classifier(nnx.Module):
 
 
 def arcface_loss(
-    cosines: Float[Array, "N P"], person: Int[Array, "N"], weight: Float[Array, "N"], margin: float, scale: float
+    cosines: Float[Array, "N P"],
+    person: Int[Array, "N"],
+    weight: Float[Array, "N"],
+    margin: float,
+    scale: float,
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted mean of the additive angular margin loss, and the accuracy without the margin."""
     own = jnp.take_along_axis(cosines, person[:, None], 1)[:, 0]
     sine = jnp.sqrt(jnp.maximum(1.0 - own * own, 1e-6))
-    harder = jnp.where(own > -jnp.cos(margin), own * jnp.cos(margin) - sine * jnp.sin(margin), own - margin * jnp.sin(margin))
+    harder = jnp.where(
+        own > -jnp.cos(margin),
+        own * jnp.cos(margin) - sine * jnp.sin(margin),
+        own - margin * jnp.sin(margin),
+    )
     mine = jax.nn.one_hot(person, cosines.shape[1], dtype=bool)
     log_probability = jax.nn.log_softmax(scale * jnp.where(mine, harder[:, None], cosines))
     losses = -jnp.take_along_axis(log_probability, person[:, None], 1)[:, 0]
@@ -71,11 +87,17 @@ def arcface_loss(
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array) -> FacePictures:
+def draw(
+    seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array
+) -> FacePictures:
     """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     part = people // MAX_PEOPLE
-    ids = first_id + jax.random.randint(keys[0], (rows, MAX_PEOPLE), 0, part) + part * jnp.arange(MAX_PEOPLE)
+    ids = (
+        first_id
+        + jax.random.randint(keys[0], (rows, MAX_PEOPLE), 0, part)
+        + part * jnp.arange(MAX_PEOPLE)
+    )
     count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
     mask = jnp.arange(MAX_PEOPLE) < count[:, None]
     ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
@@ -94,8 +116,12 @@ def crops_of(
     rows = truth.ids.shape[0] // 2
     pictures, landmarks = truth.pictures, truth.landmarks
     if blur is not None:
-        height = jnp.linalg.norm(jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1)
-        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(jitter_key, landmarks.shape)
+        height = jnp.linalg.norm(
+            jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1
+        )
+        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(
+            jitter_key, landmarks.shape
+        )
         pictures = degrade(degrade_key, pictures, blur)
     frames = align(pictures[:rows], landmarks[:rows], points, size)
     portraits = align(pictures[rows:], landmarks[rows:, :1], points, size)
@@ -106,14 +132,20 @@ def crops_of(
     return crops, ids, jnp.concatenate([seen.reshape(-1), jnp.ones(rows, bool)])
 
 
-def embed_portraits(embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50) -> Float[Array, "N E"]:
+def embed_portraits(
+    embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50
+) -> Float[Array, "N E"]:
     """Unit embeddings of one portrait of each person: where their centres are once an embedder is trained."""
     graph, state = nnx.split(embedder)
 
     @jax.jit
     def embed(state: Any, ids: Array) -> Array:
         drawn = draw_portraits(jax.random.key(0), ids)
-        return normalise(nnx.merge(graph, state)(align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]))
+        return normalise(
+            nnx.merge(graph, state)(
+                align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]
+            )
+        )
 
     padded = jnp.pad(ids, (0, -len(ids) % chunk)).reshape(-1, chunk)
     return jnp.concatenate([embed(state, part) for part in padded])[: len(ids)]
@@ -121,11 +153,15 @@ def embed_portraits(embedder: nnx.Module, points: Points, ids: Int[Array, "N"], 
 
 def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
     """Probability that a pair of one person is more alike than a pair of two."""
-    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(np.sort(different), same, side="right")
+    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(
+        np.sort(different), same, side="right"
+    )
     return float(np.mean(ranks) / (2 * len(different)))
 
 
-def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12) -> dict[str, float]:
+def verify(
+    embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12
+) -> dict[str, float]:
     """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
     size = embedder.config.input_size
     graph, state = nnx.split(embedder)
@@ -158,7 +194,9 @@ def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, 
 def make(config: Config) -> Task:
     """The task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
     options: dict[str, Any] = dict(config.finetune.options)
-    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[options["architecture"]]
+    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[
+        options["architecture"]
+    ]
     sizes = schema(**options["network"])
     points = template(sizes.input_size, options["units"])
     first_id, people, rows = options["first_id"], options["people"], config.finetune.batch
@@ -175,13 +213,26 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> FacePictures:
         return draw(seed, step, rows, people, first_id)
 
-    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        module: nnx.Module, truth: FacePictures, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         crops, ids, seen = crops_of(key, truth, points, sizes.input_size, options["blur"])
         person = jnp.maximum(ids - first_id, 0)
-        return arcface_loss(module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"])
+        return arcface_loss(
+            module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"]
+        )
 
     def save(module: nnx.Module, folder: Path) -> None:
-        levels = {name: verify(module.embedder, points, blur, rows) for name, blur in (("clean", None), ("degraded", options["blur"]))}
-        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels, **dataclasses.asdict(Settings()))
+        levels = {
+            name: verify(module.embedder, points, blur, rows)
+            for name, blur in (("clean", None), ("degraded", options["blur"]))
+        }
+        save_network(
+            module.embedder,
+            Path(folder) / options["name"],
+            template=points,
+            levels=levels,
+            **dataclasses.asdict(Settings()),
+        )
 
     return Task(init=init, batch=batch, loss=loss, save=save)

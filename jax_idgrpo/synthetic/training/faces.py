@@ -26,13 +26,17 @@ class FacePictures:
     ids: Int[Array, "N M"]
 
 
-def draw_frames(key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]) -> FacePictures:
+def draw_frames(
+    key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]
+) -> FacePictures:
     """One frame per row of the people of `mask`, from a clip at a random moment."""
     scene_key, time_key = jax.random.split(key)
     people = identity(ids)
     scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
     moment = jax.random.uniform(time_key, (ids.shape[0], 1, 1))
-    scene = dataclasses.replace(scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment)
+    scene = dataclasses.replace(
+        scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment
+    )
     clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames=1))(people, mask, scene)
     return FacePictures(
         pictures=clip.video[:, 0],
@@ -61,7 +65,11 @@ def join(a: FacePictures, b: FacePictures) -> FacePictures:
     slots = max(a.ids.shape[1], b.ids.shape[1])
 
     def padded(leaf: Array, value: float) -> Array:
-        return jnp.pad(leaf, [(0, 0), (0, slots - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2), constant_values=value)
+        return jnp.pad(
+            leaf,
+            [(0, 0), (0, slots - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2),
+            constant_values=value,
+        )
 
     return FacePictures(
         pictures=jnp.concatenate([a.pictures, b.pictures]),
@@ -75,30 +83,42 @@ def join(a: FacePictures, b: FacePictures) -> FacePictures:
 def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[Array, "N H W 3"]:
     """Gaussian blur of 7 taps with its own width for every picture, in pixels."""
     reach = 3
-    weights = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / jnp.maximum(sigma[:, None], 0.05)) ** 2)
+    weights = jnp.exp(
+        -0.5 * (jnp.arange(-reach, reach + 1) / jnp.maximum(sigma[:, None], 0.05)) ** 2
+    )
     weights = (weights / jnp.sum(weights, 1, keepdims=True))[:, :, None, None, None]
     for axis in (1, 2):
         size = pictures.shape[axis]
-        padded = jnp.pad(pictures, [(reach, reach) if k == axis else (0, 0) for k in range(4)], mode="edge")
-        shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * reach + 1)]
+        padded = jnp.pad(
+            pictures, [(reach, reach) if k == axis else (0, 0) for k in range(4)], mode="edge"
+        )
+        shifted = [
+            jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * reach + 1)
+        ]
         pictures = sum(weights[:, k] * shifted[k] for k in range(2 * reach + 1))
     return pictures
 
 
-def degrade(key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float) -> Float[Array, "N H W 3"]:
+def degrade(
+    key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float
+) -> Float[Array, "N H W 3"]:
     """Blur, noise of two scales, brightness, contrast and tint, of random strength; a quarter of the pictures stays clean.
 
     blur: largest width of the Gaussian, in pixels.
     """
     keys = jax.random.split(key, 8)
     count, height, width = pictures.shape[:3]
-    strength = jax.random.uniform(keys[0], (count,)) * (jax.random.uniform(keys[1], (count,)) > 0.25)
+    strength = jax.random.uniform(keys[0], (count,)) * (
+        jax.random.uniform(keys[1], (count,)) > 0.25
+    )
     s = strength[:, None, None, None]
     spoiled = _blur(pictures, blur * strength * jax.random.uniform(keys[2], (count,)))
     coarse = jax.random.normal(keys[3], (count, height // 4, width // 4, 3))
     coarse = jax.image.resize(coarse, pictures.shape, "linear")
     amounts = jax.random.uniform(keys[4], (2, count, 1, 1, 1))
-    spoiled = spoiled + s * (0.25 * amounts[0] * coarse + 0.15 * amounts[1] * jax.random.normal(keys[5], pictures.shape))
+    spoiled = spoiled + s * (
+        0.25 * amounts[0] * coarse + 0.15 * amounts[1] * jax.random.normal(keys[5], pictures.shape)
+    )
     gain = 1.0 + s * jax.random.uniform(keys[6], (count, 1, 1, 3), minval=-0.15, maxval=0.15)
     lift = s * jax.random.uniform(keys[7], (count, 1, 1, 1), minval=-0.2, maxval=0.2)
     return jnp.clip(spoiled * gain + lift, -1.0, 1.0)

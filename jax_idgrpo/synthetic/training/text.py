@@ -47,14 +47,23 @@ def build_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
     odd = [word for word in words if re.sub(PUNCTUATION, "", word.lower()).split() != [word]]
     if odd:
         raise ValueError(f"not single lower-case words: {odd[:5]}")
-    core = tokenizers.Tokenizer(models.WordLevel({word: k for k, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>"))
+    core = tokenizers.Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>")
+    )
     core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PUNCTUATION), "removed"), pre_tokenizers.WhitespaceSplit()]
     )
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right", truncation_side="right"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="right",
+        truncation_side="right",
     )
 
 
@@ -64,9 +73,13 @@ def vocabulary(negative: str) -> list[str]:
     return sorted(set(re.sub(PUNCTUATION, " ", text).split()))
 
 
-def tokenize(tokenizer: Any, texts: list[str], length: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+def tokenize(
+    tokenizer: Any, texts: list[str], length: int
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
     """Ids and mask, cut or padded to `length`."""
-    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
@@ -100,7 +113,9 @@ class Reader(nnx.Module):
         self.encoder = UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=rngs)
         self.head = nnx.Linear(config.d_model, count * CLASSES, rngs=rngs)
 
-    def __call__(self, ids: Int[ArrayLike, "B L"], mask: Int[ArrayLike, "B L"]) -> Float[Array, "B A classes"]:
+    def __call__(
+        self, ids: Int[ArrayLike, "B L"], mask: Int[ArrayLike, "B L"]
+    ) -> Float[Array, "B A classes"]:
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         mean = jnp.sum(self.encoder(ids, mask), axis=1) / jnp.sum(mask, axis=1, keepdims=True)
         return self.head(mean).reshape(len(ids), -1, CLASSES)
@@ -123,11 +138,17 @@ def make(config: Config) -> Task:
     draw = functools.partial(_draw, size=config.finetune.batch)
 
     def init(key: Array) -> Reader:
-        return Reader(shape, attributes(jax.device_get(draw(0, 0))).shape[1], rngs=nnx.Rngs(params=key))
+        return Reader(
+            shape, attributes(jax.device_get(draw(0, 0))).shape[1], rngs=nnx.Rngs(params=key)
+        )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         told = jax.device_get(draw(seed, step))
-        ids, mask = tokenize(tokenizer, captions.describe(told.scene, told.people, told.mask), config.data.text_length)
+        ids, mask = tokenize(
+            tokenizer,
+            captions.describe(told.scene, told.people, told.mask),
+            config.data.text_length,
+        )
         return {"ids": ids, "mask": mask, "attributes": attributes(told)}
 
     def save(reader: Reader, path: Path) -> None:

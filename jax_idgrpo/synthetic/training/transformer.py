@@ -52,7 +52,9 @@ from jax_idgrpo.synthetic.training.text import tokenize
 from jax_idgrpo.training.task import Loss, Task
 
 CHUNK = 64  # clips drawn and encoded at once
-REFERENCE_WEIGHT = 0.25  # of a reference slot in the loss: it is seen in the control, so there is little to learn
+REFERENCE_WEIGHT = (
+    0.25  # of a reference slot in the loss: it is seen in the control, so there is little to learn
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,22 +97,40 @@ class Pool(NamedTuple):
     negative: Float[np.ndarray, "L D"]
 
 
-def cell_weight(boxes: Float[Array, "B F M 4"], visible: Float[Array, "B F M"], size: tuple[int, int], face: float) -> Array:
+def cell_weight(
+    boxes: Float[Array, "B F M 4"],
+    visible: Float[Array, "B F M"],
+    size: tuple[int, int],
+    face: float,
+) -> Array:
     """Loss weight [B,T,h,w] of latent cells: 1 outside faces, `face` where a face covers the cell in all of its frames."""
     height, width = size
     y, x = (jnp.arange(n // PIXELS_PER_LATENT) * PIXELS_PER_LATENT for n in size)
-    left, top, right, bottom = jnp.moveaxis(jnp.clip(boxes, 0, jnp.array([width, height, width, height])), -1, 0)[..., None]
+    left, top, right, bottom = jnp.moveaxis(
+        jnp.clip(boxes, 0, jnp.array([width, height, width, height])), -1, 0
+    )[..., None]
 
     def overlap(low: Array, high: Array, cell: Array) -> Array:
-        return jnp.clip(jnp.minimum(high, cell + PIXELS_PER_LATENT) - jnp.maximum(low, cell), 0) / PIXELS_PER_LATENT
+        return (
+            jnp.clip(jnp.minimum(high, cell + PIXELS_PER_LATENT) - jnp.maximum(low, cell), 0)
+            / PIXELS_PER_LATENT
+        )
 
-    share = overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]  # [B,F,M,h,w]
+    share = (
+        overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]
+    )  # [B,F,M,h,w]
     share = jnp.max(share * (visible > 0.2)[..., None, None], axis=2)
-    rest = share[:, 1:].reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:]).mean(axis=2)
+    rest = (
+        share[:, 1:]
+        .reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:])
+        .mean(axis=2)
+    )
     return 1 + (face - 1) * jnp.concatenate([share[:, :1], rest], axis=1)
 
 
-def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options) -> Pool:
+def build_pool(
+    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+) -> Pool:
     """Draw and encode the pool."""
     video, length = config.video, config.data.text_length
     size = (video.height, video.width)
@@ -125,7 +145,9 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
     def encode(state: nnx.State, clips: Array, portraits: Array) -> tuple[Array, Array]:
         vae, _ = nnx.merge(graph, state)
         photos = vae.encode(portraits.reshape(-1, 1, *portraits.shape[2:]))[:, 0]
-        return vae.encode(clips).astype(jnp.float16), photos.reshape(*portraits.shape[:2], *photos.shape[1:]).astype(jnp.float16)
+        return vae.encode(clips).astype(jnp.float16), photos.reshape(
+            *portraits.shape[:2], *photos.shape[1:]
+        ).astype(jnp.float16)
 
     @jax.jit
     def read(state: nnx.State, ids: Array, mask: Array) -> Array:
@@ -140,21 +162,34 @@ def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config
 
     count = options.pool // CHUNK
     with concurrent.futures.ThreadPoolExecutor(2) as threads:  # drawing uses one core of a CPU
-        chunks = list(tqdm(threads.map(chunk, range(count)), desc="drawing and encoding clips", total=count))
+        chunks = list(
+            tqdm(threads.map(chunk, range(count)), desc="drawing and encoding clips", total=count)
+        )
     grey, _ = encode(state, jnp.zeros((1, video.frames, *size, 3)), jnp.zeros((1, 1, *size, 3)))
-    negative = read(state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length))
-    return Pool(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)), *jax.device_get((grey[0], negative[0])))
+    negative = read(
+        state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length)
+    )
+    return Pool(
+        *(np.concatenate(parts) for parts in zip(*chunks, strict=True)),
+        *jax.device_get((grey[0], negative[0])),
+    )
 
 
 def _fingerprint(config: Config, options: Options, networks: Any) -> str:
     """Hash of all that a pool depends on."""
-    digest = hashlib.sha256(repr((options.pool_seed, config.video, config.data, options.pool, options.face_weight)).encode())
+    digest = hashlib.sha256(
+        repr(
+            (options.pool_seed, config.video, config.data, options.pool, options.face_weight)
+        ).encode()
+    )
     for leaf in jax.tree.leaves(nnx.state(networks)):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 
-def stored_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options) -> Pool:
+def stored_pool(
+    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+) -> Pool:
     """The pool of `options.pool_file` if it is the one asked for, else a new one, which is stored there."""
     if not options.pool_file:
         return build_pool(vae, text_encoder, tokenizer, config, options)
@@ -171,7 +206,9 @@ def stored_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, confi
     return pool
 
 
-def pick(pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: float, seed: int, step: int) -> dict[str, np.ndarray]:
+def pick(
+    pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: float, seed: int, step: int
+) -> dict[str, np.ndarray]:
     """A batch of clips with equally many people, their number drawn by its share of the pool; float32."""
     rng = np.random.default_rng([seed, step])
     people = int(rng.choice(pool.people))
@@ -185,7 +222,15 @@ def pick(pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: fl
     }
 
 
-def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *, grey: Array, order: str, shift: float) -> Loss:
+def loss(
+    transformer: Callable[..., Array],
+    batch: dict[str, Any],
+    key: Array,
+    *,
+    grey: Array,
+    order: str,
+    shift: float,
+) -> Loss:
     """The flow-matching loss of one batch, and the plain error of the video frames."""
     video, photos = batch["video"], batch["photos"]
     people, rows = photos.shape[1], len(video)
@@ -196,44 +241,82 @@ def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *
     sigma = flow.shifted(u, shift)
     noise = jax.random.normal(noise_key, x0.shape)
     wide = sigma[:, None, None, None, None]
-    velocity = transformer((1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control)
+    velocity = transformer(
+        (1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control
+    )
     error = jnp.mean((velocity - (noise - x0)) ** 2, axis=-1)
-    weight = jnp.pad(batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT)
+    weight = jnp.pad(
+        batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT
+    )
     return jnp.sum(weight * error) / jnp.sum(weight), {"video_error": jnp.mean(error[:, people:])}
 
 
-def eval_conditioning(pipe: Pipeline, drawn: scenes.Batch, config: Config) -> conditioning.Conditioning:
+def eval_conditioning(
+    pipe: Pipeline, drawn: scenes.Batch, config: Config
+) -> conditioning.Conditioning:
     """The conditioning of drawn clips by their portraits and prompts, padded to `config.data.max_people`."""
     encode = nnx.jit(type(pipe.vae).encode)
     grey = encode(pipe.vae, jnp.zeros((1, *drawn.video.shape[1:])))[0]
-    photos = encode(pipe.vae, jnp.asarray(drawn.portraits).reshape(-1, 1, *drawn.portraits.shape[2:]))
+    photos = encode(
+        pipe.vae, jnp.asarray(drawn.portraits).reshape(-1, 1, *drawn.portraits.shape[2:])
+    )
     photos = photos.reshape(*drawn.portraits.shape[:2], *photos.shape[2:])
-    people, most, order = drawn.mask.sum(axis=1), config.data.max_people, config.data.reference_order
+    people, most, order = (
+        drawn.mask.sum(axis=1),
+        config.data.max_people,
+        config.data.reference_order,
+    )
     length = config.data.text_length
-    text = [conditioning.padded(text, length) for text in conditioning.encode_texts(pipe, captions.prompts(drawn), length)]
+    text = [
+        conditioning.padded(text, length)
+        for text in conditioning.encode_texts(pipe, captions.prompts(drawn), length)
+    ]
     return conditioning.Conditioning(
         text=np.stack(text),
-        control=jnp.stack([conditioning.control(row[:count], grey, most, order) for row, count in zip(photos, people, strict=True)]),
+        control=jnp.stack(
+            [
+                conditioning.control(row[:count], grey, most, order)
+                for row, count in zip(photos, people, strict=True)
+            ]
+        ),
         frame_mask=conditioning.frame_mask(jnp.asarray(people), len(grey), most),
         references=jnp.asarray(people),
     )
 
 
-def sample_clips(pipe: Pipeline, given: conditioning.Conditioning, config: Config) -> Float[np.ndarray, "n F H W 3"]:
+def sample_clips(
+    pipe: Pipeline, given: conditioning.Conditioning, config: Config
+) -> Float[np.ndarray, "n F H W 3"]:
     """One clip per row of the conditioning, sampled without noise along the way, with the guidance of `config.rollout`."""
     graph, base = nnx.split(pipe.transformer)
     policy = Policy(adapted=graph, plain=graph, guidance=config.rollout.guidance)
     negative = conditioning.encode_negative(pipe, config.data)
-    rows = rng.row_keys(rng.key(config.run.seed, "evaluate"), jnp.arange(len(given.text)), jnp.zeros(len(given.text), jnp.int32))
-    x = rollout.generate(policy, None, base, given, negative, rollout.Schedule.make(config.rollout.steps, pipe.shift), rows)
-    latents = conditioning.video_latents(x, given.video_start, given.video_frames(config.data.max_people))
+    rows = rng.row_keys(
+        rng.key(config.run.seed, "evaluate"),
+        jnp.arange(len(given.text)),
+        jnp.zeros(len(given.text), jnp.int32),
+    )
+    x = rollout.generate(
+        policy,
+        None,
+        base,
+        given,
+        negative,
+        rollout.Schedule.make(config.rollout.steps, pipe.shift),
+        rows,
+    )
+    latents = conditioning.video_latents(
+        x, given.video_start, given.video_frames(config.data.max_people)
+    )
     return np.asarray(nnx.jit(type(pipe.vae).decode)(pipe.vae, latents))
 
 
 def contact_sheet(pipe: Pipeline, config: Config, count: int = 12) -> np.ndarray:
     """A picture, uint8: one row per held-out prompt, its photos and then every other frame of a sampled clip."""
     size = (config.video.height, config.video.width)
-    drawn = jax.device_get(scenes.batch(config.run.seed, 0, count, "eval", config.video.frames, size))
+    drawn = jax.device_get(
+        scenes.batch(config.run.seed, 0, count, "eval", config.video.frames, size)
+    )
     clips = sample_clips(pipe, eval_conditioning(pipe, drawn, config), config)
     tiles = np.concatenate([drawn.portraits, clips[:, ::2]], axis=1)  # [n, tiles, H, W, 3]
     return to_uint8(np.concatenate(np.moveaxis(tiles, 1, 2).reshape(count, size[0], -1, 3)))
@@ -244,38 +327,66 @@ def make(config: Config) -> Task:
     try:
         options = Options(**config.finetune.options)
     except TypeError as error:
-        raise UserError(f"finetune.options of task transformer: {str(error).split('() ')[-1]}") from None
+        raise UserError(
+            f"finetune.options of task transformer: {str(error).split('() ')[-1]}"
+        ) from None
     folder, shift = config.model.folder(), config.rollout.shift
     if config.model.kind != "vace":
-        raise UserError(f"model.kind is {config.model.kind}; the task transformer trains VACE alone, so leave it out")
+        raise UserError(
+            f"model.kind is {config.model.kind}; the task transformer trains VACE alone, so leave it out"
+        )
     if shift <= 0:
-        raise UserError("rollout.shift is 0; this task makes the checkpoint, so name the shift it is trained with, such as 3.0")
-    vae, text_encoder, tokenizer = load_vae(folder), load_text_encoder(folder), load_tokenizer(folder)
-    sizes = {name: getattr(options, name) for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "vace_layers")}
-    shape = WanConfig(**sizes, text_dim=text_encoder.config.d_model, remat=config.model.remat, unroll=config.model.unroll)
+        raise UserError(
+            "rollout.shift is 0; this task makes the checkpoint, so name the shift it is trained with, such as 3.0"
+        )
+    vae, text_encoder, tokenizer = (
+        load_vae(folder),
+        load_text_encoder(folder),
+        load_tokenizer(folder),
+    )
+    sizes = {
+        name: getattr(options, name)
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "vace_layers")
+    }
+    shape = WanConfig(
+        **sizes,
+        text_dim=text_encoder.config.d_model,
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+    )
 
     @functools.cache
     def pool() -> tuple[Pool, dict[int, np.ndarray]]:
         made = stored_pool(vae, text_encoder, tokenizer, config, options)
-        return made, {int(count): np.flatnonzero(made.people == count) for count in np.unique(made.people)}
+        return made, {
+            int(count): np.flatnonzero(made.people == count) for count in np.unique(made.people)
+        }
 
     def init(key: Array) -> WanTransformer:
         if config.finetune.start:
-            return load_transformer(config.finetune.start, config.model.dtype, remat=shape.remat, unroll=shape.unroll)
-        return WanTransformer(shape, dtypes=Dtypes.named(config.model.dtype), rngs=nnx.Rngs(params=key))
+            return load_transformer(
+                config.finetune.start, config.model.dtype, remat=shape.remat, unroll=shape.unroll
+            )
+        return WanTransformer(
+            shape, dtypes=Dtypes.named(config.model.dtype), rngs=nnx.Rngs(params=key)
+        )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
     def flow_loss(transformer: WanTransformer, batch: dict[str, Any], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
-        return loss(transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift)
+        return loss(
+            transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
+        )
 
     def pipe(transformer: WanTransformer, path: Path) -> Pipeline:
         return Pipeline(transformer, vae, text_encoder, tokenizer, shift, "vace", path)
 
     def save(transformer: WanTransformer, path: Path) -> None:
-        if path.resolve() == folder.resolve():  # the other parts are there, and may be newer than those in memory
+        if (
+            path.resolve() == folder.resolve()
+        ):  # the other parts are there, and may be newer than those in memory
             save_transformer(transformer, path, shift)
         else:
             save_pipeline(pipe(transformer, path), path)

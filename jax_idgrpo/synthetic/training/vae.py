@@ -40,11 +40,16 @@ from jax_idgrpo.training.task import Loss, Task
 TEMPORAL_DOWNSAMPLE = (False, True, True)
 Z_DIM = 16
 SIZE = 64  # pixels of the cast's pictures
-STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16  # clips, and as many portraits, that the latents' mean and spread come from
+STATISTICS_BATCHES, STATISTICS_ROWS = (
+    8,
+    16,
+)  # clips, and as many portraits, that the latents' mean and spread come from
 PREVIEW_ROWS = 6
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("video", "weight"), meta_fields=())
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("video", "weight"), meta_fields=()
+)
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Videos of one length, and how much each pixel counts."""
@@ -73,14 +78,19 @@ def make(config: Config) -> Task:
         return nnx.jit(lambda key: WanVAE(sizes, rngs=nnx.Rngs(params=key)))(key)
 
     def batch(seed: int, step: int) -> tuple[Group, ...]:
-        key, view = rng.fold(rng.key(seed, "data"), step), View("train", options["face_weight"], options["crop"])
+        key, view = (
+            rng.fold(rng.key(seed, "data"), step),
+            View("train", options["face_weight"], options["crop"]),
+        )
         if step < options["clips_from"] or (step + 1) % options["clips_every"]:
             return (_draw_pictures(key, *options["pictures"], view),)
         beside = options["pictures_beside_clips"]
         return _draw_mixed(key, config.finetune.batch, options["frames"], *beside, view)
 
     def loss(network: WanVAE, batch: tuple[Group, ...], key: Key[Array, ""]) -> Loss:
-        weights = LossWeights(options["edges"], options["kl"], jnp.asarray(options["colours"], jnp.float32))
+        weights = LossWeights(
+            options["edges"], options["kl"], jnp.asarray(options["colours"], jnp.float32)
+        )
         return reconstruction_loss(network, batch, key, weights, decoder_only=decoder_only)
 
     def save(network: WanVAE, folder: Path) -> None:
@@ -90,9 +100,13 @@ def make(config: Config) -> Task:
 
     def preview(network: WanVAE, folder: Path) -> None:
         key = rng.key(config.run.seed, "evaluate")
-        groups = _draw_mixed(key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval"))
+        groups = _draw_mixed(
+            key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval")
+        )
         for name, group in zip(("clips", "pictures"), groups, strict=True):
-            strips = np.concatenate([np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2)
+            strips = np.concatenate(
+                [np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2
+            )
             rows = strips.swapaxes(1, 2).reshape(-1, strips.shape[1] * strips.shape[3], 3)
             Image.fromarray(np.uint8(np.round((rows + 1) * 127.5))).save(folder / f"{name}.png")
 
@@ -148,11 +162,18 @@ def _draw_mixed(
     """`rows` clips, and pictures: `beside` single frames of other clips and so many portraits."""
     clip_key, picture_key = jax.random.split(key)
     clips = _draw_clips(clip_key, rows, frames, view)
-    return (clips, _draw_pictures(picture_key, beside, portraits, view)) if beside + portraits else (clips,)
+    return (
+        (clips, _draw_pictures(picture_key, beside, portraits, view))
+        if beside + portraits
+        else (clips,)
+    )
 
 
 def _around_faces(
-    key: Key[Array, ""], video: Float[Array, "B F H W 3"], boxes: Float[Array, "B F M 4"], view: View
+    key: Key[Array, ""],
+    video: Float[Array, "B F H W 3"],
+    boxes: Float[Array, "B F M 4"],
+    view: View,
 ) -> Group:
     """The same window in all frames of a video: around a random face of its middle frame, up to a quarter window off."""
     height, width = video.shape[2:4]
@@ -161,12 +182,18 @@ def _around_faces(
     def window(key, video, weight, boxes):
         which, where = jax.random.split(key)
         middle = boxes[boxes.shape[0] // 2]
-        chosen = jnp.argmax(jax.random.uniform(which, middle.shape[:1]) + (middle[:, 2] > middle[:, 0]))
+        chosen = jnp.argmax(
+            jax.random.uniform(which, middle.shape[:1]) + (middle[:, 2] > middle[:, 0])
+        )
         x0, y0, x1, y1 = middle[chosen]
         off = jax.random.uniform(where, (2,), jnp.float32, -view.crop / 4, view.crop / 4)
-        corner = jnp.round(jnp.stack([y0 + y1, x0 + x1]) / 2 - view.crop / 2 + off).astype(jnp.int32)
+        corner = jnp.round(jnp.stack([y0 + y1, x0 + x1]) / 2 - view.crop / 2 + off).astype(
+            jnp.int32
+        )
         y, x = jnp.clip(corner, 0, jnp.array([height - view.crop, width - view.crop]))
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(a, y, view.crop, 1), x, view.crop, 2)  # noqa: E731
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(
+            jax.lax.dynamic_slice_in_dim(a, y, view.crop, 1), x, view.crop, 2
+        )  # noqa: E731
         return Group(cut(video), cut(weight))
 
     return jax.vmap(window)(jax.random.split(key, video.shape[0]), video, weight, boxes)
@@ -195,7 +222,11 @@ class LossWeights:
 
 
 def reconstruction_loss(
-    network: WanVAE, groups: tuple[Group, ...], key: Key[Array, ""], weights: LossWeights, decoder_only: bool
+    network: WanVAE,
+    groups: tuple[Group, ...],
+    key: Key[Array, ""],
+    weights: LossWeights,
+    decoder_only: bool,
 ) -> Loss:
     """The loss of the module's docstring and its parts; groups count by their number of pixels."""
     pixels = sum(group.weight.size for group in groups)
@@ -237,11 +268,16 @@ def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
             _draw_clips(clip_key, STATISTICS_ROWS, frames, View("train")).video,
             _draw_portraits(portrait_key, STATISTICS_ROWS, View("train")).video,
         )
-        values = jnp.concatenate([network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos])
+        values = jnp.concatenate(
+            [network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos]
+        )
         return jnp.stack([jnp.mean(values, axis=0), jnp.mean(values**2, axis=0)])
 
     root = rng.key(seed, "evaluate")
-    rows = [np.asarray(moments(network, rng.fold(root, number)), np.float64) for number in range(STATISTICS_BATCHES)]
+    rows = [
+        np.asarray(moments(network, rng.fold(root, number)), np.float64)
+        for number in range(STATISTICS_BATCHES)
+    ]
     mean, square = np.mean(rows, axis=0)
     spread = np.sqrt(square - mean**2)
     graphdef, state = nnx.split(network)
