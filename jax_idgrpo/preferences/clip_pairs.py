@@ -31,7 +31,7 @@ from jax_idgrpo.rewards.faces import FaceStack, load_settings, load_stack
 from jax_idgrpo.rewards.tracks import TrackConfig, tracks
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.synthetic import captions, scenes
-from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND, Identity, dressed
+from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND, Identity, with_body_of
 
 BATCH = 32
 SEEN = 0.8  # share of every face that an honest clip shows
@@ -105,7 +105,7 @@ def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
             [faces.get(m, m) for m in range(len(mask))]
         )  # STRANGER is the last that is known
         heads = jax.tree.map(lambda leaf: leaf[whose], known)
-        return np.asarray(_drawn(dressed(heads, people), mask, scene, len(video), video.shape[1:3]))
+        return np.asarray(_drawn(with_body_of(heads, people), mask, scene, len(video), video.shape[1:3]))
 
     return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)
 

@@ -256,7 +256,7 @@ def identity(ids: Int[Array, "*n"]) -> Identity:
     return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), flat)
 
 
-def dressed(heads: Identity, people: Identity) -> Identity:
+def with_body_of(heads: Identity, people: Identity) -> Identity:
     """The heads on the bodies of the people, in their clothes."""
     garments = np.array([_Labels._fields.index(name) for name in ("clothes", "garment")])
     labels = jnp.asarray(heads.labels).at[..., garments].set(people.labels[..., garments])
