@@ -32,16 +32,16 @@ def write_clips(folder, rows):
 def folder(tmp_path_factory):
     """Two takes each of drawn prompts as mp4, their photos as PNG; and boxes of the faces by video."""
     folder, boxes, rows = tmp_path_factory.mktemp("clips"), {}, []
-    for take in (0, 1):
-        drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", take=take))
+    for variant in (0, 1):
+        drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", variant=variant))
         prompts = captions.prompts(drawn)
         for n in range(ROWS):
             photos = []
             for m in np.flatnonzero(drawn.mask[n]):
                 photos.append(f"{n}-{m}.png")
                 Image.fromarray(to_uint8(drawn.portraits[n, m])).save(folder / photos[-1])
-            write_video(folder / f"{n}-{take}.mp4", drawn.video[n], FRAMES_PER_SECOND, FINE)
-            rows.append((f"{n}-{take}.mp4", photos, prompts[n]))
+            write_video(folder / f"{n}-{variant}.mp4", drawn.video[n], FRAMES_PER_SECOND, FINE)
+            rows.append((f"{n}-{variant}.mp4", photos, prompts[n]))
             boxes[rows[-1][0]] = drawn.boxes[n]
     write_clips(folder, rows)
     return folder, rows, boxes

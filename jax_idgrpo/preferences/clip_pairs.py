@@ -77,15 +77,15 @@ def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
     step = 0
     while True:
         both = [
-            jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, take))
-            for take in (0, 1)
+            jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, variant))
+            for variant in (0, 1)
         ]
         first = both[0]
         flat = first.portraits.reshape(-1, *first.portraits.shape[2:])
         found = np.asarray(best(flat)[1]).reshape(first.mask.shape)
-        seen = np.all([(take.visible > SEEN).all(1) for take in both], 0)
+        seen = np.all([(variant.visible > SEEN).all(1) for variant in both], 0)
         for n in np.flatnonzero((seen & found | ~first.mask).all(1)).tolist():
-            one, other = (_drawn_subject(take, n) for take in both)
+            one, other = (_drawn_subject(variant, n) for variant in both)
             scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))  # noqa: B023
             photos = tuple(Image.fromarray(to_uint8(one.photos[m])) for m in one.people)
             yield Takes((one, other), captions.prompt(scene, people, first.mask[n]), photos)

@@ -103,7 +103,7 @@ def write_pairs(
       UserError: `out` exists or cannot be made, an option is of no use, or a clip is not as `video_clips` says.
     """
     names = distortions.split(",")
-    captions.check_asked(split, count, seed)
+    captions.check_request(split, count, seed)
     if unknown := [name for name in names if name not in DISTORTIONS]:
         raise UserError(f"--distortions: no {unknown[0]!r}; use {', '.join(DISTORTIONS)}")
     if not 0 <= automatic <= 1 or not 0 <= careless <= 1:

@@ -119,7 +119,7 @@ def vocabulary() -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnames=("count", "split"))
-def _asked(seed, count: int, split: str):
+def _sample_prompts(seed, count: int, split: str):
     """Portraits [count,M,64,64,3], scenes, people and mask of prompts: a batch without its clips."""
     id_key, mask_key, scene_key, portrait_key = jax.random.split(rng.key(seed, "data"), 4)
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
@@ -137,9 +137,9 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
     Raises:
       UserError: `out` exists already or cannot be made, or there is no such split.
     """
-    check_asked(split, count, seed)
+    check_request(split, count, seed)
     with workdir.new_folder(out) as folder:
-        photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
+        photos, scenes, people, mask = jax.device_get(_sample_prompts(seed, count, split))
         pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
         with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -152,7 +152,7 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
                 rows.writerow((";".join(names), prompt(scene, who, mask[k])))
 
 
-def check_asked(split: str, count: int, seed: int) -> None:
+def check_request(split: str, count: int, seed: int) -> None:
     """Whether that can be drawn.
 
     Raises:

@@ -69,7 +69,7 @@ class Scene:
     decor: Float[Array, "*n 4"]  # free numbers in [0, 1] of the background
 
 
-_TOLD_OF_ALL = (
+_DESCRIBED_NUMBERS = (
     3,
     8,
     9,
@@ -91,24 +91,24 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
 
 
 def sample_scene(
-    key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Array, ""] = 0
+    key: PRNGKeyArray, mask: Bool[Array, "M"], variant: int | Int[Array, ""] = 0
 ) -> Scene:
     """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background.
 
-    take: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
+    variant: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
     """
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
     fields = len(Pose._fields)
     shape = (people * (25 + fields) + 16,)
-    numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, take)))
-    told = np.concatenate(
+    numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, variant)))
+    described = np.concatenate(
         [
-            np.isin(np.arange(16), _TOLD_OF_ALL),
+            np.isin(np.arange(16), _DESCRIBED_NUMBERS),
             np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people),
         ]
     )
-    numbers = jnp.where(told | (jnp.asarray(take) == 0), numbers, anew)
+    numbers = jnp.where(described | (jnp.asarray(variant) == 0), numbers, anew)
     w, per_person = numbers[:16], numbers[16:].reshape(people, -1)
     phase, place, u = (
         per_person[:, :fields],
@@ -345,12 +345,12 @@ def draw(
     mask: Bool[Array, "B M"],
     frames: int = 9,
     size: tuple[int, int] = (64, 64),
-    take: int | Int[Array, ""] = 0,
+    variant: int | Int[Array, ""] = 0,
 ) -> Batch:
     """Clips and portraits of the given people; scenes and portraits are drawn from the key. Trace it inside `jit`."""
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
-    scene = jax.vmap(lambda k, m: sample_scene(k, m, take))(
+    scene = jax.vmap(lambda k, m: sample_scene(k, m, variant))(
         jax.random.split(scene_key, ids.shape[0]), mask
     )
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
@@ -404,11 +404,11 @@ def batch(
     split: str,
     frames: int = 9,
     resolution: tuple[int, int] = (64, 64),
-    take: int | Int[Array, ""] = 0,
+    variant: int | Int[Array, ""] = 0,
 ) -> Batch:
     """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments.
 
-    take: further takes are other clips of the same people, photos and prompts (see `sample_scene`).
+    variant: further takes are other clips of the same people, photos and prompts (see `sample_scene`).
     """
     key = rng.fold(rng.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)
@@ -418,5 +418,5 @@ def batch(
         sample_mask(mask_key, size),
         frames,
         resolution,
-        take,
+        variant,
     )

@@ -83,7 +83,7 @@ def tokenize(
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-class Told(NamedTuple):
+class ClipContent(NamedTuple):
     """What prompts are made of, per clip: who is there, what happens."""
 
     scene: scenes.Scene
@@ -92,18 +92,18 @@ class Told(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _draw(seed: int | Array, step: int | Array, size: int) -> Told:
+def _draw(seed: int | Array, step: int | Array, size: int) -> ClipContent:
     """The cast's batch without its pictures, which the compiler drops."""
     drawn = scenes.batch(seed, step, size, "train")
-    return Told(drawn.scene, drawn.people, drawn.mask)
+    return ClipContent(drawn.scene, drawn.people, drawn.mask)
 
 
-def attributes(told: Told) -> Int[np.ndarray, "B A"]:
+def attributes(content: ClipContent) -> Int[np.ndarray, "B A"]:
     """What a prompt says, as class numbers: every person's labels and action (-1 where nobody is there), then the place."""
-    person = np.concatenate([told.people.labels, told.scene.action[..., None]], axis=-1)
-    person = np.where(told.mask[..., None], person, -1).reshape(len(told.mask), -1)
-    place = np.stack([told.scene.background, told.scene.light_kind], axis=-1)
-    return np.concatenate([person, place, told.scene.colours], axis=-1).astype(np.int32)
+    person = np.concatenate([content.people.labels, content.scene.action[..., None]], axis=-1)
+    person = np.where(content.mask[..., None], person, -1).reshape(len(content.mask), -1)
+    place = np.stack([content.scene.background, content.scene.light_kind], axis=-1)
+    return np.concatenate([person, place, content.scene.colours], axis=-1).astype(np.int32)
 
 
 class Reader(nnx.Module):
@@ -143,13 +143,13 @@ def make(config: Config) -> Task:
         )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
-        told = jax.device_get(draw(seed, step))
+        content = jax.device_get(draw(seed, step))
         ids, mask = tokenize(
             tokenizer,
-            captions.describe(told.scene, told.people, told.mask),
+            captions.describe(content.scene, content.people, content.mask),
             config.data.text_length,
         )
-        return {"ids": ids, "mask": mask, "attributes": attributes(told)}
+        return {"ids": ids, "mask": mask, "attributes": attributes(content)}
 
     def save(reader: Reader, path: Path) -> None:
         save_text_encoder(reader.encoder, tokenizer, path)
