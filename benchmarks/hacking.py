@@ -18,8 +18,8 @@ from PIL import Image
 
 from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
 from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.preferences.clip_pairs import drawn
-from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS, Subject
+from jax_idgrpo.preferences.clip_pairs import from_synthetic
+from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS, AnnotatedClip
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.face_reward import FaceReward
@@ -40,7 +40,7 @@ BATCH = 16
 
 
 def score(
-    reward: FaceReward, clips: list[Subject], videos: list[np.ndarray]
+    reward: FaceReward, clips: list[AnnotatedClip], videos: list[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """The terms of the reward of every video, each [clips]."""
     found = []
@@ -55,7 +55,9 @@ def score(
 
 
 def columns(
-    clips: list[Subject], videos: list[np.ndarray], made: list[tuple[RewardConfig, FaceReward]]
+    clips: list[AnnotatedClip],
+    videos: list[np.ndarray],
+    made: list[tuple[RewardConfig, FaceReward]],
 ) -> dict[str, np.ndarray]:
     """Every reward of `REWARDS`, and `copied`, each [clips]; the faces are found once for those that differ in their prices alone."""
     terms = [(config, score(reward, clips, videos)) for config, reward in made]
@@ -79,7 +81,9 @@ def main() -> None:
     options.add_argument("--clips", type=int, default=64)
     options.add_argument("--sheet")
     arguments = options.parse_args()
-    several = (takes.subjects[0] for takes in drawn(7, "eval") if len(takes.photos) > 1)
+    several = (
+        clip_pair.clips[0] for clip_pair in from_synthetic(7, "eval") if len(clip_pair.photos) > 1
+    )
     clips = list(itertools.islice(several, arguments.clips))
     tricked = {
         f"paste, {share:.0%} opaque": [DISTORTIONS["paste"](clip, share) for clip in clips]

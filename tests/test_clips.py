@@ -12,8 +12,8 @@ from jax_idgrpo import cli
 from jax_idgrpo.data.video import FINE, read_frames, read_video, to_uint8, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.preferences import clip_pairs, synthesis, video_clips
-from jax_idgrpo.preferences.clip_pairs import Shape, filmed, located
-from jax_idgrpo.preferences.corruptions import STRANGER
+from jax_idgrpo.preferences.clip_pairs import Shape, from_videos, located
+from jax_idgrpo.preferences.corruptions import DISTRACTOR
 from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND
@@ -88,17 +88,17 @@ def test_everybody_is_located_where_they_are(folder, capsys):
 
 def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
     source, _, _ = folder
-    takes = filmed(source, "train", Shape(frames=5), FACES)
+    pairs = from_videos(source, "train", Shape(frames=5), FACES)
     different = []
-    for _, take in zip(range(8), takes, strict=False):
-        one, other = take.subjects
+    for _, clip_pair in zip(range(8), pairs, strict=False):
+        one, other = clip_pair.clips
         assert one.video.shape == other.video.shape == (5, 64, 64, 3)
         different.append(np.abs(one.video - other.video).mean() > 0.02)
-        assert np.array_equal(one.photos, other.photos) and len(take.photos) == len(one.people)
-        for subject in (one, other):
-            strange = subject.recast(dict.fromkeys(subject.people, STRANGER))
-            boxes = np.maximum(subject.boxes[0, subject.people], 0).astype(int)
-            assert all(np.abs(strange - subject.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
+        assert np.array_equal(one.photos, other.photos) and len(clip_pair.photos) == len(one.people)
+        for clip in (one, other):
+            strange = clip.swap_faces(dict.fromkeys(clip.people, DISTRACTOR))
+            boxes = np.maximum(clip.boxes[0, clip.people], 0).astype(int)
+            assert all(np.abs(strange - clip.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
     assert sum(different) >= 5                      # a clip whose other take does not show everybody is both takes
 
 

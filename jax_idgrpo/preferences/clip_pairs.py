@@ -1,7 +1,7 @@
 """Where the clips of preference pairs come from: two takes of one prompt, with everybody's face located, drawn or from a folder of videos.
 
     drawn   people and scenes of `synthetic.scenes`, whose truth is known
-    filmed  videos and photos of `video_clips`, in which the face reward's detector, embedder and tracks find who is where
+    from_videos  videos and photos of `video_clips`, in which the face reward's detector, embedder and tracks find who is where
 
 Two takes show the same people and what one prompt says, as two videos that a model makes of it do: motion, poses, sizes and light differ.
 """
@@ -25,7 +25,7 @@ from jax_idgrpo.data.video import read_frames, to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences import video_clips
-from jax_idgrpo.preferences.corruptions import Subject, pasted
+from jax_idgrpo.preferences.corruptions import AnnotatedClip, pasted
 from jax_idgrpo.preferences.video_clips import Clip
 from jax_idgrpo.rewards.faces import FaceStack, load_settings, load_stack
 from jax_idgrpo.rewards.tracks import TrackConfig, tracks
@@ -38,10 +38,10 @@ SEEN = 0.8  # share of every face that an honest clip shows
 
 
 @dataclasses.dataclass(frozen=True)
-class Takes:
+class ClipPair:
     """Two clips of one prompt. photos: of its people, as they are to be stored."""
 
-    subjects: tuple[Subject, Subject]
+    clips: tuple[AnnotatedClip, AnnotatedClip]
     prompt: str
     photos: tuple[Image.Image, ...]
 
@@ -66,10 +66,10 @@ class Shape:
 # ---- drawn people ----------------------------------------------------------------------------------------------------------
 
 
-def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
-    """Takes of drawn people, endlessly: everybody's face is seen throughout and found in their photo.
+def from_synthetic(seed: int, split: str, shape: Shape = Shape()) -> Iterator[ClipPair]:
+    """ClipPair of drawn people, endlessly: everybody's face is seen throughout and found in their photo.
 
-    The stranger of a clip is the first person of the one before it in its batch. Faces that people do not have are drawn, too: head and
+    The distractor of a clip is the first person of the one before it in its batch. Faces that people do not have are drawn, too: head and
     hair in the same pose and light, above the same clothes.
     """
     stack = load_stack(RewardConfig().folder(), "embedder")
@@ -77,22 +77,24 @@ def drawn(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Takes]:
     step = 0
     while True:
         both = [
-            jax.device_get(scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, variant))
+            jax.device_get(
+                scenes.batch(seed, step, BATCH, split, shape.frames, shape.size, variant)
+            )
             for variant in (0, 1)
         ]
         first = both[0]
         flat = first.portraits.reshape(-1, *first.portraits.shape[2:])
         found = np.asarray(best(flat)[1]).reshape(first.mask.shape)
-        seen = np.all([(variant.visible > SEEN).all(1) for variant in both], 0)
+        seen = np.all([(batch.visible > SEEN).all(1) for batch in both], 0)
         for n in np.flatnonzero((seen & found | ~first.mask).all(1)).tolist():
-            one, other = (_drawn_subject(variant, n) for variant in both)
+            one, other = (_synthetic_clip(batch, n) for batch in both)
             scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))  # noqa: B023
             photos = tuple(Image.fromarray(to_uint8(one.photos[m])) for m in one.people)
-            yield Takes((one, other), captions.prompt(scene, people, first.mask[n]), photos)
+            yield ClipPair((one, other), captions.prompt(scene, people, first.mask[n]), photos)
         step += 1
 
 
-def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
+def _synthetic_clip(batch: scenes.Batch, n: int) -> AnnotatedClip:
     """The n-th clip of a batch."""
     video, mask = batch.video[n], batch.mask[n]
     people, scene = jax.tree.map(lambda leaf: leaf[n], (batch.people, batch.scene))
@@ -100,18 +102,22 @@ def _drawn_subject(batch: scenes.Batch, n: int) -> Subject:
         lambda own, others: np.concatenate([own, others[(n - 1) % BATCH, :1]]), people, batch.people
     )
 
-    def recast(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
+    def swap_faces(faces: Mapping[int, int]) -> Float[np.ndarray, "F H W 3"]:
         whose = np.asarray(
             [faces.get(m, m) for m in range(len(mask))]
-        )  # STRANGER is the last that is known
+        )  # DISTRACTOR is the last that is known
         heads = jax.tree.map(lambda leaf: leaf[whose], known)
-        return np.asarray(_drawn(with_body_of(heads, people), mask, scene, len(video), video.shape[1:3]))
+        return np.asarray(
+            _render(with_body_of(heads, people), mask, scene, len(video), video.shape[1:3])
+        )
 
-    return Subject(video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], recast)
+    return AnnotatedClip(
+        video, batch.boxes[n], mask, batch.portraits[n], batch.portrait_boxes[n], swap_faces
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _drawn(
+def _render(
     people: Identity,
     mask: Bool[Array, "M"],
     scene: scenes.Scene,
@@ -212,10 +218,12 @@ def located(folder: Path, split: str, shape: Shape, faces: Path) -> list[Located
     return found
 
 
-def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -> Iterator[Takes]:
-    """Takes of the clips of a folder, endlessly, every prompt with its people in turn.
+def from_videos(
+    folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0
+) -> Iterator[ClipPair]:
+    """ClipPair of the clips of a folder, endlessly, every prompt with its people in turn.
 
-    Two rows with the same prompt and photos are takes of each other; a clip that is alone with its prompt is both takes. The stranger of a
+    Two rows with the same prompt and photos are takes of each other; a clip that is alone with its prompt is both takes. The distractor of a
     clip is the first person of a clip of another circle.
 
     Raises:
@@ -237,10 +245,10 @@ def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -
         second = among([this for this in group if this is not first] or group, u[1])
         others = [this for this in found if this.clip.circle != first.clip.circle]
         one, other = (
-            _filmed_subject(take, among(others, v), shape)
-            for take, v in ((first, u[2]), (second, u[3]))
+            _video_clip(clip, among(others, v), shape)
+            for clip, v in ((first, u[2]), (second, u[3]))
         )
-        yield Takes(
+        yield ClipPair(
             (one, other),
             first.clip.prompt,
             tuple(load_reference(path) for path in first.clip.references),
@@ -248,14 +256,14 @@ def filmed(folder: Path, split: str, shape: Shape, faces: Path, seed: int = 0) -
         number += 1
 
 
-def _filmed_subject(one: Located, stranger: Located, shape: Shape) -> Subject:
+def _video_clip(one: Located, distractor: Located, shape: Shape) -> AnnotatedClip:
     photos, asked = _canvases(one.clip, shape)
     video, other = (
         read_frames(clip.video, shape.frames, shape.size, shape.fps)
-        for clip in (one.clip, stranger.clip)
+        for clip in (one.clip, distractor.clip)
     )
-    recast = functools.partial(pasted, video, one.boxes, other, stranger.boxes[:, 0])
-    return Subject(video, one.boxes, asked, photos, one.photo_boxes, recast)
+    swap_faces = functools.partial(pasted, video, one.boxes, other, distractor.boxes[:, 0])
+    return AnnotatedClip(video, one.boxes, asked, photos, one.photo_boxes, swap_faces)
 
 
 def among(values: list, u: float):

@@ -2,7 +2,7 @@
 
 A distortion takes a clip of numpy float32 frames in [-1, 1] with the boxes of its people's faces (left, top, right, bottom in pixels) and a
 strength in [0, 1], and returns a new clip; 0 changes nothing. People who are absent (`mask` False) are left alone. Who has whose face is up
-to the clip (`Subject.recast`): where faces can only be moved they are ovals with soft edges, scaled from box to box (`pasted`). A nuisance
+to the clip (`AnnotatedClip.swap_faces`): where faces can only be moved they are ovals with soft edges, scaled from box to box (`pasted`). A nuisance
 takes frames, a strength and a direction of four numbers in [-1, 1], and leaves everybody who they are. Neither draws anything: what is
 random comes in from outside.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 
 from jax_idgrpo.data.video import recoded
 
-STRANGER = -1  # the number of somebody who is not in a clip
+DISTRACTOR = -1  # the number of somebody who is not in a clip
 EDGE = 0.15  # of the oval's radius, over which a pasted face fades
 
 # What a nuisance changes at strength 1, at most
@@ -27,10 +27,10 @@ ROLL = math.radians(6)
 
 
 @flax.struct.dataclass
-class Subject:
+class AnnotatedClip:
     """A clip, its people and their photos, people in the same order. photo_boxes: of the faces in the photos.
 
-    recast: the same clip in which people have other faces: whose, by number, and `STRANGER` for somebody who is not in the clip.
+    swap_faces: the same clip in which people have other faces: whose, by number, and `DISTRACTOR` for somebody who is not in the clip.
     """
 
     video: Float[np.ndarray, "F H W 3"]
@@ -38,7 +38,7 @@ class Subject:
     mask: Bool[np.ndarray, "M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
-    recast: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(
+    swap_faces: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(
         pytree_node=False
     )
 
@@ -116,20 +116,20 @@ def put(
 def pasted(
     video: Float[np.ndarray, "F H W 3"],
     boxes: Float[np.ndarray, "F M 4"],
-    stranger: Float[np.ndarray, "F y x 3"],
-    stranger_boxes: Float[np.ndarray, "F 4"],
+    distractor: Float[np.ndarray, "F y x 3"],
+    distractor_boxes: Float[np.ndarray, "F 4"],
     faces: Mapping[int, int],
 ) -> Float[np.ndarray, "F H W 3"]:
-    """A clip with other faces painted over those in it: `Subject.recast` where all there is are pictures.
+    """A clip with other faces painted over those in it: `AnnotatedClip.swap_faces` where all there is are pictures.
 
-    stranger: a picture, for every frame, of somebody who is not in the clip; stranger_boxes: of the face in it.
+    distractor: a picture, for every frame, of somebody who is not in the clip; distractor_boxes: of the face in it.
     """
     changed = np.array(video, np.float32)
     for i, other in faces.items():
         for t, frame in enumerate(changed):
             source = (
-                (stranger[t], stranger_boxes[t])
-                if other == STRANGER
+                (distractor[t], distractor_boxes[t])
+                if other == DISTRACTOR
                 else (video[t], boxes[t, other])
             )
             put(frame, boxes[t, i], *source)
@@ -154,10 +154,10 @@ def _blurred(picture: Float[np.ndarray, "H W 3"], sigma: float) -> Float[np.ndar
 
 
 def _changed(
-    subject: Subject, change: Callable[[np.ndarray, int], None], share: float = 1.0
+    clip: AnnotatedClip, change: Callable[[np.ndarray, int], None], share: float = 1.0
 ) -> Float[np.ndarray, "F H W 3"]:
     """A new clip: `change(frame, its number)` on the last frames, a share of all."""
-    video = np.array(subject.video, np.float32)
+    video = np.array(clip.video, np.float32)
     for t in np.flatnonzero(_last(len(video), share)).tolist():
         change(video[t], t)
     return video
@@ -168,115 +168,115 @@ def _last(frames: int, share: float) -> Float[np.ndarray, "F"]:
     return (np.arange(frames) >= frames - math.ceil(round(share * frames, 6))).astype(np.float32)
 
 
-def _recast(
-    subject: Subject, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]
+def _with_swapped_faces(
+    clip: AnnotatedClip, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]
 ) -> Float[np.ndarray, "F H W 3"]:
     """A new clip in which some have other faces, by number; opacity: of these, for every frame."""
-    video = np.array(subject.video, np.float32)
+    video = np.array(clip.video, np.float32)
     if faces and opacity.any():
-        video += opacity[:, None, None, None] * (subject.recast(faces) - video)
+        video += opacity[:, None, None, None] * (clip.swap_faces(faces) - video)
     return video
 
 
-def _round(subject: Subject) -> dict[int, int]:
+def _round(clip: AnnotatedClip) -> dict[int, int]:
     """Each has the next one's face, the last the first's; nobody for one person alone."""
-    people = subject.people
+    people = clip.people
     return dict(zip(people, people[1:] + people[:1], strict=True)) if len(people) > 1 else {}
 
 
 # ---- distortions -----------------------------------------------------------------------------------------------------------
 
 
-def paste(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def paste(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """Everybody's face is the one in their photo; strength: its opacity."""
 
     def change(frame: np.ndarray, t: int) -> None:
-        for i in subject.people:
-            put(frame, subject.boxes[t, i], subject.photos[i], subject.photo_boxes[i], strength)
+        for i in clip.people:
+            put(frame, clip.boxes[t, i], clip.photos[i], clip.photo_boxes[i], strength)
 
-    return _changed(subject, change)
+    return _changed(clip, change)
 
 
-def freeze(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def freeze(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The clip comes to a standstill; strength: for which share of it."""
-    last = len(subject.video) - 1
-    return np.asarray(subject.video, np.float32)[
+    last = len(clip.video) - 1
+    return np.asarray(clip.video, np.float32)[
         np.minimum(np.arange(last + 1), round((1 - strength) * last))
     ]
 
 
-def enlarge(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def enlarge(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """The first person's face grows about its middle, by 1 + strength."""
 
     def change(frame: np.ndarray, t: int) -> None:
-        for i in subject.people[:1]:
+        for i in clip.people[:1]:
             put(
                 frame,
-                grown(subject.boxes[t, i], 1 + strength),
-                subject.video[t],
-                subject.boxes[t, i],
+                grown(clip.boxes[t, i], 1 + strength),
+                clip.video[t],
+                clip.boxes[t, i],
                 float(strength > 0),
             )
 
-    return _changed(subject, change)
+    return _changed(clip, change)
 
 
-def duplicate(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def duplicate(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end everybody has the first person's face; strength: for which share of the clip."""
-    return _recast(
-        subject,
-        dict.fromkeys(subject.people[1:], subject.people[0]),
-        _last(len(subject.video), strength),
+    return _with_swapped_faces(
+        clip,
+        dict.fromkeys(clip.people[1:], clip.people[0]),
+        _last(len(clip.video), strength),
     )
 
 
-def drop(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def drop(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end the last person's face is gone, under the frame's mean colour; strength: for which share of the clip."""
 
     def change(frame: np.ndarray, t: int) -> None:
-        plain = np.broadcast_to(subject.video[t].mean((0, 1)), (2, 2, 3))
-        for i in subject.people[-1:]:
-            put(frame, grown(subject.boxes[t, i], 1.4), plain, np.array([0.0, 0.0, 2.0, 2.0]))
+        plain = np.broadcast_to(clip.video[t].mean((0, 1)), (2, 2, 3))
+        for i in clip.people[-1:]:
+            put(frame, grown(clip.boxes[t, i], 1.4), plain, np.array([0.0, 0.0, 2.0, 2.0]))
 
-    return _changed(subject, change, strength)
+    return _changed(clip, change, strength)
 
 
-def blend(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def blend(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """Each face is mixed with the next person's, half and half at strength 1."""
-    return _recast(
-        subject, _round(subject), np.full(len(subject.video), 0.5 * strength, np.float32)
+    return _with_swapped_faces(
+        clip, _round(clip), np.full(len(clip.video), 0.5 * strength, np.float32)
     )
 
 
-def swap(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def swap(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """In the end each has the next person's face; at strength 1 for half of the clip, since exchanged throughout is not exchanged."""
-    return _recast(subject, _round(subject), _last(len(subject.video), strength / 2))
+    return _with_swapped_faces(clip, _round(clip), _last(len(clip.video), strength / 2))
 
 
-def replace(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """The last person has the stranger's face; strength: its opacity."""
-    return _recast(
-        subject,
-        dict.fromkeys(subject.people[-1:], STRANGER),
-        np.full(len(subject.video), strength, np.float32),
+def replace(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """The last person has the distractor's face; strength: its opacity."""
+    return _with_swapped_faces(
+        clip,
+        dict.fromkeys(clip.people[-1:], DISTRACTOR),
+        np.full(len(clip.video), strength, np.float32),
     )
 
 
-def drift(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
-    """The last person turns into the stranger little by little; strength: opacity of the stranger's face in the last frame."""
-    return _recast(
-        subject,
-        dict.fromkeys(subject.people[-1:], STRANGER),
-        np.linspace(0, strength, len(subject.video), dtype=np.float32),
+def drift(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+    """The last person turns into the distractor little by little; strength: opacity of the distractor's face in the last frame."""
+    return _with_swapped_faces(
+        clip,
+        dict.fromkeys(clip.people[-1:], DISTRACTOR),
+        np.linspace(0, strength, len(clip.video), dtype=np.float32),
     )
 
 
-def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
+def blur(clip: AnnotatedClip, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"]:
     """Everybody's face loses its details, by a Gaussian of an eighth of its width at strength 1."""
 
     def change(frame: np.ndarray, t: int) -> None:
-        for i in subject.people:
-            box = subject.boxes[t, i]
+        for i in clip.people:
+            box = clip.boxes[t, i]
             sigma = strength * float(box[2] - box[0]) / 8
             left, top, right, bottom = _inside(grown(box, 1.5), *frame.shape[:2])
             if right > left and bottom > top:
@@ -284,12 +284,12 @@ def blur(subject: Subject, strength: float = 1.0) -> Float[np.ndarray, "F H W 3"
                 put(
                     frame,
                     box,
-                    _blurred(subject.video[t, top:bottom, left:right], sigma),
+                    _blurred(clip.video[t, top:bottom, left:right], sigma),
                     box - corner,
                     float(strength > 0),
                 )
 
-    return _changed(subject, change)
+    return _changed(clip, change)
 
 
 # ---- nuisances -------------------------------------------------------------------------------------------------------------

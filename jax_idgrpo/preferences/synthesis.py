@@ -27,8 +27,14 @@ from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data.video import FINE, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
-from jax_idgrpo.preferences.clip_pairs import Shape, among, drawn, filmed
-from jax_idgrpo.preferences.corruptions import DISTORTIONS, LOOKS, NUISANCES, TOGETHER, Subject
+from jax_idgrpo.preferences.clip_pairs import Shape, among, from_synthetic, from_videos
+from jax_idgrpo.preferences.corruptions import (
+    DISTORTIONS,
+    LOOKS,
+    NUISANCES,
+    TOGETHER,
+    AnnotatedClip,
+)
 from jax_idgrpo.synthetic import captions, people
 
 TIES = 0.2  # share of pairs without a fault
@@ -56,21 +62,23 @@ COLUMNS = (
 
 
 def pair(
-    subjects: tuple[Subject, Subject], u: Float[np.ndarray, "18"], distortions: Sequence[str]
+    clips: tuple[AnnotatedClip, AnnotatedClip],
+    u: Float[np.ndarray, "18"],
+    distortions: Sequence[str],
 ) -> tuple[str, tuple[float, float], list[Float[np.ndarray, "F H W 3"]]]:
     """(distortion or "", strengths of A and B, the two videos) of two takes, by eighteen numbers in [0, 1)."""
     tie, kind, much, second, little, order, *nuisances = u
-    usable = [name for name in distortions if len(subjects[0].people) > 1 or name not in TOGETHER]
+    usable = [name for name in distortions if len(clips[0].people) > 1 or name not in TOGETHER]
     name = "" if tie < TIES or not usable else among(usable, kind)
     least, gap = STRENGTHS.get(name, (0.0, 0.0))
     high = least + (1 - least) * much if name else 0.0
     low = little * (high - gap) if name and second < 0.5 else 0.0
     a, b = (high, low) if order < 0.5 else (low, high)
     videos = []
-    for subject, strength, (which, amount, *direction) in zip(
-        subjects, (a, b), (nuisances[:6], nuisances[6:12]), strict=True
+    for clip, strength, (which, amount, *direction) in zip(
+        clips, (a, b), (nuisances[:6], nuisances[6:12]), strict=True
     ):
-        video = DISTORTIONS[name](subject, float(strength)) if name else subject.video
+        video = DISTORTIONS[name](clip, float(strength)) if name else clip.video
         changed = NUISANCES[among(list(NUISANCES), which)](
             video, float(amount), 2 * np.asarray(direction) - 1
         )
@@ -118,7 +126,11 @@ def write_pairs(
         np.float64,
     )
     networks = (RewardConfig(faces=str(faces)) if faces else RewardConfig()).folder()
-    source = filmed(clips, split, shape, networks, seed) if clips else drawn(seed, split, shape)
+    source = (
+        from_videos(clips, split, shape, networks, seed)
+        if clips
+        else from_synthetic(seed, split, shape)
+    )
     with (
         workdir.new_folder(out) as folder,
         progress("pairs", count) as update,
@@ -126,13 +138,13 @@ def write_pairs(
     ):
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
-        for number, u, takes in zip(range(count), draws, source, strict=False):
-            name, (a, b), videos = pair(takes.subjects, u[:18], names)
+        for number, u, clip_pair in zip(range(count), draws, source, strict=False):
+            name, (a, b), videos = pair(clip_pair.clips, u[:18], names)
             files = [f"{number:05d}-{side}.mp4" for side in "AB"]
             for path, video in zip(files, videos, strict=True):
                 write_video(folder / path, video, shape.fps, FINE)
-            photos = [f"{number:05d}-{m}.png" for m in range(len(takes.photos))]
-            for path, photo in zip(photos, takes.photos, strict=True):
+            photos = [f"{number:05d}-{m}.png" for m in range(len(clip_pair.photos))]
+            for path, photo in zip(photos, clip_pair.photos, strict=True):
                 photo.save(folder / path)
             truth = "same" if a == b else "A" if a < b else "B"
             kind = "automatic" if u[18] < automatic else "trusted"
@@ -141,7 +153,7 @@ def write_pairs(
             rows.writerow(
                 (
                     *files,
-                    takes.prompt,
+                    clip_pair.prompt,
                     ";".join(photos),
                     *sizes,
                     said,
