@@ -30,7 +30,7 @@ def write_clips(folder, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two takes each of drawn prompts as mp4, their photos as PNG; and boxes of the faces by video."""
+    """Two clips of each synthetic prompt as mp4, their photos as PNG; and boxes of the faces by video."""
     folder, boxes, rows = tmp_path_factory.mktemp("clips"), {}, []
     for variant in (0, 1):
         drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", variant=variant))
@@ -67,7 +67,7 @@ def test_people_of_one_split_are_in_no_other_whatever_else_is_in_the_folder(tmp_
 
 
 def test_a_photo_in_common_joins_and_the_shares_are_kept():
-    assert sorted(map(sorted, video_clips.circles(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
+    assert sorted(map(sorted, video_clips.identity_clusters(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
     names = [f"{n * 2654435761 % 16**8:08x}" * 8 for n in range(4000)]
     shares = {split: sum(video_clips.split_of(name) == split for name in names) / len(names) for split in video_clips.UPTO}
     assert shares == pytest.approx({"train": 0.8, "rl": 0.1, "eval": 0.1}, abs=0.02)
@@ -86,7 +86,7 @@ def test_everybody_is_located_where_they_are(folder, capsys):
         assert not one.boxes[:, len(one.clip.people):].any()
 
 
-def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
+def test_pairs_are_of_one_prompt_and_distractors_are_other_people(folder):
     source, _, _ = folder
     pairs = from_videos(source, "train", Shape(frames=5), FACES)
     different = []
@@ -99,7 +99,7 @@ def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
             strange = clip.swap_faces(dict.fromkeys(clip.people, DISTRACTOR))
             boxes = np.maximum(clip.boxes[0, clip.people], 0).astype(int)
             assert all(np.abs(strange - clip.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
-    assert sum(different) >= 5                      # a clip whose other take does not show everybody is both takes
+    assert sum(different) >= 5                      # a clip without a usable partner forms a pair with itself
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def broken(kind, source, rows):
         write_clips(source, [(video, ["none.png"], prompt)])
     elif kind == "twice":
         write_clips(source, [(video, [photos[0], photos[0]], prompt)])
-    elif kind == "one circle":
+    elif kind == "one cluster":
         split = next(split for split in video_clips.UPTO if any(clip.video.name == video for clip in video_clips.load_clips(source, split)))
         write_clips(source, [rows[0]])
         return ["--split", split]
@@ -166,7 +166,7 @@ def broken(kind, source, rows):
 
 @pytest.mark.parametrize(("kind", "extra", "answer"), [
     ("csv", [], "no such file"), ("column", [], "needs one column path"), ("video", [], "line 2: .*none.mp4 is no file"),
-    ("photo", [], "line 2: image .*none.png"), ("twice", [], "two of the photos are the same"), ("one circle", [], "one circle"),
+    ("photo", [], "line 2: image .*none.png"), ("twice", [], "two of the photos are the same"), ("one cluster", [], "one identity cluster"),
     ("not a video", [], "cannot be read"), ("nobody", [], "none remains"), ("", ["--frames", "0"], "1 or more"),
     ("", ["--size", "60", "64"], "multiples of 8"), ("", ["--split", "test"], "no such split"),
     ("", ["--clips", "nowhere"], "no such folder"), ("", ["--frames", "99"], "too short")])

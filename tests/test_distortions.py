@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.preferences import corruptions
-from jax_idgrpo.preferences.corruptions import DISTORTIONS, NUISANCES, DISTRACTOR, TOGETHER, TRICKS, AnnotatedClip, pasted
+from jax_idgrpo.preferences.corruptions import DISTORTIONS, DISTRACTOR, NUISANCES, TOGETHER, TRICKS, AnnotatedClip, pasted
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
