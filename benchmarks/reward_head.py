@@ -25,7 +25,7 @@ from flax import nnx
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo import rng
-from jax_idgrpo.preferences.batches import PairOptions, accuracy, agreed
+from jax_idgrpo.preferences.batches import PairOptions, accuracy, confirmed_pairs
 from jax_idgrpo.preferences.corruptions import DISTORTIONS
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
@@ -193,7 +193,7 @@ def main() -> None:
                     [pair for pair in pairs if pair.source == kind]
                     for kind in ("trusted", "automatic")
                 ]
-                chosen = kinds[0] + agreed(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
+                chosen = kinds[0] + confirmed_pairs(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
             head = trained(chosen, sides, networks, mixing, config, programs)
             teacher = teacher or head
             told[name].append(opinion(head))

@@ -17,7 +17,7 @@ PHOTO_COLOURS = np.array([[0.9, 0.9, -0.9], [-0.5, 0.4, 0.8]], np.float32)
 
 @pytest.fixture
 def clip() -> AnnotatedClip:
-    """Two people of one colour each in front of noise that moves; the third is absent. Their photos have other colours, a distractor too."""
+    """Two people of one colour each before moving noise, and an absent third; photos and distractor have other colours."""
     video = np.random.default_rng(0).uniform(-0.2, 0.2, (FRAMES, SIZE, SIZE, 3)).astype(np.float32)
     boxes = np.repeat(BOXES[None], FRAMES, axis=0)
     photos = np.ones((3, 16, 16, 3), np.float32)

@@ -58,10 +58,10 @@ class PairOptions:
             )
 
 
-Chosen = TypeVar("Chosen", bound=PairOptions)
+OptionsT = TypeVar("OptionsT", bound=PairOptions)
 
 
-def read_options(kind: type[Chosen], values: Mapping[str, Any]) -> Chosen:
+def read_options(kind: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
     """Options of a task from the configuration.
 
     Raises:
@@ -80,7 +80,7 @@ def read_options(kind: type[Chosen], values: Mapping[str, Any]) -> Chosen:
     return kind(**given)
 
 
-def agreed(pairs: Sequence[Pair], found: Float[np.ndarray, "N O"], theta: float) -> list[Pair]:
+def confirmed_pairs(pairs: Sequence[Pair], found: Float[np.ndarray, "N O"], theta: float) -> list[Pair]:
     """The pairs whose labels a teacher with these differences of scores takes to be right, in every dimension that is labelled."""
     return [
         pair
@@ -92,7 +92,7 @@ def agreed(pairs: Sequence[Pair], found: Float[np.ndarray, "N O"], theta: float)
     ]
 
 
-def filtered(
+def filter_automatic(
     pairs: Sequence[Pair], options: PairOptions, teacher: Callable[[], Differences]
 ) -> Sequence[Pair]:
     """The pairs without those automatic ones that the teacher contradicts; all of them where `options` names none.
@@ -102,7 +102,7 @@ def filtered(
     automatic = [pair for pair in pairs if pair.source == "automatic"]
     if not (options.teacher and automatic):
         return pairs
-    kept = agreed(automatic, teacher()(automatic), options.theta)
+    kept = confirmed_pairs(automatic, teacher()(automatic), options.theta)
     print(f"teacher: keeps {len(kept)} of {len(automatic)} automatic pairs")
     return [pair for pair in pairs if pair.source != "automatic"] + kept
 

@@ -41,7 +41,7 @@ SEEN = 0.8  # smallest visible share of every face in an uncorrupted clip
 
 @dataclasses.dataclass(frozen=True)
 class ClipPair:
-    """Two clips of one prompt, and the photos of its people at the size in which they are stored."""
+    """Two clips of one prompt, and the photos of its people at their stored size."""
 
     clips: tuple[AnnotatedClip, AnnotatedClip]
     prompt: str

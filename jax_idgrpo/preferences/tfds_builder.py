@@ -42,7 +42,7 @@ def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
     )
 
 
-def named(value: int) -> str:
+def label_name(value: int) -> str:
     """The name of a label."""
     return next(name for name, known in LABELS.items() if known == value)
 
@@ -78,7 +78,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         labels = {
-            name: "".join(named(pair.labels[n])[0] for pair in self._pairs)
+            name: "".join(label_name(pair.labels[n])[0] for pair in self._pairs)
             for n, name in enumerate(self._dimensions)
         }
         index = {"labels": labels, "sources": "".join(pair.source[0] for pair in self._pairs)}
@@ -122,7 +122,7 @@ def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
     return {
         "prompt": row.prompt,
         "references": [_bytes(file) for file in row.references],
-        "labels": {name: named(label) for name, label in zip(dimensions, pair.labels, strict=True)},
+        "labels": {name: label_name(label) for name, label in zip(dimensions, pair.labels, strict=True)},
         "source": pair.source,
         **{
             f"{name}_{side}": values[n]

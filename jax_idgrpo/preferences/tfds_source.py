@@ -27,7 +27,7 @@ SOURCES = {"t": "trusted", "a": "automatic"}
 INFO, INDEX = "dataset_info.json", "metadata.json"
 MAKE = "idgrpo pack-pairs --csv pairs.csv --out DIR"
 AGAIN = "copy the data set again, or make it again"
-KEPT = 16
+CACHED_RECORDS = 16
 """Records kept from one question to the next."""
 
 
@@ -61,15 +61,15 @@ def builder() -> ModuleType:
 class StoredRow:
     """A row of a data set."""
 
-    among: "StoredPairs"
+    dataset: "StoredPairs"
     number: int
 
     def __str__(self) -> str:
-        return f"pairs {self.among.folder}, pair {self.number}"
+        return f"pairs {self.dataset.folder}, pair {self.number}"
 
     def read(self) -> Row:
         """Raises UserError where the data set is damaged."""
-        found = self.among.example(self.number)
+        found = self.dataset.example(self.number)
         photos = tuple(
             StoredFile(self, "references", place) for place in range(len(found["references"]))
         )
@@ -99,7 +99,7 @@ class StoredFile:
 
     def read_bytes(self) -> bytes:
         """Raises UserError where the data set is damaged."""
-        found = self.row.among.example(self.row.number)[self.name]
+        found = self.row.dataset.example(self.row.number)[self.name]
         return bytes(found if self.place < 0 else found[self.place])
 
 
@@ -134,7 +134,7 @@ class StoredPairs(Sequence[Pair]):
             raise UserError(f"pairs {folder}: {_damaged(error)}") from None
         if found != len(self):
             raise UserError(f"pairs {folder}: holds {found} records, not {len(self)}; {AGAIN}")
-        self.example = functools.lru_cache(KEPT)(self._read)
+        self.example = functools.lru_cache(CACHED_RECORDS)(self._read)
 
     def __len__(self) -> int:
         return len(self._sources)

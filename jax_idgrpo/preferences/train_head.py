@@ -28,7 +28,7 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.batches import (
     Differences,
     PairOptions,
-    filtered,
+    filter_automatic,
     pair_loss,
     read_options,
     step_pairs,
@@ -71,7 +71,7 @@ class HeadOptions(PairOptions):
     tokens: str = ""
 
 
-def kept(
+def token_cache(
     folder: str, reward: FaceReward, config: Config
 ) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
     """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them; "" is no folder.
@@ -122,7 +122,7 @@ def read_tokens(
       UserError: a file cannot be read, a photo shows no face, a pair has more photos than `data.max_people`, or `folder` cannot be used.
     """
     listed, known, found = list(dict.fromkeys(pairs)), {}, {}
-    tokens_of = kept(folder, reward, config)
+    tokens_of = token_cache(folder, reward, config)
     with progress("finding faces", len(listed)) as update:
         for done, pair in enumerate(listed, 1):
             for path in pair.videos:
@@ -227,7 +227,7 @@ def make(config: Config) -> Task:
     reward = make_face_reward(dataclasses.replace(config.reward, head=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
-    pairs = filtered(
+    pairs = filter_automatic(
         pairs,
         options,
         lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides),

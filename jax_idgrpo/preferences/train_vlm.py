@@ -33,7 +33,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.preferences.batches import (
     Differences,
     PairOptions,
-    filtered,
+    filter_automatic,
     pair_loss,
     read_options,
     step_pairs,
@@ -256,7 +256,7 @@ def make(config: Config) -> Task:
     options = read_options(Options, config.finetune.options)
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
-    mixed = by_source(filtered(pairs, options, lambda: read_teacher(config, options)))
+    mixed = by_source(filter_automatic(pairs, options, lambda: read_teacher(config, options)))
     model, text = open_model(config, options, rng.key(config.run.seed, "init"))
     reading = read_with(model, text, config.reward.vlm_fps)
 
