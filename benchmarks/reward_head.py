@@ -193,7 +193,9 @@ def main() -> None:
                     [pair for pair in pairs if pair.source == kind]
                     for kind in ("trusted", "automatic")
                 ]
-                chosen = kinds[0] + confirmed_pairs(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
+                chosen = kinds[0] + confirmed_pairs(
+                    kinds[1], differences(teacher, sides)(kinds[1]), 5.0
+                )
             head = trained(chosen, sides, networks, mixing, config, programs)
             teacher = teacher or head
             told[name].append(opinion(head))

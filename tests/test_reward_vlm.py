@@ -159,7 +159,7 @@ def test_a_bad_row_is_named(tmp_path, header, row, message):
 
 def test_mistakes_in_the_options_are_named(base, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 1, 0)
-    for options, message in (({"pears": 1}, "knows no 'pears'"), ({"theta": 1.0}, "theta above 1")):
+    for options, message in (({"pears": 1}, "has no 'pears'"), ({"theta": 1.0}, "theta above 1")):
         with pytest.raises(UserError, match=message):
             train_vlm.make(configuration(base, pairs, 1, **options))
     with pytest.raises(UserError, match="no such file"):

@@ -1,8 +1,9 @@
-"""The TFDS builder of preference pairs; `tfds_source` reads what it writes. It needs `tensorflow-datasets`, and no TensorFlow.
+"""TFDS builder of preference pairs; `tfds_source` reads its data sets.
 
-An example holds its files as they are, byte by byte. Pairs stay in the order of the CSV, in shards of at most `SHARD` bytes; a shard is
-held in memory while it is written. The labels and sources of all pairs stand once more in `metadata.json`, a letter each, so that a reader
-knows them without reading the videos.
+It requires `tensorflow-datasets` but not TensorFlow. An example contains the unchanged bytes of
+its files. Pairs keep the order of the CSV, in shards of at most `SHARD` bytes; a shard is in memory
+while it is written. `metadata.json` repeats the labels and sources of all pairs, one letter each,
+so that they can be read without the videos.
 """
 
 import functools
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import importlib_resources  # noqa: F401    TFDS writes with it and does not ask for it: missing is better said at once
+import importlib_resources  # noqa: F401    TFDS needs it and does not declare it; fail early
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -24,7 +25,7 @@ SHARD = 2**28
 
 
 def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
-    """What an example holds."""
+    """Return the features of an example."""
     file = tfds.features.Tensor(shape=(), dtype=np.object_)
     sides = {
         "video": file,
@@ -43,12 +44,12 @@ def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
 
 
 def label_name(value: int) -> str:
-    """The name of a label."""
+    """Return the name of a label's value."""
     return next(name for name, known in LABELS.items() if known == value)
 
 
 def shards(sizes: Sequence[int], most: int) -> list[range]:
-    """Numbers of neighbouring pairs whose files together have at most `most` bytes; a pair that has more is alone."""
+    """Split pairs into consecutive shards of at most `most` bytes; a larger pair is a shard."""
     starts, filled = [0], 0
     for number, size in enumerate(sizes):
         if filled and filled + size > most:
@@ -59,7 +60,7 @@ def shards(sizes: Sequence[int], most: int) -> list[range]:
 
 
 class IdentityPairs(tfds.core.ShardBasedBuilder):
-    """Preference pairs of videos that are to show given people: which of two is better, with the reference photos."""
+    """Preference pairs of identity-preserving videos, with the reference photos of their people."""
 
     name = NAME
     VERSION = tfds.core.Version(VERSION)
@@ -72,7 +73,14 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
         update: Callable[[int], None],
         data_dir: Path,
     ):
-        """update: is told how many pairs are written."""
+        """Prepare the builder.
+
+        Args:
+          pairs: pairs to write.
+          dimensions: names of the labels.
+          update: progress callback, called with the number of written pairs.
+          data_dir: folder of the data set.
+        """
         self._pairs, self._dimensions, self._update = pairs, tuple(dimensions), update
         super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -108,7 +116,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
 
 
 def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
-    """A pair as `features` has it, with the bytes of its files.
+    """Convert a pair to an example with the bytes of its files.
 
     Raises:
       UserError: a file cannot be read.
@@ -122,7 +130,9 @@ def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
     return {
         "prompt": row.prompt,
         "references": [_bytes(file) for file in row.references],
-        "labels": {name: label_name(label) for name, label in zip(dimensions, pair.labels, strict=True)},
+        "labels": {
+            name: label_name(label) for name, label in zip(dimensions, pair.labels, strict=True)
+        },
         "source": pair.source,
         **{
             f"{name}_{side}": values[n]

@@ -1,7 +1,9 @@
-"""Preference pairs from a CSV, or from a data set that `idgrpo pack-pairs` made of one: the same pairs in the same order.
+"""Read preference pairs from a CSV, or from a data set that `idgrpo pack-pairs` made of one.
 
-A data set is read record by record, where a step asks for it; in memory are only a letter per label and source. Its files are decoded from
-their bytes. Of what the folder says about itself nothing is imported and no path is followed: names and types are those that are written.
+Both contain the same pairs in the same order. Records of a data set are read on demand; only one
+letter per label and source is in memory. Videos and photos are decoded from bytes. The folder's
+metadata is untrusted: no code is imported and no path is followed; names and types are constants of
+`tfds_builder`.
 """
 
 import contextlib
@@ -28,11 +30,11 @@ INFO, INDEX = "dataset_info.json", "metadata.json"
 MAKE = "idgrpo pack-pairs --csv pairs.csv --out DIR"
 AGAIN = "copy the data set again, or make it again"
 CACHED_RECORDS = 16
-"""Records kept from one question to the next."""
+"""Number of cached records."""
 
 
 def open_pairs(path: str | Path, dimensions: Sequence[str]) -> Sequence[Pair]:
-    """The pairs of a CSV, or of the folder of a data set, labelled in `dimensions`.
+    """Open the pairs of a CSV or of a data set's folder, with the labels of `dimensions`.
 
     Raises:
       UserError: as `load_pairs` and `StoredPairs`.
@@ -43,7 +45,7 @@ def open_pairs(path: str | Path, dimensions: Sequence[str]) -> Sequence[Pair]:
 
 
 def builder() -> ModuleType:
-    """`tfds_builder`, which needs a package of its own.
+    """Import `tfds_builder`, which requires an optional package.
 
     Raises:
       UserError: the package is not installed.
@@ -52,7 +54,8 @@ def builder() -> ModuleType:
         from jax_idgrpo.preferences import tfds_builder
     except ImportError as error:
         raise UserError(
-            f"data sets of pairs need tensorflow-datasets ({error}); install it: pip install 'jax-idgrpo[data]'"
+            f"data sets of pairs need tensorflow-datasets ({error}); "
+            "install it: pip install 'jax-idgrpo[data]'"
         ) from None
     return tfds_builder
 
@@ -68,10 +71,14 @@ class StoredRow:
         return f"pairs {self.dataset.folder}, pair {self.number}"
 
     def read(self) -> Row:
-        """Raises UserError where the data set is damaged."""
+        """Read the row.
+
+        Raises:
+          UserError: the data set is damaged.
+        """
         found = self.dataset.example(self.number)
         photos = tuple(
-            StoredFile(self, "references", place) for place in range(len(found["references"]))
+            StoredFile(self, "references", index) for index in range(len(found["references"]))
         )
         return Row(
             photos,
@@ -84,30 +91,35 @@ class StoredRow:
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A photo or a video of a data set. place: among the photos, -1 for a video."""
+    """A photo or a video of a data set. index: number of the photo, -1 for a video."""
 
     row: StoredRow
     name: str
-    place: int = -1
+    index: int = -1
 
     def __str__(self) -> str:
         return (
             f"{self.row}, {self.name}"
-            if self.place < 0
-            else f"{self.row}, {self.name} {self.place}"
+            if self.index < 0
+            else f"{self.row}, {self.name} {self.index}"
         )
 
     def read_bytes(self) -> bytes:
-        """Raises UserError where the data set is damaged."""
+        """Read the bytes of the file.
+
+        Raises:
+          UserError: the data set is damaged.
+        """
         found = self.row.dataset.example(self.row.number)[self.name]
-        return bytes(found if self.place < 0 else found[self.place])
+        return bytes(found if self.index < 0 else found[self.index])
 
 
 class StoredPairs(Sequence[Pair]):
-    """The pairs of a data set, in the order of the CSV that it was made of.
+    """The pairs of a data set, in the order of its CSV.
 
     Raises:
-      UserError: the folder holds no data set of pairs, a damaged one, or one without labels in `dimensions`, or a package is missing.
+      UserError: the folder contains no data set of pairs, the data set is damaged or has no labels
+        of `dimensions`, or a package is missing.
     """
 
     def __init__(self, folder: Path, dimensions: Sequence[str]):
@@ -156,13 +168,13 @@ class StoredPairs(Sequence[Pair]):
         try:
             read = self._features.deserialize_example_np(self._records[number])
             read["prompt"] = read["prompt"].decode()
-            said = (
+            stored = (
                 {name: list(LETTERS)[label] for name, label in read["labels"].items()},
                 list(SOURCES)[read["source"]],
             )
         except Exception as error:  # whatever the libraries raise over damaged bytes
             raise UserError(f"{StoredRow(self, number)}: {_damaged(error)}") from None
-        if said != (
+        if stored != (
             {name: column[number] for name, column in self._columns.items()},
             self._sources[number],
         ):
@@ -177,7 +189,7 @@ def _damaged(error: Exception) -> str:
 
 
 def _json(file: Path) -> Any:
-    """What a JSON file holds."""
+    """Parse a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -185,14 +197,15 @@ def _json(file: Path) -> Any:
 
 
 def _lengths(folder: Path, written: ModuleType) -> list[int]:
-    """How many records each file holds.
+    """Read the number of records in each file.
 
     Raises:
-      UserError: the folder is no data set of pairs, or of another version.
+      UserError: the folder is no data set of pairs, or has another version.
     """
     if not (folder / INFO).is_file():
         raise UserError(
-            f"pairs {folder}: is a folder without {INFO}, so no data set; name a CSV, or make one: {MAKE}"
+            f"pairs {folder}: is a folder without {INFO}, so no data set; "
+            f"name a CSV, or make one: {MAKE}"
         )
     info = _json(folder / INFO)
     try:
@@ -203,19 +216,20 @@ def _lengths(folder: Path, written: ModuleType) -> list[int]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"pairs {folder / INFO}: {_damaged(error)}") from None
-    wanted = [written.NAME, written.VERSION, "array_record"]
-    if found != wanted or list(lengths) != [written.SPLIT]:
+    expected = [written.NAME, written.VERSION, "array_record"]
+    if found != expected or list(lengths) != [written.SPLIT]:
         raise UserError(
-            f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(wanted)}; make one of the CSV: {MAKE}"
+            f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(expected)}; "
+            f"make one of the CSV: {MAKE}"
         )
     return lengths[written.SPLIT]
 
 
 def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
-    """The letters of all labels by dimension, and of all sources.
+    """Read the letters of all labels by dimension, and of all sources.
 
     Raises:
-      UserError: they are missing, or not those of `count` pairs.
+      UserError: the letters are missing, or are not those of `count` pairs.
     """
     index = _json(folder / INDEX)
     try:
@@ -232,22 +246,24 @@ def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
 
 
 def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
-    """Make the folder `out` of the pairs of a CSV; it appears once it is complete.
+    """Convert the pairs of a CSV to a data set; the folder appears once it is complete.
 
-    dimensions: columns of the CSV that hold labels, joined by commas.
+    Args:
+      csv: pairs in the format of `csv_source`.
+      out: folder to create.
+      dimensions: columns with labels, joined by commas.
 
     Raises:
-      UserError: the CSV is not as `csv_source` says, a file of it cannot be read, `out` exists or cannot be made, or a package is
-        missing.
+      UserError: the CSV is invalid, one of its files cannot be read, `out` exists or cannot be
+        created, or a package is missing.
     """
     names = dimensions.split(",")
     written, pairs = builder(), load_pairs(csv, names)
     with (
         workdir.new_folder(out) as folder,
         progress("pairs", len(pairs)) as update,
-        contextlib.redirect_stdout(
-            io.StringIO()
-        ),  # which says where the folder is while it is not complete
+        # TFDS prints the path of the temporary folder.
+        contextlib.redirect_stdout(io.StringIO()),
     ):
         made = written.IdentityPairs(
             pairs=pairs, dimensions=names, update=update, data_dir=folder / "making"

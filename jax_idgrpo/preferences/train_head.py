@@ -1,11 +1,13 @@
-"""Training of the reward head (`rewards.head`) on preference pairs, by Bradley-Terry with ties.
+"""Train the reward head (`rewards.head`) on preference pairs by Bradley-Terry with ties.
 
-Faces are found and embedded once per video, as the face reward of the configuration does (`reward.faces`, `frames`, `similarity_low`,
-`similarity_high`, `missing`), and photos at their own size; what is trained sees the tokens alone. The export is a folder for
-`reward.head`.
+Faces are detected and embedded once per video, with the configuration's face reward
+(`reward.faces`, `frames`, `similarity_low`, `similarity_high`, `missing`); photos keep their own
+size. The head's only input are the resulting tokens. The export is a folder for `reward.head`.
 
-Options (`finetune.options`): those of `tasks.pairs`, with one dimension; and `tokens`, a folder that keeps the tokens of every video: a run
-that goes on, or another on the same pairs, then finds no face again. `finetune.start` is a head that training goes on with.
+Options (`finetune.options`): those of `batches.PairOptions`, with one dimension; and `tokens`, a
+folder that caches the tokens of every video. Cached tokens are reused by resumed runs and by other
+runs on the same pairs, so face detection is not repeated. `finetune.start` is a head to continue
+from.
 """
 
 import dataclasses
@@ -53,12 +55,12 @@ from jax_idgrpo.rewards.head import (
 from jax_idgrpo.training.task import Loss, Task
 
 Sides = dict[Pair, tuple[Tokens, Tokens]]
-"""The tokens of both videos of a pair, each without the batch's axis."""
+"""Maps a pair to the tokens of its two videos, each without a batch axis."""
 
 
 @struct.dataclass
 class PairBatch:
-    """B pairs: tokens of the A videos, then of the B videos, [2 B], and the labels."""
+    """B pairs: tokens of the A videos, then of the B videos [2 B], and the labels."""
 
     tokens: Tokens
     labels: Int[Array, "B 1"]
@@ -66,7 +68,7 @@ class PairBatch:
 
 @dataclasses.dataclass(frozen=True)
 class HeadOptions(PairOptions):
-    """tokens: folder that keeps tokens, "" for none; see the module's docstring."""
+    """Options of `finetune.options`; tokens: folder of cached tokens, "" for none."""
 
     tokens: str = ""
 
@@ -74,9 +76,15 @@ class HeadOptions(PairOptions):
 def token_cache(
     folder: str, reward: FaceReward, config: Config
 ) -> Callable[[Pair, File, Callable[[], Tokens]], Tokens]:
-    """(pair, one of its videos, what reads its tokens) -> the tokens, those in the folder where it has them; "" is no folder.
+    """Make a function (pair, video, compute) -> tokens that caches the tokens in files.
 
-    A file is named by all that its tokens depend on: the bytes of video and photos, the face networks, the settings, this version.
+    The name of a file is a hash of everything that its tokens depend on: the bytes of the video and
+    photos, the face networks, the settings, and the version of this package.
+
+    Args:
+      folder: folder of the cache; "" disables it.
+      reward: face reward that computes the tokens.
+      config: its configuration.
     """
     if not folder:
         return lambda pair, path, read: read()
@@ -95,14 +103,14 @@ def token_cache(
         try:
             parts = [common.encode(), *(file.read_bytes() for file in (path, *pair.references))]
         except OSError:
-            return read()  # which says what cannot be read
+            return read()  # raises the error that names the file
         name = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
         file = Path(folder) / f"{name}.safetensors"
         try:
             return Tokens(
                 **{name: np.asarray(value) for name, value in store.open_tensors(file).items()}
             )
-        except (UserError, TypeError):  # there is none, or a damaged one
+        except (UserError, TypeError):  # the file is missing or damaged
             tokens = read()
             store.write_file(
                 file,
@@ -116,10 +124,17 @@ def token_cache(
 def read_tokens(
     reward: FaceReward, pairs: Iterable[Pair], config: Config, folder: str = ""
 ) -> Sides:
-    """The tokens of every pair, each video looked at once for the same photos. folder: see `kept`.
+    """Compute the tokens of every pair; each video is read once per set of photos.
+
+    Args:
+      reward: face reward that computes the tokens.
+      pairs: pairs, possibly repeated.
+      config: configuration of the run.
+      folder: see `token_cache`.
 
     Raises:
-      UserError: a file cannot be read, a photo shows no face, a pair has more photos than `data.max_people`, or `folder` cannot be used.
+      UserError: a file cannot be read, a photo shows no face, a pair has more photos than
+        `data.max_people`, or `folder` cannot be used.
     """
     listed, known, found = list(dict.fromkeys(pairs)), {}, {}
     tokens_of = token_cache(folder, reward, config)
@@ -141,25 +156,32 @@ def read_tokens(
 def read_one(
     reward: FaceReward, pair: Pair, path: File, config: Config
 ) -> tuple[dict[str, float], Tokens]:
-    """The terms of the fixed reward and the tokens of one video of a pair, without the batch's axis.
+    """Compute the terms of the fixed reward and the tokens of one video, without a batch axis.
+
+    Args:
+      reward: face reward.
+      pair: supplies the photos and the prompt.
+      path: the video.
+      config: configuration of the run.
 
     Raises:
       UserError: as `read_tokens`.
     """
     if len(pair.references) > config.data.max_people:
         raise UserError(
-            f"pair with {path}: {len(pair.references)} reference photos, but data.max_people is {config.data.max_people}"
+            f"pair with {path}: {len(pair.references)} reference photos, "
+            f"but data.max_people is {config.data.max_people}"
         )
     photos = References((tuple(map(Photo, pair.references)),), config.data.max_people)
     people = reward.encode_references(photos, [pair.prompt])
-    terms, said = jax.device_get(reward.read(reward.state, read_video(path)[None], people))
+    terms, tokens = jax.device_get(reward.read(reward.state, read_video(path)[None], people))
     return {name: float(value[0]) for name, value in terms.items()}, jax.tree.map(
-        lambda leaf: leaf[0], said
+        lambda leaf: leaf[0], tokens
     )
 
 
 def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
-    """The arrays of some pairs."""
+    """Stack the tokens and labels of pairs."""
     rows = [sides[pair][side] for side in (0, 1) for pair in pairs]
     return PairBatch(
         jax.tree.map(lambda *leaves: np.stack(leaves), *rows),
@@ -168,7 +190,7 @@ def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
 
 
 def differences(head: Head, sides: Sides) -> Differences:
-    """The head's opinion of pairs whose tokens are known."""
+    """Make the function that scores pairs whose tokens are in `sides`."""
 
     def of(pairs: Sequence[Pair]) -> Float[np.ndarray, "N 1"]:
         a, b = np.split(np.asarray(head(jax.device_put(collate(pairs, sides).tokens))), 2)
@@ -178,7 +200,13 @@ def differences(head: Head, sides: Sides) -> Differences:
 
 
 def new_head(pairs: Sequence[Pair], sides: Sides, key: Array) -> Head:
-    """A head with random weights, and the range of the tokens of the pairs."""
+    """Initialise a head with random weights and the feature range of the pairs.
+
+    Args:
+      pairs: training pairs.
+      sides: tokens of the pairs.
+      key: key of the weights.
+    """
     read = collate(pairs, sides).tokens
     return Head(seen(read.people[read.mask]), seen(read.video), rngs=nnx.Rngs(key))
 
@@ -191,7 +219,16 @@ def head_task(
     options: PairOptions,
     config: Config,
 ) -> Task:
-    """The task once the tokens of all pairs are known."""
+    """Make the task from the tokens of all pairs.
+
+    Args:
+      pairs: training pairs.
+      held_out: pairs for measuring the accuracy.
+      sides: tokens of both.
+      networks: fingerprint of the face networks.
+      options: options of the task.
+      config: configuration of the run.
+    """
     start, mixed = Path(config.finetune.start), by_source(pairs)
 
     def init(key: jax.Array) -> nnx.Module:
@@ -216,11 +253,12 @@ def head_task(
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/reward_face.py`."""
+    """Make the task of `configs/reward_face.py`."""
     options = read_options(HeadOptions, config.finetune.options)
     if len(options.dimensions) != 1:
         raise UserError(
-            f"finetune.options: a head scores one dimension, not {', '.join(options.dimensions)}; name one"
+            "finetune.options: a head scores one dimension, "
+            f"not {', '.join(options.dimensions)}; name one"
         )
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []

@@ -1,13 +1,14 @@
-"""Training of the vision-language reward on preference pairs, by Bradley-Terry with ties.
+"""Train the vision-language reward on preference pairs by Bradley-Terry with ties.
 
-As published: an adapter on every linear layer of the language model, the vision tower with its merger, the head, and of the embedding
-table only the rows of the reward tokens are trained, with one learning rate; the rest is frozen. What is trained is held in float32. The
-published dropout of 0.05 inside the adapter is left out.
+As published, one learning rate trains an adapter on every linear layer of the language model, the
+vision tower with its merger, the head, and the reward tokens' rows of the embedding table; the rest
+is frozen. Trained parameters are float32. The published dropout of 0.05 inside the adapter is
+omitted.
 
-Options (`finetune.options`): those of `tasks.pairs`, rank, alpha, frames, pixels, pooling ("special", "last" or "mean"), text (file with
-what is asked, "" for the project's own), remat. `reward.vlm_base` is the model that training starts from, `finetune.start` a reward
-folder that it goes on with instead; `reward.vlm_fps` is what videos are taken to have
-where a row does not say.
+Options (`finetune.options`): those of `batches.PairOptions`, rank, alpha, frames, pixels, pooling
+("special", "last" or "mean"), text (file of the question, "" for the project's own), remat.
+`reward.vlm_base` is the base model; alternatively `finetune.start` is a reward folder to continue
+from. `reward.vlm_fps` is the frame rate of videos whose row has none.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ from jax_idgrpo.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Options(PairOptions):
-    """`finetune.options`, see the module's docstring."""
+    """Options of `finetune.options`; see the module's docstring."""
 
     rank: int = 64
     alpha: float = 128.0
@@ -68,7 +69,7 @@ class Options(PairOptions):
 
 @struct.dataclass
 class PairBatch:
-    """B pairs: what is asked of the A videos, then of the B videos, their frames, and the label of each dimension."""
+    """B pairs: questions and frames of the A videos, then of the B videos, and the labels."""
 
     asked: Asked
     frames: Grids
@@ -76,7 +77,10 @@ class PairBatch:
 
 
 class Trainee(nnx.Module):
-    """A reward network, and the embeddings of its reward tokens as a leaf of their own, which takes the place of the table's last rows."""
+    """A reward network whose reward-token embeddings are a separate, trainable parameter.
+
+    `rows` replaces the last rows of the embedding table.
+    """
 
     def __init__(self, network: QwenReward, tokens: int, settings: Settings):
         self.network, self.settings = network, settings
@@ -84,13 +88,13 @@ class Trainee(nnx.Module):
         self.rows = nnx.Param(table[table.shape[0] - tokens :].astype(jnp.float32))
 
     def __call__(self, asked: Asked, frames: Grids) -> Float[Array, "B O"]:
-        """Scores of every row, in float32."""
+        """Score every row in float32."""
         self.fill()
         scores = self.network(asked.sequences(), asked.pictures(), frames, self.settings.pooling)
         return dimension_scores(scores, self.settings)
 
     def fill(self) -> None:
-        """Put the rows into the table."""
+        """Write the rows to the embedding table."""
         table, rows = self.network.embed_tokens[...], self.rows[...]
         self.network.embed_tokens[...] = table.at[table.shape[0] - rows.shape[0] :].set(
             rows.astype(table.dtype)
@@ -98,12 +102,15 @@ class Trainee(nnx.Module):
 
 
 def trained(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a variable of a `Trainee` is trained."""
+    """Return whether a variable of a `Trainee` is trained."""
     return isinstance(value, LoRAParam) or path[0] == "rows" or path[1] in ("visual", "rm_head")
 
 
 def make_trainee(model: RewardModel, remat: bool) -> Trainee:
-    """The network for training: what is trained in float32, blocks computed again in the backward pass if asked."""
+    """Prepare a model for training: trained parameters in float32.
+
+    remat: recompute the blocks in the backward pass.
+    """
     network = model.network
     network.config = dataclasses.replace(network.config, remat=remat)
     network.visual.remat = remat
@@ -112,7 +119,7 @@ def make_trainee(model: RewardModel, remat: bool) -> Trainee:
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moving), still)
 
 
-# ---- pairs -> arrays -----------------------------------------------------------------------------------------------------
+# ---- pairs -> arrays -----------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
@@ -122,14 +129,14 @@ def _picture(path: File, vision: VisionConfig, pixels: int) -> inputs.Picture:
 
 @functools.lru_cache(maxsize=256)
 def _frames(path: File, frames: float) -> tuple[Float[np.ndarray, "T H W 3"], int]:
-    """The frames of a video that are looked at, and how many it has."""
+    """Read the sampled frames of a video, and its number of frames."""
     video = read_video(path)
     return video[inputs.frame_indices(len(video), frames)], len(video)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How pairs become arrays. fps: frames per second that a video is taken to have where its row does not say."""
+    """Conversion of pairs to arrays. fps: frame rate of videos whose row has none."""
 
     settings: Settings
     vision: VisionConfig
@@ -137,7 +144,7 @@ class Reading:
     fps: float
 
     def batch(self, pairs: Sequence[Pair]) -> PairBatch:
-        """The photos and videos of some pairs.
+        """Read the photos and videos of pairs.
 
         Raises:
           UserError: a file cannot be read, or a video has too few frames.
@@ -164,7 +171,13 @@ class Reading:
 
 
 def read_with(model: RewardModel, text: str, fps: float) -> Reading:
-    """How a model reads pairs when it is asked `text`."""
+    """Make the `Reading` of a model.
+
+    Args:
+      model: reward model.
+      text: question to the model.
+      fps: frame rate of videos whose row has none.
+    """
     prompting = Prompting(model.tokenizer, text, model.settings.tokens)
     return Reading(model.settings, model.network.config.vision, prompting, fps)
 
@@ -172,7 +185,14 @@ def read_with(model: RewardModel, text: str, fps: float) -> Reading:
 def differences(
     trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size: int
 ) -> Float[np.ndarray, "N O"]:
-    """Score of A minus score of B of every pair, `size` pairs at a time."""
+    """Compute the score of A minus the score of B of every pair.
+
+    Args:
+      trainee: reward network.
+      pairs: N pairs.
+      reading: conversion of pairs to arrays.
+      size: pairs per batch.
+    """
     graph, state = nnx.split(trainee)
 
     @jax.jit
@@ -187,20 +207,21 @@ def differences(
     return np.concatenate(parts)[: len(pairs)]
 
 
-# ---- the task ------------------------------------------------------------------------------------------------------------
+# ---- the task ------------------------------------------------------------------------------------
 
 
 def read_teacher(config: Config, options: Options) -> Differences:
-    """The teacher's opinion of pairs.
+    """Load the teacher and make the function that scores pairs with it.
 
     Raises:
-      UserError: the teacher cannot be read, or scores other dimensions than the pairs'.
+      UserError: the teacher cannot be read, or its dimensions are not those of the pairs.
     """
     reward = config.reward
     model = files.load(options.teacher, reward.vlm_base or None, reward.vlm_dtype)
     if model.settings.dimensions != options.dimensions:
         raise UserError(
-            f"finetune.options: teacher {options.teacher} scores {', '.join(model.settings.dimensions)}, "
+            f"finetune.options: teacher {options.teacher} "
+            f"scores {', '.join(model.settings.dimensions)}, "
             f"the pairs are labelled in {', '.join(options.dimensions)}"
         )
     text = inputs.read_text(Path(options.teacher) / files.PROMPT, model.settings.template)
@@ -211,7 +232,12 @@ def read_teacher(config: Config, options: Options) -> Differences:
 
 
 def open_model(config: Config, options: Options, key: jax.Array) -> tuple[RewardModel, str]:
-    """What training starts from, with an adapter, and the text that it is asked.
+    """Open the model that training starts from, with an adapter, and the text of its question.
+
+    Args:
+      config: configuration of the run.
+      options: options of the task.
+      key: key of new parameters.
 
     Raises:
       UserError: a file is missing or does not fit.
@@ -222,12 +248,14 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
         model = files.load(begun, base or None, dtype, merge=False, mesh=mesh)
         if model.network.config.rank == 0:
             raise UserError(
-                f"finetune.start {begun}: its adapter is merged already; start from a folder that holds {files.ADAPTER}"
+                f"finetune.start {begun}: its adapter is merged already; "
+                f"start from a folder that holds {files.ADAPTER}"
             )
     else:
         if not base:
             raise UserError(
-                "reward.vlm_base is empty; name the folder of the Qwen2.5-VL model that training starts from"
+                "reward.vlm_base is empty; "
+                "name the folder of the Qwen2.5-VL model that training starts from"
             )
         size = len(options.dimensions)
         settings = Settings(
@@ -252,7 +280,7 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/reward_vlm.py`."""
+    """Make the task of `configs/reward_vlm.py`."""
     options = read_options(Options, config.finetune.options)
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
