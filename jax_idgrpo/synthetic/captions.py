@@ -1,4 +1,4 @@
-"""Prompts of synthetic scenes, and a folder of prompts with reference photos."""
+"""Write prompts of synthetic scenes, and folders of prompts with reference photos."""
 
 import csv
 import functools
@@ -32,9 +32,6 @@ from jax_idgrpo.synthetic.people import (
 from jax_idgrpo.synthetic.renderer import render_portrait
 from jax_idgrpo.synthetic.scenes import Batch, Scene, sample_ids, sample_mask, sample_scene
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
 _LIGHT_PHRASES = (
     "in soft light",
     "in bright light",
@@ -58,7 +55,7 @@ def _background_phrase(kind: int, one: str, two: str) -> str:
 
 
 def _person_phrase(labels: np.ndarray) -> str:
-    """Noun phrase of a person without the article: hair, hat, glasses, beard, clothes."""
+    """Describe a person's hair, hat, glasses, beard and clothes in a phrase."""
     label = _Labels(*(int(k) for k in labels))
     style = _STYLE_NAMES[label.hair_style]
     parts = ["a bald head" if style == "bald" else f"{style} {_HAIR_NAMES[label.hair]} hair"]
@@ -74,14 +71,21 @@ def _person_phrase(labels: np.ndarray) -> str:
 
 
 def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
-    """English description of one clip (no batch axis), on the host: people in reference order, then place and light."""
+    """Describe one clip in English, on the host.
+
+    Args:
+      scene: scene without a batch axis.
+      people: people in the order of the references.
+      mask: people who are present.
+    """
     labels, actions, mask = np.asarray(people.labels), np.asarray(scene.action), np.asarray(mask)
     phrases = [
         f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}"
         for k in np.flatnonzero(mask)
     ]
     one, two = (_COLOUR_NAMES[int(k)] for k in np.asarray(scene.colours))
-    place = f"{_background_phrase(int(scene.background), one, two)} {_LIGHT_PHRASES[int(scene.light_kind)]}"
+    background = _background_phrase(int(scene.background), one, two)
+    place = f"{background} {_LIGHT_PHRASES[int(scene.light_kind)]}"
     if len(phrases) == 1:
         return f"one person {place}: a {phrases[0]}."
     listed = ", ".join(
@@ -90,20 +94,26 @@ def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) 
     return f"{_COUNTS[len(phrases) - 1]} people {place}: {listed}."
 
 
-def prompts(drawn: Batch) -> list[str]:
-    """One description per clip of a batch."""
-    return describe(drawn.scene, drawn.people, drawn.mask)
+def prompts(batch: Batch) -> list[str]:
+    """Describe every clip of a batch."""
+    return describe(batch.scene, batch.people, batch.mask)
 
 
 def describe(scene: Scene, people: Identity, mask: Bool[ArrayLike, "B M"]) -> list[str]:
-    """`prompt` of every row."""
+    """Describe every row with `prompt`.
+
+    Args:
+      scene: scenes with a batch axis.
+      people: people in the order of the references.
+      mask: people who are present.
+    """
     host = jax.device_get((scene, people, mask))
     row = lambda k: jax.tree.map(lambda leaf: leaf[k], host)  # noqa: E731
     return [prompt(*row(k)) for k in range(len(host[2]))]
 
 
 def vocabulary() -> list[str]:
-    """Every word a prompt can hold, sorted, without punctuation."""
+    """Return every word that occurs in prompts, sorted, without punctuation."""
     texts = [
         *_ACTIONS,
         *_LIGHT_PHRASES,
@@ -120,22 +130,27 @@ def vocabulary() -> list[str]:
 
 @functools.partial(jax.jit, static_argnames=("count", "split"))
 def _sample_prompts(seed, count: int, split: str):
-    """Portraits [count,M,64,64,3], scenes, people and mask of prompts: a batch without its clips."""
+    """Sample portraits [count,M,64,64,3], scenes, people and mask: a batch without its clips."""
     id_key, mask_key, scene_key, portrait_key = jax.random.split(rng.key(seed, "data"), 4)
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
     people = identity(ids)
     photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
-    scene_keys = jax.random.split(
-        rng.fold(scene_key, SPLITS[split][0]), count
-    )  # splits share no scenes either
+    # Fold in the split, so that splits share no scenes either.
+    scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)
     return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
 
 
 def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
-    """Write `out`: prompts.csv of `count` rows and, as PNG, one portrait of each person they ask for.
+    """Write a folder with prompts.csv and one portrait (PNG) of every person in its prompts.
+
+    Args:
+      out: folder to create.
+      split: "train", "rl" or "eval".
+      count: number of prompts.
+      seed: seed of people and scenes.
 
     Raises:
-      UserError: `out` exists already or cannot be made, or there is no such split.
+      UserError: `out` exists or cannot be created, or an argument is invalid.
     """
     check_request(split, count, seed)
     with workdir.new_folder(out) as folder:
@@ -153,10 +168,10 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
 
 
 def check_request(split: str, count: int, seed: int) -> None:
-    """Whether that can be drawn.
+    """Check the arguments of a generator.
 
     Raises:
-      UserError: there is no such split, nothing is asked for, or the seed does not fit in 32 bits.
+      UserError: the split does not exist, the count is less than 1, or the seed exceeds 32 bits.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")

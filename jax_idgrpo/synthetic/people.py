@@ -1,4 +1,4 @@
-"""Synthetic people: identities, their looks, and the splits that keep training and evaluation apart."""
+"""Synthetic people: identities, appearance, and disjoint splits for training and evaluation."""
 
 import dataclasses
 from typing import NamedTuple
@@ -18,8 +18,7 @@ SPLITS = {"train": (0, 1_000_000), "rl": (1_000_000, 1_001_000), "eval": (2_000_
 _IDENTITY_SEED = 20250
 _COUNT_SHARES = (0.3, 0.5, 0.2)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words and palettes. Colours are sRGB in [0, 1].
+# ---- words and palettes; colours are sRGB in [0, 1] ----------------------------------------------
 
 _SKIN = np.array(
     [
@@ -72,9 +71,9 @@ _HAIR_NAMES, _COLOUR_NAMES = tuple(_HAIR), tuple(_COLOURS)
 _HAIR_TABLE = np.array(list(_HAIR.values()), np.float32)
 _COLOUR_TABLE = np.array(list(_COLOURS.values()), np.float32)
 
-# Hair styles differ only in numbers, so one drawing serves them all and every style varies continuously:
-# share, thickness over the skull, hairline (v), fringe slope, sides end at (v), back: half width, bottom (v);
-# curl, knot: offset from the middle, height (v), radius.
+# One drawing renders all hair styles, which differ in these numbers only and vary continuously:
+# share, thickness over the skull, hairline (v), fringe slope, lower end of the sides (v),
+# back: half width, bottom (v); curl; knot: offset from the middle, height (v), radius.
 _STYLES = {
     "bald": (0.10, -0.30, -1.60, 0.00, -1.00, 0.00, -1.0, 0.00, 0.00, 0.00, 0.00),
     "short": (0.20, 0.10, -0.52, 0.10, -0.05, 0.00, -1.0, 0.03, 0.00, 0.00, 0.00),
@@ -89,7 +88,7 @@ _STYLES = {
 _STYLE_NAMES = tuple(_STYLES)
 _STYLE_TABLE = np.array(list(_STYLES.values()), np.float32)
 
-# share, crown height, brim half width, brim thickness, brim offset, height at which it sits (v)
+# share, crown height, brim half width, brim thickness, brim offset, height of the brim (v)
 _HATS = {
     "none": (0.70, 0.00, 0.00, 0.00, 0.00, -0.50),
     "cap": (0.10, 0.72, 0.75, 0.13, 0.55, -0.50),
@@ -125,7 +124,10 @@ _COUNTS = ("one", "two", "three", "four")
 
 @flax.struct.dataclass
 class Identity:
-    """Who a person is; every leaf may carry leading batch axes. Colours are RGB in [0, 1], lengths in head units."""
+    """Appearance of a person. Colours are RGB in [0, 1], lengths are in head units.
+
+    Every leaf may have leading batch axes.
+    """
 
     skin: Float[Array, "*n 3"]
     hair: Float[Array, "*n 3"]
@@ -142,7 +144,7 @@ class Identity:
 
 
 class _Shape(NamedTuple):
-    """Continuous measures of a head, in the order of `Identity.shape`: lowest and highest value."""
+    """(Lowest, highest) value of each measure of a head, in the order of `Identity.shape`."""
 
     width: tuple = (0.66, 0.90)
     height: tuple = (0.94, 1.08)
@@ -171,7 +173,7 @@ class _Shape(NamedTuple):
 
 
 class _Labels(NamedTuple):
-    """Indices of the words of a person, in the order of `Identity.labels`."""
+    """Indices of the words that describe a person, in the order of `Identity.labels`."""
 
     hair_style: Array
     hair: Array
@@ -187,7 +189,7 @@ _MEASURES = np.array(_Shape(), np.float32)
 
 
 def _pick(u: Float[Array, ""], shares) -> Int[Array, ""]:
-    """Index drawn with the given shares from a uniform number."""
+    """Sample an index with the given shares from a uniform number in [0, 1)."""
     edges = np.cumsum(np.asarray(shares, np.float32)) / np.sum(shares)
     return jnp.sum(u >= jnp.asarray(edges[:-1], jnp.float32)).astype(jnp.int32)
 
@@ -250,14 +252,14 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
 
 @jax.jit
 def identity(ids: Int[Array, "*n"]) -> Identity:
-    """The people of the given ids: a pure function of each integer, the same on every machine."""
+    """Return the people of some ids: a pure function of each id, equal on every machine."""
     ids = jnp.asarray(ids)
     flat = jax.vmap(_one_identity)(ids.reshape(-1))
     return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), flat)
 
 
 def with_body_of(heads: Identity, people: Identity) -> Identity:
-    """The heads on the bodies of the people, in their clothes."""
+    """Combine the heads with the bodies and clothes of `people`."""
     garments = np.array([_Labels._fields.index(name) for name in ("clothes", "garment")])
     labels = jnp.asarray(heads.labels).at[..., garments].set(people.labels[..., garments])
     shoulders = _Shape._fields.index("shoulders")

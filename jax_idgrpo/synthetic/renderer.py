@@ -1,4 +1,4 @@
-"""Rendering of a synthetic person, with boxes and landmarks."""
+"""Render a synthetic person, with face box and landmarks."""
 
 import functools
 from typing import NamedTuple
@@ -10,15 +10,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jax_idgrpo.synthetic.people import Identity, _Shape
 
-POINTS = 64.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Painting
+POINTS = 64.0  # height and width of a picture in points
 
 
 class Pose(NamedTuple):
-    """Where a head is and what it does at one moment. Leaves may carry leading axes."""
+    """Position and expression of a head at one moment. Leaves may have leading axes."""
 
     x: Array  # centre of the face, points
     y: Array
@@ -35,28 +31,30 @@ class Pose(NamedTuple):
 
 @flax.struct.dataclass
 class Light:
-    """Light of a scene; colour multiplies RGB, direction is the side (-1 left, 1 right) times its strength."""
+    """Light of a scene.
+
+    colour: factor of RGB. direction: side (-1 left, 1 right) times strength.
+    """
 
     colour: Float[Array, "*n 3"]
     direction: Float[Array, "*n"]
 
 
 def _ellipse(u, v, rx, ry):
-    """First-order distance to the ellipse u^2/rx^2 + v^2/ry^2 = 1."""
-    unit = jnp.sqrt(
-        0.5 * jnp.sqrt(rx * ry)
-    )  # folded into the radii: a pixel costs multiplications only
+    """Compute the first-order distance to the ellipse u^2/rx^2 + v^2/ry^2 = 1."""
+    # Fold the unit into the radii, so that a pixel costs only multiplications.
+    unit = jnp.sqrt(0.5 * jnp.sqrt(rx * ry))
     return jnp.square(u * (unit / rx)) + jnp.square(v * (unit / ry)) - unit * unit
 
 
 def _ripple(t):
-    """A smooth wave between -1 and 1 with period 2, cheaper than a sine."""
+    """Compute a smooth wave between -1 and 1 with period 2; cheaper than a sine."""
     saw = t - 2.0 * jnp.floor(0.5 * t) - 1.0
     return 4.0 * saw * (1.0 - jnp.abs(saw))
 
 
 def _features(shape: _Shape, pose: Pose) -> dict[str, tuple]:
-    """Positions (u, v) of what moves with the turn of the head: points nearer to the viewer move more."""
+    """Compute positions (u, v) of facial features; nearer points move more with the head's turn."""
     turn, narrow = jnp.sin(pose.yaw), jnp.cos(pose.yaw)
     middle = turn * shape.width * 0.52
     return {
@@ -71,9 +69,18 @@ def _features(shape: _Shape, pose: Pose) -> dict[str, tuple]:
 
 
 def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x, y):
-    """Paint one person over planes `canvas` [3,H,W]; x, y are the pixel centres in points.
+    """Paint one person over a picture.
 
-    Returns the canvas, the coverage of the face oval and the coverage of the whole person, both [H,W].
+    Args:
+      canvas: picture [3,H,W].
+      person: appearance.
+      pose: position and expression.
+      light: light of the scene.
+      present: opacity, 0 for an absent person.
+      x, y: pixel centres in points [H,W].
+
+    Returns:
+      The picture, the coverage of the face oval and that of the whole person, both [H,W].
     """
     shape = _Shape(*person.shape)
     thickness, hairline, slope, sides, back_width, back_end, curl, knot_x, knot_y, knot_r = (
@@ -124,9 +131,8 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     long = _ellipse(
         u, v - 0.5 * (back_end - 1.0), shape.width + back_width, 0.5 * (back_end + 1.0) + 0.35
     )
-    throat = jnp.maximum(
-        jnp.abs(bu) - shape.neck - 0.06, 0.9 - bv
-    )  # long hair parts over the shoulders
+    # Long hair parts over the shoulders.
+    throat = jnp.maximum(jnp.abs(bu) - shape.neck - 0.06, 0.9 - bv)
     back = jnp.where(back_width > 0.01, cover(jnp.maximum(long + wave, -throat)), 0.0)
     knot = jnp.where(
         knot_r > 0.01,
@@ -154,7 +160,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     )
     canvas = paint(canvas, person.skin * 0.90, ears)
 
-    # Face: an ellipse whose lower half is narrowed toward the chin and squared
+    # Face: an ellipse with a narrower, squared lower half
     w = v * (1.0 / shape.height)
     lower = jnp.clip(w, 0.0, 1.2)
     half = 1.0 - shape.taper * lower * lower
@@ -218,7 +224,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     )
     canvas = paint(canvas, person.skin * 0.78, ridge * 0.6)
 
-    # Eyes and brows; both of a pair at once, mirrored about their middle
+    # Eyes and brows: both sides at once, mirrored about the middle
     side = jnp.where(u < eye_u, -1.0, 1.0)
     pair = jnp.abs(u - eye_u) - eye_apart
     narrow = jnp.cos(pose.yaw)
@@ -255,7 +261,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     canvas = paint(canvas, jnp.array([0.85, 0.92, 0.97]), cover(lens) * 0.22 * worn)
     canvas = paint(canvas, person.frame, frames * worn)
 
-    # Hair in front: the skull's cap without a window for the face
+    # Hair in front: a cap with a window for the face
     cap = _ellipse(
         u,
         v + 0.10 + 0.4 * thickness,
@@ -314,7 +320,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
 
 
 def _truth(person: Identity, pose: Pose) -> tuple[Float[Array, "4"], Float[Array, "5 2"]]:
-    """Face box (x0, y0, x1, y1) and the five landmarks, in points."""
+    """Compute the face box (x0, y0, x1, y1) and the five landmarks in points."""
     shape = _Shape(*person.shape)
     cos, sin = jnp.cos(pose.roll), jnp.sin(pose.roll)
     half_x = jnp.hypot(shape.width * cos, shape.height * sin)
@@ -350,7 +356,7 @@ def _truth(person: Identity, pose: Pose) -> tuple[Float[Array, "4"], Float[Array
 
 
 def _grid(size: tuple[int, int]):
-    """Pixel centres (x, y) in points, each [H,W]."""
+    """Return the pixel centres (x, y) in points, each [H,W]."""
     height, width = size
     x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * (POINTS / width)
     y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * (POINTS / height)
@@ -358,7 +364,7 @@ def _grid(size: tuple[int, int]):
 
 
 def _portrait_pose(u: Float[Array, "12"]) -> Pose:
-    """Pose of a portrait from numbers in [-1, 1]."""
+    """Make the pose of a portrait from numbers in [-1, 1]."""
     return Pose(
         x=32.0 + u[0],
         y=34.0 + u[1],
@@ -377,7 +383,10 @@ def _portrait_pose(u: Float[Array, "12"]) -> Pose:
 def portrait_truth(
     person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
 ) -> tuple[Float[Array, "4"], Float[Array, "5 2"]]:
-    """Face box and landmarks, as in a `Clip`, of the portrait that `render_portrait` draws from the same arguments."""
+    """Compute face box and landmarks of a portrait, in the coordinates of `scenes.Clip`.
+
+    Args: those of `render_portrait`, which renders the portrait.
+    """
     pose = _portrait_pose(jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0))
     box, landmarks = _truth(person, pose)
     ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
@@ -387,7 +396,13 @@ def portrait_truth(
 def render_portrait(
     person: Identity, key: PRNGKeyArray, size: tuple[int, int] = (64, 64)
 ) -> Float[Array, "H W 3"]:
-    """Reference photo of one person (no batch axis) on pure white, in [-1, 1]; the key varies pose, mouth and light."""
+    """Render the reference photo of one person on pure white, in [-1, 1].
+
+    Args:
+      person: person without a batch axis.
+      key: varies pose, mouth and light.
+      size: (height, width) in pixels.
+    """
     u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
     pose = _portrait_pose(u)
     light = Light(colour=jnp.ones(3) * (1.0 + 0.06 * u[8]), direction=0.07 * u[9])

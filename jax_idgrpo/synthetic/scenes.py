@@ -1,13 +1,14 @@
-"""The cast: drawn people with recognisable identities, and short clips of them whose truth is known.
+"""Render short clips of synthetic people with exact annotations.
 
-A person is a pure function of an integer id. A picture is a stack of soft shapes painted back to front: every shape is
-an implicit function d(u, v), negative inside, in the person's own head coordinates, and covers a pixel by
-`alpha = clip(1/2 - d * pixels_per_unit, 0, 1)`, which is the area of a pixel under a straight edge. Everything is one
-elementwise JAX program in float32, mapped over people, frames and samples, so drawing runs on any device inside `jit`.
+A person is a pure function of an integer id. A picture is a stack of soft shapes, painted back to
+front. Every shape is an implicit function d(u, v), negative inside, in the person's head
+coordinates, and covers a pixel by `alpha = clip(1/2 - d * pixels_per_unit, 0, 1)`: the area of a
+pixel under a straight edge. Rendering is one elementwise float32 JAX program, mapped over people,
+frames and samples, so it runs on any device inside `jit`.
 
-Head coordinates: u to the right, v down, origin at the face's centre, the unit is about half a face height.
-Lengths of a scene are in points: the picture is 64 points high and wide whatever its size in pixels.
-Times are in seconds; a clip has 8 frames per second.
+Head coordinates: u to the right, v down, origin at the face's centre; the unit is about half a face
+height. Lengths of a scene are in points: a picture is 64 points high and wide at any size in
+pixels. Times are in seconds; a clip has 8 frames per second.
 """
 
 import functools
@@ -44,13 +45,12 @@ from jax_idgrpo.synthetic.renderer import (
     render_portrait,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes
+# ---- scenes --------------------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Scene:
-    """Everything of a clip but who is in it.
+    """Content of a clip except for its people.
 
     Each field of a pose at time t is base + slope (t - 1/2) + amplitude sin(2 pi (rate t + phase)).
     """
@@ -66,19 +66,15 @@ class Scene:
     light_kind: Int[Array, "*n"]
     background: Int[Array, "*n"]
     colours: Int[Array, "*n 2"]  # indices of the background's colours
-    decor: Float[Array, "*n 4"]  # free numbers in [0, 1] of the background
+    decor: Float[Array, "*n 4"]  # numbers in [0, 1] that vary the background
 
 
-_DESCRIBED_NUMBERS = (
-    3,
-    8,
-    9,
-    10,
-)  # numbers of a scene that its prompt tells: colours, light and background
+# Random numbers of a scene that its prompt describes: colours, light and background.
+_DESCRIBED_NUMBERS = (3, 8, 9, 10)
 
 
 def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
-    """Poses [M] of one scene (no batch axis) at a time in seconds."""
+    """Compute the poses [M] of one scene (no batch axis) at a time in seconds."""
     wave = jnp.sin(2 * jnp.pi * (scene.rate * time + scene.phase))
     pose = Pose(
         *jnp.moveaxis(scene.base + scene.slope * (time - 0.5) + scene.amplitude * wave, -1, 0)
@@ -93,15 +89,21 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
 def sample_scene(
     key: PRNGKeyArray, mask: Bool[Array, "M"], variant: int | Int[Array, ""] = 0
 ) -> Scene:
-    """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background.
+    """Sample a scene: positions in random order, actions, light and background.
 
-    variant: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
+    Args:
+      key: key of the scene.
+      mask: people who are present.
+      variant: variants of a scene share everything in the prompt and the order of the people; all
+        other numbers are sampled independently.
     """
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
     fields = len(Pose._fields)
     shape = (people * (25 + fields) + 16,)
-    numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, variant)))
+    numbers, anew = (
+        jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, variant))
+    )
     described = np.concatenate(
         [
             np.isin(np.arange(16), _DESCRIBED_NUMBERS),
@@ -140,7 +142,8 @@ def sample_scene(
 
     speed = 14.0 + 4.0 * u[:, 3]
     base = table(
-        x=centre, y=top, scale=scale, yaw=0.28 * u[:, 4] + 0.3 * walk, roll=0.05 * u[:, 5], pitch=0.02 * u[:, 6],
+        x=centre, y=top, scale=scale,
+        yaw=0.28 * u[:, 4] + 0.3 * walk, roll=0.05 * u[:, 5], pitch=0.02 * u[:, 6],
         open=0.25 * u[:, 7] + 0.35 * talk, smile=0.35 + 0.5 * u[:, 8] + 0.1 * smile, hand=wave,
     )  # fmt: skip
     slope = table(
@@ -149,10 +152,11 @@ def sample_scene(
         yaw=0.2 * u[:, 12], smile=1.2 * smile,
     )  # fmt: skip
     amplitude = table(
-        x=1.6 + 0.6 * u[:, 13] + 3.6 * dance, y=0.9 + 0.5 * u[:, 14] + 1.6 * dance + 0.8 * jnp.abs(walk),
+        x=1.6 + 0.6 * u[:, 13] + 3.6 * dance,
+        y=0.9 + 0.5 * u[:, 14] + 1.6 * dance + 0.8 * jnp.abs(walk),
         yaw=0.16 + 0.08 * u[:, 15] + 0.5 * turn, roll=0.04 + 0.02 * u[:, 16] + 0.14 * dance,
-        pitch=0.015 + 0.16 * nod, open=0.06 + 0.55 * talk, smile=jnp.full(people, 0.12), blink=jnp.full(people, 1.0),
-        swing=0.38 * wave,
+        pitch=0.015 + 0.16 * nod, open=0.06 + 0.55 * talk,
+        smile=jnp.full(people, 0.12), blink=jnp.full(people, 1.0), swing=0.38 * wave,
     )  # fmt: skip
     rate = table(
         x=0.8 + 0.3 * u[:, 17] + 0.5 * dance, y=1.4 + 0.4 * u[:, 18] + 0.4 * dance,
@@ -190,7 +194,7 @@ def sample_scene(
 
 
 def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
-    """Background planes in [0, 1]; all kinds are computed and one is kept, once per clip."""
+    """Paint the background in [0, 1]; computes all kinds and selects one, once per clip."""
     a, b, c, d = scene.decor
     per_point = 1.0 / (x[0, 1] - x[0, 0])
     soft = lambda distance: jnp.clip(0.5 - distance * per_point, 0.0, 1.0)  # noqa: E731
@@ -245,18 +249,22 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
 
 @flax.struct.dataclass
 class Clip:
-    """A drawn clip and its truth, people in reference order; boxes, landmarks, visibility of absent people are zero."""
+    """A rendered clip and its annotations, with people in the order of the references.
 
-    video: Float[Array, "*n F H W 3"]  # [-1, 1]
-    boxes: Float[
-        Array, "*n F M 4"
-    ]  # face oval: x0, y0, x1, y1 in pixels, may reach outside the picture
-    landmarks: Float[
-        Array, "*n F M 5 2"
-    ]  # x, y in pixels: left eye, right eye, nose, left and right mouth corner in the picture
-    visible: Float[
-        Array, "*n F M"
-    ]  # share of the face oval inside the picture and not covered by another person
+    Boxes, landmarks and visibility of absent people are zero.
+
+    Attributes:
+      video: frames in [-1, 1].
+      boxes: x0, y0, x1, y1 of the face oval in pixels; may extend beyond the picture.
+      landmarks: x, y in pixels of the left eye, right eye, nose, left and right mouth corner, as
+        seen in the picture.
+      visible: share of the face oval that is inside the picture and not covered by another person.
+    """
+
+    video: Float[Array, "*n F H W 3"]
+    boxes: Float[Array, "*n F M 4"]
+    landmarks: Float[Array, "*n F M 5 2"]
+    visible: Float[Array, "*n F M"]
 
 
 def render_clip(
@@ -266,7 +274,17 @@ def render_clip(
     frames: int = 9,
     size: tuple[int, int] = (64, 64),
 ) -> Clip:
-    """Draw one clip of the people [M] of `mask` (no batch axis; vmap it)."""
+    """Render one clip.
+
+    Takes no batch axis; use `vmap`.
+
+    Args:
+      people: people [M].
+      mask: people who are present.
+      scene: poses, light and background.
+      frames: number of frames.
+      size: (height, width) in pixels.
+    """
     x, y = _grid(size)
     background = _paint_background(scene, x, y)
     order = jnp.argsort(scene.depth)
@@ -288,7 +306,7 @@ def render_clip(
             paint_next, start, (sort(people), sort(poses), present[order], slots)
         )
         boxes, landmarks = jax.vmap(_truth)(people, poses)
-        # The oval's area at this size, from the box: what lies outside the picture counts as hidden.
+        # Divide by the area of the whole oval, so that parts outside the picture count as hidden.
         shapes = people.shape
         ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
         area = _oval_area(shapes) * poses.scale**2 * ratio[0] * ratio[1]
@@ -307,7 +325,7 @@ def render_clip(
 
 
 def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
-    """Area of the face oval in square head units, by the trapezoid rule over its height."""
+    """Integrate the area of the face oval in square head units by the trapezoid rule."""
     width, height, taper, square = (shape[:, k, None] for k in range(4))
     w = jnp.linspace(-1.0, 1.0, 65)
     squared = w * w * (1.0 + square * (w * w - 1.0) * (w > 0))
@@ -319,13 +337,15 @@ def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
     return jnp.sum(half, axis=1) * 2.0 * height[:, 0] * (2.0 / 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Batch:
-    """Clips with the reference photos of their people. Absent people: id -1, white portrait, mask False."""
+    """Clips with the reference photos of their people.
+
+    Absent people have id -1, a white portrait and mask False.
+    """
 
     video: Float[Array, "B F H W 3"]
     portraits: Float[Array, "B M H W 3"]  # [-1, 1], reference order
@@ -347,7 +367,16 @@ def draw(
     size: tuple[int, int] = (64, 64),
     variant: int | Int[Array, ""] = 0,
 ) -> Batch:
-    """Clips and portraits of the given people; scenes and portraits are drawn from the key. Trace it inside `jit`."""
+    """Render clips and portraits of people; call inside `jit`.
+
+    Args:
+      key: key of scenes and portraits.
+      ids: ids of the people.
+      mask: people who are present.
+      frames: frames per clip.
+      size: (height, width) in pixels.
+      variant: see `sample_scene`.
+    """
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
     scene = jax.vmap(lambda k, m: sample_scene(k, m, variant))(
@@ -376,7 +405,16 @@ def draw(
 def sample_ids(
     key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOPLE
 ) -> Int[Array, "count people"]:
-    """Ids from a split's range, distinct within a row: one from each of `people` equal parts of it, shuffled."""
+    """Sample ids of a split, distinct within a row.
+
+    Each row has one id from each of `people` equal parts of the split's range, shuffled.
+
+    Args:
+      key: random key.
+      count: number of rows.
+      split: "train", "rl" or "eval".
+      people: ids per row.
+    """
     first, last = SPLITS[split]
     part = (last - first) // people
     drawn, order = jax.random.uniform(key, (2, count, people), jnp.float32)
@@ -389,7 +427,7 @@ def sample_ids(
 def sample_mask(
     key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE
 ) -> Bool[Array, "count people"]:
-    """How many people: one 30 %, two 50 %, three 20 %; the first slots are the filled ones."""
+    """Sample masks of one (30 %), two (50 %) or three (20 %) people, who occupy the first slots."""
     number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(
         jax.random.uniform(key, (count,), jnp.float32)
     )
@@ -406,9 +444,16 @@ def batch(
     resolution: tuple[int, int] = (64, 64),
     variant: int | Int[Array, ""] = 0,
 ) -> Batch:
-    """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments.
+    """Render the clips of a step: a pure function of the arguments.
 
-    variant: further takes are other clips of the same people, photos and prompts (see `sample_scene`).
+    Args:
+      seed: seed of people and scenes.
+      step: number of the batch.
+      size: number of clips.
+      split: "train", "rl" or "eval".
+      frames: frames per clip.
+      resolution: (height, width) in pixels.
+      variant: variants are other clips of the same people, photos and prompts (`sample_scene`).
     """
     key = rng.fold(rng.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)

@@ -1,14 +1,16 @@
-"""Training of a face embedder on the cast: the reward's (ArcFace) or the judge's, which differ in network, crop, people and seed.
+"""Train a bundled face embedder on synthetic people: the reward's (ArcFace) or the judge's.
 
-Each of N people is a class with a unit centre w; an embedding x of person y at angle theta_y from its centre costs
+The two differ in network, crop, people and seed. Each of N people is a class with a unit centre w.
+The loss of an embedding of person y at angle theta_y from the centre of y is
 
-    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )      (ArcFace, arXiv 1801.07698)
+    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )
 
-Crops come from portraits and from frames alike, aligned by landmarks that are as wrong as a detector's.
+(ArcFace, arXiv 1801.07698). Crops of portraits and frames are aligned with landmarks jittered to
+match the detector's error.
 
-Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its configuration), name of the stored file,
-units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s,
-blur (its largest width in pixels).
+Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its
+configuration), name of the stored file, units (width of the crop in head units), people (N),
+first_id (first id of the training people), margin m, scale s, blur (largest blur width in pixels).
 """
 
 import dataclasses
@@ -40,17 +42,17 @@ from jax_idgrpo.training.task import Task
 # The landmarks of an average head seen from the front, in head units from the face's centre.
 _HEAD = ((-0.36, -0.05), (0.36, -0.05), (0.0, 0.31), (-0.295, 0.60), (0.295, 0.60))
 _MIDDLE = -0.1  # height of the crop's centre, in head units
-_JITTER = 0.06  # standard deviation of the landmarks' error, as a share of the distance between eyes and mouth
+_JITTER = 0.06  # standard deviation of the landmark error, relative to the eye-mouth distance
 
 
 def template(size: int, units: float) -> Points:
-    """Where the landmarks lie in a crop of `size` pixels that is `units` head units wide."""
+    """Return the landmarks in a crop of `size` pixels that is `units` head units wide."""
     per_unit, middle = size / units, (size - 1) / 2
     return tuple((middle + u * per_unit, middle + (v - _MIDDLE) * per_unit) for u, v in _HEAD)
 
 
 class Classifier(nnx.Module):
-    """An embedder with the centres of the people it is trained on."""
+    """An embedder with the class centres of its training people."""
 
     def __init__(self, embedder: ArcFace | Judge, people: int, rngs: nnx.Rngs):
         self.embedder = embedder
@@ -59,7 +61,7 @@ class Classifier(nnx.Module):
         )
 
     def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N P"]:
-        """Cosines of the crops' embeddings with every centre."""
+        """Compute the cosines of the crops' embeddings with every centre."""
         return normalise(self.embedder(crops, train=True)) @ normalise(self.centres[...]).T
 
 
@@ -70,7 +72,15 @@ def arcface_loss(
     margin: float,
     scale: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted mean of the additive angular margin loss, and the accuracy without the margin."""
+    """Compute the weighted additive angular margin loss, and the accuracy without margin.
+
+    Args:
+      cosines: cosines with the class centres.
+      person: class of each crop.
+      weight: weight of each crop.
+      margin: additive angle m in radians.
+      scale: scale s of the cosines.
+    """
     own = jnp.take_along_axis(cosines, person[:, None], 1)[:, 0]
     sine = jnp.sqrt(jnp.maximum(1.0 - own * own, 1e-6))
     harder = jnp.where(
@@ -90,7 +100,15 @@ def arcface_loss(
 def draw(
     seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array
 ) -> FacePictures:
-    """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
+    """Render `rows` frames of up to three people, and one portrait for each row.
+
+    Args:
+      seed: seed of people and scenes.
+      step: number of the batch.
+      rows: number of frames, and of portraits.
+      people: number of training people.
+      first_id: first id of these people.
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     part = people // MAX_PEOPLE
     ids = (
@@ -107,10 +125,20 @@ def draw(
 def crops_of(
     key: Array, truth: FacePictures, points: Points, size: int, blur: float | None
 ) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
-    """(aligned crops, ids, whether they are faces) of a `draw`: the three slots of each frame, then the portraits.
+    """Align the crops of a `draw`: the three slots of each frame, then the portraits.
 
-    blur: of `degrade`; None leaves the pictures clean and the landmarks exact. A slot without a visible face holds the row's
-    portrait once more, so that batch statistics are those of faces.
+    A slot without a visible face is filled with the row's portrait, so that batch statistics are
+    computed over faces.
+
+    Args:
+      key: key of blur and jitter.
+      truth: annotated pictures.
+      points: landmarks in the crop.
+      size: size of the crop in pixels.
+      blur: see `degrade`; None for clean pictures and exact landmarks.
+
+    Returns:
+      The crops, their ids, and the mask of the slots that show the person's face.
     """
     degrade_key, jitter_key = jax.random.split(key)
     rows = truth.ids.shape[0] // 2
@@ -135,7 +163,14 @@ def crops_of(
 def embed_portraits(
     embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50
 ) -> Float[Array, "N E"]:
-    """Unit embeddings of one portrait of each person: where their centres are once an embedder is trained."""
+    """Embed one portrait of each person: initial class centres for a trained embedder.
+
+    Args:
+      embedder: trained embedder.
+      points: landmarks in the crop.
+      ids: ids of the people.
+      chunk: people per batch.
+    """
     graph, state = nnx.split(embedder)
 
     @jax.jit
@@ -152,7 +187,7 @@ def embed_portraits(
 
 
 def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
-    """Probability that a pair of one person is more alike than a pair of two."""
+    """Compute the probability that two pictures of one person are more similar than of two."""
     ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(
         np.sort(different), same, side="right"
     )
@@ -162,7 +197,18 @@ def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
 def verify(
     embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12
 ) -> dict[str, float]:
-    """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
+    """Verify portraits against frames of held-out people.
+
+    Args:
+      embedder: embedder to evaluate.
+      points: landmarks in the crop.
+      blur: see `degrade`; None for clean pictures.
+      rows: frames per round.
+      rounds: number of rounds.
+
+    Returns:
+      The AUC, and quantiles of the cosines of same and different people.
+    """
     size = embedder.config.input_size
     graph, state = nnx.split(embedder)
     first, last = SPLITS["eval"]
@@ -192,7 +238,7 @@ def verify(
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
+    """Make the task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
     options: dict[str, Any] = dict(config.finetune.options)
     network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[
         options["architecture"]

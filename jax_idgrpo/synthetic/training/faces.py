@@ -1,7 +1,7 @@
-"""Pictures of the cast with the truth about their faces, and what spoils pictures: shared by the detector and the embedders.
+"""Annotated pictures of synthetic people, and their degradation, for training face networks.
 
-Half the world of a face network is portraits, the other half frames of clips, and the clips of a video model are blurred, noisy
-and off in colour: `degrade` makes clean drawings so.
+Face networks see portraits and frames of clips. The clips of a video model are blurred, noisy and
+tinted: `degrade` applies these faults to clean renderings.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from jax_idgrpo.synthetic.people import identity
 
 @flax.struct.dataclass
 class FacePictures:
-    """Pictures in [-1, 1] with their M faces; absent ones have id -1 and visible 0. Integers are the pixel centres."""
+    """Pictures in [-1, 1] with M annotated faces.
+
+    Absent faces have id -1 and visible 0. Integer coordinates are pixel centres.
+    """
 
     pictures: Float[Array, "N H W 3"]
     boxes: Float[Array, "N M 4"]
@@ -29,7 +32,13 @@ class FacePictures:
 def draw_frames(
     key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]
 ) -> FacePictures:
-    """One frame per row of the people of `mask`, from a clip at a random moment."""
+    """Render one frame per row, at a random moment of a clip.
+
+    Args:
+      key: key of scenes and moments.
+      ids: ids of the people.
+      mask: people who are present.
+    """
     scene_key, time_key = jax.random.split(key)
     people = identity(ids)
     scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
@@ -48,7 +57,7 @@ def draw_frames(
 
 
 def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
-    """The reference photo of each person; M = 1."""
+    """Render the reference photo of each person; M = 1."""
     people, keys = identity(ids), jax.random.split(key, ids.shape[0])
     boxes, landmarks = jax.vmap(renderer.portrait_truth)(people, keys)
     return FacePictures(
@@ -61,7 +70,7 @@ def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
 
 
 def join(a: FacePictures, b: FacePictures) -> FacePictures:
-    """All pictures of both, padded to the same number of faces."""
+    """Concatenate pictures, padded to the same number of faces."""
     slots = max(a.ids.shape[1], b.ids.shape[1])
 
     def padded(leaf: Array, value: float) -> Array:
@@ -81,7 +90,7 @@ def join(a: FacePictures, b: FacePictures) -> FacePictures:
 
 
 def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[Array, "N H W 3"]:
-    """Gaussian blur of 7 taps with its own width for every picture, in pixels."""
+    """Blur every picture with a 7-tap Gaussian of its own width in pixels."""
     reach = 3
     weights = jnp.exp(
         -0.5 * (jnp.arange(-reach, reach + 1) / jnp.maximum(sigma[:, None], 0.05)) ** 2
@@ -102,9 +111,14 @@ def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[
 def degrade(
     key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float
 ) -> Float[Array, "N H W 3"]:
-    """Blur, noise of two scales, brightness, contrast and tint, of random strength; a quarter of the pictures stays clean.
+    """Change blur, noise at two scales, brightness, contrast and tint by random strengths.
 
-    blur: largest width of the Gaussian, in pixels.
+    A quarter of the pictures stays clean.
+
+    Args:
+      key: key of the strengths and the noise.
+      pictures: pictures in [-1, 1].
+      blur: largest width of the Gaussian in pixels.
     """
     keys = jax.random.split(key, 8)
     count, height, width = pictures.shape[:3]
