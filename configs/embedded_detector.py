@@ -1,4 +1,7 @@
-"""Face detector of the embedded set: 80 thousand parameters, drawn people at 64 x 64. About three minutes on two cores."""
+"""Train the bundled face detector: 80,000 parameters, synthetic people at 64 x 64.
+
+It takes about three minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
 

@@ -1,4 +1,7 @@
-"""Face embedder of the embedded set's reward: a small IR network with the ArcFace loss. About five minutes on two cores."""
+"""Train the bundled reward's face embedder: a small IR network with the ArcFace loss.
+
+It takes about five minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
 

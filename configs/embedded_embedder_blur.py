@@ -1,4 +1,4 @@
-"""Face embedder of the embedded set's reward, second run: goes on with pictures as blurred as a small video model makes them."""
+"""Continue `embedded_embedder.py` with pictures as blurred as those of a small video model."""
 
 import dataclasses
 

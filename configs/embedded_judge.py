@@ -1,4 +1,8 @@
-"""The judge of the embedded set: another network, crop, seed and people than the reward's embedder. About five minutes on two cores."""
+"""Train the bundled judge, an embedder independent of the reward's.
+
+Network, crop, seed and people differ from those of `embedded_embedder.py`. It takes about five
+minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
 

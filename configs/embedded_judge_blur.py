@@ -1,4 +1,4 @@
-"""The judge of the embedded set, second run: goes on with pictures as blurred as a small video model makes them."""
+"""Continue `embedded_judge.py` with pictures as blurred as those of a small video model."""
 
 import dataclasses
 

@@ -1,4 +1,7 @@
-"""Text encoder and tokenizer of the embedded set: a UMT5 of 0.1M parameters that reads the prompts of the cast. Minutes on two cores."""
+"""Train the bundled text encoder, a UMT5 of 0.1M parameters, and build its tokenizer.
+
+It takes minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import (
     EMBEDDED,

@@ -1,7 +1,7 @@
-"""Video transformer of the embedded set: a VACE transformer of 1.9M parameters, flow matching on drawn clips.
+"""Train the bundled VACE transformer of 1.9M parameters by flow matching on synthetic clips.
 
-Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about ten minutes on two cores.
-`embedded_transformer_long.py` goes on.
+It requires the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`) and takes about ten
+minutes on two CPU cores. `embedded_transformer_long.py` continues the training.
 """
 
 from jax_idgrpo.config import (

@@ -1,6 +1,7 @@
-"""The video transformer of the embedded set, second run: goes on with a pool of twice as many new clips, annealed to the end.
+"""Continue `embedded_transformer.py` on a pool of new clips, twice as large, with a decaying rate.
 
-208k clips, 36 minutes on two cores. The stored weights are the first run (45k clips), 13k clips more at a constant rate, and this run.
+The run trains on 208,000 clips and takes 36 minutes on two CPU cores. The bundled weights are from
+the first run (45,000 clips), 13,000 more clips at a constant rate, and this run.
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
-"""The autoencoder of the embedded model set, in three parts, each continuing from the one before.
+"""Train the bundled autoencoder in three parts, each of which continues the previous one.
 
     idgrpo finetune configs/embedded_vae.py --workdir runs/embedded_vae
     idgrpo finetune configs/embedded_vae_faces.py --workdir runs/embedded_vae_faces
     idgrpo finetune configs/embedded_vae_decoder.py --workdir runs/embedded_vae_decoder
 
-Part one: whole pictures of the drawn cast, then clips of 9 frames. Part two: windows around faces. Part three: the decoder alone.
-The stored weights are those of parts one and two, 20 and 23 minutes on two shared CPU cores; part three would sharpen the videos
-without a change to the latents that the transformer has learned.
+Part one trains on whole pictures of synthetic people, then on clips of 9 frames. Part two trains on
+windows around faces, and part three trains only the decoder. The bundled weights are from parts one
+and two, which take 20 and 23 minutes on two shared CPU cores. Part three would sharpen the videos
+without changing the latents that the transformer was trained on.
 """
 
 from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig

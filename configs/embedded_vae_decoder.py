@@ -1,6 +1,7 @@
-"""The autoencoder of the embedded model set, part three: the decoder alone. The command is in `embedded_vae.py`.
+"""Train the bundled autoencoder, part three: only the decoder. See `embedded_vae.py`.
 
-Brightness, red against blue and green against magenta count 1, 1.5 and 3: the last varies least and was lost before.
+The weights of brightness, red-blue and green-magenta are 1, 1.5 and 3. Green-magenta varies least;
+without a large weight the decoder ignores it.
 """
 
 import dataclasses

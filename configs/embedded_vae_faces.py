@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded model set, part two: windows around faces. The command is in `embedded_vae.py`."""
+"""Train the bundled autoencoder, part two: windows around faces. See `embedded_vae.py`."""
 
 from embedded_vae import LOSS, NETWORK, OPTIMIZER
 

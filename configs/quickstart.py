@@ -1,10 +1,10 @@
-"""The whole job in minutes on two CPU cores: GRPO on the embedded model set of drawn people."""
+"""GRPO on the bundled models of synthetic people; the whole run takes minutes on two CPU cores."""
 
 from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """Values only; every field is described in jax_idgrpo/config.py."""
+    """Return the configuration; jax_idgrpo/config describes every field."""
     return c.Config(
         model=c.ModelConfig(path="embedded", remat="full", rank=8, alpha=8.0, unroll=True),
         data=c.DataConfig(prompts="embedded:rl", max_people=3, text_length=80),

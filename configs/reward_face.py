@@ -1,9 +1,12 @@
-"""A reward head of one's own on the faces of preference pairs, in minutes on a CPU.
+r"""Train a reward head on the faces of your preference pairs, in minutes on a CPU.
 
-    idgrpo train-reward configs/reward_face.py --workdir runs/head --finetune.options '{"pairs": "pairs.csv", "held_out": "held_out.csv"}'
-    idgrpo train configs/quickstart.py --workdir runs/with-head --reward.head runs/head/export --reward.frames 9
+    idgrpo train-reward configs/reward_face.py --workdir runs/head \
+        --finetune.options '{"pairs": "pairs.csv", "held_out": "held_out.csv"}'
+    idgrpo train configs/quickstart.py --workdir runs/with-head \
+        --reward.head runs/head/export --reward.frames 9
 
-With automatic pairs: train one on the trusted pairs ("mixing": "trusted"), then another with "teacher": "runs/head/export".
+With automatic pairs, first train a head on the trusted pairs ("mixing": "trusted"), then a second
+one with "teacher": "runs/head/export".
 """
 
 from jax_idgrpo.config import (

@@ -1,6 +1,7 @@
-"""A vision-language reward of one's own, with the published hyperparameters: name the base model and the pairs.
+r"""Train a vision-language reward on your preference pairs with the published hyperparameters.
 
-    idgrpo train-reward configs/reward_vlm.py --workdir runs/reward --reward.vlm_base /models/Qwen2.5-VL-3B-Instruct \
+    idgrpo train-reward configs/reward_vlm.py --workdir runs/reward \
+        --reward.vlm_base /models/Qwen2.5-VL-3B-Instruct \
         --finetune.options '{"pairs": "pairs.csv", "held_out": "held_out.csv"}'
 """
 
@@ -19,7 +20,6 @@ def get_config() -> Config:
             log_every=10,
             options={"pairs": "pairs.csv", "held_out": "held_out.csv"},
         ),
-        run=RunConfig(
-            steps=11250, save_every=500, keep=2, sample_every=0
-        ),  # 3 passes over 15,000 pairs
+        # 3 passes over 15,000 pairs
+        run=RunConfig(steps=11250, save_every=500, keep=2, sample_every=0),
     )

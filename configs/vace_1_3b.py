@@ -1,13 +1,18 @@
-"""Identity-GRPO on Wan2.1-VACE-1.3B as published: every number of the official recipe (github.com/alibaba/identity-grpo).
+"""Identity-GRPO on Wan2.1-VACE-1.3B with the values of the official recipe.
 
-Point `--model.path` at the checkpoint, `--data.prompts` at a CSV, and `--reward.faces` at face networks for photographs.
+The recipe is that of github.com/alibaba/identity-grpo. Set `--model.path` to the checkpoint,
+`--data.prompts` to a CSV, and `--reward.faces` to a folder of face networks for photographs.
 """
 
 from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """33 frames of 240 x 416; 256 videos per step in groups of 8; two updates per rollout; evaluation at 81 frames of 480 x 832."""
+    """Return the configuration.
+
+    Training: 33 frames of 240 x 416, 256 videos per step in groups of 8, two updates per rollout.
+    Evaluation: 81 frames of 480 x 832.
+    """
     return c.Config(
         model=c.ModelConfig(
             path="Wan2.1-VACE-1.3B-diffusers", dtype="bfloat16", remat="full", rank=32, alpha=32.0
