@@ -1,11 +1,14 @@
-"""Detect, align and embed the faces of videos: our jitted stack against deepface's loop over frames.
+r"""Benchmark face detection, alignment and embedding: our jitted stack against deepface.
 
-Both read the same random weights from the files that deepface downloads (RetinaFace-R50 and ArcFace-R34; written to a temporary folder, so
-nothing is fetched) and look at the same frames, in float32, alternating in one process; the figures are medians. Ours gets videos and
-embeds a fixed number of faces per frame, deepface gets one frame after the other and embeds those that it finds: random weights find
-hardly any or very many, so their last layer is set until deepface finds some, and no more are embedded by it than by us.
+Both load the same random RetinaFace-R50 and ArcFace-R34 weights, in the files that deepface would
+download; nothing is downloaded. Both process the same frames in float32, alternating in one
+process; the figures are medians. Our stack takes whole videos and embeds a fixed number of faces
+per frame. deepface takes one frame at a time and embeds the detected faces. Random weights detect
+either hardly any or very many faces; `calibrate` adjusts the last layer so that deepface detects
+some, and `max_faces` limits deepface to the number that our stack embeds.
 
-    python -m benchmarks.faces [--rows 1] [--frames 2] [--height 240] [--width 416] [--faces 2] [--rounds 3]
+    python -m benchmarks.faces [--rows 1] [--frames 2] [--height 240] [--width 416] \
+        [--faces 2] [--rounds 3]
 """
 
 import argparse
@@ -27,7 +30,7 @@ from jax_idgrpo.rewards.faces import load_stack
 
 
 def write_weights(home: Path) -> Path:
-    """Random RetinaFace and ArcFace where deepface looks for them -> the folder."""
+    """Write random RetinaFace and ArcFace weights to deepface's folder; returns the folder."""
     from deepface.models.facial_recognition.pytorch.ArcFace import ArcFaceModel
     from retinaface.model.retinaface_pth_model import RetinaFace
 
@@ -37,11 +40,8 @@ def write_weights(home: Path) -> Path:
     detector = RetinaFace()
     detector.bn_data.running_mean.fill_(127.0)
     detector.bn_data.running_var.fill_(3000.0)
-    for stride in (
-        32,
-        16,
-        8,
-    ):  # a face wherever the last layer is above its mean by some deviations; see `calibrate`
+    # Small weights of the regression layers keep boxes and landmarks near their anchors.
+    for stride in (32, 16, 8):
         torch.nn.init.normal_(
             getattr(detector, f"face_rpn_stride{stride}").bbox_pred.weight, std=1e-3
         )
@@ -54,7 +54,15 @@ def write_weights(home: Path) -> Path:
 
 
 def calibrate(path: Path, faces: int, frame: np.ndarray) -> None:
-    """Give every face the same probability but for those of the coarsest map, of which about `faces` pass the threshold of 0.9."""
+    """Adjust the detector so that about `faces` anchors pass the threshold of 0.9.
+
+    Only anchors of the coarsest map can pass: those of the other maps get a constant probability.
+
+    Args:
+      path: file of the weights, which is overwritten.
+      faces: number of detections.
+      frame: the frame to count on.
+    """
     from retinaface.commons import preprocess
     from retinaface.model.retinaface_pth_model import RetinaFace
 
@@ -137,15 +145,15 @@ def main() -> None:
     )
     count = rows * frames
     print(
-        f"{count} frames of {size[0]} x {size[1]}, {arguments.faces} faces each at most; found by ours {int(faces.mask.sum())}, "
-        f"by deepface {sum(theirs())}; on {jax.default_backend()}, first call {compiled:.0f} s\n"
+        f"{count} frames of {size[0]} x {size[1]}, at most {arguments.faces} faces each; "
+        f"detected by ours {int(faces.mask.sum())}, by deepface {sum(theirs())}; "
+        f"on {jax.default_backend()}, first call {compiled:.0f} s\n"
     )
     print("| | seconds per frame | frames per second |\n| --- | --- | --- |")
     for name, value in seconds.items():
         print(f"| {name} | {value / count:.2f} | {count / value:.2f} |")
-    print(
-        f"\nRatio of frames per second, ours over deepface: **{seconds['deepface'] / seconds['ours']:.2f}**"
-    )
+    ratio = seconds["deepface"] / seconds["ours"]
+    print(f"\nRatio of frames per second, ours over deepface: **{ratio:.2f}**")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""How the cost of an update grows, against the curves that it should follow: with tokens, with the size of a group, and with devices.
+r"""Compare the growth of an update's cost with the expected curves: tokens, group size, devices.
 
-    python benchmarks/growth.py --record runs/growth.jsonl [--only "tokens, planned" ...] [--plot docs/growth.png]
+    python benchmarks/growth.py --record runs/growth.jsonl [--only "tokens, planned" ...] \
+        [--plot docs/growth.png]
 
-Planned figures are of the real update, compiled for TPU v6e by the compiler of the `tpu` extra and counted as `idgrpo plan` does; measured
-ones of the same program run on the CPU. Every case runs in a process of its own, is added to the record and not run again, so that the
-two kinds can be run apart. Both are of narrow transformers of plain Wan, with full rematerialisation
-and the KL term (`PLANNED`, `MEASURED`); rows have 16 latent frames. Expected:
+Planned figures are of the real update, compiled for TPU v6e by the compiler of the `tpu` extra and
+counted as by `idgrpo plan`. Measured figures are of the same program run on the CPU. Every case
+runs in its own process and is appended to the record; recorded cases are not repeated, so planned
+and measured cases can be run separately. Both use narrow transformers of plain Wan with full
+rematerialisation and the KL term (`PLANNED`, `MEASURED`); rows have 16 latent frames. Expected:
 
-    arithmetic    blocks (a n + b n^2): four passes of the linear layers (replay, once more in the backward pass, their gradient, the base
-                  of the KL term); of attention three and a backward pass of 7 products on a TPU, 5 on the CPU, where a pass has 2
-    memory        linear in tokens: nothing of n x n is kept; flat in the group, whose rows are worked through a few at a time
-    devices       1 / devices: memory, with `data` but for the weights, which stay whole on each; time, arithmetic at the chip's peak
+    arithmetic    blocks (a n + b n^2). Linear layers: four passes (replay, its recomputation in the
+                  backward pass, the gradient, the base of the KL term). Attention: three passes of
+                  2 products, and a backward pass of 7 products on a TPU, 5 on the CPU.
+    memory        linear in tokens, because no n x n array is stored; constant in the group size,
+                  because rows are processed a few at a time.
+    devices       1 / devices. Memory with `data`: except for the weights, which are replicated.
+                  Time: arithmetic at the chip's peak.
 """
 
 import argparse
@@ -50,14 +55,21 @@ MEASURED: dict[str, Any] = dict(
 TEXT, PEOPLE, FRAMES, SHIFT = 64, 2, 16, 3.0
 VIDEO_FRAMES = 4 * (FRAMES - PEOPLE - 1) + 1
 CHIP = "TPU v6 lite"
-SLICES = {1: "v6e:2x2", 4: "v6e:2x2", 16: "v6e:4x4"}  # by chips used of them
-ENOUGH = 6.0  # seconds of calls after which no other one is timed
+SLICES = {1: "v6e:2x2", 4: "v6e:2x2", 16: "v6e:4x4"}  # number of used chips -> slice
+ENOUGH = 6.0  # total seconds of calls after which timing stops
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One update: rows of 16 x height x width tokens, `micro` at a time, on `devices` chips along `axis`; steps: of denoising, one more
-    than are trained."""
+    """One update.
+
+    Attributes:
+      sweep: name of the sweep.
+      height, width: a row has 16 x height x width tokens.
+      rows, micro: number of rows, and of rows per micro-batch.
+      steps: denoising steps; one fewer is trained.
+      devices, axis: number of chips along a mesh axis.
+    """
 
     sweep: str
     height: int
@@ -81,7 +93,7 @@ class Case:
         return WanConfig(**(PLANNED if self.planned else MEASURED), remat="full")
 
     def program(self, devices: Sequence[jax.Device]) -> programs.Program:
-        """The update."""
+        """Build the update."""
         config = c.Config(
             model=c.ModelConfig(
                 kind="phantom", dtype="bfloat16" if self.planned else "float32", remat="full"
@@ -113,7 +125,7 @@ class Case:
         )
 
     def arithmetic(self) -> float:
-        """FLOPs of the update by the formula of the docstring, on all devices together."""
+        """Compute the FLOPs of the update on all devices by the formula of the docstring."""
         n, net = self.tokens, self.network
         linear = 2 * n * (6 * net.width**2 + 2 * net.width * net.ffn_dim) + 4 * TEXT * net.width**2
         adapter = 4 * (6 * n + 2 * TEXT) * net.width * net.rank
@@ -143,11 +155,11 @@ CASES = [
 ]
 
 
-# ---- one case ------------------------------------------------------------------------------------------------------------
+# ---- one case ------------------------------------------------------------------------------------
 
 
 def planned(case: Case) -> dict[str, float]:
-    """What the compiler says of the update on the chips."""
+    """Compile the update for the chips and count memory, FLOPs and seconds."""
     devices = hardware.devices(SLICES[case.devices])[: case.devices]
     program = case.program(devices)
     mesh = jax.tree.leaves(program.arguments[1])[0].sharding.mesh
@@ -162,8 +174,12 @@ def planned(case: Case) -> dict[str, float]:
 
 
 def measured(case: Case) -> dict[str, float]:
-    """Processor seconds of the update, the least after one that is not counted (other jobs lengthen these less than elapsed ones), and
-    memory: what that first one took, beyond what was there before it, and the peak of the whole process."""
+    """Run the update and measure processor seconds and memory.
+
+    Seconds are the minimum over calls, without the first. They are processor seconds, which other
+    jobs disturb less than elapsed time. Memory is the increase during the first call, and the peak
+    of the whole process.
+    """
     program = case.program(jax.devices()[:1])
     rng = np.random.default_rng(0)
 
@@ -191,7 +207,7 @@ def measured(case: Case) -> dict[str, float]:
     )
     call = program.function.lower(objective, state, *given).compile()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, seconds = _memory("VmRSS"), []
     while len(seconds) < 2 or (len(seconds) < 10 and sum(seconds) < ENOUGH):
         began = time.process_time()
@@ -204,20 +220,20 @@ def measured(case: Case) -> dict[str, float]:
 
 
 def _memory(name: str) -> float:
-    """Bytes of this process that the kernel calls `name`."""
+    """Return an entry of /proc/self/status in bytes."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)
     )
     return 1024.0 * int(line.split()[1])
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------------
+# ---- all cases -----------------------------------------------------------------------------------
 
 Rows = list[tuple[Case, dict[str, float]]]
 
 
 def table(rows: Rows) -> str:
-    """Every case; arithmetic as the docstring counts it, and what was counted in the program over that."""
+    """Format all cases, with the expected arithmetic and the ratio of counted to expected."""
     head = (
         "sweep",
         "tokens",
@@ -249,12 +265,12 @@ def table(rows: Rows) -> str:
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
-    """The straight line through the first and the last point, at x."""
+    """Evaluate the straight line through the first and the last point at x."""
     return y[0] + (np.asarray(x) - x[0]) * (y[-1] - y[0]) / (x[-1] - x[0])
 
 
 def draw(rows: Rows, out: Path) -> None:
-    """One panel per sweep and quantity, expected curves dashed."""
+    """Plot one panel per sweep and quantity, with dashed expected curves."""
     figure, axes = pyplot.subplots(2, 4, figsize=(15, 7))
 
     def panel(
@@ -379,7 +395,7 @@ def draw(rows: Rows, out: Path) -> None:
     panel(
         second[3], "planned time per chip", "devices, planned", devices, "seconds", 1, "s", at_peak
     )
-    second[1].set_ylim(10, 200)  # flat should look it
+    second[1].set_ylim(10, 200)  # a wide range, so that a flat curve looks flat
     figure.tight_layout()
     figure.savefig(out, dpi=80)
 

@@ -1,11 +1,14 @@
-"""Does a trick pay? The face reward of drawn clips after what a policy that games it could do, against the honest clips.
+"""Measure whether reward hacks pay: the face reward of corrupted against uncorrupted clips.
 
     python benchmarks/hacking.py [--clips 64] [--sheet FILE.png]
 
-Held-out drawn people, two or three to a clip; each trick of `jax_idgrpo.preferences.corruptions` on every clip; paired differences of the
-reward with 95 % bootstrap intervals over clips, for the default reward, for one that does not price copies of the photo, for one that
-saturates where two photos of a person do, and for that with every penalty priced; and which share of faces counts as a copy.
---sheet: one clip after every trick, a row each.
+The clips show two or three held-out synthetic people. Each trick of
+`jax_idgrpo.preferences.corruptions` is applied to every clip. The table has the paired differences
+of the reward with 95 % bootstrap intervals over clips, and the share of faces detected as copies of
+the photo. The rewards are the default, one without the penalty for copies, one that saturates at
+the similarity of two photos of a person, and the latter with all penalties.
+
+--sheet: write a picture of one clip after every trick, one row each.
 """
 
 import argparse
@@ -42,7 +45,13 @@ BATCH = 16
 def score(
     reward: FaceReward, clips: list[AnnotatedClip], videos: list[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The terms of the reward of every video, each [clips]."""
+    """Compute the reward's terms of every video, each [clips].
+
+    Args:
+      reward: face reward.
+      clips: supply the photos.
+      videos: frames to score, one video per clip.
+    """
     found = []
     for start in range(0, len(clips), BATCH):
         part = clips[start : start + BATCH]
@@ -59,7 +68,15 @@ def columns(
     videos: list[np.ndarray],
     made: list[tuple[RewardConfig, FaceReward]],
 ) -> dict[str, np.ndarray]:
-    """Every reward of `REWARDS`, and `copied`, each [clips]; the faces are found once for those that differ in their prices alone."""
+    """Compute every reward of `REWARDS` and `copied`, each [clips].
+
+    Rewards that differ only in penalty weights share one face detection.
+
+    Args:
+      clips: supply the photos.
+      videos: frames to score, one video per clip.
+      made: face rewards with their configurations.
+    """
     terms = [(config, score(reward, clips, videos)) for config, reward in made]
     of = {
         name: next(found for config, found in terms if config == level)
@@ -97,7 +114,8 @@ def main() -> None:
         picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
         Image.fromarray(np.uint8((np.clip(picture, -1, 1) + 1) * 127.5)).save(arguments.sheet)
     print(
-        f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, and the share of copies\n"
+        f"{len(clips)} clips; change of the reward by a trick, with its 95 % interval, "
+        "and the share of copies\n"
     )
     made = [(config, factory.make_face_reward(config)) for config in (PLAIN, SATURATING)]
     honest = columns(clips, [clip.video for clip in clips], made)

@@ -1,13 +1,16 @@
-"""A whole GRPO step: rollout, decoding, face reward and update, against diffusers, peft and deepface on PyTorch.
+"""Benchmark a whole GRPO step (rollout, decoding, face reward, update) against PyTorch.
 
-Both sides load the same random weights: the transformer of `transformer.py`, a VAE of narrow channels, RetinaFace-R50 and ArcFace-R34,
-in float32. A step samples one group with guidance, decodes its videos, finds and embeds the faces of some frames of each, scores how
-alike they are to two people in the best assignment, and updates the adapter with the group's advantages. deepface looks at one frame after
-the other, as it does. The sides take steps in turn in one process; the figures are medians of each phase. Needs the `test` extra:
+The PyTorch side uses diffusers, peft and deepface. Both sides load the same random float32 weights:
+the transformer of `transformer.py`, a VAE with narrow channels, RetinaFace-R50 and ArcFace-R34. A
+step samples one group with guidance, decodes its videos, detects and embeds the faces of a few
+frames, scores their similarity to two people under the best assignment, and updates the adapter
+with the group's advantages. deepface processes one frame at a time. The sides alternate in one
+process; the figures are medians of each phase. Requires the `test` extra:
 
     python -m benchmarks.step [--rows 2] [--steps 4] [--looked 1] [--rounds 3] [--compile]
 
-looked: frames per video that the reward looks at. Random weights find arbitrary faces, so the rewards say nothing; see `faces.py`.
+looked: frames per video that the reward scores. With random weights the detected faces are
+arbitrary and the rewards meaningless; see `faces.py`.
 """
 
 import argparse
@@ -44,13 +47,19 @@ from jax_idgrpo.sampling.pipeline import load_vae
 PHASES = ("rollout", "decode", "reward", "update")
 PEOPLE = 2
 SIZE = transformer.SIZES["40m"]
-VAE_CHANNELS = 32  # of the published VAE's 96, whose decoding would hide all else on a CPU
+VAE_CHANNELS = 32  # published: 96, whose decoding would dominate the time on a CPU
 
 
 def step(
     side: transformer.Side, decode: Callable[[Any], Any], reward: Callable[[Any], np.ndarray]
 ) -> dict[str, float]:
-    """Take a step -> seconds by phase."""
+    """Run a step; returns the seconds of each phase.
+
+    Args:
+      side: transformer, rollout and update.
+      decode: decodes latents to videos.
+      reward: scores videos.
+    """
     times = [time.perf_counter()]
     trajectory = side.sample()
     times.append(time.perf_counter())
@@ -65,10 +74,17 @@ def step(
     return dict(zip(PHASES, np.diff(times).tolist(), strict=True))
 
 
-def our_eyes(
+def our_reward(
     home: Path, looked: int, people: np.ndarray, rows: int
 ) -> tuple[Callable[[Any], Any], Callable[[Any], np.ndarray]]:
-    """Decoding and reward by this package."""
+    """Build decoding and reward of this package.
+
+    Args:
+      home: folder of the weights.
+      looked: frames per video that the reward scores.
+      people: embeddings of the people to match.
+      rows: number of videos.
+    """
     vae = nnx.split(load_vae(home))
     reward = FaceReward(load_stack(home / "ours", "embedder"), IdentityConfig(), looked)
     everywhere = np.broadcast_to(people, (rows, *people.shape))
@@ -87,8 +103,14 @@ def our_eyes(
     return decode, score
 
 
-def their_eyes(home: Path, looked: int, people: np.ndarray) -> tuple[Callable[..., Any], ...]:
-    """Decoding by diffusers, reward by deepface."""
+def their_reward(home: Path, looked: int, people: np.ndarray) -> tuple[Callable[..., Any], ...]:
+    """Build decoding by diffusers and the reward by deepface.
+
+    Args:
+      home: folder of the weights.
+      looked: frames per video that the reward scores.
+      people: embeddings of the people to match.
+    """
     from deepface import DeepFace
 
     vae = diffusers.AutoencoderKLWan.from_pretrained(home / "vae").eval()
@@ -135,7 +157,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    trim_heap_after_compile()  # as every command of ours does
+    trim_heap_after_compile()  # as in every command of this package
     torch.manual_seed(0)
     given = transformer.inputs(arguments.rows, SIZE)
     people = np.random.default_rng(1).standard_normal((PEOPLE, 512)).astype(np.float32)
@@ -156,8 +178,8 @@ def main() -> None:
         )
         write_folder(home / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
         eyes = {
-            "ours": our_eyes(home, arguments.looked, people, arguments.rows),
-            "theirs": their_eyes(home, arguments.looked, people),
+            "ours": our_reward(home, arguments.looked, people, arguments.rows),
+            "theirs": their_reward(home, arguments.looked, people),
         }
         network = transformer.our_network(SIZE, folder)
         ours = transformer.ours(network, given, arguments.steps, SIZE)
@@ -167,8 +189,9 @@ def main() -> None:
     for number in range(arguments.rounds + 1):
         for name, side in sides.items():
             seconds[name].append(step(side, *eyes[name]))
+            total = sum(seconds[name][-1].values())
             print(
-                f"round {number} of {arguments.rounds}, {name}: {sum(seconds[name][-1].values()):.1f} s",
+                f"round {number} of {arguments.rounds}, {name}: {total:.1f} s",
                 flush=True,
             )
     found = {

@@ -1,18 +1,22 @@
-"""A call of the video transformer, the gradient of its LoRA, a rollout and an update, against diffusers and peft on PyTorch.
+"""Benchmark the transformer, its LoRA's gradient, a rollout and an update against PyTorch.
 
-Both sides load the same randomly filled VACE checkpoint and get the same input. Each has a process of its own, and they alternate: one
-waits while the other works. A turn is two calls, of which the second counts: after a pause the first one pays for memory that the system
-took back meanwhile (0.3 s of 1.0 s for our gradient), and training does not pause. The figure is the ratio of medians, ours over theirs;
-and each process's peak memory. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's loop
-is that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL term,
-backward; one optimizer step at the end. Needs the `test` extra:
+The PyTorch side uses diffusers and peft. Both sides load the same random VACE checkpoint and get
+the same input. Each has its own process, and they alternate: one waits while the other works. A
+turn is two calls, and the second is timed. After a pause, the first call includes the time for
+memory that the system reclaimed meanwhile (0.3 of 1.0 s for our gradient), and training does not
+pause. The figures are the ratio of medians, ours over theirs, and each process's peak memory. The
+rollout and the update use guidance: every velocity is one call on twice the rows. PyTorch's loop is
+that of the published recipe: a stochastic step with its log-probability; for every trained step a
+replay, the frozen base for the KL term, and backward; one optimizer step at the end. Requires the
+`test` extra:
 
     python benchmarks/transformer.py [--rows 2] [--steps 4] [--rounds 5] [--compile]
-    python benchmarks/transformer.py --size 1.3b                                         on a GPU, with a PyTorch that uses it
+    python benchmarks/transformer.py --size 1.3b                    on a GPU, which PyTorch uses too
 
-`--size 1.3b` is the published model at 33 x 240 x 416 with two photos, 25 steps, in bfloat16; PyTorch's side then is as its recipe runs it,
-float32 weights under autocast with gradient checkpointing. Utilisation is the arithmetic of the model alone, counted by PyTorch, nothing
-that is computed twice, over time and the speed of a large product on the same device.
+`--size 1.3b` is the published model at 33 x 240 x 416 with two photos and 25 steps in bfloat16. The
+PyTorch side then follows its recipe: float32 weights under autocast with gradient checkpointing.
+Utilisation is the model's arithmetic, counted by PyTorch without recomputation, divided by the time
+and by the speed of a large product on the same device.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU has to hold both sides
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both sides share the GPU
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +60,17 @@ from jax_idgrpo.training.state import start
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A network, what it is given (latent frames, photos among them, of height x width; text tokens), and how it runs.
+    """A network, the size of its inputs, and the options of both sides.
 
-    checkpointing: of PyTorch's side. remat, unroll: of ours.
+    Attributes:
+      network: configuration of the transformer.
+      shape: (latent frames including photos, height, width).
+      text: number of text tokens.
+      rank: LoRA rank.
+      steps: denoising steps.
+      dtype: dtype of the computation.
+      checkpointing: gradient checkpointing of PyTorch's side.
+      remat, unroll: options of our side.
     """
 
     network: dict[str, Any]
@@ -73,7 +85,7 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a video: a patch is two by two."""
+        """Number of tokens of a video; a patch is 2 x 2 latents."""
         return int(np.prod(self.shape)) // 4
 
 
@@ -155,10 +167,13 @@ Inputs = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one side does; every call returns when it is done.
+    """The operations of one side; every call returns when its work is done.
 
-    forward, gradient: of one call without guidance. sample: -> trajectory; latents: of a trajectory, those at the end; learn: of a
-    trajectory and the advantage [B] of its rows.
+    Attributes:
+      forward, gradient: one call without guidance, and its gradient.
+      sample: samples a trajectory.
+      latents: returns the final latents of a trajectory.
+      learn: updates the adapter from a trajectory and the advantages [B] of its rows.
     """
 
     forward: Callable[[], Any]
@@ -168,7 +183,7 @@ class Side:
     learn: Callable[[Any, np.ndarray], Any]
 
     def calls(self, advantage: np.ndarray) -> dict[str, Callable[[], Any]]:
-        """What is timed; every update learns from the same trajectory."""
+        """Return the timed calls by name; all updates use the same trajectory."""
         trajectory = functools.cache(self.sample)
         return {
             "forward": self.forward,
@@ -179,7 +194,7 @@ class Side:
 
 
 def inputs(rows: int, size: Size) -> Inputs:
-    """What both sides are given, channels last."""
+    """Generate the inputs of both sides, channels last."""
     rng, width = np.random.default_rng(0), size.network["text_dim"]
     shapes = dict(
         latents=(rows, *size.shape, 16),
@@ -192,7 +207,7 @@ def inputs(rows: int, size: Size) -> Inputs:
 
 
 def write_transformer(folder: str, size: Size) -> None:
-    """Write a randomly filled checkpoint into `folder`/transformer."""
+    """Write a random checkpoint to `folder`/transformer."""
     import diffusers
 
     diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(
@@ -201,7 +216,7 @@ def write_transformer(folder: str, size: Size) -> None:
 
 
 def our_network(size: Size, folder: str | None = None) -> WanTransformer:
-    """Read this package's network from a pipeline's folder, or fill one at random on the device."""
+    """Load this package's network from a pipeline's folder, or initialise it on the device."""
     run: dict[str, Any] = dict(remat=size.remat, unroll=size.unroll)
     if folder is not None:
         return load_transformer(folder, size.dtype, **run)
@@ -215,7 +230,7 @@ def our_network(size: Size, folder: str | None = None) -> WanTransformer:
 
 
 def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
-    """Read diffusers' network from a pipeline's folder, or fill one at random on the device."""
+    """Load diffusers' network from a pipeline's folder, or initialise it on the device."""
     import diffusers
 
     if folder is not None:
@@ -226,7 +241,14 @@ def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
 
 
 def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side:
-    """This package. `learn` returns the metrics of the update."""
+    """Build the side of this package; `learn` returns the metrics of the update.
+
+    Args:
+      network: transformer.
+      given: result of `inputs`.
+      steps: denoising steps.
+      size: options.
+    """
     actor, lora, base = policy.split(
         add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE
     )
@@ -285,19 +307,27 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
 
 
 def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool) -> Side:
-    """diffusers and peft on PyTorch."""
+    """Build the side of diffusers and peft.
+
+    Args:
+      base: transformer.
+      given: result of `inputs`.
+      steps: denoising steps.
+      size: options.
+      compiled: compile the blocks.
+    """
     import peft
 
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     lora = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets)
     network = peft.get_peft_model(base, lora).eval().to(DEVICE)
-    torch.backends.cuda.matmul.allow_tf32 = True  # as the recipe has it
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the recipe
     if size.checkpointing:
         network.get_base_model().enable_gradient_checkpointing()
     if compiled:
-        torch._dynamo.config.recompile_limit = (
-            64  # rows, gradients on and off, adapter on and off: beyond 8 it falls back to eager
-        )
+        # Variants: rows, with and without gradients and adapter. Beyond the default limit of 8,
+        # PyTorch falls back to eager.
+        torch._dynamo.config.recompile_limit = 64
         network.get_base_model().compile_repeated_blocks()
     latents, control = (
         torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE)
@@ -309,9 +339,8 @@ def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compile
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
 
-    Steps = list[
-        tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ]  # before and after a step, and its log-probability
+    # States before and after each step, and its log-probability.
+    Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
     def call(
         x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor
@@ -337,7 +366,7 @@ def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compile
     def step(
         x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """-> next state, mean, standard deviation, log-probability [B]"""
+        """Return the next state, mean, standard deviation and log-probability [B] of a step."""
         sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
         level = (sigma / (1 - min(sigma, sigmas[1]))) ** 0.5 * 0.7
         mean = (
@@ -388,7 +417,7 @@ def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compile
 
 
 def returning_when_done(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a call of PyTorch's so that it returns when its work on a GPU is done."""
+    """Wrap a PyTorch call so that it returns when its work on a GPU is done."""
 
     def wrapped(*given: Any) -> Any:
         found = call(*given)
@@ -399,17 +428,21 @@ def returning_when_done(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
-    """Floating-point operations of the model in PyTorch's calls; those that checkpointing repeats are left out."""
+    """Count the model's FLOPs in PyTorch's calls, without those that checkpointing repeats.
+
+    Args:
+      side: PyTorch's side.
+      size: options.
+      steps: denoising steps.
+    """
 
     def counted(call: Callable[[], Any]) -> float:
-        with (
-            FlopCounterMode(display=False) as counter,
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # plain products, which are counted everywhere
+        # Attention as plain products, which PyTorch counts on every device.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             call()
         return float(counter.get_total_flops())
 
@@ -424,7 +457,7 @@ def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
 
 
 def product_speed(dtype: str) -> float:
-    """Floating-point operations per second of a large matrix product on JAX's device; the fastest of ten."""
+    """Measure the FLOP/s of a large matrix product on JAX's device; the fastest of ten."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (side, side), dtype)
     product = jax.jit(jnp.matmul)
@@ -437,15 +470,17 @@ def product_speed(dtype: str) -> float:
     return 2 * side**3 / min(seconds)
 
 
-class Apart:
-    """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer.
+class SideProcess:
+    """A side in its own process, undisturbed by the other's threads, allocator and compiler.
+
+    Calling the object with the name of a request returns the answer.
 
     Args:
       name: "ours" or "theirs".
-      folder: the checkpoint's; None fills the network at random on the device.
-      rows, steps: videos, and denoising steps.
+      folder: folder of the checkpoint; None initialises the network on the device.
+      rows, steps: number of videos and of denoising steps.
       size: a name of `SIZES`.
-      compiled: whether PyTorch's blocks are compiled.
+      compiled: compile PyTorch's blocks.
     """
 
     def __init__(
@@ -458,19 +493,24 @@ class Apart:
         context.Process(target=_answer, args=given, daemon=True).start()
         end.close()
 
-    def __call__(self, asked: str) -> Any:
-        self._pipe.send(asked)
+    def __call__(self, request: str) -> Any:
+        self._pipe.send(request)
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            sys.exit(f"transformer: the process of {self.name} ended; what it said is above")
+            sys.exit(f"transformer: the process of {self.name} ended; its output is above")
 
 
 def _answer(
     pipe: Any, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
 ) -> None:
-    """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
-    trim_heap_after_compile()  # as every command of ours does
+    """Serve the requests of a `SideProcess`.
+
+    The name of a call runs the call twice; the answer is the seconds of the second call.
+
+    Args: `pipe` receives requests and sends answers; the others are those of `SideProcess`.
+    """
+    trim_heap_after_compile()  # as in every command of this package
     torch.manual_seed(0)
     sized, given = SIZES[size], inputs(rows, SIZES[size])
     if name == "ours":
@@ -490,14 +530,14 @@ def _answer(
     calls = side.calls(given["advantage"])
     while True:
         try:
-            asked = pipe.recv()
+            request = pipe.recv()
         except EOFError:
             return
-        pipe.send(answers[asked]() if asked in answers else _again(calls[asked]))
+        pipe.send(answers[request]() if request in answers else _again(calls[request]))
 
 
 def peak_memory(name: str) -> float:
-    """Return the peak of this process in bytes: the allocator's on a GPU, the system's elsewhere."""
+    """Return this process's peak memory in bytes: the allocator's on a GPU, else the system's."""
     if name == "ours" and (seen := jax.devices()[0].memory_stats()):
         return float(seen["peak_bytes_in_use"])
     if name == "theirs" and DEVICE == "cuda":
@@ -505,14 +545,20 @@ def peak_memory(name: str) -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def seconds_of(sides: dict[str, Apart], name: str, rounds: int) -> dict[str, float]:
-    """Median seconds of a call (a name of `Side.calls`) by side; the sides take turns."""
+def seconds_of(sides: dict[str, SideProcess], name: str, rounds: int) -> dict[str, float]:
+    """Measure the median seconds of a call on both sides, which alternate.
+
+    Args:
+      sides: processes by name.
+      name: a name of `Side.calls`.
+      rounds: number of turns.
+    """
     turns = [{side: call(name) for side, call in sides.items()} for _ in range(rounds)]
     return {side: statistics.median(turn[side] for turn in turns) for side in sides}
 
 
 def _again(call: Callable[[], Any]) -> float:
-    """Seconds of the second of two calls."""
+    """Call twice; returns the seconds of the second call."""
     call()
     began = time.perf_counter()
     call()
@@ -530,13 +576,14 @@ def main() -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile of their blocks, which diffusers calls regional",
+        help="compile PyTorch's blocks (regional compilation of diffusers)",
     )
     arguments = parser.parse_args()
 
     if jax.default_backend() == "gpu" and DEVICE == "cpu":
         sys.exit(
-            "transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu"
+            "transformer: JAX uses a GPU and this PyTorch does not; "
+            "install a PyTorch for it, or set JAX_PLATFORMS=cpu"
         )
     size = SIZES[arguments.size]
     steps = arguments.steps or size.steps
@@ -548,7 +595,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(folder, size)
         given = (folder, arguments.rows, steps, arguments.size, arguments.compile)
-        sides = {name: Apart(name, *given) for name in ("ours", "theirs")}
+        sides = {name: SideProcess(name, *given) for name in ("ours", "theirs")}
         velocity, want = (side("velocity") for side in sides.values())
     print(f"relative difference {np.linalg.norm(velocity - want) / np.linalg.norm(want):.1e}")
     seconds = {}
@@ -564,10 +611,11 @@ def main() -> None:
         + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()),
         flush=True,
     )
-    if not arguments.compile:  # whose kernels PyTorch does not count
+    if not arguments.compile:  # PyTorch does not count compiled kernels
         counted, speed = sides["theirs"]("arithmetic"), sides["ours"]("speed")
         print(
-            f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product"
+            f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, "
+            f"of {speed / 1e12:.3g} TFLOP/s in a large product"
         )
         for name, found in seconds.items():
             print(

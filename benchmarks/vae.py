@@ -1,11 +1,13 @@
-"""Decoding and encoding a video with the VAE of Wan, against diffusers on PyTorch.
+"""Benchmark decoding and encoding with the VAE of Wan against diffusers on PyTorch.
 
-Both sides load the same randomly filled checkpoint of the published size and get the same latents and video, in float32, alternating in one
-process; the figure is the ratio of medians, ours over theirs. Needs the `test` extra:
+Both sides load the same random checkpoint of the published size and get the same latents and video
+in float32, alternating in one process. The figure is the ratio of medians, ours over theirs.
+Requires the `test` extra:
 
     python -m benchmarks.vae [--frames 3] [--size 8] [--rounds 3]
 
-frames, size: of the latents; a video has 4 (frames - 1) + 1 frames of 8 size x 8 size pixels.
+frames, size: number and side of the latent frames. A video has 4 (frames - 1) + 1 frames of
+8 size x 8 size pixels.
 """
 
 import argparse
@@ -72,8 +74,8 @@ def main() -> None:
         difference = np.linalg.norm(our_call() - want) / np.linalg.norm(want)
         found = medians(arguments.rounds, ours=our_call, theirs=their_call)
         print(
-            f"{name}: ours {found['ours']:.3f} s, theirs {found['theirs']:.3f} s, ratio {found['ours'] / found['theirs']:.2f}; "
-            f"relative difference {difference:.1e}",
+            f"{name}: ours {found['ours']:.3f} s, theirs {found['theirs']:.3f} s, "
+            f"ratio {found['ours'] / found['theirs']:.2f}; relative difference {difference:.1e}",
             flush=True,
         )
 
