@@ -3,9 +3,9 @@
 # JAX_PROCESS_ID connect them.
 #   launch/local_multiprocess.sh PROCESSES idgrpo train configs/quickstart.py --workdir runs/two [...]
 # Each process uses its own GPU (CUDA_VISIBLE_DEVICES); DEVICES=n gives each process n CPU devices
-# instead. EXTRA=cuda installs with that extra. Process 0 prints to the terminal, the others to files
-# in LOGS (default: runs/logs). If a process fails, all are stopped, and the script exits with the
-# status of the failed process.
+# instead. EXTRA=cuda installs with that extra. Process 0 prints to the terminal, the others to
+# files in LOGS (default: runs/logs). If a process fails, all are stopped, and the script exits with
+# the status of the failed process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
