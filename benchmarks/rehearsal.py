@@ -15,7 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.convert import measured
+from benchmarks.convert import run_measured
 
 OPTIONS = """
     --video.frames 17 --data.max_people 2 --data.text_length 64
@@ -92,10 +92,10 @@ def main() -> None:
     ]  # fmt: skip
     program = (sys.executable, "-m", "jax_idgrpo")
     run, lora = folder / "run", f"tuned={folder / 'run' / 'export'}"
-    measured("plan", *program, "plan", *shared, "--topology", "cpu:1", "--out", str(folder / "plan"))
-    _, peak = measured("train, 2 steps", *program, "train", *shared, "--workdir", str(run))
-    measured("evaluate", *program, "evaluate", *shared, "--out", str(run / "evaluation"), "--lora", lora)
-    measured("report", *program, "report", str(run))
+    run_measured("plan", *program, "plan", *shared, "--topology", "cpu:1", "--out", str(folder / "plan"))
+    _, peak = run_measured("train, 2 steps", *program, "train", *shared, "--workdir", str(run))
+    run_measured("evaluate", *program, "evaluate", *shared, "--out", str(run / "evaluation"), "--lora", lora)
+    run_measured("report", *program, "report", str(run))
     planned = json.loads((folder / "plan" / "plan.json").read_text())
     largest = max(program["peak_bytes"] for program in planned["programs"] if "evaluation" not in program["name"])
     print(f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB ({peak / (largest / 1e9):.2f})")
