@@ -42,7 +42,13 @@ def write_pipeline(folder: Path, layers: int) -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / "pipeline" / "tokenizer")
     text = UMT5Config(
-        d_model=4096, d_kv=64, num_heads=8, d_ff=1024, num_layers=2, vocab_size=len(tokenizer), feed_forward_proj="gated-gelu"
+        d_model=4096,
+        d_kv=64,
+        num_heads=8,
+        d_ff=1024,
+        num_layers=2,
+        vocab_size=len(tokenizer),
+        feed_forward_proj="gated-gelu",
     )
     torch.set_default_dtype(torch.bfloat16)
     transformer = WanVACETransformer3DModel(
@@ -57,17 +63,27 @@ def write_pipeline(folder: Path, layers: int) -> None:
     encoder = UMT5EncoderModel(text)
     torch.set_default_dtype(torch.float32)
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=1000,
+        flow_shift=3.0,
     )
     WanVACEPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=AutoencoderKLWan(), scheduler=scheduler, transformer=transformer
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKLWan(),
+        scheduler=scheduler,
+        transformer=transformer,
     ).save_pretrained(folder)
 
 
 def write_prompts(folder: Path, photos: list[Path]) -> Path:
     """Write a prompts CSV of one row that names copies of the photos."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [shutil.copy(photo, folder / f"person-{number}{photo.suffix}") for number, photo in enumerate(photos)]
+    names = [
+        shutil.copy(photo, folder / f"person-{number}{photo.suffix}")
+        for number, photo in enumerate(photos)
+    ]
     listed = ";".join(Path(name).name for name in names)
     path = folder / "prompts.csv"
     path.write_text(f'ref_paths,prompt\n{listed},"Two people walk along the beach, talking."\n')
@@ -76,11 +92,25 @@ def write_prompts(folder: Path, photos: list[Path]) -> Path:
 
 def main() -> None:
     """Run the rehearsal and print its table."""
-    parser = argparse.ArgumentParser(description="Run the whole job at the shapes of VACE-1.3B with random weights.")
-    parser.add_argument("--folder", type=Path, required=True, help="folder for the pipeline (6 GB at full depth) and the run")
-    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="one photo per person")
+    parser = argparse.ArgumentParser(
+        description="Run the whole job at the shapes of VACE-1.3B with random weights."
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="folder for the pipeline (6 GB at full depth) and the run",
+    )
+    parser.add_argument(
+        "--photos", type=Path, nargs="+", required=True, help="one photo per person"
+    )
     parser.add_argument("--faces", default="photographs", help="face networks, as reward.faces")
-    parser.add_argument("--layers", type=int, default=30, help="blocks of the transformer (default 30, as published)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=30,
+        help="blocks of the transformer (default 30, as published)",
+    )
     given = parser.parse_args()
     folder = given.folder.absolute()
     if not (folder / "pipeline" / "model_index.json").exists():
@@ -92,13 +122,23 @@ def main() -> None:
     ]  # fmt: skip
     program = (sys.executable, "-m", "jax_idgrpo")
     run, lora = folder / "run", f"tuned={folder / 'run' / 'export'}"
-    run_measured("plan", *program, "plan", *shared, "--topology", "cpu:1", "--out", str(folder / "plan"))
+    run_measured(
+        "plan", *program, "plan", *shared, "--topology", "cpu:1", "--out", str(folder / "plan")
+    )
     _, peak = run_measured("train, 2 steps", *program, "train", *shared, "--workdir", str(run))
-    run_measured("evaluate", *program, "evaluate", *shared, "--out", str(run / "evaluation"), "--lora", lora)
+    run_measured(
+        "evaluate", *program, "evaluate", *shared, "--out", str(run / "evaluation"), "--lora", lora
+    )
     run_measured("report", *program, "report", str(run))
     planned = json.loads((folder / "plan" / "plan.json").read_text())
-    largest = max(program["peak_bytes"] for program in planned["programs"] if "evaluation" not in program["name"])
-    print(f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB ({peak / (largest / 1e9):.2f})")
+    largest = max(
+        program["peak_bytes"]
+        for program in planned["programs"]
+        if "evaluation" not in program["name"]
+    )
+    print(
+        f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB ({peak / (largest / 1e9):.2f})"
+    )
 
 
 if __name__ == "__main__":
