@@ -48,6 +48,7 @@ def run_measured(name: str, *words: str) -> tuple[float, float]:
 
 
 def convert(*words: object) -> tuple[str, ...]:
+    """Build the command line of `idgrpo-convert`."""
     return (sys.executable, "-m", "checkpoints_convert", *map(str, words))
 
 
@@ -103,6 +104,14 @@ def write_14b_shaped(folder: Path, layers: int, dtype: str) -> None:
 
 
 def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
+    """Benchmark the conversion of a checkpoint with the widths of Wan 14B.
+
+    Args:
+      folder: folder for the checkpoints.
+      layers: number of blocks.
+      dtype: name of the dtype.
+      repeats: runs of every step; the fastest is reported.
+    """
     script = (
         sys.executable,
         __file__,
@@ -169,6 +178,7 @@ def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
 
 
 def inputs() -> dict[str, np.ndarray]:
+    """Generate the input of both sides, channels last."""
     rng = np.random.default_rng(1)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in INPUTS.items()}
 
@@ -247,6 +257,7 @@ def ours(folder: Path, dtype: str) -> None:
 
 
 def vace(folder: Path, dtype: str) -> None:
+    """Benchmark the conversion of the full-size VACE-1.3B and compare it with diffusers."""
     script = str(Path(__file__))
     source, transformer = folder / "source", folder / "source" / "transformer"
     run_measured(

@@ -1,12 +1,13 @@
-"""A dress rehearsal: the whole job at the shapes of VACE-1.3B, with random weights and your photos.
+r"""Rehearse all commands at the shapes of VACE-1.3B, with random weights and your photos.
 
-    python benchmarks/rehearsal.py --folder DIR --photos anna.jpg ben.jpg --faces FACES [--layers 30]
+    python benchmarks/rehearsal.py --folder DIR --photos anna.jpg ben.jpg --faces FACES \
+        [--layers 30]
 
-Diffusers writes a pipeline with the widths of Wan2.1-VACE-1.3B, the published VAE and a small text
-encoder, all random. `idgrpo plan`, `train` (two steps of one group of two), `evaluate` and `report`
-then run on it as on a real checkpoint: 17 frames of 240 x 416. The table compares peak memory with
-the plan. Needs the `test` extra. With `--layers 30` (the published depth) it takes about an hour on
-two cores; fewer layers take proportionally less.
+Diffusers writes a random pipeline with the widths of Wan2.1-VACE-1.3B, the published VAE and a
+small text encoder. `idgrpo plan`, `train` (two steps of one group of two), `evaluate` and `report`
+then run on it as on a real checkpoint, with 17 frames of 240 x 416. The table compares peak memory
+with the plan. Requires the `test` extra. With `--layers 30` (the published depth) it takes about an
+hour on two cores; the time is proportional to the layers.
 """
 
 import argparse
@@ -19,15 +20,15 @@ from benchmarks.convert import run_measured
 
 OPTIONS = """
     --video.frames 17 --data.max_people 2 --data.text_length 64
-    --rollout.prompts 1 --rollout.group 2 --rollout.micro_batch 2 --rollout.steps 2 --rollout.guidance 1
-    --rollout.window all --grpo.updates 1 --run.steps 2 --run.save_every 1 --run.sample_every 1
-    --evaluate.videos 2 --evaluate.batch 2 --evaluate.steps 2 --evaluate.frames 17 --evaluate.height 240
-    --evaluate.width 416 --evaluate.bootstrap 100
+    --rollout.prompts 1 --rollout.group 2 --rollout.micro_batch 2 --rollout.steps 2
+    --rollout.guidance 1 --rollout.window all --grpo.updates 1 --run.steps 2 --run.save_every 1 --run.sample_every 1
+    --evaluate.videos 2 --evaluate.batch 2 --evaluate.steps 2 --evaluate.frames 17
+    --evaluate.height 240 --evaluate.width 416 --evaluate.bootstrap 100
 """.split()  # noqa: SIM905
 
 
 def write_pipeline(folder: Path, layers: int) -> None:
-    """Write a diffusers pipeline of random weights in bfloat16; the VAE is float32, as published."""
+    """Write a random diffusers pipeline in bfloat16; the VAE is float32, as published."""
     import torch
     from diffusers import (
         AutoencoderKLWan,
@@ -78,7 +79,7 @@ def write_pipeline(folder: Path, layers: int) -> None:
 
 
 def write_prompts(folder: Path, photos: list[Path]) -> Path:
-    """Write a prompts CSV of one row that names copies of the photos."""
+    """Write a prompts CSV with one row and copies of the photos."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [
         shutil.copy(photo, folder / f"person-{number}{photo.suffix}")
@@ -117,7 +118,8 @@ def main() -> None:
         write_pipeline(folder / "pipeline", given.layers)
     prompts = write_prompts(folder / "prompts", given.photos)
     shared = [
-        "vace_1_3b", "--model.path", str(folder / "pipeline"), "--data.prompts", str(prompts), "--evaluate.prompts", str(prompts),
+        "vace_1_3b", "--model.path", str(folder / "pipeline"),
+        "--data.prompts", str(prompts), "--evaluate.prompts", str(prompts),
         "--reward.faces", given.faces, *OPTIONS,
     ]  # fmt: skip
     program = (sys.executable, "-m", "jax_idgrpo")
@@ -137,7 +139,8 @@ def main() -> None:
         if "evaluation" not in program["name"]
     )
     print(
-        f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB ({peak / (largest / 1e9):.2f})"
+        f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB "
+        f"({peak / (largest / 1e9):.2f})"
     )
 
 

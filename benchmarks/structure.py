@@ -1,4 +1,4 @@
-"""Count what makes the package hard to enter, in the working tree or in a commit.
+"""Count properties that make the package hard to enter, in the working tree or in a commit.
 
 python benchmarks/structure.py [FOLDER]
 """

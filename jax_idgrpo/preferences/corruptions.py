@@ -334,7 +334,13 @@ def light(
 def codec(
     video: Float[np.ndarray, "F H W 3"], strength: float, direction: Float[np.ndarray, "4"]
 ) -> Float[np.ndarray, "F H W 3"]:
-    """Encode and decode with h264, at a quality that decreases with the strength."""
+    """Encode and decode with h264, at a quality that decreases with the strength.
+
+    Args:
+      video: frames in [-1, 1].
+      strength: in [0, 1].
+      direction: unused.
+    """
     return recoded(video, QUALITY[0] + round(strength * (QUALITY[1] - QUALITY[0])))
 
 
@@ -361,6 +367,11 @@ def pose(
     """Roll the camera about the centre of the picture.
 
     Mirroring is no nuisance: faces are asymmetric, so a mirror image shows another identity.
+
+    Args:
+      video: frames in [-1, 1].
+      strength: in [0, 1].
+      direction: the first number is the angle's sign and size; the others are unused.
     """
     height, width = video.shape[1:3]
     angle = strength * ROLL * float(direction[0])

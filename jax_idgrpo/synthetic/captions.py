@@ -170,6 +170,11 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
 def check_request(split: str, count: int, seed: int) -> None:
     """Check the arguments of a generator.
 
+    Args:
+      split: "train", "rl" or "eval".
+      count: number of rows.
+      seed: seed of people and scenes.
+
     Raises:
       UserError: the split does not exist, the count is less than 1, or the seed exceeds 32 bits.
     """

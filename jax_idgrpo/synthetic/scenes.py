@@ -427,7 +427,13 @@ def sample_ids(
 def sample_mask(
     key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE
 ) -> Bool[Array, "count people"]:
-    """Sample masks of one (30 %), two (50 %) or three (20 %) people, who occupy the first slots."""
+    """Sample masks of one (30 %), two (50 %) or three (20 %) people, who occupy the first slots.
+
+    Args:
+      key: random key.
+      count: number of rows.
+      people: slots per row.
+    """
     number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(
         jax.random.uniform(key, (count,), jnp.float32)
     )

@@ -79,7 +79,13 @@ def vocabulary(negative: str) -> list[str]:
 def tokenize(
     tokenizer: Any, texts: list[str], length: int
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Tokenize texts; returns ids and mask, cut or padded to `length`."""
+    """Tokenize texts; returns ids and mask.
+
+    Args:
+      tokenizer: result of `build_tokenizer`.
+      texts: B texts.
+      length: number of tokens, to which texts are cut or padded.
+    """
     tokens = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
     )
@@ -128,7 +134,13 @@ class Reader(nnx.Module):
 
 
 def loss(reader: Reader, batch: dict[str, Any], key: Array) -> Loss:
-    """Compute the mean cross-entropy over the attributes of present people, and the accuracy."""
+    """Compute the mean cross-entropy over the attributes of present people, and the accuracy.
+
+    Args:
+      reader: encoder with its head.
+      batch: ids, mask and attributes.
+      key: unused.
+    """
     del key
     logits, target = reader(batch["ids"], batch["mask"]), batch["attributes"]
     there, target = target >= 0, jnp.maximum(target, 0)
