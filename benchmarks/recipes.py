@@ -133,8 +133,8 @@ def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
       seed: seed of the run.
       steps: last step.
     """
-    kept = folder / f"export-{steps}"
-    if not kept.exists():
+    copy = folder / f"export-{steps}"
+    if not copy.exists():
         idgrpo(
             "train",
             CONFIG,
@@ -144,7 +144,7 @@ def train(folder: Path, recipe: str, seed: int, steps: int) -> None:
             "--run.steps",
             steps,
         )
-        shutil.copytree(folder / "export", kept)
+        shutil.copytree(folder / "export", copy)
 
 
 def seconds_per_step(workdir: Path) -> dict[str, float]:
@@ -152,8 +152,8 @@ def seconds_per_step(workdir: Path) -> dict[str, float]:
 
     Steps with compilation are excluded.
     """
-    kept = workdir / "seconds.json"
-    seconds: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    file = workdir / "seconds.json"
+    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     for recipe in RECIPES:
         if recipe not in seconds:
             folder = workdir / f"{recipe}-1"
@@ -164,7 +164,7 @@ def seconds_per_step(workdir: Path) -> dict[str, float]:
             seconds[recipe] = numbers.median(
                 sum(row[phase] for phase in PHASES) for row in rows[2:CALIBRATION]
             )
-            kept.write_text(json.dumps(seconds))
+            file.write_text(json.dumps(seconds))
     return seconds
 
 

@@ -257,7 +257,7 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
         jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative")
     )
     timesteps = jnp.full(rows, 500)
-    asked = Conditioning(
+    conditioning = Conditioning(
         text=text,
         control=control,
         frame_mask=jnp.ones((rows, size.shape[0]), bool),
@@ -280,13 +280,23 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     networks = update.Networks(base=base, negative=negative)
 
     def sample() -> rollout.Trajectory:
-        given = (actor, state.params, base, asked, negative, schedule, row_keys, row_keys, window)
+        given = (
+            actor,
+            state.params,
+            base,
+            conditioning,
+            negative,
+            schedule,
+            row_keys,
+            row_keys,
+            window,
+        )
         return jax.block_until_ready(rollout.sample(*given))
 
     def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> dict[str, jax.Array]:
         nonlocal state
         chunk = update.Rollout(
-            trajectory=trajectory, conditioning=asked, start=window.start, noise=row_keys
+            trajectory=trajectory, conditioning=conditioning, start=window.start, noise=row_keys
         )
         batch = update.store(None, chunk, jnp.int32(0), 1)
         batch = dataclasses.replace(

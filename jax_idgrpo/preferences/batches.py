@@ -118,9 +118,9 @@ def filter_automatic(
     automatic = [pair for pair in pairs if pair.source == "automatic"]
     if not (options.teacher and automatic):
         return pairs
-    kept = confirmed_pairs(automatic, teacher()(automatic), options.theta)
-    print(f"teacher: keeps {len(kept)} of {len(automatic)} automatic pairs")
-    return [pair for pair in pairs if pair.source != "automatic"] + kept
+    confirmed = confirmed_pairs(automatic, teacher()(automatic), options.theta)
+    print(f"teacher: keeps {len(confirmed)} of {len(automatic)} automatic pairs")
+    return [pair for pair in pairs if pair.source != "automatic"] + confirmed
 
 
 def step_pairs(

@@ -417,9 +417,11 @@ def sample_ids(
     """
     first, last = SPLITS[split]
     part = (last - first) // people
-    drawn, order = jax.random.uniform(key, (2, count, people), jnp.float32)
+    position, order = jax.random.uniform(key, (2, count, people), jnp.float32)
     ids = (
-        first + jnp.minimum((drawn * part).astype(jnp.int32), part - 1) + part * jnp.arange(people)
+        first
+        + jnp.minimum((position * part).astype(jnp.int32), part - 1)
+        + part * jnp.arange(people)
     )
     return jnp.take_along_axis(ids, jnp.argsort(order, axis=1), axis=1)
 

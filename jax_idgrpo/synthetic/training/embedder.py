@@ -175,10 +175,12 @@ def embed_portraits(
 
     @jax.jit
     def embed(state: Any, ids: Array) -> Array:
-        drawn = draw_portraits(jax.random.key(0), ids)
+        portraits = draw_portraits(jax.random.key(0), ids)
         return normalise(
             nnx.merge(graph, state)(
-                align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]
+                align(portraits.pictures, portraits.landmarks, points, embedder.config.input_size)[
+                    :, 0
+                ]
             )
         )
 

@@ -103,8 +103,8 @@ class ClipContent(NamedTuple):
 @functools.partial(jax.jit, static_argnames="size")
 def _draw(seed: int | Array, step: int | Array, size: int) -> ClipContent:
     """Sample a batch without its pictures; the compiler removes their rendering."""
-    drawn = scenes.batch(seed, step, size, "train")
-    return ClipContent(drawn.scene, drawn.people, drawn.mask)
+    batch = scenes.batch(seed, step, size, "train")
+    return ClipContent(batch.scene, batch.people, batch.mask)
 
 
 def attributes(content: ClipContent) -> Int[np.ndarray, "B A"]:

@@ -172,8 +172,8 @@ def build_pool(
 
     @jax.jit
     def draw(index: Array) -> tuple[scenes.Batch, Array]:
-        drawn = scenes.batch(options.pool_seed, index, CHUNK, "train", video.frames, size)
-        return drawn, cell_weight(drawn.boxes, drawn.visible, size, options.face_weight)
+        batch = scenes.batch(options.pool_seed, index, CHUNK, "train", video.frames, size)
+        return batch, cell_weight(batch.boxes, batch.visible, size, options.face_weight)
 
     @jax.jit
     def encode(state: nnx.State, clips: Array, portraits: Array) -> tuple[Array, Array]:
@@ -188,10 +188,10 @@ def build_pool(
         return nnx.merge(graph, state)[1](ids, mask).astype(jnp.float16)
 
     def chunk(index: int) -> tuple[np.ndarray, ...]:
-        drawn, weight = draw(index)
-        latents, photos = encode(state, drawn.video, drawn.portraits)
-        text = read(state, *tokenize(tokenizer, captions.prompts(drawn), length))
-        people = jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
+        batch, weight = draw(index)
+        latents, photos = encode(state, batch.video, batch.portraits)
+        text = read(state, *tokenize(tokenizer, captions.prompts(batch), length))
+        people = jnp.sum(batch.mask, axis=1).astype(jnp.int32)
         return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
 
     count = options.pool // CHUNK
@@ -307,30 +307,30 @@ def loss(
 
 
 def eval_conditioning(
-    pipe: Pipeline, drawn: scenes.Batch, config: Config
+    pipe: Pipeline, batch: scenes.Batch, config: Config
 ) -> conditioning.Conditioning:
     """Encode the portraits and prompts of clips, padded to `config.data.max_people`.
 
     Args:
       pipe: pipeline that encodes.
-      drawn: rendered clips.
+      batch: rendered clips.
       config: configuration of the run.
     """
     encode = nnx.jit(type(pipe.vae).encode)
-    grey = encode(pipe.vae, jnp.zeros((1, *drawn.video.shape[1:])))[0]
+    grey = encode(pipe.vae, jnp.zeros((1, *batch.video.shape[1:])))[0]
     photos = encode(
-        pipe.vae, jnp.asarray(drawn.portraits).reshape(-1, 1, *drawn.portraits.shape[2:])
+        pipe.vae, jnp.asarray(batch.portraits).reshape(-1, 1, *batch.portraits.shape[2:])
     )
-    photos = photos.reshape(*drawn.portraits.shape[:2], *photos.shape[2:])
+    photos = photos.reshape(*batch.portraits.shape[:2], *photos.shape[2:])
     people, most, order = (
-        drawn.mask.sum(axis=1),
+        batch.mask.sum(axis=1),
         config.data.max_people,
         config.data.reference_order,
     )
     length = config.data.text_length
     text = [
         conditioning.padded(text, length)
-        for text in conditioning.encode_texts(pipe, captions.prompts(drawn), length)
+        for text in conditioning.encode_texts(pipe, captions.prompts(batch), length)
     ]
     return conditioning.Conditioning(
         text=np.stack(text),
@@ -389,11 +389,11 @@ def contact_sheet(pipe: Pipeline, config: Config, count: int = 12) -> np.ndarray
       count: number of prompts.
     """
     size = (config.video.height, config.video.width)
-    drawn = jax.device_get(
+    batch = jax.device_get(
         scenes.batch(config.run.seed, 0, count, "eval", config.video.frames, size)
     )
-    clips = sample_clips(pipe, eval_conditioning(pipe, drawn, config), config)
-    tiles = np.concatenate([drawn.portraits, clips[:, ::2]], axis=1)  # [n, tiles, H, W, 3]
+    clips = sample_clips(pipe, eval_conditioning(pipe, batch, config), config)
+    tiles = np.concatenate([batch.portraits, clips[:, ::2]], axis=1)  # [n, tiles, H, W, 3]
     return to_uint8(np.concatenate(np.moveaxis(tiles, 1, 2).reshape(count, size[0], -1, 3)))
 
 

@@ -133,8 +133,8 @@ def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[Identity, Bool[
 def _draw_clips(key: Key[Array, ""], rows: int, frames: int, view: View) -> Group:
     people_key, scene_key, crop_key = jax.random.split(key, 3)
     people, mask = _people(people_key, rows, view.split)
-    drawn = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, rows), mask)
-    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames))(people, mask, drawn)
+    scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, rows), mask)
+    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames))(people, mask, scene)
     return _around_faces(crop_key, clip.video, clip.boxes, view)
 
 
