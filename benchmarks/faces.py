@@ -1,11 +1,14 @@
-"""Detect, align and embed the faces of videos: our jitted stack against deepface's loop over frames.
+r"""Benchmark face detection, alignment and embedding: our jitted stack against deepface.
 
-Both read the same random weights from the files that deepface downloads (RetinaFace-R50 and ArcFace-R34; written to a temporary folder, so
-nothing is fetched) and look at the same frames, in float32, alternating in one process; the figures are medians. Ours gets videos and
-embeds a fixed number of faces per frame, deepface gets one frame after the other and embeds those that it finds: random weights find
-hardly any or very many, so their last layer is set until deepface finds some, and no more are embedded by it than by us.
+Both load the same random RetinaFace-R50 and ArcFace-R34 weights, in the files that deepface would
+download; nothing is downloaded. Both process the same frames in float32, alternating in one
+process; the figures are medians. Our stack takes whole videos and embeds a fixed number of faces
+per frame. deepface takes one frame at a time and embeds the detected faces. Random weights detect
+either hardly any or very many faces; `calibrate` adjusts the last layer so that deepface detects
+some, and `max_faces` limits deepface to the number that our stack embeds.
 
-    python -m benchmarks.faces [--rows 1] [--frames 2] [--height 240] [--width 416] [--faces 2] [--rounds 3]
+    python -m benchmarks.faces [--rows 1] [--frames 2] [--height 240] [--width 416] \
+        [--faces 2] [--rounds 3]
 """
 
 import argparse
@@ -27,7 +30,7 @@ from jax_idgrpo.rewards.faces import load_stack
 
 
 def write_weights(home: Path) -> Path:
-    """Random RetinaFace and ArcFace where deepface looks for them -> the folder."""
+    """Write random RetinaFace and ArcFace weights to deepface's folder; returns the folder."""
     from deepface.models.facial_recognition.pytorch.ArcFace import ArcFaceModel
     from retinaface.model.retinaface_pth_model import RetinaFace
 
@@ -37,16 +40,29 @@ def write_weights(home: Path) -> Path:
     detector = RetinaFace()
     detector.bn_data.running_mean.fill_(127.0)
     detector.bn_data.running_var.fill_(3000.0)
-    for stride in (32, 16, 8):       # a face wherever the last layer is above its mean by some deviations; see `calibrate`
-        torch.nn.init.normal_(getattr(detector, f"face_rpn_stride{stride}").bbox_pred.weight, std=1e-3)
-        torch.nn.init.normal_(getattr(detector, f"face_rpn_stride{stride}").landmark_pred.weight, std=1e-3)
+    # Small weights of the regression layers keep boxes and landmarks near their anchors.
+    for stride in (32, 16, 8):
+        torch.nn.init.normal_(
+            getattr(detector, f"face_rpn_stride{stride}").bbox_pred.weight, std=1e-3
+        )
+        torch.nn.init.normal_(
+            getattr(detector, f"face_rpn_stride{stride}").landmark_pred.weight, std=1e-3
+        )
     torch.save(detector.state_dict(), folder / "retinaface.pth")
     torch.save(ArcFaceModel().state_dict(), folder / "arcface_weights.pth")
     return folder
 
 
 def calibrate(path: Path, faces: int, frame: np.ndarray) -> None:
-    """Give every face the same probability but for those of the coarsest map, of which about `faces` pass the threshold of 0.9."""
+    """Adjust the detector so that about `faces` anchors pass the threshold of 0.9.
+
+    Only anchors of the coarsest map can pass: those of the other maps get a constant probability.
+
+    Args:
+      path: file of the weights, which is overwritten.
+      faces: number of detections.
+      frame: the frame to count on.
+    """
     from retinaface.commons import preprocess
     from retinaface.model.retinaface_pth_model import RetinaFace
 
@@ -67,14 +83,25 @@ def calibrate(path: Path, faces: int, frame: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rows", 1), ("frames", 2), ("height", 240), ("width", 416), ("faces", 2), ("rounds", 3)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("rows", 1),
+        ("frames", 2),
+        ("height", 240),
+        ("width", 416),
+        ("faces", 2),
+        ("rounds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     rows, frames, size = arguments.rows, arguments.frames, (arguments.height, arguments.width)
     rng = np.random.default_rng(0)
     coarse = rng.uniform(-1, 1, (rows, frames, 8, 12, 3))
-    smooth = np.clip(np.asarray(jax.image.resize(jnp.asarray(coarse), (rows, frames, *size, 3), "cubic")), -1, 1)
+    smooth = np.clip(
+        np.asarray(jax.image.resize(jnp.asarray(coarse), (rows, frames, *size, 3), "cubic")), -1, 1
+    )
     videos = np.round((smooth + 1) * 127.5).astype(np.uint8)
 
     with tempfile.TemporaryDirectory() as home:
@@ -83,7 +110,9 @@ def main() -> None:
         calibrate(files / "retinaface.pth", arguments.faces, videos[0, 0])
         from deepface import DeepFace
 
-        write_folder(Path(home) / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None)
+        write_folder(
+            Path(home) / "ours", files / "retinaface.pth", files / "arcface_weights.pth", None
+        )
         stack = load_stack(Path(home) / "ours", "embedder")
         DeepFace.build_model("retinaface", "face_detector")
         DeepFace.build_model("ArcFace")
@@ -97,7 +126,11 @@ def main() -> None:
         seen = []
         for frame in videos.reshape(-1, *size, 3):
             found = DeepFace.represent(
-                frame[..., ::-1], "ArcFace", detector_backend="retinaface", enforce_detection=False, max_faces=arguments.faces
+                frame[..., ::-1],
+                "ArcFace",
+                detector_backend="retinaface",
+                enforce_detection=False,
+                max_faces=arguments.faces,
             )
             seen.append(sum(face["face_confidence"] > 0 for face in found))
         return seen
@@ -105,14 +138,22 @@ def main() -> None:
     began = time.perf_counter()
     faces = jax.block_until_ready(program(state, pixels))
     compiled = time.perf_counter() - began
-    seconds = medians(arguments.rounds, ours=lambda: jax.block_until_ready(program(state, pixels)), deepface=theirs)
+    seconds = medians(
+        arguments.rounds,
+        ours=lambda: jax.block_until_ready(program(state, pixels)),
+        deepface=theirs,
+    )
     count = rows * frames
-    print(f"{count} frames of {size[0]} x {size[1]}, {arguments.faces} faces each at most; found by ours {int(faces.mask.sum())}, "
-          f"by deepface {sum(theirs())}; on {jax.default_backend()}, first call {compiled:.0f} s\n")
+    print(
+        f"{count} frames of {size[0]} x {size[1]}, at most {arguments.faces} faces each; "
+        f"detected by ours {int(faces.mask.sum())}, by deepface {sum(theirs())}; "
+        f"on {jax.default_backend()}, first call {compiled:.0f} s\n"
+    )
     print("| | seconds per frame | frames per second |\n| --- | --- | --- |")
     for name, value in seconds.items():
         print(f"| {name} | {value / count:.2f} | {count / value:.2f} |")
-    print(f"\nRatio of frames per second, ours over deepface: **{seconds['deepface'] / seconds['ours']:.2f}**")
+    ratio = seconds["deepface"] / seconds["ours"]
+    print(f"\nRatio of frames per second, ours over deepface: **{ratio:.2f}**")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What `gpu.py` measures: a function per part, which yields its figures one after another.
+"""The parts of `gpu.py`: one function per part, which yields its figures.
 
-The libraries of a part are imported within it, so that one that is missing costs that part alone.
+A part imports its libraries itself, so that a missing library affects only that part.
 """
 
 import dataclasses
@@ -17,10 +17,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TINY = (        # of configs/quickstart.py: the smallest run with every phase of a step
-    "--video.frames=5", "--rollout.prompts=2", "--rollout.group=2", "--rollout.steps=2",
-    "--rollout.window=fixed", "--rollout.window_size=1", "--reward.frames=2", "--model.rank=2",
-    "--model.alpha=2", "--model.dtype=bfloat16",
+TINY = (  # options of configs/quickstart.py for the smallest run with every phase of a step
+    "--video.frames=5",
+    "--rollout.prompts=2",
+    "--rollout.group=2",
+    "--rollout.steps=2",
+    "--rollout.window=fixed",
+    "--rollout.window_size=1",
+    "--reward.frames=2",
+    "--model.rank=2",
+    "--model.alpha=2",
+    "--model.dtype=bfloat16",
 )
 
 
@@ -28,8 +35,8 @@ TINY = (        # of configs/quickstart.py: the smallest run with every phase of
 class Row:
     """A figure of a part.
 
-    value: None where this device does not report it. against, reference: what it is compared with,
-    and the value of that. holds: whether a property holds, None for a figure without one.
+    value: None if the device does not report it. against, reference: name and value of the figure
+    to compare with. holds: whether a property holds; None for a figure without a property.
     """
 
     name: str
@@ -41,7 +48,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """The value over what it is compared with."""
+        """Value divided by the reference."""
         return self.value / self.reference if self.value is not None and self.reference else None
 
     def cells(self) -> list[str]:
@@ -61,7 +68,7 @@ def _number(value: float | None) -> str:
 
 
 def matmul(small: bool, folder: Path) -> Iterator[Row]:
-    """Speed of a large matrix product."""
+    """Measure the speed of a large matrix product."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -85,10 +92,10 @@ def matmul(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def attention(small: bool, folder: Path) -> Iterator[Row]:
-    """cuDNN's attention at odd lengths against exact attention in float32 of the same numbers.
+    """Compare cuDNN's attention at odd lengths with exact attention in float32.
 
-    Its errors are compared with those of exact attention in bfloat16, which are rounding alone.
-    On a CPU JAX's own attention takes cuDNN's place.
+    The reference for its errors is exact attention in bfloat16, whose errors are only rounding. A
+    CPU uses JAX's own attention instead of cuDNN's.
     """
     import jax
     import jax.numpy as jnp
@@ -98,7 +105,9 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
 
     heads, width = (2, 16) if small else (12, 128)
     shapes: list[tuple[int, int, list[int] | None]] = [
-        (4289, 4289, None), (777, 777, [777, 301]), (4290, 513, [513, 77]),
+        (4289, 4289, None),
+        (777, 777, [777, 301]),
+        (4290, 513, [513, 77]),
     ]
     if small:
         shapes = [(33, 33, None), (18, 9, [9, 4])]
@@ -109,7 +118,7 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
         lengths = None if hidden is None else jnp.asarray(hidden, jnp.int32)
 
         def program(kernel: Callable[..., Any], lengths: Any = lengths) -> Callable[..., Any]:
-            """Compile a kernel's output with the gradients of queries, keys and values."""
+            """Compile a kernel's output and the gradients of queries, keys and values."""
 
             def both(q: Any, k: Any, v: Any, cotangent: Any) -> tuple[Any, ...]:
                 out, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, lengths), q, k, v)
@@ -133,8 +142,14 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
                 return float(jnp.linalg.norm(x.astype(jnp.float32) - true) / jnp.linalg.norm(true))
 
             holds = error(seen) < 3 * error(rounded) + 1e-3
-            yield Row(f"{shape}: {name}, relative error", error(seen), "", "exact in bfloat16",
-                      error(rounded), holds)
+            yield Row(
+                f"{shape}: {name}, relative error",
+                error(seen),
+                "",
+                "exact in bfloat16",
+                error(rounded),
+                holds,
+            )
 
         def equal(others: Sequence[Any], found: Sequence[Any] = found) -> list[bool]:
             return [np.array_equal(x, y) for x, y in zip(found, others)]
@@ -152,7 +167,7 @@ def attention(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def parity(small: bool, folder: Path) -> Iterator[Row]:
-    """The velocity of one checkpoint in bfloat16, against diffusers."""
+    """Compare the velocity of one checkpoint in bfloat16 with diffusers."""
     import jax.numpy as jnp
     import numpy as np
     import torch
@@ -174,7 +189,7 @@ def parity(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def on_policy(small: bool, folder: Path) -> Iterator[Row]:
-    """The ratio of an update right after its rollout, in bfloat16: exactly 1."""
+    """Check that the ratio of an update right after its rollout is exactly 1, in bfloat16."""
     from benchmarks import transformer
 
     size = dataclasses.replace(transformer.SIZES["tiny" if small else "1.3b"], remat="full")
@@ -188,7 +203,7 @@ def on_policy(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def resume(small: bool, folder: Path) -> Iterator[Row]:
-    """Two steps in bfloat16 in one process, against one, a restart, and one: equal bit for bit."""
+    """Check that a resumed run equals an uninterrupted one bit for bit, in bfloat16."""
     import numpy as np
     from safetensors.numpy import load_file
 
@@ -199,23 +214,37 @@ def resume(small: bool, folder: Path) -> Iterator[Row]:
 
     def differing(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
         pairs = zip(rows, others, strict=True)
-        return float(sum(row[name] != other[name] for row, other in pairs for name in row
-                         if not name.startswith("seconds_") and name != "videos_per_hour"))
+        return float(
+            sum(
+                row[name] != other[name]
+                for row, other in pairs
+                for name in row
+                if not name.startswith("seconds_") and name != "videos_per_hour"
+            )
+        )
 
-    metrics = {"first step in two processes": differing(whole[:1], first),
-               "both steps, resumed": differing(whole, last)}
+    metrics = {
+        "first step in two processes": differing(whole[:1], first),
+        "both steps, resumed": differing(whole, last),
+    }
     for name, count in metrics.items():
         yield Row(f"{name}: metrics that differ", count, f"of {len(whole[0])}", holds=count == 0)
-    one, other = (load_file(folder / name / "export" / "adapter_model.safetensors")
-                  for name in ("whole", "resumed"))
+    one, other = (
+        load_file(folder / name / "export" / "adapter_model.safetensors")
+        for name in ("whole", "resumed")
+    )
     count = float(sum(np.count_nonzero(one[name] != other[name]) for name in one))
     total = sum(tensor.size for tensor in one.values())
-    yield Row("both steps, resumed: numbers of the adapter that differ", count, f"of {total}",
-              holds=count == 0)
+    yield Row(
+        "both steps, resumed: numbers of the adapter that differ",
+        count,
+        f"of {total}",
+        holds=count == 0,
+    )
 
 
 def quickstart(small: bool, folder: Path) -> Iterator[Row]:
-    """Training steps of configs/quickstart.py."""
+    """Run training steps of configs/quickstart.py."""
     count = 2 if small else 20
     rows = _train(folder / "run", count, TINY if small else ())
     steps = [sum(row[name] for name in row if name.startswith("seconds_")) for row in rows]
@@ -224,13 +253,20 @@ def quickstart(small: bool, folder: Path) -> Iterator[Row]:
         ratio = choose(row[name] for row in rows)
         yield Row(f"{name} of {count} steps", ratio, holds=ratio == 1)
     shown = max(1, count // 4)
-    begin, end = (statistics.mean(row["reward"] for row in part)
-                  for part in (rows[:shown], rows[-shown:]))
+    begin, end = (
+        statistics.mean(row["reward"] for row in part) for part in (rows[:shown], rows[-shown:])
+    )
     yield Row(f"reward, last {shown} steps", end, "", f"first {shown}", begin, math.isfinite(end))
 
 
 def _train(workdir: Path, steps: int, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Run `idgrpo train` on the quickstart up to a step -> its metrics by step."""
+    """Run `idgrpo train` on the quickstart up to a step; returns the metrics by step.
+
+    Args:
+      workdir: folder of the run.
+      steps: last step.
+      words: further options.
+    """
     config = str(ROOT / "configs" / "quickstart.py")
     command = [sys.executable, "-m", "jax_idgrpo", "train", config, "--workdir", str(workdir)]
     print(f"train {workdir.name} up to step {steps}", flush=True)
@@ -240,7 +276,7 @@ def _train(workdir: Path, steps: int, words: Sequence[str]) -> list[dict[str, An
 
 
 def against_pytorch(small: bool, folder: Path) -> Iterator[Row]:
-    """VACE-1.3B at 33 x 240 x 416 in bfloat16 with guidance 4.5, against the published loop."""
+    """Compare VACE-1.3B at 33 x 240 x 416 in bfloat16 with guidance 4.5 with the published loop."""
     import jax
 
     from benchmarks import transformer
@@ -250,7 +286,8 @@ def against_pytorch(small: bool, folder: Path) -> Iterator[Row]:
         raise RuntimeError("this PyTorch sees no GPU; install one built for CUDA")
     name, rows, steps, rounds = ("tiny", 2, 3, 1) if small else ("1.3b", 2, 3, 2)
     sides = {
-        side: transformer.Apart(side, None, rows, steps, name, False) for side in ("ours", "theirs")
+        side: transformer.SideProcess(side, None, rows, steps, name, False)
+        for side in ("ours", "theirs")
     }
     seconds = {}
     for call in ("forward", "rollout", "update"):
@@ -269,10 +306,10 @@ def against_pytorch(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def memory(small: bool, folder: Path) -> Iterator[Row]:
-    """The programs of configs/vace_1_3b.py, 4 videos per call, against their plan without a GPU.
+    """Compare the programs of configs/vace_1_3b.py, 4 videos per call, with their plan.
 
-    Measured and planned is the memory of a program's arguments, results and temporaries. Four
-    denoising steps stand for 25. Seconds are compared with the plan's bound from below.
+    The memory is that of a program's arguments, results and temporaries. Four denoising steps
+    represent 25. Seconds are compared with the plan's lower bound.
     """
     import jax
 
@@ -282,8 +319,13 @@ def memory(small: bool, folder: Path) -> Iterator[Row]:
 
     sizes: str | None = "1.3b"
     file, topology = "vace_1_3b", "h200:1"
-    words = ["--rollout.prompts=1", "--rollout.group=4", "--rollout.micro_batch=4",
-             "--rollout.steps=4", "--grpo.updates=1"]
+    words = [
+        "--rollout.prompts=1",
+        "--rollout.group=4",
+        "--rollout.micro_batch=4",
+        "--rollout.steps=4",
+        "--grpo.updates=1",
+    ]
     if small:
         file, topology, sizes, words = "quickstart", "cpu:1", None, [*TINY]
     path, chosen = str(ROOT / "configs" / f"{file}.py"), ("rollout", "decode", "update")
@@ -298,11 +340,14 @@ def memory(small: bool, folder: Path) -> Iterator[Row]:
         chip = hardware.CHIPS.get(device.device_kind)
         mesh = sharding.make_mesh(wanted.mesh, [device])
         every = programs.programs(wanted, programs.networks(wanted, sizes), mesh)
-        here = [(plan.measure(program, mesh, chip), program) for program in every
-                if program.name in chosen]
+        here = [
+            (plan.measure(program, mesh, chip), program)
+            for program in every
+            if program.name in chosen
+        ]
         measured: dict[str, float | None] = {}
         beside = {program.name: program.beside for _, program in here}
-        # The device reports the highest peak since the process began, so the largest comes last.
+        # The device reports the peak since the start of the process: run the largest program last.
         for cost, program in sorted(here, key=lambda pair: (pair[0].peak or 0) - pair[1].beside):
             own, seconds = _call(program)
             measured[program.name] = own
@@ -325,10 +370,10 @@ def memory(small: bool, folder: Path) -> Iterator[Row]:
 
 
 def _call(program: Any) -> tuple[float | None, float]:
-    """Run a program of a plan on random numbers -> GB of its own at the peak, seconds.
+    """Run a program of a plan on random numbers; returns its peak memory in GB, and seconds.
 
-    The seconds are those of a second call. The memory is None where the device does not report it,
-    or where the program stays below an earlier peak.
+    The seconds are those of a second call. The memory is None if the device does not report it, or
+    if the program stays below an earlier peak.
     """
     import jax
 
@@ -348,12 +393,12 @@ def _call(program: Any) -> tuple[float | None, float]:
         peak = statistic("peak_bytes_in_use")
         if number == 0 and used is not None and peak is not None and peak != before:
             own = (peak - used + held) / 1e9
-        del arguments, arrays       # or they would raise the peak of the next call
+        del arguments, arrays  # otherwise they would raise the peak of the next call
     return own, seconds
 
 
 def _filled(arguments: Any) -> Any:
-    """Replace the shapes among a program's arguments by random numbers on the device."""
+    """Replace the shapes in a program's arguments by random numbers on the device."""
     import jax
     import jax.numpy as jnp
 
@@ -376,8 +421,10 @@ def _filled(arguments: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part: what it measures, its time in seconds, and the compiler's flag to try if one of its
-    properties does not hold."""
+    """A part: its function, its time budget in seconds, and a compiler flag for a second attempt.
+
+    The flag is tried if one of the part's properties does not hold.
+    """
 
     run: Callable[[bool, Path], Iterator[Row]]
     seconds: float

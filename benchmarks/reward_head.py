@@ -1,15 +1,20 @@
-"""How often rewards agree with the truth on preference pairs: cosines, the fixed formula and the learned head, and what trains it best.
+r"""Measure the accuracy of rewards on preference pairs: cosines, the fixed formula, learned heads.
 
-    python -m benchmarks.reward_head [--train 1600] [--held-out 800] [--seeds 3] [--steps 1200] [--folder DIR]
+    python -m benchmarks.reward_head [--train 1600] [--held-out 800] [--seeds 3] [--steps 1200] \
+        [--folder DIR]
 
-Drawn people (`jax_idgrpo.preferences.synthesis`), two takes of one prompt to a pair; those of the held-out pairs are in no training pair.
-Training and held-out pairs are drawn twice: with faults of all kinds, and as many with hard ones alone (swap, blend, drift, duplicate),
-of which the column "hard" tells. Three quarters of the training pairs are automatic: half of their labels are drawn among A, B and same.
-"No hard fault seen" trains on the pairs without one, so that these are new to it in kind too; all other heads saw every kind of fault.
-"True labels" trains on all pairs with none of them wrong. The teacher of an arm is the head of the trusted pairs with the same seed. A
-head's figures are the mean over seeds, and their range.
+The pairs show synthetic people (`jax_idgrpo.preferences.synthesis`); no person of the held-out
+pairs is in the training pairs. Both sets have one half with all kinds of faults, and one half with
+only hard faults (swap, blend, drift, duplicate; column "hard"). Three quarters of the training
+pairs are automatic, with half of their labels random.
 
-Accuracy is without ties unless it says so: share of the pairs with a better video whose better video scores higher.
+Heads are trained on different selections of pairs (`ARMS`). "True labels" trains on all pairs with
+correct labels. "No hard fault seen" trains on the trusted pairs without hard faults, which are then
+new to the head; all other heads see every kind of fault. The teacher of an arm is the head of the
+trusted pairs with the same seed. A head's figures are the mean over seeds, and the range.
+
+Accuracy without ties is the share of the pairs with a better video whose better video has the
+higher score.
 """
 
 import argparse
@@ -25,7 +30,7 @@ from flax import nnx
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo import rng
-from jax_idgrpo.preferences.batches import PairOptions, accuracy, agreed
+from jax_idgrpo.preferences.batches import PairOptions, accuracy, confirmed_pairs
 from jax_idgrpo.preferences.corruptions import DISTORTIONS
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
@@ -45,7 +50,12 @@ SETS = {
 }
 """Name -> (split, seed, kinds of faults, share of automatic pairs)."""
 TRAIN, HELD_OUT = ("train", "train_hard"), ("held_out", "hard")
-FIXED = {"mean cosine": "similarity", "min cosine": "similarity_min", "MIMR": "mimr", "fixed part": "reward"}
+FIXED = {
+    "mean cosine": "similarity",
+    "min cosine": "similarity_min",
+    "MIMR": "mimr",
+    "fixed part": "reward",
+}
 ARMS = {
     "trusted only": ("trusted", False),
     "raw automatic": ("automatic", False),
@@ -61,22 +71,43 @@ def column(folder: Path, name: str) -> list[str]:
 
 
 def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.ndarray]]:
-    """Tokens of both videos of every pair, and what the fixed rewards say of it: A less B."""
-    found, said = {}, {name: [] for name in FIXED}
+    """Compute the tokens of every pair, and the fixed rewards' differences (A minus B).
+
+    Args:
+      reward: face reward.
+      pairs: pairs to read.
+      config: configuration of the run.
+    """
+    found, fixed = {}, {name: [] for name in FIXED}
     for pair in pairs:
         (terms, a), (others, b) = (read_one(reward, pair, path, config) for path in pair.videos)
         found[pair] = a, b
         for name, term in FIXED.items():
-            said[name].append(terms[term] - others[term])
-    return found, {name: np.asarray(values) for name, values in said.items()}
+            fixed[name].append(terms[term] - others[term])
+    return found, {name: np.asarray(values) for name, values in fixed.items()}
 
 
-def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config, programs: dict) -> Head:
-    """A head, of the averaged weights as `finetune` stores them. programs: the step is compiled once for all that are alike in kind."""
+def trained(
+    pairs: list[Pair], sides: Sides, networks: str, mixing: str, config, programs: dict
+) -> Head:
+    """Train a head; returns it with averaged weights, as `finetune` stores it.
+
+    Args:
+      pairs: training pairs.
+      sides: tokens of the pairs.
+      networks: fingerprint of the face networks.
+      mixing: see `preferences.batches`.
+      config: configuration of the run.
+      programs: cache of compiled steps, shared by heads of the same structure.
+    """
     task = head_task(pairs, [], sides, networks, PairOptions(pairs="", mixing=mixing), config)
-    graph, params, frozen, rest = nnx.split(task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...)
+    graph, params, frozen, rest = nnx.split(
+        task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...
+    )
     optimizer = make_optimizer(config.optimizer, config.run.steps)
-    step = programs.setdefault(graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed))
+    step = programs.setdefault(
+        graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed)
+    )
     state = start(optimizer, params, rest)
     for number in range(config.run.steps):
         state, _ = step(state, frozen, task.batch(config.run.seed, number))
@@ -84,57 +115,91 @@ def trained(pairs: list[Pair], sides: Sides, networks: str, mixing: str, config,
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in dict(train=1600, held_out=800, seeds=3, steps=1200).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    options.add_argument("--folder", type=Path, help="where the pairs are kept; those that are there already are used")
+    options.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of the pairs; existing pairs are reused",
+    )
     arguments = options.parse_args()
-    base = configuration.load(ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))])
+    base = configuration.load(
+        ROOT / "configs" / "reward_face.py", [("run.steps", str(arguments.steps))]
+    )
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
         for name, (split, seed, kinds, automatic) in SETS.items():
             if not (folder / name).exists():
                 count = arguments.train if split == "train" else arguments.held_out
-                write_pairs(folder / name, split, count, seed=seed, distortions=",".join(kinds), automatic=automatic)
+                write_pairs(
+                    folder / name,
+                    split,
+                    count,
+                    seed=seed,
+                    distortions=",".join(kinds),
+                    automatic=automatic,
+                )
         pairs, held_out = (
-            [pair for name in names for pair in load_pairs(folder / name / "pairs.csv", ("SA",))] for names in (TRAIN, HELD_OUT)
+            [pair for name in names for pair in load_pairs(folder / name / "pairs.csv", ("SA",))]
+            for names in (TRAIN, HELD_OUT)
         )
-        faults, held_faults = (np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
-                               for names in (TRAIN, HELD_OUT))
+        faults, held_faults = (
+            np.asarray([fault for name in names for fault in column(folder / name, "distortion")])
+            for names in (TRAIN, HELD_OUT)
+        )
         reward = make_face_reward(base.reward)
         truth = [label for name in TRAIN for label in column(folder / name, "truth")]
         sides, _ = read(reward, pairs, base)
-        held_sides, said = read(reward, held_out, base)
+        held_sides, fixed = read(reward, held_out, base)
     networks = fingerprint(reward.state)
-    right = [dataclasses.replace(pair, labels=(LABELS[label],), source="trusted") for pair, label in zip(pairs, truth, strict=True)]
+    right = [
+        dataclasses.replace(pair, labels=(LABELS[label],), source="trusted")
+        for pair, label in zip(pairs, truth, strict=True)
+    ]
     sides |= {true: sides[pair] for pair, true in zip(pairs, right, strict=True)}
     labels = np.asarray([pair.labels[0] for pair in held_out])
-    hard = np.arange(len(labels)) >= arguments.held_out     # the pairs of the second set
+    hard = np.arange(len(labels)) >= arguments.held_out  # the pairs of the second held-out set
     groups = {"all": ~hard, "no paste": ~hard & (held_faults != "paste"), "hard": hard}
-    kinds_of = {name: (held_faults == name) & (hard if name in HARD else ~hard) for name in DISTORTIONS}
+    kinds_of = {
+        name: (held_faults == name) & (hard if name in HARD else ~hard) for name in DISTORTIONS
+    }
 
     def row(name: str, differences_: Sequence[np.ndarray]) -> str:
-        """One line of the table: accuracy of every group, and with ties."""
+        """Format one line of the table: the accuracy of every group, and with ties."""
 
         def cell(chosen: np.ndarray, kind: str = "without_ties", ranged: bool = True) -> str:
             if not (labels[chosen] != 0).any():
                 return "-"
-            told = [accuracy(d[chosen], labels[chosen], 0)[kind] for d in differences_]
-            values = [value["mean"] if isinstance(value, dict) else value for value in told]
+            results = [accuracy(d[chosen], labels[chosen], 0)[kind] for d in differences_]
+            values = [value["mean"] if isinstance(value, dict) else value for value in results]
             spread = f" ({min(values):.3f}-{max(values):.3f})" if ranged and len(values) > 1 else ""
             return f"{np.mean(values):.3f}{spread}"
 
-        cells = [cell(groups["all"]), cell(groups["all"], "with_ties"), cell(groups["no paste"]), cell(groups["hard"])]
-        return f"| {name} | {' | '.join([*cells, *(cell(chosen, ranged=False) for chosen in kinds_of.values())])} |"
+        cells = [
+            cell(groups["all"]),
+            cell(groups["all"], "with_ties"),
+            cell(groups["no paste"]),
+            cell(groups["hard"]),
+        ]
+        cells += [cell(chosen, ranged=False) for chosen in kinds_of.values()]
+        return f"| {name} | {' | '.join(cells)} |"
 
     trusted = sum(pair.source == "trusted" for pair in pairs)
-    print(f"{len(pairs)} training pairs, {trusted} of them trusted; {int((~hard).sum())} held-out pairs and {int(hard.sum())} of hard "
-          f"faults alone; {arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n")
+    print(
+        f"{len(pairs)} training pairs, {trusted} of them trusted; "
+        f"{int((~hard).sum())} held-out pairs and {int(hard.sum())} with only hard faults; "
+        f"{arguments.seeds} seeds, {arguments.steps} steps of {base.finetune.batch} pairs\n"
+    )
     print("| reward | without ties | with ties | no paste | hard |", " | ".join(kinds_of), "|")
     print("| --- |" + " --- |" * (4 + len(kinds_of)), flush=True)
-    for name, difference in said.items():
+    for name, difference in fixed.items():
         print(row(name, [difference]), flush=True)
-    told: dict[str, list[np.ndarray]] = {name: [] for name in (*ARMS, "true labels", "trusted only, no hard fault seen")}
+    scores_of: dict[str, list[np.ndarray]] = {
+        name: [] for name in (*ARMS, "true labels", "trusted only, no hard fault seen")
+    }
     programs: dict = {}
     for seed in range(arguments.seeds):
         began, teacher = time.monotonic(), None
@@ -146,16 +211,25 @@ def main() -> None:
         for name, (mixing, filters) in ARMS.items():
             chosen = pairs
             if filters:
-                kinds = [[pair for pair in pairs if pair.source == kind] for kind in ("trusted", "automatic")]
-                chosen = kinds[0] + agreed(kinds[1], differences(teacher, sides)(kinds[1]), 5.0)
+                kinds = [
+                    [pair for pair in pairs if pair.source == kind]
+                    for kind in ("trusted", "automatic")
+                ]
+                chosen = kinds[0] + confirmed_pairs(
+                    kinds[1], differences(teacher, sides)(kinds[1]), 5.0
+                )
             head = trained(chosen, sides, networks, mixing, config, programs)
             teacher = teacher or head
-            told[name].append(opinion(head))
-        told["true labels"].append(opinion(trained(right, sides, networks, "trusted", config, programs)))
+            scores_of[name].append(opinion(head))
+        scores_of["true labels"].append(
+            opinion(trained(right, sides, networks, "trusted", config, programs))
+        )
         few = [pair for pair, fault in zip(pairs, faults, strict=True) if fault not in HARD]
-        told["trusted only, no hard fault seen"].append(opinion(trained(few, sides, networks, "trusted", config, programs)))
+        scores_of["trusted only, no hard fault seen"].append(
+            opinion(trained(few, sides, networks, "trusted", config, programs))
+        )
         print(f"<!-- seed {seed}: {time.monotonic() - began:.0f} s -->", flush=True)
-    for name, found in told.items():
+    for name, found in scores_of.items():
         print(row(f"head, {name}", found), flush=True)
 
 

@@ -1,6 +1,6 @@
-"""Count what makes the package hard to enter, in the working tree or in a commit.
+"""Count properties that make the package hard to enter, in the working tree or in a commit.
 
-    python benchmarks/structure.py [FOLDER]
+python benchmarks/structure.py [FOLDER]
 """
 
 import argparse
@@ -22,7 +22,10 @@ def folder_of(module: str) -> str:
 def measure(root: Path) -> dict[str, str]:
     """Return the figures of a checkout by name."""
     files = [file for package in PACKAGES for file in sorted((root / package).rglob("*.py"))]
-    modules = {".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    modules = {
+        ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in files
+    }
     edges: collections.Counter[tuple[str, str]] = collections.Counter()
     lines = long = bare = anything = 0
     lengths: dict[str, int] = {}
@@ -31,7 +34,11 @@ def measure(root: Path) -> dict[str, str]:
         lines += text.count("\n")
         long += sum(len(line) > 100 for line in text.splitlines())
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.split(".")[0] in PACKAGES
+            ):
                 for alias in node.names:
                     name = f"{node.module}.{alias.name}"
                     target = folder_of(name if name in modules else node.module)
@@ -41,16 +48,27 @@ def measure(root: Path) -> dict[str, str]:
                 lengths[f"{module}.{node.name}"] = (node.end_lineno or 0) - node.lineno + 1
                 arguments = [*node.args.args, *node.args.kwonlyargs]
                 given = [argument for argument in arguments if argument.arg not in ("self", "cls")]
-                anything += sum("Any" in ast.unparse(argument.annotation) for argument in given if argument.annotation)
+                anything += sum(
+                    "Any" in ast.unparse(argument.annotation)
+                    for argument in given
+                    if argument.annotation
+                )
                 anything += node.returns is not None and "Any" in ast.unparse(node.returns)
                 public = not node.name.startswith("_")
                 if public and len(given) >= 3 and "Args:" not in (ast.get_docstring(node) or ""):
                     bare += 1
     both = sorted({tuple(sorted(pair)) for pair in edges if pair[::-1] in edges})
-    size = {name.rpartition(".")[2]: lengths[name] for name in lengths if name.endswith((".train.train", ".programs"))}
+    size = {
+        name.rpartition(".")[2]: lengths[name]
+        for name in lengths
+        if name.endswith((".train.train", ".programs"))
+    }
     return {
-        "files at the top of the package": str(len([path for path in (root / "jax_idgrpo").iterdir() if path.is_file()])),
-        "imports between folders, in both directions": str(len(both)) + (f" {both}" if both else ""),
+        "files at the top of the package": str(
+            len([path for path in (root / "jax_idgrpo").iterdir() if path.is_file()])
+        ),
+        "imports between folders, in both directions": str(len(both))
+        + (f" {both}" if both else ""),
         "lines": str(lines),
         "lines over 100 columns": f"{long} ({100 * long / lines:.1f} %)",
         "public functions of three or more parameters without Args:": str(bare),
@@ -61,6 +79,12 @@ def measure(root: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Count what makes the package hard to enter.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(__file__).parents[1], help="a checkout (default: this one)")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path(__file__).parents[1],
+        help="a checkout (default: this one)",
+    )
     for name, value in measure(parser.parse_args().folder).items():
         print(f"| {name} | {value} |")

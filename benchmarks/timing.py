@@ -1,4 +1,4 @@
-"""Calls timed in turn in one process."""
+"""Time alternating calls in one process."""
 
 import statistics
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def medians(rounds: int, **calls: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each call, taken in turn; the first round is not counted."""
+    """Measure the median seconds of each call; calls alternate, and the first round is excluded."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():

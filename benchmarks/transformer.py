@@ -1,18 +1,22 @@
-"""A call of the video transformer, the gradient of its LoRA, a rollout and an update, against diffusers and peft on PyTorch.
+"""Benchmark the transformer, its LoRA's gradient, a rollout and an update against PyTorch.
 
-Both sides load the same randomly filled VACE checkpoint and get the same input. Each has a process of its own, and they alternate: one
-waits while the other works. A turn is two calls, of which the second counts: after a pause the first one pays for memory that the system
-took back meanwhile (0.3 s of 1.0 s for our gradient), and training does not pause. The figure is the ratio of medians, ours over theirs;
-and each process's peak memory. The rollout and the update are with guidance: every velocity is one call on twice the rows. PyTorch's loop
-is that of the published recipe: a stochastic step with its log-probability; per trained step a replay, the frozen base for the KL term,
-backward; one optimizer step at the end. Needs the `test` extra:
+The PyTorch side uses diffusers and peft. Both sides load the same random VACE checkpoint and get
+the same input. Each has its own process, and they alternate: one waits while the other works. A
+turn is two calls, and the second is timed. After a pause, the first call includes the time for
+memory that the system reclaimed meanwhile (0.3 of 1.0 s for our gradient), and training does not
+pause. The figures are the ratio of medians, ours over theirs, and each process's peak memory. The
+rollout and the update use guidance: every velocity is one call on twice the rows. PyTorch's loop is
+that of the published recipe: a stochastic step with its log-probability; for every trained step a
+replay, the frozen base for the KL term, and backward; one optimizer step at the end. Requires the
+`test` extra:
 
     python benchmarks/transformer.py [--rows 2] [--steps 4] [--rounds 5] [--compile]
-    python benchmarks/transformer.py --size 1.3b                                         on a GPU, with a PyTorch that uses it
+    python benchmarks/transformer.py --size 1.3b                    on a GPU, which PyTorch uses too
 
-`--size 1.3b` is the published model at 33 x 240 x 416 with two photos, 25 steps, in bfloat16; PyTorch's side then is as its recipe runs it,
-float32 weights under autocast with gradient checkpointing. Utilisation is the arithmetic of the model alone, counted by PyTorch, nothing
-that is computed twice, over time and the speed of a large product on the same device.
+`--size 1.3b` is the published model at 33 x 240 x 416 with two photos and 25 steps in bfloat16. The
+PyTorch side then follows its recipe: float32 weights under autocast with gradient checkpointing.
+Utilisation is the model's arithmetic, counted by PyTorch without recomputation, divided by the time
+and by the speed of a large product on the same device.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # a GPU has to hold both sides
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both sides share the GPU
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +60,17 @@ from jax_idgrpo.training.state import start
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A network, what it is given (latent frames, photos among them, of height x width; text tokens), and how it runs.
+    """A network, the size of its inputs, and the options of both sides.
 
-    checkpointing: of PyTorch's side. remat, unroll: of ours.
+    Attributes:
+      network: configuration of the transformer.
+      shape: (latent frames including photos, height, width).
+      text: number of text tokens.
+      rank: LoRA rank.
+      steps: denoising steps.
+      dtype: dtype of the computation.
+      checkpointing: gradient checkpointing of PyTorch's side.
+      remat, unroll: options of our side.
     """
 
     network: dict[str, Any]
@@ -73,34 +85,78 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Of a video: a patch is two by two."""
+        """Number of tokens of a video; a patch is 2 x 2 latents."""
         return int(np.prod(self.shape)) // 4
 
 
 SHARED = dict(
-    freq_dim=256, in_channels=16, out_channels=16, vace_in_channels=96, patch_size=[1, 2, 2], qk_norm="rms_norm_across_heads",
-    cross_attn_norm=True, eps=1e-6, rope_max_seq_len=1024,
+    freq_dim=256,
+    in_channels=16,
+    out_channels=16,
+    vace_in_channels=96,
+    patch_size=[1, 2, 2],
+    qk_norm="rms_norm_across_heads",
+    cross_attn_norm=True,
+    eps=1e-6,
+    rope_max_seq_len=1024,
 )
 SIZES = {
     "tiny": Size(
-        SHARED | dict(
-            num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2, text_dim=32,
+        SHARED
+        | dict(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            ffn_dim=64,
+            num_layers=2,
+            text_dim=32,
             vace_layers=[0],
         ),
-        shape=(3, 4, 4), text=8, rank=4, steps=3, dtype="bfloat16", checkpointing=True,
-        remat="attention", unroll=False,
+        shape=(3, 4, 4),
+        text=8,
+        rank=4,
+        steps=3,
+        dtype="bfloat16",
+        checkpointing=True,
+        remat="attention",
+        unroll=False,
     ),
     "40m": Size(
-        SHARED | dict(
-            num_attention_heads=6, attention_head_dim=64, ffn_dim=1536, num_layers=12, text_dim=512, vace_layers=[0, 4, 8]
+        SHARED
+        | dict(
+            num_attention_heads=6,
+            attention_head_dim=64,
+            ffn_dim=1536,
+            num_layers=12,
+            text_dim=512,
+            vace_layers=[0, 4, 8],
         ),
-        shape=(5, 16, 16), text=64, rank=8, steps=4, dtype="float32", checkpointing=False, remat="none", unroll=True,
+        shape=(5, 16, 16),
+        text=64,
+        rank=8,
+        steps=4,
+        dtype="float32",
+        checkpointing=False,
+        remat="none",
+        unroll=True,
     ),
     "1.3b": Size(
-        SHARED | dict(
-            num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, vace_layers=list(range(0, 30, 2))
+        SHARED
+        | dict(
+            num_attention_heads=12,
+            attention_head_dim=128,
+            ffn_dim=8960,
+            num_layers=30,
+            text_dim=4096,
+            vace_layers=list(range(0, 30, 2)),
         ),
-        shape=(9 + 2, 30, 52), text=512, rank=32, steps=25, dtype="bfloat16", checkpointing=True, remat="attention", unroll=False,
+        shape=(9 + 2, 30, 52),
+        text=512,
+        rank=32,
+        steps=25,
+        dtype="bfloat16",
+        checkpointing=True,
+        remat="attention",
+        unroll=False,
     ),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,10 +167,13 @@ Inputs = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What one side does; every call returns when it is done.
+    """The operations of one side; every call returns when its work is done.
 
-    forward, gradient: of one call without guidance. sample: -> trajectory; latents: of a trajectory, those at the end; learn: of a
-    trajectory and the advantage [B] of its rows.
+    Attributes:
+      forward, gradient: one call without guidance, and its gradient.
+      sample: samples a trajectory.
+      latents: returns the final latents of a trajectory.
+      learn: updates the adapter from a trajectory and the advantages [B] of its rows.
     """
 
     forward: Callable[[], Any]
@@ -124,7 +183,7 @@ class Side:
     learn: Callable[[Any, np.ndarray], Any]
 
     def calls(self, advantage: np.ndarray) -> dict[str, Callable[[], Any]]:
-        """What is timed; every update learns from the same trajectory."""
+        """Return the timed calls by name; all updates use the same trajectory."""
         trajectory = functools.cache(self.sample)
         return {
             "forward": self.forward,
@@ -135,24 +194,29 @@ class Side:
 
 
 def inputs(rows: int, size: Size) -> Inputs:
-    """What both sides are given, channels last."""
+    """Generate the inputs of both sides, channels last."""
     rng, width = np.random.default_rng(0), size.network["text_dim"]
     shapes = dict(
-        latents=(rows, *size.shape, 16), control=(rows, *size.shape, 96), text=(rows, size.text, width), negative=(size.text, width),
+        latents=(rows, *size.shape, 16),
+        control=(rows, *size.shape, 96),
+        text=(rows, size.text, width),
+        negative=(size.text, width),
         advantage=(rows,),
     )
     return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
 def write_transformer(folder: str, size: Size) -> None:
-    """Write a randomly filled checkpoint into `folder`/transformer."""
+    """Write a random checkpoint to `folder`/transformer."""
     import diffusers
 
-    diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(Path(folder) / "transformer")
+    diffusers.WanVACETransformer3DModel(**size.network).save_pretrained(
+        Path(folder) / "transformer"
+    )
 
 
 def our_network(size: Size, folder: str | None = None) -> WanTransformer:
-    """Read this package's network from a pipeline's folder, or fill one at random on the device."""
+    """Load this package's network from a pipeline's folder, or initialise it on the device."""
     run: dict[str, Any] = dict(remat=size.remat, unroll=size.unroll)
     if folder is not None:
         return load_transformer(folder, size.dtype, **run)
@@ -166,7 +230,7 @@ def our_network(size: Size, folder: str | None = None) -> WanTransformer:
 
 
 def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
-    """Read diffusers' network from a pipeline's folder, or fill one at random on the device."""
+    """Load diffusers' network from a pipeline's folder, or initialise it on the device."""
     import diffusers
 
     if folder is not None:
@@ -177,13 +241,27 @@ def their_network(size: Size, folder: str | None = None) -> torch.nn.Module:
 
 
 def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side:
-    """This package. `learn` returns the metrics of the update."""
-    actor, lora, base = policy.split(add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE)
+    """Build the side of this package; `learn` returns the metrics of the update.
+
+    Args:
+      network: transformer.
+      given: result of `inputs`.
+      steps: denoising steps.
+      size: options.
+    """
+    actor, lora, base = policy.split(
+        add_adapter(network, size.rank, float(size.rank), rng.key(0, "init")), GUIDANCE
+    )
     rows = len(given["latents"])
-    latents, control, text, negative = (jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative"))
+    latents, control, text, negative = (
+        jnp.asarray(given[name]) for name in ("latents", "control", "text", "negative")
+    )
     timesteps = jnp.full(rows, 500)
-    asked = Conditioning(
-        text=text, control=control, frame_mask=jnp.ones((rows, size.shape[0]), bool), references=jnp.zeros(rows, jnp.int32)
+    conditioning = Conditioning(
+        text=text,
+        control=control,
+        frame_mask=jnp.ones((rows, size.shape[0]), bool),
+        references=jnp.zeros(rows, jnp.int32),
     )
     row_keys = rng.row_keys(rng.key(0, "noise"), jnp.arange(rows), jnp.zeros(rows, jnp.int32))
     schedule = rollout.Schedule.make(steps, SHIFT)
@@ -195,20 +273,38 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     forward = jax.jit(apply)
     gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(apply(lora, base) ** 2)))
 
-    rule = update.UpdateRule(policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9)
+    rule = update.UpdateRule(
+        policy=actor, grpo=GrpoConfig(clip=CLIP, kl=KL), optimizer=optax.adamw(RATE), ema_decay=0.9
+    )
     state = start(rule.optimizer, jax.tree.map(jnp.copy, lora))
     networks = update.Networks(base=base, negative=negative)
 
     def sample() -> rollout.Trajectory:
-        given = (actor, state.params, base, asked, negative, schedule, row_keys, row_keys, window)
+        given = (
+            actor,
+            state.params,
+            base,
+            conditioning,
+            negative,
+            schedule,
+            row_keys,
+            row_keys,
+            window,
+        )
         return jax.block_until_ready(rollout.sample(*given))
 
     def learn(trajectory: rollout.Trajectory, advantage: np.ndarray) -> dict[str, jax.Array]:
         nonlocal state
-        chunk = update.Rollout(trajectory=trajectory, conditioning=asked, start=window.start, noise=row_keys)
+        chunk = update.Rollout(
+            trajectory=trajectory, conditioning=conditioning, start=window.start, noise=row_keys
+        )
         batch = update.store(None, chunk, jnp.int32(0), 1)
-        batch = dataclasses.replace(batch, advantage=advantage[None], weight=np.ones((1, rows), np.float32))
-        state, metrics = jax.block_until_ready(update.update(rule, state, networks, batch, schedule, jnp.int32(0)))
+        batch = dataclasses.replace(
+            batch, advantage=advantage[None], weight=np.ones((1, rows), np.float32)
+        )
+        state, metrics = jax.block_until_ready(
+            update.update(rule, state, networks, batch, schedule, jnp.int32(0))
+        )
         return metrics
 
     return Side(
@@ -220,23 +316,32 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     )
 
 
-def theirs(
-    base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool
-) -> Side:
-    """diffusers and peft on PyTorch."""
+def theirs(base: torch.nn.Module, given: Inputs, steps: int, size: Size, compiled: bool) -> Side:
+    """Build the side of diffusers and peft.
+
+    Args:
+      base: transformer.
+      given: result of `inputs`.
+      steps: denoising steps.
+      size: options.
+      compiled: compile the blocks.
+    """
     import peft
 
     targets = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
     lora = peft.LoraConfig(r=size.rank, lora_alpha=size.rank, target_modules=targets)
     network = peft.get_peft_model(base, lora).eval().to(DEVICE)
-    torch.backends.cuda.matmul.allow_tf32 = True        # as the recipe has it
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the recipe
     if size.checkpointing:
         network.get_base_model().enable_gradient_checkpointing()
     if compiled:
-        torch._dynamo.config.recompile_limit = 64       # rows, gradients on and off, adapter on and off: beyond 8 it falls back to eager
+        # Variants: rows, with and without gradients and adapter. Beyond the default limit of 8,
+        # PyTorch falls back to eager.
+        torch._dynamo.config.recompile_limit = 64
         network.get_base_model().compile_repeated_blocks()
     latents, control = (
-        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE) for name in ("latents", "control")
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(given[name], -1, 1))).to(DEVICE)
+        for name in ("latents", "control")
     )
     text, negative = (torch.from_numpy(given[name]).to(DEVICE) for name in ("text", "negative"))
     schedule = rollout.Schedule.make(steps, SHIFT)
@@ -244,24 +349,40 @@ def theirs(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE)
 
-    Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]     # before and after a step, and its log-probability
+    # States before and after each step, and its log-probability.
+    Steps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-    def call(x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor) -> torch.Tensor:
+    def call(
+        x: torch.Tensor, timestep: int, text: torch.Tensor, control: torch.Tensor
+    ) -> torch.Tensor:
         times = torch.full((len(x),), timestep, device=DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=size.dtype == "bfloat16"):
-            v = network(hidden_states=x, timestep=times, encoder_hidden_states=text, control_hidden_states=control, return_dict=False)
+            v = network(
+                hidden_states=x,
+                timestep=times,
+                encoder_hidden_states=text,
+                control_hidden_states=control,
+                return_dict=False,
+            )
         return v[0].float()
 
     def velocity(x: torch.Tensor, timestep: int) -> torch.Tensor:
         both = torch.cat([text, negative.expand_as(text)])
-        prompt, none = call(torch.cat([x, x]), timestep, both, torch.cat([control, control])).chunk(2)
+        prompt, none = call(torch.cat([x, x]), timestep, both, torch.cat([control, control])).chunk(
+            2
+        )
         return none + GUIDANCE * (prompt - none)
 
-    def step(x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """-> next state, mean, standard deviation, log-probability [B]"""
+    def step(
+        x: torch.Tensor, v: torch.Tensor, index: int, x_next: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the next state, mean, standard deviation and log-probability [B] of a step."""
         sigma, dt = sigmas[index], sigmas[index + 1] - sigmas[index]
         level = (sigma / (1 - min(sigma, sigmas[1]))) ** 0.5 * 0.7
-        mean = x * (1 + level**2 / (2 * sigma) * dt) + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
+        mean = (
+            x * (1 + level**2 / (2 * sigma) * dt)
+            + v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
+        )
         std = torch.tensor(level * (-dt) ** 0.5, device=DEVICE)
         x_next = mean + std * torch.randn_like(x) if x_next is None else x_next
         log_prob = -((x_next - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * np.log(2 * np.pi)
@@ -288,7 +409,9 @@ def theirs(
             with torch.no_grad(), network.disable_adapter():
                 reference = step(x, velocity(x, timesteps[index]), index, x_next)[1]
             ratio = torch.exp(log_prob - old)
-            loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)).mean()
+            loss = torch.maximum(
+                -advantage * ratio, -advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+            ).mean()
             loss = loss + KL * ((mean - reference) ** 2 / (2 * std**2)).mean()
             (loss / (steps - 1)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -304,7 +427,7 @@ def theirs(
 
 
 def returning_when_done(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a call of PyTorch's so that it returns when its work on a GPU is done."""
+    """Wrap a PyTorch call so that it returns when its work on a GPU is done."""
 
     def wrapped(*given: Any) -> Any:
         found = call(*given)
@@ -315,14 +438,21 @@ def returning_when_done(call: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------------
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
-    """Floating-point operations of the model in PyTorch's calls; those that checkpointing repeats are left out."""
+    """Count the model's FLOPs in PyTorch's calls, without those that checkpointing repeats.
+
+    Args:
+      side: PyTorch's side.
+      size: options.
+      steps: denoising steps.
+    """
 
     def counted(call: Callable[[], Any]) -> float:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):     # plain products, which are counted everywhere
+        # Attention as plain products, which PyTorch counts on every device.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             call()
         return float(counter.get_total_flops())
 
@@ -332,12 +462,12 @@ def arithmetic(side: Side, size: Size, steps: int) -> dict[str, float]:
         "forward": forward,
         "gradient of the adapter": both,
         "rollout": 2 * steps * forward,
-        "update": 2 * (steps - 1) * (both + forward),   # the adapter's replay, and the frozen base
+        "update": 2 * (steps - 1) * (both + forward),  # the adapter's replay, and the frozen base
     }
 
 
 def product_speed(dtype: str) -> float:
-    """Floating-point operations per second of a large matrix product on JAX's device; the fastest of ten."""
+    """Measure the FLOP/s of a large matrix product on JAX's device; the fastest of ten."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (side, side), dtype)
     product = jax.jit(jnp.matmul)
@@ -350,15 +480,17 @@ def product_speed(dtype: str) -> float:
     return 2 * side**3 / min(seconds)
 
 
-class Apart:
-    """A side in a process of its own, where the other's threads, allocator and compiler are not in its way: name of an answer -> answer.
+class SideProcess:
+    """A side in its own process, undisturbed by the other's threads, allocator and compiler.
+
+    Calling the object with the name of a request returns the answer.
 
     Args:
       name: "ours" or "theirs".
-      folder: the checkpoint's; None fills the network at random on the device.
-      rows, steps: videos, and denoising steps.
+      folder: folder of the checkpoint; None initialises the network on the device.
+      rows, steps: number of videos and of denoising steps.
       size: a name of `SIZES`.
-      compiled: whether PyTorch's blocks are compiled.
+      compiled: compile PyTorch's blocks.
     """
 
     def __init__(
@@ -371,19 +503,24 @@ class Apart:
         context.Process(target=_answer, args=given, daemon=True).start()
         end.close()
 
-    def __call__(self, asked: str) -> Any:
-        self._pipe.send(asked)
+    def __call__(self, request: str) -> Any:
+        self._pipe.send(request)
         try:
             return self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            sys.exit(f"transformer: the process of {self.name} ended; what it said is above")
+            sys.exit(f"transformer: the process of {self.name} ended; its output is above")
 
 
 def _answer(
     pipe: Any, name: str, folder: str | None, rows: int, steps: int, size: str, compiled: bool
 ) -> None:
-    """The process of a side: its calls by name, each made twice and answered by the seconds of the second, and what else is asked of it."""
-    trim_heap_after_compile()     # as every command of ours does
+    """Serve the requests of a `SideProcess`.
+
+    The name of a call runs the call twice; the answer is the seconds of the second call.
+
+    Args: `pipe` receives requests and sends answers; the others are those of `SideProcess`.
+    """
+    trim_heap_after_compile()  # as in every command of this package
     torch.manual_seed(0)
     sized, given = SIZES[size], inputs(rows, SIZES[size])
     if name == "ours":
@@ -391,7 +528,11 @@ def _answer(
     else:
         side = theirs(their_network(sized, folder), given, steps, sized, compiled)
     answers: dict[str, Callable[[], Any]] = {
-        "velocity": lambda: np.asarray(side.forward()) if name == "ours" else np.moveaxis(side.forward().cpu().numpy(), 1, -1),
+        "velocity": lambda: (
+            np.asarray(side.forward())
+            if name == "ours"
+            else np.moveaxis(side.forward().cpu().numpy(), 1, -1)
+        ),
         "arithmetic": lambda: arithmetic(side, sized, steps),
         "speed": lambda: product_speed(sized.dtype),
         "peak": lambda: peak_memory(name) / 2**30,
@@ -399,14 +540,14 @@ def _answer(
     calls = side.calls(given["advantage"])
     while True:
         try:
-            asked = pipe.recv()
+            request = pipe.recv()
         except EOFError:
             return
-        pipe.send(answers[asked]() if asked in answers else _again(calls[asked]))
+        pipe.send(answers[request]() if request in answers else _again(calls[request]))
 
 
 def peak_memory(name: str) -> float:
-    """Return the peak of this process in bytes: the allocator's on a GPU, the system's elsewhere."""
+    """Return this process's peak memory in bytes: the allocator's on a GPU, else the system's."""
     if name == "ours" and (seen := jax.devices()[0].memory_stats()):
         return float(seen["peak_bytes_in_use"])
     if name == "theirs" and DEVICE == "cuda":
@@ -414,14 +555,20 @@ def peak_memory(name: str) -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def seconds_of(sides: dict[str, Apart], name: str, rounds: int) -> dict[str, float]:
-    """Median seconds of a call (a name of `Side.calls`) by side; the sides take turns."""
+def seconds_of(sides: dict[str, SideProcess], name: str, rounds: int) -> dict[str, float]:
+    """Measure the median seconds of a call on both sides, which alternate.
+
+    Args:
+      sides: processes by name.
+      name: a name of `Side.calls`.
+      rounds: number of turns.
+    """
     turns = [{side: call(name) for side, call in sides.items()} for _ in range(rounds)]
     return {side: statistics.median(turn[side] for turn in turns) for side in sides}
 
 
 def _again(call: Callable[[], Any]) -> float:
-    """Seconds of the second of two calls."""
+    """Call twice; returns the seconds of the second call."""
     call()
     began = time.perf_counter()
     call()
@@ -429,37 +576,64 @@ def _again(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="40m")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--steps", type=int, help="denoising steps; default 4, and 25 for 1.3b")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of their blocks, which diffusers calls regional")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile PyTorch's blocks (regional compilation of diffusers)",
+    )
     arguments = parser.parse_args()
 
     if jax.default_backend() == "gpu" and DEVICE == "cpu":
-        sys.exit("transformer: JAX uses a GPU and this PyTorch does not; install a PyTorch for it, or set JAX_PLATFORMS=cpu")
+        sys.exit(
+            "transformer: JAX uses a GPU and this PyTorch does not; "
+            "install a PyTorch for it, or set JAX_PLATFORMS=cpu"
+        )
     size = SIZES[arguments.size]
     steps = arguments.steps or size.steps
     on = jax.devices()[0].device_kind
-    print(f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}", flush=True)
+    print(
+        f"{arguments.rows} x {size.tokens} tokens, {steps} denoising steps, {size.dtype}, on {on}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(folder, size)
         given = (folder, arguments.rows, steps, arguments.size, arguments.compile)
-        sides = {name: Apart(name, *given) for name in ("ours", "theirs")}
+        sides = {name: SideProcess(name, *given) for name in ("ours", "theirs")}
         velocity, want = (side("velocity") for side in sides.values())
     print(f"relative difference {np.linalg.norm(velocity - want) / np.linalg.norm(want):.1e}")
     seconds = {}
     for name in ("forward", "gradient of the adapter", "rollout", "update"):
         seconds[name] = seconds_of(sides, name, arguments.rounds)
         figures = ", ".join(f"{side} {found:.3f} s" for side, found in seconds[name].items())
-        print(f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}", flush=True)
-    print("peak memory: " + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()), flush=True)
-    if not arguments.compile:       # whose kernels PyTorch does not count
+        print(
+            f"{name}: {figures}, ratio {seconds[name]['ours'] / seconds[name]['theirs']:.2f}",
+            flush=True,
+        )
+    print(
+        "peak memory: "
+        + ", ".join(f"{name} {side('peak'):.2f} GiB" for name, side in sides.items()),
+        flush=True,
+    )
+    if not arguments.compile:  # PyTorch does not count compiled kernels
         counted, speed = sides["theirs"]("arithmetic"), sides["ours"]("speed")
-        print(f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, of {speed / 1e12:.3g} TFLOP/s in a large product")
+        print(
+            f"utilisation: {counted['forward'] / 1e12:.3g} TFLOP forward, "
+            f"of {speed / 1e12:.3g} TFLOP/s in a large product"
+        )
         for name, found in seconds.items():
-            print(f"{name}: " + ", ".join(f"{side} {counted[name] / each / speed:.0%}" for side, each in found.items()))
+            print(
+                f"{name}: "
+                + ", ".join(
+                    f"{side} {counted[name] / each / speed:.0%}" for side, each in found.items()
+                )
+            )
 
 
 if __name__ == "__main__":

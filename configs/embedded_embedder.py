@@ -1,11 +1,16 @@
-"""Face embedder of the embedded set's reward: a small IR network with the ArcFace loss. About five minutes on two cores."""
+"""Train the bundled reward's face embedder: a small IR network with the ArcFace loss.
+
+It takes about five minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
 
 
 def get_config() -> Config:
     return Config(
-        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99
+        ),
         run=RunConfig(steps=900, seed=12, save_every=300, sample_every=0),
         finetune=FinetuneConfig(
             task="embedder",
@@ -14,7 +19,13 @@ def get_config() -> Config:
             options=dict(
                 name="embedder",
                 architecture="arcface",
-                network=dict(units=(1, 1, 1, 1), widths=(16, 32, 64, 96), stem=16, input_size=32, embedding_size=96),
+                network=dict(
+                    units=(1, 1, 1, 1),
+                    widths=(16, 32, 64, 96),
+                    stem=16,
+                    input_size=32,
+                    embedding_size=96,
+                ),
                 units=2.6,
                 people=2000,
                 first_id=0,

@@ -1,4 +1,4 @@
-"""Face embedder of the embedded set's reward, second run: goes on with pictures as blurred as a small video model makes them."""
+"""Continue `embedded_embedder.py` with pictures as blurred as those of a small video model."""
 
 import dataclasses
 
@@ -14,6 +14,8 @@ def get_config() -> Config:
         run=dataclasses.replace(config.run, steps=300, seed=config.run.seed + 10),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
         finetune=dataclasses.replace(
-            config.finetune, start=str(EMBEDDED / "faces"), options=config.finetune.options | {"blur": 4.0}
+            config.finetune,
+            start=str(EMBEDDED / "faces"),
+            options=config.finetune.options | {"blur": 4.0},
         ),
     )

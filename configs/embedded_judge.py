@@ -1,11 +1,17 @@
-"""The judge of the embedded set: another network, crop, seed and people than the reward's embedder. About five minutes on two cores."""
+"""Train the bundled judge, an embedder independent of the reward's.
+
+Network, crop, seed and people differ from those of `embedded_embedder.py`. It takes about five
+minutes on two CPU cores.
+"""
 
 from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
 
 
 def get_config() -> Config:
     return Config(
-        optimizer=OptimizerConfig(learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99
+        ),
         run=RunConfig(steps=900, seed=13, save_every=300, sample_every=0),
         finetune=FinetuneConfig(
             task="embedder",

@@ -1,6 +1,16 @@
-"""Text encoder and tokenizer of the embedded set: a UMT5 of 0.1M parameters that reads the prompts of the cast. Minutes on two cores."""
+"""Train the bundled text encoder, a UMT5 of 0.1M parameters, and build its tokenizer.
 
-from jax_idgrpo.config import EMBEDDED, Config, DataConfig, FinetuneConfig, OptimizerConfig, RunConfig
+It takes minutes on two CPU cores.
+"""
+
+from jax_idgrpo.config import (
+    EMBEDDED,
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 
 
 def get_config() -> Config:

@@ -1,7 +1,7 @@
-"""Video transformer of the embedded set: a VACE transformer of 1.9M parameters, flow matching on drawn clips.
+"""Train the bundled VACE transformer of 1.9M parameters by flow matching on synthetic clips.
 
-Needs the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`); about ten minutes on two cores.
-`embedded_transformer_long.py` goes on.
+It requires the VAE and the text encoder (`embedded_vae.py`, `embedded_text.py`) and takes about ten
+minutes on two CPU cores. `embedded_transformer_long.py` continues the training.
 """
 
 from jax_idgrpo.config import (
@@ -24,7 +24,12 @@ def get_config() -> Config:
         video=VideoConfig(frames=9, height=64, width=64, fps=8),
         rollout=RolloutConfig(shift=3.0, steps=16, guidance=2.0),
         optimizer=OptimizerConfig(
-            learning_rate=1.2e-3, beta2=0.99, weight_decay=0.01, warmup=100, schedule="cosine", ema_decay=0.998
+            learning_rate=1.2e-3,
+            beta2=0.99,
+            weight_decay=0.01,
+            warmup=100,
+            schedule="cosine",
+            ema_decay=0.998,
         ),
         run=RunConfig(steps=2800, save_every=400, sample_every=1000),
         finetune=FinetuneConfig(

@@ -1,6 +1,7 @@
-"""The video transformer of the embedded set, second run: goes on with a pool of twice as many new clips, annealed to the end.
+"""Continue `embedded_transformer.py` on a pool of new clips, twice as large, with a decaying rate.
 
-208k clips, 36 minutes on two cores. The stored weights are the first run (45k clips), 13k clips more at a constant rate, and this run.
+The run trains on 208,000 clips and takes 36 minutes on two CPU cores. The bundled weights are from
+the first run (45,000 clips), 13,000 more clips at a constant rate, and this run.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ def get_config() -> Config:
         run=dataclasses.replace(config.run, steps=13000, seed=44, save_every=500),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
         finetune=dataclasses.replace(
-            config.finetune, start=str(EMBEDDED / "pipeline"), options=config.finetune.options | {"pool": 12288, "pool_seed": 44}
+            config.finetune,
+            start=str(EMBEDDED / "pipeline"),
+            options=config.finetune.options | {"pool": 12288, "pool_seed": 44},
         ),
     )

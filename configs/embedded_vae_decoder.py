@@ -1,6 +1,7 @@
-"""The autoencoder of the embedded model set, part three: the decoder alone. The command is in `embedded_vae.py`.
+"""Train the bundled autoencoder, part three: only the decoder. See `embedded_vae.py`.
 
-Brightness, red against blue and green against magenta count 1, 1.5 and 3: the last varies least and was lost before.
+The weights of brightness, red-blue and green-magenta are 1, 1.5 and 3. Green-magenta varies least;
+without a large weight the decoder ignores it.
 """
 
 import dataclasses
@@ -13,7 +14,14 @@ COLOURS = [[0.5774, 0.5774, 0.5774], [1.0607, 0.0, -1.0607], [1.2247, -2.4495, 1
 
 
 def get_config() -> Config:
-    seen = {"pictures": [4, 4], "pictures_beside_clips": [0, 0], "clips_from": 0, "clips_every": 1, "frames": 9, "crop": 32}
+    seen = {
+        "pictures": [4, 4],
+        "pictures_beside_clips": [0, 0],
+        "clips_from": 0,
+        "clips_every": 1,
+        "frames": 9,
+        "crop": 32,
+    }
     options = {"train": "decoder"} | NETWORK | seen | LOSS | {"colours": COLOURS}
     return Config(
         run=RunConfig(steps=1500, seed=9, save_every=250, keep=2, sample_every=500),

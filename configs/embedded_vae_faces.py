@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded model set, part two: windows around faces. The command is in `embedded_vae.py`."""
+"""Train the bundled autoencoder, part two: windows around faces. See `embedded_vae.py`."""
 
 from embedded_vae import LOSS, NETWORK, OPTIMIZER
 
@@ -6,7 +6,14 @@ from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
 
 
 def get_config() -> Config:
-    seen = {"pictures": [20, 12], "pictures_beside_clips": [4, 4], "clips_from": 0, "clips_every": 4, "frames": 9, "crop": 32}
+    seen = {
+        "pictures": [20, 12],
+        "pictures_beside_clips": [4, 4],
+        "clips_from": 0,
+        "clips_every": 4,
+        "frames": 9,
+        "crop": 32,
+    }
     return Config(
         run=RunConfig(steps=3880, seed=8, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,

@@ -1,4 +1,4 @@
-"""Identity-GRPO on Phantom-Wan-14B: the recipe of the 1.3B model, weights sharded over the mesh, at the model's 24 frames per second."""
+"""Identity-GRPO on Phantom-Wan-14B: the recipe of the 1.3B model, sharded weights, 24 fps."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,10 @@ from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """As `phantom_1_3b`, with the weights divided over 16 devices; on fewer, give `--mesh.data 1 --mesh.fsdp -1`."""
+    """Return `phantom_1_3b` with the weights sharded over 16 devices.
+
+    For fewer devices pass `--mesh.data 1 --mesh.fsdp -1`.
+    """
     base = c.load(Path(__file__).with_name("phantom_1_3b.py"))
     return dataclasses.replace(
         base,

@@ -1,6 +1,8 @@
-"""Identity-GRPO on Phantom-Wan-1.3B. Its authors published no settings for it: the recipe of VACE with Phantom's own shift and guidance.
+"""Identity-GRPO on Phantom-Wan-1.3B: the recipe of VACE with Phantom's shift and guidance.
 
-`idgrpo-convert import Phantom-Wan-1.3B.pth` and its Wan folder makes the checkpoint, with `--as phantom`; see docs.
+The authors of Identity-GRPO published no settings for this model. `idgrpo-convert import --as
+phantom` builds the checkpoint from Phantom-Wan-1.3B.pth and its Wan folder
+(see docs/checkpoints.md).
 """
 
 import dataclasses
@@ -10,7 +12,10 @@ from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """As `vace_1_3b`; three branches per velocity, the photos' scale 5.0 and the prompt's 7.5, shift 5.0."""
+    """Return `vace_1_3b` with shift 5.0 and guidance scales 5.0 (photos) and 7.5 (prompt).
+
+    A velocity needs three branches of the transformer.
+    """
     base = c.load(Path(__file__).with_name("vace_1_3b.py"))
     return dataclasses.replace(
         base,

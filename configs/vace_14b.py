@@ -1,4 +1,4 @@
-"""Identity-GRPO on Wan2.1-VACE-14B: the recipe of the 1.3B model, weights sharded over the mesh."""
+"""Identity-GRPO on Wan2.1-VACE-14B: the recipe of the 1.3B model with sharded weights."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,10 @@ from jax_idgrpo import config as c
 
 
 def get_config() -> c.Config:
-    """As `vace_1_3b`, with the weights divided over 16 devices; on fewer, give `--mesh.data 1 --mesh.fsdp -1`."""
+    """Return `vace_1_3b` with the weights sharded over 16 devices.
+
+    For fewer devices pass `--mesh.data 1 --mesh.fsdp -1`.
+    """
     base = c.load(Path(__file__).with_name("vace_1_3b.py"))
     return dataclasses.replace(
         base,

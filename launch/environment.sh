@@ -1,7 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the other scripts from the repository's root: makes .venv when it is missing, installs the package and the extra named by
-# the first argument with the exact versions of constraints.txt when they or pyproject.toml changed, and activates it.
-# PYTHON names the interpreter to make .venv with (default: the first Python 3.11 or later on the path).
+# Create, update and activate .venv. Other scripts source this file from the repository's root.
+# The first argument is an extra of the package. The package is installed with the exact versions of
+# constraints.txt, again whenever constraints.txt or pyproject.toml changes.
+# PYTHON selects the interpreter of .venv (default: the first Python 3.11 or later on the path).
 set -euo pipefail
 
 find_python() {
@@ -17,7 +18,7 @@ find_python() {
 }
 
 extra="${1:-}"
-# venv writes activate last: an environment without it was interrupted while it was made, and is made again from nothing.
+# venv writes activate last. An environment without it is incomplete and is created again.
 if [ ! -x .venv/bin/python ] || [ ! -f .venv/bin/activate ]; then
     interpreter="$(find_python)"
     echo "creating .venv with $("$interpreter" --version)"
@@ -36,5 +37,6 @@ fi
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
-# XLA allocates and frees its buffers at every step on CPUs; with huge pages that costs a third less time. Ignored where unknown.
+# On CPUs XLA allocates and frees its buffers at every step; huge pages make this a third faster.
+# A C library without this tunable ignores it.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"

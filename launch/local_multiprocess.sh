@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The path of a pod on one machine: several processes that find each other by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+# Run several processes on one machine, as on a pod. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+# JAX_PROCESS_ID connect them.
 #   launch/local_multiprocess.sh PROCESSES idgrpo train configs/quickstart.py --workdir runs/two [...]
-# On a machine with GPUs each process takes its own (CUDA_VISIBLE_DEVICES); DEVICES=n gives each process n CPU devices instead.
-# EXTRA=cuda installs with that extra. Process 0 prints here, the others into LOGS (default: runs/logs); when one of them fails, all end, with
-# its exit status.
+# Each process uses its own GPU (CUDA_VISIBLE_DEVICES); DEVICES=n gives each process n CPU devices
+# instead. EXTRA=cuda installs with that extra. Process 0 prints to the terminal, the others to
+# files in LOGS (default: runs/logs). If a process fails, all are stopped, and the script exits with
+# the status of the failed process.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a tuned adapter on two CPU cores: installs into .venv, trains on configs/quickstart.py, exports the adapter, compares it
-# with the base on held-out people, and writes one HTML page. Run it again to continue where it stopped. Nothing is downloaded but packages.
+# Train an adapter on two CPU cores from a fresh clone: installs into .venv, trains
+# configs/quickstart.py, exports the adapter, compares it with the base on held-out people, and
+# writes an HTML report. Run the script again to resume. It downloads only packages.
 #   launch/quickstart.sh [WORKDIR] [--section.field VALUE ...]      options of `idgrpo train`, such as --run.steps 20 for a quick look
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# A TPU slice of any size through gcloud: copies the repository to every host, installs there, and starts one process per host.
+# Run on a TPU slice of any size through gcloud: copies the repository to every host, installs it
+# there, and starts one process per host.
 #   TPU=my-v5p-64 ZONE=us-east5-a launch/tpu_vm.sh idgrpo train configs/vace_14b.py --workdir /mnt/shared/runs/mine --model.path ...
-# PROJECT (optional) names the project. The workdir and the models lie where all hosts reach them (a mounted bucket or a file store).
-# The command goes on when the connection is lost: its log is ~/idgrpo.log on every host. To stop it with a checkpoint:
+# PROJECT (optional) is the project. The workdir and the models must be accessible to all hosts (a
+# mounted bucket or a file store). The command continues if the connection is lost; its log is
+# ~/idgrpo.log on every host. To stop it with a checkpoint:
 #   gcloud compute tpus tpu-vm ssh my-v5p-64 --zone us-east5-a --worker=0 --command 'pkill -TERM idgrpo'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

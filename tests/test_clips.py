@@ -12,8 +12,8 @@ from jax_idgrpo import cli
 from jax_idgrpo.data.video import FINE, read_frames, read_video, to_uint8, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.preferences import clip_pairs, synthesis, video_clips
-from jax_idgrpo.preferences.clip_pairs import Shape, filmed, located
-from jax_idgrpo.preferences.corruptions import STRANGER
+from jax_idgrpo.preferences.clip_pairs import Shape, from_videos, located
+from jax_idgrpo.preferences.corruptions import DISTRACTOR
 from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND
@@ -30,18 +30,18 @@ def write_clips(folder, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two takes each of drawn prompts as mp4, their photos as PNG; and boxes of the faces by video."""
+    """Two clips of each synthetic prompt as mp4, their photos as PNG; and boxes of the faces by video."""
     folder, boxes, rows = tmp_path_factory.mktemp("clips"), {}, []
-    for take in (0, 1):
-        drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", take=take))
+    for variant in (0, 1):
+        drawn = jax.device_get(scenes.batch(5, 0, ROWS, "train", variant=variant))
         prompts = captions.prompts(drawn)
         for n in range(ROWS):
             photos = []
             for m in np.flatnonzero(drawn.mask[n]):
                 photos.append(f"{n}-{m}.png")
                 Image.fromarray(to_uint8(drawn.portraits[n, m])).save(folder / photos[-1])
-            write_video(folder / f"{n}-{take}.mp4", drawn.video[n], FRAMES_PER_SECOND, FINE)
-            rows.append((f"{n}-{take}.mp4", photos, prompts[n]))
+            write_video(folder / f"{n}-{variant}.mp4", drawn.video[n], FRAMES_PER_SECOND, FINE)
+            rows.append((f"{n}-{variant}.mp4", photos, prompts[n]))
             boxes[rows[-1][0]] = drawn.boxes[n]
     write_clips(folder, rows)
     return folder, rows, boxes
@@ -67,7 +67,7 @@ def test_people_of_one_split_are_in_no_other_whatever_else_is_in_the_folder(tmp_
 
 
 def test_a_photo_in_common_joins_and_the_shares_are_kept():
-    assert sorted(map(sorted, video_clips.circles(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
+    assert sorted(map(sorted, video_clips.identity_clusters(["ab", "c", "de", "bd", "f"]))) == [["a", "b", "d", "e"], ["c"], ["f"]]
     names = [f"{n * 2654435761 % 16**8:08x}" * 8 for n in range(4000)]
     shares = {split: sum(video_clips.split_of(name) == split for name in names) / len(names) for split in video_clips.UPTO}
     assert shares == pytest.approx({"train": 0.8, "rl": 0.1, "eval": 0.1}, abs=0.02)
@@ -86,20 +86,20 @@ def test_everybody_is_located_where_they_are(folder, capsys):
         assert not one.boxes[:, len(one.clip.people):].any()
 
 
-def test_takes_are_of_one_prompt_and_strangers_of_none_of_its_people(folder):
+def test_pairs_are_of_one_prompt_and_distractors_are_other_people(folder):
     source, _, _ = folder
-    takes = filmed(source, "train", Shape(frames=5), FACES)
+    pairs = from_videos(source, "train", Shape(frames=5), FACES)
     different = []
-    for _, take in zip(range(8), takes, strict=False):
-        one, other = take.subjects
+    for _, clip_pair in zip(range(8), pairs, strict=False):
+        one, other = clip_pair.clips
         assert one.video.shape == other.video.shape == (5, 64, 64, 3)
         different.append(np.abs(one.video - other.video).mean() > 0.02)
-        assert np.array_equal(one.photos, other.photos) and len(take.photos) == len(one.people)
-        for subject in (one, other):
-            strange = subject.recast(dict.fromkeys(subject.people, STRANGER))
-            boxes = np.maximum(subject.boxes[0, subject.people], 0).astype(int)
-            assert all(np.abs(strange - subject.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
-    assert sum(different) >= 5                      # a clip whose other take does not show everybody is both takes
+        assert np.array_equal(one.photos, other.photos) and len(clip_pair.photos) == len(one.people)
+        for clip in (one, other):
+            strange = clip.swap_faces(dict.fromkeys(clip.people, DISTRACTOR))
+            boxes = np.maximum(clip.boxes[0, clip.people], 0).astype(int)
+            assert all(np.abs(strange - clip.video)[0, y0:y1, x0:x1].mean() > 0.02 for x0, y0, x1, y1 in boxes)
+    assert sum(different) >= 5                      # a clip without a usable partner forms a pair with itself
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def broken(kind, source, rows):
         write_clips(source, [(video, ["none.png"], prompt)])
     elif kind == "twice":
         write_clips(source, [(video, [photos[0], photos[0]], prompt)])
-    elif kind == "one circle":
+    elif kind == "one cluster":
         split = next(split for split in video_clips.UPTO if any(clip.video.name == video for clip in video_clips.load_clips(source, split)))
         write_clips(source, [rows[0]])
         return ["--split", split]
@@ -166,7 +166,7 @@ def broken(kind, source, rows):
 
 @pytest.mark.parametrize(("kind", "extra", "answer"), [
     ("csv", [], "no such file"), ("column", [], "needs one column path"), ("video", [], "line 2: .*none.mp4 is no file"),
-    ("photo", [], "line 2: image .*none.png"), ("twice", [], "two of the photos are the same"), ("one circle", [], "one circle"),
+    ("photo", [], "line 2: image .*none.png"), ("twice", [], "two of the photos are the same"), ("one cluster", [], "one identity cluster"),
     ("not a video", [], "cannot be read"), ("nobody", [], "none remains"), ("", ["--frames", "0"], "1 or more"),
     ("", ["--size", "60", "64"], "multiples of 8"), ("", ["--split", "test"], "no such split"),
     ("", ["--clips", "nowhere"], "no such folder"), ("", ["--frames", "99"], "too short")])

@@ -101,7 +101,7 @@ WRONG = {
     "run.seed is -1": lambda: RunConfig(seed=-1),
     "run.seed is 607539957654043": lambda: override(Config(), [("run.seed", "607539957654043")]),
     "finetune.options: pool_seed is 18446744073709551616": lambda: transformer_options(pool_seed=2**64),
-    "--seed is 4294967296": lambda: captions.check_asked("rl", 1, 2**32),
+    "--seed is 4294967296": lambda: captions.check_request("rl", 1, 2**32),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
-from jax_idgrpo.preferences.clip_pairs import drawn
+from jax_idgrpo.preferences.clip_pairs import from_synthetic
 from jax_idgrpo.preferences.corruptions import blur, codec, light, paste
 from jax_idgrpo.rewards import factory, photo_copy
 from jax_idgrpo.rewards.base import References
@@ -27,7 +27,7 @@ def reward():
 @functools.cache
 def clips():
     """Of held-out people."""
-    return [takes.subjects[0] for takes in itertools.islice(drawn(5, "eval"), 12)]
+    return [clip_pair.clips[0] for clip_pair in itertools.islice(from_synthetic(5, "eval"), 12)]
 
 
 def asked(people=slice(None)):

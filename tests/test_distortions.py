@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.preferences import corruptions
-from jax_idgrpo.preferences.corruptions import DISTORTIONS, NUISANCES, STRANGER, TOGETHER, TRICKS, Subject, pasted
+from jax_idgrpo.preferences.corruptions import DISTORTIONS, DISTRACTOR, NUISANCES, TOGETHER, TRICKS, AnnotatedClip, pasted
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
@@ -16,8 +16,8 @@ PHOTO_COLOURS = np.array([[0.9, 0.9, -0.9], [-0.5, 0.4, 0.8]], np.float32)
 
 
 @pytest.fixture
-def subject() -> Subject:
-    """Two people of one colour each in front of noise that moves; the third is absent. Their photos have other colours, a stranger too."""
+def clip() -> AnnotatedClip:
+    """Two people of one colour each before moving noise, and an absent third; photos and distractor have other colours."""
     video = np.random.default_rng(0).uniform(-0.2, 0.2, (FRAMES, SIZE, SIZE, 3)).astype(np.float32)
     boxes = np.repeat(BOXES[None], FRAMES, axis=0)
     photos = np.ones((3, 16, 16, 3), np.float32)
@@ -28,91 +28,91 @@ def subject() -> Subject:
             video[t, y0:y1, x0:x1] = COLOURS[i]
         photos[i, 4:12, 4:12] = PHOTO_COLOURS[i]
     photo_boxes = np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32)
-    return with_video(Subject(video, boxes, np.array([True, True, False]), photos, photo_boxes, lambda faces: video), video)
+    return with_video(AnnotatedClip(video, boxes, np.array([True, True, False]), photos, photo_boxes, lambda faces: video), video)
 
 
-def with_video(subject, video, stranger=STRANGE):
+def with_video(clip, video, distractor=STRANGE):
     """The same people in another clip, and somebody else of one colour."""
-    others = np.broadcast_to(stranger, (FRAMES, 8, 8, 3)), np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32)
-    return subject.replace(video=video, recast=functools.partial(pasted, video, subject.boxes, *others))
+    others = np.broadcast_to(distractor, (FRAMES, 8, 8, 3)), np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32)
+    return clip.replace(video=video, swap_faces=functools.partial(pasted, video, clip.boxes, *others))
 
 
-def middle(subject, video, t, i):
+def middle(clip, video, t, i):
     """The pixel in the middle of a face."""
-    x, y = (subject.boxes[t, i, :2] + subject.boxes[t, i, 2:]) / 2
+    x, y = (clip.boxes[t, i, :2] + clip.boxes[t, i, 2:]) / 2
     return video[t, int(y), int(x)]
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
-def test_the_clip_given_stays_as_it_is_and_strength_0_changes_nothing(subject, name):
-    before = subject.video.copy()
-    changed = DISTORTIONS[name](subject)
+def test_the_clip_given_stays_as_it_is_and_strength_0_changes_nothing(clip, name):
+    before = clip.video.copy()
+    changed = DISTORTIONS[name](clip)
     assert changed.shape == before.shape and changed.dtype == np.float32 and np.abs(changed).max() <= 1
-    np.testing.assert_array_equal(subject.video, before)
+    np.testing.assert_array_equal(clip.video, before)
     assert np.abs(changed - before).max() > 0.1
-    np.testing.assert_allclose(DISTORTIONS[name](subject, 0.0), before, atol=1e-6)
+    np.testing.assert_allclose(DISTORTIONS[name](clip, 0.0), before, atol=1e-6)
 
 
-def test_each_does_what_it_is_named_after(subject):
-    made = {name: distort(subject) for name, distort in DISTORTIONS.items()}
+def test_each_does_what_it_is_named_after(clip):
+    made = {name: distort(clip) for name, distort in DISTORTIONS.items()}
     for t in range(FRAMES):
-        seen = {name: [middle(subject, video, t, i) for i in range(2)] for name, video in made.items()}
+        seen = {name: [middle(clip, video, t, i) for i in range(2)] for name, video in made.items()}
         np.testing.assert_allclose(seen["paste"], PHOTO_COLOURS, atol=1e-5)
         np.testing.assert_allclose(seen["duplicate"], COLOURS[[0, 0]], atol=1e-5)
         np.testing.assert_allclose(seen["blend"], [COLOURS.mean(0)] * 2, atol=1e-5)
         np.testing.assert_allclose(seen["swap"], COLOURS if t < FRAMES // 2 else COLOURS[::-1], atol=1e-5)
-        np.testing.assert_allclose(seen["drop"], [COLOURS[0], subject.video[t].mean((0, 1))], atol=1e-5)
+        np.testing.assert_allclose(seen["drop"], [COLOURS[0], clip.video[t].mean((0, 1))], atol=1e-5)
         np.testing.assert_allclose(seen["replace"], [COLOURS[0], STRANGE], atol=1e-5)
         share = t / (FRAMES - 1)
         np.testing.assert_allclose(seen["drift"], [COLOURS[0], (1 - share) * COLOURS[1] + share * STRANGE], atol=1e-5)
-        np.testing.assert_array_equal(made["freeze"][t], subject.video[0])
-        area = [(np.abs(video[t] - COLOURS[0]).max(-1) < 1e-4).sum() for video in (subject.video, made["enlarge"])]
+        np.testing.assert_array_equal(made["freeze"][t], clip.video[0])
+        area = [(np.abs(video[t] - COLOURS[0]).max(-1) < 1e-4).sum() for video in (clip.video, made["enlarge"])]
         assert area[1] > 1.5 * area[0]
 
 
-def test_blur_takes_details_from_faces(subject):
-    noisy = with_video(subject, np.random.default_rng(2).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
+def test_blur_takes_details_from_faces(clip):
+    noisy = with_video(clip, np.random.default_rng(2).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32))
     left, top, right, bottom = noisy.boxes[0, 0].astype(int)
     detail = [corruptions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
     assert detail[0] > 1.3 * detail[1] > 1.3 * detail[2]
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
-def test_more_strength_is_further_from_the_clip(subject, name):
-    subject = with_video(subject, np.random.default_rng(3).uniform(-0.9, 0.9, subject.video.shape).astype(np.float32))
-    away = [np.abs(DISTORTIONS[name](subject, q) - subject.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
+def test_more_strength_is_further_from_the_clip(clip, name):
+    clip = with_video(clip, np.random.default_rng(3).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32))
+    away = [np.abs(DISTORTIONS[name](clip, q) - clip.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
     assert (np.diff(away) >= 0).all() and 0 < away[1] < away[3], away
 
 
 @pytest.mark.parametrize(("name", "frames"), [("drop", 2), ("duplicate", 2), ("swap", 1)])
-def test_strength_is_a_share_of_the_clip(subject, name, frames):
-    changed = np.abs(DISTORTIONS[name](subject, 0.5) - subject.video).max((1, 2, 3)) > 0.1
+def test_strength_is_a_share_of_the_clip(clip, name, frames):
+    changed = np.abs(DISTORTIONS[name](clip, 0.5) - clip.video).max((1, 2, 3)) > 0.1
     assert changed.tolist() == [False] * (FRAMES - frames) + [True] * frames
 
 
 @pytest.mark.parametrize("name", sorted(set(DISTORTIONS) - {"freeze", "enlarge", "drop"}))
-def test_nothing_but_faces_changes(subject, name):
+def test_nothing_but_faces_changes(clip, name):
     outside = np.ones((FRAMES, SIZE, SIZE), bool)
     for t in range(FRAMES):
-        for x0, y0, x1, y1 in subject.boxes[t, :2].astype(int):
+        for x0, y0, x1, y1 in clip.boxes[t, :2].astype(int):
             outside[t, y0:y1, x0:x1] = False
-    np.testing.assert_array_equal(DISTORTIONS[name](subject)[outside], subject.video[outside])
+    np.testing.assert_array_equal(DISTORTIONS[name](clip)[outside], clip.video[outside])
 
 
-def test_what_needs_others_is_listed(subject):
-    alone = subject.replace(mask=np.array([True, False, False]))
-    lone = with_video(subject, subject.video, stranger=COLOURS[1])
+def test_what_needs_others_is_listed(clip):
+    alone = clip.replace(mask=np.array([True, False, False]))
+    lone = with_video(clip, clip.video, distractor=COLOURS[1])
     for name, distort in DISTORTIONS.items():
-        assert np.array_equal(distort(alone), subject.video) == (name in TOGETHER), name
-        assert np.array_equal(distort(lone), distort(subject)) == (name not in ("replace", "drift")), name
+        assert np.array_equal(distort(alone), clip.video) == (name in TOGETHER), name
+        assert np.array_equal(distort(lone), distort(clip)) == (name not in ("replace", "drift")), name
     assert set(TRICKS) < set(DISTORTIONS)
 
 
-def test_faces_are_pasted_where_they_are_asked_for(subject):
-    for faces, expected in (({}, COLOURS), ({0: 1, 1: 0}, COLOURS[::-1]), ({0: STRANGER, 1: 0}, [STRANGE, COLOURS[0]])):
-        changed = subject.recast(faces)
+def test_faces_are_pasted_where_they_are_asked_for(clip):
+    for faces, expected in (({}, COLOURS), ({0: 1, 1: 0}, COLOURS[::-1]), ({0: DISTRACTOR, 1: 0}, [STRANGE, COLOURS[0]])):
+        changed = clip.swap_faces(faces)
         for t in range(FRAMES):
-            np.testing.assert_allclose([middle(subject, changed, t, i) for i in range(2)], expected, atol=1e-5)
+            np.testing.assert_allclose([middle(clip, changed, t, i) for i in range(2)], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NUISANCES)

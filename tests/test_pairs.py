@@ -12,8 +12,8 @@ from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.data.video import read_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.preferences import synthesis
-from jax_idgrpo.preferences.clip_pairs import Shape, drawn
-from jax_idgrpo.preferences.corruptions import STRANGER, swap
+from jax_idgrpo.preferences.clip_pairs import Shape, from_synthetic
+from jax_idgrpo.preferences.corruptions import DISTRACTOR, swap
 from jax_idgrpo.preferences.csv_source import LABELS, load_pairs
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.factory import make_face_reward
@@ -51,20 +51,20 @@ def test_the_folder_is_what_training_reads(written):
 
 
 def test_both_videos_are_takes_of_one_prompt():
-    for _, takes in zip(range(4), drawn(2, "eval"), strict=False):
-        one, other = takes.subjects
+    for _, clip_pair in zip(range(4), from_synthetic(2, "eval"), strict=False):
+        one, other = clip_pair.clips
         assert np.array_equal(one.photos, other.photos) and np.array_equal(one.mask, other.mask)
         people = one.people
-        assert len(takes.photos) == len(people) and takes.prompt.count("person with") == len(people)
+        assert len(clip_pair.photos) == len(people) and clip_pair.prompt.count("person with") == len(people)
         assert np.abs(one.video - other.video).mean() > 0.02
         assert np.abs(one.boxes - other.boxes)[:, people].max() > 1             # pixels: poses, sizes and motion differ
-        order = [np.argsort(take.boxes[0, people, 0]).tolist() for take in (one, other)]
+        order = [np.argsort(clip.boxes[0, people, 0]).tolist() for clip in (one, other)]
         assert order[0] == order[1]                                             # who stands where does not
 
 
 def test_drawn_people_can_have_any_face_above_their_own_clothes():
     """Drawn, not pasted: an exchange leaves no seam for a cosine to go by, so that only who stands where tells of it."""
-    clips = list(itertools.islice((takes.subjects[0] for takes in drawn(7, "eval") if len(takes.photos) == 2), 6))
+    clips = list(itertools.islice((clip_pair.clips[0] for clip_pair in from_synthetic(7, "eval") if len(clip_pair.photos) == 2), 6))
     reward = make_face_reward(RewardConfig(frames=9))
     photos = References.of_pixels(*(np.stack([getattr(clip, name) for clip in clips]) for name in ("photos", "mask")))
     people = reward.encode_references(photos, [""] * len(clips))
@@ -73,15 +73,15 @@ def test_drawn_people_can_have_any_face_above_their_own_clothes():
         found = reward.score(np.stack(videos), people)
         return (np.asarray(found[name]) for name in ("similarity", "similarity_min", "swapped"))
 
-    exchanged = [clip.recast(dict(zip(clip.people, clip.people[::-1], strict=True))) for clip in clips]
-    strange = [clip.recast({clip.people[1]: STRANGER}) for clip in clips]
+    exchanged = [clip.swap_faces(dict(zip(clip.people, clip.people[::-1], strict=True))) for clip in clips]
+    strange = [clip.swap_faces({clip.people[1]: DISTRACTOR}) for clip in clips]
     (alike, worst, _), (_, exchanged_worst, throughout), (_, strange_worst, _), (late, _, swapped) = map(
         terms, ([clip.video for clip in clips], exchanged, strange, [swap(clip) for clip in clips]))
     assert min(worst.min(), exchanged_worst.min()) > 0.4 > 0.3 > strange_worst.max()
     assert abs((late - alike).mean()) < 0.03
     assert not throughout.any() and swapped.min() > 0.3
     for clip in clips:
-        np.testing.assert_allclose(clip.recast({}), clip.video, atol=1e-5)
+        np.testing.assert_allclose(clip.swap_faces({}), clip.video, atol=1e-5)
     change = np.abs(np.stack(exchanged) - [clip.video for clip in clips]).mean((0, 1, 3, 4))       # by rows: heads are above, clothes below
     assert change[-4:].max() < 0.3 * change.max()
 

@@ -180,7 +180,7 @@ def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_
     looked = []
 
     def tokens_of(pair, config=config):
-        of = train_head.kept(str(folder), reward, config)
+        of = train_head.token_cache(str(folder), reward, config)
         return of(pair, pair.videos[0], lambda: looked.append(pair) or train_head.read_one(reward, pair, pair.videos[0], config)[1])
 
     first, again = tokens_of(pair), tokens_of(pair)

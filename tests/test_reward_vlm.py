@@ -132,7 +132,7 @@ def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path)
     files.save(model, tmp_path / "teacher", text=text)
     trainee = train_vlm.Trainee(model.network, 1, model.settings)
     said = train_vlm.differences(trainee, listed, train_vlm.read_with(model, text, 10.0), 2)[:, 0]
-    kept = pairs_tasks.filtered(listed, options, lambda: train_vlm.read_teacher(config, options))
+    kept = pairs_tasks.filter_automatic(listed, options, lambda: train_vlm.read_teacher(config, options))
     want = [pair for pair, d in zip(listed, said, strict=True) if pair.source == "trusted" or d * pair.labels[0] > 0]
     assert {pair.videos for pair in kept} == {pair.videos for pair in want}
 
@@ -159,7 +159,7 @@ def test_a_bad_row_is_named(tmp_path, header, row, message):
 
 def test_mistakes_in_the_options_are_named(base, tmp_path):
     pairs = write_pairs(tmp_path / "pairs", 1, 0)
-    for options, message in (({"pears": 1}, "knows no 'pears'"), ({"theta": 1.0}, "theta above 1")):
+    for options, message in (({"pears": 1}, "has no 'pears'"), ({"theta": 1.0}, "theta above 1")):
         with pytest.raises(UserError, match=message):
             train_vlm.make(configuration(base, pairs, 1, **options))
     with pytest.raises(UserError, match="no such file"):

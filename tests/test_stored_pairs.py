@@ -14,7 +14,7 @@ from jax_idgrpo.data.video import read_frames, read_video, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.preferences import synthesis, tfds_builder, tfds_source
 from jax_idgrpo.preferences.csv_source import LABELS, by_source, load_pairs, pair_batch
-from jax_idgrpo.preferences.tfds_source import INDEX, INFO, KEPT, StoredPairs, open_pairs
+from jax_idgrpo.preferences.tfds_source import CACHED_RECORDS, INDEX, INFO, StoredPairs, open_pairs
 from jax_idgrpo.training.finetune import finetune
 from tests import vlm_folders
 from tests.test_reward_vlm import configuration as vlm_configuration
@@ -23,7 +23,7 @@ from tests.test_reward_vlm import write_rows
 DIMENSIONS = ("SA", "VQ")
 
 
-def write_csv(folder, count=3 * KEPT):
+def write_csv(folder, count=3 * CACHED_RECORDS):
     """Rows of every kind; the files hold arbitrary bytes, which may be none and may end with zeros."""
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -50,19 +50,19 @@ def test_tokenizer_refuses_what_it_would_split():
 
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
-    told = [text._draw(3, step, BATCH) for step in range(8)]
-    prompts = [prompt for part in told for prompt in captions.describe(part.scene, part.people, part.mask)]
+    content = [text._draw(3, step, BATCH) for step in range(8)]
+    prompts = [prompt for part in content for prompt in captions.describe(part.scene, part.people, part.mask)]
     ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()
 
 
 def test_attributes_are_those_of_the_people_that_are_there():
-    told = jax.device_get(text._draw(3, 5, BATCH))
-    got = text.attributes(told)
+    content = jax.device_get(text._draw(3, 5, BATCH))
+    got = text.attributes(content)
     person = got[:, : 3 * 9].reshape(-1, 3, 9)
-    assert ((person >= 0) == told.mask[..., None]).all()
-    assert (person[told.mask][:, 8] == told.scene.action[told.mask]).all()
+    assert ((person >= 0) == content.mask[..., None]).all()
+    assert (person[content.mask][:, 8] == content.scene.action[content.mask]).all()
     assert got.max() < text.CLASSES and (got[:, 27:] >= 0).all()
 
 

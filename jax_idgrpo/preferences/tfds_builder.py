@@ -1,8 +1,9 @@
-"""The TFDS builder of preference pairs; `tfds_source` reads what it writes. It needs `tensorflow-datasets`, and no TensorFlow.
+"""TFDS builder of preference pairs; `tfds_source` reads its data sets.
 
-An example holds its files as they are, byte by byte. Pairs stay in the order of the CSV, in shards of at most `SHARD` bytes; a shard is
-held in memory while it is written. The labels and sources of all pairs stand once more in `metadata.json`, a letter each, so that a reader
-knows them without reading the videos.
+It requires `tensorflow-datasets` but not TensorFlow. An example contains the unchanged bytes of
+its files. Pairs keep the order of the CSV, in shards of at most `SHARD` bytes; a shard is in memory
+while it is written. `metadata.json` repeats the labels and sources of all pairs, one letter each,
+so that they can be read without the videos.
 """
 
 import functools
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import importlib_resources  # noqa: F401    TFDS writes with it and does not ask for it: missing is better said at once
+import importlib_resources  # noqa: F401    TFDS needs it and does not declare it; fail early
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -24,25 +25,31 @@ SHARD = 2**28
 
 
 def features(dimensions: Sequence[str]) -> tfds.features.FeaturesDict:
-    """What an example holds."""
+    """Return the features of an example."""
     file = tfds.features.Tensor(shape=(), dtype=np.object_)
-    sides = {"video": file, "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"), "num_frames": np.int64}
-    return tfds.features.FeaturesDict({
-        "prompt": tfds.features.Text(),
-        "references": tfds.features.Sequence(file),
-        "labels": {name: tfds.features.ClassLabel(names=list(LABELS)) for name in dimensions},
-        "source": tfds.features.ClassLabel(names=list(SOURCES)),
-        **{f"{name}_{side}": kind for name, kind in sides.items() for side in "AB"},
-    })
+    sides = {
+        "video": file,
+        "fps": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"),
+        "num_frames": np.int64,
+    }
+    return tfds.features.FeaturesDict(
+        {
+            "prompt": tfds.features.Text(),
+            "references": tfds.features.Sequence(file),
+            "labels": {name: tfds.features.ClassLabel(names=list(LABELS)) for name in dimensions},
+            "source": tfds.features.ClassLabel(names=list(SOURCES)),
+            **{f"{name}_{side}": kind for name, kind in sides.items() for side in "AB"},
+        }
+    )
 
 
-def named(value: int) -> str:
-    """The name of a label."""
+def label_name(value: int) -> str:
+    """Return the name of a label's value."""
     return next(name for name, known in LABELS.items() if known == value)
 
 
 def shards(sizes: Sequence[int], most: int) -> list[range]:
-    """Numbers of neighbouring pairs whose files together have at most `most` bytes; a pair that has more is alone."""
+    """Split pairs into consecutive shards of at most `most` bytes; a larger pair is a shard."""
     starts, filled = [0], 0
     for number, size in enumerate(sizes):
         if filled and filled + size > most:
@@ -53,27 +60,54 @@ def shards(sizes: Sequence[int], most: int) -> list[range]:
 
 
 class IdentityPairs(tfds.core.ShardBasedBuilder):
-    """Preference pairs of videos that are to show given people: which of two is better, with the reference photos."""
+    """Preference pairs of identity-preserving videos, with the reference photos of their people."""
 
     name = NAME
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, *, pairs: Sequence[Pair], dimensions: Sequence[str], update: Callable[[int], None], data_dir: Path):
-        """update: is told how many pairs are written."""
+    def __init__(
+        self,
+        *,
+        pairs: Sequence[Pair],
+        dimensions: Sequence[str],
+        update: Callable[[int], None],
+        data_dir: Path,
+    ):
+        """Prepare the builder.
+
+        Args:
+          pairs: pairs to write.
+          dimensions: names of the labels.
+          update: progress callback, called with the number of written pairs.
+          data_dir: folder of the data set.
+        """
         self._pairs, self._dimensions, self._update = pairs, tuple(dimensions), update
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        labels = {name: "".join(named(pair.labels[n])[0] for pair in self._pairs) for n, name in enumerate(self._dimensions)}
+        labels = {
+            name: "".join(label_name(pair.labels[n])[0] for pair in self._pairs)
+            for n, name in enumerate(self._dimensions)
+        }
         index = {"labels": labels, "sources": "".join(pair.source[0] for pair in self._pairs)}
         return tfds.core.DatasetInfo(
-            builder=self, description=type(self).__doc__, features=features(self._dimensions), metadata=tfds.core.MetadataDict(index),
+            builder=self,
+            description=type(self).__doc__,
+            features=features(self._dimensions),
+            metadata=tfds.core.MetadataDict(index),
             disable_shuffling=True,
         )
 
-    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
-        sizes = [sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos)) for pair in self._pairs]
-        return {SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]}
+    def _shard_iterators_per_split(
+        self, dl_manager: Any
+    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
+        sizes = [
+            sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos))
+            for pair in self._pairs
+        ]
+        return {
+            SPLIT: [functools.partial(self._examples, numbers) for numbers in shards(sizes, SHARD)]
+        }
 
     def _examples(self, numbers: range) -> Iterator[tuple[int, dict]]:
         for number in numbers:
@@ -82,19 +116,29 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
 
 
 def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
-    """A pair as `features` has it, with the bytes of its files.
+    """Convert a pair to an example with the bytes of its files.
 
     Raises:
       UserError: a file cannot be read.
     """
     row = pair.row.read()
-    a_b = {"video": [_bytes(file) for file in row.videos], "fps": row.fps, "num_frames": row.num_frames}
+    a_b = {
+        "video": [_bytes(file) for file in row.videos],
+        "fps": row.fps,
+        "num_frames": row.num_frames,
+    }
     return {
         "prompt": row.prompt,
         "references": [_bytes(file) for file in row.references],
-        "labels": {name: named(label) for name, label in zip(dimensions, pair.labels, strict=True)},
+        "labels": {
+            name: label_name(label) for name, label in zip(dimensions, pair.labels, strict=True)
+        },
         "source": pair.source,
-        **{f"{name}_{side}": values[n] for name, values in a_b.items() for n, side in enumerate("AB")},
+        **{
+            f"{name}_{side}": values[n]
+            for name, values in a_b.items()
+            for n, side in enumerate("AB")
+        },
     }
 
 
@@ -102,4 +146,6 @@ def _bytes(file: File) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); check its permissions"
+        ) from None

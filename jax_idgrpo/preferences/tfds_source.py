@@ -1,7 +1,9 @@
-"""Preference pairs from a CSV, or from a data set that `idgrpo pack-pairs` made of one: the same pairs in the same order.
+"""Read preference pairs from a CSV, or from a data set that `idgrpo pack-pairs` made of one.
 
-A data set is read record by record, where a step asks for it; in memory are only a letter per label and source. Its files are decoded from
-their bytes. Of what the folder says about itself nothing is imported and no path is followed: names and types are those that are written.
+Both contain the same pairs in the same order. Records of a data set are read on demand; only one
+letter per label and source is in memory. Videos and photos are decoded from bytes. The folder's
+metadata is untrusted: no code is imported and no path is followed; names and types are constants of
+`tfds_builder`.
 """
 
 import contextlib
@@ -27,21 +29,23 @@ SOURCES = {"t": "trusted", "a": "automatic"}
 INFO, INDEX = "dataset_info.json", "metadata.json"
 MAKE = "idgrpo pack-pairs --csv pairs.csv --out DIR"
 AGAIN = "copy the data set again, or make it again"
-KEPT = 16
-"""Records kept from one question to the next."""
+CACHED_RECORDS = 16
+"""Number of cached records."""
 
 
 def open_pairs(path: str | Path, dimensions: Sequence[str]) -> Sequence[Pair]:
-    """The pairs of a CSV, or of the folder of a data set, labelled in `dimensions`.
+    """Open the pairs of a CSV or of a data set's folder, with the labels of `dimensions`.
 
     Raises:
       UserError: as `load_pairs` and `StoredPairs`.
     """
-    return StoredPairs(Path(path), dimensions) if Path(path).is_dir() else load_pairs(path, dimensions)
+    return (
+        StoredPairs(Path(path), dimensions) if Path(path).is_dir() else load_pairs(path, dimensions)
+    )
 
 
 def builder() -> ModuleType:
-    """`tfds_builder`, which needs a package of its own.
+    """Import `tfds_builder`, which requires an optional package.
 
     Raises:
       UserError: the package is not installed.
@@ -49,7 +53,10 @@ def builder() -> ModuleType:
     try:
         from jax_idgrpo.preferences import tfds_builder
     except ImportError as error:
-        raise UserError(f"data sets of pairs need tensorflow-datasets ({error}); install it: pip install 'jax-idgrpo[data]'") from None
+        raise UserError(
+            f"data sets of pairs need tensorflow-datasets ({error}); "
+            "install it: pip install 'jax-idgrpo[data]'"
+        ) from None
     return tfds_builder
 
 
@@ -57,44 +64,62 @@ def builder() -> ModuleType:
 class StoredRow:
     """A row of a data set."""
 
-    among: "StoredPairs"
+    dataset: "StoredPairs"
     number: int
 
     def __str__(self) -> str:
-        return f"pairs {self.among.folder}, pair {self.number}"
+        return f"pairs {self.dataset.folder}, pair {self.number}"
 
     def read(self) -> Row:
-        """Raises UserError where the data set is damaged."""
-        found = self.among.example(self.number)
-        photos = tuple(StoredFile(self, "references", place) for place in range(len(found["references"])))
+        """Read the row.
+
+        Raises:
+          UserError: the data set is damaged.
+        """
+        found = self.dataset.example(self.number)
+        photos = tuple(
+            StoredFile(self, "references", index) for index in range(len(found["references"]))
+        )
         return Row(
-            photos, (StoredFile(self, "video_A"), StoredFile(self, "video_B")), found["prompt"],
-            (float(found["fps_A"]), float(found["fps_B"])), (int(found["num_frames_A"]), int(found["num_frames_B"])),
+            photos,
+            (StoredFile(self, "video_A"), StoredFile(self, "video_B")),
+            found["prompt"],
+            (float(found["fps_A"]), float(found["fps_B"])),
+            (int(found["num_frames_A"]), int(found["num_frames_B"])),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A photo or a video of a data set. place: among the photos, -1 for a video."""
+    """A photo or a video of a data set. index: number of the photo, -1 for a video."""
 
     row: StoredRow
     name: str
-    place: int = -1
+    index: int = -1
 
     def __str__(self) -> str:
-        return f"{self.row}, {self.name}" if self.place < 0 else f"{self.row}, {self.name} {self.place}"
+        return (
+            f"{self.row}, {self.name}"
+            if self.index < 0
+            else f"{self.row}, {self.name} {self.index}"
+        )
 
     def read_bytes(self) -> bytes:
-        """Raises UserError where the data set is damaged."""
-        found = self.row.among.example(self.row.number)[self.name]
-        return bytes(found if self.place < 0 else found[self.place])
+        """Read the bytes of the file.
+
+        Raises:
+          UserError: the data set is damaged.
+        """
+        found = self.row.dataset.example(self.row.number)[self.name]
+        return bytes(found if self.index < 0 else found[self.index])
 
 
 class StoredPairs(Sequence[Pair]):
-    """The pairs of a data set, in the order of the CSV that it was made of.
+    """The pairs of a data set, in the order of its CSV.
 
     Raises:
-      UserError: the folder holds no data set of pairs, a damaged one, or one without labels in `dimensions`, or a package is missing.
+      UserError: the folder contains no data set of pairs, the data set is damaged or has no labels
+        of `dimensions`, or a package is missing.
     """
 
     def __init__(self, folder: Path, dimensions: Sequence[str]):
@@ -102,12 +127,16 @@ class StoredPairs(Sequence[Pair]):
         lengths = _lengths(folder, written)
         self.folder, (self._columns, self._sources) = folder, _index(folder, sum(lengths))
         if missing := [name for name in dimensions if name not in self._columns]:
-            raise UserError(f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
-                            f"make it again with --dimensions {','.join(dimensions)}")
+            raise UserError(
+                f"pairs {folder}: has no labels {missing[0]}, only {', '.join(self._columns)}; "
+                f"make it again with --dimensions {','.join(dimensions)}"
+            )
         self._labels = [self._columns[name] for name in dimensions]
         self._features = written.features(list(self._columns))
         stem = folder / f"{written.NAME}-{written.SPLIT}.array_record"
-        files = [Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))]
+        files = [
+            Path(f"{stem}-{number:05d}-of-{len(lengths):05d}") for number in range(len(lengths))
+        ]
         if lost := [file.name for file in files if not file.is_file()]:
             raise UserError(f"pairs {folder}: {lost[0]} is missing; {AGAIN}")
         try:
@@ -117,7 +146,7 @@ class StoredPairs(Sequence[Pair]):
             raise UserError(f"pairs {folder}: {_damaged(error)}") from None
         if found != len(self):
             raise UserError(f"pairs {folder}: holds {found} records, not {len(self)}; {AGAIN}")
-        self.example = functools.lru_cache(KEPT)(self._read)
+        self.example = functools.lru_cache(CACHED_RECORDS)(self._read)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -139,11 +168,19 @@ class StoredPairs(Sequence[Pair]):
         try:
             read = self._features.deserialize_example_np(self._records[number])
             read["prompt"] = read["prompt"].decode()
-            said = {name: list(LETTERS)[label] for name, label in read["labels"].items()}, list(SOURCES)[read["source"]]
-        except Exception as error:      # whatever the libraries raise over damaged bytes
+            stored = (
+                {name: list(LETTERS)[label] for name, label in read["labels"].items()},
+                list(SOURCES)[read["source"]],
+            )
+        except Exception as error:  # whatever the libraries raise over damaged bytes
             raise UserError(f"{StoredRow(self, number)}: {_damaged(error)}") from None
-        if said != ({name: column[number] for name, column in self._columns.items()}, self._sources[number]):
-            raise UserError(f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}")
+        if stored != (
+            {name: column[number] for name, column in self._columns.items()},
+            self._sources[number],
+        ):
+            raise UserError(
+                f"{StoredRow(self, number)}: its labels are not those of {INDEX}; {AGAIN}"
+            )
         return read
 
 
@@ -152,7 +189,7 @@ def _damaged(error: Exception) -> str:
 
 
 def _json(file: Path) -> Any:
-    """What a JSON file holds."""
+    """Parse a JSON file."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -160,35 +197,47 @@ def _json(file: Path) -> Any:
 
 
 def _lengths(folder: Path, written: ModuleType) -> list[int]:
-    """How many records each file holds.
+    """Read the number of records in each file.
 
     Raises:
-      UserError: the folder is no data set of pairs, or of another version.
+      UserError: the folder is no data set of pairs, or has another version.
     """
     if not (folder / INFO).is_file():
-        raise UserError(f"pairs {folder}: is a folder without {INFO}, so no data set; name a CSV, or make one: {MAKE}")
+        raise UserError(
+            f"pairs {folder}: is a folder without {INFO}, so no data set; "
+            f"name a CSV, or make one: {MAKE}"
+        )
     info = _json(folder / INFO)
     try:
         found = [info[name] for name in ("name", "version", "fileFormat")]
-        lengths = {split["name"]: [int(length) for length in split["shardLengths"]] for split in info["splits"]}
+        lengths = {
+            split["name"]: [int(length) for length in split["shardLengths"]]
+            for split in info["splits"]
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"pairs {folder / INFO}: {_damaged(error)}") from None
-    wanted = [written.NAME, written.VERSION, "array_record"]
-    if found != wanted or list(lengths) != [written.SPLIT]:
-        raise UserError(f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(wanted)}; make one of the CSV: {MAKE}")
+    expected = [written.NAME, written.VERSION, "array_record"]
+    if found != expected or list(lengths) != [written.SPLIT]:
+        raise UserError(
+            f"pairs {folder}: holds {' '.join(map(str, found))}, not {' '.join(expected)}; "
+            f"make one of the CSV: {MAKE}"
+        )
     return lengths[written.SPLIT]
 
 
 def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
-    """The letters of all labels by dimension, and of all sources.
+    """Read the letters of all labels by dimension, and of all sources.
 
     Raises:
-      UserError: they are missing, or not those of `count` pairs.
+      UserError: the letters are missing, or are not those of `count` pairs.
     """
     index = _json(folder / INDEX)
     try:
         labels, sources = dict(index["labels"]), str(index["sources"])
-        fit = [set(sources) <= set(SOURCES), *(set(column) <= set(LETTERS) for column in labels.values())]
+        fit = [
+            set(sources) <= set(SOURCES),
+            *(set(column) <= set(LETTERS) for column in labels.values()),
+        ]
         if not all(fit) or any(len(column) != count for column in (sources, *labels.values())):
             raise ValueError(f"not the letters of {count} pairs")
     except (KeyError, TypeError, ValueError) as error:
@@ -197,22 +246,28 @@ def _index(folder: Path, count: int) -> tuple[dict[str, str], str]:
 
 
 def write_dataset(csv: Path, out: Path, dimensions: str = "SA") -> None:
-    """Make the folder `out` of the pairs of a CSV; it appears once it is complete.
+    """Convert the pairs of a CSV to a data set; the folder appears once it is complete.
 
-    dimensions: columns of the CSV that hold labels, joined by commas.
+    Args:
+      csv: pairs in the format of `csv_source`.
+      out: folder to create.
+      dimensions: columns with labels, joined by commas.
 
     Raises:
-      UserError: the CSV is not as `csv_source` says, a file of it cannot be read, `out` exists or cannot be made, or a package is
-        missing.
+      UserError: the CSV is invalid, one of its files cannot be read, `out` exists or cannot be
+        created, or a package is missing.
     """
     names = dimensions.split(",")
     written, pairs = builder(), load_pairs(csv, names)
     with (
         workdir.new_folder(out) as folder,
         progress("pairs", len(pairs)) as update,
-        contextlib.redirect_stdout(io.StringIO()),      # which says where the folder is while it is not complete
+        # TFDS prints the path of the temporary folder.
+        contextlib.redirect_stdout(io.StringIO()),
     ):
-        made = written.IdentityPairs(pairs=pairs, dimensions=names, update=update, data_dir=folder / "making")
+        made = written.IdentityPairs(
+            pairs=pairs, dimensions=names, update=update, data_dir=folder / "making"
+        )
         made.download_and_prepare()
         for file in Path(made.data_dir).iterdir():
             file.rename(folder / file.name)

@@ -1,13 +1,14 @@
-"""Training of the vision-language reward on preference pairs, by Bradley-Terry with ties.
+"""Train the vision-language reward on preference pairs by Bradley-Terry with ties.
 
-As published: an adapter on every linear layer of the language model, the vision tower with its merger, the head, and of the embedding
-table only the rows of the reward tokens are trained, with one learning rate; the rest is frozen. What is trained is held in float32. The
-published dropout of 0.05 inside the adapter is left out.
+As published, one learning rate trains an adapter on every linear layer of the language model, the
+vision tower with its merger, the head, and the reward tokens' rows of the embedding table; the rest
+is frozen. Trained parameters are float32. The published dropout of 0.05 inside the adapter is
+omitted.
 
-Options (`finetune.options`): those of `tasks.pairs`, rank, alpha, frames, pixels, pooling ("special", "last" or "mean"), text (file with
-what is asked, "" for the project's own), remat. `reward.vlm_base` is the model that training starts from, `finetune.start` a reward
-folder that it goes on with instead; `reward.vlm_fps` is what videos are taken to have
-where a row does not say.
+Options (`finetune.options`): those of `batches.PairOptions`, rank, alpha, frames, pixels, pooling
+("special", "last" or "mean"), text (file of the question, "" for the project's own), remat.
+`reward.vlm_base` is the base model; alternatively `finetune.start` is a reward folder to continue
+from. `reward.vlm_fps` is the frame rate of videos whose row has none.
 """
 
 import dataclasses
@@ -30,7 +31,15 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import Grids, QwenReward, VisionConfig
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.preferences.batches import Differences, PairOptions, filtered, pair_loss, read_options, step_pairs, write_accuracy
+from jax_idgrpo.preferences.batches import (
+    Differences,
+    PairOptions,
+    filter_automatic,
+    pair_loss,
+    read_options,
+    step_pairs,
+    write_accuracy,
+)
 from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.vlm import files, inputs
@@ -42,7 +51,7 @@ from jax_idgrpo.training.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Options(PairOptions):
-    """`finetune.options`, see the module's docstring."""
+    """Options of `finetune.options`; see the module's docstring."""
 
     rank: int = 64
     alpha: float = 128.0
@@ -60,7 +69,7 @@ class Options(PairOptions):
 
 @struct.dataclass
 class PairBatch:
-    """B pairs: what is asked of the A videos, then of the B videos, their frames, and the label of each dimension."""
+    """B pairs: questions and frames of the A videos, then of the B videos, and the labels."""
 
     asked: Asked
     frames: Grids
@@ -68,7 +77,10 @@ class PairBatch:
 
 
 class Trainee(nnx.Module):
-    """A reward network, and the embeddings of its reward tokens as a leaf of their own, which takes the place of the table's last rows."""
+    """A reward network whose reward-token embeddings are a separate, trainable parameter.
+
+    `rows` replaces the last rows of the embedding table.
+    """
 
     def __init__(self, network: QwenReward, tokens: int, settings: Settings):
         self.network, self.settings = network, settings
@@ -76,24 +88,29 @@ class Trainee(nnx.Module):
         self.rows = nnx.Param(table[table.shape[0] - tokens :].astype(jnp.float32))
 
     def __call__(self, asked: Asked, frames: Grids) -> Float[Array, "B O"]:
-        """Scores of every row, in float32."""
+        """Score every row in float32."""
         self.fill()
         scores = self.network(asked.sequences(), asked.pictures(), frames, self.settings.pooling)
         return dimension_scores(scores, self.settings)
 
     def fill(self) -> None:
-        """Put the rows into the table."""
+        """Write the rows to the embedding table."""
         table, rows = self.network.embed_tokens[...], self.rows[...]
-        self.network.embed_tokens[...] = table.at[table.shape[0] - rows.shape[0] :].set(rows.astype(table.dtype))
+        self.network.embed_tokens[...] = table.at[table.shape[0] - rows.shape[0] :].set(
+            rows.astype(table.dtype)
+        )
 
 
 def trained(path: tuple[Any, ...], value: Any) -> bool:
-    """Whether a variable of a `Trainee` is trained."""
+    """Return whether a variable of a `Trainee` is trained."""
     return isinstance(value, LoRAParam) or path[0] == "rows" or path[1] in ("visual", "rm_head")
 
 
 def make_trainee(model: RewardModel, remat: bool) -> Trainee:
-    """The network for training: what is trained in float32, blocks computed again in the backward pass if asked."""
+    """Prepare a model for training: trained parameters in float32.
+
+    remat: recompute the blocks in the backward pass.
+    """
     network = model.network
     network.config = dataclasses.replace(network.config, remat=remat)
     network.visual.remat = remat
@@ -102,7 +119,7 @@ def make_trainee(model: RewardModel, remat: bool) -> Trainee:
     return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moving), still)
 
 
-# ---- pairs -> arrays -----------------------------------------------------------------------------------------------------
+# ---- pairs -> arrays -----------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,14 +129,14 @@ def _picture(path: File, vision: VisionConfig, pixels: int) -> inputs.Picture:
 
 @functools.lru_cache(maxsize=256)
 def _frames(path: File, frames: float) -> tuple[Float[np.ndarray, "T H W 3"], int]:
-    """The frames of a video that are looked at, and how many it has."""
+    """Read the sampled frames of a video, and its number of frames."""
     video = read_video(path)
     return video[inputs.frame_indices(len(video), frames)], len(video)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How pairs become arrays. fps: frames per second that a video is taken to have where its row does not say."""
+    """Conversion of pairs to arrays. fps: frame rate of videos whose row has none."""
 
     settings: Settings
     vision: VisionConfig
@@ -127,7 +144,7 @@ class Reading:
     fps: float
 
     def batch(self, pairs: Sequence[Pair]) -> PairBatch:
-        """The photos and videos of some pairs.
+        """Read the photos and videos of pairs.
 
         Raises:
           UserError: a file cannot be read, or a video has too few frames.
@@ -135,7 +152,10 @@ class Reading:
         pixels, vision = self.settings.pixels, self.vision
         rows = [(pair, side) for side in (0, 1) for pair in pairs]
         found = [_frames(pair.videos[side], self.settings.frames) for pair, side in rows]
-        grids = [inputs.video_grid(len(video), video.shape[1], video.shape[2], vision, pixels) for video, _ in found]
+        grids = [
+            inputs.video_grid(len(video), video.shape[1], video.shape[2], vision, pixels)
+            for video, _ in found
+        ]
         seconds = [
             inputs.seconds_per_grid(total, pair.fps[side] or self.fps, len(video))
             for (pair, side), (video, total) in zip(rows, found, strict=True)
@@ -151,13 +171,28 @@ class Reading:
 
 
 def read_with(model: RewardModel, text: str, fps: float) -> Reading:
-    """How a model reads pairs when it is asked `text`."""
+    """Make the `Reading` of a model.
+
+    Args:
+      model: reward model.
+      text: question to the model.
+      fps: frame rate of videos whose row has none.
+    """
     prompting = Prompting(model.tokenizer, text, model.settings.tokens)
     return Reading(model.settings, model.network.config.vision, prompting, fps)
 
 
-def differences(trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size: int) -> Float[np.ndarray, "N O"]:
-    """Score of A minus score of B of every pair, `size` pairs at a time."""
+def differences(
+    trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size: int
+) -> Float[np.ndarray, "N O"]:
+    """Compute the score of A minus the score of B of every pair.
+
+    Args:
+      trainee: reward network.
+      pairs: N pairs.
+      reading: conversion of pairs to arrays.
+      size: pairs per batch.
+    """
     graph, state = nnx.split(trainee)
 
     @jax.jit
@@ -172,27 +207,37 @@ def differences(trainee: Trainee, pairs: Sequence[Pair], reading: Reading, size:
     return np.concatenate(parts)[: len(pairs)]
 
 
-# ---- the task ------------------------------------------------------------------------------------------------------------
+# ---- the task ------------------------------------------------------------------------------------
 
 
 def read_teacher(config: Config, options: Options) -> Differences:
-    """The teacher's opinion of pairs.
+    """Load the teacher and make the function that scores pairs with it.
 
     Raises:
-      UserError: the teacher cannot be read, or scores other dimensions than the pairs'.
+      UserError: the teacher cannot be read, or its dimensions are not those of the pairs.
     """
     reward = config.reward
     model = files.load(options.teacher, reward.vlm_base or None, reward.vlm_dtype)
     if model.settings.dimensions != options.dimensions:
-        raise UserError(f"finetune.options: teacher {options.teacher} scores {', '.join(model.settings.dimensions)}, "
-                        f"the pairs are labelled in {', '.join(options.dimensions)}")
+        raise UserError(
+            f"finetune.options: teacher {options.teacher} "
+            f"scores {', '.join(model.settings.dimensions)}, "
+            f"the pairs are labelled in {', '.join(options.dimensions)}"
+        )
     text = inputs.read_text(Path(options.teacher) / files.PROMPT, model.settings.template)
     trainee = Trainee(model.network, len(model.settings.tokens), model.settings)
-    return lambda pairs: differences(trainee, pairs, read_with(model, text, reward.vlm_fps), config.finetune.batch)
+    return lambda pairs: differences(
+        trainee, pairs, read_with(model, text, reward.vlm_fps), config.finetune.batch
+    )
 
 
 def open_model(config: Config, options: Options, key: jax.Array) -> tuple[RewardModel, str]:
-    """What training starts from, with an adapter, and the text that it is asked.
+    """Open the model that training starts from, with an adapter, and the text of its question.
+
+    Args:
+      config: configuration of the run.
+      options: options of the task.
+      key: key of new parameters.
 
     Raises:
       UserError: a file is missing or does not fit.
@@ -202,27 +247,44 @@ def open_model(config: Config, options: Options, key: jax.Array) -> tuple[Reward
     if begun:
         model = files.load(begun, base or None, dtype, merge=False, mesh=mesh)
         if model.network.config.rank == 0:
-            raise UserError(f"finetune.start {begun}: its adapter is merged already; start from a folder that holds {files.ADAPTER}")
+            raise UserError(
+                f"finetune.start {begun}: its adapter is merged already; "
+                f"start from a folder that holds {files.ADAPTER}"
+            )
     else:
         if not base:
-            raise UserError("reward.vlm_base is empty; name the folder of the Qwen2.5-VL model that training starts from")
+            raise UserError(
+                "reward.vlm_base is empty; "
+                "name the folder of the Qwen2.5-VL model that training starts from"
+            )
         size = len(options.dimensions)
         settings = Settings(
-            dimensions=options.dimensions, pooling=options.pooling, frames=options.frames, pixels=options.pixels, template="own",
-            mean=(0.0,) * size, deviation=(1.0,) * size, rank=options.rank, alpha=options.alpha,
+            dimensions=options.dimensions,
+            pooling=options.pooling,
+            frames=options.frames,
+            pixels=options.pixels,
+            template="own",
+            mean=(0.0,) * size,
+            deviation=(1.0,) * size,
+            rank=options.rank,
+            alpha=options.alpha,
         )
         model = files.start(base, settings, key, dtype, mesh)
     file = options.text or (str(Path(begun) / files.PROMPT) if begun else "")
-    text = inputs.read_text(Path(file), model.settings.template) if file else inputs.own_text(model.settings.tokens)
+    text = (
+        inputs.read_text(Path(file), model.settings.template)
+        if file
+        else inputs.own_text(model.settings.tokens)
+    )
     return model, text
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/reward_vlm.py`."""
+    """Make the task of `configs/reward_vlm.py`."""
     options = read_options(Options, config.finetune.options)
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
-    mixed = by_source(filtered(pairs, options, lambda: read_teacher(config, options)))
+    mixed = by_source(filter_automatic(pairs, options, lambda: read_teacher(config, options)))
     model, text = open_model(config, options, rng.key(config.run.seed, "init"))
     reading = read_with(model, text, config.reward.vlm_fps)
 
@@ -232,14 +294,32 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> PairBatch:
         return reading.batch(step_pairs(mixed, options, config, seed, step))
 
-    def loss(trainee: nnx.Module, given: PairBatch, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        trainee: nnx.Module, given: PairBatch, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         a, b = jnp.split(trainee(given.asked, given.frames), 2)
         return pair_loss(a, b, given.labels, options.theta)
 
     def save(trainee: nnx.Module, folder: Path) -> None:
         size = config.finetune.batch
-        write_accuracy(folder.parent, held_out, lambda pairs: differences(trainee, pairs, reading, size), options, config.run.seed)
+        write_accuracy(
+            folder.parent,
+            held_out,
+            lambda pairs: differences(trainee, pairs, reading, size),
+            options,
+            config.run.seed,
+        )
         trainee.fill()
-        files.save(dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text)
+        files.save(
+            dataclasses.replace(model, network=trainee.network), folder, config.run.steps, text
+        )
 
-    return Task(init=init, batch=batch, loss=loss, save=save, trained=trained, frozen=nnx.Param, rows=pair_digests(mixed.pairs))
+    return Task(
+        init=init,
+        batch=batch,
+        loss=loss,
+        save=save,
+        trained=trained,
+        frozen=nnx.Param,
+        rows=pair_digests(mixed.pairs),
+    )

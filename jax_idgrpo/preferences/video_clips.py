@@ -1,9 +1,13 @@
-"""Clips of one's own with photos of the people in them: the folder's CSV, and who belongs to which split.
+"""User-provided clips with photos of the people in them: the folder's CSV, and the splits.
 
-The folder holds `clips.csv`: a prompts CSV (`data.prompts`) with one more column `path`, the video file that shows what the row's prompt
-says, its people in the order of their photos. A person is a photo's content: rows with the same file, or copies of it, show the same
-person, so give everybody one photo. People who are ever in one clip together are a circle, and so are those whom a third joins; a
-circle belongs to one split as a whole, by the hash of its photos alone: four fifths to "train", and "rl" and "eval" a tenth each.
+The folder holds `clips.csv`: a prompts CSV (`data.prompts`) with an additional column `path`, the
+video file of the row's prompt and people. A person is identified by the content of the photo:
+rows with the same file, or with copies of it, show the same person. Every person needs exactly one
+photo.
+
+People who co-occur in a clip, directly or through others, form one identity cluster; clusters are
+never split across train and test. A hash of the cluster's photos selects its split: "train" with
+probability 0.8, "rl" and "eval" with 0.1 each.
 """
 
 import dataclasses
@@ -15,59 +19,84 @@ from jax_idgrpo.data.prompts import COLUMNS, load_prompts, read_rows
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
-MOST = 4  # people of a clip
+MOST = 4  # people per clip
+# Upper bound of each split's share of the hash range, in [0, 1].
 UPTO = {"train": 0.8, "rl": 0.9, "eval": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A row of clips.csv. people: the hash of each photo's content. circle: the least hash of the people who belong together."""
+    """A row of clips.csv.
+
+    people: hash of each photo's content. cluster: smallest hash of the identity cluster.
+    """
 
     video: Path
     prompt: str
     references: tuple[File, ...]
     people: tuple[str, ...]
-    circle: str = ""
+    cluster: str = ""
 
 
 def load_clips(folder: Path, split: str) -> list[Clip]:
-    """The clips of a folder whose people belong to a split, in the order of their rows.
+    """Load the clips of a folder whose people belong to a split, in the order of the rows.
 
     Raises:
-      UserError: there is no such folder or split, its CSV or a photo is not as it should be, a video is missing, or nobody is left.
+      UserError: the folder or split does not exist, the CSV or a photo is invalid, a video is
+        missing, or no clip belongs to the split.
     """
     if split not in UPTO:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(UPTO)}")
     if not folder.is_dir():
-        raise UserError(f"--clips {folder}: no such folder; name one with clips.csv, whose header is path,{','.join(COLUMNS)}")
+        raise UserError(
+            f"--clips {folder}: no such folder; "
+            f"name one with clips.csv, whose header is path,{','.join(COLUMNS)}"
+        )
     csv = folder / "clips.csv"
     rows, clips = list(read_rows(csv, ("path", *COLUMNS))), []
     for prompt, (line, row) in zip(load_prompts(csv, MOST), rows, strict=True):
         video = folder / (row["path"] or "").strip()
         if not video.is_file():
-            raise UserError(f"clips {csv}, line {line}: {video} is no file; write the video's path relative to the CSV")
-        people = tuple(hashlib.sha256(photo.read_bytes()).hexdigest() for photo in prompt.references)
+            raise UserError(
+                f"clips {csv}, line {line}: {video} is no file; "
+                "write the video's path relative to the CSV"
+            )
+        people = tuple(
+            hashlib.sha256(photo.read_bytes()).hexdigest() for photo in prompt.references
+        )
         if len(set(people)) < len(people):
-            raise UserError(f"clips {csv}, line {line}: two of the photos are the same; name one photo per person")
+            raise UserError(
+                f"clips {csv}, line {line}: two of the photos are the same; "
+                "name one photo per person"
+            )
         clips.append(Clip(video, prompt.text, prompt.references, people))
-    of = {person: min(circle) for circle in circles([clip.people for clip in clips]) for person in circle}
-    clips = [dataclasses.replace(clip, circle=of[clip.people[0]]) for clip in clips]
-    chosen = [clip for clip in clips if split_of(clip.circle) == split]
+    of = {
+        person: min(cluster)
+        for cluster in identity_clusters([clip.people for clip in clips])
+        for person in cluster
+    }
+    clips = [dataclasses.replace(clip, cluster=of[clip.people[0]]) for clip in clips]
+    chosen = [clip for clip in clips if split_of(clip.cluster) == split]
     if not chosen:
-        raise UserError(f"--clips {folder}: none of its {len(set(of.values()))} circles of people belongs to the split {split}; add clips")
+        raise UserError(
+            f"--clips {folder}: none of the {len(set(of.values()))} identity clusters belongs to "
+            f"the split {split}; add clips of other people"
+        )
     return chosen
 
 
-def circles(groups: Sequence[Sequence[str]]) -> list[set[str]]:
-    """The smallest sets that share no member and each hold whole groups."""
+def identity_clusters(groups: Sequence[Sequence[str]]) -> list[set[str]]:
+    """Return the connected components of the people: groups that share a person are merged."""
     found: list[set[str]] = []
     for group in groups:
-        touched = [circle for circle in found if not circle.isdisjoint(group)]
-        found = [circle for circle in found if circle.isdisjoint(group)] + [set(group).union(*touched)]
+        touched = [cluster for cluster in found if not cluster.isdisjoint(group)]
+        found = [cluster for cluster in found if cluster.isdisjoint(group)] + [
+            set(group).union(*touched)
+        ]
     return found
 
 
 def split_of(name: str) -> str:
-    """The split of a circle, by its name: a hash in hexadecimal digits."""
+    """Return the split of a cluster from its name, a hash in hexadecimal digits."""
     share = int(name[:12], 16) / 16**12
     return next(split for split, upto in UPTO.items() if share < upto)

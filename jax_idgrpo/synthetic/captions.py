@@ -1,4 +1,4 @@
-"""Prompts of synthetic scenes, and a folder of prompts with reference photos."""
+"""Write prompts of synthetic scenes, and folders of prompts with reference photos."""
 
 import csv
 import functools
@@ -32,10 +32,13 @@ from jax_idgrpo.synthetic.people import (
 from jax_idgrpo.synthetic.renderer import render_portrait
 from jax_idgrpo.synthetic.scenes import Batch, Scene, sample_ids, sample_mask, sample_scene
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-_LIGHT_PHRASES = ("in soft light", "in bright light", "in dim light", "in warm light", "in cold light")
+_LIGHT_PHRASES = (
+    "in soft light",
+    "in bright light",
+    "in dim light",
+    "in warm light",
+    "in cold light",
+)
 
 
 def _background_phrase(kind: int, one: str, two: str) -> str:
@@ -52,7 +55,7 @@ def _background_phrase(kind: int, one: str, two: str) -> str:
 
 
 def _person_phrase(labels: np.ndarray) -> str:
-    """Noun phrase of a person without the article: hair, hat, glasses, beard, clothes."""
+    """Describe a person's hair, hat, glasses, beard and clothes in a phrase."""
     label = _Labels(*(int(k) for k in labels))
     style = _STYLE_NAMES[label.hair_style]
     parts = ["a bald head" if style == "bald" else f"{style} {_HAIR_NAMES[label.hair]} hair"]
@@ -68,32 +71,57 @@ def _person_phrase(labels: np.ndarray) -> str:
 
 
 def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
-    """English description of one clip (no batch axis), on the host: people in reference order, then place and light."""
+    """Describe one clip in English, on the host.
+
+    Args:
+      scene: scene without a batch axis.
+      people: people in the order of the references.
+      mask: people who are present.
+    """
     labels, actions, mask = np.asarray(people.labels), np.asarray(scene.action), np.asarray(mask)
-    phrases = [f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}" for k in np.flatnonzero(mask)]
+    phrases = [
+        f"person {_person_phrase(labels[k])} {_ACTIONS[int(actions[k])]}"
+        for k in np.flatnonzero(mask)
+    ]
     one, two = (_COLOUR_NAMES[int(k)] for k in np.asarray(scene.colours))
-    place = f"{_background_phrase(int(scene.background), one, two)} {_LIGHT_PHRASES[int(scene.light_kind)]}"
+    background = _background_phrase(int(scene.background), one, two)
+    place = f"{background} {_LIGHT_PHRASES[int(scene.light_kind)]}"
     if len(phrases) == 1:
         return f"one person {place}: a {phrases[0]}."
-    listed = ", ".join(f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases))
+    listed = ", ".join(
+        f"{'a' if k == 0 else 'another'} {phrase}" for k, phrase in enumerate(phrases)
+    )
     return f"{_COUNTS[len(phrases) - 1]} people {place}: {listed}."
 
 
-def prompts(drawn: Batch) -> list[str]:
-    """One description per clip of a batch."""
-    return describe(drawn.scene, drawn.people, drawn.mask)
+def prompts(batch: Batch) -> list[str]:
+    """Describe every clip of a batch."""
+    return describe(batch.scene, batch.people, batch.mask)
 
 
 def describe(scene: Scene, people: Identity, mask: Bool[ArrayLike, "B M"]) -> list[str]:
-    """`prompt` of every row."""
+    """Describe every row with `prompt`.
+
+    Args:
+      scene: scenes with a batch axis.
+      people: people in the order of the references.
+      mask: people who are present.
+    """
     host = jax.device_get((scene, people, mask))
     row = lambda k: jax.tree.map(lambda leaf: leaf[k], host)  # noqa: E731
     return [prompt(*row(k)) for k in range(len(host[2]))]
 
 
 def vocabulary() -> list[str]:
-    """Every word a prompt can hold, sorted, without punctuation."""
-    texts = [*_ACTIONS, *_LIGHT_PHRASES, *_STYLE_NAMES, *_HAIR_NAMES, *_COLOUR_NAMES, *_HAT_NAMES[1:]]
+    """Return every word that occurs in prompts, sorted, without punctuation."""
+    texts = [
+        *_ACTIONS,
+        *_LIGHT_PHRASES,
+        *_STYLE_NAMES,
+        *_HAIR_NAMES,
+        *_COLOUR_NAMES,
+        *_HAT_NAMES[1:],
+    ]
     texts += [*_GLASSES_NAMES[1:], *_BEARD_NAMES[1:], *_CLOTHES_NAMES, *_COUNTS[:MAX_PEOPLE]]
     texts += [_background_phrase(k, "", "") for k in range(len(_BACKGROUNDS))]
     texts += ["a bald head hair glasses with and another person people"]
@@ -101,25 +129,32 @@ def vocabulary() -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnames=("count", "split"))
-def _asked(seed, count: int, split: str):
-    """Portraits [count,M,64,64,3], scenes, people and mask of prompts: a batch without its clips."""
+def _sample_prompts(seed, count: int, split: str):
+    """Sample portraits [count,M,64,64,3], scenes, people and mask: a batch without its clips."""
     id_key, mask_key, scene_key, portrait_key = jax.random.split(rng.key(seed, "data"), 4)
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
     people = identity(ids)
     photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
-    scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)  # splits share no scenes either
+    # Fold in the split, so that splits share no scenes either.
+    scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)
     return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
 
 
 def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
-    """Write `out`: prompts.csv of `count` rows and, as PNG, one portrait of each person they ask for.
+    """Write a folder with prompts.csv and one portrait (PNG) of every person in its prompts.
+
+    Args:
+      out: folder to create.
+      split: "train", "rl" or "eval".
+      count: number of prompts.
+      seed: seed of people and scenes.
 
     Raises:
-      UserError: `out` exists already or cannot be made, or there is no such split.
+      UserError: `out` exists or cannot be created, or an argument is invalid.
     """
-    check_asked(split, count, seed)
+    check_request(split, count, seed)
     with workdir.new_folder(out) as folder:
-        photos, scenes, people, mask = jax.device_get(_asked(seed, count, split))
+        photos, scenes, people, mask = jax.device_get(_sample_prompts(seed, count, split))
         pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
         with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
@@ -132,11 +167,16 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
                 rows.writerow((";".join(names), prompt(scene, who, mask[k])))
 
 
-def check_asked(split: str, count: int, seed: int) -> None:
-    """Whether that can be drawn.
+def check_request(split: str, count: int, seed: int) -> None:
+    """Check the arguments of a generator.
+
+    Args:
+      split: "train", "rl" or "eval".
+      count: number of rows.
+      seed: seed of people and scenes.
 
     Raises:
-      UserError: there is no such split, nothing is asked for, or the seed does not fit in 32 bits.
+      UserError: the split does not exist, the count is less than 1, or the seed exceeds 32 bits.
     """
     if split not in SPLITS:
         raise UserError(f"--split {split}: no such split; use one of {', '.join(SPLITS)}")

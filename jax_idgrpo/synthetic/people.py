@@ -1,4 +1,4 @@
-"""Synthetic people: identities, their looks, and the splits that keep training and evaluation apart."""
+"""Synthetic people: identities, appearance, and disjoint splits for training and evaluation."""
 
 import dataclasses
 from typing import NamedTuple
@@ -18,8 +18,7 @@ SPLITS = {"train": (0, 1_000_000), "rl": (1_000_000, 1_001_000), "eval": (2_000_
 _IDENTITY_SEED = 20250
 _COUNT_SHARES = (0.3, 0.5, 0.2)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words and palettes. Colours are sRGB in [0, 1].
+# ---- words and palettes; colours are sRGB in [0, 1] ----------------------------------------------
 
 _SKIN = np.array(
     [
@@ -45,7 +44,14 @@ _HAIR = {
 }
 _HAIR_SHARES = (0.20, 0.20, 0.12, 0.12, 0.14, 0.08, 0.05, 0.05, 0.04)
 _EYE = np.array(
-    [[0.24, 0.13, 0.07], [0.42, 0.27, 0.12], [0.18, 0.42, 0.24], [0.16, 0.40, 0.72], [0.42, 0.50, 0.56]], np.float32
+    [
+        [0.24, 0.13, 0.07],
+        [0.42, 0.27, 0.12],
+        [0.18, 0.42, 0.24],
+        [0.16, 0.40, 0.72],
+        [0.42, 0.50, 0.56],
+    ],
+    np.float32,
 )
 _COLOURS = {
     "red": (0.80, 0.14, 0.14),
@@ -65,9 +71,9 @@ _HAIR_NAMES, _COLOUR_NAMES = tuple(_HAIR), tuple(_COLOURS)
 _HAIR_TABLE = np.array(list(_HAIR.values()), np.float32)
 _COLOUR_TABLE = np.array(list(_COLOURS.values()), np.float32)
 
-# Hair styles differ only in numbers, so one drawing serves them all and every style varies continuously:
-# share, thickness over the skull, hairline (v), fringe slope, sides end at (v), back: half width, bottom (v);
-# curl, knot: offset from the middle, height (v), radius.
+# One drawing renders all hair styles, which differ in these numbers only and vary continuously:
+# share, thickness over the skull, hairline (v), fringe slope, lower end of the sides (v),
+# back: half width, bottom (v); curl; knot: offset from the middle, height (v), radius.
 _STYLES = {
     "bald": (0.10, -0.30, -1.60, 0.00, -1.00, 0.00, -1.0, 0.00, 0.00, 0.00, 0.00),
     "short": (0.20, 0.10, -0.52, 0.10, -0.05, 0.00, -1.0, 0.03, 0.00, 0.00, 0.00),
@@ -82,7 +88,7 @@ _STYLES = {
 _STYLE_NAMES = tuple(_STYLES)
 _STYLE_TABLE = np.array(list(_STYLES.values()), np.float32)
 
-# share, crown height, brim half width, brim thickness, brim offset, height at which it sits (v)
+# share, crown height, brim half width, brim thickness, brim offset, height of the brim (v)
 _HATS = {
     "none": (0.70, 0.00, 0.00, 0.00, 0.00, -0.50),
     "cap": (0.10, 0.72, 0.75, 0.13, 0.55, -0.50),
@@ -94,7 +100,10 @@ _HAT_TABLE = np.array(list(_HATS.values()), np.float32)
 _GLASSES_NAMES, _GLASSES_SHARES = ("none", "round", "square"), (0.68, 0.18, 0.14)
 _BEARD_NAMES, _BEARD_SHARES = ("none", "stubble", "goatee", "beard"), (0.64, 0.10, 0.10, 0.16)
 _MOUSTACHE_SHARE = 0.5
-_CLOTHES_NAMES, _CLOTHES_SHARES = ("shirt", "striped shirt", "jacket", "sweater"), (0.35, 0.25, 0.2, 0.2)
+_CLOTHES_NAMES, _CLOTHES_SHARES = (
+    ("shirt", "striped shirt", "jacket", "sweater"),
+    (0.35, 0.25, 0.2, 0.2),
+)
 
 _BACKGROUNDS = ("wall", "sky", "stripes", "tiles", "hills", "room", "beach", "lights")
 _ACTIONS = (
@@ -115,7 +124,10 @@ _COUNTS = ("one", "two", "three", "four")
 
 @flax.struct.dataclass
 class Identity:
-    """Who a person is; every leaf may carry leading batch axes. Colours are RGB in [0, 1], lengths in head units."""
+    """Appearance of a person. Colours are RGB in [0, 1], lengths are in head units.
+
+    Every leaf may have leading batch axes.
+    """
 
     skin: Float[Array, "*n 3"]
     hair: Float[Array, "*n 3"]
@@ -132,7 +144,7 @@ class Identity:
 
 
 class _Shape(NamedTuple):
-    """Continuous measures of a head, in the order of `Identity.shape`: lowest and highest value."""
+    """(Lowest, highest) value of each measure of a head, in the order of `Identity.shape`."""
 
     width: tuple = (0.66, 0.90)
     height: tuple = (0.94, 1.08)
@@ -161,7 +173,7 @@ class _Shape(NamedTuple):
 
 
 class _Labels(NamedTuple):
-    """Indices of the words of a person, in the order of `Identity.labels`."""
+    """Indices of the words that describe a person, in the order of `Identity.labels`."""
 
     hair_style: Array
     hair: Array
@@ -177,7 +189,7 @@ _MEASURES = np.array(_Shape(), np.float32)
 
 
 def _pick(u: Float[Array, ""], shares) -> Int[Array, ""]:
-    """Index drawn with the given shares from a uniform number."""
+    """Sample an index with the given shares from a uniform number in [0, 1)."""
     edges = np.cumsum(np.asarray(shares, np.float32)) / np.sum(shares)
     return jnp.sum(u >= jnp.asarray(edges[:-1], jnp.float32)).astype(jnp.int32)
 
@@ -190,12 +202,16 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
 
     tone = u[24] * (len(_SKIN) - 1)
     low = jnp.minimum(tone.astype(jnp.int32), len(_SKIN) - 2)
-    skin = jnp.asarray(_SKIN)[low] + (tone - low) * (jnp.asarray(_SKIN)[low + 1] - jnp.asarray(_SKIN)[low])
+    skin = jnp.asarray(_SKIN)[low] + (tone - low) * (
+        jnp.asarray(_SKIN)[low + 1] - jnp.asarray(_SKIN)[low]
+    )
     skin = skin + jitter(25, 0.06)
 
     hair_style, hair = _pick(u[28], _STYLE_TABLE[:, 0]), _pick(u[29], _HAIR_SHARES)
     style = jnp.asarray(_STYLE_TABLE)[hair_style, 1:]
-    style = style + (u[30:40] - 0.5) * jnp.array([0.08, 0.18, 0.5, 0.2, 0.1, 0.3, 0.03, 0.1, 0.1, 0.08]) * (style != 0)
+    style = style + (u[30:40] - 0.5) * jnp.array(
+        [0.08, 0.18, 0.5, 0.2, 0.1, 0.3, 0.03, 0.1, 0.1, 0.08]
+    ) * (style != 0)
     hair_colour = jnp.asarray(_HAIR_TABLE)[hair] * (0.8 + 0.4 * u[43]) + jitter(40, 0.08)
 
     garment = _pick(u[44], _CLOTHES_SHARES)
@@ -212,7 +228,9 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
 
     lips = skin * jnp.array([0.86, 0.58, 0.58]) + u[59] * jnp.array([0.12, -0.12, -0.06])
     colours = jnp.asarray(_COLOUR_TABLE)
-    frame = jnp.stack([jnp.full(3, 0.10), jnp.array([0.55, 0.12, 0.12]), jnp.array([0.75, 0.60, 0.25])])
+    frame = jnp.stack(
+        [jnp.full(3, 0.10), jnp.array([0.55, 0.12, 0.12]), jnp.array([0.75, 0.60, 0.25])]
+    )
     clip = lambda c: jnp.clip(c, 0.02, 1.0)  # noqa: E731
     return Identity(
         skin=clip(skin),
@@ -226,22 +244,26 @@ def _one_identity(number: Int[Array, ""]) -> Identity:
         shape=shape,
         style=style,
         headwear=headwear,
-        labels=jnp.stack(_Labels(hair_style, hair, clothes, garment, hat, hat_colour, glasses, beard)),
+        labels=jnp.stack(
+            _Labels(hair_style, hair, clothes, garment, hat, hat_colour, glasses, beard)
+        ),
     )
 
 
 @jax.jit
 def identity(ids: Int[Array, "*n"]) -> Identity:
-    """The people of the given ids: a pure function of each integer, the same on every machine."""
+    """Return the people of some ids: a pure function of each id, equal on every machine."""
     ids = jnp.asarray(ids)
     flat = jax.vmap(_one_identity)(ids.reshape(-1))
     return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), flat)
 
 
-def dressed(heads: Identity, people: Identity) -> Identity:
-    """The heads on the bodies of the people, in their clothes."""
+def with_body_of(heads: Identity, people: Identity) -> Identity:
+    """Combine the heads with the bodies and clothes of `people`."""
     garments = np.array([_Labels._fields.index(name) for name in ("clothes", "garment")])
     labels = jnp.asarray(heads.labels).at[..., garments].set(people.labels[..., garments])
     shoulders = _Shape._fields.index("shoulders")
     shape = jnp.asarray(heads.shape).at[..., shoulders].set(people.shape[..., shoulders])
-    return dataclasses.replace(heads, clothes=people.clothes, trim=people.trim, labels=labels, shape=shape)
+    return dataclasses.replace(
+        heads, clothes=people.clothes, trim=people.trim, labels=labels, shape=shape
+    )

@@ -1,13 +1,14 @@
-"""The cast: drawn people with recognisable identities, and short clips of them whose truth is known.
+"""Render short clips of synthetic people with exact annotations.
 
-A person is a pure function of an integer id. A picture is a stack of soft shapes painted back to front: every shape is
-an implicit function d(u, v), negative inside, in the person's own head coordinates, and covers a pixel by
-`alpha = clip(1/2 - d * pixels_per_unit, 0, 1)`, which is the area of a pixel under a straight edge. Everything is one
-elementwise JAX program in float32, mapped over people, frames and samples, so drawing runs on any device inside `jit`.
+A person is a pure function of an integer id. A picture is a stack of soft shapes, painted back to
+front. Every shape is an implicit function d(u, v), negative inside, in the person's head
+coordinates, and covers a pixel by `alpha = clip(1/2 - d * pixels_per_unit, 0, 1)`: the area of a
+pixel under a straight edge. Rendering is one elementwise float32 JAX program, mapped over people,
+frames and samples, so it runs on any device inside `jit`.
 
-Head coordinates: u to the right, v down, origin at the face's centre, the unit is about half a face height.
-Lengths of a scene are in points: the picture is 64 points high and wide whatever its size in pixels.
-Times are in seconds; a clip has 8 frames per second.
+Head coordinates: u to the right, v down, origin at the face's centre; the unit is about half a face
+height. Lengths of a scene are in points: a picture is 64 points high and wide at any size in
+pixels. Times are in seconds; a clip has 8 frames per second.
 """
 
 import functools
@@ -33,19 +34,26 @@ from jax_idgrpo.synthetic.people import (
     _pick,
     identity,
 )
-from jax_idgrpo.synthetic.renderer import POINTS, Light, Pose, _grid, _paint_person, _truth, portrait_truth, render_portrait
+from jax_idgrpo.synthetic.renderer import (
+    POINTS,
+    Light,
+    Pose,
+    _grid,
+    _paint_person,
+    _truth,
+    portrait_truth,
+    render_portrait,
+)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes
+# ---- scenes --------------------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Scene:
-    """Everything of a clip but who is in it.
+    """Content of a clip except for its people.
 
     Each field of a pose at time t is base + slope (t - 1/2) + amplitude sin(2 pi (rate t + phase)).
     """
-
 
     base: Float[Array, "*n M P"]  # P = fields of Pose, in its order
     slope: Float[Array, "*n M P"]
@@ -58,16 +66,19 @@ class Scene:
     light_kind: Int[Array, "*n"]
     background: Int[Array, "*n"]
     colours: Int[Array, "*n 2"]  # indices of the background's colours
-    decor: Float[Array, "*n 4"]  # free numbers in [0, 1] of the background
+    decor: Float[Array, "*n 4"]  # numbers in [0, 1] that vary the background
 
 
-_TOLD_OF_ALL = (3, 8, 9, 10)  # numbers of a scene that its prompt tells: colours, light and background
+# Random numbers of a scene that its prompt describes: colours, light and background.
+_DESCRIBED_NUMBERS = (3, 8, 9, 10)
 
 
 def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
-    """Poses [M] of one scene (no batch axis) at a time in seconds."""
+    """Compute the poses [M] of one scene (no batch axis) at a time in seconds."""
     wave = jnp.sin(2 * jnp.pi * (scene.rate * time + scene.phase))
-    pose = Pose(*jnp.moveaxis(scene.base + scene.slope * (time - 0.5) + scene.amplitude * wave, -1, 0))
+    pose = Pose(
+        *jnp.moveaxis(scene.base + scene.slope * (time - 0.5) + scene.amplitude * wave, -1, 0)
+    )
     return pose._replace(
         open=jnp.clip(pose.open, 0.0, 1.0),
         blink=jnp.clip((pose.blink - 0.8) * 5.0, 0.0, 1.0),
@@ -75,20 +86,37 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
     )
 
 
-def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Array, ""] = 0) -> Scene:
-    """Draw a scene for the people of `mask`: places left to right in random order, actions, light, background.
+def sample_scene(
+    key: PRNGKeyArray, mask: Bool[Array, "M"], variant: int | Int[Array, ""] = 0
+) -> Scene:
+    """Sample a scene: positions in random order, actions, light and background.
 
-    take: further takes of a scene share what its prompt tells and who stands where; the rest is drawn anew.
+    Args:
+      key: key of the scene.
+      mask: people who are present.
+      variant: variants of a scene share everything in the prompt and the order of the people; all
+        other numbers are sampled independently.
     """
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
     fields = len(Pose._fields)
     shape = (people * (25 + fields) + 16,)
-    numbers, anew = (jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, take)))
-    told = np.concatenate([np.isin(np.arange(16), _TOLD_OF_ALL), np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people)])
-    numbers = jnp.where(told | (jnp.asarray(take) == 0), numbers, anew)
+    numbers, anew = (
+        jax.random.uniform(k, shape, jnp.float32) for k in (key, rng.fold(key, variant))
+    )
+    described = np.concatenate(
+        [
+            np.isin(np.arange(16), _DESCRIBED_NUMBERS),
+            np.tile(np.isin(np.arange(25 + fields), (fields, fields + 24)), people),
+        ]
+    )
+    numbers = jnp.where(described | (jnp.asarray(variant) == 0), numbers, anew)
     w, per_person = numbers[:16], numbers[16:].reshape(people, -1)
-    phase, place, u = per_person[:, :fields], per_person[:, fields], 2.0 * per_person[:, fields + 1 :] - 1.0
+    phase, place, u = (
+        per_person[:, :fields],
+        per_person[:, fields],
+        2.0 * per_person[:, fields + 1 :] - 1.0,
+    )
     index = lambda number, count: jnp.minimum((number * count).astype(jnp.int32), count - 1)  # noqa: E731
     at = {name: k for k, name in enumerate(Pose._fields)}
 
@@ -99,7 +127,9 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
     top = jnp.where(count > 2, 27.0, 28.0) + 4.0 * u[:, 2]
 
     action = index(0.5 * (u[:, 23] + 1.0), len(_ACTIONS))
-    action = jnp.where((action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action))
+    action = jnp.where(
+        (action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action)
+    )
     does = lambda k: (action == k).astype(jnp.float32)  # noqa: E731
     walk, turn, nod, talk, dance = does(1) - does(0), does(2), does(3), does(4), does(5)
     grow, wave, smile = does(6) - does(7), does(8), does(9)
@@ -112,7 +142,8 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
 
     speed = 14.0 + 4.0 * u[:, 3]
     base = table(
-        x=centre, y=top, scale=scale, yaw=0.28 * u[:, 4] + 0.3 * walk, roll=0.05 * u[:, 5], pitch=0.02 * u[:, 6],
+        x=centre, y=top, scale=scale,
+        yaw=0.28 * u[:, 4] + 0.3 * walk, roll=0.05 * u[:, 5], pitch=0.02 * u[:, 6],
         open=0.25 * u[:, 7] + 0.35 * talk, smile=0.35 + 0.5 * u[:, 8] + 0.1 * smile, hand=wave,
     )  # fmt: skip
     slope = table(
@@ -121,10 +152,11 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
         yaw=0.2 * u[:, 12], smile=1.2 * smile,
     )  # fmt: skip
     amplitude = table(
-        x=1.6 + 0.6 * u[:, 13] + 3.6 * dance, y=0.9 + 0.5 * u[:, 14] + 1.6 * dance + 0.8 * jnp.abs(walk),
+        x=1.6 + 0.6 * u[:, 13] + 3.6 * dance,
+        y=0.9 + 0.5 * u[:, 14] + 1.6 * dance + 0.8 * jnp.abs(walk),
         yaw=0.16 + 0.08 * u[:, 15] + 0.5 * turn, roll=0.04 + 0.02 * u[:, 16] + 0.14 * dance,
-        pitch=0.015 + 0.16 * nod, open=0.06 + 0.55 * talk, smile=jnp.full(people, 0.12), blink=jnp.full(people, 1.0),
-        swing=0.38 * wave,
+        pitch=0.015 + 0.16 * nod, open=0.06 + 0.55 * talk,
+        smile=jnp.full(people, 0.12), blink=jnp.full(people, 1.0), swing=0.38 * wave,
     )  # fmt: skip
     rate = table(
         x=0.8 + 0.3 * u[:, 17] + 0.5 * dance, y=1.4 + 0.4 * u[:, 18] + 0.4 * dance,
@@ -135,10 +167,14 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
 
     light_kind = index(w[8], len(_LIGHTS))
     gain = jnp.array([1.0, 1.12, 0.68, 0.98, 0.96])[light_kind] * (0.97 + 0.06 * w[0])
-    tint = jnp.array([[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32)[
-        light_kind
-    ]
-    side = jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind] * jnp.where(w[1] < 0.5, -1.0, 1.0) * (0.6 + 0.8 * w[2])
+    tint = jnp.array(
+        [[1, 1, 1], [1, 1, 1], [1, 1, 1.02], [1.08, 0.98, 0.82], [0.86, 0.97, 1.1]], jnp.float32
+    )[light_kind]
+    side = (
+        jnp.array([0.03, 0.10, 0.08, 0.07, 0.07])[light_kind]
+        * jnp.where(w[1] < 0.5, -1.0, 1.0)
+        * (0.6 + 0.8 * w[2])
+    )
     first = index(w[9], len(_COLOURS))
     other = (first + 1 + index(w[3], len(_COLOURS) - 1)) % len(_COLOURS)
     return Scene(
@@ -158,7 +194,7 @@ def sample_scene(key: PRNGKeyArray, mask: Bool[Array, "M"], take: int | Int[Arra
 
 
 def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
-    """Background planes in [0, 1]; all kinds are computed and one is kept, once per clip."""
+    """Paint the background in [0, 1]; computes all kinds and selects one, once per clip."""
     a, b, c, d = scene.decor
     per_point = 1.0 / (x[0, 1] - x[0, 0])
     soft = lambda distance: jnp.clip(0.5 - distance * per_point, 0.0, 1.0)  # noqa: E731
@@ -173,21 +209,29 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
 
     blue, pale = jnp.array([0.42, 0.66, 0.92]), jnp.array([0.86, 0.92, 0.96])
     angle = a * jnp.pi
-    band = soft(jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b)
+    band = soft(
+        jnp.abs((x * jnp.cos(angle) + y * jnp.sin(angle)) % (10 + 8 * b) - 5 - 4 * b) - 2.5 - 2 * b
+    )
     cell = 8.0 + 6.0 * b
     tile_x, tile_y = (jnp.abs((p / cell) % 2 - 1) - 0.5 for p in (x + 20 * a, y + 20 * c))
     tiles = jnp.clip(0.5 + 4 * cell * tile_x * tile_y, 0, 1)
     ridge = lambda level, k, shift: soft(level + 5 * jnp.sin(x * k + shift * 6.28) - y)  # noqa: E731
-    hills = mix(mix(sky(blue, pale), one * 0.8, ridge(30 + 8 * a, 0.11, b)), one, ridge(42 + 6 * c, 0.08, d))
+    hills = mix(
+        mix(sky(blue, pale), one * 0.8, ridge(30 + 8 * a, 0.11, b)), one, ridge(42 + 6 * c, 0.08, d)
+    )
     room = mix(plain, two * 0.7, soft(50.0 - y))
     pane = soft(jnp.maximum(jnp.abs(x - 10 - 44 * a) - 9, jnp.abs(y - 16) - 10))
     cross = soft(jnp.minimum(jnp.abs(x - 10 - 44 * a), jnp.abs(y - 16)) - 0.7)
     room = mix(mix(room, blue * 0.5 + 0.45, pane), (0.95, 0.95, 0.93), pane * cross)
     sun = soft(jnp.hypot(x - 8 - 48 * a, y - 12) - 5)
-    beach = mix(mix(sky(blue, pale), (0.99, 0.90, 0.55), sun), (0.16, 0.45, 0.66), soft(34 + 4 * b - y))
+    beach = mix(
+        mix(sky(blue, pale), (0.99, 0.90, 0.55), sun), (0.16, 0.45, 0.66), soft(34 + 4 * b - y)
+    )
     beach = mix(beach, (0.90, 0.82, 0.60), soft(46 + 4 * c + 1.5 * jnp.sin(x * 0.2 + d * 6) - y))
     grid_x, grid_y = ((p % (13 + 6 * d)) - 6.5 - 3 * d for p in (x + 20 * a, y + 20 * b))
-    lights = mix(plain * 0.35, two * 0.6 + 0.4, jnp.clip(1.3 - jnp.hypot(grid_x, grid_y) / (3 + 2 * c), 0, 1))
+    lights = mix(
+        plain * 0.35, two * 0.6 + 0.4, jnp.clip(1.3 - jnp.hypot(grid_x, grid_y) / (3 + 2 * c), 0, 1)
+    )
     kinds = jnp.stack(
         [
             plain,
@@ -205,20 +249,42 @@ def _paint_background(scene: Scene, x, y) -> Float[Array, "3 H W"]:
 
 @flax.struct.dataclass
 class Clip:
-    """A drawn clip and its truth, people in reference order; boxes, landmarks, visibility of absent people are zero."""
+    """A rendered clip and its annotations, with people in the order of the references.
 
-    video: Float[Array, "*n F H W 3"]  # [-1, 1]
-    boxes: Float[Array, "*n F M 4"]  # face oval: x0, y0, x1, y1 in pixels, may reach outside the picture
-    landmarks: Float[
-        Array, "*n F M 5 2"
-    ]  # x, y in pixels: left eye, right eye, nose, left and right mouth corner in the picture
-    visible: Float[Array, "*n F M"]  # share of the face oval inside the picture and not covered by another person
+    Boxes, landmarks and visibility of absent people are zero.
+
+    Attributes:
+      video: frames in [-1, 1].
+      boxes: x0, y0, x1, y1 of the face oval in pixels; may extend beyond the picture.
+      landmarks: x, y in pixels of the left eye, right eye, nose, left and right mouth corner, as
+        seen in the picture.
+      visible: share of the face oval that is inside the picture and not covered by another person.
+    """
+
+    video: Float[Array, "*n F H W 3"]
+    boxes: Float[Array, "*n F M 4"]
+    landmarks: Float[Array, "*n F M 5 2"]
+    visible: Float[Array, "*n F M"]
 
 
 def render_clip(
-    people: Identity, mask: Bool[Array, "M"], scene: Scene, frames: int = 9, size: tuple[int, int] = (64, 64)
+    people: Identity,
+    mask: Bool[Array, "M"],
+    scene: Scene,
+    frames: int = 9,
+    size: tuple[int, int] = (64, 64),
 ) -> Clip:
-    """Draw one clip of the people [M] of `mask` (no batch axis; vmap it)."""
+    """Render one clip.
+
+    Takes no batch axis; use `vmap`.
+
+    Args:
+      people: people [M].
+      mask: people who are present.
+      scene: poses, light and background.
+      frames: number of frames.
+      size: (height, width) in pixels.
+    """
     x, y = _grid(size)
     background = _paint_background(scene, x, y)
     order = jnp.argsort(scene.depth)
@@ -236,16 +302,20 @@ def render_clip(
 
         start = (background, jnp.zeros((*present.shape, *size), jnp.float32))
         slots = jnp.eye(present.shape[0])[order]
-        (canvas, faces), _ = jax.lax.scan(paint_next, start, (sort(people), sort(poses), present[order], slots))
+        (canvas, faces), _ = jax.lax.scan(
+            paint_next, start, (sort(people), sort(poses), present[order], slots)
+        )
         boxes, landmarks = jax.vmap(_truth)(people, poses)
-        # The oval's area at this size, from the box: what lies outside the picture counts as hidden.
+        # Divide by the area of the whole oval, so that parts outside the picture count as hidden.
         shapes = people.shape
         ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
         area = _oval_area(shapes) * poses.scale**2 * ratio[0] * ratio[1]
         visible = jnp.clip(jnp.sum(faces, axis=(1, 2)) / area, 0.0, 1.0)
         return canvas, boxes * jnp.tile(ratio, 2), landmarks * ratio, visible
 
-    video, boxes, landmarks, visible = jax.vmap(frame)(jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND)
+    video, boxes, landmarks, visible = jax.vmap(frame)(
+        jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND
+    )
     return Clip(
         video=jnp.clip(jnp.moveaxis(video, 1, -1), 0.0, 1.0) * 2.0 - 1.0,
         boxes=boxes * present[:, None],
@@ -255,21 +325,27 @@ def render_clip(
 
 
 def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
-    """Area of the face oval in square head units, by the trapezoid rule over its height."""
+    """Integrate the area of the face oval in square head units by the trapezoid rule."""
     width, height, taper, square = (shape[:, k, None] for k in range(4))
     w = jnp.linspace(-1.0, 1.0, 65)
     squared = w * w * (1.0 + square * (w * w - 1.0) * (w > 0))
-    half = width * (1.0 - taper * jnp.clip(w, 0.0, 1.2) ** 2) * jnp.sqrt(jnp.maximum(1.0 - squared, 0.0))
+    half = (
+        width
+        * (1.0 - taper * jnp.clip(w, 0.0, 1.2) ** 2)
+        * jnp.sqrt(jnp.maximum(1.0 - squared, 0.0))
+    )
     return jnp.sum(half, axis=1) * 2.0 * height[:, 0] * (2.0 / 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Batch:
-    """Clips with the reference photos of their people. Absent people: id -1, white portrait, mask False."""
+    """Clips with the reference photos of their people.
+
+    Absent people have id -1, a white portrait and mask False.
+    """
 
     video: Float[Array, "B F H W 3"]
     portraits: Float[Array, "B M H W 3"]  # [-1, 1], reference order
@@ -289,16 +365,29 @@ def draw(
     mask: Bool[Array, "B M"],
     frames: int = 9,
     size: tuple[int, int] = (64, 64),
-    take: int | Int[Array, ""] = 0,
+    variant: int | Int[Array, ""] = 0,
 ) -> Batch:
-    """Clips and portraits of the given people; scenes and portraits are drawn from the key. Trace it inside `jit`."""
+    """Render clips and portraits of people; call inside `jit`.
+
+    Args:
+      key: key of scenes and portraits.
+      ids: ids of the people.
+      mask: people who are present.
+      frames: frames per clip.
+      size: (height, width) in pixels.
+      variant: see `sample_scene`.
+    """
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
-    scene = jax.vmap(lambda k, m: sample_scene(k, m, take))(jax.random.split(scene_key, ids.shape[0]), mask)
+    scene = jax.vmap(lambda k, m: sample_scene(k, m, variant))(
+        jax.random.split(scene_key, ids.shape[0]), mask
+    )
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)
     portrait_keys = jax.random.split(portrait_key, ids.shape)
     portraits = jax.vmap(jax.vmap(lambda p, k: render_portrait(p, k, size)))(people, portrait_keys)
-    portrait_boxes, _ = jax.vmap(jax.vmap(lambda p, k: portrait_truth(p, k, size)))(people, portrait_keys)
+    portrait_boxes, _ = jax.vmap(jax.vmap(lambda p, k: portrait_truth(p, k, size)))(
+        people, portrait_keys
+    )
     return Batch(
         video=clip.video,
         portraits=jnp.where(mask[..., None, None, None], portraits, 1.0),
@@ -313,18 +402,43 @@ def draw(
     )
 
 
-def sample_ids(key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOPLE) -> Int[Array, "count people"]:
-    """Ids from a split's range, distinct within a row: one from each of `people` equal parts of it, shuffled."""
+def sample_ids(
+    key: PRNGKeyArray, count: int, split: str, people: int = MAX_PEOPLE
+) -> Int[Array, "count people"]:
+    """Sample ids of a split, distinct within a row.
+
+    Each row has one id from each of `people` equal parts of the split's range, shuffled.
+
+    Args:
+      key: random key.
+      count: number of rows.
+      split: "train", "rl" or "eval".
+      people: ids per row.
+    """
     first, last = SPLITS[split]
     part = (last - first) // people
-    drawn, order = jax.random.uniform(key, (2, count, people), jnp.float32)
-    ids = first + jnp.minimum((drawn * part).astype(jnp.int32), part - 1) + part * jnp.arange(people)
+    position, order = jax.random.uniform(key, (2, count, people), jnp.float32)
+    ids = (
+        first
+        + jnp.minimum((position * part).astype(jnp.int32), part - 1)
+        + part * jnp.arange(people)
+    )
     return jnp.take_along_axis(ids, jnp.argsort(order, axis=1), axis=1)
 
 
-def sample_mask(key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE) -> Bool[Array, "count people"]:
-    """How many people: one 30 %, two 50 %, three 20 %; the first slots are the filled ones."""
-    number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(jax.random.uniform(key, (count,), jnp.float32))
+def sample_mask(
+    key: PRNGKeyArray, count: int, people: int = MAX_PEOPLE
+) -> Bool[Array, "count people"]:
+    """Sample masks of one (30 %), two (50 %) or three (20 %) people, who occupy the first slots.
+
+    Args:
+      key: random key.
+      count: number of rows.
+      people: slots per row.
+    """
+    number = 1 + jax.vmap(lambda u: _pick(u, _COUNT_SHARES[:people]))(
+        jax.random.uniform(key, (count,), jnp.float32)
+    )
     return jnp.arange(people) < number[:, None]
 
 
@@ -336,12 +450,26 @@ def batch(
     split: str,
     frames: int = 9,
     resolution: tuple[int, int] = (64, 64),
-    take: int | Int[Array, ""] = 0,
+    variant: int | Int[Array, ""] = 0,
 ) -> Batch:
-    """The step-th batch of `size` clips of a split ("train", "rl" or "eval"): a pure function of its arguments.
+    """Render the clips of a step: a pure function of the arguments.
 
-    take: further takes are other clips of the same people, photos and prompts (see `sample_scene`).
+    Args:
+      seed: seed of people and scenes.
+      step: number of the batch.
+      size: number of clips.
+      split: "train", "rl" or "eval".
+      frames: frames per clip.
+      resolution: (height, width) in pixels.
+      variant: variants are other clips of the same people, photos and prompts (`sample_scene`).
     """
     key = rng.fold(rng.key(seed, "data"), step)
     id_key, mask_key, draw_key = jax.random.split(key, 3)
-    return draw(draw_key, sample_ids(id_key, size, split), sample_mask(mask_key, size), frames, resolution, take)
+    return draw(
+        draw_key,
+        sample_ids(id_key, size, split),
+        sample_mask(mask_key, size),
+        frames,
+        resolution,
+        variant,
+    )

@@ -1,14 +1,15 @@
-"""Training of the face detector on the cast.
+"""Train the bundled face detector on synthetic people.
 
-The map's target is 1 where a face is centred and falls off around it; its loss is the quality focal loss
+The target of the score map is 1 at the centre of a face and decays around it. The score is trained
+with the quality focal loss
 
     |y - p|^2 (-y log p - (1 - y) log(1 - p))        (arXiv 2006.04388)
 
-and near a face's centre the four sides and five landmarks are regressed with an L1 loss. Faces that are mostly hidden are
-neither right nor wrong: their surroundings carry no loss.
+and the four sides and five landmarks near a face's centre with an L1 loss. The surroundings of
+mostly hidden faces have no loss.
 
-Options (`finetune.options`): network (fields of `DetectorConfig`), max_faces and threshold (stored beside the weights), portraits
-(their share of a batch), blur (its largest width in pixels).
+Options (`finetune.options`): network (fields of `DetectorConfig`), max_faces and threshold (stored
+with the weights), portraits (share of portraits in a batch), blur (largest blur width in pixels).
 """
 
 import functools
@@ -32,27 +33,58 @@ from jax_idgrpo.models.faces.bundled_detector import (
 )
 from jax_idgrpo.rewards.faces import load_network, save_network
 from jax_idgrpo.synthetic import people, scenes
-from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.synthetic.training.faces import (
+    FacePictures,
+    degrade,
+    draw_frames,
+    draw_portraits,
+    join,
+)
 from jax_idgrpo.training.task import Task
 
-SEEN, HIDDEN = 0.4, 0.1  # shares of the face oval: a face, and not a face
+# Visible shares of the face oval from which a face must be found, and up to which it must not.
+SEEN, HIDDEN = 0.4, 0.1
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "portraits"))
-def draw(seed: int | Array, step: int | Array, frames: int, portraits: int, first_id: int | Array, last_id: int | Array) -> FacePictures:
-    """Frames and portraits of random people, ids from first_id to below last_id; a pure function of its arguments."""
+def draw(
+    seed: int | Array,
+    step: int | Array,
+    frames: int,
+    portraits: int,
+    first_id: int | Array,
+    last_id: int | Array,
+) -> FacePictures:
+    """Render frames and portraits of random people: a pure function of the arguments.
+
+    Args:
+      seed: seed of people and scenes.
+      step: number of the batch.
+      frames: number of frames.
+      portraits: number of portraits.
+      first_id, last_id: range of the people's ids; last_id is exclusive.
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     ids = jax.random.randint(keys[0], (frames, people.MAX_PEOPLE), first_id, last_id)
     clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames))
-    return join(clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id)))
+    return join(
+        clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id))
+    )
 
 
-def targets(truth: FacePictures, height: int, width: int) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
-    """How much each cell is the centre of each face, in [0, 1]: for the faces to be found, and for those that do not count."""
+def targets(
+    truth: FacePictures, height: int, width: int
+) -> tuple[Float[Array, "N M h w"], Float[Array, "N M h w"]]:
+    """Compute score targets in [0, 1] of each face: for visible faces, and for ignored faces.
+
+    Args:
+      truth: annotated pictures.
+      height, width: size of the score map.
+    """
     centre = 0.5 * (truth.boxes[..., :2] + truth.boxes[..., 2:])
     size = jnp.maximum(truth.boxes[..., 2:] - truth.boxes[..., :2], 1.0)
     offset = (cell_centres(height, width) - centre[:, :, None, None]) / size[:, :, None, None]
-    # The cell nearest to the centre gets exactly 1.
+    # Normalise so that the cell nearest to the centre is exactly 1.
     distance = jnp.sum(offset**2, -1)
     distance = distance - jnp.min(distance, (-2, -1), keepdims=True)
     near = jnp.exp(-0.5 * distance / 0.12**2)
@@ -61,7 +93,7 @@ def targets(truth: FacePictures, height: int, width: int) -> tuple[Float[Array, 
 
 
 def detector_loss(output: DetectorOutput, truth: FacePictures) -> tuple[Array, dict[str, Array]]:
-    """Scalar loss, and its parts."""
+    """Compute the scalar loss and its parts."""
     height, width = output.logits.shape[1:]
     near, unsure = targets(truth, height, width)
     target = jnp.max(near, 1)
@@ -84,14 +116,39 @@ def detector_loss(output: DetectorOutput, truth: FacePictures) -> tuple[Array, d
     return loss, {"score_loss": score, "box_error": box_error, "landmark_error": point_error}
 
 
-def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshold: float, blur: float, rounds: int = 8) -> dict[str, float]:
-    """Found share of the faces to be found (overlap 0.5 or more), wrong ones per picture, landmark error in pixels; held-out people."""
+def levels(
+    module: nnx.Module,
+    frames: int,
+    portraits: int,
+    faces: int,
+    threshold: float,
+    blur: float,
+    rounds: int = 8,
+) -> dict[str, float]:
+    """Measure recall, false detections per picture and landmark error on held-out people.
+
+    A detection is correct from an overlap of 0.5. The landmark error is in pixels.
+
+    Args:
+      module: detector.
+      frames: frames per round.
+      portraits: portraits per round.
+      faces: largest number of detections per picture.
+      threshold: smallest score of a detection.
+      blur: largest blur width in pixels.
+      rounds: number of rounds.
+    """
     graph, state = nnx.split(module)
 
     @jax.jit
     def measure(state: Any, truth: FacePictures, key: Array) -> dict[str, Array]:
-        found = decode(nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold)
-        overlap = intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None]) * found.mask[..., None]
+        found = decode(
+            nnx.merge(graph, state)(degrade(key, truth.pictures, blur)), faces, threshold
+        )
+        overlap = (
+            intersection_over_union(found.boxes[:, :, None], truth.boxes[:, None])
+            * found.mask[..., None]
+        )
         wanted = truth.visible >= SEEN
         hit = wanted & (jnp.max(overlap, 1) >= 0.5)
         nearest = jax.vmap(lambda points, k: points[k])(found.landmarks, jnp.argmax(overlap, 1))
@@ -115,7 +172,7 @@ def levels(module: nnx.Module, frames: int, portraits: int, faces: int, threshol
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/embedded_detector.py`."""
+    """Make the task of `configs/embedded_detector.py`."""
     options: dict[str, Any] = dict(config.finetune.options)
     portraits = round(config.finetune.batch * options["portraits"])
     frames, blur = config.finetune.batch - portraits, options["blur"]
@@ -130,12 +187,16 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> FacePictures:
         return draw(seed, step, frames, portraits, *people.SPLITS["train"])
 
-    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        module: nnx.Module, truth: FacePictures, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         return detector_loss(module(degrade(key, truth.pictures, blur)), truth)
 
     def save(module: nnx.Module, folder: Path) -> None:
         measured = {
-            name: levels(module, frames, portraits, options["max_faces"], options["threshold"], strength)
+            name: levels(
+                module, frames, portraits, options["max_faces"], options["threshold"], strength
+            )
             for name, strength in (("sharp", 0.0), ("blurred", blur))
         }
         save_network(module, Path(folder) / "detector", levels=measured, **stored)

@@ -1,14 +1,16 @@
-"""Training of a face embedder on the cast: the reward's (ArcFace) or the judge's, which differ in network, crop, people and seed.
+"""Train a bundled face embedder on synthetic people: the reward's (ArcFace) or the judge's.
 
-Each of N people is a class with a unit centre w; an embedding x of person y at angle theta_y from its centre costs
+The two differ in network, crop, people and seed. Each of N people is a class with a unit centre w.
+The loss of an embedding of person y at angle theta_y from the centre of y is
 
-    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )      (ArcFace, arXiv 1801.07698)
+    -log( e^{s cos(theta_y + m)} / (e^{s cos(theta_y + m)} + sum_{j != y} e^{s cos theta_j}) )
 
-Crops come from portraits and from frames alike, aligned by landmarks that are as wrong as a detector's.
+(ArcFace, arXiv 1801.07698). Crops of portraits and frames are aligned with landmarks jittered to
+match the detector's error.
 
-Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its configuration), name of the stored file,
-units (width of the crop in head units), people (N), first_id (their first id in the training split), margin m, scale s,
-blur (its largest width in pixels).
+Options (`finetune.options`): architecture ("arcface" or "judge"), network (fields of its
+configuration), name of the stored file, units (width of the crop in head units), people (N),
+first_id (first id of the training people), margin m, scale s, blur (largest blur width in pixels).
 """
 
 import dataclasses
@@ -28,40 +30,64 @@ from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
 from jax_idgrpo.rewards.faces import Points, Settings, align, load_network, normalise, save_network
 from jax_idgrpo.synthetic.people import MAX_PEOPLE, SPLITS
 from jax_idgrpo.synthetic.training.detector import SEEN
-from jax_idgrpo.synthetic.training.faces import FacePictures, degrade, draw_frames, draw_portraits, join
+from jax_idgrpo.synthetic.training.faces import (
+    FacePictures,
+    degrade,
+    draw_frames,
+    draw_portraits,
+    join,
+)
 from jax_idgrpo.training.task import Task
 
 # The landmarks of an average head seen from the front, in head units from the face's centre.
 _HEAD = ((-0.36, -0.05), (0.36, -0.05), (0.0, 0.31), (-0.295, 0.60), (0.295, 0.60))
 _MIDDLE = -0.1  # height of the crop's centre, in head units
-_JITTER = 0.06  # standard deviation of the landmarks' error, as a share of the distance between eyes and mouth
+_JITTER = 0.06  # standard deviation of the landmark error, relative to the eye-mouth distance
 
 
 def template(size: int, units: float) -> Points:
-    """Where the landmarks lie in a crop of `size` pixels that is `units` head units wide."""
+    """Return the landmarks in a crop of `size` pixels that is `units` head units wide."""
     per_unit, middle = size / units, (size - 1) / 2
     return tuple((middle + u * per_unit, middle + (v - _MIDDLE) * per_unit) for u, v in _HEAD)
 
 
 class Classifier(nnx.Module):
-    """An embedder with the centres of the people it is trained on."""
+    """An embedder with the class centres of its training people."""
 
     def __init__(self, embedder: ArcFace | Judge, people: int, rngs: nnx.Rngs):
         self.embedder = embedder
-        self.centres = nnx.Param(0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size)))
+        self.centres = nnx.Param(
+            0.1 * jax.random.normal(rngs.params(), (people, embedder.config.embedding_size))
+        )
 
     def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N P"]:
-        """Cosines of the crops' embeddings with every centre."""
+        """Compute the cosines of the crops' embeddings with every centre."""
         return normalise(self.embedder(crops, train=True)) @ normalise(self.centres[...]).T
 
 
 def arcface_loss(
-    cosines: Float[Array, "N P"], person: Int[Array, "N"], weight: Float[Array, "N"], margin: float, scale: float
+    cosines: Float[Array, "N P"],
+    person: Int[Array, "N"],
+    weight: Float[Array, "N"],
+    margin: float,
+    scale: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """Weighted mean of the additive angular margin loss, and the accuracy without the margin."""
+    """Compute the weighted additive angular margin loss, and the accuracy without margin.
+
+    Args:
+      cosines: cosines with the class centres.
+      person: class of each crop.
+      weight: weight of each crop.
+      margin: additive angle m in radians.
+      scale: scale s of the cosines.
+    """
     own = jnp.take_along_axis(cosines, person[:, None], 1)[:, 0]
     sine = jnp.sqrt(jnp.maximum(1.0 - own * own, 1e-6))
-    harder = jnp.where(own > -jnp.cos(margin), own * jnp.cos(margin) - sine * jnp.sin(margin), own - margin * jnp.sin(margin))
+    harder = jnp.where(
+        own > -jnp.cos(margin),
+        own * jnp.cos(margin) - sine * jnp.sin(margin),
+        own - margin * jnp.sin(margin),
+    )
     mine = jax.nn.one_hot(person, cosines.shape[1], dtype=bool)
     log_probability = jax.nn.log_softmax(scale * jnp.where(mine, harder[:, None], cosines))
     losses = -jnp.take_along_axis(log_probability, person[:, None], 1)[:, 0]
@@ -71,11 +97,25 @@ def arcface_loss(
 
 
 @functools.partial(jax.jit, static_argnames="rows")
-def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array) -> FacePictures:
-    """`rows` frames of up to three of the `people`, and the portrait of one of each row."""
+def draw(
+    seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array
+) -> FacePictures:
+    """Render `rows` frames of up to three people, and one portrait for each row.
+
+    Args:
+      seed: seed of people and scenes.
+      step: number of the batch.
+      rows: number of frames, and of portraits.
+      people: number of training people.
+      first_id: first id of these people.
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     part = people // MAX_PEOPLE
-    ids = first_id + jax.random.randint(keys[0], (rows, MAX_PEOPLE), 0, part) + part * jnp.arange(MAX_PEOPLE)
+    ids = (
+        first_id
+        + jax.random.randint(keys[0], (rows, MAX_PEOPLE), 0, part)
+        + part * jnp.arange(MAX_PEOPLE)
+    )
     count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
     mask = jnp.arange(MAX_PEOPLE) < count[:, None]
     ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
@@ -85,17 +125,31 @@ def draw(seed: int | Array, step: int | Array, rows: int, people: int | Array, f
 def crops_of(
     key: Array, truth: FacePictures, points: Points, size: int, blur: float | None
 ) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
-    """(aligned crops, ids, whether they are faces) of a `draw`: the three slots of each frame, then the portraits.
+    """Align the crops of a `draw`: the three slots of each frame, then the portraits.
 
-    blur: of `degrade`; None leaves the pictures clean and the landmarks exact. A slot without a visible face holds the row's
-    portrait once more, so that batch statistics are those of faces.
+    A slot without a visible face is filled with the row's portrait, so that batch statistics are
+    computed over faces.
+
+    Args:
+      key: key of blur and jitter.
+      truth: annotated pictures.
+      points: landmarks in the crop.
+      size: size of the crop in pixels.
+      blur: see `degrade`; None for clean pictures and exact landmarks.
+
+    Returns:
+      The crops, their ids, and the mask of the slots that show the person's face.
     """
     degrade_key, jitter_key = jax.random.split(key)
     rows = truth.ids.shape[0] // 2
     pictures, landmarks = truth.pictures, truth.landmarks
     if blur is not None:
-        height = jnp.linalg.norm(jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1)
-        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(jitter_key, landmarks.shape)
+        height = jnp.linalg.norm(
+            jnp.mean(landmarks[:, :, :2], 2) - jnp.mean(landmarks[:, :, 3:], 2), axis=-1
+        )
+        landmarks = landmarks + _JITTER * height[..., None, None] * jax.random.normal(
+            jitter_key, landmarks.shape
+        )
         pictures = degrade(degrade_key, pictures, blur)
     frames = align(pictures[:rows], landmarks[:rows], points, size)
     portraits = align(pictures[rows:], landmarks[rows:, :1], points, size)
@@ -106,27 +160,57 @@ def crops_of(
     return crops, ids, jnp.concatenate([seen.reshape(-1), jnp.ones(rows, bool)])
 
 
-def embed_portraits(embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50) -> Float[Array, "N E"]:
-    """Unit embeddings of one portrait of each person: where their centres are once an embedder is trained."""
+def embed_portraits(
+    embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50
+) -> Float[Array, "N E"]:
+    """Embed one portrait of each person: initial class centres for a trained embedder.
+
+    Args:
+      embedder: trained embedder.
+      points: landmarks in the crop.
+      ids: ids of the people.
+      chunk: people per batch.
+    """
     graph, state = nnx.split(embedder)
 
     @jax.jit
     def embed(state: Any, ids: Array) -> Array:
-        drawn = draw_portraits(jax.random.key(0), ids)
-        return normalise(nnx.merge(graph, state)(align(drawn.pictures, drawn.landmarks, points, embedder.config.input_size)[:, 0]))
+        portraits = draw_portraits(jax.random.key(0), ids)
+        return normalise(
+            nnx.merge(graph, state)(
+                align(portraits.pictures, portraits.landmarks, points, embedder.config.input_size)[
+                    :, 0
+                ]
+            )
+        )
 
     padded = jnp.pad(ids, (0, -len(ids) % chunk)).reshape(-1, chunk)
     return jnp.concatenate([embed(state, part) for part in padded])[: len(ids)]
 
 
 def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
-    """Probability that a pair of one person is more alike than a pair of two."""
-    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(np.sort(different), same, side="right")
+    """Compute the probability that two pictures of one person are more similar than of two."""
+    ranks = np.searchsorted(np.sort(different), same, side="left") + np.searchsorted(
+        np.sort(different), same, side="right"
+    )
     return float(np.mean(ranks) / (2 * len(different)))
 
 
-def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12) -> dict[str, float]:
-    """Portrait against frame on people of the held-out split: AUC, and quantiles of the cosines of same and different people."""
+def verify(
+    embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12
+) -> dict[str, float]:
+    """Verify portraits against frames of held-out people.
+
+    Args:
+      embedder: embedder to evaluate.
+      points: landmarks in the crop.
+      blur: see `degrade`; None for clean pictures.
+      rows: frames per round.
+      rounds: number of rounds.
+
+    Returns:
+      The AUC, and quantiles of the cosines of same and different people.
+    """
     size = embedder.config.input_size
     graph, state = nnx.split(embedder)
     first, last = SPLITS["eval"]
@@ -156,9 +240,11 @@ def verify(embedder: nnx.Module, points: Points, blur: float | None, rows: int, 
 
 
 def make(config: Config) -> Task:
-    """The task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
+    """Make the task of `configs/embedded_embedder.py` and `configs/embedded_judge.py`."""
     options: dict[str, Any] = dict(config.finetune.options)
-    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[options["architecture"]]
+    network, schema = {"arcface": (ArcFace, ArcFaceConfig), "judge": (Judge, JudgeConfig)}[
+        options["architecture"]
+    ]
     sizes = schema(**options["network"])
     points = template(sizes.input_size, options["units"])
     first_id, people, rows = options["first_id"], options["people"], config.finetune.batch
@@ -175,13 +261,26 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> FacePictures:
         return draw(seed, step, rows, people, first_id)
 
-    def loss(module: nnx.Module, truth: FacePictures, key: jax.Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        module: nnx.Module, truth: FacePictures, key: jax.Array
+    ) -> tuple[Array, dict[str, Array]]:
         crops, ids, seen = crops_of(key, truth, points, sizes.input_size, options["blur"])
         person = jnp.maximum(ids - first_id, 0)
-        return arcface_loss(module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"])
+        return arcface_loss(
+            module(crops), person, seen.astype(jnp.float32), options["margin"], options["scale"]
+        )
 
     def save(module: nnx.Module, folder: Path) -> None:
-        levels = {name: verify(module.embedder, points, blur, rows) for name, blur in (("clean", None), ("degraded", options["blur"]))}
-        save_network(module.embedder, Path(folder) / options["name"], template=points, levels=levels, **dataclasses.asdict(Settings()))
+        levels = {
+            name: verify(module.embedder, points, blur, rows)
+            for name, blur in (("clean", None), ("degraded", options["blur"]))
+        }
+        save_network(
+            module.embedder,
+            Path(folder) / options["name"],
+            template=points,
+            levels=levels,
+            **dataclasses.asdict(Settings()),
+        )
 
     return Task(init=init, batch=batch, loss=loss, save=save)

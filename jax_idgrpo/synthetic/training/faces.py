@@ -1,7 +1,7 @@
-"""Pictures of the cast with the truth about their faces, and what spoils pictures: shared by the detector and the embedders.
+"""Annotated pictures of synthetic people, and their degradation, for training face networks.
 
-Half the world of a face network is portraits, the other half frames of clips, and the clips of a video model are blurred, noisy
-and off in colour: `degrade` makes clean drawings so.
+Face networks see portraits and frames of clips. The clips of a video model are blurred, noisy and
+tinted: `degrade` applies these faults to clean renderings.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from jax_idgrpo.synthetic.people import identity
 
 @flax.struct.dataclass
 class FacePictures:
-    """Pictures in [-1, 1] with their M faces; absent ones have id -1 and visible 0. Integers are the pixel centres."""
+    """Pictures in [-1, 1] with M annotated faces.
+
+    Absent faces have id -1 and visible 0. Integer coordinates are pixel centres.
+    """
 
     pictures: Float[Array, "N H W 3"]
     boxes: Float[Array, "N M 4"]
@@ -26,13 +29,23 @@ class FacePictures:
     ids: Int[Array, "N M"]
 
 
-def draw_frames(key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]) -> FacePictures:
-    """One frame per row of the people of `mask`, from a clip at a random moment."""
+def draw_frames(
+    key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]
+) -> FacePictures:
+    """Render one frame per row, at a random moment of a clip.
+
+    Args:
+      key: key of scenes and moments.
+      ids: ids of the people.
+      mask: people who are present.
+    """
     scene_key, time_key = jax.random.split(key)
     people = identity(ids)
     scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
     moment = jax.random.uniform(time_key, (ids.shape[0], 1, 1))
-    scene = dataclasses.replace(scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment)
+    scene = dataclasses.replace(
+        scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment
+    )
     clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames=1))(people, mask, scene)
     return FacePictures(
         pictures=clip.video[:, 0],
@@ -44,7 +57,7 @@ def draw_frames(key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N 
 
 
 def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
-    """The reference photo of each person; M = 1."""
+    """Render the reference photo of each person; M = 1."""
     people, keys = identity(ids), jax.random.split(key, ids.shape[0])
     boxes, landmarks = jax.vmap(renderer.portrait_truth)(people, keys)
     return FacePictures(
@@ -57,11 +70,15 @@ def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
 
 
 def join(a: FacePictures, b: FacePictures) -> FacePictures:
-    """All pictures of both, padded to the same number of faces."""
+    """Concatenate pictures, padded to the same number of faces."""
     slots = max(a.ids.shape[1], b.ids.shape[1])
 
     def padded(leaf: Array, value: float) -> Array:
-        return jnp.pad(leaf, [(0, 0), (0, slots - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2), constant_values=value)
+        return jnp.pad(
+            leaf,
+            [(0, 0), (0, slots - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2),
+            constant_values=value,
+        )
 
     return FacePictures(
         pictures=jnp.concatenate([a.pictures, b.pictures]),
@@ -73,32 +90,49 @@ def join(a: FacePictures, b: FacePictures) -> FacePictures:
 
 
 def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[Array, "N H W 3"]:
-    """Gaussian blur of 7 taps with its own width for every picture, in pixels."""
+    """Blur every picture with a 7-tap Gaussian of its own width in pixels."""
     reach = 3
-    weights = jnp.exp(-0.5 * (jnp.arange(-reach, reach + 1) / jnp.maximum(sigma[:, None], 0.05)) ** 2)
+    weights = jnp.exp(
+        -0.5 * (jnp.arange(-reach, reach + 1) / jnp.maximum(sigma[:, None], 0.05)) ** 2
+    )
     weights = (weights / jnp.sum(weights, 1, keepdims=True))[:, :, None, None, None]
     for axis in (1, 2):
         size = pictures.shape[axis]
-        padded = jnp.pad(pictures, [(reach, reach) if k == axis else (0, 0) for k in range(4)], mode="edge")
-        shifted = [jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * reach + 1)]
+        padded = jnp.pad(
+            pictures, [(reach, reach) if k == axis else (0, 0) for k in range(4)], mode="edge"
+        )
+        shifted = [
+            jax.lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(2 * reach + 1)
+        ]
         pictures = sum(weights[:, k] * shifted[k] for k in range(2 * reach + 1))
     return pictures
 
 
-def degrade(key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float) -> Float[Array, "N H W 3"]:
-    """Blur, noise of two scales, brightness, contrast and tint, of random strength; a quarter of the pictures stays clean.
+def degrade(
+    key: PRNGKeyArray, pictures: Float[Array, "N H W 3"], blur: float
+) -> Float[Array, "N H W 3"]:
+    """Change blur, noise at two scales, brightness, contrast and tint by random strengths.
 
-    blur: largest width of the Gaussian, in pixels.
+    A quarter of the pictures stays clean.
+
+    Args:
+      key: key of the strengths and the noise.
+      pictures: pictures in [-1, 1].
+      blur: largest width of the Gaussian in pixels.
     """
     keys = jax.random.split(key, 8)
     count, height, width = pictures.shape[:3]
-    strength = jax.random.uniform(keys[0], (count,)) * (jax.random.uniform(keys[1], (count,)) > 0.25)
+    strength = jax.random.uniform(keys[0], (count,)) * (
+        jax.random.uniform(keys[1], (count,)) > 0.25
+    )
     s = strength[:, None, None, None]
     spoiled = _blur(pictures, blur * strength * jax.random.uniform(keys[2], (count,)))
     coarse = jax.random.normal(keys[3], (count, height // 4, width // 4, 3))
     coarse = jax.image.resize(coarse, pictures.shape, "linear")
     amounts = jax.random.uniform(keys[4], (2, count, 1, 1, 1))
-    spoiled = spoiled + s * (0.25 * amounts[0] * coarse + 0.15 * amounts[1] * jax.random.normal(keys[5], pictures.shape))
+    spoiled = spoiled + s * (
+        0.25 * amounts[0] * coarse + 0.15 * amounts[1] * jax.random.normal(keys[5], pictures.shape)
+    )
     gain = 1.0 + s * jax.random.uniform(keys[6], (count, 1, 1, 3), minval=-0.15, maxval=0.15)
     lift = s * jax.random.uniform(keys[7], (count, 1, 1, 1), minval=-0.2, maxval=0.2)
     return jnp.clip(spoiled * gain + lift, -1.0, 1.0)

@@ -1,11 +1,12 @@
-"""Task "text": a small UMT5 learns to read the prompts of the cast, and a word tokenizer is made for it.
+"""Task "text": train a small UMT5 on synthetic prompts, and build its word tokenizer.
 
-From the mean of the encoder's output rows a linear head names every attribute of every person (hair, hat, clothes, action, ...)
-and of the place. The mean forgets the order of the rows, so a row can only help if it knows whose word it is: "red" becomes
-"the red shirt of the second person", which is what cross-attention in the transformer needs. The head is thrown away.
+From the mean of the encoder's output tokens, a linear head predicts every attribute of every person
+(hair, hat, clothes, action, ...) and of the place. The mean discards the order of the tokens, so
+each token must encode which person its word describes: "red" becomes "the red shirt of the second
+person". Cross-attention in the transformer requires this. The head is discarded after training.
 
-`finetune.options`: d_model, d_kv, num_heads, d_ff, num_layers of the encoder. Stores `text_encoder/` and `tokenizer/` in the
-published layout, beside the parts of the pipeline that the folder already holds.
+`finetune.options`: d_model, d_kv, num_heads, d_ff, num_layers of the encoder. The task writes
+`text_encoder/` and `tokenizer/` in the published layout, and keeps the folder's other parts.
 """
 
 import functools
@@ -34,44 +35,65 @@ from jax_idgrpo.training.task import Loss, Task
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 PUNCTUATION = r"[,.:;!?]"
-CLASSES = 16  # no attribute of the cast has more values
+CLASSES = 16  # upper bound of the number of values of an attribute
 
 
 def build_tokenizer(words: list[str]) -> transformers.PreTrainedTokenizerFast:
-    """A word tokenizer: lower case, punctuation dropped, end of text appended; pad 0, eos 1, unk 2, then the words, sorted.
+    """Build a tokenizer of lower-case words without punctuation.
+
+    It appends an end-of-text token. Ids: pad 0, eos 1, unk 2, then the sorted words.
 
     Raises:
-      ValueError: a word is empty, or would not come out of the tokenizer's own splitting.
+      ValueError: a word is empty, or the tokenizer would split or change it.
     """
     words = sorted(set(words))
     odd = [word for word in words if re.sub(PUNCTUATION, "", word.lower()).split() != [word]]
     if odd:
         raise ValueError(f"not single lower-case words: {odd[:5]}")
-    core = tokenizers.Tokenizer(models.WordLevel({word: k for k, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>"))
+    core = tokenizers.Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate((*SPECIAL, *words))}, unk_token="<unk>")
+    )
     core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PUNCTUATION), "removed"), pre_tokenizers.WhitespaceSplit()]
     )
-    core.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    core.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right", truncation_side="right"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="right",
+        truncation_side="right",
     )
 
 
 def vocabulary(negative: str) -> list[str]:
-    """The words of the cast's prompts and of the negative prompt."""
+    """Return the words of synthetic prompts and of the negative prompt."""
     text = " ".join([*captions.vocabulary(), negative]).lower()
     return sorted(set(re.sub(PUNCTUATION, " ", text).split()))
 
 
-def tokenize(tokenizer: Any, texts: list[str], length: int) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
-    """Ids and mask, cut or padded to `length`."""
-    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+def tokenize(
+    tokenizer: Any, texts: list[str], length: int
+) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+    """Tokenize texts; returns ids and mask.
+
+    Args:
+      tokenizer: result of `build_tokenizer`.
+      texts: B texts.
+      length: number of tokens, to which texts are cut or padded.
+    """
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+    )
     return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
 
 
-class Told(NamedTuple):
-    """What prompts are made of, per clip: who is there, what happens."""
+class ClipContent(NamedTuple):
+    """The people and scenes that prompts describe."""
 
     scene: scenes.Scene
     people: Identity
@@ -79,35 +101,46 @@ class Told(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _draw(seed: int | Array, step: int | Array, size: int) -> Told:
-    """The cast's batch without its pictures, which the compiler drops."""
-    drawn = scenes.batch(seed, step, size, "train")
-    return Told(drawn.scene, drawn.people, drawn.mask)
+def _draw(seed: int | Array, step: int | Array, size: int) -> ClipContent:
+    """Sample a batch without its pictures; the compiler removes their rendering."""
+    batch = scenes.batch(seed, step, size, "train")
+    return ClipContent(batch.scene, batch.people, batch.mask)
 
 
-def attributes(told: Told) -> Int[np.ndarray, "B A"]:
-    """What a prompt says, as class numbers: every person's labels and action (-1 where nobody is there), then the place."""
-    person = np.concatenate([told.people.labels, told.scene.action[..., None]], axis=-1)
-    person = np.where(told.mask[..., None], person, -1).reshape(len(told.mask), -1)
-    place = np.stack([told.scene.background, told.scene.light_kind], axis=-1)
-    return np.concatenate([person, place, told.scene.colours], axis=-1).astype(np.int32)
+def attributes(content: ClipContent) -> Int[np.ndarray, "B A"]:
+    """Encode the content of prompts as class numbers.
+
+    The numbers are every person's labels and action (-1 for absent people), then the place.
+    """
+    person = np.concatenate([content.people.labels, content.scene.action[..., None]], axis=-1)
+    person = np.where(content.mask[..., None], person, -1).reshape(len(content.mask), -1)
+    place = np.stack([content.scene.background, content.scene.light_kind], axis=-1)
+    return np.concatenate([person, place, content.scene.colours], axis=-1).astype(np.int32)
 
 
 class Reader(nnx.Module):
-    """The encoder with its head: `CLASSES` logits for each of `count` attributes."""
+    """The encoder with a head: `CLASSES` logits for each of `count` attributes."""
 
     def __init__(self, config: UMT5Config, count: int, *, rngs: nnx.Rngs):
         self.encoder = UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=rngs)
         self.head = nnx.Linear(config.d_model, count * CLASSES, rngs=rngs)
 
-    def __call__(self, ids: Int[ArrayLike, "B L"], mask: Int[ArrayLike, "B L"]) -> Float[Array, "B A classes"]:
+    def __call__(
+        self, ids: Int[ArrayLike, "B L"], mask: Int[ArrayLike, "B L"]
+    ) -> Float[Array, "B A classes"]:
         ids, mask = jnp.asarray(ids), jnp.asarray(mask)
         mean = jnp.sum(self.encoder(ids, mask), axis=1) / jnp.sum(mask, axis=1, keepdims=True)
         return self.head(mean).reshape(len(ids), -1, CLASSES)
 
 
 def loss(reader: Reader, batch: dict[str, Any], key: Array) -> Loss:
-    """Mean cross-entropy over the attributes that are there, and the share named right."""
+    """Compute the mean cross-entropy over the attributes of present people, and the accuracy.
+
+    Args:
+      reader: encoder with its head.
+      batch: ids, mask and attributes.
+      key: unused.
+    """
     del key
     logits, target = reader(batch["ids"], batch["mask"]), batch["attributes"]
     there, target = target >= 0, jnp.maximum(target, 0)
@@ -117,18 +150,24 @@ def loss(reader: Reader, batch: dict[str, Any], key: Array) -> Loss:
 
 
 def make(config: Config) -> Task:
-    """The task; `config.data` gives the text length and the negative prompt."""
+    """Make the task; `config.data` supplies the text length and the negative prompt."""
     tokenizer = build_tokenizer(vocabulary(negative_prompt(config.data)))
     shape = UMT5Config(vocab_size=len(tokenizer), **config.finetune.options)
     draw = functools.partial(_draw, size=config.finetune.batch)
 
     def init(key: Array) -> Reader:
-        return Reader(shape, attributes(jax.device_get(draw(0, 0))).shape[1], rngs=nnx.Rngs(params=key))
+        return Reader(
+            shape, attributes(jax.device_get(draw(0, 0))).shape[1], rngs=nnx.Rngs(params=key)
+        )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
-        told = jax.device_get(draw(seed, step))
-        ids, mask = tokenize(tokenizer, captions.describe(told.scene, told.people, told.mask), config.data.text_length)
-        return {"ids": ids, "mask": mask, "attributes": attributes(told)}
+        content = jax.device_get(draw(seed, step))
+        ids, mask = tokenize(
+            tokenizer,
+            captions.describe(content.scene, content.people, content.mask),
+            config.data.text_length,
+        )
+        return {"ids": ids, "mask": mask, "attributes": attributes(content)}
 
     def save(reader: Reader, path: Path) -> None:
         save_text_encoder(reader.encoder, tokenizer, path)

@@ -1,16 +1,21 @@
-"""Task "transformer": flow matching of the VACE transformer on drawn clips of one to three people.
+"""Task "transformer": flow matching of the VACE transformer on synthetic clips of 1 to 3 people.
 
-    x_sigma = (1 - sigma) x0 + sigma noise,   loss = weighted mean of |v(x_sigma, t, text, control) - (noise - x0)|^2
+    x_sigma = (1 - sigma) x0 + sigma noise
+    loss    = weighted mean of |v(x_sigma, t, text, control) - (noise - x0)|^2
 
-x0 is `[references, video]` in normalised latents: as in the published models, reference slots are denoised like any other frame,
-and the transformer sees the clean photos through the control branch. sigma = shift u / (1 + (shift - 1) u) with u spread evenly over
-the batch, t = trunc(1000 sigma), as the sampler's schedule has it. Now and then the negative prompt takes the prompt's place, so that
-guidance has an unguided branch to lean on. Every batch holds clips with equally many people, so nothing is padded.
+x0 is `[references, video]` in normalised latents. As in the published models, reference slots are
+denoised like any other frame, and the control branch supplies the clean photos.
+sigma = shift u / (1 + (shift - 1) u) with stratified u, and t = trunc(1000 sigma), as in the
+sampler's schedule. A share of the prompts is replaced by the negative prompt, so that the model
+learns the unconditional branch of guidance. All clips of a batch have the same number of people, so
+there is no padding.
 
-Clips and photos are drawn and encoded once into a pool, a pure function of (seed, index); steps draw from it.
+Clips and photos are rendered and encoded once into a pool, a pure function of (seed, index); steps
+sample from the pool.
 
-`config.model.path` is the pipeline folder whose VAE, text encoder and tokenizer are used and stored with the transformer. Sizes of the
-videos, text length and negative prompt come from `config.video` and `config.data`, the shift from `config.rollout.shift`.
+`config.model.path` is the pipeline folder that supplies VAE, text encoder and tokenizer; they are
+saved with the transformer. `config.video` and `config.data` supply the size of the videos, the text
+length and the negative prompt, and `config.rollout.shift` the shift.
 """
 
 import concurrent.futures
@@ -25,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from PIL import Image
 from tqdm import tqdm
 
@@ -51,17 +56,22 @@ from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.training.text import tokenize
 from jax_idgrpo.training.task import Loss, Task
 
-CHUNK = 64  # clips drawn and encoded at once
-REFERENCE_WEIGHT = 0.25  # of a reference slot in the loss: it is seen in the control, so there is little to learn
+CHUNK = 64  # clips that are rendered and encoded at once
+# Loss weight of a reference slot. It is low because the control branch contains the clean photo.
+REFERENCE_WEIGHT = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`finetune.options` of this task.
 
-    num_layers, num_heads, head_dim, ffn_dim, freq_dim, vace_layers: of the transformer. pool, pool_seed: clips in the pool and what
-    they are drawn from. pool_file: where the pool is kept between runs ("" = nowhere). face_weight: weight of latent cells inside
-    faces, others have 1. text_dropout: share of prompts replaced by the negative one.
+    Attributes:
+      num_layers, num_heads, head_dim, ffn_dim, freq_dim, vace_layers: sizes of the transformer.
+      pool: number of clips in the pool.
+      pool_seed: seed of the pool.
+      pool_file: file that stores the pool between runs; "" for none.
+      face_weight: loss weight of latent cells inside faces; other cells have 1.
+      text_dropout: share of prompts that are replaced by the negative prompt.
     """
 
     num_layers: int
@@ -84,78 +94,140 @@ class Options:
 
 
 class Pool(NamedTuple):
-    """Encoded clips, float16: latents of video and photos, text embeddings, loss weights of the video's latent cells."""
+    """Encoded clips in float16.
+
+    Attributes:
+      video, photos: latents.
+      text: text embeddings.
+      weight: loss weight of the video's latent cells.
+      people: number of people in each clip, int32.
+      grey: latents of a grey video.
+      negative: embedding of the negative prompt.
+    """
 
     video: Float[np.ndarray, "n T h w C"]
     photos: Float[np.ndarray, "n M h w C"]
     text: Float[np.ndarray, "n L D"]
     weight: Float[np.ndarray, "n T h w"]
-    people: np.ndarray  # int32 [n]
+    people: Int[np.ndarray, "n"]
     grey: Float[np.ndarray, "T h w C"]
     negative: Float[np.ndarray, "L D"]
 
 
-def cell_weight(boxes: Float[Array, "B F M 4"], visible: Float[Array, "B F M"], size: tuple[int, int], face: float) -> Array:
-    """Loss weight [B,T,h,w] of latent cells: 1 outside faces, `face` where a face covers the cell in all of its frames."""
+def cell_weight(
+    boxes: Float[Array, "B F M 4"],
+    visible: Float[Array, "B F M"],
+    size: tuple[int, int],
+    face: float,
+) -> Array:
+    """Compute the loss weight [B,T,h,w] of latent cells.
+
+    The weight is 1 outside faces and `face` where a face covers the cell in all of its frames.
+
+    Args:
+      boxes: face boxes in pixels.
+      visible: visible share of each face.
+      size: (height, width) of the video in pixels.
+      face: weight of a fully covered cell.
+    """
     height, width = size
     y, x = (jnp.arange(n // PIXELS_PER_LATENT) * PIXELS_PER_LATENT for n in size)
-    left, top, right, bottom = jnp.moveaxis(jnp.clip(boxes, 0, jnp.array([width, height, width, height])), -1, 0)[..., None]
+    left, top, right, bottom = jnp.moveaxis(
+        jnp.clip(boxes, 0, jnp.array([width, height, width, height])), -1, 0
+    )[..., None]
 
     def overlap(low: Array, high: Array, cell: Array) -> Array:
-        return jnp.clip(jnp.minimum(high, cell + PIXELS_PER_LATENT) - jnp.maximum(low, cell), 0) / PIXELS_PER_LATENT
+        return (
+            jnp.clip(jnp.minimum(high, cell + PIXELS_PER_LATENT) - jnp.maximum(low, cell), 0)
+            / PIXELS_PER_LATENT
+        )
 
-    share = overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]  # [B,F,M,h,w]
+    share = (
+        overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]
+    )  # [B,F,M,h,w]
     share = jnp.max(share * (visible > 0.2)[..., None, None], axis=2)
-    rest = share[:, 1:].reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:]).mean(axis=2)
+    rest = (
+        share[:, 1:]
+        .reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:])
+        .mean(axis=2)
+    )
     return 1 + (face - 1) * jnp.concatenate([share[:, :1], rest], axis=1)
 
 
-def build_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options) -> Pool:
-    """Draw and encode the pool."""
+def build_pool(
+    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+) -> Pool:
+    """Render and encode the pool.
+
+    Args:
+      vae: encodes clips and photos.
+      text_encoder: encodes prompts.
+      tokenizer: tokenizer of the text encoder.
+      config: configuration of the run.
+      options: options of the task.
+    """
     video, length = config.video, config.data.text_length
     size = (video.height, video.width)
     graph, state = nnx.split((vae, text_encoder))
 
     @jax.jit
     def draw(index: Array) -> tuple[scenes.Batch, Array]:
-        drawn = scenes.batch(options.pool_seed, index, CHUNK, "train", video.frames, size)
-        return drawn, cell_weight(drawn.boxes, drawn.visible, size, options.face_weight)
+        batch = scenes.batch(options.pool_seed, index, CHUNK, "train", video.frames, size)
+        return batch, cell_weight(batch.boxes, batch.visible, size, options.face_weight)
 
     @jax.jit
     def encode(state: nnx.State, clips: Array, portraits: Array) -> tuple[Array, Array]:
         vae, _ = nnx.merge(graph, state)
         photos = vae.encode(portraits.reshape(-1, 1, *portraits.shape[2:]))[:, 0]
-        return vae.encode(clips).astype(jnp.float16), photos.reshape(*portraits.shape[:2], *photos.shape[1:]).astype(jnp.float16)
+        return vae.encode(clips).astype(jnp.float16), photos.reshape(
+            *portraits.shape[:2], *photos.shape[1:]
+        ).astype(jnp.float16)
 
     @jax.jit
     def read(state: nnx.State, ids: Array, mask: Array) -> Array:
         return nnx.merge(graph, state)[1](ids, mask).astype(jnp.float16)
 
     def chunk(index: int) -> tuple[np.ndarray, ...]:
-        drawn, weight = draw(index)
-        latents, photos = encode(state, drawn.video, drawn.portraits)
-        text = read(state, *tokenize(tokenizer, captions.prompts(drawn), length))
-        people = jnp.sum(drawn.mask, axis=1).astype(jnp.int32)
+        batch, weight = draw(index)
+        latents, photos = encode(state, batch.video, batch.portraits)
+        text = read(state, *tokenize(tokenizer, captions.prompts(batch), length))
+        people = jnp.sum(batch.mask, axis=1).astype(jnp.int32)
         return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
 
     count = options.pool // CHUNK
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # drawing uses one core of a CPU
-        chunks = list(tqdm(threads.map(chunk, range(count)), desc="drawing and encoding clips", total=count))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # rendering uses one CPU core
+        chunks = list(
+            tqdm(threads.map(chunk, range(count)), desc="rendering and encoding clips", total=count)
+        )
     grey, _ = encode(state, jnp.zeros((1, video.frames, *size, 3)), jnp.zeros((1, 1, *size, 3)))
-    negative = read(state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length))
-    return Pool(*(np.concatenate(parts) for parts in zip(*chunks, strict=True)), *jax.device_get((grey[0], negative[0])))
+    negative = read(
+        state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length)
+    )
+    return Pool(
+        *(np.concatenate(parts) for parts in zip(*chunks, strict=True)),
+        *jax.device_get((grey[0], negative[0])),
+    )
 
 
 def _fingerprint(config: Config, options: Options, networks: Any) -> str:
-    """Hash of all that a pool depends on."""
-    digest = hashlib.sha256(repr((options.pool_seed, config.video, config.data, options.pool, options.face_weight)).encode())
+    """Hash everything that a pool depends on."""
+    digest = hashlib.sha256(
+        repr(
+            (options.pool_seed, config.video, config.data, options.pool, options.face_weight)
+        ).encode()
+    )
     for leaf in jax.tree.leaves(nnx.state(networks)):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
 
-def stored_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options) -> Pool:
-    """The pool of `options.pool_file` if it is the one asked for, else a new one, which is stored there."""
+def stored_pool(
+    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+) -> Pool:
+    """Load the pool of `options.pool_file` if its fingerprint matches; else build and store it.
+
+    Args: those of `build_pool`.
+    """
     if not options.pool_file:
         return build_pool(vae, text_encoder, tokenizer, config, options)
     path, mark = Path(options.pool_file), _fingerprint(config, options, (vae, text_encoder))
@@ -165,14 +237,25 @@ def stored_pool(vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, confi
                 return Pool(*(stored[name] for name in Pool._fields))
     pool = build_pool(vae, text_encoder, tokenizer, config, options)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part.npz")
-    np.savez(aside, mark=mark, **pool._asdict())
-    aside.rename(path)
+    partial = path.with_suffix(".part.npz")
+    np.savez(partial, mark=mark, **pool._asdict())
+    partial.rename(path)
     return pool
 
 
-def pick(pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: float, seed: int, step: int) -> dict[str, np.ndarray]:
-    """A batch of clips with equally many people, their number drawn by its share of the pool; float32."""
+def pick(
+    pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: float, seed: int, step: int
+) -> dict[str, np.ndarray]:
+    """Sample a float32 batch of clips with the same number of people.
+
+    Args:
+      pool: encoded clips.
+      rows_of: indices of the clips by number of people.
+      size: clips per batch.
+      text_dropout: share of prompts that are replaced by the negative prompt.
+      seed: seed of the run.
+      step: training step.
+    """
     rng = np.random.default_rng([seed, step])
     people = int(rng.choice(pool.people))
     rows = rng.choice(rows_of[people], size)
@@ -185,8 +268,25 @@ def pick(pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: fl
     }
 
 
-def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *, grey: Array, order: str, shift: float) -> Loss:
-    """The flow-matching loss of one batch, and the plain error of the video frames."""
+def loss(
+    transformer: Callable[..., Array],
+    batch: dict[str, Any],
+    key: Array,
+    *,
+    grey: Array,
+    order: str,
+    shift: float,
+) -> Loss:
+    """Compute the flow-matching loss of a batch, and the unweighted error of the video frames.
+
+    Args:
+      transformer: velocity network.
+      batch: result of `pick`.
+      key: key of noise and sigma.
+      grey: latents of a grey video.
+      order: order of the references, `data.reference_order`.
+      shift: shift of the schedule.
+    """
     video, photos = batch["video"], batch["photos"]
     people, rows = photos.shape[1], len(video)
     noise_key, sigma_key = jax.random.split(key)
@@ -196,86 +296,173 @@ def loss(transformer: Callable[..., Array], batch: dict[str, Any], key: Array, *
     sigma = flow.shifted(u, shift)
     noise = jax.random.normal(noise_key, x0.shape)
     wide = sigma[:, None, None, None, None]
-    velocity = transformer((1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control)
+    velocity = transformer(
+        (1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control
+    )
     error = jnp.mean((velocity - (noise - x0)) ** 2, axis=-1)
-    weight = jnp.pad(batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT)
+    weight = jnp.pad(
+        batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT
+    )
     return jnp.sum(weight * error) / jnp.sum(weight), {"video_error": jnp.mean(error[:, people:])}
 
 
-def eval_conditioning(pipe: Pipeline, drawn: scenes.Batch, config: Config) -> conditioning.Conditioning:
-    """The conditioning of drawn clips by their portraits and prompts, padded to `config.data.max_people`."""
+def eval_conditioning(
+    pipe: Pipeline, batch: scenes.Batch, config: Config
+) -> conditioning.Conditioning:
+    """Encode the portraits and prompts of clips, padded to `config.data.max_people`.
+
+    Args:
+      pipe: pipeline that encodes.
+      batch: rendered clips.
+      config: configuration of the run.
+    """
     encode = nnx.jit(type(pipe.vae).encode)
-    grey = encode(pipe.vae, jnp.zeros((1, *drawn.video.shape[1:])))[0]
-    photos = encode(pipe.vae, jnp.asarray(drawn.portraits).reshape(-1, 1, *drawn.portraits.shape[2:]))
-    photos = photos.reshape(*drawn.portraits.shape[:2], *photos.shape[2:])
-    people, most, order = drawn.mask.sum(axis=1), config.data.max_people, config.data.reference_order
+    grey = encode(pipe.vae, jnp.zeros((1, *batch.video.shape[1:])))[0]
+    photos = encode(
+        pipe.vae, jnp.asarray(batch.portraits).reshape(-1, 1, *batch.portraits.shape[2:])
+    )
+    photos = photos.reshape(*batch.portraits.shape[:2], *photos.shape[2:])
+    people, most, order = (
+        batch.mask.sum(axis=1),
+        config.data.max_people,
+        config.data.reference_order,
+    )
     length = config.data.text_length
-    text = [conditioning.padded(text, length) for text in conditioning.encode_texts(pipe, captions.prompts(drawn), length)]
+    text = [
+        conditioning.padded(text, length)
+        for text in conditioning.encode_texts(pipe, captions.prompts(batch), length)
+    ]
     return conditioning.Conditioning(
         text=np.stack(text),
-        control=jnp.stack([conditioning.control(row[:count], grey, most, order) for row, count in zip(photos, people, strict=True)]),
+        control=jnp.stack(
+            [
+                conditioning.control(row[:count], grey, most, order)
+                for row, count in zip(photos, people, strict=True)
+            ]
+        ),
         frame_mask=conditioning.frame_mask(jnp.asarray(people), len(grey), most),
         references=jnp.asarray(people),
     )
 
 
-def sample_clips(pipe: Pipeline, given: conditioning.Conditioning, config: Config) -> Float[np.ndarray, "n F H W 3"]:
-    """One clip per row of the conditioning, sampled without noise along the way, with the guidance of `config.rollout`."""
+def sample_clips(
+    pipe: Pipeline, given: conditioning.Conditioning, config: Config
+) -> Float[np.ndarray, "n F H W 3"]:
+    """Sample one clip per row of the conditioning, deterministically, with guidance.
+
+    Args:
+      pipe: pipeline.
+      given: conditioning of the clips.
+      config: supplies `rollout.steps` and `rollout.guidance`.
+    """
     graph, base = nnx.split(pipe.transformer)
     policy = Policy(adapted=graph, plain=graph, guidance=config.rollout.guidance)
     negative = conditioning.encode_negative(pipe, config.data)
-    rows = rng.row_keys(rng.key(config.run.seed, "evaluate"), jnp.arange(len(given.text)), jnp.zeros(len(given.text), jnp.int32))
-    x = rollout.generate(policy, None, base, given, negative, rollout.Schedule.make(config.rollout.steps, pipe.shift), rows)
-    latents = conditioning.video_latents(x, given.video_start, given.video_frames(config.data.max_people))
+    rows = rng.row_keys(
+        rng.key(config.run.seed, "evaluate"),
+        jnp.arange(len(given.text)),
+        jnp.zeros(len(given.text), jnp.int32),
+    )
+    x = rollout.generate(
+        policy,
+        None,
+        base,
+        given,
+        negative,
+        rollout.Schedule.make(config.rollout.steps, pipe.shift),
+        rows,
+    )
+    latents = conditioning.video_latents(
+        x, given.video_start, given.video_frames(config.data.max_people)
+    )
     return np.asarray(nnx.jit(type(pipe.vae).decode)(pipe.vae, latents))
 
 
 def contact_sheet(pipe: Pipeline, config: Config, count: int = 12) -> np.ndarray:
-    """A picture, uint8: one row per held-out prompt, its photos and then every other frame of a sampled clip."""
+    """Render a uint8 picture with one row per held-out prompt.
+
+    A row has the photos, then every other frame of a sampled clip.
+
+    Args:
+      pipe: pipeline.
+      config: configuration of the run.
+      count: number of prompts.
+    """
     size = (config.video.height, config.video.width)
-    drawn = jax.device_get(scenes.batch(config.run.seed, 0, count, "eval", config.video.frames, size))
-    clips = sample_clips(pipe, eval_conditioning(pipe, drawn, config), config)
-    tiles = np.concatenate([drawn.portraits, clips[:, ::2]], axis=1)  # [n, tiles, H, W, 3]
+    batch = jax.device_get(
+        scenes.batch(config.run.seed, 0, count, "eval", config.video.frames, size)
+    )
+    clips = sample_clips(pipe, eval_conditioning(pipe, batch, config), config)
+    tiles = np.concatenate([batch.portraits, clips[:, ::2]], axis=1)  # [n, tiles, H, W, 3]
     return to_uint8(np.concatenate(np.moveaxis(tiles, 1, 2).reshape(count, size[0], -1, 3)))
 
 
 def make(config: Config) -> Task:
-    """The task."""
+    """Make the task."""
     try:
         options = Options(**config.finetune.options)
     except TypeError as error:
-        raise UserError(f"finetune.options of task transformer: {str(error).split('() ')[-1]}") from None
+        raise UserError(
+            f"finetune.options of task transformer: {str(error).split('() ')[-1]}"
+        ) from None
     folder, shift = config.model.folder(), config.rollout.shift
     if config.model.kind != "vace":
-        raise UserError(f"model.kind is {config.model.kind}; the task transformer trains VACE alone, so leave it out")
+        raise UserError(
+            f"model.kind is {config.model.kind}; "
+            "the task transformer trains VACE only, so leave it out"
+        )
     if shift <= 0:
-        raise UserError("rollout.shift is 0; this task makes the checkpoint, so name the shift it is trained with, such as 3.0")
-    vae, text_encoder, tokenizer = load_vae(folder), load_text_encoder(folder), load_tokenizer(folder)
-    sizes = {name: getattr(options, name) for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "vace_layers")}
-    shape = WanConfig(**sizes, text_dim=text_encoder.config.d_model, remat=config.model.remat, unroll=config.model.unroll)
+        raise UserError(
+            "rollout.shift is 0; this task creates the checkpoint, "
+            "so set the shift of the training, such as 3.0"
+        )
+    vae, text_encoder, tokenizer = (
+        load_vae(folder),
+        load_text_encoder(folder),
+        load_tokenizer(folder),
+    )
+    sizes = {
+        name: getattr(options, name)
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "vace_layers")
+    }
+    shape = WanConfig(
+        **sizes,
+        text_dim=text_encoder.config.d_model,
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+    )
 
     @functools.cache
     def pool() -> tuple[Pool, dict[int, np.ndarray]]:
         made = stored_pool(vae, text_encoder, tokenizer, config, options)
-        return made, {int(count): np.flatnonzero(made.people == count) for count in np.unique(made.people)}
+        return made, {
+            int(count): np.flatnonzero(made.people == count) for count in np.unique(made.people)
+        }
 
     def init(key: Array) -> WanTransformer:
         if config.finetune.start:
-            return load_transformer(config.finetune.start, config.model.dtype, remat=shape.remat, unroll=shape.unroll)
-        return WanTransformer(shape, dtypes=Dtypes.named(config.model.dtype), rngs=nnx.Rngs(params=key))
+            return load_transformer(
+                config.finetune.start, config.model.dtype, remat=shape.remat, unroll=shape.unroll
+            )
+        return WanTransformer(
+            shape, dtypes=Dtypes.named(config.model.dtype), rngs=nnx.Rngs(params=key)
+        )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
     def flow_loss(transformer: WanTransformer, batch: dict[str, Any], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
-        return loss(transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift)
+        return loss(
+            transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
+        )
 
     def pipe(transformer: WanTransformer, path: Path) -> Pipeline:
         return Pipeline(transformer, vae, text_encoder, tokenizer, shift, "vace", path)
 
     def save(transformer: WanTransformer, path: Path) -> None:
-        if path.resolve() == folder.resolve():  # the other parts are there, and may be newer than those in memory
+        # The folder contains the other parts already, possibly newer than those in memory.
+        if path.resolve() == folder.resolve():
             save_transformer(transformer, path, shift)
         else:
             save_pipeline(pipe(transformer, path), path)

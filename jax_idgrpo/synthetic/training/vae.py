@@ -1,21 +1,23 @@
-"""Train a small Wan VAE on the cast: first single pictures, then also clips.
+"""Train a small Wan VAE on synthetic people: first on single pictures, then also on clips.
 
-    d    = colours (y - x),  y the reconstruction of x
-    loss = sum over groups of  share * (|d| + edges * |grad d|), each pixel weighted by 1 or `face_weight`
+    d    = colours (y - x),  where y is the reconstruction of x
+    loss = sum over groups of share * (|d| + edges * |grad d|), pixel weights 1 or `face_weight`
            + kl * (mean of the Kullback-Leibler divergence per latent value)
 
-A group is a set of videos of one length. A step sees pictures only, frames of clips and portraits on white, or, from step
-`clips_from` on and then every `clips_every`-th time, `finetune.batch` clips and other pictures beside them. The convolutions
-start blind to earlier frames (`WanVAE`), so what the pictures teach is intact when the clips begin. Windows of `crop` pixels
-around a face show more faces per second than whole pictures. The decoder can be trained alone, against latents that stay.
+A group is a set of videos of one length. A step without clips has frames of clips and portraits on
+white. From step `clips_from`, every `clips_every`-th step has `finetune.batch` clips and additional
+pictures. The convolutions are initialised to ignore earlier frames (`WanVAE`), so the training on
+pictures carries over to clips. Windows of `crop` pixels around a face give more faces per second
+than whole pictures. Training the decoder only leaves the latents unchanged.
 
 `finetune.options`:
-    base_dim, dim_mult, num_res_blocks    sizes of the network (`VAEConfig`)
-    train                                 "all", or "decoder": from the posterior's mean, the latents' statistics kept
-    pictures, pictures_beside_clips       [frames of clips, portraits] in a step without clips and in one with clips
-    clips_from, clips_every, frames       which steps have clips, and their length, 1 + 4n
-    crop                                  height and width of what is seen; 64 is all of it
-    face_weight, edges, kl, colours       of the loss; colours is a 3x3 matrix on (red, green, blue)
+    base_dim, dim_mult, num_res_blocks  sizes of the network (`VAEConfig`)
+    train                               "all", or "decoder": decode the posterior's mean, and keep
+                                        the latents' statistics
+    pictures, pictures_beside_clips     [frames of clips, portraits] in steps without and with clips
+    clips_from, clips_every, frames     steps with clips, and the length of clips, 1 + 4n
+    crop                                height and width of a window; 64 is the whole picture
+    face_weight, edges, kl, colours     parameters of the loss; colours is a 3x3 matrix on RGB
 """
 
 import dataclasses
@@ -39,22 +41,25 @@ from jax_idgrpo.training.task import Loss, Task
 
 TEMPORAL_DOWNSAMPLE = (False, True, True)
 Z_DIM = 16
-SIZE = 64  # pixels of the cast's pictures
-STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16  # clips, and as many portraits, that the latents' mean and spread come from
+SIZE = 64  # height and width of the pictures in pixels
+# Batches and rows (of clips, and of portraits) for the mean and spread of the latents.
+STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16
 PREVIEW_ROWS = 6
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("video", "weight"), meta_fields=())
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("video", "weight"), meta_fields=()
+)
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Videos of one length, and how much each pixel counts."""
+    """Videos of one length, and the loss weight of each pixel."""
 
     video: Float[Array, "*B F H W 3"]
     weight: Float[Array, "*B F H W"]
 
 
 def make(config: Config) -> Task:
-    """The task of `config.finetune`; see the module's docstring for its options."""
+    """Make the task; the module's docstring lists its options."""
     options = config.finetune.options
     decoder_only = {"all": False, "decoder": True}[options["train"]]
 
@@ -73,14 +78,19 @@ def make(config: Config) -> Task:
         return nnx.jit(lambda key: WanVAE(sizes, rngs=nnx.Rngs(params=key)))(key)
 
     def batch(seed: int, step: int) -> tuple[Group, ...]:
-        key, view = rng.fold(rng.key(seed, "data"), step), View("train", options["face_weight"], options["crop"])
+        key, view = (
+            rng.fold(rng.key(seed, "data"), step),
+            View("train", options["face_weight"], options["crop"]),
+        )
         if step < options["clips_from"] or (step + 1) % options["clips_every"]:
             return (_draw_pictures(key, *options["pictures"], view),)
         beside = options["pictures_beside_clips"]
         return _draw_mixed(key, config.finetune.batch, options["frames"], *beside, view)
 
     def loss(network: WanVAE, batch: tuple[Group, ...], key: Key[Array, ""]) -> Loss:
-        weights = LossWeights(options["edges"], options["kl"], jnp.asarray(options["colours"], jnp.float32))
+        weights = LossWeights(
+            options["edges"], options["kl"], jnp.asarray(options["colours"], jnp.float32)
+        )
         return reconstruction_loss(network, batch, key, weights, decoder_only=decoder_only)
 
     def save(network: WanVAE, folder: Path) -> None:
@@ -90,21 +100,25 @@ def make(config: Config) -> Task:
 
     def preview(network: WanVAE, folder: Path) -> None:
         key = rng.key(config.run.seed, "evaluate")
-        groups = _draw_mixed(key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval"))
+        groups = _draw_mixed(
+            key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval")
+        )
         for name, group in zip(("clips", "pictures"), groups, strict=True):
-            strips = np.concatenate([np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2)
+            strips = np.concatenate(
+                [np.asarray(group.video), np.asarray(_round_trip(network, group.video))], axis=2
+            )
             rows = strips.swapaxes(1, 2).reshape(-1, strips.shape[1] * strips.shape[3], 3)
             Image.fromarray(np.uint8(np.round((rows + 1) * 127.5))).save(folder / f"{name}.png")
 
     return Task(init=init, batch=batch, loss=loss, save=save, preview=preview)
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Whose people are drawn, how much their faces count, and the size of the window around one of them."""
+    """The split of the people, the loss weight of their faces, and the size of the window."""
 
     split: str
     face_weight: float = 1.0
@@ -119,8 +133,8 @@ def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[Identity, Bool[
 def _draw_clips(key: Key[Array, ""], rows: int, frames: int, view: View) -> Group:
     people_key, scene_key, crop_key = jax.random.split(key, 3)
     people, mask = _people(people_key, rows, view.split)
-    drawn = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, rows), mask)
-    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames))(people, mask, drawn)
+    scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, rows), mask)
+    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames))(people, mask, scene)
     return _around_faces(crop_key, clip.video, clip.boxes, view)
 
 
@@ -135,7 +149,7 @@ def _draw_portraits(key: Key[Array, ""], rows: int, view: View) -> Group:
 
 @functools.partial(jax.jit, static_argnames=("frames", "portraits", "view"))
 def _draw_pictures(key: Key[Array, ""], frames: int, portraits: int, view: View) -> Group:
-    """So many frames of clips, then so many portraits."""
+    """Render `frames` frames of clips, then `portraits` portraits."""
     clip_key, portrait_key = jax.random.split(key)
     groups = _draw_clips(clip_key, frames, 1, view), _draw_portraits(portrait_key, portraits, view)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *groups)
@@ -145,28 +159,55 @@ def _draw_pictures(key: Key[Array, ""], frames: int, portraits: int, view: View)
 def _draw_mixed(
     key: Key[Array, ""], rows: int, frames: int, beside: int, portraits: int, view: View
 ) -> tuple[Group, ...]:
-    """`rows` clips, and pictures: `beside` single frames of other clips and so many portraits."""
+    """Render clips and, if requested, pictures.
+
+    Args:
+      key: random key.
+      rows: number of clips.
+      frames: frames per clip.
+      beside: single frames of other clips among the pictures.
+      portraits: portraits among the pictures.
+      view: split, face weight and window.
+    """
     clip_key, picture_key = jax.random.split(key)
     clips = _draw_clips(clip_key, rows, frames, view)
-    return (clips, _draw_pictures(picture_key, beside, portraits, view)) if beside + portraits else (clips,)
+    return (
+        (clips, _draw_pictures(picture_key, beside, portraits, view))
+        if beside + portraits
+        else (clips,)
+    )
 
 
 def _around_faces(
-    key: Key[Array, ""], video: Float[Array, "B F H W 3"], boxes: Float[Array, "B F M 4"], view: View
+    key: Key[Array, ""],
+    video: Float[Array, "B F H W 3"],
+    boxes: Float[Array, "B F M 4"],
+    view: View,
 ) -> Group:
-    """The same window in all frames of a video: around a random face of its middle frame, up to a quarter window off."""
+    """Crop the same window from all frames of a video.
+
+    The window surrounds a random face of the middle frame, displaced by up to a quarter window.
+    """
     height, width = video.shape[2:4]
     weight = face_weights(boxes, (height, width), view.face_weight)
 
     def window(key, video, weight, boxes):
         which, where = jax.random.split(key)
         middle = boxes[boxes.shape[0] // 2]
-        chosen = jnp.argmax(jax.random.uniform(which, middle.shape[:1]) + (middle[:, 2] > middle[:, 0]))
+        chosen = jnp.argmax(
+            jax.random.uniform(which, middle.shape[:1]) + (middle[:, 2] > middle[:, 0])
+        )
         x0, y0, x1, y1 = middle[chosen]
         off = jax.random.uniform(where, (2,), jnp.float32, -view.crop / 4, view.crop / 4)
-        corner = jnp.round(jnp.stack([y0 + y1, x0 + x1]) / 2 - view.crop / 2 + off).astype(jnp.int32)
+        corner = jnp.round(jnp.stack([y0 + y1, x0 + x1]) / 2 - view.crop / 2 + off).astype(
+            jnp.int32
+        )
         y, x = jnp.clip(corner, 0, jnp.array([height - view.crop, width - view.crop]))
-        cut = lambda a: jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(a, y, view.crop, 1), x, view.crop, 2)  # noqa: E731
+
+        def cut(a):
+            rows = jax.lax.dynamic_slice_in_dim(a, y, view.crop, 1)
+            return jax.lax.dynamic_slice_in_dim(rows, x, view.crop, 2)
+
         return Group(cut(video), cut(weight))
 
     return jax.vmap(window)(jax.random.split(key, video.shape[0]), video, weight, boxes)
@@ -175,19 +216,25 @@ def _around_faces(
 def face_weights(
     boxes: Float[Array, "B F M 4"], size: tuple[int, int], face_weight: float
 ) -> Float[Array, "B F H W"]:
-    """`face_weight` on pixels whose centre is in a face box (x0, y0, x1, y1), 1 elsewhere; a zero box holds none."""
+    """Compute pixel weights: `face_weight` on pixels whose centre is in a face box, 1 elsewhere.
+
+    Args:
+      boxes: x0, y0, x1, y1 in pixels; a zero box contains no pixel.
+      size: (height, width) in pixels.
+      face_weight: weight inside faces.
+    """
     x, y = jnp.arange(size[1]) + 0.5, (jnp.arange(size[0]) + 0.5)[:, None]
     x0, y0, x1, y1 = (boxes[..., k, None, None] for k in range(4))
     inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
     return jnp.where(jnp.any(inside, axis=2), face_weight, 1.0)
 
 
-# ---- loss and statistics -------------------------------------------------------------------------------------------------
+# ---- loss and statistics -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """How much edges and the divergence count, and the colour axes that differences are measured on (columns: R, G, B)."""
+    """Weights of edges and divergence, and colour axes of the differences (columns: R, G, B)."""
 
     edges: float
     kl: float
@@ -195,9 +242,21 @@ class LossWeights:
 
 
 def reconstruction_loss(
-    network: WanVAE, groups: tuple[Group, ...], key: Key[Array, ""], weights: LossWeights, decoder_only: bool
+    network: WanVAE,
+    groups: tuple[Group, ...],
+    key: Key[Array, ""],
+    weights: LossWeights,
+    decoder_only: bool,
 ) -> Loss:
-    """The loss of the module's docstring and its parts; groups count by their number of pixels."""
+    """Compute the loss of the module's docstring and its parts.
+
+    Args:
+      network: autoencoder.
+      groups: groups of videos, weighted by their number of pixels.
+      key: key of the latents' noise.
+      weights: weights of the parts.
+      decoder_only: decode the posterior's mean, without gradients to the encoder.
+    """
     pixels = sum(group.weight.size for group in groups)
     parts = {"absolute": jnp.float32(0.0), "edges": jnp.float32(0.0), "kl": jnp.float32(0.0)}
     for number, group in enumerate(groups):
@@ -225,9 +284,15 @@ def _round_trip(network: WanVAE, video: Float[Array, "B F H W 3"]) -> Float[Arra
 
 
 def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
-    """The same network whose config holds the mean and spread of its latents over clips and portraits, per channel.
+    """Return the network with the statistics of its latents in its configuration.
 
-    Every latent frame counts alike; with these, normalised latents have mean 0 and standard deviation 1.
+    The mean and standard deviation per channel are measured over clips and portraits, with equal
+    weight for every latent frame. Normalised latents then have mean 0 and standard deviation 1.
+
+    Args:
+      network: autoencoder.
+      seed: seed of the clips.
+      frames: frames per clip.
     """
 
     @nnx.jit
@@ -237,11 +302,16 @@ def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
             _draw_clips(clip_key, STATISTICS_ROWS, frames, View("train")).video,
             _draw_portraits(portrait_key, STATISTICS_ROWS, View("train")).video,
         )
-        values = jnp.concatenate([network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos])
+        values = jnp.concatenate(
+            [network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos]
+        )
         return jnp.stack([jnp.mean(values, axis=0), jnp.mean(values**2, axis=0)])
 
     root = rng.key(seed, "evaluate")
-    rows = [np.asarray(moments(network, rng.fold(root, number)), np.float64) for number in range(STATISTICS_BATCHES)]
+    rows = [
+        np.asarray(moments(network, rng.fold(root, number)), np.float64)
+        for number in range(STATISTICS_BATCHES)
+    ]
     mean, square = np.mean(rows, axis=0)
     spread = np.sqrt(square - mean**2)
     graphdef, state = nnx.split(network)
