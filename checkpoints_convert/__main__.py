@@ -273,12 +273,16 @@ def run_faces(arguments: argparse.Namespace) -> int:
     files = {part: getattr(arguments, part) for part in ("detector", "embedder", "judge")}
     packaged = arguments.photographs or arguments.wheel or arguments.dat
     if packaged and (extra := [f"--{part}" for part, path in files.items() if path is not None]):
-        raise UserError(f"{', '.join(extra)}: the networks for photographs come from packages; leave it out")
+        raise UserError(
+            f"{', '.join(extra)}: the networks for photographs come from packages; leave it out"
+        )
     if packaged and not arguments.photographs and None in (arguments.wheel, arguments.dat):
         lacking = "--dat" if arguments.dat is None else "--wheel"
         raise UserError(f"{lacking} is missing; give the file, or --photographs to download it")
     if not packaged and None in (files["detector"], files["embedder"]):
-        raise UserError("faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces --help")
+        raise UserError(
+            "faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces --help"
+        )
     if packaged:
         names = photographs.write_photographs(arguments.destination, arguments.wheel, arguments.dat)
     else:
@@ -341,18 +345,35 @@ def parser() -> Parser:
         "export",
         help="the store or any layout to diffusers or the original names, an adapter to its formats",
     )
-    stack = commands.add_parser("faces", help="the folder for --reward.faces, of packages or of files that the libraries download")
+    stack = commands.add_parser(
+        "faces",
+        help="the folder for --reward.faces, of packages or of files that the libraries download",
+    )
     stack.add_argument("destination", type=Path)
     stack.add_argument(
-        "--photographs", action="store_true", help="networks for photographs: YuNet, SFace and dlib's ResNet, downloaded with pip"
+        "--photographs",
+        action="store_true",
+        help="networks for photographs: YuNet, SFace and dlib's ResNet, downloaded with pip",
     )
-    stack.add_argument("--wheel", type=Path, metavar="FILE", help=f"with --dat: {photographs.WHEEL.file}, on a machine without an index")
+    stack.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help=f"with --dat: {photographs.WHEEL.file}, on a machine without an index",
+    )
     dat = f"{photographs.JUDGE.name}, or the {photographs.ARCHIVE.file} that holds it"
     stack.add_argument("--dat", type=Path, metavar="FILE", help=f"with --wheel: {dat}")
-    stack.add_argument("--detector", type=Path, metavar="FILE", help="retinaface.pth, or YuNet in ONNX")
+    stack.add_argument(
+        "--detector", type=Path, metavar="FILE", help="retinaface.pth, or YuNet in ONNX"
+    )
     weights = "ArcFace, Facenet, IResNet or IR-101, or SFace in ONNX, or dlib's ResNet"
     stack.add_argument("--embedder", type=Path, metavar="FILE", help=f"weights of {weights}")
-    stack.add_argument("--judge", type=Path, metavar="FILE", help="another embedder, which measures and never rewards")
+    stack.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="another embedder, which measures and never rewards",
+    )
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)

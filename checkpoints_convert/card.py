@@ -39,23 +39,41 @@ def render(
 
     training: the configuration of the run; None when these weights were not trained here. scale: rank and alpha of an adapter.
     """
-    fields = {"license": license, "library_name": LIBRARIES[form], "tags": ["jax-idgrpo", "face" if form == FACE else "video"]}
+    fields = {
+        "license": license,
+        "library_name": LIBRARIES[form],
+        "tags": ["jax-idgrpo", "face" if form == FACE else "video"],
+    }
     if form != FACE:
         fields["pipeline_tag"] = "text-to-video"
     if base is not None:
         fields["base_model"] = base
     if scale is not None:
         fields["base_model_relation"] = "finetune" if form == "merged" else "adapter"
-    lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---", ""]
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()),
+        "---",
+        "",
+    ]
     lines += [f"# {what}", "", f"Written by jax-idgrpo in the format {form}.", ""]
     lines += [f"- Base model: {base or 'not stated'}", f"- Licence: {license}"]
     if scale is not None:
-        lines.append(f"- LoRA: rank {scale[0]}, alpha {scale[1]:g}" + (", merged in float32" if form == "merged" else ""))
+        lines.append(
+            f"- LoRA: rank {scale[0]}, alpha {scale[1]:g}"
+            + (", merged in float32" if form == "merged" else "")
+        )
     if form in LOADING:
         lines += ["", "```python", LOADING[form].format(pipeline=pipeline), "```"]
     lines += ["", "## Training configuration", ""]
     if training is None:
-        lines.append("None is known: these weights were not trained here, or the configuration of the run was not beside them.")
+        lines.append(
+            "None is known: these weights were not trained here, or the configuration of the run was not beside them."
+        )
     else:
-        lines += ["```json", json.dumps(training, indent=2, sort_keys=True, ensure_ascii=False), "```"]
+        lines += [
+            "```json",
+            json.dumps(training, indent=2, sort_keys=True, ensure_ascii=False),
+            "```",
+        ]
     return "\n".join([*lines, ""])

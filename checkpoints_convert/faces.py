@@ -17,17 +17,46 @@ import jax
 import numpy as np
 from flax import nnx
 
-from checkpoints_convert.rules import CONV2D, GAMMA2D, POINTWISE2D, TRANSPOSE, VECTOR, Op, Rule, leaves
+from checkpoints_convert.rules import (
+    CONV2D,
+    GAMMA2D,
+    POINTWISE2D,
+    TRANSPOSE,
+    VECTOR,
+    Op,
+    Rule,
+    leaves,
+)
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50, IRESNET_100, ArcFace, ArcFaceConfig
+from jax_idgrpo.models.faces.arcface import (
+    ARCFACE_R34,
+    IR_101,
+    IRESNET_34,
+    IRESNET_50,
+    IRESNET_100,
+    ArcFace,
+    ArcFaceConfig,
+)
 from jax_idgrpo.models.faces.dlib_resnet import DlibResNet, DlibResNetConfig
 from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
 from jax_idgrpo.models.faces.sface import SFace, SFaceConfig
 from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
 
-NAMES_OF_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-ARCFACE_TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
+NAMES_OF_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+ARCFACE_TEMPLATE = (
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
 TEMPLATE_SIZE = 112  # pixels of the crop that the template belongs to
 FACES = 8  # kept per frame
 COUNTER, UNIT_SCALE = "num_batches_tracked", "features.weight"
@@ -41,16 +70,32 @@ class FlattenedDense(Op):
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
         size, inputs = tensor.shape
-        return tensor.reshape(size, self.channels, inputs // self.channels).transpose(2, 1, 0).reshape(inputs, size)
+        return (
+            tensor.reshape(size, self.channels, inputs // self.channels)
+            .transpose(2, 1, 0)
+            .reshape(inputs, size)
+        )
 
     def invert(self, array: np.ndarray) -> np.ndarray:
         inputs, size = array.shape
-        return array.reshape(inputs // self.channels, self.channels, size).transpose(2, 1, 0).reshape(size, inputs)
+        return (
+            array.reshape(inputs // self.channels, self.channels, size)
+            .transpose(2, 1, 0)
+            .reshape(size, inputs)
+        )
 
 
 def _batch_norm(torch: str, jax: str, norm: str = "affine") -> list[Rule]:
-    pairs = (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var"))
-    return [Rule(f"{torch}.{theirs}", f"{jax}.{ours}", VECTOR) for theirs, ours in pairs[{"affine": 0, "bias": 1, "plain": 2}[norm] :]]
+    pairs = (
+        ("weight", "scale"),
+        ("bias", "bias"),
+        ("running_mean", "mean"),
+        ("running_var", "var"),
+    )
+    return [
+        Rule(f"{torch}.{theirs}", f"{jax}.{ours}", VECTOR)
+        for theirs, ours in pairs[{"affine": 0, "bias": 1, "plain": 2}[norm] :]
+    ]
 
 
 def _conv(torch: str, jax: str) -> Rule:
@@ -105,15 +150,31 @@ def arcface(config: ArcFaceConfig) -> list[Rule]:
             number += 1
             if k == 0 and (stage or config.first_shortcut == "conv"):
                 conv, norm = (f"{torch}.{part}" for part in names.shortcut)
-                rules += [_conv(conv, f"{jax}.shortcut.conv"), *_batch_norm(norm, f"{jax}.shortcut.norm")]
+                rules += [
+                    _conv(conv, f"{jax}.shortcut.conv"),
+                    *_batch_norm(norm, f"{jax}.shortcut.norm"),
+                ]
             norm1, conv1, norm2, prelu, conv2, norm3 = (f"{torch}.{part}" for part in names.parts)
-            rules += [_conv(conv1, f"{jax}.conv1"), _conv(conv2, f"{jax}.conv2"), Rule(f"{prelu}.weight", f"{jax}.prelu.slope", VECTOR)]
+            rules += [
+                _conv(conv1, f"{jax}.conv1"),
+                _conv(conv2, f"{jax}.conv2"),
+                Rule(f"{prelu}.weight", f"{jax}.prelu.slope", VECTOR),
+            ]
             for part, norm in ((1, norm1), (2, norm2), (3, norm3)):
                 rules += _batch_norm(norm, f"{jax}.norm{part}")
     norm, dense, embedding = names.tail
-    flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
-    rules += [Rule(f"{dense}.weight", "dense.kernel", flattened), Rule(f"{dense}.bias", "dense.bias", VECTOR)]
-    return [*rules, *_batch_norm(norm, "tail_norm"), *_batch_norm(embedding, "embedding_norm", config.embedding_norm)]
+    flattened = FlattenedDense(
+        TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1]
+    )
+    rules += [
+        Rule(f"{dense}.weight", "dense.kernel", flattened),
+        Rule(f"{dense}.bias", "dense.bias", VECTOR),
+    ]
+    return [
+        *rules,
+        *_batch_norm(norm, "tail_norm"),
+        *_batch_norm(embedding, "embedding_norm", config.embedding_norm),
+    ]
 
 
 def torch_names(state: Any) -> list[Rule]:
@@ -129,7 +190,10 @@ def torch_names(state: Any) -> list[Rule]:
 def plain(state: Any) -> list[Rule]:
     """Our own names and layouts, for networks that no other library knows: one rule per leaf of `state`."""
     sizes = {path: len(leaf.shape) for path, leaf in leaves(state).items()}
-    return [Rule(path, path, Op(tuple(range(axes)), (1,) * axes, (None,) * axes)) for path, axes in sizes.items()]
+    return [
+        Rule(path, path, Op(tuple(range(axes)), (1,) * axes, (None,) * axes))
+        for path, axes in sizes.items()
+    ]
 
 
 def yunet(config: YuNetConfig) -> list[Rule]:
@@ -137,17 +201,29 @@ def yunet(config: YuNetConfig) -> list[Rule]:
     del config  # no name depends on it
     rules = [Rule("420", "stem.kernel", CONV2D), Rule("421", "stem.bias", VECTOR)]
     units = [("backbone.model0.conv2.conv1", "first")]
-    units += [(f"backbone.model{k + 1}.conv{j + 1}.conv1", f"stages.{k}.{j}") for k in range(5) for j in range(2)]
+    units += [
+        (f"backbone.model{k + 1}.conv{j + 1}.conv1", f"stages.{k}.{j}")
+        for k in range(5)
+        for j in range(2)
+    ]
     units += [(f"neck.lateral_convs.{level}.conv1", f"laterals.{level}") for level in (2, 1, 0)]
-    named = [(point, ours, str(423 + 3 * n), str(424 + 3 * n)) for n, (point, ours) in enumerate(units)]
+    named = [
+        (point, ours, str(423 + 3 * n), str(424 + 3 * n)) for n, (point, ours) in enumerate(units)
+    ]
     for head in HEADS:
         for level in range(len(STRIDES)):
             name = f"bbox_head.multi_level_{head}.{level}"
             depth = f"{name}.conv2"
             named.append((f"{name}.conv1", f"{head}.{level}", f"{depth}.weight", f"{depth}.bias"))
     for point, ours, weight, bias in named:
-        rules += [Rule(f"{point}.weight", f"{ours}.point.kernel", POINTWISE2D), Rule(f"{point}.bias", f"{ours}.point.bias", VECTOR)]
-        rules += [Rule(weight, f"{ours}.depth_kernel", CONV2D), Rule(bias, f"{ours}.depth_bias", VECTOR)]
+        rules += [
+            Rule(f"{point}.weight", f"{ours}.point.kernel", POINTWISE2D),
+            Rule(f"{point}.bias", f"{ours}.point.bias", VECTOR),
+        ]
+        rules += [
+            Rule(weight, f"{ours}.depth_kernel", CONV2D),
+            Rule(bias, f"{ours}.depth_bias", VECTOR),
+        ]
     return rules
 
 
@@ -160,13 +236,29 @@ def sface(config: SFaceConfig) -> list[Rule]:
         name, ours = f"conv_{block + 2}", f"blocks.{block}"
         rules += [Rule(f"{name}_dw_conv2d_weight", f"{ours}.depth_kernel", CONV2D)]
         rules += [Rule(f"{name}_conv2d_weight", f"{ours}.point.kernel", POINTWISE2D)]
-        norms += [(f"{name}_dw_batchnorm", f"{ours}.depth_norm"), (f"{name}_batchnorm", f"{ours}.point_norm")]
-        slopes += [(f"{name}_dw_relu_gamma", f"{ours}.depth_prelu"), (f"{name}_relu_gamma", f"{ours}.point_prelu")]
+        norms += [
+            (f"{name}_dw_batchnorm", f"{ours}.depth_norm"),
+            (f"{name}_batchnorm", f"{ours}.point_norm"),
+        ]
+        slopes += [
+            (f"{name}_dw_relu_gamma", f"{ours}.depth_prelu"),
+            (f"{name}_relu_gamma", f"{ours}.point_prelu"),
+        ]
     parts = (("gamma", "scale"), ("beta", "bias"), ("moving_mean", "mean"), ("moving_var", "var"))
-    rules += [Rule(f"{name}_{theirs}", f"{jax}.{ours}", VECTOR) for name, jax in norms for theirs, ours in parts]
+    rules += [
+        Rule(f"{name}_{theirs}", f"{jax}.{ours}", VECTOR)
+        for name, jax in norms
+        for theirs, ours in parts
+    ]
     rules += [Rule(name, f"{jax}.slope", GAMMA2D) for name, jax in slopes]
-    flattened = FlattenedDense(TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1])
-    return [*rules, Rule("pre_fc1_weight", "dense.kernel", flattened), Rule("pre_fc1_bias", "dense.bias", VECTOR)]
+    flattened = FlattenedDense(
+        TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1]
+    )
+    return [
+        *rules,
+        Rule("pre_fc1_weight", "dense.kernel", flattened),
+        Rule("pre_fc1_bias", "dense.bias", VECTOR),
+    ]
 
 
 DLIB_VECTOR = Op((0, 1, 2, 3), (4,), (1, None, 1, 1))  # [1, N, 1, 1] -> [N]
@@ -176,10 +268,19 @@ DLIB_MATRIX = Op((0, 1, 2, 3), (1, 3), (None, None, 1, 1))  # [in, out, 1, 1] ->
 def dlib_resnet(config: DlibResNetConfig) -> list[Rule]:
     """The names of dlib's layers, which are counted from the input on. The published file has no bias of the last one (`centred`)."""
     places = ["stem", *(f"blocks.{k}.conv{j}" for k in range(sum(config.blocks)) for j in (1, 2))]
-    rules = [Rule("fc.0.weights", "dense.kernel", DLIB_MATRIX), Rule("fc.0.biases", "dense.bias", DLIB_VECTOR)]
+    rules = [
+        Rule("fc.0.weights", "dense.kernel", DLIB_MATRIX),
+        Rule("fc.0.biases", "dense.bias", DLIB_VECTOR),
+    ]
     for n, place in enumerate(places):
-        rules += [Rule(f"con.{n}.filters", f"{place}.conv.kernel", CONV2D), Rule(f"con.{n}.biases", f"{place}.conv.bias", DLIB_VECTOR)]
-        rules += [Rule(f"affine.{n}.gamma", f"{place}.scale", DLIB_VECTOR), Rule(f"affine.{n}.beta", f"{place}.shift", DLIB_VECTOR)]
+        rules += [
+            Rule(f"con.{n}.filters", f"{place}.conv.kernel", CONV2D),
+            Rule(f"con.{n}.biases", f"{place}.conv.bias", DLIB_VECTOR),
+        ]
+        rules += [
+            Rule(f"affine.{n}.gamma", f"{place}.scale", DLIB_VECTOR),
+            Rule(f"affine.{n}.beta", f"{place}.shift", DLIB_VECTOR),
+        ]
     return rules
 
 
@@ -216,11 +317,15 @@ def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
         return "ResNet of dlib", "dlib_resnet", DlibResNetConfig()
     there = set(tensors) - {UNIT_SCALE}
     names = {
-        name: {rule.torch for rule in arcface(config)} for name, (example, config) in _EMBEDDERS.items() if example in there
+        name: {rule.torch for rule in arcface(config)}
+        for name, (example, config) in _EMBEDDERS.items()
+        if example in there
     }
     if not names:
         return None
-    nearest = min(names, key=lambda name: len(names[name] ^ there))  # what is then missing or too much, `rules.match` tells
+    nearest = min(
+        names, key=lambda name: len(names[name] ^ there)
+    )  # what is then missing or too much, `rules.match` tells
     return nearest, "arcface", _EMBEDDERS[nearest][1]
 
 
@@ -228,13 +333,22 @@ def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
     """As `known`; UserError that names the networks for a file of another."""
     if (found := known(tensors)) is not None:
         return found
-    networks = ", ".join(["RetinaFace-R50", "YuNet", "Facenet", "SFace", "ResNet of dlib", *_EMBEDDERS])
-    raise UserError(f"{source}: holds none of the face networks that can be read ({networks}); give the file that the library downloads")
+    networks = ", ".join(
+        ["RetinaFace-R50", "YuNet", "Facenet", "SFace", "ResNet of dlib", *_EMBEDDERS]
+    )
+    raise UserError(
+        f"{source}: holds none of the face networks that can be read ({networks}); give the file that the library downloads"
+    )
 
 
 def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     """The rules of a face network by its architecture's name."""
-    named: dict[str, Callable[[Any], list[Rule]]] = {"arcface": arcface, "yunet": yunet, "sface": sface, "dlib_resnet": dlib_resnet}
+    named: dict[str, Callable[[Any], list[Rule]]] = {
+        "arcface": arcface,
+        "yunet": yunet,
+        "sface": sface,
+        "dlib_resnet": dlib_resnet,
+    }
     if architecture in named:
         return named[architecture](config)
     return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
@@ -256,13 +370,26 @@ def file_name(architecture: str, config: Any) -> str:
     if architecture in ("yunet", "sface", "dlib_resnet"):
         return f"{architecture}.safetensors"
     if architecture == "arcface":
-        return {"affine": "arcface_weights.pth", "bias": "backbone.pth", "plain": "CurricularFace_Backbone.pth"}[config.embedding_norm]
-    return "retinaface.pth" if architecture == "retinaface" else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
+        return {
+            "affine": "arcface_weights.pth",
+            "bias": "backbone.pth",
+            "plain": "CurricularFace_Backbone.pth",
+        }[config.embedding_norm]
+    return (
+        "retinaface.pth"
+        if architecture == "retinaface"
+        else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
+    )
 
 
 def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """The configuration of class `schema` under `config` in a JSON file. KeyError, TypeError, AttributeError: it describes no network."""
-    return schema(**{name: tuple(value) if isinstance(value, list) else value for name, value in values["config"].items()})
+    return schema(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values["config"].items()
+        }
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -271,12 +398,24 @@ def abstract(architecture: str, config: Any) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: CLASSES[architecture][0](config, rngs=nnx.Rngs(0))))
 
 
-def with_bystanders(architecture: str, config: Any, tensors: Mapping[str, Any]) -> tuple[list[Rule], dict[str, Any]]:
+def with_bystanders(
+    architecture: str, config: Any, tensors: Mapping[str, Any]
+) -> tuple[list[Rule], dict[str, Any]]:
     """Table and shapes of a whole file: the network's, and what the file keeps that carries no value, under its own name.
 
     These are the batch counters and insightface's frozen scale of ones: nothing here uses them, `load_state_dict` asks for them.
     """
     parameters = abstract(architecture, config)
-    beside = {name: tensor for name, tensor in tensors.items() if name == UNIT_SCALE or name.endswith(COUNTER)}
-    shapes = {name: jax.ShapeDtypeStruct(tuple(tensor.shape), tensor.dtype) for name, tensor in beside.items()}
-    return [*table(architecture, config, parameters), *plain(shapes)], {**leaves(parameters), **shapes}
+    beside = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name == UNIT_SCALE or name.endswith(COUNTER)
+    }
+    shapes = {
+        name: jax.ShapeDtypeStruct(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in beside.items()
+    }
+    return [*table(architecture, config, parameters), *plain(shapes)], {
+        **leaves(parameters),
+        **shapes,
+    }

@@ -58,7 +58,9 @@ class LazyTensor:
         if self.strides is None:
             mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
         else:
-            flat = np.memmap(self.file, self.dtype, "r", self.offset, (span(self.shape, self.strides),))
+            flat = np.memmap(
+                self.file, self.dtype, "r", self.offset, (span(self.shape, self.strides),)
+            )
             bytes_apart = [step * self.dtype.itemsize for step in self.strides]
             mapped = np.lib.stride_tricks.as_strided(flat, self.shape, bytes_apart, writeable=False)
         return np.asarray(mapped, dtype=dtype, copy=copy)
@@ -79,7 +81,9 @@ def size(tensor: Any) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
 
-def iter_chunks(tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] | None = None) -> Iterator[np.ndarray]:
+def iter_chunks(
+    tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] | None = None
+) -> Iterator[np.ndarray]:
     """The values of `tensor` in row-major order as contiguous chunks of some megabytes; the whole is never copied.
 
     check: raise UserError that names the tensor's origin at NaN and infinite values.
@@ -99,7 +103,10 @@ def iter_chunks(tensor: Any, check: bool = False, buffers: Iterator[np.ndarray] 
 
 
 def stream_to(
-    tensors: Iterable[tuple[str, Any]], write: Callable[[memoryview], Any], check: bool, written: Callable[[str, int], None]
+    tensors: Iterable[tuple[str, Any]],
+    write: Callable[[memoryview], Any],
+    check: bool,
+    written: Callable[[str, int], None],
 ) -> None:
     """Hand the bytes of the tensors to `write`, chunk by chunk, in a thread of its own: the next chunk is made meanwhile.
 
@@ -137,8 +144,13 @@ def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarra
         copied[...] = view
         return copied
     bits = np.dtype(f"u{view.dtype.itemsize}")
-    source, target = view.view(bits), copied.view(bits)  # extension dtypes are copied element by element
-    for row, column in itertools.product(range(0, view.shape[0], TILE[0]), range(0, view.shape[1], TILE[1])):
+    source, target = (
+        view.view(bits),
+        copied.view(bits),
+    )  # extension dtypes are copied element by element
+    for row, column in itertools.product(
+        range(0, view.shape[0], TILE[0]), range(0, view.shape[1], TILE[1])
+    ):
         tile = np.s_[row : row + TILE[0], column : column + TILE[1]]
         target[tile] = source[tile]
     return copied
@@ -158,5 +170,6 @@ def finite(values: np.ndarray) -> bool:
         return True
     flat = np.ascontiguousarray(values).reshape(-1).view(f"u{values.dtype.itemsize}")
     return all(
-        int((flat[start : start + BLOCK] & flat.dtype.type(mask)).max()) != mask for start in range(0, len(flat), BLOCK)
+        int((flat[start : start + BLOCK] & flat.dtype.type(mask)).max()) != mask
+        for start in range(0, len(flat), BLOCK)
     )

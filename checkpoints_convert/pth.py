@@ -39,14 +39,26 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
-PICKLE_LIMIT = 100_000_000  # bytes; names and shapes of a thousand tensors are some hundred thousand
+PICKLE_LIMIT = (
+    100_000_000  # bytes; names and shapes of a thousand tensors are some hundred thousand
+)
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PICKLES = 3  # magic number, protocol, facts about the machine; then the mapping and the list of storages
+LEGACY_PICKLES = (
+    3  # magic number, protocol, facts about the machine; then the mapping and the list of storages
+)
 ALIGNMENT = 64  # of every storage in the file, as PyTorch writes it
 ZIP_MAGIC = b"PK\x03\x04"
 ENTRY = struct.Struct("<4s5H3L2H")  # local header of a zip entry
 FAULTS = (  # what taking apart a damaged pickle may raise
-    *(pickle.UnpicklingError, EOFError, MemoryError, AttributeError, ImportError, IndexError, KeyError),
+    *(
+        pickle.UnpicklingError,
+        EOFError,
+        MemoryError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        KeyError,
+    ),
     *(OverflowError, RecursionError, TypeError, ValueError, struct.error),
 )
 
@@ -104,7 +116,10 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
 }
 
-UNREAD = {("torch._utils", name) for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")}
+UNREAD = {
+    ("torch._utils", name)
+    for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")
+}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -121,7 +136,12 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(f"{module}.{name}") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _Type):
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _Type)
+        ):
             raise _Refused(f"the object {str(pid)[:60]!r}")
         return _Storage(pid[1].dtype, pid[2], pid[4])
 
@@ -137,11 +157,17 @@ def _naming(path: Path) -> Iterator[None]:
         ) from error
     except _Unread as error:
         what = f"holds fp8, quantised or otherwise unusual tensors ({error}), which are not read"
-        raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model") from error
+        raise UserError(
+            f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path}: is no whole archive of torch.save ({error}); get the file again") from error
+        raise UserError(
+            f"{path}: is no whole archive of torch.save ({error}); get the file again"
+        ) from error
     except FAULTS as error:
         raise UserError(
             f"{path}: holds no readable pickle of tensors ({type(error).__name__}: {error}); get the file again"
@@ -173,13 +199,23 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tupl
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UserError(f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a file of weights")
+            raise UserError(
+                f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a file of weights"
+            )
         root = pickles[0].removesuffix("data.pkl")
-        order = archive.read(entries[f"{root}byteorder"]) if f"{root}byteorder" in entries else b"little"
+        order = (
+            archive.read(entries[f"{root}byteorder"])
+            if f"{root}byteorder" in entries
+            else b"little"
+        )
         if order != b"little":
-            raise UserError(f"{path}: its numbers are {order[:10]!r} endian; save it again on a usual machine")
+            raise UserError(
+                f"{path}: its numbers are {order[:10]!r} endian; save it again on a usual machine"
+            )
         if entries[pickles[0]].file_size > min(PICKLE_LIMIT, total):
-            raise UserError(f"{path}: its data.pkl claims {entries[pickles[0]].file_size} bytes; do not trust this file")
+            raise UserError(
+                f"{path}: its data.pkl claims {entries[pickles[0]].file_size} bytes; do not trust this file"
+            )
         values = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
 
     def place(key: str) -> tuple[int, int]:
@@ -187,12 +223,16 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tupl
         if entry is None:
             raise UserError(f"{path}: has no entry data/{key}; the file is damaged, get it again")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise UserError(f"{path}: entry data/{key} is compressed, which torch.save never does; get the file again")
+            raise UserError(
+                f"{path}: entry data/{key} is compressed, which torch.save never does; get the file again"
+            )
         with path.open("rb") as header:
             header.seek(entry.header_offset)
             magic, *_, name, extra = ENTRY.unpack(header.read(ENTRY.size))
         if magic != ZIP_MAGIC:
-            raise UserError(f"{path}: entry data/{key} has no header; the file is damaged, get it again")
+            raise UserError(
+                f"{path}: entry data/{key} has no header; the file is damaged, get it again"
+            )
         return entry.header_offset + ENTRY.size + name + extra, entry.file_size
 
     return values, place
@@ -224,15 +264,21 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple
         places[key] = (at + 8, bytes_of)
         at += 8 + bytes_of
         if count < 0 or at > path.stat().st_size:
-            raise UserError(f"{path}: storage {key} of {bytes_of} bytes is not whole; the file is truncated, get it again")
+            raise UserError(
+                f"{path}: storage {key} of {bytes_of} bytes is not whole; the file is truncated, get it again"
+            )
     return values, lambda key: places[key]
 
 
-def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -> dict[str, LazyTensor]:
+def _tensors(
+    path: Path, values: Any, place: Callable[[str], tuple[int, int]]
+) -> dict[str, LazyTensor]:
     """The descriptions of the pickle, each checked against its storage and the file."""
     total = path.stat().st_size
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a file of weights")
+        raise UserError(
+            f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a file of weights"
+        )
     found: dict[str, LazyTensor] = {}
     places: dict[str, tuple[int, int]] = {}
     for name, tensor in dict.items(values):  # whatever its attributes say
@@ -240,8 +286,17 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
             raise UserError(
                 f"{path}: its entry {str(name)[:60]!r} is a {type(tensor).__name__.lstrip('_')}, not a tensor; save the weights alone"
             )
-        storage, shape, strides, offset = tensor.storage, tensor.shape, tensor.strides, tensor.offset
-        numbers = (*shape, *strides, offset) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+        storage, shape, strides, offset = (
+            tensor.storage,
+            tensor.shape,
+            tensor.strides,
+            tensor.offset,
+        )
+        numbers = (
+            (*shape, *strides, offset)
+            if isinstance(shape, tuple) and isinstance(strides, tuple)
+            else (None,)
+        )
         if (
             type(storage) is not _Storage
             or not isinstance(storage.key, str)
@@ -249,7 +304,9 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
             or len(shape) != len(strides)
             or any(type(number) is not int or number < 0 for number in numbers)
         ):
-            raise UserError(f"{path}: tensor {name} is not described by plain numbers; do not trust this file")
+            raise UserError(
+                f"{path}: tensor {name} is not described by plain numbers; do not trust this file"
+            )
         if storage.key not in places:
             places[storage.key] = place(storage.key)
         start, available = places[storage.key]
@@ -260,8 +317,12 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
                 f"{path}: tensor {name} of shape {list(shape)} ends at byte {end} of {min(start + available, total)}; "
                 "the file is truncated or damaged, get it again"
             )
-        contiguous = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
-        found[name] = LazyTensor(name, shape, storage.dtype, path, begin, None if contiguous else strides)
+        contiguous = all(
+            size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True)
+        )
+        found[name] = LazyTensor(
+            name, shape, storage.dtype, path, begin, None if contiguous else strides
+        )
     return found
 
 
@@ -269,7 +330,11 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
 
 
 def write(
-    file: BinaryIO, root: str, tensors: Mapping[str, Any], written: Callable[[str, int], None], check: bool = False
+    file: BinaryIO,
+    root: str,
+    tensors: Mapping[str, Any],
+    written: Callable[[str, int], None],
+    check: bool = False,
 ) -> None:
     """What `torch.save({name: tensor})` writes, tensor by tensor: contiguous, each with a storage of its own.
 
@@ -277,7 +342,11 @@ def write(
     check: UserError for a tensor with NaN or infinite values, as in `lazy.iter_chunks`.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, text in (("data.pkl", _pickle(tensors)), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, text in (
+            ("data.pkl", _pickle(tensors)),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
             with _entry(archive, file, f"{root}/{name}", len(text)) as target:
                 target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
@@ -315,6 +384,12 @@ def _pickle(tensors: Mapping[str, Any]) -> bytes:
         shape = tuple(int(length) for length in tensor.shape)
         storage = b"(" + text("storage") + f"ctorch\n{NAMES[np.dtype(tensor.dtype)]}\n".encode()
         storage += text(str(index)) + text("cpu") + number(math.prod(shape)) + b"tQ"
-        parts.append(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + numbers(shape))
+        parts.append(
+            text(name)
+            + b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + number(0)
+            + numbers(shape)
+        )
         parts.append(numbers(row_major(shape)) + b"\x89ccollections\nOrderedDict\n)RtR")
     return b"".join([*parts, b"u."])

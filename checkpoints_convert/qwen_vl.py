@@ -16,7 +16,10 @@ from jax_idgrpo.models.qwen_vl import QwenConfig, VisionConfig
 Spelling = Literal["transformers4", "transformers5"]
 
 PEFT_PREFIX = "base_model.model."
-PREFIXES = {"transformers4": ("visual.", "model."), "transformers5": ("model.visual.", "model.language_model.")}
+PREFIXES = {
+    "transformers4": ("visual.", "model."),
+    "transformers5": ("model.visual.", "model.language_model."),
+}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 ADAPTED = (*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in SWIGLU))
@@ -25,7 +28,11 @@ HEAD, EMBEDDING, TIED = "rm_head.weight", "embed_tokens.weight", "lm_head.weight
 
 def spelling(names: Iterable[str]) -> Spelling:
     """Which transformers wrote the names."""
-    return "transformers5" if any("language_model." in name or "model.visual." in name for name in names) else "transformers4"
+    return (
+        "transformers5"
+        if any("language_model." in name or "model.visual." in name for name in names)
+        else "transformers4"
+    )
 
 
 def canonical(name: str) -> str:
@@ -51,9 +58,20 @@ def vision_rules(config: VisionConfig, prefix: str) -> list[Rule]:
     """The vision tower with its merger."""
     block, ours = f"{prefix}blocks.{{i}}", "visual.blocks.{i}"
     return [
-        Rule(f"{prefix}patch_embed.proj.weight", "visual.patch_embed.kernel", _patch_embedding(config)),
-        *(Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR) for name in ("norm1", "norm2")),
-        *(rule for name in ("attn.qkv", "attn.proj") for rule in linear(f"{block}.{name}", f"{ours}.{name}")),
+        Rule(
+            f"{prefix}patch_embed.proj.weight",
+            "visual.patch_embed.kernel",
+            _patch_embedding(config),
+        ),
+        *(
+            Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR)
+            for name in ("norm1", "norm2")
+        ),
+        *(
+            rule
+            for name in ("attn.qkv", "attn.proj")
+            for rule in linear(f"{block}.{name}", f"{ours}.{name}")
+        ),
         *(rule for name in SWIGLU for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}")),
         Rule(f"{prefix}merger.ln_q.weight", "visual.merger.ln_q.scale", VECTOR),
         *linear(f"{prefix}merger.mlp.0", "visual.merger.linear_1"),
@@ -70,8 +88,18 @@ def rules(config: QwenConfig, layout: Spelling = "transformers4", head: bool = T
         *vision_rules(config.vision, vision),
         Rule(f"{language}{EMBEDDING}", "embed_tokens", MATRIX, aliases=(TIED,)),
         *(Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR) for name in norms),
-        *(rule for name in ATTENTION for rule in linear(f"{block}.self_attn.{name}", f"{ours}.self_attn.{name}", bias=name != "o_proj")),
-        *(rule for name in SWIGLU for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)),
+        *(
+            rule
+            for name in ATTENTION
+            for rule in linear(
+                f"{block}.self_attn.{name}", f"{ours}.self_attn.{name}", bias=name != "o_proj"
+            )
+        ),
+        *(
+            rule
+            for name in SWIGLU
+            for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)
+        ),
         Rule(f"{language}norm.weight", "norm.scale", VECTOR),
         *([Rule(HEAD, "rm_head.kernel", TRANSPOSE)] if head else []),
     ]
@@ -80,7 +108,11 @@ def rules(config: QwenConfig, layout: Spelling = "transformers4", head: bool = T
 def lora_rules(prefix: str = f"{PEFT_PREFIX}model.") -> list[Rule]:
     """The adapter of every linear layer of the language model. prefix: what stands before `layers.`."""
     return [
-        Rule(f"{prefix}layers.{{i}}.{name}.lora_{part}.weight", f"layers.{{i}}.{name}.lora_{part.lower()}", TRANSPOSE)
+        Rule(
+            f"{prefix}layers.{{i}}.{name}.lora_{part}.weight",
+            f"layers.{{i}}.{name}.lora_{part.lower()}",
+            TRANSPOSE,
+        )
         for name in ADAPTED
         for part in ("A", "B")
     ]
@@ -89,7 +121,9 @@ def lora_rules(prefix: str = f"{PEFT_PREFIX}model.") -> list[Rule]:
 def config_from_json(values: dict[str, Any]) -> QwenConfig:
     """A transformers `config.json`, of version 4 (flat) or 5 (`text_config`). ValueError for another model, KeyError for a gap."""
     if values.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"model_type is {values.get('model_type')!r}, only 'qwen2_5_vl' is supported")
+        raise ValueError(
+            f"model_type is {values.get('model_type')!r}, only 'qwen2_5_vl' is supported"
+        )
     text, vision = values.get("text_config", values), values["vision_config"]
     rotary = text.get("rope_parameters") or text["rope_scaling"]
     return QwenConfig(
@@ -130,7 +164,11 @@ def config_to_json(config: QwenConfig) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.kv_heads,
         "rms_norm_eps": config.eps,
-        "rope_scaling": {"mrope_section": list(config.sections), "type": "mrope", "rope_type": "default"},
+        "rope_scaling": {
+            "mrope_section": list(config.sections),
+            "type": "mrope",
+            "rope_type": "default",
+        },
         "rope_theta": config.theta,
         "tie_word_embeddings": True,
         "use_sliding_window": False,

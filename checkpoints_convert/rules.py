@@ -46,7 +46,9 @@ class Op:
     sizes: tuple[int | None, ...]
 
     def __post_init__(self):
-        if sorted(self.permutation) != list(range(len(self.sizes))) or sum(self.groups) != len(self.sizes):
+        if sorted(self.permutation) != list(range(len(self.sizes))) or sum(self.groups) != len(
+            self.sizes
+        ):
             raise ValueError(f"not an invertible reordering: {self}")
         for axes in self._axes():
             if sum(self.sizes[axis] is None for axis in axes) > 1:
@@ -68,18 +70,24 @@ class Op:
     def invert(self, array: np.ndarray) -> np.ndarray:
         """Ours -> torch layout."""
         shape = self.torch_shape(array.shape)
-        return array.reshape([shape[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
+        return array.reshape([shape[axis] for axis in self.permutation]).transpose(
+            np.argsort(self.permutation)
+        )
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The torch shape behind one of our shapes; ValueError when there is none."""
         if len(shape) != len(self.groups):
-            raise ValueError(f"{len(self.groups)} axes expected, the parameter has shape {tuple(shape)}")
+            raise ValueError(
+                f"{len(self.groups)} axes expected, the parameter has shape {tuple(shape)}"
+            )
         sizes = list(self.sizes)
         for axes, size in zip(self._axes(), shape, strict=True):
             known = math.prod(self.sizes[axis] or 1 for axis in axes)
             free = [axis for axis in axes if self.sizes[axis] is None]
             if size % known or (not free and size != known):
-                raise ValueError(f"axis of size {size} does not hold {known} of shape {tuple(shape)}")
+                raise ValueError(
+                    f"axis of size {size} does not hold {known} of shape {tuple(shape)}"
+                )
             for axis in free:
                 sizes[axis] = size // known
         return tuple(int(size) for size in sizes if size is not None)
@@ -153,7 +161,9 @@ def is_stored(names: Iterable[str]) -> bool:
     return any(name.endswith((".kernel", ".scale")) for name in names)
 
 
-def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dict[str, jax.ShapeDtypeStruct]:
+def infer(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], source: str
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters that the tensors fill, for files without a config: path -> shape and dtype.
 
     A stack is as long as the highest index that any of its rules meets. ConversionError when a rule meets no tensor.
@@ -173,7 +183,9 @@ def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dic
                     stack = rule.jax.partition("{i}")[0]
                     heights[stack] = max(heights.get(stack, 0), 1 + int(found.group(1)))
     if missing := [rule.torch for rule in rules if rule not in examples]:
-        raise ConversionError(f"{source}: no tensor named {', '.join(missing[:LISTED])}; is it of this network?")
+        raise ConversionError(
+            f"{source}: no tensor named {', '.join(missing[:LISTED])}; is it of this network?"
+        )
     leaves = {}
     for rule, tensor in examples.items():
         stack, stacked, _ = rule.jax.partition("{i}")
@@ -215,13 +227,17 @@ def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
         stacked = "{i}" in rule.jax
         shape = shapes[leaf][1:] if stacked else shapes[leaf]
         for index in range(shapes[leaf][0]) if stacked else (None,):
-            torch, name, *aliases = (text.replace("{i}", str(index)) for text in (rule.torch, rule.jax, *rule.aliases))
+            torch, name, *aliases = (
+                text.replace("{i}", str(index)) for text in (rule.torch, rule.jax, *rule.aliases)
+            )
             slots.append(Slot(torch, tuple(aliases), name, leaf, index, rule.op, shape))
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"no rule for {', '.join(missing)}")
     names = [name for slot in slots for name in (slot.torch, *slot.aliases)]
     if len(set(names)) != len(names):
-        raise ValueError(f"two rules for the tensors {sorted({name for name in names if names.count(name) > 1})}")
+        raise ValueError(
+            f"two rules for the tensors {sorted({name for name in names if names.count(name) > 1})}"
+        )
     return slots
 
 
@@ -241,7 +257,9 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
             missing.append(slot.torch)
         for name in present:
             if tuple(tensors[name].shape) != slot.torch_shape:
-                shapes.append(f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}")
+                shapes.append(
+                    f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}"
+                )
         if present:
             found[slot.torch] = tensors[present[0]]
     problems = [
@@ -254,11 +272,15 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
         if names
     ]
     if problems:
-        raise ConversionError(f"{source}: the tensors do not fit the network; {'; '.join(problems)}")
+        raise ConversionError(
+            f"{source}: the tensors do not fit the network; {'; '.join(problems)}"
+        )
     return found
 
 
-def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint") -> Any:
+def to_jax(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint"
+) -> Any:
     """Fill the tree `abstract` (shapes, dtypes and, if given, shardings) from torch tensors -> a tree of jax arrays.
 
     tensors: name -> array, or lazily read tensor with `shape`; of those, a host reads the slices that its devices hold, one
@@ -296,20 +318,28 @@ def slices(
         rows = slots[within[0]] if stacked else slots
         values = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         for row, slot in enumerate(rows):
-            value = slot.op.apply(np.asarray(tensors[slot.torch]))[within[1:] if stacked else within]
+            value = slot.op.apply(np.asarray(tensors[slot.torch]))[
+                within[1:] if stacked else within
+            ]
             if not finite(value):
-                raise ConversionError(f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again")
+                raise ConversionError(
+                    f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again"
+                )
             values[row if stacked else ...] = value
         return values
 
     shape = tuple(leaf.shape)
-    return lambda index: read(tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True)))
+    return lambda index: read(
+        tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    )
 
 
 def to_torch(rules: Sequence[Rule], state: Any) -> dict[str, np.ndarray]:
     """The inverse of `to_jax`: torch name -> array, dtypes kept; views of the leaves where these are on the host."""
     host = {path: np.asarray(leaf) for path, leaf in leaves(state).items()}
-    return {slot.torch: slot.op.invert(_row(host[slot.leaf], slot)) for slot in expand(rules, state)}
+    return {
+        slot.torch: slot.op.invert(_row(host[slot.leaf], slot)) for slot in expand(rules, state)
+    }
 
 
 def _row(leaf: np.ndarray, slot: Slot) -> np.ndarray:

@@ -18,7 +18,11 @@ Layout = Literal["transformers", "original"]
 
 FIXED = {"is_gated_act": True, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 
-IGNORED = ("decoder.", "lm_head.", "spiece_model")  # the other half of google/umt5-xxl, and ComfyUI's copy of the tokenizer
+IGNORED = (
+    "decoder.",
+    "lm_head.",
+    "spiece_model",
+)  # the other half of google/umt5-xxl, and ComfyUI's copy of the tokenizer
 MAX_DISTANCE = 128  # of every published size; no shape tells it
 TIED = "encoder.embed_tokens.weight"  # a second name of transformers' shared.weight in some files
 EMBEDDING = ("embedding", "shared.weight", "token_embedding.weight")
@@ -46,9 +50,17 @@ def rules(config: UMT5Config, layout: Layout = "transformers") -> list[Rule]:
     """Every tensor of the encoder in the given layout."""
     column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
     return [
-        Rule(EMBEDDING[column], EMBEDDING[0], MATRIX, aliases=(TIED,) if layout == "transformers" else ()),
+        Rule(
+            EMBEDDING[column],
+            EMBEDDING[0],
+            MATRIX,
+            aliases=(TIED,) if layout == "transformers" else (),
+        ),
         Rule(NORM[column], NORM[0], VECTOR),
-        *(Rule(f"{stack}.{{i}}.{row[column]}.weight", f"blocks.{{i}}.{row[0]}", row[3]) for row in BLOCK),
+        *(
+            Rule(f"{stack}.{{i}}.{row[column]}.weight", f"blocks.{{i}}.{row[0]}", row[3])
+            for row in BLOCK
+        ),
     ]
 
 
@@ -73,12 +85,16 @@ def config_from_json(values: dict[str, Any]) -> UMT5Config:
 def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config:
     """The config behind the tensors of a file without one. UserError when they do not say enough."""
     column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
-    rows = {row[0]: f"{stack}.0.{row[column]}.weight" for row in BLOCK} | {EMBEDDING[0]: EMBEDDING[column]}
+    rows = {row[0]: f"{stack}.0.{row[column]}.weight" for row in BLOCK} | {
+        EMBEDDING[0]: EMBEDDING[column]
+    }
     shapes = {}
     for ours in ("embedding", "attention.q.kernel", "attention.relative_bias", "ffn.gate.kernel"):
         shapes[ours] = tuple(tensors[rows[ours]].shape) if rows[ours] in tensors else ()
         if len(shapes[ours]) != 2:
-            raise UserError(f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known")
+            raise UserError(
+                f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known"
+            )
     buckets, heads = shapes["attention.relative_bias"]
     found = (re.match(rf"{re.escape(stack)}\.(\d+)\.", name) for name in tensors)
     return UMT5Config(

@@ -49,7 +49,9 @@ def config_from_json(values: dict) -> VAEConfig:
     """The config of a diffusers `vae/config.json`. Raises ValueError for an architecture other than Wan 2.1's."""
     for name, value in _WAN_2_1.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{name} is {values[name]!r}, Wan 2.1 has {value!r}; other autoencoders are not supported")
+            raise ValueError(
+                f"{name} is {values[name]!r}, Wan 2.1 has {value!r}; other autoencoders are not supported"
+            )
     return VAEConfig(
         base_dim=values["base_dim"],
         dim_mult=tuple(values["dim_mult"]),
@@ -89,10 +91,14 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> VAEConfig:
     }[layout]
     for name in (f"{first}.weight", f"{last}.weight", f"{blocks}.0.{leaf}.weight"):
         if name not in tensors or len(tensors[name].shape) != 5:
-            raise UserError(f"tensor {name} is missing or no convolution, so that the sizes are not known")
+            raise UserError(
+                f"tensor {name} is missing or no convolution, so that the sizes are not known"
+            )
     base, z_dim = tensors[f"{first}.weight"].shape[0], tensors[f"{last}.weight"].shape[0]
     if z_dim != len(LATENTS_MEAN):
-        raise UserError(f"{z_dim} latent channels, Wan 2.1 has {len(LATENTS_MEAN)}; other autoencoders are not supported")
+        raise UserError(
+            f"{z_dim} latent channels, Wan 2.1 has {len(LATENTS_MEAN)}; other autoencoders are not supported"
+        )
     found = (re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in tensors)
     widths: list[int] = []
     temporal: list[bool] = []
@@ -126,7 +132,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
         table.append(Rule(f"{torch}.bias", f"{name}.bias", VECTOR))
 
     def gamma(name: str, original: str, op: Op) -> None:
-        table.append(Rule(f"{original if layout == 'original' else name}.gamma", f"{name}.gamma", op))
+        table.append(
+            Rule(f"{original if layout == 'original' else name}.gamma", f"{name}.gamma", op)
+        )
 
     def res_block(name: str, original: str, shortcut: bool) -> None:
         for part, (norm, conv) in (("1", (0, 2)), ("2", (3, 6))):
@@ -157,7 +165,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
     index, channels = 0, config.base_dim
     for level, width in enumerate(widths):
         for _ in range(config.num_res_blocks):
-            res_block(f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}", channels != width)
+            res_block(
+                f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}", channels != width
+            )
             index, channels = index + 1, width
         if level < len(config.temporal_downsample):
             time = config.temporal_downsample[level]
@@ -170,7 +180,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
     for level, width in enumerate(reversed(widths)):
         for block in range(config.num_res_blocks + 1):
             shortcut = block == 0 and channels != width
-            res_block(f"decoder.up_blocks.{level}.resnets.{block}", f"decoder.upsamples.{index}", shortcut)
+            res_block(
+                f"decoder.up_blocks.{level}.resnets.{block}", f"decoder.upsamples.{index}", shortcut
+            )
             index += 1
         if level < len(config.temporal_downsample):
             time = config.temporal_downsample[::-1][level]

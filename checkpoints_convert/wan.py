@@ -31,11 +31,27 @@ FIXED = {  # what the network assumes; a config that says otherwise describes an
 NO_IMAGE_TO_VIDEO = "this is an image-to-video model, which is not supported; give a VACE, Phantom or text-to-video one"
 
 TOP_LINEAR = (
-    ("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    (
+        "condition_embedder.time_embedder.linear_1",
+        "condition_embedder.time_embedder.linear_1",
+        "time_embedding.0",
+    ),
+    (
+        "condition_embedder.time_embedder.linear_2",
+        "condition_embedder.time_embedder.linear_2",
+        "time_embedding.2",
+    ),
     ("condition_embedder.time_proj", "condition_embedder.time_proj", "time_projection.1"),
-    ("condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    (
+        "condition_embedder.text_embedder.linear_1",
+        "condition_embedder.text_embedder.linear_1",
+        "text_embedding.0",
+    ),
+    (
+        "condition_embedder.text_embedder.linear_2",
+        "condition_embedder.text_embedder.linear_2",
+        "text_embedding.2",
+    ),
     ("proj_out", "proj_out", "head.head"),
 )
 ATTENTION = (
@@ -76,16 +92,30 @@ def rules(config: WanConfig, layout: Layout = "diffusers") -> list[Rule]:
     vace = config.vace_layers is not None
     table = [Rule(HEAD_TABLE[column], HEAD_TABLE[0], TABLE)]
     for name in ("patch_embedding", "vace_patch_embedding") if vace else ("patch_embedding",):
-        table += [Rule(f"{name}.weight", f"{name}.kernel", patch(PATCH)), Rule(f"{name}.bias", f"{name}.bias", VECTOR)]
+        table += [
+            Rule(f"{name}.weight", f"{name}.kernel", patch(PATCH)),
+            Rule(f"{name}.bias", f"{name}.bias", VECTOR),
+        ]
     for row in (*TOP_LINEAR, VACE_IN) if vace else TOP_LINEAR:
         table += linear(row[column], row[0])
     for stack in block_stacks(config):
         prefix = f"{stack}.{{i}}."
         table.append(Rule(prefix + BLOCK_TABLE[column], prefix + BLOCK_TABLE[0], TABLE))
-        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.weight", f"{prefix}{CROSS_NORM[0]}.scale", VECTOR))
-        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.bias", f"{prefix}{CROSS_NORM[0]}.bias", VECTOR))
-        table += [Rule(f"{prefix}{row[column]}.weight", f"{prefix}{row[0]}.scale", VECTOR) for row in QK_NORM]
-        modules = (*ATTENTION, *FEED_FORWARD, VACE_OUT) if stack == "vace_blocks" else (*ATTENTION, *FEED_FORWARD)
+        table.append(
+            Rule(f"{prefix}{CROSS_NORM[column]}.weight", f"{prefix}{CROSS_NORM[0]}.scale", VECTOR)
+        )
+        table.append(
+            Rule(f"{prefix}{CROSS_NORM[column]}.bias", f"{prefix}{CROSS_NORM[0]}.bias", VECTOR)
+        )
+        table += [
+            Rule(f"{prefix}{row[column]}.weight", f"{prefix}{row[0]}.scale", VECTOR)
+            for row in QK_NORM
+        ]
+        modules = (
+            (*ATTENTION, *FEED_FORWARD, VACE_OUT)
+            if stack == "vace_blocks"
+            else (*ATTENTION, *FEED_FORWARD)
+        )
         for row in modules:
             table += linear(prefix + row[column], prefix + row[0])
     return table
@@ -135,11 +165,16 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
         "text_dim": config.text_dim,
     }
     if vace:
-        values |= {"vace_in_channels": config.vace_in_channels, "vace_layers": list(config.vace_layers)}
+        values |= {
+            "vace_in_channels": config.vace_in_channels,
+            "vace_layers": list(config.vace_layers),
+        }
     return values
 
 
-def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None) -> WanConfig:
+def config_from_shapes(
+    tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None
+) -> WanConfig:
     """The config behind the tensors of a file, for layouts that do not state all of it.
 
     values: the `config.json` of the original repository, if there is one: heads, epsilon and the layers with hints, which no
@@ -151,7 +186,9 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mappi
     def axis(name: str, index: int) -> int:
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) <= index:
-            raise UserError(f"tensor {name} is {'missing' if not shape else 'of another shape'}, so that the sizes are not known")
+            raise UserError(
+                f"tensor {name} is {'missing' if not shape else 'of another shape'}, so that the sizes are not known"
+            )
         return int(shape[index])
 
     def count(stack: str) -> int:
@@ -162,16 +199,24 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mappi
     width, layers, hints = axis("patch_embedding.weight", 0), count("blocks"), count("vace_blocks")
     if values is None:
         if width % HEAD_DIM:
-            raise UserError(f"width {width} is no multiple of {HEAD_DIM}; put the config.json of the model beside it")
+            raise UserError(
+                f"width {width} is no multiple of {HEAD_DIM}; put the config.json of the model beside it"
+            )
         if hints and layers % hints:
-            raise UserError(f"{hints} VACE blocks do not spread over {layers}; put the config.json of the model beside it")
+            raise UserError(
+                f"{hints} VACE blocks do not spread over {layers}; put the config.json of the model beside it"
+            )
         values = {"num_heads": width // HEAD_DIM, "eps": 1e-6}
         if hints:
             values |= {"vace_layers": list(range(0, layers, layers // hints))}
     elif values["dim"] != width or values["num_layers"] != layers:
-        raise UserError(f"config.json says width {values['dim']} and {values['num_layers']} layers, the tensors {width} and {layers}")
+        raise UserError(
+            f"config.json says width {values['dim']} and {values['num_layers']} layers, the tensors {width} and {layers}"
+        )
     elif bool(values.get("vace_layers")) != bool(hints):
-        raise UserError(f"config.json and the tensors disagree: {hints} VACE blocks, vace_layers {values.get('vace_layers')}")
+        raise UserError(
+            f"config.json and the tensors disagree: {hints} VACE blocks, vace_layers {values.get('vace_layers')}"
+        )
     return WanConfig(
         num_layers=layers,
         num_heads=values["num_heads"],
@@ -204,7 +249,11 @@ def config_to_original(config: WanConfig) -> dict[str, Any]:
         "out_dim": config.out_channels,
         "text_len": TEXT_LENGTH,
     }
-    return values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels} if vace else values
+    return (
+        values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels}
+        if vace
+        else values
+    )
 
 
 def scheduler_to_json(shift: float) -> dict[str, Any]:

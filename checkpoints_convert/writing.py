@@ -43,7 +43,9 @@ DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 PIPELINE_CLASSES = {"vace": "WanVACEPipeline", "wan": "WanPipeline", "phantom": "WanPipeline"}
 
-Watch = Callable[[int, int], AbstractContextManager[store.Progress]]  # (bytes in all, bytes done) -> what is told of each
+Watch = Callable[
+    [int, int], AbstractContextManager[store.Progress]
+]  # (bytes in all, bytes done) -> what is told of each
 
 
 def unwatched(total: int, done: int) -> AbstractContextManager[store.Progress]:
@@ -77,14 +79,23 @@ def write_store(checkpoint: Checkpoint, destination: Path, watch: Watch = unwatc
     networks = checkpoint.networks.values()
     alone = len(networks) == 1
     remembered: dict[str, Any] = {"kind": checkpoint.kind, "version": STORE_VERSION}
-    original = next((network.original for network in networks if network.original is not None), None)
+    original = next(
+        (network.original for network in networks if network.original is not None), None
+    )
     if original is not None:
         remembered["original_config"] = original
     files = []
     for network in networks:
         tensors = renamed(ours(network), rules.stored(network.table), network.shapes)
         files.append(Files("" if alone else network.part, STORE_STEM, tensors))
-    _write(checkpoint, destination, files, _diffusers_texts(checkpoint) | {STORE: remembered}, "tokenizer", watch)
+    _write(
+        checkpoint,
+        destination,
+        files,
+        _diffusers_texts(checkpoint) | {STORE: remembered},
+        "tokenizer",
+        watch,
+    )
 
 
 def write_diffusers(
@@ -105,24 +116,38 @@ def write_diffusers(
         family, parameters = FAMILIES[network.part], ours(network)
         if adapter is not None and network.part == TRANSFORMER:
             parameters |= _merged(network, parameters, adapter)
-        tensors = renamed(parameters, family.table.rules(network.config, family.published), network.shapes)
+        tensors = renamed(
+            parameters, family.table.rules(network.config, family.published), network.shapes
+        )
         files.append(Files("" if alone else network.part, family.weights, tensors, shard))
     texts = _diffusers_texts(checkpoint) | {CARD: card}
     _write(checkpoint, destination, files, texts, "tokenizer", watch, [adapter] if adapter else [])
 
 
 def write_original(
-    checkpoint: Checkpoint, destination: Path, card: str, watch: Watch = unwatched, shard: int = ORIGINAL_SHARD
+    checkpoint: Checkpoint,
+    destination: Path,
+    card: str,
+    watch: Watch = unwatched,
+    shard: int = ORIGINAL_SHARD,
 ) -> None:
     """The folder of the original repositories; Phantom's transformer is named as Phantom's are."""
     files = []
     texts: dict[str, Any] = {CARD: card}
     for network in checkpoint.networks.values():
         if network.part == FACE:
-            files.append(Files("", faces.file_name(network.values["architecture"], network.config), published(network)))
+            files.append(
+                Files(
+                    "",
+                    faces.file_name(network.values["architecture"], network.config),
+                    published(network),
+                )
+            )
             continue
         family = FAMILIES[network.part]
-        tensors = renamed(ours(network), family.table.rules(network.config, "original"), network.shapes)
+        tensors = renamed(
+            ours(network), family.table.rules(network.config, "original"), network.shapes
+        )
         name = family.original
         if network.part == TRANSFORMER:
             texts["config.json"] = _original_config(checkpoint, network)
@@ -140,7 +165,9 @@ def _original_config(checkpoint: Checkpoint, network: Network) -> Mapping[str, A
         found = store.read_json(checkpoint.path / STORE).get("original_config")
     made = wan.config_to_original(network.config)
     sizes = ("dim", "eps", "num_heads", "num_layers", "vace_layers")
-    return made if found is None or any(found.get(name) != made.get(name) for name in sizes) else found
+    return (
+        made if found is None or any(found.get(name) != made.get(name) for name in sizes) else found
+    )
 
 
 def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -152,16 +179,22 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint.path}: has no {', '.join(missing)}; give the folder that has with --with, or one network's file alone"
         )
-    texts: dict[str, Any] = {f"{part}/config.json": dict(network.values) for part, network in networks.items()}
+    texts: dict[str, Any] = {
+        f"{part}/config.json": dict(network.values) for part, network in networks.items()
+    }
     assert checkpoint.kind is not None and checkpoint.tokenizer is not None
     if checkpoint.scheduler is None:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(SHIFTS[checkpoint.kind])
     else:
-        texts[f"scheduler/{SCHEDULER_CONFIG}"] = store.read_json(checkpoint.scheduler / SCHEDULER_CONFIG)
+        texts[f"scheduler/{SCHEDULER_CONFIG}"] = store.read_json(
+            checkpoint.scheduler / SCHEDULER_CONFIG
+        )
     if (checkpoint.path / INDEX).is_file():
         texts[INDEX] = store.read_json(checkpoint.path / INDEX)
         return texts
-    tokenizer = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG).get("tokenizer_class", "T5TokenizerFast")
+    tokenizer = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG).get(
+        "tokenizer_class", "T5TokenizerFast"
+    )
     texts[INDEX] = {
         "_class_name": PIPELINE_CLASSES[checkpoint.kind],
         "_diffusers_version": wan.DIFFUSERS_VERSION,
@@ -188,7 +221,9 @@ def _write(
     texts: place -> JSON object, or text. besides: other sources of the tensors.
     """
     files: dict[str, dict[str, Any]] = {}
-    markers = [INDEX] if INDEX in texts else []  # a name that only a checkpoint has: config.json and README.md are in many folders
+    markers = (
+        [INDEX] if INDEX in texts else []
+    )  # a name that only a checkpoint has: config.json and README.md are in many folders
     for part in sets:
         cut = {str(Path(part.folder, name)): tensors for name, tensors in part.cut().items()}
         files |= cut
@@ -196,13 +231,22 @@ def _write(
             total = sum(size(tensor) for tensors in cut.values() for tensor in tensors.values())
             places = {name: Path(file).name for file, tensors in cut.items() for name in tensors}
             index = f"{part.stem}.safetensors{store.INDEX}"
-            texts[str(Path(part.folder, index))] = {"metadata": {"total_size": total}, "weight_map": places}
+            texts[str(Path(part.folder, index))] = {
+                "metadata": {"total_size": total},
+                "weight_map": places,
+            }
             markers.append(str(Path(part.folder, index)))
         markers += cut
     sizes = {name: sum(map(size, tensors.values())) for name, tensors in files.items()}
-    with store.resumable(destination, markers[0], {"files": sizes, "sources": _sources([*checkpoint.networks.values(), *besides])}) as new:
+    with store.resumable(
+        destination,
+        markers[0],
+        {"files": sizes, "sources": _sources([*checkpoint.networks.values(), *besides])},
+    ) as new:
         done = {name: sizes[name] for name in files if (new / name).is_file()}
-        store.require_space(new, {name: count for name, count in sizes.items() if name not in done}, destination)
+        store.require_space(
+            new, {name: count for name, count in sizes.items() if name not in done}, destination
+        )
         for name, content in texts.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, str):
@@ -212,7 +256,12 @@ def _write(
             else:
                 store.write_json(new / name, content)
         if checkpoint.tokenizer is not None:
-            shutil.copytree(checkpoint.tokenizer, new / tokenizer, copy_function=shutil.copyfile, dirs_exist_ok=True)
+            shutil.copytree(
+                checkpoint.tokenizer,
+                new / tokenizer,
+                copy_function=shutil.copyfile,
+                dirs_exist_ok=True,
+            )
         with watch(sum(sizes.values()), sum(done.values())) as written:
             for name, tensors in files.items():
                 if name not in done:
@@ -229,7 +278,10 @@ def _as_found(checkpoint: Checkpoint, name: str, content: Mapping[str, Any]) -> 
 def _sources(networks: Sequence[Network]) -> dict[str, list[int]]:
     """Size and time of every file that tensors come from: what is resumed must come from the same."""
     files = {tensor.file for network in networks for tensor in network.tensors.values()}
-    return {str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+    return {
+        str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in sorted(files)
+    }
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -245,7 +297,9 @@ def write_peft(network: Network, destination: Path, card: str | None = None) -> 
     with store.atomic_path(destination, ADAPTER_CONFIG) as new:
         new.mkdir()
         store.write_json(new / ADAPTER_CONFIG, dict(network.values))
-        store.write_file(new / ADAPTER_WEIGHTS, _adapter_tensors(network, lora.PEFT_PREFIX), check=True)
+        store.write_file(
+            new / ADAPTER_WEIGHTS, _adapter_tensors(network, lora.PEFT_PREFIX), check=True
+        )
         if card is not None:
             (new / CARD).write_text(card, "utf-8")
 
@@ -291,13 +345,21 @@ def _merged(network: Network, parameters: Mapping[str, Any], adapter: Network) -
     rank, alpha = adapter.config
     config = dataclasses.replace(network.config, rank=rank, alpha=alpha)
     if (what := lora.misfit(adapter.tensors, network.config)) is not None:
-        raise UserError(f"{adapter.source} on {network.source}: {what}; give an adapter of this model")
-    abstract = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam)
-    slots = rules.expand(lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract)
+        raise UserError(
+            f"{adapter.source} on {network.source}: {what}; give an adapter of this model"
+        )
+    abstract = nnx.state(
+        nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam
+    )
+    slots = rules.expand(
+        lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract
+    )
     rules.match(slots, adapter.tensors, f"{adapter.source} on {network.source}")
     parts = ours(adapter)
     changed = {}
     for module in sorted({slot.name.rpartition(".")[0] for slot in slots}):
         base = parameters[f"{module}.kernel"]
-        changed[f"{module}.kernel"] = Merged(base, parts[f"{module}.lora_a"], parts[f"{module}.lora_b"], alpha / rank)
+        changed[f"{module}.kernel"] = Merged(
+            base, parts[f"{module}.lora_a"], parts[f"{module}.lora_b"], alpha / rank
+        )
     return changed

@@ -25,7 +25,15 @@ from jax_idgrpo.errors import Failure, UserError, closest
 from jax_idgrpo.workdir import local_path, require_writable
 
 # Errors of the machine that the user can do something about: no permission, a read-only or full disk, a file where a folder should be.
-_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR)
+_MACHINE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,9 @@ def prompts_path(name: str) -> Path:
     """The CSV that `--prompts name` means, which must exist."""
     local_path(name, "--prompts")
     path = configuration.prompts_file(name)
-    return existing(str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval")
+    return existing(
+        str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval"
+    )
 
 
 def adapter_path(path: str) -> Path:
@@ -69,7 +79,11 @@ def adapter_path(path: str) -> Path:
     """
     place = local_path(path, "--lora")
     if not place.exists() and not is_export(place):
-        existing(path, "--lora", hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export")
+        existing(
+            path,
+            "--lora",
+            hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
+        )
     return adapter_place(place)
 
 
@@ -85,7 +99,9 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
         if not (name and equals and path):
             raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
         if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and _; choose another")
+            raise UserError(
+                f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and _; choose another"
+            )
         paths[name] = adapter_path(path)
     return paths
 
@@ -99,13 +115,26 @@ def _start() -> None:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
-    parser.add_argument("--workdir", required=True, metavar="W", help="folder of the run; a run found there is continued")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="W",
+        help="folder of the run; a run found there is continued",
+    )
 
 
 def _grpo_options(parser: argparse.ArgumentParser) -> None:
     _train_options(parser)
-    parser.add_argument("--profile", metavar="DIR", help="folder for a trace of the second and third step, and seconds by phase")
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="folder for a trace of the second and third step, and seconds by phase",
+    )
 
 
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -142,10 +171,23 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
 
 
 def _sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
-    parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts and reference photos: header ref_paths,prompt")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl")
-    parser.add_argument("--lora", metavar="PATH", help="adapter to sample with; without it the base model")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="CSV",
+        help="prompts and reference photos: header ref_paths,prompt",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl"
+    )
+    parser.add_argument(
+        "--lora", metavar="PATH", help="adapter to sample with; without it the base model"
+    )
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -160,14 +202,24 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def _score_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
     parser.add_argument(
-        "--videos", required=True, metavar="DIR",
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--videos",
+        required=True,
+        metavar="DIR",
         help="a video, or a folder of them, as `idgrpo sample` leaves it; others are named ROW-NUMBER, such as 0000-0.mp4, "
         "or in a column `video` of the CSV",
     )
-    parser.add_argument("--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, one row per video")
+    parser.add_argument(
+        "--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="JSON lines, one row per video"
+    )
 
 
 def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -182,10 +234,27 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
-    parser.add_argument("--prompts", metavar="CSV", help="held-out prompts; default: evaluate.prompts of the configuration")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for metrics.json, table.md and videos/")
-    parser.add_argument("--lora", nargs="+", action="extend", default=[], metavar="NAME=PATH", help="adapters to compare with the base")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="CSV",
+        help="held-out prompts; default: evaluate.prompts of the configuration",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for metrics.json, table.md and videos/"
+    )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="adapters to compare with the base",
+    )
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -211,10 +280,18 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
 
 
 def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -> None:
-    parser.add_argument("--out", type=_path("--out"), required=True, metavar="DIR", help=f"folder to make: {holds}")
-    parser.add_argument("--split", required=True, help="synthetic people to draw from: train, rl or eval; no two share a person")
+    parser.add_argument(
+        "--out", type=_path("--out"), required=True, metavar="DIR", help=f"folder to make: {holds}"
+    )
+    parser.add_argument(
+        "--split",
+        required=True,
+        help="synthetic people to draw from: train, rl or eval; no two share a person",
+    )
     parser.add_argument("--count", type=int, required=True, metavar="N", help=unit)
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)"
+    )
 
 
 def _draw_prompts_options(parser: argparse.ArgumentParser) -> None:
@@ -229,16 +306,54 @@ def _draw_prompts(arguments: argparse.Namespace, overrides: list[tuple[str, str]
 
 def _pairs_options(parser: argparse.ArgumentParser) -> None:
     _generator_options(parser, "pairs.csv, mp4 and PNG files", "pairs")
-    unset = argparse.SUPPRESS       # an option that is not given keeps the default of `write_pairs`
-    parser.add_argument("--distortions", default=unset, metavar="A,B", help="faults that occur, joined by commas (default all)")
-    parser.add_argument("--automatic", type=float, default=unset, help="share of automatic pairs, with labels partly wrong (default 0)")
-    parser.add_argument("--careless", type=float, default=unset, help="share of the automatic labels drawn at random (default 0.5)")
-    parser.add_argument("--clips", type=_path("--clips"), default=unset, metavar="DIR",
-                        help="folder of videos with photos and clips.csv; without it the people are synthetic")
-    parser.add_argument("--faces", type=_path("--faces"), default=unset, metavar="DIR", help="face networks for --clips, as reward.faces")
+    unset = argparse.SUPPRESS  # an option that is not given keeps the default of `write_pairs`
+    parser.add_argument(
+        "--distortions",
+        default=unset,
+        metavar="A,B",
+        help="faults that occur, joined by commas (default all)",
+    )
+    parser.add_argument(
+        "--automatic",
+        type=float,
+        default=unset,
+        help="share of automatic pairs, with labels partly wrong (default 0)",
+    )
+    parser.add_argument(
+        "--careless",
+        type=float,
+        default=unset,
+        help="share of the automatic labels drawn at random (default 0.5)",
+    )
+    parser.add_argument(
+        "--clips",
+        type=_path("--clips"),
+        default=unset,
+        metavar="DIR",
+        help="folder of videos with photos and clips.csv; without it the people are synthetic",
+    )
+    parser.add_argument(
+        "--faces",
+        type=_path("--faces"),
+        default=unset,
+        metavar="DIR",
+        help="face networks for --clips, as reward.faces",
+    )
     parser.add_argument("--frames", type=int, default=unset, help="frames per clip (default 9)")
-    parser.add_argument("--size", type=int, nargs=2, default=unset, metavar=("HEIGHT", "WIDTH"), help="in pixels (default 64 64)")
-    parser.add_argument("--fps", type=int, default=unset, help="frames per second that are kept of --clips (default 8)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=unset,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels (default 64 64)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=int,
+        default=unset,
+        help="frames per second that are kept of --clips (default 8)",
+    )
 
 
 def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -253,9 +368,15 @@ def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 
 
 def _pack_pairs_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=_path("--csv"), required=True, help="the pairs, as `idgrpo pairs` writes them")
-    parser.add_argument("--out", type=_path("--out"), required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--dimensions", default="SA", help="columns that hold labels, joined by commas (default SA)")
+    parser.add_argument(
+        "--csv", type=_path("--csv"), required=True, help="the pairs, as `idgrpo pairs` writes them"
+    )
+    parser.add_argument(
+        "--out", type=_path("--out"), required=True, metavar="DIR", help="folder to make"
+    )
+    parser.add_argument(
+        "--dimensions", default="SA", help="columns that hold labels, joined by commas (default SA)"
+    )
 
 
 def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -265,13 +386,35 @@ def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]])
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a recipe, such as quickstart, or a Python file with get_config()")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
     slices = "a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; GPUs such as h200:8 or h100:4x8; cpu:8; or gpu, this machine's"
     parser.add_argument("--topology", required=True, metavar="T", help=slices)
-    parser.add_argument("--sizes", metavar="S", help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine")
-    parser.add_argument("--programs", nargs="+", default=[], metavar="NAME", help="only these, such as rollout update; default: all")
-    parser.add_argument("--search", type=int, default=0, metavar="N", help="try N meshes and micro-batches, and plan the fastest that fits")
-    parser.add_argument("--out", default="plan", metavar="DIR", help="folder for plan.json and table.md")
+    parser.add_argument(
+        "--sizes",
+        metavar="S",
+        help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only these, such as rollout update; default: all",
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N meshes and micro-batches, and plan the fastest that fits",
+    )
+    parser.add_argument(
+        "--out", default="plan", metavar="DIR", help="folder for plan.json and table.md"
+    )
 
 
 def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -281,24 +424,60 @@ def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> No
     from jax_idgrpo.planning.plan import plan
 
     trim_heap_after_compile()
-    if not plan(config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search):
+    if not plan(
+        config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search
+    ):
         sys.exit(1)
 
 
 COMMANDS = {
-    "train": Command("GRPO on a video model with a face reward; continues a run it finds in the workdir", _grpo_options, _train),
-    "finetune": Command("supervised training of the video model's parts and the face networks", _train_options, _finetune),
+    "train": Command(
+        "GRPO on a video model with a face reward; continues a run it finds in the workdir",
+        _grpo_options,
+        _train,
+    ),
+    "finetune": Command(
+        "supervised training of the video model's parts and the face networks",
+        _train_options,
+        _finetune,
+    ),
     "train-reward": Command("train a reward on preference pairs", _train_options, _train_reward),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
     "score": Command("the reward of existing videos", _score_options, _score),
-    "evaluate": Command("base against adapters on held-out prompts, with bootstrap intervals", _evaluate_options, _evaluate),
-    "plan": Command("memory, work and time per chip on a machine that need not be here, by the real compiler", _plan_options, _plan),
-    "report": Command(
-        "one HTML page of a run: curves, videos side by side, table, configuration", _report_options, _report, configured=False
+    "evaluate": Command(
+        "base against adapters on held-out prompts, with bootstrap intervals",
+        _evaluate_options,
+        _evaluate,
     ),
-    "pairs": Command("preference pairs with known truth, of synthetic people or your own clips", _pairs_options, _pairs, configured=False),
-    "pack-pairs": Command("one data set of few large files from the pairs of a CSV", _pack_pairs_options, _pack_pairs, configured=False),
-    "draw-prompts": Command("prompts and reference photos of synthetic people", _draw_prompts_options, _draw_prompts, configured=False),
+    "plan": Command(
+        "memory, work and time per chip on a machine that need not be here, by the real compiler",
+        _plan_options,
+        _plan,
+    ),
+    "report": Command(
+        "one HTML page of a run: curves, videos side by side, table, configuration",
+        _report_options,
+        _report,
+        configured=False,
+    ),
+    "pairs": Command(
+        "preference pairs with known truth, of synthetic people or your own clips",
+        _pairs_options,
+        _pairs,
+        configured=False,
+    ),
+    "pack-pairs": Command(
+        "one data set of few large files from the pairs of a CSV",
+        _pack_pairs_options,
+        _pack_pairs,
+        configured=False,
+    ),
+    "draw-prompts": Command(
+        "prompts and reference photos of synthetic people",
+        _draw_prompts_options,
+        _draw_prompts,
+        configured=False,
+    ),
 }
 
 
@@ -330,11 +509,17 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join([
-        "usage: idgrpo COMMAND CONFIG.py [--option VALUE ...] [--section.field VALUE ...]", "",
-        "Reinforcement learning that keeps every person in a generated video who they are.", "", *lines, "",
-        "idgrpo COMMAND --help lists a command's options and the fields of a configuration.",
-    ])
+    return "\n".join(
+        [
+            "usage: idgrpo COMMAND CONFIG.py [--option VALUE ...] [--section.field VALUE ...]",
+            "",
+            "Reinforcement learning that keeps every person in a generated video who they are.",
+            "",
+            *lines,
+            "",
+            "idgrpo COMMAND --help lists a command's options and the fields of a configuration.",
+        ]
+    )
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -351,22 +536,42 @@ def run(arguments: Sequence[str]) -> None:
         return
     name = arguments[0]
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})")
+        raise UserError(
+            f"unknown command {name!r}{closest(name, list(COMMANDS))} (commands: {', '.join(COMMANDS)})"
+        )
     command = COMMANDS[name]
     fields = [f"--{field}" for field in configuration.field_names()] if command.configured else []
-    epilog = "\n".join(["Fields of the configuration; a recipe may set other defaults.", *configuration.describe()]) if fields else ""
-    parser = Parser(prog=f"idgrpo {name}", description=command.summary, epilog=epilog, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    epilog = (
+        "\n".join(
+            [
+                "Fields of the configuration; a recipe may set other defaults.",
+                *configuration.describe(),
+            ]
+        )
+        if fields
+        else ""
+    )
+    parser = Parser(
+        prog=f"idgrpo {name}",
+        description=command.summary,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.options(parser)
     rest, overrides = split_overrides(arguments[1:])
     parsed, unknown = parser.parse_known_args(rest)
     if overrides and not command.configured:
-        raise UserError(f"idgrpo {name} takes no --{overrides[0][0]}: it reads no configuration; see idgrpo {name} --help")
+        raise UserError(
+            f"idgrpo {name} takes no --{overrides[0][0]}: it reads no configuration; see idgrpo {name} --help"
+        )
     if unknown:
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):
             raise UserError(f"unexpected argument {word}; see idgrpo {name} --help")
-        options = [option for action in parser._actions for option in action.option_strings] + fields
+        options = [
+            option for action in parser._actions for option in action.option_strings
+        ] + fields
         raise UserError(f"unknown option {word}{closest(word, options)}; see idgrpo {name} --help")
     command.run(parsed, overrides)
 
@@ -377,9 +582,17 @@ def main() -> None:
     Exit status: 0 done, 1 not all could be done, 2 a user's mistake, 130 interrupted.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")      # of a GPU's memory, as `plan` counts on; JAX takes 0.75
-    planning = sys.argv[1:2] == ["plan"]     # what it compiles is for a machine that is not here, and cannot be read back without it
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not planning and (programs := programs_folder(os.environ)):
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9"
+    )  # of a GPU's memory, as `plan` counts on; JAX takes 0.75
+    planning = sys.argv[1:2] == [
+        "plan"
+    ]  # what it compiles is for a machine that is not here, and cannot be read back without it
+    if (
+        "JAX_COMPILATION_CACHE_DIR" not in os.environ
+        and not planning
+        and (programs := programs_folder(os.environ))
+    ):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
@@ -393,7 +606,10 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
-        print(f"idgrpo: {error.filename or 'disk'}: {error.strerror}; free space or choose another path", file=sys.stderr)
+        print(
+            f"idgrpo: {error.filename or 'disk'}: {error.strerror}; free space or choose another path",
+            file=sys.stderr,
+        )
         _leave(2)
     except KeyboardInterrupt:
         print("\nidgrpo: interrupted; run the same command again", file=sys.stderr)
@@ -404,8 +620,11 @@ def main() -> None:
         if not _together():
             raise
         traceback.print_exc()
-        print("idgrpo: this process stops, and with it the run: the error above is its own, or that of a process that was lost (see its "
-              "log); run the same command again to go on from the last checkpoint", file=sys.stderr)
+        print(
+            "idgrpo: this process stops, and with it the run: the error above is its own, or that of a process that was lost (see its "
+            "log); run the same command again to go on from the last checkpoint",
+            file=sys.stderr,
+        )
         _leave(1)
 
 

@@ -69,7 +69,9 @@ def timesteps(num_steps: int, shift: float) -> np.ndarray:
     return timestep(_sigmas64(num_steps, shift))
 
 
-def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None) -> Float[ArrayLike, "B"]:
+def row_mean(
+    values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+) -> Float[ArrayLike, "B"]:
     """Mean over everything but the batch; with `mask` [B,T] over the frames it marks."""
     axes = tuple(range(1, values.ndim))
     if mask is None:
@@ -107,7 +109,9 @@ class Transition:
 
 
 def _gaussian(a: Sigma, b: Sigma, std: Sigma) -> Transition:
-    return Transition(a=a, b=b, std=std, precision=1 / std**2, constant=jnp.log(std) + 0.5 * math.log(2 * math.pi))
+    return Transition(
+        a=a, b=b, std=std, precision=1 / std**2, constant=jnp.log(std) + 0.5 * math.log(2 * math.pi)
+    )
 
 
 def _sde(sigma: Sigma, sigma_next: Sigma, diffusion: Sigma) -> Transition:
@@ -125,23 +129,33 @@ def _float32(*values: Sigma) -> tuple[Float[ArrayLike, "..."], ...]:
     return tuple(jnp.asarray(value, jnp.float32) for value in values)
 
 
-def identity_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 1.0) -> Transition:
+def identity_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 1.0
+) -> Transition:
     """Diffusion noise_level sigma_max sigma, where sigma_max is the second entry of the schedule."""
     sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
     return _sde(sigma, sigma_next, noise_level * sigma_max * sigma)
 
 
-def flow_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7) -> Transition:
+def flow_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7
+) -> Transition:
     """Diffusion noise_level sqrt(sigma / (1 - sigma)); where sigma is within 1e-3 of 1, sigma_max stands in the denominator.
 
     The public codes test for sigma = 1 exactly, which a schedule that starts at 0.9997 never meets: its first step would have a
     standard deviation of 4.5.
     """
     sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
-    return _sde(sigma, sigma_next, noise_level * jnp.sqrt(sigma / (1 - jnp.where(sigma >= 1 - 1e-3, sigma_max, sigma))))
+    return _sde(
+        sigma,
+        sigma_next,
+        noise_level * jnp.sqrt(sigma / (1 - jnp.where(sigma >= 1 - 1e-3, sigma_max, sigma))),
+    )
 
 
-def dance_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.3) -> Transition:
+def dance_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.3
+) -> Transition:
     """Diffusion noise_level at every step."""
     sigma, sigma_next, _ = _float32(sigma, sigma_next, sigma_max)
     return _sde(sigma, sigma_next, jnp.full_like(sigma, noise_level))
@@ -166,11 +180,18 @@ def cps(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 
     )
 
 
-SAMPLERS: dict[str, Callable[..., Transition]] = {"identity": identity_sde, "flow": flow_sde, "dance": dance_sde, "cps": cps}
+SAMPLERS: dict[str, Callable[..., Transition]] = {
+    "identity": identity_sde,
+    "flow": flow_sde,
+    "dance": dance_sde,
+    "cps": cps,
+}
 """Stochastic samplers by name; each is called with (sigma, sigma_next, sigma_max[, noise_level])."""
 
 
-def _along(value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "..."]:
+def _along(
+    value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]
+) -> Float[ArrayLike, "..."]:
     """A scalar, a value per row [B], or what broadcasts already, made to broadcast against x [B,...]."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim <= 1 else value
@@ -209,7 +230,14 @@ def step(
         raise ValueError("a step takes either noise (to draw) or x_next (to score)")
     x, v = x.astype(jnp.float32), v.astype(jnp.float32)
     a, b, std, precision, constant = (
-        _along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision, transition.constant)
+        _along(value, x)
+        for value in (
+            transition.a,
+            transition.b,
+            transition.std,
+            transition.precision,
+            transition.constant,
+        )
     )
     mean = x * a + v * b
     if x_next is None:
@@ -274,7 +302,10 @@ def change(
     """
     x, v, v_old = (value.astype(jnp.float32) for value in (x, v, v_old))
     x_next, v_old = jax.lax.stop_gradient((x_next, v_old))
-    a, b, std, precision = (_along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision))
+    a, b, std, precision = (
+        _along(value, x)
+        for value in (transition.a, transition.b, transition.std, transition.precision)
+    )
     moved = b * (v - v_old)
     off = x_next - (x * a + v_old * b)
     return Change(
@@ -294,7 +325,9 @@ def divergence(
     Where the log-probability is not a Gaussian's (`cps`), in its units: mean of precision (mean - mean_other)^2 / 2.
     """
     b, precision = (_along(value, v) for value in (transition.b, transition.precision))
-    return row_mean(0.5 * precision * (b * (v.astype(jnp.float32) - v_other.astype(jnp.float32))) ** 2, mask)
+    return row_mean(
+        0.5 * precision * (b * (v.astype(jnp.float32) - v_other.astype(jnp.float32))) ** 2, mask
+    )
 
 
 # ---- the ODE -------------------------------------------------------------------------------------------------------------
@@ -307,7 +340,9 @@ def ode_step(
     sigma_next: Sigma,
 ) -> Float[ArrayLike, "B *shape"]:
     """The deterministic Euler step x + v (sigma_next - sigma); the step to sigma_next = 0 gives the prediction of x0."""
-    return x.astype(jnp.float32) + v.astype(jnp.float32) * (jnp.asarray(sigma_next, jnp.float32) - sigma)
+    return x.astype(jnp.float32) + v.astype(jnp.float32) * (
+        jnp.asarray(sigma_next, jnp.float32) - sigma
+    )
 
 
 @flax.struct.dataclass
@@ -346,11 +381,16 @@ def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
     corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
     corrector[0, 0] = 1
     for i in range(steps):
-        scale, p = sigma[i + 1] / sigma[i], (1 - sigma[i + 1]) * -np.expm1(log_snr[i] - log_snr[i + 1])
+        scale, p = (
+            sigma[i + 1] / sigma[i],
+            (1 - sigma[i + 1]) * -np.expm1(log_snr[i] - log_snr[i + 1]),
+        )
         predictor[i] = scale, 0, p
         if i == 0 or i == steps - 1:
             continue
-        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])     # where m_{i-1} lies, in units of the step
+        r = (log_snr[i - 1] - log_snr[i]) / (
+            log_snr[i + 1] - log_snr[i]
+        )  # where m_{i-1} lies, in units of the step
         predictor[i] += 0, 0.5 * p / r, -0.5 * p / r
     for i in range(1, steps):
         h = log_snr[i] - log_snr[i - 1]
@@ -359,14 +399,17 @@ def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
             corrector[i] = 0, scale, 0, 0.5 * p, 0.5 * p
             continue
         r = (log_snr[i - 2] - log_snr[i - 1]) / h
-        phi_2 = -np.expm1(-h) / h - 1                                         # moments of the exponential integrator over the step
+        phi_2 = -np.expm1(-h) / h - 1  # moments of the exponential integrator over the step
         phi_3 = -phi_2 / h - 0.5
         old, new = np.linalg.solve([[1, 1], [r, 1]], np.array([phi_2, 2 * phi_3]) / np.expm1(-h))
         corrector[i] = 0, scale, p * old / r, p * (1 - old / r - new), p * new
     return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
 
 
-SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {"euler": euler, "unipc": unipc}
+SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {
+    "euler": euler,
+    "unipc": unipc,
+}
 """Solvers of the ODE by name; each makes its table from the schedule."""
 
 
@@ -386,12 +429,21 @@ class SolverState:
         return cls(x=x, corrected=zero, older=zero, newer=zero)
 
 
-def solver_step(solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma) -> SolverState:
+def solver_step(
+    solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma
+) -> SolverState:
     """One step of the ODE from `sigma`, where the velocity at `state.x` is v; `solver` holds this step's coefficients."""
     m = state.x - sigma * v.astype(jnp.float32)
 
-    def combine(weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "B *shape"]:
+    def combine(
+        weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]
+    ) -> Float[ArrayLike, "B *shape"]:
         return sum(weights[n] * term for n, term in enumerate(terms))
 
     corrected = combine(solver.corrector, state.x, state.corrected, state.older, state.newer, m)
-    return SolverState(x=combine(solver.predictor, corrected, state.newer, m), corrected=corrected, older=state.newer, newer=m)
+    return SolverState(
+        x=combine(solver.predictor, corrected, state.newer, m),
+        corrected=corrected,
+        older=state.newer,
+        newer=m,
+    )

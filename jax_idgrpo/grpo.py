@@ -52,7 +52,9 @@ def advantages(
     rewards = jnp.where(counts, rewards, 0.0)
     same = ((groups[:, None] == groups[None, :]) & counts[None, :]).astype(jnp.float32)
     first = jnp.argmax(same, axis=1)
-    shifted = rewards[None, :] - rewards[first][:, None]  # [i, j]: reward j seen from the first member of i's group
+    shifted = (
+        rewards[None, :] - rewards[first][:, None]
+    )  # [i, j]: reward j seen from the first member of i's group
     size = jnp.maximum(jnp.sum(same, axis=1), 1.0)
     group_mean = jnp.sum(same * shifted, axis=1) / size
     deviation = jnp.where(counts, jnp.diagonal(shifted) - group_mean, 0.0)
@@ -70,9 +72,13 @@ def best_and_worst(scores: Float[ArrayLike, "P G"], best: int, worst: int) -> In
     """
     scores = jnp.asarray(scores, jnp.float32)
     counts = jnp.isfinite(scores)
-    order = jnp.argsort(-jnp.where(counts, scores, -jnp.inf), axis=1)  # stable: ties keep the order of the members
+    order = jnp.argsort(
+        -jnp.where(counts, scores, -jnp.inf), axis=1
+    )  # stable: ties keep the order of the members
     tail = jnp.maximum(jnp.sum(counts, axis=1) - worst, best)
-    places = jnp.concatenate([jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1)
+    places = jnp.concatenate(
+        [jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1
+    )
     return jnp.take_along_axis(order, places, axis=1)
 
 
@@ -88,7 +94,9 @@ class Surrogate:
     stopped: Bool[ArrayLike, "B"]
 
 
-def clipped_loss(log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float) -> Surrogate:
+def clipped_loss(
+    log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float
+) -> Surrogate:
     """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio), per row."""
     ratio = jnp.exp(log_ratio)
     free, held = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)
@@ -96,7 +104,11 @@ def clipped_loss(log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "
 
 
 def guarded_loss(
-    guarded: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], dt: Float[ArrayLike, "..."], *, clip: float
+    guarded: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
+    dt: Float[ArrayLike, "..."],
+    *,
+    clip: float,
 ) -> Surrogate:
     """The clipped loss with ratio = exp(mean of noise (mean - mean_old)), divided by -dt.
 
@@ -112,7 +124,11 @@ def guarded_loss(
 
 
 def masked_loss(
-    log_ratio: Float[ArrayLike, "B"], divergence: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, limit: float
+    log_ratio: Float[ArrayLike, "B"],
+    divergence: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
+    *,
+    limit: float,
 ) -> Surrogate:
     """-A ratio, and 0 for rows whose step is `limit` or more from the old one and that the advantage would push further.
 
@@ -142,7 +158,9 @@ def time_weights(
 
 
 def matching_error(
-    v: Float[ArrayLike, "B *shape"], target: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+    v: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[ArrayLike, "B"]:
     """Supervised flow matching: mean of (v - (n - x0))^2, per row; with v of the base in the target's place, the velocity KL."""
     return row_mean((v - target) ** 2, mask)
@@ -190,14 +208,20 @@ def nft_loss(
         size = sigma * jax.lax.stop_gradient(row_mean(jnp.abs(velocity - target), mask))
         return sigma**2 * square / jnp.maximum(size, 1e-5)
 
-    return advantage_clip / beta * (optimality * error(v_old + moved) + (1 - optimality) * error(v_old - moved))
+    return (
+        advantage_clip
+        / beta
+        * (optimality * error(v_old + moved) + (1 - optimality) * error(v_old - moved))
+    )
 
 
 AWM_WEIGHTINGS = ("uniform", "sigma", "sigma2", "huber", "ghuber")
 """How `awm_loss` counts the error of the velocity at one noise level."""
 
 
-def _matching_log_prob(error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str) -> Float[ArrayLike, "B"]:
+def _matching_log_prob(
+    error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str
+) -> Float[ArrayLike, "B"]:
     if weighting == "huber":
         return -(jnp.sqrt(error + 1e-10) - 1e-5) * sigma
     if weighting == "ghuber":
@@ -227,7 +251,9 @@ def awm_loss(
     v_old = jax.lax.stop_gradient(v_old)
     old = matching_error(v_old, target, mask)
     new = jnp.maximum(old + _error_change(v, v_old, target, mask), 0.0)
-    log_ratio = _matching_log_prob(new, sigma, weighting) - _matching_log_prob(old, sigma, weighting)
+    log_ratio = _matching_log_prob(new, sigma, weighting) - _matching_log_prob(
+        old, sigma, weighting
+    )
     return clipped_loss(log_ratio, advantage, clip=clip)
 
 
@@ -308,35 +334,60 @@ def clip_rows(step: Replayed, settings: Any) -> Rows:
 
 def guard_rows(step: Replayed, settings: Any) -> Rows:
     """Evaluate "guard" (`guarded_loss`)."""
-    return _surrogate_rows(guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip))
+    return _surrogate_rows(
+        guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip)
+    )
 
 
 def divergence_rows(step: Replayed, settings: Any) -> Rows:
     """Evaluate "divergence" (`masked_loss`)."""
-    distance = jax.lax.stop_gradient(flow.divergence(step.transition, step.v, step.v_old, step.mask))
-    return _surrogate_rows(masked_loss(step.change.log_ratio, distance, step.advantage, limit=settings.divergence))
+    distance = jax.lax.stop_gradient(
+        flow.divergence(step.transition, step.v, step.v_old, step.mask)
+    )
+    return _surrogate_rows(
+        masked_loss(step.change.log_ratio, distance, step.advantage, limit=settings.divergence)
+    )
 
 
 def nft_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "nft" (`nft_loss`)."""
     loss = nft_loss(
-        level.v, level.v_old, level.target, level.sigma, level.advantage,
-        beta=settings.nft_beta, advantage_clip=settings.advantage_clip, normalise=settings.nft_normalise, mask=level.mask,
+        level.v,
+        level.v_old,
+        level.target,
+        level.sigma,
+        level.advantage,
+        beta=settings.nft_beta,
+        advantage_clip=settings.advantage_clip,
+        normalise=settings.nft_normalise,
+        mask=level.mask,
     )
     return {"policy_loss": loss}
 
 
 def awm_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "awm" (`awm_loss`)."""
-    return _surrogate_rows(awm_loss(
-        level.v, level.v_old, level.target, level.sigma, level.advantage,
-        clip=settings.clip, weighting=settings.awm_weighting, mask=level.mask,
-    ))
+    return _surrogate_rows(
+        awm_loss(
+            level.v,
+            level.v_old,
+            level.target,
+            level.sigma,
+            level.advantage,
+            clip=settings.clip,
+            weighting=settings.awm_weighting,
+            mask=level.mask,
+        )
+    )
 
 
 def dpo_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "dpo" (`dpo_loss`)."""
-    return {"policy_loss": dpo_loss(level.v, level.base, level.target, beta=settings.dpo_beta, mask=level.mask)}
+    return {
+        "policy_loss": dpo_loss(
+            level.v, level.base, level.target, beta=settings.dpo_beta, mask=level.mask
+        )
+    }
 
 
 def sft_rows(level: Noised, settings: Any) -> Rows:

@@ -15,7 +15,14 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import write_text
@@ -63,7 +70,7 @@ class MetricsWriter:
         self._file.write(_line({"step": step, **row}))
         self._file.flush()
         for name, value in row.items():
-            if math.isfinite(value):    # TensorBoard cannot draw others, and warns of each
+            if math.isfinite(value):  # TensorBoard cannot draw others, and warns of each
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
@@ -85,7 +92,10 @@ class MetricsWriter:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in row.items()
+    }
     return json.dumps(finite) + "\n"
 
 
@@ -93,9 +103,13 @@ def _start_wandb(project: str, workdir: Path, config_json: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave run.wandb empty") from None
+        raise UserError(
+            f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave run.wandb empty"
+        ) from None
     name = f"{workdir.name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}"  # the same on every resume
-    return wandb.init(project=project, dir=str(workdir), config=json.loads(config_json), id=name, resume="allow")
+    return wandb.init(
+        project=project, dir=str(workdir), config=json.loads(config_json), id=name, resume="allow"
+    )
 
 
 def _text(metrics: Mapping[str, Any]) -> str:
@@ -109,11 +123,23 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     Where standard error is no terminal, a line is printed for every update with metrics. Silent but on process 0.
     """
     console = Console(stderr=True, quiet=jax.process_index() != 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    since = time.monotonic(), done     # from the second update on, that of the first: it holds what is compiled and prepared
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    since = (
+        time.monotonic(),
+        done,
+    )  # from the second update on, that of the first: it holds what is compiled and prepared
     first = done
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, refresh_per_second=2
+    ) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
         def update(done: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -127,6 +153,10 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
             bar.update(task, completed=done, metrics=_text(metrics))
             if not console.is_terminal:
                 left = (now - began) / max(done - before, 1) * (total - done)
-                console.print(f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left", highlight=False, soft_wrap=True)
+                console.print(
+                    f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
         yield update

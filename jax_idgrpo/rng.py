@@ -23,17 +23,23 @@ def fold(root: Key[Array, ""], *numbers: int | Int[Array, ""]) -> Key[Array, ""]
     return root
 
 
-def row_keys(root: Key[Array, ""], prompts: Int[Array, "B"], members: Int[Array, "B"]) -> Key[Array, "B"]:
+def row_keys(
+    root: Key[Array, ""], prompts: Int[Array, "B"], members: Int[Array, "B"]
+) -> Key[Array, "B"]:
     """One key per video, from its prompt's id and its number in the group."""
     return jax.vmap(lambda prompt, member: fold(root, prompt, member))(prompts, members)
 
 
-def step_noise(rows: Key[Array, "B"], step: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B ..."]:
+def step_noise(
+    rows: Key[Array, "B"], step: int | Int[Array, ""], shape: tuple[int, ...]
+) -> Float[Array, "B ..."]:
     """Standard normal noise [B, *shape] of denoising step `step` (0, 1, ...); step -1 is the start noise.
 
     A row's noise does not depend on the other rows, and a longer leading axis only appends to it.
     """
-    return jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(row, step + 1), shape, jnp.float32))(rows)
+    return jax.vmap(
+        lambda row: jax.random.normal(jax.random.fold_in(row, step + 1), shape, jnp.float32)
+    )(rows)
 
 
 def step_uniform(rows: Key[Array, "B"], step: int | Int[Array, ""]) -> Float[Array, "B"]:

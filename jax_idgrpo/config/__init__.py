@@ -4,10 +4,22 @@ A configuration file holds values only: `get_config() -> Config`. Every error is
 """
 
 from jax_idgrpo.config.loading import describe, field_names, load, override, recipes
-from jax_idgrpo.config.optimisation import REWARD_TASKS, FinetuneConfig, GrpoConfig, OptimizerConfig, RunConfig
+from jax_idgrpo.config.optimisation import (
+    REWARD_TASKS,
+    FinetuneConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from jax_idgrpo.config.options import require_seed
 from jax_idgrpo.config.root import Config
-from jax_idgrpo.config.scoring import PENALTIES, PRICES, EvaluateConfig, RewardConfig, photographs_folder
+from jax_idgrpo.config.scoring import (
+    PENALTIES,
+    PRICES,
+    EvaluateConfig,
+    RewardConfig,
+    photographs_folder,
+)
 from jax_idgrpo.config.video_model import (
     EMBEDDED,
     DataConfig,

@@ -56,7 +56,10 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
             raise UserError(f"unknown option --{name}{closest(name, list(known))}")
         section, field, kind = known[name]
         sections.setdefault(section, {})[field] = _parse(name, text, kind)
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in sections.items()
+    }
     return _turned(dataclasses.replace(config, **changed), {name for name, _ in overrides})
 
 
@@ -103,7 +106,11 @@ def _recipe(path: str | Path) -> Path:
     known = recipes()
     if str(path) in known:
         return known[str(path)]
-    near = closest(str(path), list(known)) if known and file.parent == Path(".") and not file.suffix else ""
+    near = (
+        closest(str(path), list(known))
+        if known and file.parent == Path(".") and not file.suffix
+        else ""
+    )
     raise UserError(
         f"config {path}: no such file or recipe{near}; pass a Python file with get_config(), such as configs/quickstart.py, "
         f"or a recipe: {', '.join(known)}"
@@ -131,14 +138,18 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
     finally:
         sys.path.pop(0)
     if not isinstance(config, Config):
-        raise UserError(f"config {path}: get_config() returned {type(config).__name__}, not a jax_idgrpo.config.Config")
+        raise UserError(
+            f"config {path}: get_config() returned {type(config).__name__}, not a jax_idgrpo.config.Config"
+        )
     return override(config, overrides or [])
 
 
 def field_names() -> list[str]:
     """Return the names `section.field` of all fields."""
     return [
-        f"{section}.{field.name}" for section, schema in get_type_hints(Config).items() for field in dataclasses.fields(schema)
+        f"{section}.{field.name}"
+        for section, schema in get_type_hints(Config).items()
+        for field in dataclasses.fields(schema)
     ]
 
 

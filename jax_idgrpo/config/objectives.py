@@ -40,7 +40,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         if unknown := self.needs - set(NEEDS):
-            raise ValueError(f"unknown needs {sorted(unknown)}; add them to NEEDS and to the checks of the configuration")
+            raise ValueError(
+                f"unknown needs {sorted(unknown)}; add them to NEEDS and to the checks of the configuration"
+            )
 
     @property
     def function(self) -> Callable[..., Any]:

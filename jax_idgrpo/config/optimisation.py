@@ -19,9 +19,17 @@ class GrpoConfig(Section):
         "reward_gradient follows the reward's gradient through the last denoising steps",
         choices=tuple(OBJECTIVES),
     )
-    clip: float = option(1e-3, "range of the ratio for clip, guard and awm; its scale depends on the objective", above=0)
-    divergence: float = option(1e-5, "divergence of a step from the old policy beyond which it gets no gradient", above=0)
-    time_weights: bool = option(False, "weight steps by 1 / c(t) so that each contributes alike; for clip and divergence")
+    clip: float = option(
+        1e-3,
+        "range of the ratio for clip, guard and awm; its scale depends on the objective",
+        above=0,
+    )
+    divergence: float = option(
+        1e-5, "divergence of a step from the old policy beyond which it gets no gradient", above=0
+    )
+    time_weights: bool = option(
+        False, "weight steps by 1 / c(t) so that each contributes alike; for clip and divergence"
+    )
     kl: float = option(0.004, "coefficient of the distance to the base without LoRA", least=0)
     kl_units: str = option(
         "std",
@@ -30,12 +38,25 @@ class GrpoConfig(Section):
     )
     advantage_clip: float = option(5.0, "largest absolute advantage", above=0)
     advantage_eps: float = option(1e-4, "added to the spread of a group's rewards", above=0)
-    global_std: bool = option(False, "divide advantages by the spread of the whole step instead of the group's")
-    best: int = option(0, "best videos per group that are trained; best = worst = 0 trains all", least=0)
+    global_std: bool = option(
+        False, "divide advantages by the spread of the whole step instead of the group's"
+    )
+    best: int = option(
+        0, "best videos per group that are trained; best = worst = 0 trains all", least=0
+    )
     worst: int = option(0, "worst videos per group that are trained", least=0)
-    drop_constant: bool = option(False, "exclude groups whose rewards are all equal; they still pull towards the base otherwise")
-    updates: int = option(1, "optimizer steps per pass over a rollout, each over an equal share of the prompts", least=1)
-    epochs: int = option(1, "passes over a rollout; updates after the first are off-policy", least=1)
+    drop_constant: bool = option(
+        False,
+        "exclude groups whose rewards are all equal; they still pull towards the base otherwise",
+    )
+    updates: int = option(
+        1,
+        "optimizer steps per pass over a rollout, each over an equal share of the prompts",
+        least=1,
+    )
+    epochs: int = option(
+        1, "passes over a rollout; updates after the first are off-policy", least=1
+    )
     times: int = option(2, "noise levels per video, for objectives on final latents", least=1)
     levels: str = option(
         "grid",
@@ -46,7 +67,9 @@ class GrpoConfig(Section):
     nft_normalise: bool = option(True, "divide the errors of nft by their size")
     dpo_beta: float = option(2000.0, "inverse temperature of dpo", above=0)
     awm_weighting: str = option(
-        "ghuber", "weighting of noise levels for awm", choices=("uniform", "sigma", "sigma2", "huber", "ghuber")
+        "ghuber",
+        "weighting of noise levels for awm",
+        choices=("uniform", "sigma", "sigma2", "huber", "ghuber"),
     )
     gradient_steps: int = option(4, "denoising steps that reward_gradient differentiates", least=1)
 
@@ -120,12 +143,20 @@ class OptimizerConfig(Section):
     weight_decay: float = option(1e-4, "decoupled weight decay, scaled by the learning rate")
     max_norm: float = option(1.0, "global norm that gradients are clipped to", above=0)
     warmup: int = option(0, "optimizer steps of linear warm-up")
-    schedule: str = option("constant", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
-    ema_decay: float = option(0.9487, "decay of the averaged weights that are evaluated and exported")
+    schedule: str = option(
+        "constant",
+        "learning rate after the warm-up; cosine ends at 0",
+        choices=("constant", "cosine"),
+    )
+    ema_decay: float = option(
+        0.9487, "decay of the averaged weights that are evaluated and exported"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use 0 to below 1")
+        require(
+            0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use 0 to below 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +170,24 @@ class RunConfig(Section):
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(3, "checkpoints that are kept", least=1)
     sample_every: int = option(20, "steps between sample videos", least=0)
-    give_up_after: int = option(10, "consecutive steps without a finite gradient that end the run", least=1)
-    watch_every: int = option(0, "steps between scores of held-out prompts by reward and judge", least=0)
-    watch_prompts: int = option(16, "held-out prompts that are watched, the first of evaluate.prompts")
+    give_up_after: int = option(
+        10, "consecutive steps without a finite gradient that end the run", least=1
+    )
+    watch_every: int = option(
+        0, "steps between scores of held-out prompts by reward and judge", least=0
+    )
+    watch_prompts: int = option(
+        16, "held-out prompts that are watched, the first of evaluate.prompts"
+    )
     wandb: str = option("", 'Weights & Biases project; "" = none')
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_seed("config: run.seed", self.seed)
-        require(self.watch_prompts >= 2, f"run.watch_prompts is {self.watch_prompts}; an interval needs 2 or more")
+        require(
+            self.watch_prompts >= 2,
+            f"run.watch_prompts is {self.watch_prompts}; an interval needs 2 or more",
+        )
 
 
 REWARD_TASKS = ("reward_face", "reward_vlm")
@@ -160,9 +200,13 @@ class FinetuneConfig(Section):
 
     section: ClassVar[str] = "finetune"
 
-    task: str = option("transformer", "vae, text, transformer, detector, embedder, reward_face or reward_vlm")
+    task: str = option(
+        "transformer", "vae, text, transformer, detector, embedder, reward_face or reward_vlm"
+    )
     batch: int = option(32, "rows per step", least=1)
-    out: str = option("", 'folder of the trained network, in published layout; "" = export/ in the workdir')
+    out: str = option(
+        "", 'folder of the trained network, in published layout; "" = export/ in the workdir'
+    )
     start: str = option("", 'folder to continue from; "" = random weights')
     log_every: int = option(20, "training steps that one row of metrics averages", least=1)
     options: dict[str, Any] = option({}, "values of the task as JSON, documented by the task")

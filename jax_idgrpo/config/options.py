@@ -71,4 +71,7 @@ def _check(name: str, value: Any, accepts: Any) -> None:
     elif least is not None:
         require(value >= least, f"{name} is {value}; use {least} or more")
     if above is not None:
-        require(value > above, f"{name} is {value}; use a {'positive number' if above == 0 else f'number above {above}'}")
+        require(
+            value > above,
+            f"{name} is {value}; use a {'positive number' if above == 0 else f'number above {above}'}",
+        )

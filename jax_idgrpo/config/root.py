@@ -6,7 +6,13 @@ import json
 from jax_idgrpo.config.optimisation import FinetuneConfig, GrpoConfig, OptimizerConfig, RunConfig
 from jax_idgrpo.config.options import require
 from jax_idgrpo.config.scoring import EvaluateConfig, RewardConfig
-from jax_idgrpo.config.video_model import DataConfig, MeshConfig, ModelConfig, RolloutConfig, VideoConfig
+from jax_idgrpo.config.video_model import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RolloutConfig,
+    VideoConfig,
+)
 from jax_idgrpo.workdir import refuse_addresses
 
 NOT_PATHS = ("data.negative_prompt", "run.wandb")
@@ -36,9 +42,15 @@ class Config:
         if self.model.kind == "vace":
             for section in ("rollout", "evaluate"):
                 scale = getattr(self, section).image_guidance
-                require(scale == 0, f"{section}.image_guidance {scale} scales a branch that only model.kind phantom has; leave it out")
+                require(
+                    scale == 0,
+                    f"{section}.image_guidance {scale} scales a branch that only model.kind phantom has; leave it out",
+                )
         else:
-            require(self.data.max_people <= 4, f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 photos")
+            require(
+                self.data.max_people <= 4,
+                f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 photos",
+            )
         require(
             self.judged or not self.reward.reads_faces,
             f"reward.faces embedded knows synthetic people only, and model.path is {self.model.path}; pass --reward.faces FOLDER "
@@ -101,11 +113,17 @@ class Config:
     @property
     def judged(self) -> bool:
         """Whether there are face networks that fit the model: the bundled ones know synthetic people only."""
-        return self.reward.faces != "" and (self.reward.faces != "embedded" or self.model.shows_synthetic_people())
+        return self.reward.faces != "" and (
+            self.reward.faces != "embedded" or self.model.shows_synthetic_people()
+        )
 
     def image_guidance(self, evaluation: bool = False) -> float | None:
         """Return the scale of the photos' branch in rollouts or in evaluation; None for a model without it."""
-        chosen = (self.evaluate.image_guidance if evaluation else 0) or self.rollout.image_guidance or 5.0
+        chosen = (
+            (self.evaluate.image_guidance if evaluation else 0)
+            or self.rollout.image_guidance
+            or 5.0
+        )
         return chosen if self.model.kind == "phantom" else None
 
     @property

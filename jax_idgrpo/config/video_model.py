@@ -47,20 +47,28 @@ class ModelConfig(Section):
         "how photos condition the model; Phantom has plain Wan's tensors, so it must be named",
         choices=("vace", "phantom"),
     )
-    dtype: str = option("float32", "dtype of the transformer's weights and products", choices=("float32", "bfloat16"))
+    dtype: str = option(
+        "float32",
+        "dtype of the transformer's weights and products",
+        choices=("float32", "bfloat16"),
+    )
     remat: str = option(
         "none",
         "what a block keeps for the backward pass: everything, outputs of linear layers, outputs of attention, or its "
         "input only (then the replay equals the rollout bit for bit)",
         choices=("none", "dots", "attention", "full"),
     )
-    unroll: bool = option(False, "unroll the scan over blocks: faster on CPU with few layers, larger programs")
+    unroll: bool = option(
+        False, "unroll the scan over blocks: faster on CPU with few layers, larger programs"
+    )
     text_memory: str = option(
         "device",
         "where the text encoder is kept while idle; host frees device memory and copies it for new prompts",
         choices=("device", "host"),
     )
-    rank: int = option(32, "LoRA rank on the q, k, v and o projections of main and VACE blocks", least=1)
+    rank: int = option(
+        32, "LoRA rank on the q, k, v and o projections of main and VACE blocks", least=1
+    )
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / rank", above=0)
     adapter: str = option("", 'PEFT adapter to start from; "" starts from a new one')
 
@@ -83,8 +91,13 @@ class DataConfig(Section):
 
     section: ClassVar[str] = "data"
 
-    prompts: str = option("embedded:rl", "CSV with the header ref_paths,prompt; embedded:rl and embedded:eval are bundled")
-    max_people: int = option(4, "largest number of photos per row; rows with fewer are padded", least=1, most=8)
+    prompts: str = option(
+        "embedded:rl",
+        "CSV with the header ref_paths,prompt; embedded:rl and embedded:eval are bundled",
+    )
+    max_people: int = option(
+        4, "largest number of photos per row; rows with fewer are padded", least=1, most=8
+    )
     text_length: int = option(512, "tokens that a prompt is padded or cut to", least=1)
     negative_prompt: str = option(
         "garish colours, overexposed, motionless, blurry details, captions, painting, drab grey, poor quality, compression "
@@ -139,15 +152,23 @@ class RolloutConfig(Section):
 
     prompts: int = option(16, "prompts per training step", least=1)
     group: int = option(8, "videos per prompt", least=2)
-    micro_batch: int = option(0, "videos per program call, in rollout and update; 0 = all rows of an update", least=0)
+    micro_batch: int = option(
+        0, "videos per program call, in rollout and update; 0 = all rows of an update", least=0
+    )
     steps: int = option(25, "denoising steps", least=2)
     shift: float = option(0.0, "flow shift; 0 = the checkpoint's", least=0)
     guidance: float = option(4.5, "guidance scale of the prompt; 1 = no negative branch")
-    image_guidance: float = option(0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0)
-    sampler: str = option(
-        "identity", "stochastic steps; identity is as published", choices=("identity", "flow", "dance", "cps")
+    image_guidance: float = option(
+        0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0
     )
-    noise_level: float = option(0.0, "noise level of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7)", least=0)
+    sampler: str = option(
+        "identity",
+        "stochastic steps; identity is as published",
+        choices=("identity", "flow", "dance", "cps"),
+    )
+    noise_level: float = option(
+        0.0, "noise level of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7)", least=0
+    )
     window: str = option(
         "all",
         "which steps are stochastic and trained; the others are Euler steps",
@@ -156,7 +177,11 @@ class RolloutConfig(Section):
     window_start: int = option(0, "first step of a fixed or progressive window")
     window_size: int = option(0, "steps of a window")
     window_every: int = option(25, "training steps between moves of a progressive window", least=1)
-    final_step: str = option("ode", "last step of the schedule; it is never trained; sde is as published", choices=("sde", "ode"))
+    final_step: str = option(
+        "ode",
+        "last step of the schedule; it is never trained; sde is as published",
+        choices=("sde", "ode"),
+    )
     start_noise: str = option(
         "distinct",
         "start noise of the videos of a group; shared leaves only the noise of trained steps to tell them apart",
@@ -164,7 +189,10 @@ class RolloutConfig(Section):
     )
 
     def __post_init__(self) -> None:
-        require(self.group >= 2, f"rollout.group is {self.group}; a group needs 2 or more videos to be compared")
+        require(
+            self.group >= 2,
+            f"rollout.group is {self.group}; a group needs 2 or more videos to be compared",
+        )
         super().__post_init__()
         rows = self.prompts * self.group
         require(
@@ -177,7 +205,9 @@ class RolloutConfig(Section):
         )
         if self.window in ("fixed", "progressive"):
             require(
-                self.window_size >= 1 and self.window_start >= 0 and self.window_start + self.window_size <= self.steps - 1,
+                self.window_size >= 1
+                and self.window_start >= 0
+                and self.window_start + self.window_size <= self.steps - 1,
                 f"rollout.window {self.window_start}+{self.window_size} does not lie inside the first {self.steps - 1} steps",
             )
         if self.window in ("random", "per_prompt"):
@@ -186,7 +216,10 @@ class RolloutConfig(Section):
                 f"rollout.window_size is {self.window_size}; a random window needs 1 to {self.steps // 2} of {self.steps} steps",
             )
         if self.window == "none":
-            require(self.final_step == "ode", "rollout.final_step sde adds noise, which rollout.window none excludes; use ode")
+            require(
+                self.final_step == "ode",
+                "rollout.final_step sde adds noise, which rollout.window none excludes; use ode",
+            )
             require(
                 self.start_noise == "distinct",
                 "rollout.start_noise shared with rollout.window none makes all videos of a group equal; use distinct",

@@ -45,10 +45,15 @@ CONTAINERS = "mov,matroska,avi,gif"
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 """Names of such files end so, in upper or lower case."""
 _MARKS = (
-    (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1aE\xdf\xa3"), (0, b"RIFF"), (0, b"GIF8"),
+    (4, b"ftyp"),
+    (4, b"moov"),
+    (4, b"mdat"),
+    (0, b"\x1aE\xdf\xa3"),
+    (0, b"RIFF"),
+    (0, b"GIF8"),
 )  # place of the bytes in the file, and what they are
 _NOTHING = np.zeros((0, 0, 3), np.uint8)
-_WIDEST = 8     # a pixel's sides differ by at most this factor
+_WIDEST = 8  # a pixel's sides differ by at most this factor
 
 
 def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
@@ -78,11 +83,18 @@ class Quality:
 FINE = Quality(10, "yuv444p", repeatable=True)
 
 
-def _encode(target: str | io.BytesIO, pixels: UInt8[np.ndarray, "frames height width 3"], fps: int, quality: Quality) -> None:
+def _encode(
+    target: str | io.BytesIO,
+    pixels: UInt8[np.ndarray, "frames height width 3"],
+    fps: int,
+    quality: Quality,
+) -> None:
     options = {"crf": str(quality.factor), "preset": "fast"}
     if quality.repeatable:
         options |= {"threads": "1", "x264-params": "rc-lookahead=0:mbtree=0:bframes=0"}
-    layout = {"movflags": "faststart"} if isinstance(target, str) else {}  # which reads the file again
+    layout = (
+        {"movflags": "faststart"} if isinstance(target, str) else {}
+    )  # which reads the file again
     with av.open(target, "w", format="mp4", options=layout) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = pixels.shape[1:3]
@@ -309,7 +321,9 @@ def write_video(
         aside.unlink(missing_ok=True)
 
 
-def recoded(video: Float[np.ndarray, "frames height width 3"], factor: int) -> Float[np.ndarray, "frames height width 3"]:
+def recoded(
+    video: Float[np.ndarray, "frames height width 3"], factor: int
+) -> Float[np.ndarray, "frames height width 3"]:
     """The video as it comes back from a file of that quality factor; no file is written. Even height and width."""
     buffer = io.BytesIO()
     _encode(buffer, to_uint8(video), 8, Quality(factor, repeatable=True))
@@ -328,7 +342,9 @@ def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
     return from_uint8(_decode(_bytes(path), path))
 
 
-def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -> Float[np.ndarray, "frames height width 3"]:
+def read_frames(
+    path: str | Path, count: int, size: tuple[int, int], fps: int
+) -> Float[np.ndarray, "frames height width 3"]:
     """The first `count` frames of a video file at `fps` frames per second, fewer where it is shorter; values in [-1, 1].
 
     A frame is scaled to cover `size` (height, width), and cut about its middle. No more is held of a long video than is kept.
@@ -354,7 +370,9 @@ def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -
     return from_uint8(np.stack(frames)) if frames else np.zeros((0, *size, 3), np.float32)
 
 
-def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1) -> Image.Image:
+def contact_sheet(
+    videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1
+) -> Image.Image:
     """One picture: a row per video, `frames` evenly spaced frames from left to right, `scale` times larger."""
     columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
     rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
