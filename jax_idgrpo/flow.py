@@ -430,9 +430,9 @@ def divergence(
 ) -> Float[ArrayLike, "B"]:
     """Return the KL divergence of two steps from one x, per row.
 
-    For two Gaussians with the same std, it is exactly the mean of (mean - mean_other)^2 / (2 std^2).
-    Where the log-probability is not a Gaussian's (`cps`), it has the units of that log-probability:
-    mean of precision (mean - mean_other)^2 / 2.
+    For Gaussians of one std, it is exactly the mean of (mean - mean_other)^2 / (2 std^2). Where the
+    log-probability is not a Gaussian's (`cps`), it has the units of that log-probability: mean of
+    precision (mean - mean_other)^2 / 2.
 
     Args:
       transition: the step.

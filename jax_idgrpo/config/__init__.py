@@ -1,6 +1,8 @@
-"""The configuration of a run: frozen dataclasses, checked when built, read from a Python file and overridden by options.
+"""Define the configuration of a run as frozen dataclasses that are checked when built.
 
-A configuration file holds values only: `get_config() -> Config`. Every error is one line that names the field and the remedy.
+A configuration file is a Python file that defines `get_config() -> Config` and holds only values;
+options of the command line override them. Every error is one line that names the field and the
+remedy.
 """
 
 from jax_idgrpo.config.loading import describe, field_names, load, override, recipes

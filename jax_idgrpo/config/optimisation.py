@@ -1,4 +1,4 @@
-"""Configuration of training: objective, optimizer, run and supervised tasks."""
+"""Define the configuration of training: objective, optimizer, run and supervised tasks."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,8 +15,9 @@ class GrpoConfig(Section):
 
     objective: str = option(
         "clip",
-        "clip is as published; clip, guard and divergence replay steps; nft, awm, dpo and sft train on final latents; "
-        "reward_gradient follows the reward's gradient through the last denoising steps",
+        "clip is as published; clip, guard and divergence replay steps; nft, awm, dpo and sft "
+        "train on final latents; reward_gradient follows the reward's gradient through the last "
+        "denoising steps",
         choices=tuple(OBJECTIVES),
     )
     clip: float = option(
@@ -28,12 +29,13 @@ class GrpoConfig(Section):
         1e-5, "divergence of a step from the old policy beyond which it gets no gradient", above=0
     )
     time_weights: bool = option(
-        False, "weight steps by 1 / c(t) so that each contributes alike; for clip and divergence"
+        False, "weight steps by 1 / c(t) so that all contribute equally; for clip and divergence"
     )
     kl: float = option(0.004, "coefficient of the distance to the base without LoRA", least=0)
     kl_units: str = option(
         "std",
-        "units of that distance: std of the step (as published, the KL divergence) or velocity (mean squared difference)",
+        "units of the distance to the base: std of the step (as published, the KL divergence) or "
+        "velocity (mean squared difference)",
         choices=("std", "velocity"),
     )
     advantage_clip: float = option(5.0, "largest absolute advantage", above=0)
@@ -60,7 +62,8 @@ class GrpoConfig(Section):
     times: int = option(2, "noise levels per video, for objectives on final latents", least=1)
     levels: str = option(
         "grid",
-        "noise levels: even over the noisiest 90 % of the schedule, or the sigmoid of a normal, shifted like the schedule",
+        "noise levels: even over the noisiest 90 % of the schedule, or the sigmoid of a normal, "
+        "shifted like the schedule",
         choices=("grid", "logit_normal"),
     )
     nft_beta: float = option(1.0, "step size of nft", above=0)
@@ -78,35 +81,38 @@ class GrpoConfig(Section):
         needs = self.needs
         require(
             not self.time_weights or (self.replays and "unweighted" not in needs),
-            f"grpo.time_weights has no effect with objective {self.objective!r}; it applies to clip and divergence only",
+            f"grpo.time_weights has no effect with objective {self.objective!r}; it applies to "
+            "clip and divergence only",
         )
         require(
             self.replays or self.kl == 0 or self.kl_units == "velocity",
-            f"grpo.kl_units std requires an objective that replays sampling steps; {self.objective!r} does not; use velocity",
+            "grpo.kl_units std requires an objective that replays sampling steps; "
+            f"{self.objective!r} does not; use velocity",
         )
         require(
             "pairs" not in needs or (self.best, self.worst) == (1, 1),
-            f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1",
+            f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst "
+            f"{self.worst} are none; use 1 and 1",
         )
         require(
             "on_policy" not in needs or self.on_policy,
-            f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per rollout are not; "
-            "use grpo.updates 1 and epochs 1",
+            f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per "
+            "rollout are not; use grpo.updates 1 and epochs 1",
         )
         require(
             "winners" not in needs or (self.best >= 1 and self.worst == 0),
-            f"grpo.objective {self.objective} trains on the best videos only: use grpo.best 1 or more and grpo.worst 0, "
-            f"not {self.worst}",
+            f"grpo.objective {self.objective} trains on the best videos only: use grpo.best 1 or "
+            f"more and grpo.worst 0, not {self.worst}",
         )
 
     @property
     def definition(self) -> Objective:
-        """The objective's entry in the table of objectives."""
+        """Entry of the objective in the table of objectives."""
         return OBJECTIVES[self.objective]
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the objective needs of the rest of the configuration: names of `objectives.NEEDS`."""
+        """Requirements of the objective: names of `objectives.NEEDS`."""
         return self.definition.needs
 
     @property
@@ -116,7 +122,7 @@ class GrpoConfig(Section):
 
     @property
     def through_reward(self) -> bool:
-        """Whether the objective is the gradient of the reward itself."""
+        """Whether the objective follows the gradient of the reward."""
         return self.definition.kind == REWARD
 
     @property

@@ -1,4 +1,4 @@
-"""Configuration of the reward and of the evaluation."""
+"""Define the configuration of the reward and of the evaluation."""
 
 import dataclasses
 import math
@@ -12,9 +12,7 @@ from jax_idgrpo.config.video_model import EMBEDDED, require_size
 from jax_idgrpo.errors import closest
 
 PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
-PRICES = {
-    "copied": 0.5
-}  # weights of penalties that the configuration does not mention; others have 0
+PRICES = {"copied": 0.5}  # default weights of penalties; the others have 0
 
 
 def photographs_folder() -> Path:
@@ -26,14 +24,14 @@ def photographs_folder() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(Section):
-    """The reward: face similarity, a trained head, a vision-language model, deepface, or your own function."""
+    """The reward: face similarity, a trained head, a VLM, deepface, or your own function."""
 
     section: ClassVar[str] = "reward"
 
     faces: str = option(
         "embedded",
-        'folder of face networks; "embedded" is the bundled set for synthetic people, "photographs" the set that '
-        '`idgrpo-convert faces --photographs` makes; "" = none',
+        'folder of face networks; "embedded" is the bundled set for synthetic people, '
+        '"photographs" the set that `idgrpo-convert faces --photographs` makes; "" = none',
     )
     custom: str = option(
         "", 'your function, as "package.module:function" or "file.py:function"; "" = none'
@@ -43,19 +41,21 @@ class RewardConfig(Section):
     )
     backend: str = option(
         "",
-        'deepface:DETECTOR/MODEL scores with deepface on the host; "" = the networks of reward.faces',
+        "deepface:DETECTOR/MODEL scores with deepface on the host; "
+        '"" = the networks of reward.faces',
     )
     frames: int = option(5, "evenly spaced frames of a video that are scored", least=1)
     similarity_low: float | None = option(
-        None, "cosine that earns 0; none = the embedder's own setting"
+        None, "cosine that scores 0; none = the embedder's own setting"
     )
     similarity_high: float | None = option(
         None,
-        "cosine that earns 1: that of two photos of one person; none = the embedder's own setting",
+        "cosine that scores 1, as two photos of one person have; none = the embedder's own setting",
     )
     missing: float | None = option(
         None,
-        "smallest cosine of a match; below it the person is missing; none = the embedder's own setting",
+        "smallest cosine of a match; below it the person is missing; "
+        "none = the embedder's own setting",
     )
     soft_weight: float = option(
         0.5, "weight of the soft minimum over people against their mean", least=0, most=1
@@ -80,18 +80,21 @@ class RewardConfig(Section):
     )
     penalties: dict[str, Any] = option(
         {},
-        f'weights of penalties as JSON, such as {{"swapped": 0.5}}: {", ".join(PENALTIES)}; copied has 0.5 unless set',
+        f'weights of penalties as JSON, such as {{"swapped": 0.5}}: {", ".join(PENALTIES)}; '
+        "copied has 0.5 unless set",
     )
     mixture: dict[str, Any] = option(
         {},
-        'weights of further terms as JSON, such as {"motion": 0.25}; each advantage is in units of its term\'s spread',
+        'weights of further terms as JSON, such as {"motion": 0.25}; each advantage is in units of '
+        "its term's spread",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             not self.backend or re.fullmatch(r"deepface:[\w-]+/[\w-]+", self.backend) is not None,
-            f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as deepface:opencv/ArcFace, or leave it out",
+            f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as "
+            "deepface:opencv/ArcFace, or leave it out",
         )
         require(
             not (self.backend and self.vlm),
@@ -99,7 +102,8 @@ class RewardConfig(Section):
         )
         require(
             self.faces != "" or not self.reads_faces,
-            "reward.faces is empty; only a reward.vlm, a reward.custom and models of deepface can do without face networks",
+            "reward.faces is empty; only a reward.vlm, a reward.custom and models of deepface can "
+            "do without face networks",
         )
         require(
             not (self.head and self.vlm),
@@ -115,11 +119,12 @@ class RewardConfig(Section):
         )
         require(
             not (self.custom and self.mixture),
-            "reward.mixture weighs terms, which reward.custom can do itself; leave it out",
+            "reward.mixture weights terms, which reward.custom can do itself; leave it out",
         )
         require(
             not (self.head and self.backend),
-            "reward.head reads the faces of reward.faces, and reward.backend takes others; leave one empty",
+            "reward.head reads the faces of reward.faces, and reward.backend takes others; leave "
+            "one empty",
         )
         low, high = self.similarity_low, self.similarity_high
         require(
@@ -129,7 +134,7 @@ class RewardConfig(Section):
         for name, price in self.penalties.items():
             require(
                 name in PENALTIES,
-                f"reward.penalties knows no {name!r}{closest(name, list(PENALTIES))}",
+                f"reward.penalties has no {name!r}{closest(name, list(PENALTIES))}",
             )
             require(
                 isinstance(price, int | float) and price >= 0,

@@ -1,4 +1,4 @@
-"""Configuration of the video model: checkpoint, prompts, video size, sampling and mesh."""
+"""Define the configuration of the video model: checkpoint, prompts, size, sampling and mesh."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def require_size(section: str, frames: int, height: int, width: int, unset: str 
       frames: number of frames.
       height: height in pixels.
       width: width in pixels.
-      unset: what 0 stands for; "" refuses 0.
+      unset: meaning of 0; "" refuses 0.
     """
     other = f", or 0 for {unset}" if unset else ""
     allowed = bool(unset)
@@ -54,8 +54,8 @@ class ModelConfig(Section):
     )
     remat: str = option(
         "none",
-        "what a block keeps for the backward pass: everything, outputs of linear layers, outputs of attention, or its "
-        "input only (then the replay equals the rollout bit for bit)",
+        "what a block keeps for the backward pass: everything, outputs of linear layers, outputs "
+        "of attention, or its input only (then the replay equals the rollout bit for bit)",
         choices=("none", "dots", "attention", "full"),
     )
     unroll: bool = option(
@@ -63,7 +63,8 @@ class ModelConfig(Section):
     )
     text_memory: str = option(
         "device",
-        "where the text encoder is kept while idle; host frees device memory and copies it for new prompts",
+        "where the text encoder is kept while idle; host frees device memory and copies it for new "
+        "prompts",
         choices=("device", "host"),
     )
     rank: int = option(
@@ -77,7 +78,10 @@ class ModelConfig(Section):
         return EMBEDDED / "pipeline" if self.path == "embedded" else Path(self.path)
 
     def shows_synthetic_people(self) -> bool:
-        """Whether the model is the bundled one or one of its size, which its small VAE tells; a missing folder is not."""
+        """Return whether the model is the bundled one or one of its size, judged by its small VAE.
+
+        False if the folder is missing.
+        """
         try:
             settings = json.loads((self.folder() / "vae" / "config.json").read_text())
             return bool(settings["base_dim"] < PUBLISHED_VAE_WIDTH)
@@ -100,13 +104,15 @@ class DataConfig(Section):
     )
     text_length: int = option(512, "tokens that a prompt is padded or cut to", least=1)
     negative_prompt: str = option(
-        "garish colours, overexposed, motionless, blurry details, captions, painting, drab grey, poor quality, compression "
-        "artefacts, ugly, malformed hands, malformed faces, merged fingers, messy background, crowd, extra legs, walking backwards",
+        "garish colours, overexposed, motionless, blurry details, captions, painting, drab grey, "
+        "poor quality, compression artefacts, ugly, malformed hands, malformed faces, merged "
+        "fingers, messy background, crowd, extra legs, walking backwards",
         "prompt of the unguided branch; @FILE reads it from a file",
     )
     reference_order: str = option(
         "diffusers",
-        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one order",
+        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one "
+        "order",
         choices=("diffusers", "original"),
     )
 
@@ -116,7 +122,7 @@ class DataConfig(Section):
 
 
 def prompts_file(name: str) -> Path:
-    """Return the CSV that `name` means: "embedded:SET" is bundled, anything else is a path, in which ~ is the home folder."""
+    """Return the path of a CSV: "embedded:SET" is bundled; in any other path, ~ is the home."""
     if name.startswith("embedded:"):
         return EMBEDDED / "prompts" / name.removeprefix("embedded:") / "prompts.csv"
     return Path(os.path.expanduser(name))
@@ -124,14 +130,14 @@ def prompts_file(name: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig(Section):
-    """Size of the videos that training samples."""
+    """Size of the videos that are sampled for training."""
 
     section: ClassVar[str] = "video"
 
     frames: int = option(33, "frames, 4n+1")
     height: int = option(240, "height in pixels, a multiple of 16")
     width: int = option(416, "width in pixels, a multiple of 16")
-    fps: int = option(16, "frames per second of the files that are written", least=1)
+    fps: int = option(16, "frames per second of the written files", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,10 +148,15 @@ class VideoConfig(Section):
 class RolloutConfig(Section):
     """Sampling of groups of videos.
 
-    Windows: "all" as published; "fixed" covers window_size steps from window_start; "random" draws a start per training step from the
-    first half of the schedule; "per_prompt" draws one for every prompt, shared by its group (with window_size 1 this is Flash-GRPO's
-    iso-temporal step); "progressive" starts at window_start and moves by one step every window_every training steps (MixGRPO); "none"
-    has no stochastic step, for objectives that train on final latents.
+    Windows of stochastic steps:
+      all: every step but the last, as published.
+      fixed: window_size steps from window_start.
+      random: a start drawn per training step from the first half of the schedule.
+      per_prompt: a start drawn per prompt and shared by its group; with window_size 1 this is
+        Flash-GRPO's iso-temporal step.
+      progressive: starts at window_start and moves by one step every window_every training steps
+        (MixGRPO).
+      none: no stochastic step, for objectives that train on final latents.
     """
 
     section: ClassVar[str] = "rollout"
@@ -184,7 +195,8 @@ class RolloutConfig(Section):
     )
     start_noise: str = option(
         "distinct",
-        "start noise of the videos of a group; shared leaves only the noise of trained steps to tell them apart",
+        "initial noise of the videos of a group; with shared, they differ only by the noise of the "
+        "trained steps",
         choices=("distinct", "shared"),
     )
 
@@ -197,23 +209,27 @@ class RolloutConfig(Section):
         rows = self.prompts * self.group
         require(
             self.micro_batch == 0 or rows % self.micro_batch == 0,
-            f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of {self.prompts} prompts x {self.group} videos",
+            f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of "
+            f"{self.prompts} prompts x {self.group} videos",
         )
         require(
             self.sampler != "cps" or self.noise_level <= 1,
-            f"rollout.noise_level is {self.noise_level}; cps takes at most 1, where all noise of a step is fresh",
+            f"rollout.noise_level is {self.noise_level}; cps takes at most 1, where all noise of a "
+            "step is fresh",
         )
         if self.window in ("fixed", "progressive"):
             require(
                 self.window_size >= 1
                 and self.window_start >= 0
                 and self.window_start + self.window_size <= self.steps - 1,
-                f"rollout.window {self.window_start}+{self.window_size} does not lie inside the first {self.steps - 1} steps",
+                f"rollout.window {self.window_start}+{self.window_size} is not inside the first "
+                f"{self.steps - 1} steps",
             )
         if self.window in ("random", "per_prompt"):
             require(
                 1 <= self.window_size <= self.steps // 2,
-                f"rollout.window_size is {self.window_size}; a random window needs 1 to {self.steps // 2} of {self.steps} steps",
+                f"rollout.window_size is {self.window_size}; a random window needs 1 to "
+                f"{self.steps // 2} of {self.steps} steps",
             )
         if self.window == "none":
             require(
@@ -222,7 +238,8 @@ class RolloutConfig(Section):
             )
             require(
                 self.start_noise == "distinct",
-                "rollout.start_noise shared with rollout.window none makes all videos of a group equal; use distinct",
+                "rollout.start_noise shared with rollout.window none makes all videos of a group "
+                "equal; use distinct",
             )
 
     @property
