@@ -1,7 +1,7 @@
-"""The `idgrpo-convert` command: what a checkpoint is, whether two are equal, into the project's store and out again.
+"""The `idgrpo-convert` command: inspect, compare, import and export checkpoints.
 
-Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard error,
-130 interrupted.
+Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard
+error, 130 interrupted.
 """
 
 import argparse
@@ -60,7 +60,16 @@ SIZES = {  # tensors of the published transformers
 
 @contextlib.contextmanager
 def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress]:
-    """A progress bar in bytes on standard error, if that is a terminal."""
+    """Show a progress bar in bytes on standard error if it is a terminal.
+
+    Args:
+      total: bytes in all.
+      done: bytes that were done before.
+      what: text before the bar.
+
+    Yields:
+      `update(name, count)`, to call with the bytes of each tensor as they are done.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -77,7 +86,11 @@ def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress
 
 
 def describe(found: Checkpoint) -> None:
-    """A line per network: layout, counts, bytes, dtypes; then whatever does not fit, as a UserError."""
+    """Print a line per network: layout, counts, bytes and dtypes.
+
+    Raises:
+      UserError: the tensors do not fit the network.
+    """
     for network in found.networks.values():
         tensors = network.tensors.values()
         count = sum(math.prod(tensor.shape) for tensor in tensors)
@@ -87,8 +100,9 @@ def describe(found: Checkpoint) -> None:
             network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
         )
         print(
-            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, {len(tensors)} tensors, {count:,} parameters, "
-            f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
+            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, "
+            f"{len(tensors)} tensors, {count:,} parameters, {sum(map(size, tensors)):,} bytes, "
+            f"{kinds} ({network.source})"
         )
         if network is found.adapter:
             widths, heights = lora.sizes(network.tensors)
@@ -101,7 +115,8 @@ def describe(found: Checkpoint) -> None:
         if network.extra:
             more = ", ..." if len(network.extra) > SHOWN else ""
             print(
-                f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}"
+                f"{network.part}: {len(network.extra)} extra: "
+                f"{', '.join(network.extra[:SHOWN])}{more}"
             )
     for network in found.networks.values():
         network.matched()
@@ -110,7 +125,8 @@ def describe(found: Checkpoint) -> None:
 def check_values(found: Checkpoint) -> None:
     """Read every tensor, and print a line for an adapter that changes nothing.
 
-    UserError for a tensor with NaN or infinite values.
+    Raises:
+      UserError: a tensor holds NaN or infinite values.
     """
     tensors = [
         (network, *pair) for network in found.networks.values() for pair in network.matched()
@@ -128,7 +144,7 @@ def check_values(found: Checkpoint) -> None:
 
 
 def warn_of_blanks(found: Checkpoint) -> None:
-    """Print a line on standard error for every network with matrices of nothing but zeros."""
+    """Print a line on standard error for every network with matrices of only zeros."""
     for network in found.networks.values():
         if blanks := blank_matrices(network):
             print(
@@ -137,15 +153,17 @@ def warn_of_blanks(found: Checkpoint) -> None:
             )
 
 
-def tell_of_alpha(found: Checkpoint, alpha: float | None) -> None:
+def report_unstated_alpha(found: Checkpoint, alpha: float | None) -> None:
     """Print a line for an adapter whose alpha neither its file nor the user states."""
     if found.adapter is not None and alpha is None and not adapter.stated_alphas(found.path):
         print(
-            "adapter: its file states no alpha; taken as the rank, as diffusers does (import --alpha A says otherwise)"
+            "adapter: its file states no alpha; taken as the rank, as diffusers does (set another "
+            "with import --alpha A)"
         )
 
 
 def run_inspect(path: Path, kind: str | None) -> int:
+    """Print what a checkpoint is and whether it is complete, and return the exit status."""
     found = checkpoint.open_checkpoint(path, kind)
     if found.kind is not None:
         print(
@@ -158,26 +176,37 @@ def run_inspect(path: Path, kind: str | None) -> int:
         )
     describe(found)
     check_values(found)
-    tell_of_alpha(found, None)
+    report_unstated_alpha(found, None)
     for network in found.networks.values():
         if blanks := blank_matrices(network):
             print(f"{network.part}: {describe_blanks(blanks)}")
-    lacking = found.missing()
+    missing = found.missing()
     print(
         "complete: every tensor of "
         + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks")
     )
-    if lacking:
-        print(f"not here: {', '.join(lacking)}, for a whole pipeline")
+    if missing:
+        print(f"not here: {', '.join(missing)}, for a whole pipeline")
     return 0
 
 
 def run_verify(left: Path, right: Path, kind: str | None) -> int:
+    """Compare two checkpoints.
+
+    Args:
+      left: the first checkpoint.
+      right: the second checkpoint.
+      kind: kind of both transformers, if the user states it.
+
+    Returns:
+      Exit status: 0 if they are equal, otherwise 1.
+    """
     sides = [checkpoint.open_checkpoint(path, kind) for path in (left, right)]
     count = 0
     if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
         print(
-            f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared"
+            f"note: the kind of {left} is {sides[0].kind}, that of {right} is {sides[1].kind}; "
+            "only tensors are compared"
         )
     for line in itertools.islice(
         compare.differences(*(side.networks for side in sides)), SHOWN + 1
@@ -192,6 +221,7 @@ def run_verify(left: Path, right: Path, kind: str | None) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
+    """Import a checkpoint into the project's store or an adapter into PEFT's form."""
     source, destination, kind, rest, alpha = (
         getattr(arguments, name) for name in ("source", "destination", "kind", "rest", "alpha")
     )
@@ -204,7 +234,7 @@ def run_import(arguments: argparse.Namespace) -> int:
                 raise UserError(
                     f"{option} {value}: {source} is an adapter, which needs none; leave it out"
                 )
-        tell_of_alpha(found, alpha)
+        report_unstated_alpha(found, alpha)
         writing.write_peft(found.adapter, destination)
     else:
         if kind is not None and TRANSFORMER not in found.networks:
@@ -219,7 +249,8 @@ def run_import(arguments: argparse.Namespace) -> int:
         for network in found.networks.values():
             if network.extra:
                 print(
-                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: {', '.join(network.extra[:SHOWN])}"
+                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
+                    f"{', '.join(network.extra[:SHOWN])}"
                 )
         writing.write_store(found, destination, bar)
     print(f"wrote {destination}")
@@ -227,6 +258,7 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint or an adapter to a published format."""
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
     found = checkpoint.open_checkpoint(source, arguments.kind)
@@ -239,7 +271,8 @@ def run_export(arguments: argparse.Namespace) -> int:
         raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
     if arguments.base is not None and form != "merged":
         raise UserError(
-            f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model"
+            f"--base {arguments.base}: only --format merged needs it; name the base model with "
+            "--base-model"
         )
     training = run_config(source.absolute().parent)
     trained_on = (training or {}).get("model", {}).get("path") or None
@@ -252,7 +285,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         place = arguments.base or trained_on
         if place is None:
             raise UserError(
-                f"--format merged: the base model of {source} is not known; give it with --base"
+                f"--format merged: the base model of {source} is unknown; give it with --base"
             )
         base = checkpoint.open_checkpoint(place, arguments.kind)
         warn_of_blanks(base)
@@ -270,6 +303,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 
 def run_faces(arguments: argparse.Namespace) -> int:
+    """Make a folder of face networks."""
     files = {part: getattr(arguments, part) for part in ("detector", "embedder", "judge")}
     packaged = arguments.photographs or arguments.wheel or arguments.dat
     if packaged and (extra := [f"--{part}" for part, path in files.items() if path is not None]):
@@ -277,11 +311,12 @@ def run_faces(arguments: argparse.Namespace) -> int:
             f"{', '.join(extra)}: the networks for photographs come from packages; leave it out"
         )
     if packaged and not arguments.photographs and None in (arguments.wheel, arguments.dat):
-        lacking = "--dat" if arguments.dat is None else "--wheel"
-        raise UserError(f"{lacking} is missing; give the file, or --photographs to download it")
+        missing = "--dat" if arguments.dat is None else "--wheel"
+        raise UserError(f"{missing} is missing; give the file, or --photographs to download it")
     if not packaged and None in (files["detector"], files["embedder"]):
         raise UserError(
-            "faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces --help"
+            "faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces "
+            "--help"
         )
     if packaged:
         names = photographs.write_photographs(arguments.destination, arguments.wheel, arguments.dat)
@@ -300,7 +335,15 @@ def card_of(
     training: Mapping[str, Any] | None,
     scale: tuple[int, float] | None,
 ) -> str:
-    """The model card of an export. base: what is in it, or the adapter."""
+    """Write the model card of an export.
+
+    Args:
+      arguments: the command line.
+      base: the exported checkpoint, or the base that an adapter is merged into.
+      named: name or path of the base model.
+      training: configuration of the run, if known.
+      scale: rank and alpha of an adapter.
+    """
     what = {
         "merged": "Video model with a merged adapter",
         "peft": "LoRA adapter",
@@ -327,11 +370,10 @@ def positive(text: str) -> float:
 
 
 def parser() -> Parser:
-    top = Parser(
-        prog="idgrpo-convert", description="Published checkpoints in and out, bit for bit."
-    )
+    """Make the parser of the command line."""
+    top = Parser(prog="idgrpo-convert", description="Convert published checkpoints, bit for bit.")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
-    one = commands.add_parser("inspect", help="what a checkpoint is and whether it is whole")
+    one = commands.add_parser("inspect", help="what a checkpoint is and whether it is complete")
     one.add_argument("path", type=Path)
     two = commands.add_parser(
         "verify", help="compare two checkpoints of any layouts tensor by tensor"
@@ -343,11 +385,13 @@ def parser() -> Parser:
     )
     out = commands.add_parser(
         "export",
-        help="the store or any layout to diffusers or the original names, an adapter to its formats",
+        help="the store or any layout to diffusers or the original names, an adapter to its "
+        "formats",
     )
     stack = commands.add_parser(
         "faces",
-        help="the folder for --reward.faces, of packages or of files that the libraries download",
+        help="the folder for --reward.faces, from packages or from files that the libraries "
+        "download",
     )
     stack.add_argument("destination", type=Path)
     stack.add_argument(
@@ -372,7 +416,7 @@ def parser() -> Parser:
         "--judge",
         type=Path,
         metavar="FILE",
-        help="another embedder, which measures and never rewards",
+        help="another embedder, which is used for evaluation but never as a reward",
     )
     for command in (into, out):
         command.add_argument("source", type=Path)
@@ -382,26 +426,27 @@ def parser() -> Parser:
             "--as",
             dest="kind",
             choices=identify.KINDS,
-            help="phantom has plain Wan's tensors: say so here; the store remembers",
+            help="kind of the transformer; phantom has plain Wan's tensors, so state it here (the "
+            "store records it)",
         )
     into.add_argument(
         "--with",
         dest="rest",
         type=Path,
         metavar="FOLDER",
-        help="where the networks and the tokenizer come from that SOURCE lacks",
+        help="folder with the networks and the tokenizer that SOURCE lacks",
     )
     into.add_argument(
         "--alpha",
         type=positive,
         metavar="A",
-        help="of an adapter whose file does not state its alpha",
+        help="alpha of an adapter whose file does not state it",
     )
     out.add_argument(
         "--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS)
     )
     out.add_argument(
-        "--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into"
+        "--base", type=Path, metavar="PATH", help="with merged: the model to merge into"
     )
     out.add_argument(
         "--base-model",
@@ -414,7 +459,11 @@ def parser() -> Parser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the command; -> exit status. UserError for a user's mistake."""
+    """Run the command and return its exit status.
+
+    Raises:
+      UserError: the user made a mistake.
+    """
     arguments = parser().parse_args(words)
     for name, value in vars(arguments).items():
         if isinstance(value, Path):
@@ -431,7 +480,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of `idgrpo-convert`."""
+    """Run the `idgrpo-convert` program."""
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -439,7 +488,7 @@ def main() -> None:
         status = 2
     except KeyboardInterrupt:
         print(
-            "idgrpo-convert: interrupted; the same command goes on with the files that were finished",
+            "idgrpo-convert: interrupted; the same command continues with the finished files",
             file=sys.stderr,
         )
         status = 130

@@ -255,7 +255,7 @@ HOSTILE_DAT = {
         + face_files._tensor(SMALL)
         + face_files.number(1)
         + face_files.sides(1 << 60, 1, 1, 1),
-        "has more than its 6 numbers",
+        "has more than 6 numbers",
     ),
     "no flag": (HEAD + INPUT + face_files.text("relu_") + b"12", "no flag"),
     "bytes after its end": (
