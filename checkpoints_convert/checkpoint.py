@@ -26,11 +26,11 @@ from checkpoints_convert import faces, rules, store
 from checkpoints_convert.adapter import open_adapter
 from checkpoints_convert.identify import (
     ADAPTER,
-    ALONE,
     CLASSES,
     FACE,
     FAMILIES,
     KINDS,
+    STANDALONE,
     TRANSFORMER,
     common_prefix,
     identify,
@@ -80,7 +80,7 @@ class Checkpoint:
 
     def missing(self) -> list[str]:
         """List the missing parts of the pipeline; none if this is an adapter or a face network."""
-        if any(part in self.networks for part in ALONE):
+        if any(part in self.networks for part in STANDALONE):
             return []
         parts = [part for part in FAMILIES if part not in self.networks]
         return parts + ["tokenizer"] * (self.tokenizer is None)
@@ -188,7 +188,7 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
             "name": name,
         }
-    table, shapes = faces.with_bystanders(values["architecture"], config, tensors)
+    table, shapes = faces.with_unused_tensors(values["architecture"], config, tensors)
     return Network(
         part=FACE,
         layout="store" if stored else "original",
@@ -260,7 +260,7 @@ def open_checkpoint(
         path=path,
         networks=found,
         kind=_kind(found[TRANSFORMER], kind) if TRANSFORMER in found else None,
-        tokenizer=None if set(ALONE) & set(found) else tokenizer_folder(path),
+        tokenizer=None if set(STANDALONE) & set(found) else tokenizer_folder(path),
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
     )
 

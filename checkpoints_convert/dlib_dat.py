@@ -83,7 +83,7 @@ def open_file(path: Path) -> Network:
         return _Reader(data).network()
     except _Damaged as error:
         raise UserError(
-            f"{path}: is no whole network of dlib ({error}); get the file again"
+            f"{path}: is no complete network of dlib ({error}); get the file again"
         ) from error
 
 
