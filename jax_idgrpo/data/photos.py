@@ -86,7 +86,7 @@ def load_reference(file: str | File) -> Image.Image:
     """Read an image file of any mode, size and EXIF orientation as upright RGB.
 
     Raises:
-      UserError: the file is missing, damaged, or not as the module's docstring says.
+      UserError: the file is missing, damaged, or not as the module's docstring describes.
     """
     with _opened(file, _content(file)) as image:
         return on_white(ImageOps.exif_transpose(image))
