@@ -85,13 +85,13 @@ def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress
         yield lambda name, count: progress.update(task, advance=count)
 
 
-def describe(found: Checkpoint) -> None:
+def describe(opened: Checkpoint) -> None:
     """Print a line per network: layout, counts, bytes and dtypes.
 
     Raises:
       UserError: the tensors do not fit the network.
     """
-    for network in found.networks.values():
+    for network in opened.networks.values():
         tensors = network.tensors.values()
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
@@ -104,7 +104,7 @@ def describe(found: Checkpoint) -> None:
             f"{len(tensors)} tensors, {count:,} parameters, {sum(map(size, tensors)):,} bytes, "
             f"{kinds} ({network.source})"
         )
-        if network is found.adapter:
+        if network is opened.adapter:
             widths, heights = lora.sizes(network.tensors)
             stacks = ", ".join(f"{count} {stack}" for stack, count in heights.items() if count)
             width = " or ".join(map(str, sorted(widths)))
@@ -118,34 +118,34 @@ def describe(found: Checkpoint) -> None:
                 f"{network.part}: {len(network.extra)} extra: "
                 f"{', '.join(network.extra[:SHOWN])}{more}"
             )
-    for network in found.networks.values():
+    for network in opened.networks.values():
         network.matched()
 
 
-def check_values(found: Checkpoint) -> None:
+def check_values(opened: Checkpoint) -> None:
     """Read every tensor, and print a line for an adapter that changes nothing.
 
     Raises:
       UserError: a tensor holds NaN or infinite values.
     """
     tensors = [
-        (network, *pair) for network in found.networks.values() for pair in network.matched()
+        (network, *pair) for network in opened.networks.values() for pair in network.matched()
     ]
     with bar(sum(size(tensor) for _, _, tensor in tensors), 0, "reading") as read:
         for _, slot, tensor in tensors:
             for chunk in iter_chunks(tensor, check=True):
                 read(slot.name, chunk.nbytes)
-    if found.adapter is not None:
+    if opened.adapter is not None:
         outputs = [
-            tensor for slot, tensor in found.adapter.matched() if slot.name.endswith("lora_b")
+            tensor for slot, tensor in opened.adapter.matched() if slot.name.endswith("lora_b")
         ]
         if all(map(blank, outputs)):
             print("adapter: this adapter changes nothing: every lora_B is zero")
 
 
-def warn_of_blanks(found: Checkpoint) -> None:
+def warn_of_blanks(opened: Checkpoint) -> None:
     """Print a line on standard error for every network with matrices of only zeros."""
-    for network in found.networks.values():
+    for network in opened.networks.values():
         if blanks := blank_matrices(network):
             print(
                 f"idgrpo-convert: warning: {network.source}: {describe_blanks(blanks)}",
@@ -153,9 +153,9 @@ def warn_of_blanks(found: Checkpoint) -> None:
             )
 
 
-def report_unstated_alpha(found: Checkpoint, alpha: float | None) -> None:
+def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
     """Print a line for an adapter whose alpha neither its file nor the user states."""
-    if found.adapter is not None and alpha is None and not adapter.stated_alphas(found.path):
+    if opened.adapter is not None and alpha is None and not adapter.stated_alphas(opened.path):
         print(
             "adapter: its file states no alpha; taken as the rank, as diffusers does (set another "
             "with import --alpha A)"
@@ -164,26 +164,26 @@ def report_unstated_alpha(found: Checkpoint, alpha: float | None) -> None:
 
 def run_inspect(path: Path, kind: str | None) -> int:
     """Print what a checkpoint is and whether it is complete, and return the exit status."""
-    found = checkpoint.open_checkpoint(path, kind)
-    if found.kind is not None:
+    opened = checkpoint.open_checkpoint(path, kind)
+    if opened.kind is not None:
         print(
-            f"kind: {found.kind}"
+            f"kind: {opened.kind}"
             + (
                 ", or phantom, which has the same tensors"
-                if found.kind == "wan" and kind is None
+                if opened.kind == "wan" and kind is None
                 else ""
             )
         )
-    describe(found)
-    check_values(found)
-    report_unstated_alpha(found, None)
-    for network in found.networks.values():
+    describe(opened)
+    check_values(opened)
+    report_unstated_alpha(opened, None)
+    for network in opened.networks.values():
         if blanks := blank_matrices(network):
             print(f"{network.part}: {describe_blanks(blanks)}")
-    missing = found.missing()
+    missing = opened.missing()
     print(
         "complete: every tensor of "
-        + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks")
+        + ("the network" if len(opened.networks) == 1 else f"the {len(opened.networks)} networks")
     )
     if missing:
         print(f"not here: {', '.join(missing)}, for a whole pipeline")
@@ -225,34 +225,34 @@ def run_import(arguments: argparse.Namespace) -> int:
     source, destination, kind, rest, alpha = (
         getattr(arguments, name) for name in ("source", "destination", "kind", "rest", "alpha")
     )
-    found = checkpoint.open_checkpoint(source, kind, alpha)
-    if alpha is not None and found.adapter is None:
+    opened = checkpoint.open_checkpoint(source, kind, alpha)
+    if alpha is not None and opened.adapter is None:
         raise UserError(f"--alpha {alpha:g}: {source} is no adapter; leave it out")
-    if found.adapter is not None:
+    if opened.adapter is not None:
         for option, value in (("--as", kind), ("--with", rest)):
             if value is not None:
                 raise UserError(
                     f"{option} {value}: {source} is an adapter, which needs none; leave it out"
                 )
-        report_unstated_alpha(found, alpha)
-        writing.write_peft(found.adapter, destination)
+        report_unstated_alpha(opened, alpha)
+        writing.write_peft(opened.adapter, destination)
     else:
-        if kind is not None and TRANSFORMER not in found.networks:
+        if kind is not None and TRANSFORMER not in opened.networks:
             raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
-        if rest is not None and FACE in found.networks:
+        if rest is not None and FACE in opened.networks:
             raise UserError(
                 f"--with {rest}: {source} is a face network, which needs none; leave it out"
             )
         if rest is not None:
-            found = checkpoint.completed(found, checkpoint.open_checkpoint(rest))
-        warn_of_blanks(found)
-        for network in found.networks.values():
+            opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest))
+        warn_of_blanks(opened)
+        for network in opened.networks.values():
             if network.extra:
                 print(
                     f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
                     f"{', '.join(network.extra[:SHOWN])}"
                 )
-        writing.write_store(found, destination, bar)
+        writing.write_store(opened, destination, bar)
     print(f"wrote {destination}")
     return 0
 
@@ -261,11 +261,11 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Export a checkpoint or an adapter to a published format."""
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
-    found = checkpoint.open_checkpoint(source, arguments.kind)
+    opened = checkpoint.open_checkpoint(source, arguments.kind)
     what, choices = "a pipeline", PIPELINE_FORMATS
-    if found.adapter is not None:
+    if opened.adapter is not None:
         what, choices = "an adapter", ADAPTER_FORMATS
-    elif FACE in found.networks:
+    elif FACE in opened.networks:
         what, choices = "a face network", FACE_FORMATS
     if form not in choices:
         raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
@@ -277,10 +277,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     training = run_config(source.absolute().parent)
     trained_on = (training or {}).get("model", {}).get("path") or None
     named = arguments.base_model or trained_on
-    warn_of_blanks(found)
-    if found.adapter is None:
+    warn_of_blanks(opened)
+    if opened.adapter is None:
         write = writing.write_diffusers if form == "diffusers" else writing.write_original
-        write(found, destination, card_of(arguments, found, named, training, None), bar)
+        write(opened, destination, card_of(arguments, opened, named, training, None), bar)
     elif form == "merged":
         place = arguments.base or trained_on
         if place is None:
@@ -289,15 +289,17 @@ def run_export(arguments: argparse.Namespace) -> int:
             )
         base = checkpoint.open_checkpoint(place, arguments.kind)
         warn_of_blanks(base)
-        text = card_of(arguments, base, str(named or place), training, found.adapter.config)
-        writing.write_diffusers(base, destination, text, bar, adapter=found.adapter)
+        text = card_of(arguments, base, str(named or place), training, opened.adapter.config)
+        writing.write_diffusers(base, destination, text, bar, adapter=opened.adapter)
     else:
-        text = card_of(arguments, found, named, training, found.adapter.config)
+        text = card_of(arguments, opened, named, training, opened.adapter.config)
         if form == "peft":
-            values = {**found.adapter.values, "base_model_name_or_path": named and str(named)}
-            writing.write_peft(dataclasses.replace(found.adapter, values=values), destination, text)
+            values = {**opened.adapter.values, "base_model_name_or_path": named and str(named)}
+            writing.write_peft(
+                dataclasses.replace(opened.adapter, values=values), destination, text
+            )
         else:
-            writing.write_diffusers_lora(found.adapter, destination, text)
+            writing.write_diffusers_lora(opened.adapter, destination, text)
     print(f"wrote {destination}")
     return 0
 

@@ -108,7 +108,7 @@ def _stated(
     Raises:
       UserError: the adapter is a variant of LoRA, states another rank, or its alpha is no number.
     """
-    found: dict[str, float] = {}
+    alphas: dict[str, float] = {}
 
     def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
         lora.refuse_variants(values)
@@ -116,7 +116,7 @@ def _stated(
             what = f"states rank {stated_rank}, the tensors of {weights.name} have {rank}"
             raise UserError(f"{file}: {what}; get both files again")
         if "lora_alpha" in values:
-            found[place] = lora.number(values["lora_alpha"])
+            alphas[place] = lora.number(values["lora_alpha"])
 
     if config is not None:
         with naming(config):
@@ -130,8 +130,8 @@ def _stated(
             )
         for name in lora.ALPHAS:
             if name in metadata:
-                found[f"{name} in its header"] = lora.number(metadata[name])
-    return found
+                alphas[f"{name} in its header"] = lora.number(metadata[name])
+    return alphas
 
 
 def open_adapter(path: Path, alpha: float | None = None) -> Network:

@@ -121,14 +121,14 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
         return face
     prefix = common_prefix(tensors)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    found = identify(tensors)
-    if found is None:
+    identified = identify(tensors)
+    if identified is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(
             f"{file}: its tensors ({names}, ...) are of no network of this project; give one of "
             f"{', '.join(FAMILIES)}, {FACE}"
         )
-    part, layout = found
+    part, layout = identified
     if part == ADAPTER:
         return open_adapter(file, alpha)
     with naming(file):
@@ -246,21 +246,21 @@ def open_checkpoint(
                 f"{path}: no {INDEX} in it, and no weights; give a diffusers folder, original "
                 "folder, adapter or store"
             )
-    found: dict[str, Network] = {}
+    by_part: dict[str, Network] = {}
     for network in networks:
-        if network.part in found:
-            first = found[network.part].source
+        if network.part in by_part:
+            first = by_part[network.part].source
             raise UserError(
                 f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; "
                 "give one file, or keep one"
             )
-        found[network.part] = network
+        by_part[network.part] = network
     scheduler = path / "scheduler"
     return Checkpoint(
         path=path,
-        networks=found,
-        kind=_kind(found[TRANSFORMER], kind) if TRANSFORMER in found else None,
-        tokenizer=None if set(STANDALONE) & set(found) else tokenizer_folder(path),
+        networks=by_part,
+        kind=_kind(by_part[TRANSFORMER], kind) if TRANSFORMER in by_part else None,
+        tokenizer=None if set(STANDALONE) & set(by_part) else tokenizer_folder(path),
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
     )
 
@@ -321,12 +321,12 @@ def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
                 f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
             )
         return network
-    found = open_checkpoint(path, kind).networks
-    if part not in found:
+    networks = open_checkpoint(path, kind).networks
+    if part not in networks:
         raise UserError(
-            f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline"
+            f"{path}: holds {', '.join(networks)}, no {part}; give the folder of a whole pipeline"
         )
-    return found[part]
+    return networks[part]
 
 
 def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
@@ -363,9 +363,9 @@ def _stated_kind(path: Path, stated: str | None) -> str | None:
 
 def _kind(transformer: Network, stated: str | None) -> str:
     """Return vace, wan or phantom; only the stated kind distinguishes phantom from wan."""
-    found = "wan" if transformer.config.vace_layers is None else "vace"
-    if stated is not None and (stated == "vace") != (found == "vace"):
+    detected = "wan" if transformer.config.vace_layers is None else "vace"
+    if stated is not None and (stated == "vace") != (detected == "vace"):
         raise UserError(
             f"{transformer.source}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}"
         )
-    return stated or found
+    return stated or detected

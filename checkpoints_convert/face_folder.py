@@ -248,7 +248,7 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
             "published file"
         )
     parameters = faces.abstract(architecture, config)
-    found = rules.match(
+    matched = rules.match(
         rules.expand(faces.table(architecture, config, parameters), parameters), tensors, str(path)
     )
     values: dict[str, Any] = {
@@ -257,7 +257,7 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
         "source": path.name,
     }
     values |= _settings(architecture, config)
-    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in found.items()}
+    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in matched.items()}
 
 
 def write_folder(

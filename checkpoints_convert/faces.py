@@ -343,8 +343,8 @@ def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
 
 def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
     """Do the same as `known`, but raise a UserError that lists the networks for any other file."""
-    if (found := known(tensors)) is not None:
-        return found
+    if (identified := known(tensors)) is not None:
+        return identified
     networks = ", ".join(
         ["RetinaFace-R50", "YuNet", "Facenet", "SFace", "ResNet of dlib", *_EMBEDDERS]
     )

@@ -128,8 +128,8 @@ def prefix(names: Iterable[str]) -> str:
 
 def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
     """Return the stacks of blocks that an adapter file names."""
-    found = {name.removeprefix(prefix).split(".")[0] for name in names}
-    return tuple(stack for stack in STACKS if stack in found)
+    named = {name.removeprefix(prefix).split(".")[0] for name in names}
+    return tuple(stack for stack in STACKS if stack in named)
 
 
 def complaint(tensors: Mapping[str, Any]) -> str | None:

@@ -75,8 +75,8 @@ class Network:
         """Pair each slot with its tensor; ConversionError if they do not fit."""
         extra = set(self.extra)
         used = {name: tensor for name, tensor in self.tensors.items() if name not in extra}
-        found = rules.match(self.slots, used, str(self.source))
-        return [(slot, found[slot.torch]) for slot in self.slots]
+        by_name = rules.match(self.slots, used, str(self.source))
+        return [(slot, by_name[slot.torch]) for slot in self.slots]
 
 
 @dataclasses.dataclass(frozen=True)

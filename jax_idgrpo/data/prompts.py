@@ -430,7 +430,7 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
         return ""
     if sorted(old) == sorted(new):
         return f"the same {len(new)} rows in another order"
-    found: dict[str, list[int]] = {
+    rows_by_kind: dict[str, list[int]] = {
         "another text": [],
         "other photos": [],
         "added": [],
@@ -443,14 +443,14 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
         changed = [_changed(*pair) for pair in zip(old[first:last], new[start:stop])]
         if last - first == stop - start and all(changed):
             for number, sort in enumerate(changed, start):
-                found[sort].append(number)
+                rows_by_kind[sort].append(number)
             continue
-        found["removed"] += range(first, last)
-        found["added"] += range(start, stop)
+        rows_by_kind["removed"] += range(first, last)
+        rows_by_kind["added"] += range(start, stop)
     verbs = {"another text": "has another text", "other photos": "has other photos"}
     parts = [
         f"{_numbers('row', numbers)} {verbs.get(kind, kind)}"
-        for kind, numbers in found.items()
+        for kind, numbers in rows_by_kind.items()
         if numbers
     ]
     return "; ".join(parts) + " (rows counted from 0)"

@@ -306,11 +306,11 @@ def list_videos(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _decode(source: io.BytesIO, name: str | File) -> UInt8[np.ndarray, "frames height width 3"]:
-    found = list(_frames(source, name))
-    if not found:
+    frames = list(_frames(source, name))
+    if not frames:
         raise UserError(f"video {name}: holds no frames; write it again")
-    numbers = constant_rate([frame.time for frame in found])
-    return np.stack([found[number].pixels for number in numbers])
+    numbers = constant_rate([frame.time for frame in frames])
+    return np.stack([frames[number].pixels for number in numbers])
 
 
 def write_video(
