@@ -17,7 +17,7 @@ from jax_idgrpo.config.options import require_seed
 from jax_idgrpo.config.root import Config
 from jax_idgrpo.config.scoring import (
     PENALTIES,
-    PRICES,
+    PENALTY_WEIGHTS,
     EvaluateConfig,
     RewardConfig,
     photographs_folder,
@@ -35,7 +35,7 @@ from jax_idgrpo.config.video_model import (
 __all__ = [
     "EMBEDDED",
     "PENALTIES",
-    "PRICES",
+    "PENALTY_WEIGHTS",
     "REWARD_TASKS",
     "Config",
     "DataConfig",

@@ -12,7 +12,7 @@ from jax_idgrpo.config.video_model import EMBEDDED, require_size
 from jax_idgrpo.errors import closest
 
 PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
-PRICES = {"copied": 0.5}  # default weights of penalties; the others have 0
+PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
 
 
 def photographs_folder() -> Path:
@@ -131,14 +131,14 @@ class RewardConfig(Section):
             low is None or high is None or low < high,
             f"reward.similarity_low {low} is not below similarity_high {high}",
         )
-        for name, price in self.penalties.items():
+        for name, weight in self.penalties.items():
             require(
                 name in PENALTIES,
                 f"reward.penalties has no {name!r}{closest(name, list(PENALTIES))}",
             )
             require(
-                isinstance(price, int | float) and price >= 0,
-                f"reward.penalties: {name} is {price!r}; use a number of 0 or more",
+                isinstance(weight, int | float) and weight >= 0,
+                f"reward.penalties: {name} is {weight!r}; use a number of 0 or more",
             )
         for name, weight in self.mixture.items():
             require(
@@ -155,9 +155,9 @@ class RewardConfig(Section):
             self.vlm or self.custom or (self.backend and not self.backend.endswith("/embedder"))
         )
 
-    def prices(self) -> dict[str, float]:
-        """Return the weight of every penalty that has one."""
-        return PRICES | self.penalties
+    def penalty_weights(self) -> dict[str, float]:
+        """Return the weights of penalties by name; the others have 0."""
+        return PENALTY_WEIGHTS | self.penalties
 
     def folder(self) -> Path:
         """Return the folder of the face networks."""
