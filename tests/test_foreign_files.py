@@ -15,7 +15,8 @@ import pytest
 import jax_idgrpo as idg
 from checkpoints_convert import __main__ as command
 from checkpoints_convert import checkpoint, file_types, lora, places, store
-from jax_idgrpo import cli, commands
+from jax_idgrpo import cli
+from jax_idgrpo.cli import commands
 from jax_idgrpo.config import Config, ModelConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import adapters, pipeline

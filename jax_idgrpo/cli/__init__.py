@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from checkpoints_convert.arguments import Parser
 from jax_idgrpo import config as configuration
-from jax_idgrpo.commands import COMMANDS
+from jax_idgrpo.cli.commands import COMMANDS
 from jax_idgrpo.errors import Failure, UserError, closest
 
 # Errors of the machine that the user can resolve: no permission, a read-only or full disk, a file
