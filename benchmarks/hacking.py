@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jax_idgrpo.config import PENALTIES, PRICES, RewardConfig
+from jax_idgrpo.config import PENALTIES, PENALTY_WEIGHTS, RewardConfig
 from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.preferences.clip_pairs import from_synthetic
 from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS, AnnotatedClip
@@ -33,9 +33,9 @@ PLAIN, SATURATING = (
     RewardConfig(similarity_high=0.75, penalties={"copied": 0.0}),
 )
 REWARDS: dict[str, Levels] = {
-    "default": (PLAIN, PRICES),
+    "default": (PLAIN, PENALTY_WEIGHTS),
     "copies unpriced": (PLAIN, {}),
-    "saturating": (SATURATING, PRICES),
+    "saturating": (SATURATING, PENALTY_WEIGHTS),
     "saturating, priced": (SATURATING, dict.fromkeys(PENALTIES, 0.5)),
 }
 OPACITIES = (1.0, 0.75, 0.5, 0.25)

@@ -1,4 +1,5 @@
-"""Published PyTorch checkpoints to the project's parameters and back, bit for bit.
+"""Convert published PyTorch checkpoints to the project's parameters and back, bit for bit.
 
-`rules` is the mechanism, `store` the files, and one module per network holds its table of names.
+`rules` maps tensors, `store` reads and writes files, and one module per network holds its table of
+names.
 """

@@ -1,7 +1,7 @@
-"""The `idgrpo-convert` command: what a checkpoint is, whether two are equal, into the project's store and out again.
+"""The `idgrpo-convert` command: inspect, compare, import and export checkpoints.
 
-Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard error,
-130 interrupted.
+Exit status: 0 done, 1 `verify` found differences, 2 a user's mistake, in one line on standard
+error, 130 interrupted.
 """
 
 import argparse
@@ -60,7 +60,16 @@ SIZES = {  # tensors of the published transformers
 
 @contextlib.contextmanager
 def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress]:
-    """A progress bar in bytes on standard error, if that is a terminal."""
+    """Show a progress bar in bytes on standard error if it is a terminal.
+
+    Args:
+      total: bytes in all.
+      done: bytes that were done before.
+      what: text before the bar.
+
+    Yields:
+      `update(name, count)`, to call with the bytes of each tensor as they are done.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -76,9 +85,13 @@ def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress
         yield lambda name, count: progress.update(task, advance=count)
 
 
-def describe(found: Checkpoint) -> None:
-    """A line per network: layout, counts, bytes, dtypes; then whatever does not fit, as a UserError."""
-    for network in found.networks.values():
+def describe(opened: Checkpoint) -> None:
+    """Print a line per network: layout, counts, bytes and dtypes.
+
+    Raises:
+      UserError: the tensors do not fit the network.
+    """
+    for network in opened.networks.values():
         tensors = network.tensors.values()
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
@@ -87,10 +100,11 @@ def describe(found: Checkpoint) -> None:
             network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
         )
         print(
-            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, {len(tensors)} tensors, {count:,} parameters, "
-            f"{sum(map(size, tensors)):,} bytes, {kinds} ({network.source})"
+            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, "
+            f"{len(tensors)} tensors, {count:,} parameters, {sum(map(size, tensors)):,} bytes, "
+            f"{kinds} ({network.source})"
         )
-        if network is found.adapter:
+        if network is opened.adapter:
             widths, heights = lora.sizes(network.tensors)
             stacks = ", ".join(f"{count} {stack}" for stack, count in heights.items() if count)
             width = " or ".join(map(str, sorted(widths)))
@@ -101,35 +115,37 @@ def describe(found: Checkpoint) -> None:
         if network.extra:
             more = ", ..." if len(network.extra) > SHOWN else ""
             print(
-                f"{network.part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}"
+                f"{network.part}: {len(network.extra)} extra: "
+                f"{', '.join(network.extra[:SHOWN])}{more}"
             )
-    for network in found.networks.values():
+    for network in opened.networks.values():
         network.matched()
 
 
-def check_values(found: Checkpoint) -> None:
+def check_values(opened: Checkpoint) -> None:
     """Read every tensor, and print a line for an adapter that changes nothing.
 
-    UserError for a tensor with NaN or infinite values.
+    Raises:
+      UserError: a tensor holds NaN or infinite values.
     """
     tensors = [
-        (network, *pair) for network in found.networks.values() for pair in network.matched()
+        (network, *pair) for network in opened.networks.values() for pair in network.matched()
     ]
     with bar(sum(size(tensor) for _, _, tensor in tensors), 0, "reading") as read:
         for _, slot, tensor in tensors:
             for chunk in iter_chunks(tensor, check=True):
                 read(slot.name, chunk.nbytes)
-    if found.adapter is not None:
+    if opened.adapter is not None:
         outputs = [
-            tensor for slot, tensor in found.adapter.matched() if slot.name.endswith("lora_b")
+            tensor for slot, tensor in opened.adapter.matched() if slot.name.endswith("lora_b")
         ]
         if all(map(blank, outputs)):
             print("adapter: this adapter changes nothing: every lora_B is zero")
 
 
-def warn_of_blanks(found: Checkpoint) -> None:
-    """Print a line on standard error for every network with matrices of nothing but zeros."""
-    for network in found.networks.values():
+def warn_of_blanks(opened: Checkpoint) -> None:
+    """Print a line on standard error for every network with matrices of only zeros."""
+    for network in opened.networks.values():
         if blanks := blank_matrices(network):
             print(
                 f"idgrpo-convert: warning: {network.source}: {describe_blanks(blanks)}",
@@ -137,47 +153,60 @@ def warn_of_blanks(found: Checkpoint) -> None:
             )
 
 
-def tell_of_alpha(found: Checkpoint, alpha: float | None) -> None:
+def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
     """Print a line for an adapter whose alpha neither its file nor the user states."""
-    if found.adapter is not None and alpha is None and not adapter.stated_alphas(found.path):
+    if opened.adapter is not None and alpha is None and not adapter.stated_alphas(opened.path):
         print(
-            "adapter: its file states no alpha; taken as the rank, as diffusers does (import --alpha A says otherwise)"
+            "adapter: its file states no alpha; taken as the rank, as diffusers does (set another "
+            "with import --alpha A)"
         )
 
 
 def run_inspect(path: Path, kind: str | None) -> int:
-    found = checkpoint.open_checkpoint(path, kind)
-    if found.kind is not None:
+    """Print what a checkpoint is and whether it is complete, and return the exit status."""
+    opened = checkpoint.open_checkpoint(path, kind)
+    if opened.kind is not None:
         print(
-            f"kind: {found.kind}"
+            f"kind: {opened.kind}"
             + (
                 ", or phantom, which has the same tensors"
-                if found.kind == "wan" and kind is None
+                if opened.kind == "wan" and kind is None
                 else ""
             )
         )
-    describe(found)
-    check_values(found)
-    tell_of_alpha(found, None)
-    for network in found.networks.values():
+    describe(opened)
+    check_values(opened)
+    report_unstated_alpha(opened, None)
+    for network in opened.networks.values():
         if blanks := blank_matrices(network):
             print(f"{network.part}: {describe_blanks(blanks)}")
-    lacking = found.missing()
+    missing = opened.missing()
     print(
         "complete: every tensor of "
-        + ("the network" if len(found.networks) == 1 else f"the {len(found.networks)} networks")
+        + ("the network" if len(opened.networks) == 1 else f"the {len(opened.networks)} networks")
     )
-    if lacking:
-        print(f"not here: {', '.join(lacking)}, for a whole pipeline")
+    if missing:
+        print(f"not here: {', '.join(missing)}, for a whole pipeline")
     return 0
 
 
 def run_verify(left: Path, right: Path, kind: str | None) -> int:
+    """Compare two checkpoints.
+
+    Args:
+      left: the first checkpoint.
+      right: the second checkpoint.
+      kind: kind of both transformers, if the user states it.
+
+    Returns:
+      Exit status: 0 if they are equal, otherwise 1.
+    """
     sides = [checkpoint.open_checkpoint(path, kind) for path in (left, right)]
     count = 0
     if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
         print(
-            f"note: {left} is said to be {sides[0].kind}, {right} {sides[1].kind}; the tensors are what is compared"
+            f"note: the kind of {left} is {sides[0].kind}, that of {right} is {sides[1].kind}; "
+            "only tensors are compared"
         )
     for line in itertools.islice(
         compare.differences(*(side.networks for side in sides)), SHOWN + 1
@@ -192,93 +221,105 @@ def run_verify(left: Path, right: Path, kind: str | None) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
+    """Import a checkpoint into the project's store or an adapter into PEFT's form."""
     source, destination, kind, rest, alpha = (
         getattr(arguments, name) for name in ("source", "destination", "kind", "rest", "alpha")
     )
-    found = checkpoint.open_checkpoint(source, kind, alpha)
-    if alpha is not None and found.adapter is None:
+    opened = checkpoint.open_checkpoint(source, kind, alpha)
+    if alpha is not None and opened.adapter is None:
         raise UserError(f"--alpha {alpha:g}: {source} is no adapter; leave it out")
-    if found.adapter is not None:
+    if opened.adapter is not None:
         for option, value in (("--as", kind), ("--with", rest)):
             if value is not None:
                 raise UserError(
                     f"{option} {value}: {source} is an adapter, which needs none; leave it out"
                 )
-        tell_of_alpha(found, alpha)
-        writing.write_peft(found.adapter, destination)
+        report_unstated_alpha(opened, alpha)
+        writing.write_peft(opened.adapter, destination)
     else:
-        if kind is not None and TRANSFORMER not in found.networks:
+        if kind is not None and TRANSFORMER not in opened.networks:
             raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
-        if rest is not None and FACE in found.networks:
+        if rest is not None and FACE in opened.networks:
             raise UserError(
                 f"--with {rest}: {source} is a face network, which needs none; leave it out"
             )
         if rest is not None:
-            found = checkpoint.completed(found, checkpoint.open_checkpoint(rest))
-        warn_of_blanks(found)
-        for network in found.networks.values():
+            opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest))
+        warn_of_blanks(opened)
+        for network in opened.networks.values():
             if network.extra:
                 print(
-                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: {', '.join(network.extra[:SHOWN])}"
+                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
+                    f"{', '.join(network.extra[:SHOWN])}"
                 )
-        writing.write_store(found, destination, bar)
+        writing.write_store(opened, destination, bar)
     print(f"wrote {destination}")
     return 0
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint or an adapter to a published format."""
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
-    found = checkpoint.open_checkpoint(source, arguments.kind)
+    opened = checkpoint.open_checkpoint(source, arguments.kind)
     what, choices = "a pipeline", PIPELINE_FORMATS
-    if found.adapter is not None:
+    if opened.adapter is not None:
         what, choices = "an adapter", ADAPTER_FORMATS
-    elif FACE in found.networks:
+    elif FACE in opened.networks:
         what, choices = "a face network", FACE_FORMATS
     if form not in choices:
         raise UserError(f"--format {form}: {source} is {what}; choose {' or '.join(choices)}")
     if arguments.base is not None and form != "merged":
         raise UserError(
-            f"--base {arguments.base}: only --format merged needs it; name the base model with --base-model"
+            f"--base {arguments.base}: only --format merged needs it; name the base model with "
+            "--base-model"
         )
     training = run_config(source.absolute().parent)
     trained_on = (training or {}).get("model", {}).get("path") or None
     named = arguments.base_model or trained_on
-    warn_of_blanks(found)
-    if found.adapter is None:
+    warn_of_blanks(opened)
+    if opened.adapter is None:
         write = writing.write_diffusers if form == "diffusers" else writing.write_original
-        write(found, destination, card_of(arguments, found, named, training, None), bar)
+        write(opened, destination, card_of(arguments, opened, named, training, None), bar)
     elif form == "merged":
         place = arguments.base or trained_on
         if place is None:
             raise UserError(
-                f"--format merged: the base model of {source} is not known; give it with --base"
+                f"--format merged: the base model of {source} is unknown; give it with --base"
             )
         base = checkpoint.open_checkpoint(place, arguments.kind)
         warn_of_blanks(base)
-        text = card_of(arguments, base, str(named or place), training, found.adapter.config)
-        writing.write_diffusers(base, destination, text, bar, adapter=found.adapter)
+        text = card_of(arguments, base, str(named or place), training, opened.adapter.config)
+        writing.write_diffusers(base, destination, text, bar, adapter=opened.adapter)
     else:
-        text = card_of(arguments, found, named, training, found.adapter.config)
+        text = card_of(arguments, opened, named, training, opened.adapter.config)
         if form == "peft":
-            values = {**found.adapter.values, "base_model_name_or_path": named and str(named)}
-            writing.write_peft(dataclasses.replace(found.adapter, values=values), destination, text)
+            values = {**opened.adapter.values, "base_model_name_or_path": named and str(named)}
+            writing.write_peft(
+                dataclasses.replace(opened.adapter, values=values), destination, text
+            )
         else:
-            writing.write_diffusers_lora(found.adapter, destination, text)
+            writing.write_diffusers_lora(opened.adapter, destination, text)
     print(f"wrote {destination}")
     return 0
 
 
 def run_faces(arguments: argparse.Namespace) -> int:
+    """Make a folder of face networks."""
     files = {part: getattr(arguments, part) for part in ("detector", "embedder", "judge")}
     packaged = arguments.photographs or arguments.wheel or arguments.dat
     if packaged and (extra := [f"--{part}" for part, path in files.items() if path is not None]):
-        raise UserError(f"{', '.join(extra)}: the networks for photographs come from packages; leave it out")
+        raise UserError(
+            f"{', '.join(extra)}: the networks for photographs come from packages; leave it out"
+        )
     if packaged and not arguments.photographs and None in (arguments.wheel, arguments.dat):
-        lacking = "--dat" if arguments.dat is None else "--wheel"
-        raise UserError(f"{lacking} is missing; give the file, or --photographs to download it")
+        missing = "--dat" if arguments.dat is None else "--wheel"
+        raise UserError(f"{missing} is missing; give the file, or --photographs to download it")
     if not packaged and None in (files["detector"], files["embedder"]):
-        raise UserError("faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces --help")
+        raise UserError(
+            "faces needs --photographs, or --detector and --embedder; see idgrpo-convert faces "
+            "--help"
+        )
     if packaged:
         names = photographs.write_photographs(arguments.destination, arguments.wheel, arguments.dat)
     else:
@@ -296,7 +337,15 @@ def card_of(
     training: Mapping[str, Any] | None,
     scale: tuple[int, float] | None,
 ) -> str:
-    """The model card of an export. base: what is in it, or the adapter."""
+    """Write the model card of an export.
+
+    Args:
+      arguments: the command line.
+      base: the exported checkpoint, or the base that an adapter is merged into.
+      named: name or path of the base model.
+      training: configuration of the run, if known.
+      scale: rank and alpha of an adapter.
+    """
     what = {
         "merged": "Video model with a merged adapter",
         "peft": "LoRA adapter",
@@ -323,11 +372,10 @@ def positive(text: str) -> float:
 
 
 def parser() -> Parser:
-    top = Parser(
-        prog="idgrpo-convert", description="Published checkpoints in and out, bit for bit."
-    )
+    """Make the parser of the command line."""
+    top = Parser(prog="idgrpo-convert", description="Convert published checkpoints, bit for bit.")
     commands = top.add_subparsers(dest="command", required=True, parser_class=Parser)
-    one = commands.add_parser("inspect", help="what a checkpoint is and whether it is whole")
+    one = commands.add_parser("inspect", help="what a checkpoint is and whether it is complete")
     one.add_argument("path", type=Path)
     two = commands.add_parser(
         "verify", help="compare two checkpoints of any layouts tensor by tensor"
@@ -339,20 +387,39 @@ def parser() -> Parser:
     )
     out = commands.add_parser(
         "export",
-        help="the store or any layout to diffusers or the original names, an adapter to its formats",
+        help="the store or any layout to diffusers or the original names, an adapter to its "
+        "formats",
     )
-    stack = commands.add_parser("faces", help="the folder for --reward.faces, of packages or of files that the libraries download")
+    stack = commands.add_parser(
+        "faces",
+        help="the folder for --reward.faces, from packages or from files that the libraries "
+        "download",
+    )
     stack.add_argument("destination", type=Path)
     stack.add_argument(
-        "--photographs", action="store_true", help="networks for photographs: YuNet, SFace and dlib's ResNet, downloaded with pip"
+        "--photographs",
+        action="store_true",
+        help="networks for photographs: YuNet, SFace and dlib's ResNet, downloaded with pip",
     )
-    stack.add_argument("--wheel", type=Path, metavar="FILE", help=f"with --dat: {photographs.WHEEL.file}, on a machine without an index")
+    stack.add_argument(
+        "--wheel",
+        type=Path,
+        metavar="FILE",
+        help=f"with --dat: {photographs.WHEEL.file}, on a machine without an index",
+    )
     dat = f"{photographs.JUDGE.name}, or the {photographs.ARCHIVE.file} that holds it"
     stack.add_argument("--dat", type=Path, metavar="FILE", help=f"with --wheel: {dat}")
-    stack.add_argument("--detector", type=Path, metavar="FILE", help="retinaface.pth, or YuNet in ONNX")
+    stack.add_argument(
+        "--detector", type=Path, metavar="FILE", help="retinaface.pth, or YuNet in ONNX"
+    )
     weights = "ArcFace, Facenet, IResNet or IR-101, or SFace in ONNX, or dlib's ResNet"
     stack.add_argument("--embedder", type=Path, metavar="FILE", help=f"weights of {weights}")
-    stack.add_argument("--judge", type=Path, metavar="FILE", help="another embedder, which measures and never rewards")
+    stack.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="another embedder, which is used for evaluation but never as a reward",
+    )
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)
@@ -361,26 +428,27 @@ def parser() -> Parser:
             "--as",
             dest="kind",
             choices=identify.KINDS,
-            help="phantom has plain Wan's tensors: say so here; the store remembers",
+            help="kind of the transformer; phantom has plain Wan's tensors, so state it here (the "
+            "store records it)",
         )
     into.add_argument(
         "--with",
         dest="rest",
         type=Path,
         metavar="FOLDER",
-        help="where the networks and the tokenizer come from that SOURCE lacks",
+        help="folder with the networks and the tokenizer that SOURCE lacks",
     )
     into.add_argument(
         "--alpha",
         type=positive,
         metavar="A",
-        help="of an adapter whose file does not state its alpha",
+        help="alpha of an adapter whose file does not state it",
     )
     out.add_argument(
         "--format", dest="form", required=True, choices=(*PIPELINE_FORMATS, *ADAPTER_FORMATS)
     )
     out.add_argument(
-        "--base", type=Path, metavar="PATH", help="merged: the model that the adapter goes into"
+        "--base", type=Path, metavar="PATH", help="with merged: the model to merge into"
     )
     out.add_argument(
         "--base-model",
@@ -393,7 +461,11 @@ def parser() -> Parser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Run the command; -> exit status. UserError for a user's mistake."""
+    """Run the command and return its exit status.
+
+    Raises:
+      UserError: the user made a mistake.
+    """
     arguments = parser().parse_args(words)
     for name, value in vars(arguments).items():
         if isinstance(value, Path):
@@ -410,7 +482,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of `idgrpo-convert`."""
+    """Run the `idgrpo-convert` program."""
     try:
         status = run(sys.argv[1:])
     except UserError as error:
@@ -418,7 +490,7 @@ def main() -> None:
         status = 2
     except KeyboardInterrupt:
         print(
-            "idgrpo-convert: interrupted; the same command goes on with the files that were finished",
+            "idgrpo-convert: interrupted; the same command continues with the finished files",
             file=sys.stderr,
         )
         status = 130

@@ -18,10 +18,13 @@ PICKLED_WEIGHTS = "adapter_model.bin"  # of older versions of PEFT
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """Find (weights, PEFT config or None) of an adapter folder or file, or of a run's workdir.
+    """Find the weights and the PEFT config of an adapter folder or file, or of a run's workdir.
 
-    The config beside a file counts for it when the file has PEFT's name or names, or is the only
-    adapter there.
+    The config beside a file belongs to the file if the file has PEFT's name or names, or is the
+    only adapter there.
+
+    Returns:
+      (weights, config or None).
     """
     path = adapter_place(path)
     if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
@@ -47,15 +50,16 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
 def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
     """Read (rank, alpha) of an adapter from its PEFT config or the header of its file.
 
-    A file with diffusers' names or bare ones that states no alpha has alpha = rank, as diffusers
-    defines it. PEFT's names come with a config; without one nothing says what alpha is.
+    A file without a prefix or with diffusers' prefix that states no alpha has alpha = rank, as
+    diffusers defines it. PEFT's names come with a config, without which alpha is unknown.
 
     Args:
       path: a folder, a file, or the workdir of a run.
-      alpha: what the user says, for a file that does not.
+      alpha: alpha stated by the user, for a file that does not state it.
 
     Raises:
-      UserError: no adapter that can be read, two places state different alphas, or none states it.
+      UserError: there is no readable adapter, two places state different alphas, or alpha is
+        unknown.
     """
     weights, config = adapter_files(path)
     tensors, metadata = store.open_weights(weights)
@@ -68,8 +72,8 @@ def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
     if alpha is not None:
         stated["--alpha"] = alpha
     if len(set(stated.values())) > 1:
-        said = ", ".join(f"{value:g} in {place}" for place, value in stated.items())
-        raise UserError(f"{weights}: its alpha is {said}; make them equal")
+        listed = ", ".join(f"{value:g} in {place}" for place, value in stated.items())
+        raise UserError(f"{weights}: its alpha is {listed}; make them equal")
     if stated:
         return rank, next(iter(stated.values()))
     if config is not None or lora.prefix(tensors) == lora.PEFT_PREFIX:
@@ -78,14 +82,14 @@ def adapter_scale(path: Path, alpha: float | None = None) -> tuple[int, float]:
             if config is not None
             else f"no {ADAPTER_CONFIG} is beside it"
         )
-        say = f"idgrpo-convert import {weights} ADAPTER --alpha A"
-        remedy = f"get the whole adapter, or state it with {say}"
+        command = f"idgrpo-convert import {weights} ADAPTER --alpha A"
+        remedy = f"get the whole adapter, or state it with {command}"
         raise UserError(f"{weights}: its alpha is not known, since {where}; {remedy}")
     return rank, float(rank)
 
 
 def stated_alphas(path: Path) -> dict[str, float]:
-    """Read every alpha that an adapter states, by its place: its config or its file's header."""
+    """Read every alpha that an adapter states, keyed by place: its config or its file's header."""
     weights, config = adapter_files(path)
     return _stated(weights, config, store.open_weights(weights)[1], adapter_scale(path)[0])
 
@@ -93,16 +97,26 @@ def stated_alphas(path: Path) -> dict[str, float]:
 def _stated(
     weights: Path, config: Path | None, metadata: Mapping[str, str], rank: int
 ) -> dict[str, float]:
-    """Do as `stated_alphas`. UserError for a variant of LoRA, another rank, or no number."""
-    found: dict[str, float] = {}
+    """Read every alpha that an adapter states, keyed by place.
+
+    Args:
+      weights: file of the adapter.
+      config: PEFT config of the adapter, if there is one.
+      metadata: header of the file.
+      rank: rank of the tensors.
+
+    Raises:
+      UserError: the adapter is a variant of LoRA, states another rank, or its alpha is no number.
+    """
+    alphas: dict[str, float] = {}
 
     def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
         lora.refuse_variants(values)
-        if (said := int(values["r"])) != rank:
-            what = f"says rank {said}, the tensors of {weights.name} have {rank}"
+        if (stated_rank := int(values["r"])) != rank:
+            what = f"states rank {stated_rank}, the tensors of {weights.name} have {rank}"
             raise UserError(f"{file}: {what}; get both files again")
         if "lora_alpha" in values:
-            found[place] = lora.number(values["lora_alpha"])
+            alphas[place] = lora.number(values["lora_alpha"])
 
     if config is not None:
         with naming(config):
@@ -116,15 +130,12 @@ def _stated(
             )
         for name in lora.ALPHAS:
             if name in metadata:
-                found[f"{name} in its header"] = lora.number(metadata[name])
-    return found
+                alphas[f"{name} in its header"] = lora.number(metadata[name])
+    return alphas
 
 
 def open_adapter(path: Path, alpha: float | None = None) -> Network:
-    """Open a PEFT folder, or a file with PEFT's, diffusers' or no prefix.
-
-    path, alpha: as in `adapter_scale`.
-    """
+    """Open a PEFT folder, or a file with PEFT's, diffusers' or no prefix (see `adapter_scale`)."""
     weights, config = adapter_files(path)
     rank, alpha = adapter_scale(path, alpha)
     tensors, _ = store.open_weights(weights)

@@ -1,4 +1,4 @@
-"""Parse both command lines: mistakes are `UserError`s, an option of one value is given once."""
+"""Parse both command lines: raise a `UserError` for mistakes and for repeated options."""
 
 import argparse
 from typing import Any, NoReturn
@@ -7,7 +7,7 @@ from jax_idgrpo.errors import UserError
 
 
 class _Once(argparse.Action):
-    """Store the value of an option. UserError when it is given again: one value would be lost."""
+    """Store the value of an option; refuse a repeated option, which would lose a value."""
 
     def __call__(
         self,
@@ -23,7 +23,7 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse one command line with argparse; `UserError` for whatever is wrong with it."""
+    """Parse one command line with argparse; raise a `UserError` for every mistake in it."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)

@@ -1,10 +1,14 @@
-"""What a path holds, in whatever layout: its networks, each with its config, its table and its tensors.
+"""Open the networks at a path, in any layout.
 
-Layouts: the diffusers folder (a pipeline, or one network of it); the original folder of Wan and Phantom, or one file of it;
-the project's store, which is the diffusers folder with the weights under our names (`parameters*.safetensors`) and the kind
-of model in `store.json`; a PEFT adapter; a LoRA file of diffusers; a file of a face network. Which network and which layout
-a file is, its tensors' names say, never its own name. Phantom has exactly plain Wan's tensors: the user or the store says
-that it is Phantom.
+    diffusers   a folder of a pipeline, or of one of its networks
+    original    a folder of Wan's or Phantom's repository, or one of its files
+    store       the project's: the diffusers folder with the weights under our names
+                (`parameters*.safetensors`) and the kind of model in `store.json`
+    adapter     a PEFT folder, or a LoRA file of diffusers
+    face        a file of a face network
+
+The names of the tensors identify network and layout; the name of the file is not used. Phantom has
+exactly plain Wan's tensors, so the user or the store states that a model is Phantom.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ from checkpoints_convert import faces, rules, store
 from checkpoints_convert.adapter import open_adapter
 from checkpoints_convert.identify import (
     ADAPTER,
-    ALONE,
     CLASSES,
     FACE,
     FAMILIES,
     KINDS,
+    STANDALONE,
     TRANSFORMER,
     common_prefix,
     identify,
@@ -39,26 +43,28 @@ from jax_idgrpo.errors import UserError
 
 INDEX = "model_index.json"
 STORE = "store.json"
-STORE_VERSION = 2  # 1 had the axes of the matrices the other way round
+STORE_VERSION = 2  # version 1 had transposed matrices
 SCHEDULER_CONFIG = "scheduler_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-KIND_MISMATCH = {  # whether VACE was asked for -> what is there instead
-    True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE checkpoint, or, if this is Phantom, "
-    "say so with --model.kind phantom (idgrpo-convert: --as phantom)",
-    False: "kind {asked!r} was asked for, this transformer is 'vace'; leave the kind out",
+KIND_MISMATCH = {  # whether the stated kind is VACE -> message
+    True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE "
+    "checkpoint, or, if this is Phantom, state it with --model.kind phantom (idgrpo-convert: --as "
+    "phantom)",
+    False: "kind {stated!r} was given, this transformer is 'vace'; leave the kind out",
 }
-SHIFTS = {
-    "vace": 3.0,
-    "wan": 3.0,
-    "phantom": 5.0,
-}  # of the schedule, where the source has no file that says it
+SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # flow shifts for sources without a scheduler
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a path holds. networks: by part. kind: vace, wan or phantom, None without a transformer.
+    """The networks at a path.
 
-    tokenizer, scheduler: the folders of these, where there are some.
+    Attributes:
+      path: folder or file.
+      networks: networks by part.
+      kind: vace, wan or phantom; None without a transformer.
+      tokenizer: folder of the tokenizer, if there is one.
+      scheduler: folder of the scheduler, if there is one.
     """
 
     path: Path
@@ -69,64 +75,73 @@ class Checkpoint:
 
     @property
     def adapter(self) -> Network | None:
+        """The adapter, if the checkpoint is one."""
         return self.networks.get(ADAPTER)
 
     def missing(self) -> list[str]:
-        """The parts of a pipeline that are not here; nothing where this is no part of one."""
-        if any(part in self.networks for part in ALONE):
+        """List the missing parts of the pipeline; none if this is an adapter or a face network."""
+        if any(part in self.networks for part in STANDALONE):
             return []
         parts = [part for part in FAMILIES if part not in self.networks]
         return parts + ["tokenizer"] * (self.tokenizer is None)
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def open_network(path: Path, kind: str | None = None) -> Network:
-    """One network: a folder with `config.json` and weights, or a file of weights.
+    """Open one network: a folder with `config.json` and weights, or a file of weights.
 
-    kind: "phantom" lets its published file hold names beside the network's. UserError for anything else.
+    Args:
+      path: the folder or file.
+      kind: kind of the transformer; "phantom" allows the additional tensors of its published file.
+
+    Raises:
+      UserError: there is no network that can be read.
     """
     return _network(store.weights_file(path), kind)
 
 
 @functools.lru_cache(maxsize=16)
 def _shapes(part: str, config: Any) -> nnx.State:
-    """The abstract parameters of a network; nobody changes them."""
+    """Return the abstract parameters of a network. The result is shared: do not change it."""
     return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
 
 
 def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
     """Open the network in a file of weights or in the shards of an index.
 
-    kind: as in `open_network`. alpha: as in `open_adapter`.
+    Args:
+      file: file of weights or index.
+      kind: as in `open_network`.
+      alpha: as in `adapter_scale`.
     """
     tensors = store.open_tensors(file)
     if (face := open_face(file, tensors)) is not None:
         return face
     prefix = common_prefix(tensors)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    found = identify(tensors)
-    if found is None:
+    identified = identify(tensors)
+    if identified is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
         raise UserError(
-            f"{file}: its tensors ({names}, ...) are of no network of this project; give one of {', '.join(FAMILIES)}, {FACE}"
+            f"{file}: its tensors ({names}, ...) are of no network of this project; give one of "
+            f"{', '.join(FAMILIES)}, {FACE}"
         )
-    part, layout = found
+    part, layout = identified
     if part == ADAPTER:
         return open_adapter(file, alpha)
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    alone = (
-        part == "text_encoder" and layout == "transformers" and not beside.is_file()
-    )  # one file, as ComfyUI has it
+    # ComfyUI distributes the text encoder as a single file.
+    alone = part == "text_encoder" and layout == "transformers" and not beside.is_file()
     if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
         with naming(beside):
             config = family.table.config_from_json(values)
-        if CLASSES.get(str(named)) != part:  # such as a class that holds this network among others
+        if CLASSES.get(str(named)) != part:  # such as a class that contains this network
             values = family.table.config_to_json(config)
     else:
         if part == TRANSFORMER and layout == "original" and beside.is_file():
@@ -151,7 +166,10 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
 
 
 def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
-    """A face network: a file as deepface, insightface or CurricularFace publish it, or the store of one; None for another."""
+    """Open a face network, as published by deepface, insightface or CurricularFace, or as a store.
+
+    None for another network.
+    """
     beside = file.parent / "config.json"
     stored = rules.is_stored(tensors) and beside.is_file()
     if stored:
@@ -170,7 +188,7 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
             "config": json.loads(json.dumps(dataclasses.asdict(config))),
             "name": name,
         }
-    table, shapes = faces.with_bystanders(values["architecture"], config, tensors)
+    table, shapes = faces.with_unused_tensors(values["architecture"], config, tensors)
     return Network(
         part=FACE,
         layout="store" if stored else "original",
@@ -183,23 +201,23 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
     )
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def open_checkpoint(
     path: str | Path, kind: str | None = None, alpha: float | None = None
 ) -> Checkpoint:
-    """Open what `path` holds: a pipeline or some networks of one, an adapter, or a face network.
+    """Open a pipeline or some of its networks, an adapter, or a face network.
 
     Args:
       path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of
-        a run, which means its adapter.
-      kind: what the user says the transformer is. Phantom needs it, since its tensors are plain
-        Wan's, unless a store says so.
-      alpha: of an adapter that does not state its own.
+        a run, which stands for its adapter.
+      kind: kind of the transformer. Required for Phantom unless the store states it, because its
+        tensors are plain Wan's.
+      alpha: alpha of an adapter that does not state it.
 
     Raises:
-      UserError: `path` holds anything else, or something that is damaged or not supported.
+      UserError: `path` holds something else, or something damaged or unsupported.
     """
     path = Path(path)
     path = checkpoint_place(path) if (path / INDEX).is_file() else adapter_place(path)
@@ -216,7 +234,8 @@ def open_checkpoint(
         for part, network in zip(FAMILIES, networks, strict=True):
             if network.part != part:
                 raise UserError(
-                    f"{network.source}: holds a {network.part}, not the {part}; get the pipeline again"
+                    f"{network.source}: holds a {network.part}, not the {part}; get the pipeline "
+                    "again"
                 )
     else:
         kind = _stated_kind(path, kind)
@@ -224,28 +243,30 @@ def open_checkpoint(
         if not networks:
             store.refuse_foreign(path)
             raise UserError(
-                f"{path}: no {INDEX} in it, and no weights; it is no diffusers folder, original folder, adapter or store"
+                f"{path}: no {INDEX} in it, and no weights; give a diffusers folder, original "
+                "folder, adapter or store"
             )
-    found: dict[str, Network] = {}
+    by_part: dict[str, Network] = {}
     for network in networks:
-        if network.part in found:
-            first = found[network.part].source
+        if network.part in by_part:
+            first = by_part[network.part].source
             raise UserError(
-                f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; give one file, or keep one"
+                f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; "
+                "give one file, or keep one"
             )
-        found[network.part] = network
+        by_part[network.part] = network
     scheduler = path / "scheduler"
     return Checkpoint(
         path=path,
-        networks=found,
-        kind=_kind(found[TRANSFORMER], kind) if TRANSFORMER in found else None,
-        tokenizer=None if set(ALONE) & set(found) else tokenizer_folder(path),
+        networks=by_part,
+        kind=_kind(by_part[TRANSFORMER], kind) if TRANSFORMER in by_part else None,
+        tokenizer=None if set(STANDALONE) & set(by_part) else tokenizer_folder(path),
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
     )
 
 
 def _refuse_two_transformers(path: Path) -> None:
-    """Raise a UserError for Wan 2.2: of its two transformers, one alone makes garbage."""
+    """Raise a UserError for Wan 2.2, whose two transformers do not work separately."""
     values = store.read_json(path / INDEX) if (path / INDEX).is_file() else {}
     second = [name for name in values.get("transformer_2") or [] if name is not None]
     folders = ("transformer_2", "high_noise_model", "low_noise_model")
@@ -255,16 +276,21 @@ def _refuse_two_transformers(path: Path) -> None:
         or any((path / name).is_dir() for name in folders)
     ):
         raise UserError(
-            f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its checkpoints"
+            f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its "
+            "checkpoints"
         )
     if values.get("expand_timesteps"):
         raise UserError(
-            f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of its checkpoints"
+            f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of "
+            "its checkpoints"
         )
 
 
 def tokenizer_folder(path: Path) -> Path | None:
-    """The folder with a tokenizer in a checkpoint of any layout: `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself."""
+    """Find the folder with the tokenizer in a checkpoint of any layout.
+
+    It is `tokenizer/`, `google/umt5-xxl/`, or the checkpoint itself.
+    """
     path = checkpoint_place(path)
     places = (
         file.parent
@@ -275,7 +301,16 @@ def tokenizer_folder(path: Path) -> Path | None:
 
 
 def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
-    """One part of the pipeline at `path`, a folder of any layout; the others are not looked at, if they can be told apart."""
+    """Open one part of the pipeline at `path`, and no other if they are in separate folders.
+
+    Args:
+      path: a folder of any layout.
+      part: transformer, vae or text_encoder.
+      kind: as in `open_network`.
+
+    Raises:
+      UserError: the part is missing or cannot be read.
+    """
     path = checkpoint_place(path)
     if part == TRANSFORMER:
         _refuse_two_transformers(path)
@@ -286,16 +321,16 @@ def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
                 f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
             )
         return network
-    found = open_checkpoint(path, kind).networks
-    if part not in found:
+    networks = open_checkpoint(path, kind).networks
+    if part not in networks:
         raise UserError(
-            f"{path}: holds {', '.join(found)}, no {part}; give the folder of a whole pipeline"
+            f"{path}: holds {', '.join(networks)}, no {part}; give the folder of a whole pipeline"
         )
-    return found[part]
+    return networks[part]
 
 
 def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
-    """`checkpoint` with what it lacks taken from `other`, as Phantom takes the VAE and the text encoder of Wan."""
+    """Take the missing parts of `checkpoint` from `other`, such as Wan's VAE for Phantom."""
     return dataclasses.replace(
         checkpoint,
         networks={**other.networks, **checkpoint.networks},
@@ -304,31 +339,33 @@ def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     )
 
 
-def _stated_kind(path: Path, asked: str | None) -> str | None:
-    """What the user or the store says; UserError when both do and differ."""
+def _stated_kind(path: Path, stated: str | None) -> str | None:
+    """Return the kind that the user (`stated`) or the store states; UserError if they differ."""
     file = path / STORE
     if not file.is_file():
-        return asked
+        return stated
     values = store.read_json(file)
-    stated = values.get("kind")
+    stored = values.get("kind")
     if values.get("version") != STORE_VERSION:
         raise UserError(
-            f"{file}: is a store of version {values.get('version')!r}, this program reads {STORE_VERSION}; import it again"
+            f"{file}: is a store of version {values.get('version')!r}, this program reads "
+            f"{STORE_VERSION}; import it again"
         )
-    if stated not in (None, *KINDS):
+    if stored not in (None, *KINDS):
         raise UserError(
-            f"{file}: kind is {stated!r}, not one of {', '.join(KINDS)}; import it again"
+            f"{file}: kind is {stored!r}, not one of {', '.join(KINDS)}; import it again"
         )
-    if asked is not None and stated is not None and asked != stated and "vace" in (asked, stated):
-        raise UserError(f"{path}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}")
-    return asked or stated
+    differ = stated is not None and stored is not None and stated != stored
+    if differ and "vace" in (stated, stored):
+        raise UserError(f"{path}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}")
+    return stated or stored
 
 
-def _kind(transformer: Network, asked: str | None) -> str:
-    """vace, wan or phantom; `asked` may narrow wan to phantom."""
-    found = "wan" if transformer.config.vace_layers is None else "vace"
-    if asked is not None and (asked == "vace") != (found == "vace"):
+def _kind(transformer: Network, stated: str | None) -> str:
+    """Return vace, wan or phantom; only the stated kind distinguishes phantom from wan."""
+    detected = "wan" if transformer.config.vace_layers is None else "vace"
+    if stated is not None and (stated == "vace") != (detected == "vace"):
         raise UserError(
-            f"{transformer.source}: {KIND_MISMATCH[asked == 'vace'].format(asked=asked)}"
+            f"{transformer.source}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}"
         )
-    return asked or found
+    return stated or detected

@@ -13,10 +13,9 @@ from checkpoints_convert.network import Network, ours
 
 
 def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> Iterator[str]:
-    """Yield a sentence per tensor that differs in presence, shape, dtype or bits; also for configs.
+    """Yield a sentence per config, and per tensor whose presence, shape, dtype or bits differ.
 
-    Tensors have the names of the files. Where those differ, it is the first file's name, with the
-    second's behind it.
+    Tensors are named as in the files. If the names differ, the name in the second file follows.
     """
     sides = (left, right)
     for part in sorted(set(left) | set(right)):

@@ -1,15 +1,15 @@
-"""dlib's files of networks (`.dat`), read without dlib and without running anything in them.
+"""Read dlib's files of networks (`.dat`) without dlib and without running anything in them.
 
     integer   a byte with the sign (highest bit) and the number of bytes; then these, lowest first
     float     two integers: mantissa and exponent of 2
     text      its length as an integer, then its bytes
     flag      the character 0 or 1
     tensor    the version 2, four sizes, float32 numbers
-    alias     the version 1, four sizes: how a part of a tensor is to be seen
+    alias     the version 1, four sizes: a view of a part of a tensor
 
 A network is the loss, then the version numbers of all its layers from the last to the first, then
-the layers from the first to the last: 2 and 3 (the first one, with the input) are layers, 1 is a
-tag that later layers refer to. A size that goes beyond the end of the file is an error.
+the layers from the first to the last. Versions 2 and 3 (the first one, with the input) are layers,
+1 is a tag that later layers refer to. A size that goes beyond the end of the file is an error.
 Sources: davisking/dlib `dlib/serialize.h`, `dlib/float_details.h`, `dlib/dnn/core.h`,
 `dlib/dnn/layers.h`.
 """
@@ -30,7 +30,7 @@ TAG, LAYER, FIRST = 1, 2, 3  # versions: of a tag or skip, of a layer, of the la
 
 
 class _Damaged(Exception):
-    """What is wrong with a file."""
+    """Description of a fault of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """tensors: by kind of layer, its number among these, and part, as in `con.0.filters`.
+    """A network of dlib.
 
-    layers: from the input to the loss.
-
-    mean: of red, green and blue, which the input layer subtracts. side: of the input in pixels.
+    Attributes:
+      tensors: tensors by kind of layer, number of the layer in its kind, and part, as in
+        `con.0.filters`.
+      layers: layers from the input to the loss.
+      mean: mean of red, green and blue, which the input layer subtracts.
+      side: height and width of the input in pixels.
     """
 
     tensors: dict[str, np.ndarray]
@@ -57,7 +60,7 @@ class Network:
 
 
 def is_dat(start: bytes) -> bool:
-    """Whether a file with these first nine bytes is a network of dlib: 1, then the name of a loss."""
+    """Return whether a file with these first nine bytes is a network of dlib."""
     return start[:3] == b"\x01\x01\x01" and start[4:9] == b"loss_"
 
 
@@ -80,12 +83,12 @@ def open_file(path: Path) -> Network:
         return _Reader(data).network()
     except _Damaged as error:
         raise UserError(
-            f"{path}: is no whole network of dlib ({error}); get the file again"
+            f"{path}: is no complete network of dlib ({error}); get the file again"
         ) from error
 
 
 class _Reader:
-    """Takes a file apart from its beginning to its end."""
+    """Parse a file from its beginning to its end."""
 
     def __init__(self, data: bytes):
         self.data, self.at = memoryview(data), 0
@@ -148,19 +151,25 @@ class _Reader:
         return np.frombuffer(self.take(4 * count), "<f4")
 
     def parts(self, name: str, values: np.ndarray, *parts: str) -> None:
-        """Cut a tensor into the aliases that follow it in the file; keep those that are not empty."""
+        """Cut a tensor into the aliases that follow it in the file; skip empty aliases.
+
+        Args:
+          name: kind of the layer and its number in this kind.
+          values: values of the tensor.
+          parts: names of the aliases.
+        """
         begin = 0
         for part in parts:
             self.version(1)
             sides = self.shape()
             count = math.prod(sides)
             if begin + count > values.size:
-                raise _Damaged(f"{name}.{part} has more than its {values.size - begin} numbers")
+                raise _Damaged(f"{name}.{part} has more than {values.size - begin} numbers")
             if count:
                 self.tensors[f"{name}.{part}"] = values[begin : begin + count].reshape(sides)
             begin += count
         if begin != values.size:
-            raise _Damaged(f"{name} has {values.size - begin} numbers of no use")
+            raise _Damaged(f"{name} has {values.size - begin} unused numbers")
 
     def convolution(self, name: str) -> list[int]:
         values, numbers = self.tensor(), self.integers(7)
@@ -180,7 +189,7 @@ class _Reader:
         return numbers
 
     def rates(self) -> None:
-        """Pass over the four multipliers of training."""
+        """Skip the four multipliers of training."""
         for _ in range(4):
             self.real()
 

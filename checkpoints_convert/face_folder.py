@@ -1,9 +1,9 @@
-"""The folder of networks that `--reward.faces` takes, made of downloaded files.
+"""Make the folder of networks for `--reward.faces` from downloaded files.
 
-A folder holds `detector`, `embedder` and, if there is one, `judge`, each as tensors and a JSON file
-that says what the network is, where the landmarks lie in its crops, and which cosines the reward is
-to use with it. Files of PyTorch are read by `pth`, ONNX by `onnx`, dlib's by `dlib_dat`: none of
-them is run. A graph in a file must be the published one, since only its weights are taken over.
+A folder holds `detector`, `embedder` and optionally `judge`. Each is a file of tensors and a JSON
+file with the architecture, the positions of landmarks in its crops, and the cosines for the reward.
+Files of PyTorch are read by `pth`, ONNX by `onnx`, dlib's by `dlib_dat`; nothing in them is run. A
+graph in a file must be the published one, since only its weights are used.
 """
 
 import collections
@@ -35,7 +35,7 @@ GRAPHS = {  # how often an operation is in a published graph
 }
 
 # fmt: off
-DLIB_CENTRE = (  # mean of dlib's embeddings of 346 drawn people of `synthetic`; see `centred`
+DLIB_CENTRE = (  # mean of dlib's embeddings of 346 synthetic people; see `centred`
     -0.089, 0.0307, 0.0706, -0.0517, -0.0911, -0.0215, -0.0743, -0.0683, 0.1399, -0.112, 0.1647,
     -0.0463, -0.2047, 0.0198, -0.0428, 0.1649, -0.1579, -0.1116, -0.1143, -0.0718, 0.0231, 0.0513,
     0.0383, 0.0386, -0.147, -0.2868, -0.0984, -0.0818, 0.024, -0.0564, -0.0011, 0.0886, -0.1277,
@@ -53,17 +53,17 @@ DLIB_CENTRE = (  # mean of dlib's embeddings of 346 drawn people of `synthetic`;
 
 
 def centred(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """dlib's tensors with a bias of its last layer that moves the mean face to zero.
+    """Add a bias to dlib's last layer that moves the mean embedding to zero.
 
-    All raw embeddings point one way: strangers have a cosine of 0.83, photos of one person 0.96.
-    The mean of drawn faces is that of photographs up to an angle of 13 degrees, and no photograph
-    goes into it.
+    All raw embeddings point in one direction: the cosine of two people is 0.83, that of two photos
+    of one person 0.96. The mean over synthetic faces is within 13 degrees of the mean over
+    photographs, and depends on no photograph.
     """
     return {**tensors, "fc.0.biases": -np.asarray(DLIB_CENTRE, np.float32)[None, :, None, None]}
 
 
 def _of_onnx(path: Path) -> tuple[dict[str, np.ndarray], onnx.Graph]:
-    """The tensors of a graph that are weights of its operations."""
+    """Read a graph, and those of its tensors that are weights of operations."""
     graph = onnx.open_file(path)
     names = {name for node in graph.nodes if node.op in WEIGHTED for name in node.inputs[1:]}
     return {name: tensor for name, tensor in graph.tensors.items() if name in names}, graph
@@ -72,7 +72,7 @@ def _of_onnx(path: Path) -> tuple[dict[str, np.ndarray], onnx.Graph]:
 def _convolutions(
     config: YuNetConfig | SFaceConfig, tensors: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int, int, int]]:
-    """(stride, padding, groups) of each published convolution, by the name of its weight."""
+    """Map the weight of each published convolution to (stride, padding, groups)."""
     halving = (
         ["420"]
         if isinstance(config, YuNetConfig)
@@ -95,7 +95,19 @@ def _check_graph(
     tensors: Mapping[str, np.ndarray],
     graph: onnx.Graph,
 ) -> None:
-    """UserError if the operations of a graph are not those of the published network."""
+    """Check that the operations of a graph are those of the published network.
+
+    Args:
+      path: the file, for messages.
+      name: name of the network, for messages.
+      architecture: name of the architecture.
+      config: configuration of the network.
+      tensors: weights of the operations.
+      graph: the graph.
+
+    Raises:
+      UserError: the operations differ.
+    """
     other = UserError(
         f"{path}: has the tensors of {name}, but another graph; give the published file"
     )
@@ -109,13 +121,13 @@ def _check_graph(
             stride, pad, groups = convolutions.pop(
                 node.inputs[1] if len(node.inputs) > 1 else "", (0, 0, 0)
             )
-            wanted = {
+            expected = {
                 "strides": (stride,) * 2,
                 "pads": (pad,) * 4,
                 "group": groups,
                 "dilations": (1, 1),
             }
-            if any(attributes.get(key) != value for key, value in wanted.items()):
+            if any(attributes.get(key) != value for key, value in expected.items()):
                 raise other
         elif node.op == "BatchNormalization":
             epsilon = TAIL_EPSILON if node.outputs[:1] in (("bn1",), ("fc1",)) else EPSILON
@@ -128,7 +140,7 @@ def _check_graph(
 
 
 def _check_layers(path: Path, config: DlibResNetConfig, network: dlib_dat.Network) -> None:
-    """UserError if the layers of dlib's file are not those of the published network."""
+    """Raise a UserError if the layers of dlib's file are not those of the published network."""
     expected = [
         ("con", config.stem, 7, 7, 2, 2, 0, 0),
         ("affine", 0),
@@ -162,12 +174,17 @@ def _check_layers(path: Path, config: DlibResNetConfig, network: dlib_dat.Networ
         or not np.allclose(network.mean, MEAN, atol=1e-4)
     ):
         raise UserError(
-            f"{path}: holds a network of dlib with other layers than its face recognition ResNet; give the published file"
+            f"{path}: holds a network of dlib with other layers than its face recognition ResNet; "
+            "give the published file"
         )
 
 
 def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
-    """Name for people, architecture, configuration and tensors of a file with the published graph."""
+    """Open a file with a published graph.
+
+    Returns:
+      (name for messages, architecture, configuration, tensors).
+    """
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -183,7 +200,8 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
         name, architecture, config = faces.recognise(tensors, str(path))
         if architecture not in GRAPHS:
             raise UserError(
-                f"{path}: has the tensors of {name} in ONNX; give the file that the library downloads"
+                f"{path}: has the tensors of {name} in ONNX; give the file that the library "
+                "downloads"
             )
         _check_graph(path, name, architecture, config, tensors, graph)
     elif dlib_dat.is_dat(start):
@@ -198,7 +216,7 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
 
 
 def _settings(architecture: str, config: Any) -> dict[str, Any]:
-    """What the JSON of a published network says beside its configuration."""
+    """Return the fields of a published network's JSON other than its configuration."""
     if architecture in faces.DETECTORS:
         return {"max_faces": faces.FACES, "threshold": THRESHOLDS[architecture]}
     template = [
@@ -217,15 +235,20 @@ def _settings(architecture: str, config: Any) -> dict[str, Any]:
 
 
 def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
-    """(name for people, what the JSON says, checked tensors) of a downloaded file."""
+    """Read a downloaded file.
+
+    Returns:
+      (name for messages, content of the JSON file, checked tensors).
+    """
     name, architecture, config, tensors = _open(path)
     unit = tensors.pop(faces.UNIT_SCALE, None)
     if unit is not None and not np.all(np.asarray(unit) == 1.0):
         raise UserError(
-            f"{path}: {faces.UNIT_SCALE} is not all ones, which the published networks hold it at; give the published file"
+            f"{path}: {faces.UNIT_SCALE} is not all ones as in the published networks; give the "
+            "published file"
         )
     parameters = faces.abstract(architecture, config)
-    found = rules.match(
+    matched = rules.match(
         rules.expand(faces.table(architecture, config, parameters), parameters), tensors, str(path)
     )
     values: dict[str, Any] = {
@@ -234,7 +257,7 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
         "source": path.name,
     }
     values |= _settings(architecture, config)
-    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in found.items()}
+    return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in matched.items()}
 
 
 def write_folder(
@@ -244,17 +267,20 @@ def write_folder(
     judge: Path | None,
     texts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Make the folder of a face stack of downloaded files -> the name of each network by its part.
+    """Make the folder of a face stack from downloaded files.
 
     Args:
-      destination: the folder; an earlier one of this kind is replaced.
+      destination: the folder; an existing folder of this kind is replaced.
       detector: file of RetinaFace or YuNet.
       embedder: file of ArcFace, Facenet, IResNet, IR-101, SFace or dlib's ResNet.
-      judge: as `embedder`; it measures and never serves as reward.
+      judge: as `embedder`; it is used for evaluation but never as a reward.
       texts: further files of the folder by name, such as licences.
 
+    Returns:
+      The name of each network by its part.
+
     Raises:
-      UserError: a file is missing, damaged, or of another network; nothing is left then.
+      UserError: a file is missing, damaged, or of another network; nothing is written then.
     """
     parts = {
         "detector": detector,
@@ -267,9 +293,8 @@ def write_folder(
         for part, path in parts.items():
             names[part], values, tensors = _published(path)
             if (values["architecture"] in faces.DETECTORS) != (part == "detector"):
-                raise UserError(
-                    f"--{part} {path}: holds {names[part]}; give {'a detector' if part == 'detector' else 'an embedder'}"
-                )
+                kind = "a detector" if part == "detector" else "an embedder"
+                raise UserError(f"--{part} {path}: holds {names[part]}; give {kind}")
             if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
                 raise UserError(f"{path}: holds NaN or infinite values; get the file again")
             store.write_file(new / f"{part}.safetensors", tensors)

@@ -1,4 +1,4 @@
-"""Tell files that hold no readable weights by their first bytes, with what to do about each."""
+"""Identify files without readable weights by their first bytes, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 
 from jax_idgrpo.errors import UserError
 
-START = 512  # bytes that are looked at
+START = 512  # bytes that are examined
 READ = "get its safetensors or .pth file"
 FACE_FILES = (
     "face networks are read from deepface's .pth files and insightface's or CurricularFace's "
     "backbone.pth"
 )
 GRAPHS = "YuNet, SFace and dlib's ResNet are read by idgrpo-convert faces"
-UNFINISHED = (
-    ".aria2",
-    ".part",
-    ".partial",
-    ".crdownload",
-    ".incomplete",
-    ".!qB",
-)  # of names of downloads under way
+# Suffixes of unfinished downloads.
+UNFINISHED = (".aria2", ".part", ".partial", ".crdownload", ".incomplete", ".!qB")
 JSON = rb"\s*[{\[]"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileType:
-    """A kind of file: a pattern that its start matches, what it is, and the remedy."""
+    """A kind of file.
+
+    Attributes:
+      pattern: regular expression for the first bytes.
+      name: description of the file.
+      remedy: what to do.
+    """
 
     pattern: bytes
     name: str
@@ -42,7 +42,7 @@ TYPES = (
         "get the bfloat16 or float32 safetensors file",
     ),
     FileType(rb"\x89HDF\r\n\x1a\n", "an HDF5 file (such as a Keras .h5)", f"{READ}; {FACE_FILES}"),
-    # A ModelProto starts with ir_version, then comes the producer, the domain or the graph.
+    # A ModelProto starts with ir_version; the producer, the domain or the graph follows.
     FileType(
         rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]",
         "an ONNX file",
@@ -72,7 +72,11 @@ TYPES = (
 
 
 def start_of(path: Path) -> bytes:
-    """Read the first bytes of a file. UserError when it cannot be read."""
+    """Read the first bytes of a file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return file.read(START)
@@ -86,19 +90,22 @@ def is_safetensors(start: bytes) -> bool:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether a file is a download under way, by its name or aria2's file beside it."""
+    """Return whether a file is an unfinished download, by its name or by aria2's file beside it."""
     return path.suffix in UNFINISHED or path.with_name(f"{path.name}.aria2").exists()
 
 
 def complaint(path: Path) -> str | None:
-    """Name a file that holds no readable weights, with the remedy.
+    """Describe a file that holds no readable weights, with the remedy.
 
-    None for a file of safetensors or of `torch.save`, whole or damaged. UserError when the file
-    cannot be read.
+    Returns:
+      The description; None for a file of safetensors or of `torch.save`, complete or damaged.
+
+    Raises:
+      UserError: the file cannot be read.
     """
     start = start_of(path)
     if is_unfinished(path):
-        return "is an unfinished download; let the program that fetches it go on to its end"
+        return "is an unfinished download; wait until the download ends"
     if not start:
         return "is empty; get the file again"
     if is_safetensors(start):
@@ -112,6 +119,6 @@ def complaint(path: Path) -> str | None:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise a UserError for a file that is something else than weights."""
+    """Raise a UserError for a file that holds no readable weights."""
     if (what := complaint(path)) is not None:
         raise UserError(f"{path}: {what}")

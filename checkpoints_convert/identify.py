@@ -1,4 +1,4 @@
-"""Tell which network a file holds, and in which layout, by the names of its tensors."""
+"""Identify the network and the layout of a file by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,28 @@ KINDS = ("vace", "wan", "phantom")
 TRANSFORMER = "transformer"
 ADAPTER = "adapter"
 FACE = "face"
-ALONE = (ADAPTER, FACE)  # what is no part of a pipeline
+STANDALONE = (ADAPTER, FACE)  # networks that are no part of a pipeline
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One kind of network: its table, its module, and the names of its weights in the published folders, less the suffix."""
+    """One kind of network.
+
+    Attributes:
+      table: module with the table of names.
+      build: makes the network from its config.
+      published: layout of the diffusers folder in `table`.
+      weights: name of the weights in the diffusers folder, without suffix.
+      original: name of the weights in the original folder.
+      ignored: prefixes of further tensors in published files.
+    """
 
     table: ModuleType
     build: Callable[[Any], nnx.Module]
-    published: str  # of the layout that its table calls by its default
+    published: str
     weights: str
     original: str
-    ignored: tuple[str, ...] = ()  # starts of names that published files hold beside the network
+    ignored: tuple[str, ...] = ()
 
 
 FAMILIES = {
@@ -67,31 +76,38 @@ CLASSES = {  # class named by a config.json of the diffusers layout -> part
 }
 BLOCK = r"(vace_)?blocks\.\d+\."
 # fmt: off
-SIGNS = {  # names that only this network has in this layout; the layout with the most of them is what a file is in
-    (TRANSFORMER, "diffusers"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
-    (TRANSFORMER, "original"): rf"(time_embedding|time_projection|text_embedding|head)\.|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
-    (TRANSFORMER, "store"): rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
-    ("vae", "diffusers"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("vae", "original"): r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
-    ("vae", "store"): r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)|(post_)?quant_conv\.",
-    ("text_encoder", "transformers"): r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
-    ("text_encoder", "original"): r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
-    ("text_encoder", "store"): r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
+# Patterns of names that only one network has, in one layout. The most frequent pattern decides.
+SIGNS = {
+    (TRANSFORMER, "diffusers"):
+        rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.net\.|scale_shift_table)",
+    (TRANSFORMER, "original"):
+        r"(time_embedding|time_projection|text_embedding|head)\."
+        rf"|{BLOCK}(self_attn\.|cross_attn\.|modulation)",
+    (TRANSFORMER, "store"):
+        rf"condition_embedder\.|{BLOCK}(attn[12]\.|ffn\.linear_|scale_shift_table)",
+    ("vae", "diffusers"):
+        r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)"
+        r"|(post_)?quant_conv\.",
+    ("vae", "original"):
+        r"(en|de)coder\.(conv1|middle|downsamples|upsamples|head)\.",
+    ("vae", "store"):
+        r"(en|de)coder\.(conv_|norm_out|mid_block\.|down_blocks\.|up_blocks\.)"
+        r"|(post_)?quant_conv\.",
+    ("text_encoder", "transformers"):
+        r"encoder\.(block|final_layer_norm|embed_tokens)\.|shared\.",
+    ("text_encoder", "original"):
+        r"token_embedding\.|blocks\.\d+\.(attn\.|pos_embedding\.|ffn\.(gate|fc)|norm[12]\.)",
+    ("text_encoder", "store"):
+        r"embedding$|blocks\.\d+\.(attention\.|ffn\.(gate|up|down)\.|norm[12]\.scale)",
 }
 # fmt: on
 IMAGE_TO_VIDEO = r"^img_emb\.|\.k_img\.|^condition_embedder\.image_embedder\.|\.add_k_proj\."
-# What DDP, FSDP, compiled modules and ComfyUI put before every name.
-PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "model.",
-    "diffusion_model.",
-    "transformer.",
-)
+# Prefixes that DDP, FSDP, compiled modules and ComfyUI add to every name.
+PREFIXES = ("module.", "_orig_mod.", "model.", "diffusion_model.", "transformer.")
 
 
 def identify(names: Iterable[str]) -> tuple[str, str] | None:
-    """(part, layout) of a file with these tensors; None when they are of no network of this project."""
+    """Return (part, layout) of a file with these tensors; None for no network of this project."""
     names = list(names)
     if any(".lora_" in name or re.search(lora.LYCORIS, name) for name in names):
         return ADAPTER, "peft"
@@ -112,7 +128,7 @@ def refuse_others(names: Iterable[str]) -> None:
         raise ValueError(wan.NO_IMAGE_TO_VIDEO)
     if any(name.startswith(("ema.", "ema_model.")) for name in names):
         raise ValueError(
-            "holds an average of the weights (ema.) beside them; save one of the two alone"
+            "holds an average of the weights (ema.) beside them; save only one of the two"
         )
     stacks = {name.split(".")[0] for name in names}
     if "vace_blocks" in stacks and "blocks" not in stacks:
@@ -122,9 +138,9 @@ def refuse_others(names: Iterable[str]) -> None:
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """Return what stands before every name of a known network, such as `model.diffusion_model.`.
+    """Return the common prefix of the names of a known network, such as `model.diffusion_model.`.
 
-    It is empty where nothing does, or where the rest is no known network.
+    The prefix is empty if there is none, or if the names without it are of no known network.
     """
     rest, start = list(names), ""
     while rest and identify(rest) is None:

@@ -1,8 +1,9 @@
-"""LoRA adapters of the Wan transformer: PEFT names against our `lora_a`, `lora_b` leaves.
+"""Define the names of LoRA adapters of the Wan transformer in PEFT and in diffusers.
 
-y = W x + b + (alpha / R) B (A x); torch stores A [R, in] and B [out, R], we store both transposed. A PEFT directory holds
-`adapter_config.json` and `adapter_model.safetensors`, whose names start with `base_model.model.`; diffusers LoRA files start
-with `transformer.`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
+y = W x + b + (alpha / R) B (A x). torch stores A [R, in] and B [out, R]; our leaves `lora_a` and
+`lora_b` are both transposed. A PEFT directory holds `adapter_config.json` and
+`adapter_model.safetensors`, with names that start with `base_model.model.`. Names in LoRA files of
+diffusers start with `transformer.`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ PEFT_PREFIX = "base_model.model."
 DIFFUSERS_PREFIX = "transformer."
 PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-HEADER = "lora_adapter_metadata"  # where diffusers keeps rank and alpha inside a safetensors file
-ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # where other programs keep alpha there
+HEADER = "lora_adapter_metadata"  # diffusers' header field for rank and alpha
+ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # other programs' header fields for alpha
 STACKS = ("blocks", "vace_blocks")
 MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_[AB]\.weight$"
 CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
 LYCORIS = r"(^|\.)(lokr|hada|oft|boft|glora)_|^lycoris_"
 
-# A pattern in any name of an adapter file, what the file is, and the remedy; the first found counts.
+# A pattern in any name of an adapter file, what the file is, and the remedy; first match counts.
 FOREIGN = (
     (LYCORIS, "is a LyCORIS adapter such as LoKr or LoHa, not a LoRA", "train a plain LoRA"),
     (
@@ -80,11 +81,11 @@ FOREIGN = (
     (
         r"^text_encoder(_\d)?\.",
         "also adapts a text encoder",
-        "write the transformer's adapter alone",
+        "write only the transformer's adapter",
     ),
 )
 
-UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, with the value that does not
+UNSUPPORTED = {  # fields of adapter_config.json for variants of LoRA, with the accepted values
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_rslora": (False, None),
@@ -101,9 +102,11 @@ UNSUPPORTED = {  # fields of adapter_config.json that change the mathematics, wi
 
 
 def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
-    """The adapter of every attention projection: q, k, v, out of both attentions, in the given stacks of blocks.
+    """List the rules of the adapters of q, k, v and out of both attentions.
 
-    stacks: `wan.block_stacks(config)`, or `stacks_of` what a file holds. prefix: what the torch names start with.
+    Args:
+      stacks: stacks of blocks, from `wan.block_stacks` or `stacks_of`.
+      prefix: prefix of torch's names.
     """
     return [
         Rule(
@@ -118,22 +121,25 @@ def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
 
 
 def prefix(names: Iterable[str]) -> str:
-    """What the names of an adapter file start with: PEFT's prefix, diffusers', or nothing."""
+    """Return the prefix of the names of an adapter file: PEFT's, diffusers', or ""."""
     first = next((name for name in names if ".lora_" in name), "")
     return next((start for start in PREFIXES if first.startswith(start)), "")
 
 
 def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
-    """The stacks of blocks that an adapter file names."""
-    found = {name.removeprefix(prefix).split(".")[0] for name in names}
-    return tuple(stack for stack in STACKS if stack in found)
+    """Return the stacks of blocks that an adapter file names."""
+    named = {name.removeprefix(prefix).split(".")[0] for name in names}
+    return tuple(stack for stack in STACKS if stack in named)
 
 
 def complaint(tensors: Mapping[str, Any]) -> str | None:
-    """Say why an adapter file cannot be read, with the remedy.
+    """Explain why an adapter file cannot be read, with the remedy.
 
-    None where it is a LoRA of every attention projection. tensors: name -> anything with `shape`;
-    those without axes are passed over.
+    Args:
+      tensors: name -> anything with `shape`; scalars are ignored.
+
+    Returns:
+      The explanation; None for a LoRA of every attention projection.
     """
     for pattern, what, remedy in FOREIGN:
         if any(re.search(pattern, name) for name in tensors):
@@ -151,21 +157,24 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
     if len(starts) > 1:
         return f"has names that start with {starts[0]!r} and with {starts[1]!r}; give one adapter"
     if others := sorted(set(names) - set(matrices)):
-        return f"holds {_listed(others)} beside the LoRA; save the LoRA alone"
+        return f"holds {_listed(others)} beside the LoRA; save only the LoRA"
     modules = {match["module"] for match in matrices.values()}
     known = {torch for _, torch, _ in wan.ATTENTION}
     if more := sorted(modules - known):
         what = f"also adapts {_listed(more)}, and only adapters of attention projections are read"
         return f"{what}; merge it into its base"
     if missing := sorted(known - modules):
-        return f"does not adapt {_listed(missing)}, and only adapters of all attention projections are read"
+        return (
+            f"does not adapt {_listed(missing)}, and only adapters of all attention projections "
+            "are read"
+        )
     if len(ranks) > 1:
         return f"has modules of ranks {_listed(ranks)}, and only adapters of one rank are read"
     return None
 
 
 def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
-    """Count (widths of the network, blocks of each stack) that an adapter is for."""
+    """Return (widths, blocks of each stack) of the network that an adapter is made for."""
     heights = dict.fromkeys(STACKS, 0)
     widths = set()
     for name, tensor in tensors.items():
@@ -176,7 +185,7 @@ def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
 
 
 def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
-    """Say why a readable adapter is not of this transformer; None where the sizes agree."""
+    """Explain why a readable adapter does not fit this transformer; None if the sizes agree."""
     widths, heights = sizes(tensors)
     vace = len(config.vace_layers or ())
     if widths != {config.width}:
@@ -198,7 +207,7 @@ def _listed(items: Iterable[Any]) -> str:
 
 
 def number(value: Any) -> float:
-    """Return alpha as a number. ValueError when it is none."""
+    """Convert alpha to a number; ValueError if it is no finite number."""
     try:
         alpha = float(value)
     except (TypeError, ValueError):
@@ -209,13 +218,13 @@ def number(value: Any) -> float:
 
 
 def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:
-    """`adapter_config.json` -> (rank, alpha). ValueError for a variant of LoRA that this project does not compute."""
+    """Read (rank, alpha) of an `adapter_config.json`; ValueError for an unsupported variant."""
     refuse_variants(values)
     return int(values["r"]), number(values["lora_alpha"])
 
 
 def refuse_variants(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the config of a variant of LoRA that this project does not compute."""
+    """Raise a ValueError for the config of an unsupported variant of LoRA."""
     for name, accepted in UNSUPPORTED.items():
         if values.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{name} is {values[name]!r}, only plain LoRA is supported")
@@ -227,7 +236,7 @@ def fields_of_header(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def header(rank: int, alpha: float) -> dict[str, str]:
-    """The header of a diffusers LoRA file, without which diffusers takes alpha for the rank."""
+    """Make the header of a diffusers LoRA file; without it, diffusers sets alpha to the rank."""
     fields = {
         name: value
         for name, value in config_to_json(rank, alpha).items()
@@ -241,7 +250,7 @@ def header(rank: int, alpha: float) -> dict[str, str]:
 
 
 def config_to_json(rank: int, alpha: float) -> dict[str, Any]:
-    """The `adapter_config.json` that peft loads onto diffusers' transformer."""
+    """Make the `adapter_config.json` that peft loads onto diffusers' transformer."""
     return {
         "base_model_name_or_path": None,
         "bias": "none",

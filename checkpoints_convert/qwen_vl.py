@@ -1,7 +1,8 @@
-"""Qwen2.5-VL with a reward head: names of transformers against our parameter paths, in both of its spellings.
+"""Define the names of Qwen2.5-VL with a reward head, in both spellings of transformers.
 
-transformers 4 writes `visual.*` and `model.layers.*`, transformers 5 `model.visual.*` and `model.language_model.layers.*`; the published
-reward uses the former. One row per tensor of a block. Source: transformers `models/qwen2_5_vl`.
+transformers 4 writes `visual.*` and `model.layers.*`, transformers 5 `model.visual.*` and
+`model.language_model.layers.*`. The published reward uses the former. Source: transformers
+`models/qwen2_5_vl`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from jax_idgrpo.models.qwen_vl import QwenConfig, VisionConfig
 Spelling = Literal["transformers4", "transformers5"]
 
 PEFT_PREFIX = "base_model.model."
-PREFIXES = {"transformers4": ("visual.", "model."), "transformers5": ("model.visual.", "model.language_model.")}
+PREFIXES = {
+    "transformers4": ("visual.", "model."),
+    "transformers5": ("model.visual.", "model.language_model."),
+}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 SWIGLU = ("gate_proj", "up_proj", "down_proj")
 ADAPTED = (*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in SWIGLU))
@@ -24,15 +28,19 @@ HEAD, EMBEDDING, TIED = "rm_head.weight", "embed_tokens.weight", "lm_head.weight
 
 
 def spelling(names: Iterable[str]) -> Spelling:
-    """Which transformers wrote the names."""
-    return "transformers5" if any("language_model." in name or "model.visual." in name for name in names) else "transformers4"
+    """Return the version of transformers that wrote the names."""
+    return (
+        "transformers5"
+        if any("language_model." in name or "model.visual." in name for name in names)
+        else "transformers4"
+    )
 
 
 def canonical(name: str) -> str:
-    """A name as transformers 4 writes it, with what peft puts into the names of a wrapped network taken out again.
+    """Return a name as transformers 4 writes it, without the additions of peft.
 
-    peft writes `base_model.model.` before every name, `base_layer.` into those of adapted layers, and the adapter's name ("default")
-    into those of the adapter where a whole state dict is stored.
+    peft adds `base_model.model.` before every name, `base_layer.` to the names of adapted layers,
+    and, where a whole state dict is stored, the adapter's name ("default") to the adapter's names.
     """
     name = name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
     name = re.sub(r"\.lora_([AB])\.default\.", r".lora_\1.", name)
@@ -43,17 +51,28 @@ def canonical(name: str) -> str:
 
 
 def _patch_embedding(config: VisionConfig) -> Op:
-    """Conv3d [D, C, t, h, w] whose kernel is its stride -> [C*t*h*w, D]."""
+    """Return the reordering of a Conv3d [D, C, t, h, w] with kernel = stride to [C*t*h*w, D]."""
     return Op((1, 2, 3, 4, 0), (4, 1), (None, None, config.frames, config.patch, config.patch))
 
 
 def vision_rules(config: VisionConfig, prefix: str) -> list[Rule]:
-    """The vision tower with its merger."""
+    """List the rules of the vision tower with its merger; `prefix` starts its names."""
     block, ours = f"{prefix}blocks.{{i}}", "visual.blocks.{i}"
     return [
-        Rule(f"{prefix}patch_embed.proj.weight", "visual.patch_embed.kernel", _patch_embedding(config)),
-        *(Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR) for name in ("norm1", "norm2")),
-        *(rule for name in ("attn.qkv", "attn.proj") for rule in linear(f"{block}.{name}", f"{ours}.{name}")),
+        Rule(
+            f"{prefix}patch_embed.proj.weight",
+            "visual.patch_embed.kernel",
+            _patch_embedding(config),
+        ),
+        *(
+            Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR)
+            for name in ("norm1", "norm2")
+        ),
+        *(
+            rule
+            for name in ("attn.qkv", "attn.proj")
+            for rule in linear(f"{block}.{name}", f"{ours}.{name}")
+        ),
         *(rule for name in SWIGLU for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}")),
         Rule(f"{prefix}merger.ln_q.weight", "visual.merger.ln_q.scale", VECTOR),
         *linear(f"{prefix}merger.mlp.0", "visual.merger.linear_1"),
@@ -62,7 +81,13 @@ def vision_rules(config: VisionConfig, prefix: str) -> list[Rule]:
 
 
 def rules(config: QwenConfig, layout: Spelling = "transformers4", head: bool = True) -> list[Rule]:
-    """Every tensor of the network, without its adapter. head: with the reward head, which a plain Qwen2.5-VL has not."""
+    """List the rules of all tensors of the network, without its adapter.
+
+    Args:
+      config: configuration of the network.
+      layout: spelling of the names.
+      head: whether there is a reward head, which a plain Qwen2.5-VL does not have.
+    """
     vision, language = PREFIXES[layout]
     block, ours = f"{language}layers.{{i}}", "layers.{i}"
     norms = ("input_layernorm", "post_attention_layernorm")
@@ -70,26 +95,47 @@ def rules(config: QwenConfig, layout: Spelling = "transformers4", head: bool = T
         *vision_rules(config.vision, vision),
         Rule(f"{language}{EMBEDDING}", "embed_tokens", MATRIX, aliases=(TIED,)),
         *(Rule(f"{block}.{name}.weight", f"{ours}.{name}.scale", VECTOR) for name in norms),
-        *(rule for name in ATTENTION for rule in linear(f"{block}.self_attn.{name}", f"{ours}.self_attn.{name}", bias=name != "o_proj")),
-        *(rule for name in SWIGLU for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)),
+        *(
+            rule
+            for name in ATTENTION
+            for rule in linear(
+                f"{block}.self_attn.{name}", f"{ours}.self_attn.{name}", bias=name != "o_proj"
+            )
+        ),
+        *(
+            rule
+            for name in SWIGLU
+            for rule in linear(f"{block}.mlp.{name}", f"{ours}.mlp.{name}", bias=False)
+        ),
         Rule(f"{language}norm.weight", "norm.scale", VECTOR),
         *([Rule(HEAD, "rm_head.kernel", TRANSPOSE)] if head else []),
     ]
 
 
 def lora_rules(prefix: str = f"{PEFT_PREFIX}model.") -> list[Rule]:
-    """The adapter of every linear layer of the language model. prefix: what stands before `layers.`."""
+    """List the rules of the adapters of the language model; `prefix` precedes `layers.`."""
     return [
-        Rule(f"{prefix}layers.{{i}}.{name}.lora_{part}.weight", f"layers.{{i}}.{name}.lora_{part.lower()}", TRANSPOSE)
+        Rule(
+            f"{prefix}layers.{{i}}.{name}.lora_{part}.weight",
+            f"layers.{{i}}.{name}.lora_{part.lower()}",
+            TRANSPOSE,
+        )
         for name in ADAPTED
         for part in ("A", "B")
     ]
 
 
 def config_from_json(values: dict[str, Any]) -> QwenConfig:
-    """A transformers `config.json`, of version 4 (flat) or 5 (`text_config`). ValueError for another model, KeyError for a gap."""
+    """Read a `config.json` of transformers 4 (flat) or 5 (`text_config`).
+
+    Raises:
+      ValueError: the file describes another model.
+      KeyError: a field is missing.
+    """
     if values.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"model_type is {values.get('model_type')!r}, only 'qwen2_5_vl' is supported")
+        raise ValueError(
+            f"model_type is {values.get('model_type')!r}, only 'qwen2_5_vl' is supported"
+        )
     text, vision = values.get("text_config", values), values["vision_config"]
     rotary = text.get("rope_parameters") or text["rope_scaling"]
     return QwenConfig(
@@ -117,7 +163,7 @@ def config_from_json(values: dict[str, Any]) -> QwenConfig:
 
 
 def config_to_json(config: QwenConfig) -> dict[str, Any]:
-    """What `config_from_json` and transformers read (version 4's flat form, which 5 reads too)."""
+    """Make the `config.json` in the flat form of transformers 4, which version 5 also reads."""
     vision = config.vision
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -130,7 +176,11 @@ def config_to_json(config: QwenConfig) -> dict[str, Any]:
         "num_hidden_layers": config.layers,
         "num_key_value_heads": config.kv_heads,
         "rms_norm_eps": config.eps,
-        "rope_scaling": {"mrope_section": list(config.sections), "type": "mrope", "rope_type": "default"},
+        "rope_scaling": {
+            "mrope_section": list(config.sections),
+            "type": "mrope",
+            "rope_type": "default",
+        },
         "rope_theta": config.theta,
         "tie_word_embeddings": True,
         "use_sliding_window": False,

@@ -1,12 +1,14 @@
-"""One table of rules per network, read in both directions.
+"""Map tensors between torch and our parameters by one table of rules per network.
 
-A `Rule` pairs the name of a torch tensor with the path of one of our parameters and says how the axes move. `{i}` in
-both names stands for the leading axis of a stacked leaf: torch `blocks.3.attn1.to_q.weight` is row 3 of the leaf
-`blocks.attn1.to_q.kernel`, and the row itself is called `blocks.3.attn1.to_q.kernel`. Names are compared whole.
+A `Rule` pairs the name of a torch tensor with the path of one of our parameters, and defines how
+the axes move. `{i}` in both names stands for the leading axis of a stacked leaf: torch
+`blocks.3.attn1.to_q.weight` is row 3 of the leaf `blocks.attn1.to_q.kernel`, and our name of the
+row is `blocks.3.attn1.to_q.kernel`. Names match only as a whole.
 
-`expand` writes the table out for the shapes at hand and refuses one that is not a bijection, so that `to_jax` and
-`to_torch` are exact inverses. Parameters are addressed by their dotted path in any pytree of arrays or `jax.ShapeDtypeStruct`
-(an `nnx.State` as `nnx.split` returns it, or nested dictionaries).
+`expand` writes out the table for given shapes and refuses a table that is not a bijection, so
+`to_jax` and `to_torch` are exact inverses. Parameters are addressed by their dotted path in any
+pytree of arrays or `jax.ShapeDtypeStruct` (an `nnx.State` from `nnx.split`, or nested
+dictionaries).
 """
 
 from __future__ import annotations
@@ -29,16 +31,23 @@ LISTED = 6  # names of one kind shown in an error line
 
 
 class ConversionError(UserError):
-    """A checkpoint does not fit the network: one line with the missing, unexpected and mis-shaped tensors."""
+    """A checkpoint does not fit the network.
+
+    One line lists the missing, unexpected and mis-shaped tensors.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """Reorder the axes of a torch tensor, then merge neighbours; at most one size per group is free, so it inverts.
+    """Reorder the axes of a torch tensor, then merge neighbours.
 
-    permutation: torch axis of each axis in the new order.
-    groups: how many of the reordered axes each of our axes takes.
-    sizes: size of each torch axis that the inverse cannot know (kernel taps, axes of size one); None where it is free.
+    At most one size per group is free, so the operation has an inverse.
+
+    Attributes:
+      permutation: torch axis of each axis in the new order.
+      groups: number of reordered axes that form each of our axes.
+      sizes: size of each torch axis that the inverse cannot infer (kernel taps, axes of size one);
+        None where the size is free.
     """
 
     permutation: tuple[int, ...]
@@ -46,40 +55,48 @@ class Op:
     sizes: tuple[int | None, ...]
 
     def __post_init__(self):
-        if sorted(self.permutation) != list(range(len(self.sizes))) or sum(self.groups) != len(self.sizes):
+        if sorted(self.permutation) != list(range(len(self.sizes))) or sum(self.groups) != len(
+            self.sizes
+        ):
             raise ValueError(f"not an invertible reordering: {self}")
         for axes in self._axes():
             if sum(self.sizes[axis] is None for axis in axes) > 1:
                 raise ValueError(f"torch axes {axes} cannot be told apart once merged: {self}")
 
     def _axes(self) -> list[tuple[int, ...]]:
-        """The torch axes inside each of our axes."""
+        """Return the torch axes that form each of our axes."""
         starts = np.cumsum((0, *self.groups))
         return [self.permutation[start:stop] for start, stop in itertools.pairwise(starts)]
 
     def apply(self, tensor: np.ndarray) -> np.ndarray:
-        """torch layout -> ours."""
+        """Convert a tensor from torch's layout to ours."""
         return tensor.transpose(self.permutation).reshape(self.shape(tensor.shape))
 
     def shape(self, torch_shape: Sequence[int]) -> tuple[int, ...]:
-        """Our shape of a torch tensor."""
+        """Return our shape of a tensor of torch's shape."""
         return tuple(math.prod(torch_shape[axis] for axis in axes) for axes in self._axes())
 
     def invert(self, array: np.ndarray) -> np.ndarray:
-        """Ours -> torch layout."""
+        """Convert an array from our layout to torch's."""
         shape = self.torch_shape(array.shape)
-        return array.reshape([shape[axis] for axis in self.permutation]).transpose(np.argsort(self.permutation))
+        return array.reshape([shape[axis] for axis in self.permutation]).transpose(
+            np.argsort(self.permutation)
+        )
 
     def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The torch shape behind one of our shapes; ValueError when there is none."""
+        """Return torch's shape of an array of our shape; ValueError if there is none."""
         if len(shape) != len(self.groups):
-            raise ValueError(f"{len(self.groups)} axes expected, the parameter has shape {tuple(shape)}")
+            raise ValueError(
+                f"{len(self.groups)} axes expected, the parameter has shape {tuple(shape)}"
+            )
         sizes = list(self.sizes)
         for axes, size in zip(self._axes(), shape, strict=True):
             known = math.prod(self.sizes[axis] or 1 for axis in axes)
             free = [axis for axis in axes if self.sizes[axis] is None]
             if size % known or (not free and size != known):
-                raise ValueError(f"axis of size {size} does not hold {known} of shape {tuple(shape)}")
+                raise ValueError(
+                    f"axis of size {size} does not hold {known} of shape {tuple(shape)}"
+                )
             for axis in free:
                 sizes[axis] = size // known
         return tuple(int(size) for size in sizes if size is not None)
@@ -98,15 +115,23 @@ GAMMA3D = Op((0, 1, 2, 3), (4,), (None, 1, 1, 1))  # [C, 1, 1, 1] -> [C]
 
 
 def patch(size: Sequence[int]) -> Op:
-    """Patch embedding [D, C, t, h, w] of kernel `size` (t, h, w) -> [t*h*w*C, D], channel fastest."""
+    """Return the op of a patch embedding: [D, C, t, h, w] to [t*h*w*C, D], channel fastest.
+
+    Args:
+      size: size (t, h, w) of the kernel.
+    """
     return Op((2, 3, 4, 1, 0), (4, 1), (None, None, *size))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tensor named `torch` is the parameter at `jax`, its axes moved by `op`; `{i}` in both is the stacked axis.
+    """A pair of a torch tensor and one of our parameters.
 
-    aliases: other names of the same tensor in published files (tied weights); read, never written.
+    Attributes:
+      torch: name of the tensor; `{i}` stands for the index along the stacked axis.
+      jax: path of the parameter, with `{i}` if `torch` has it.
+      op: movement of the axes.
+      aliases: other names of the tensor in published files (tied weights); read but not written.
     """
 
     torch: str
@@ -116,47 +141,80 @@ class Rule:
 
     def __post_init__(self):
         if {name.count("{i}") for name in (self.torch, self.jax, *self.aliases)} not in ({0}, {1}):
-            raise ValueError(f"{{i}} must stand once in both names or in neither: {self}")
+            raise ValueError(f"{{i}} must occur once in both names or in neither: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One torch tensor and its place: the whole leaf, or row `index` of a stacked one."""
+    """One torch tensor and its place: a whole leaf, or one row of a stacked leaf.
+
+    Attributes:
+      torch: name of the tensor.
+      aliases: other names of the tensor.
+      name: our name of the leaf or row, with the index.
+      leaf: dotted path of the leaf, without the index.
+      index: row of a stacked leaf; None for a whole leaf.
+      op: movement of the axes.
+      shape: shape of the leaf or row in our layout.
+    """
 
     torch: str
     aliases: tuple[str, ...]
-    name: str  # our name of the slice, with the index
-    leaf: str  # dotted path of the leaf, without it
+    name: str
+    leaf: str
     index: int | None
     op: Op
-    shape: tuple[int, ...]  # of the slice, in our layout
+    shape: tuple[int, ...]
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in torch's layout."""
         return self.op.torch_shape(self.shape)
 
 
 def linear(torch: str, jax: str, bias: bool = True) -> list[Rule]:
-    """The rules of a torch Linear and our `Linear`."""
+    """List the rules of a linear layer.
+
+    Args:
+      torch: torch's name of the module.
+      jax: our name of the module.
+      bias: whether the layer has a bias.
+    """
     weight = Rule(f"{torch}.weight", f"{jax}.kernel", TRANSPOSE)
     return [weight, Rule(f"{torch}.bias", f"{jax}.bias", VECTOR)] if bias else [weight]
 
 
 def stored(rules: Sequence[Rule]) -> list[Rule]:
-    """The same tensors under our own names, as the project's store keeps them: with torch's axes, so that none is moved on its way
-    in or out, and the rows of a matrix that one device holds lie together."""
+    """List the rules of the project's store: our names, torch's axes.
+
+    With torch's axes, import and export move none, and the rows of a matrix on one device are
+    contiguous in the file.
+    """
     return [Rule(rule.jax, rule.jax, rule.op) for rule in rules]
 
 
 def is_stored(names: Iterable[str]) -> bool:
-    """Whether the names are ours: torch's end in `weight`, `bias` or `gamma`, ours also in `kernel` and `scale`."""
+    """Return whether the names are ours; only our names end in `kernel` or `scale`."""
     return any(name.endswith((".kernel", ".scale")) for name in names)
 
 
-def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters that the tensors fill, for files without a config: path -> shape and dtype.
+def infer(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], source: str
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Infer the parameters of a file without a config.
 
-    A stack is as long as the highest index that any of its rules meets. ConversionError when a rule meets no tensor.
+    A stack is as long as the highest index in the names of its tensors.
+
+    Args:
+      rules: table of the network.
+      tensors: name -> anything with `shape` and `dtype`.
+      source: name of the file, for messages.
+
+    Returns:
+      Path -> shape and dtype.
+
+    Raises:
+      ConversionError: a rule matches no tensor.
     """
     heights: dict[str, int] = {}
     examples: dict[Rule, Any] = {}
@@ -167,13 +225,16 @@ def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dic
                 examples.setdefault(rule, tensor)
                 if len(tensor.shape) != len(rule.op.sizes):
                     raise ConversionError(
-                        f"{source}: {name} has {len(tensor.shape)} axes instead of {len(rule.op.sizes)}"
+                        f"{source}: {name} has {len(tensor.shape)} axes instead of "
+                        f"{len(rule.op.sizes)}"
                     )
                 if found.groups():
                     stack = rule.jax.partition("{i}")[0]
                     heights[stack] = max(heights.get(stack, 0), 1 + int(found.group(1)))
     if missing := [rule.torch for rule in rules if rule not in examples]:
-        raise ConversionError(f"{source}: no tensor named {', '.join(missing[:LISTED])}; is it of this network?")
+        raise ConversionError(
+            f"{source}: no tensor named {', '.join(missing[:LISTED])}; is it of this network?"
+        )
     leaves = {}
     for rule, tensor in examples.items():
         stack, stacked, _ = rule.jax.partition("{i}")
@@ -184,7 +245,7 @@ def infer(rules: Sequence[Rule], tensors: Mapping[str, Any], source: str) -> dic
 
 
 def leaf_path(path: Iterable[Any]) -> str:
-    """A key path of `jax.tree_util` as dots, without the `value` of NNX variables."""
+    """Join a key path of `jax.tree_util` with dots, without the `value` of NNX variables."""
     keys = list(path)
     if isinstance(keys[-1], jax.tree_util.GetAttrKey):
         keys.pop()
@@ -192,15 +253,18 @@ def leaf_path(path: Iterable[Any]) -> str:
 
 
 def leaves(state: Any) -> dict[str, Any]:
-    """Dotted path -> leaf, for an `nnx.State` or nested dictionaries."""
+    """Map dotted paths to the leaves of an `nnx.State` or of nested dictionaries."""
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
-    """The table written out for the shapes of `state`: one slot per torch tensor.
+    """Expand the table for the shapes of `state`: one slot per torch tensor.
 
-    ValueError, a mistake in the table, if a leaf is covered by no rule or by two, a rule covers no leaf, or two slots
-    share a torch name. What remains is one to one by names, and each op is one to one on shapes.
+    The result is one to one by names, and each op is one to one on shapes.
+
+    Raises:
+      ValueError: the table is wrong: a leaf has no rule or two, a rule has no leaf, or two slots
+        share a torch name.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves(state).items()}
     slots: list[Slot] = []
@@ -215,22 +279,35 @@ def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
         stacked = "{i}" in rule.jax
         shape = shapes[leaf][1:] if stacked else shapes[leaf]
         for index in range(shapes[leaf][0]) if stacked else (None,):
-            torch, name, *aliases = (text.replace("{i}", str(index)) for text in (rule.torch, rule.jax, *rule.aliases))
+            torch, name, *aliases = (
+                text.replace("{i}", str(index)) for text in (rule.torch, rule.jax, *rule.aliases)
+            )
             slots.append(Slot(torch, tuple(aliases), name, leaf, index, rule.op, shape))
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"no rule for {', '.join(missing)}")
     names = [name for slot in slots for name in (slot.torch, *slot.aliases)]
     if len(set(names)) != len(names):
-        raise ValueError(f"two rules for the tensors {sorted({name for name in names if names.count(name) > 1})}")
+        raise ValueError(
+            f"two rules for the tensors {sorted({name for name in names if names.count(name) > 1})}"
+        )
     return slots
 
 
 def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Compare names and shapes before anything is read; -> the tensor of each slot, by its torch name.
+    """Match tensors to slots by names and shapes, before any value is read.
 
-    tensors: name -> anything with `shape`. ConversionError lists everything missing, unexpected and mis-shaped.
+    Args:
+      slots: slots of the network.
+      tensors: name -> anything with `shape`.
+      source: name of the file, for messages.
+
+    Returns:
+      The tensor of each slot, by the slot's torch name.
+
+    Raises:
+      ConversionError: tensors are missing, unexpected or mis-shaped; the message lists them.
     """
-    found: dict[str, Any] = {}
+    matched: dict[str, Any] = {}
     missing: list[str] = []
     shapes: list[str] = []
     used: set[str] = set()
@@ -241,9 +318,11 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
             missing.append(slot.torch)
         for name in present:
             if tuple(tensors[name].shape) != slot.torch_shape:
-                shapes.append(f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}")
+                shapes.append(
+                    f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}"
+                )
         if present:
-            found[slot.torch] = tensors[present[0]]
+            matched[slot.torch] = tensors[present[0]]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
         for kind, names in (
@@ -254,25 +333,40 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
         if names
     ]
     if problems:
-        raise ConversionError(f"{source}: the tensors do not fit the network; {'; '.join(problems)}")
-    return found
+        raise ConversionError(
+            f"{source}: the tensors do not fit the network; {'; '.join(problems)}"
+        )
+    return matched
 
 
-def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint") -> Any:
-    """Fill the tree `abstract` (shapes, dtypes and, if given, shardings) from torch tensors -> a tree of jax arrays.
+def to_jax(
+    rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint"
+) -> Any:
+    """Fill a tree with torch tensors.
 
-    tensors: name -> array, or lazily read tensor with `shape`; of those, a host reads the slices that its devices hold, one
-    leaf at a time. Values are cast to the dtype of their leaf. ConversionError as in `match`, and for NaN or infinite values
-    in what is read.
+    A host reads only the slices of its devices, one leaf at a time. Values are cast to the dtype of
+    their leaf.
+
+    Args:
+      rules: table of the network.
+      tensors: name -> array, or lazily read tensor with `shape`.
+      abstract: tree of shapes, dtypes and optionally shardings.
+      source: name of the file, for messages.
+
+    Returns:
+      A tree of jax arrays.
+
+    Raises:
+      ConversionError: as in `match`, or a value is NaN or infinite.
     """
     slots = expand(rules, abstract)
-    found = match(slots, tensors, source)
+    matched = match(slots, tensors, source)
     by_leaf: dict[str, list[Slot]] = {}
     for slot in slots:
         by_leaf.setdefault(slot.leaf, []).append(slot)
 
     def fill(path, leaf):
-        place = slices(by_leaf[leaf_path(path)], found, leaf, source)
+        place = slices(by_leaf[leaf_path(path)], matched, leaf, source)
         if leaf.sharding is None:
             return jax.device_put(place((slice(None),) * len(leaf.shape)))
         return jax.make_array_from_callback(tuple(leaf.shape), leaf.sharding, place)
@@ -283,10 +377,18 @@ def to_jax(rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, sou
 def slices(
     slots: Sequence[Slot], tensors: Mapping[str, Any], leaf: Any, source: str
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index into `leaf` (shape, dtype) to its values, which reads nothing else of the tensors.
+    """Make a function from an index into a leaf to the values there; it reads no others.
 
-    slots: of the leaf, in the order of its rows. The last few results are kept: devices that hold copies ask in turn.
-    ConversionError for NaN and infinite values.
+    The last few results are cached, because devices with copies request the same values in turn.
+
+    Args:
+      slots: slots of the leaf, in the order of its rows.
+      tensors: tensors by torch name.
+      leaf: anything with `shape` and `dtype`.
+      source: name of the file, for messages.
+
+    Raises:
+      ConversionError: from the returned function, a value is NaN or infinite.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -296,20 +398,32 @@ def slices(
         rows = slots[within[0]] if stacked else slots
         values = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         for row, slot in enumerate(rows):
-            value = slot.op.apply(np.asarray(tensors[slot.torch]))[within[1:] if stacked else within]
+            value = slot.op.apply(np.asarray(tensors[slot.torch]))[
+                within[1:] if stacked else within
+            ]
             if not finite(value):
-                raise ConversionError(f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file again")
+                raise ConversionError(
+                    f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file "
+                    "again"
+                )
             values[row if stacked else ...] = value
         return values
 
     shape = tuple(leaf.shape)
-    return lambda index: read(tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True)))
+    return lambda index: read(
+        tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+    )
 
 
 def to_torch(rules: Sequence[Rule], state: Any) -> dict[str, np.ndarray]:
-    """The inverse of `to_jax`: torch name -> array, dtypes kept; views of the leaves where these are on the host."""
+    """Invert `to_jax`: return torch name -> array with the dtype of the leaf.
+
+    Arrays are views of leaves that are on the host.
+    """
     host = {path: np.asarray(leaf) for path, leaf in leaves(state).items()}
-    return {slot.torch: slot.op.invert(_row(host[slot.leaf], slot)) for slot in expand(rules, state)}
+    return {
+        slot.torch: slot.op.invert(_row(host[slot.leaf], slot)) for slot in expand(rules, state)
+    }
 
 
 def _row(leaf: np.ndarray, slot: Slot) -> np.ndarray:

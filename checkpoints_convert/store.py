@@ -1,9 +1,10 @@
-"""Files of tensors, read lazily and written whole: one file, a sharded index, or a folder that holds either.
+"""Read files of tensors lazily and write them atomically.
 
-safetensors (huggingface/safetensors): 8 bytes little endian n, n bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
-Files of `torch.save` are read by `pth`; which of the two a file is, its first bytes say. Sizes are checked against the file
-before anything is read, values keep their dtype (bfloat16 through ml_dtypes), and a file appears under its name only when it
-is complete.
+A source is one file, a sharded index, or a folder that holds either. The first bytes distinguish
+safetensors (huggingface/safetensors: 8 bytes little endian n, n bytes of JSON {name: {dtype, shape,
+data_offsets}}, the data) from files of `torch.save`, which `pth` reads. Sizes are checked against
+the file before any value is read. Values keep their dtype (bfloat16 through ml_dtypes). A file
+appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -44,25 +45,20 @@ CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 UNREAD_DTYPES = {"F8": "fp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
 UNREAD_DTYPES |= dict.fromkeys(("U16", "U32", "U64"), "unsigned")
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
-INDEX = ".index.json"  # the end of the name of a list of shards
-INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # as a pattern, which also takes that of a variant
+INDEX = ".index.json"  # suffix of a list of shards
+INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # pattern of the same suffix, also of a variant
 VARIANT = r"\.(fp|bf|f)\d+(?=[.-])|\.(non_)?ema(?=[.-])|-\d+-of-\d+(?=\.)"  # in names of files
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")  # of files that may hold tensors
-TEXT_SUFFIXES = (
-    ".json",
-    ".md",
-    ".txt",
-    ".py",
-    ".yaml",
-    ".yml",
-    ".xml",
-    ".html",
-    ".csv",
-)  # of files that hold none
+# Suffixes of files without tensors.
+TEXT_SUFFIXES = (".json", ".md", ".txt", ".py", ".yaml", ".yml", ".xml", ".html", ".csv")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError when it is missing or is not one."""
+    """Read a JSON object from a file.
+
+    Raises:
+      UserError: the file is missing or holds no JSON object.
+    """
     path = Path(path)
     try:
         values = json.loads(path.read_text("utf-8"))
@@ -82,7 +78,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """(tensors by name, metadata) of one file of safetensors or of `torch.save`. UserError when header and file disagree."""
+    """Open one file of safetensors or of `torch.save`.
+
+    Returns:
+      (tensors by name, metadata).
+
+    Raises:
+      UserError: the file cannot be read, or its header and its size disagree.
+    """
     path = Path(path)
     file_types.refuse_others(path)
     is_pth = pth.is_pth(file_types.start_of(path))
@@ -106,9 +109,9 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
             if (kind := UNREAD_DTYPES.get(entry["dtype"].partition("_")[0])) is not None:
-                what = f"its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights are not read"
                 raise UserError(
-                    f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
+                    f"{path}: its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights "
+                    "are not read; get the bfloat16, float16 or float32 file of this model"
                 )
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
@@ -133,7 +136,11 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
 
 
 def open_index(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a sharded checkpoint by its `*.index.json`; shards lie beside it and nowhere else."""
+    """Open the tensors of a sharded checkpoint by its `*.index.json`.
+
+    Raises:
+      UserError: index and shards disagree, a shard is missing, or a shard is not beside the index.
+    """
     path = Path(path)
     files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -142,7 +149,8 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
     for file in sorted(set(files.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise UserError(
-                f"{path}: names the shard {file!r}, which is not a file beside it; do not trust this checkpoint"
+                f"{path}: names the shard {file!r}, which is not a file beside it; do not trust "
+                "this checkpoint"
             )
         if not (path.parent / file).is_file():
             missing = [
@@ -164,7 +172,7 @@ def open_index(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def weights_files(path: str | Path) -> list[Path]:
-    """The files of weights that `path` is or, as a folder, holds: an index stands for its shards."""
+    """List the files of weights at `path`, a file or a folder; an index stands for its shards."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -185,10 +193,10 @@ def weights_files(path: str | Path) -> list[Path]:
 
 
 def _preferred(files: list[Path]) -> list[Path]:
-    """Drop files that hold the weights of another, as diffusers and transformers choose.
+    """Drop files that repeat the weights of another, with the preferences of diffusers.
 
-    `model.safetensors` stands before `model.fp16.safetensors`, and before `model.bin` or
-    `pytorch_model.bin`. An index counts as the file that it lists the shards of.
+    `model.safetensors` has precedence over `model.fp16.safetensors`, `model.bin` and
+    `pytorch_model.bin`. An index is treated as the file that its shards form.
     """
     names = {file.name.removesuffix(INDEX) for file in files}
 
@@ -203,19 +211,23 @@ def _preferred(files: list[Path]) -> list[Path]:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """Sort the paths, less hidden ones such as the `._NAME` that macOS leaves on other disks."""
+    """Sort the paths without hidden ones, such as the `._NAME` that macOS leaves on other disks."""
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def refuse_foreign(folder: str | Path) -> None:
-    """Raise a UserError if a folder without weights holds weights in a form that is not read."""
+    """Raise a UserError if a folder without readable weights holds weights in another format."""
     for file in visible(Path(folder).iterdir()):
         if file.is_file() and file.suffix not in TEXT_SUFFIXES:
             file_types.refuse_others(file)
 
 
 def weights_file(path: str | Path) -> Path:
-    """The one file of weights or index that `path` is or, as a folder, holds."""
+    """Return the one file of weights or index at `path`, a file or a folder.
+
+    Raises:
+      UserError: there is none, or more than one.
+    """
     files = weights_files(path)
     if not files:
         refuse_foreign(path)
@@ -229,12 +241,12 @@ def weights_file(path: str | Path) -> Path:
 
 
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of a file, of an index, or of the folder that holds one; nothing is read but headers."""
+    """Open the tensors of a file, an index, or the folder of one; only headers are read."""
     return open_weights(weights_file(path))[0]
 
 
 def is_index(path: Path) -> bool:
-    """Return whether a file is a list of shards, by its name."""
+    """Return whether a file is a list of shards, judged by its name."""
     return re.search(INDEX_NAME, path.name) is not None
 
 
@@ -245,11 +257,17 @@ def open_weights(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
-    """A place beside `path` to write a file or folder, which takes the name `path` when the block ends without an error.
+    """Yield a temporary path that is renamed to `path` when the block ends without an error.
 
-    marker: a file that every folder of this kind holds; a folder is replaced only when it is empty or holds the marker, so
-    that nobody's other files go. What the process leaves when it is killed never has the name `path`. UserError when the
-    folder holds something else or nothing can be written.
+    A killed process never leaves a partial result at `path`.
+
+    Args:
+      path: the file or folder to write.
+      marker: file that every folder of this kind holds. An existing folder is replaced only if it
+        is empty or holds the marker, so other files of the user are safe.
+
+    Raises:
+      UserError: the folder holds something else, or `path` cannot be written.
     """
     path = Path(path)
     _refuse_others(path, marker)
@@ -262,22 +280,30 @@ def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
         ) from error
     try:
         yield work / "new"
-        _take_place(work, path)
+        _replace(work, path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or choose another place"
         ) from error
     finally:
-        _give_back(work, path)
+        _restore(work, path)
         shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterator[Path]:
-    """As `atomic_path`, for a folder whose files take long: what a killed process had finished is still there for the next one.
+    """Yield a temporary folder that is renamed to `path`, and that survives a killed process.
 
-    plan: what is being written, as JSON; leftovers of another plan are thrown away. Yields the folder, which exists and may
-    hold finished files. The whole is given up when the block raises anything but KeyboardInterrupt.
+    The next process with the same plan gets the same folder with the finished files. The folder is
+    removed when the block raises anything but KeyboardInterrupt.
+
+    Args:
+      path: the folder to write.
+      marker: as in `atomic_path`.
+      plan: description of the content as JSON; files of another plan are removed.
+
+    Raises:
+      UserError: as in `atomic_path`, or another process is writing `path`.
     """
     path = Path(path)
     _refuse_others(path, marker)
@@ -297,24 +323,23 @@ def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterato
                 f"{path}: another process is writing it; wait for it or choose another place"
             ) from error
         try:
-            _give_back(work, path)
+            _restore(work, path)
             new, planned = work / "new", work / "plan.json"
             text = json.dumps(plan, sort_keys=True)
             if not (planned.is_file() and planned.read_text("utf-8") == text):
                 shutil.rmtree(new, ignore_errors=True)
                 planned.write_text(text, "utf-8")
             new.mkdir(exist_ok=True)
+            # Hidden folders are temporary paths of `atomic_path` in the killed process.
             for folder, folders, _ in os.walk(new):
-                for name in [
-                    name for name in folders if name.startswith(".")
-                ]:  # of `atomic_path`, in the killed process
+                for name in [name for name in folders if name.startswith(".")]:
                     shutil.rmtree(Path(folder) / name)
             yield new
-            _take_place(work, path)
+            _replace(work, path)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            _give_back(work, path)
+            _restore(work, path)
             shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError):
                 what = f"{path}: cannot be written ({error.strerror})"
@@ -327,7 +352,8 @@ def _refuse_others(path: Path, marker: str | None) -> None:
     try:
         if path.is_dir() and any(path.iterdir()) and not (marker and (path / marker).exists()):
             raise UserError(
-                f"{path}: holds something else (no {marker or 'file'} to replace); choose another place"
+                f"{path}: holds something else (no {marker or 'file'} to replace); choose another "
+                "place"
             )
     except OSError as error:
         raise UserError(
@@ -335,32 +361,45 @@ def _refuse_others(path: Path, marker: str | None) -> None:
         ) from error
 
 
-def _take_place(work: Path, path: Path) -> None:
-    """`work/new` becomes `path`; a folder there goes to `work/old` first, since it cannot be replaced in one call."""
+def _replace(work: Path, path: Path) -> None:
+    """Rename `work/new` to `path`, after an existing folder there to `work/old`."""
     if path.is_dir():
         path.rename(work / "old")
     (work / "new").replace(path)
 
 
-def _give_back(work: Path, path: Path) -> None:
-    """Undo half a `_take_place` that was interrupted between its two renames."""
+def _restore(work: Path, path: Path) -> None:
+    """Undo a `_replace` that was interrupted between its two renames."""
     if (work / "old").exists() and not path.exists():
         (work / "old").rename(path)
 
 
 def require_space(folder: Path, sizes: Mapping[str, int], what: Path) -> None:
-    """Refuse to start what cannot end. sizes: bytes by file name. UserError names the first file that would not fit."""
+    """Check that there is space for all files before writing starts.
+
+    Args:
+      folder: a folder on the disk.
+      sizes: bytes by file name.
+      what: the destination, for the message.
+
+    Raises:
+      UserError: names the first file that would not fit.
+    """
     free = shutil.disk_usage(folder).free
     for name, needed in zip(sizes, itertools.accumulate(sizes.values()), strict=True):
         if needed > free:
             total = f"{sum(sizes.values()):,} bytes"
             raise UserError(
-                f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or choose another place"
+                f"{what}: needs {total}, {free:,} are free, not enough for {name}; free space or "
+                "choose another place"
             )
 
 
 def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
-    """The tensors in their order, cut into files of at most `limit` bytes; one that is larger has a file of its own."""
+    """Distribute the tensors, in their order, over files of at most `limit` bytes.
+
+    A larger tensor gets a file of its own.
+    """
     files: list[dict[str, Any]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -373,19 +412,19 @@ def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
 
 
 def shard_names(stem: str, count: int) -> list[str]:
-    """The names of `count` safetensors files as all libraries number them."""
+    """Return the names of `count` safetensors files, numbered as in all libraries."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """A JSON object, indented and with sorted keys, written whole or not at all."""
+    """Write a JSON object atomically, indented and with sorted keys."""
     with atomic_path(path) as new:
         new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-Progress = Callable[[str, int], None]  # name of a tensor, bytes of it that went out
+Progress = Callable[[str, int], None]  # called with the name of a tensor and the written bytes
 
 
 def silent(name: str, count: int) -> None:
@@ -399,15 +438,22 @@ def write_file(
     written: Progress = silent,
     check: bool = False,
 ) -> None:
-    """One file, tensor by tensor, flushed to the disk and renamed when it is whole; what its name ends in says the format.
+    """Write one file atomically, tensor by tensor.
 
-    tensors: name -> array or anything `np.asarray` reads, with `shape` and `dtype`; each is read once, dtypes are kept.
-    path: `*.pth` is written as `torch.save` does; anything else is safetensors, with the metadata `format: pt` that
-    transformers asks for. check: refuse NaN and infinite values. UserError names the tensor that could not be written.
+    Args:
+      path: the file; `*.pth` is written as `torch.save` does, any other name as safetensors.
+      tensors: name -> array or anything that `np.asarray` reads, with `shape` and `dtype`. Each is
+        read once and keeps its dtype.
+      metadata: further metadata of safetensors, beside the `format: pt` that transformers requires.
+      written: called with the name and the number of bytes of each written chunk.
+      check: whether to refuse NaN and infinite values.
+
+    Raises:
+      UserError: the file cannot be written; the message names the last tensor.
     """
     path, now = Path(path), ""
 
-    def watched(name: str, count: int) -> None:
+    def report(name: str, count: int) -> None:
         nonlocal now
         now = name
         written(name, count)
@@ -415,9 +461,9 @@ def write_file(
     with atomic_path(path) as new, new.open("wb") as file:
         try:
             if path.suffix == ".pth":
-                pth.write(file, path.stem, tensors, watched, check)
+                pth.write(file, path.stem, tensors, report, check)
             else:
-                _write_safetensors(file, tensors, metadata or {}, watched, check)
+                _write_safetensors(file, tensors, metadata or {}, report, check)
             file.flush()
             os.fsync(file.fileno())
         except OSError as error:
@@ -435,9 +481,8 @@ def _write_safetensors(
     check: bool,
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    order = sorted(
-        tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name)
-    )  # keeps data aligned
+    # Descending sizes of elements keep the data aligned.
+    order = sorted(tensors, key=lambda name: (-np.dtype(tensors[name].dtype).itemsize, name))
     end = 0
     for name in order:
         begin, end = end, end + size(tensors[name])

@@ -1,7 +1,7 @@
-"""The UMT5 encoder: names of transformers and of the original Wan release against our parameter paths.
+"""Define the names of the UMT5 encoder in transformers and in the original Wan release.
 
-One row per tensor: ours, transformers', the original's. Sources: transformers `modeling_umt5.py`; Wan2.1
-`wan/modules/t5.py`.
+One row per tensor: our name, transformers', the original. Sources: transformers `modeling_umt5.py`;
+Wan2.1 `wan/modules/t5.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ Layout = Literal["transformers", "original"]
 
 FIXED = {"is_gated_act": True, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu"}
 
-IGNORED = ("decoder.", "lm_head.", "spiece_model")  # the other half of google/umt5-xxl, and ComfyUI's copy of the tokenizer
-MAX_DISTANCE = 128  # of every published size; no shape tells it
+# The decoder of google/umt5-xxl, and ComfyUI's copy of the tokenizer.
+IGNORED = ("decoder.", "lm_head.", "spiece_model")
+MAX_DISTANCE = 128  # of every published size; shapes do not determine it
 TIED = "encoder.embed_tokens.weight"  # a second name of transformers' shared.weight in some files
 EMBEDDING = ("embedding", "shared.weight", "token_embedding.weight")
 NORM = ("norm.scale", "encoder.final_layer_norm.weight", "norm.weight")
@@ -43,17 +44,30 @@ BLOCK = (
 
 
 def rules(config: UMT5Config, layout: Layout = "transformers") -> list[Rule]:
-    """Every tensor of the encoder in the given layout."""
+    """List the rules of all tensors of the encoder in a layout."""
     column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
     return [
-        Rule(EMBEDDING[column], EMBEDDING[0], MATRIX, aliases=(TIED,) if layout == "transformers" else ()),
+        Rule(
+            EMBEDDING[column],
+            EMBEDDING[0],
+            MATRIX,
+            aliases=(TIED,) if layout == "transformers" else (),
+        ),
         Rule(NORM[column], NORM[0], VECTOR),
-        *(Rule(f"{stack}.{{i}}.{row[column]}.weight", f"blocks.{{i}}.{row[0]}", row[3]) for row in BLOCK),
+        *(
+            Rule(f"{stack}.{{i}}.{row[column]}.weight", f"blocks.{{i}}.{row[0]}", row[3])
+            for row in BLOCK
+        ),
     ]
 
 
 def config_from_json(values: dict[str, Any]) -> UMT5Config:
-    """A transformers `text_encoder/config.json`. ValueError for another architecture, KeyError for a gap."""
+    """Read a `text_encoder/config.json` of transformers.
+
+    Raises:
+      ValueError: the file describes another architecture.
+      KeyError: a field is missing.
+    """
     for name, value in {"model_type": "umt5", **FIXED}.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}, only {value!r} is supported")
@@ -71,14 +85,22 @@ def config_from_json(values: dict[str, Any]) -> UMT5Config:
 
 
 def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config:
-    """The config behind the tensors of a file without one. UserError when they do not say enough."""
+    """Infer the config of a file without one from its tensors.
+
+    Raises:
+      UserError: a tensor that determines a size is missing.
+    """
     column, stack = (1, "encoder.block") if layout == "transformers" else (2, "blocks")
-    rows = {row[0]: f"{stack}.0.{row[column]}.weight" for row in BLOCK} | {EMBEDDING[0]: EMBEDDING[column]}
+    rows = {row[0]: f"{stack}.0.{row[column]}.weight" for row in BLOCK} | {
+        EMBEDDING[0]: EMBEDDING[column]
+    }
     shapes = {}
     for ours in ("embedding", "attention.q.kernel", "attention.relative_bias", "ffn.gate.kernel"):
         shapes[ours] = tuple(tensors[rows[ours]].shape) if rows[ours] in tensors else ()
         if len(shapes[ours]) != 2:
-            raise UserError(f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known")
+            raise UserError(
+                f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known"
+            )
     buckets, heads = shapes["attention.relative_bias"]
     found = (re.match(rf"{re.escape(stack)}\.(\d+)\.", name) for name in tensors)
     return UMT5Config(
@@ -95,7 +117,7 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config
 
 
 def config_to_json(config: UMT5Config) -> dict[str, Any]:
-    """What transformers' `UMT5EncoderModel.from_pretrained` reads."""
+    """Make the config for transformers' `UMT5EncoderModel.from_pretrained`."""
     return {
         **FIXED,
         "architectures": ["UMT5EncoderModel"],

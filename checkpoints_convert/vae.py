@@ -1,7 +1,7 @@
-"""The Wan VAE: names of diffusers' `AutoencoderKLWan` and of the original `Wan2.1_VAE.pth` against our parameter paths.
+"""Define the names of the Wan VAE in diffusers' `AutoencoderKLWan` and in `Wan2.1_VAE.pth`.
 
-Our modules are named as diffusers'; of the leaves `weight` becomes `kernel`. Sources: diffusers, `autoencoder_kl_wan.py`;
-Wan2.1, `wan/modules/vae.py`.
+Our modules have diffusers' names; the leaf `weight` becomes `kernel`. Sources: diffusers,
+`autoencoder_kl_wan.py`; Wan2.1, `wan/modules/vae.py`.
 """
 
 import re
@@ -46,10 +46,13 @@ _WAN_2_1 = {
 
 
 def config_from_json(values: dict) -> VAEConfig:
-    """The config of a diffusers `vae/config.json`. Raises ValueError for an architecture other than Wan 2.1's."""
+    """Read a `vae/config.json` of diffusers; ValueError for other architectures than Wan 2.1's."""
     for name, value in _WAN_2_1.items():
         if values.get(name, value) != value:
-            raise ValueError(f"{name} is {values[name]!r}, Wan 2.1 has {value!r}; other autoencoders are not supported")
+            raise ValueError(
+                f"{name} is {values[name]!r}, Wan 2.1 has {value!r}; other autoencoders are not "
+                "supported"
+            )
     return VAEConfig(
         base_dim=values["base_dim"],
         dim_mult=tuple(values["dim_mult"]),
@@ -62,7 +65,7 @@ def config_from_json(values: dict) -> VAEConfig:
 
 
 def config_to_json(config: VAEConfig) -> dict:
-    """What diffusers' `AutoencoderKLWan.from_pretrained` reads."""
+    """Make the config for diffusers' `AutoencoderKLWan.from_pretrained`."""
     return {
         "_class_name": "AutoencoderKLWan",
         "_diffusers_version": "0.35.0",
@@ -79,9 +82,12 @@ def config_to_json(config: VAEConfig) -> dict:
 
 
 def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> VAEConfig:
-    """The config behind the tensors of a file without one; the statistics of the latents are those of Wan 2.1.
+    """Infer the config of a file without one from its tensors.
 
-    UserError when the tensors do not say enough.
+    The statistics of the latents are those of Wan 2.1.
+
+    Raises:
+      UserError: a tensor that determines a size is missing.
     """
     first, blocks, leaf, last = {
         "diffusers": ("encoder.conv_in", "encoder.down_blocks", "conv1", "post_quant_conv"),
@@ -89,14 +95,19 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> VAEConfig:
     }[layout]
     for name in (f"{first}.weight", f"{last}.weight", f"{blocks}.0.{leaf}.weight"):
         if name not in tensors or len(tensors[name].shape) != 5:
-            raise UserError(f"tensor {name} is missing or no convolution, so that the sizes are not known")
+            raise UserError(
+                f"tensor {name} is missing or no convolution, so that the sizes are not known"
+            )
     base, z_dim = tensors[f"{first}.weight"].shape[0], tensors[f"{last}.weight"].shape[0]
     if z_dim != len(LATENTS_MEAN):
-        raise UserError(f"{z_dim} latent channels, Wan 2.1 has {len(LATENTS_MEAN)}; other autoencoders are not supported")
+        raise UserError(
+            f"{z_dim} latent channels, Wan 2.1 has {len(LATENTS_MEAN)}; other autoencoders are not "
+            "supported"
+        )
     found = (re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) for name in tensors)
     widths: list[int] = []
     temporal: list[bool] = []
-    level = residual = 0  # blocks seen in this level, in the last one
+    level = residual = 0  # blocks counted in this level, blocks of the previous level
     for index in range(1 + max(int(match.group(1)) for match in found if match)):
         block = f"{blocks}.{index}"
         if f"{block}.{leaf}.weight" in tensors:
@@ -117,7 +128,10 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> VAEConfig:
 
 
 def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
-    """Every tensor of the VAE in the given layout. Helpers take our name of a module and the original's."""
+    """List the rules of all tensors of the VAE in a layout.
+
+    The helpers take our name of a module and the original name.
+    """
     table: list[Rule] = []
 
     def weight_bias(name: str, original: str, op: Op, diffusers: str | None = None) -> None:
@@ -126,7 +140,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
         table.append(Rule(f"{torch}.bias", f"{name}.bias", VECTOR))
 
     def gamma(name: str, original: str, op: Op) -> None:
-        table.append(Rule(f"{original if layout == 'original' else name}.gamma", f"{name}.gamma", op))
+        table.append(
+            Rule(f"{original if layout == 'original' else name}.gamma", f"{name}.gamma", op)
+        )
 
     def res_block(name: str, original: str, shortcut: bool) -> None:
         for part, (norm, conv) in (("1", (0, 2)), ("2", (3, 6))):
@@ -136,7 +152,7 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
             weight_bias(f"{name}.conv_shortcut", f"{original}.shortcut", POINTWISE3D)
 
     def ends(name: str) -> None:
-        """First and last layers of the encoder or decoder, and the block in its middle."""
+        """Add the first, middle and last layers of the encoder or decoder."""
         weight_bias(f"{name}.conv_in", f"{name}.conv1", CONV3D)
         res_block(f"{name}.mid_block.resnets.0", f"{name}.middle.0", False)
         res_block(f"{name}.mid_block.resnets.1", f"{name}.middle.2", False)
@@ -157,7 +173,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
     index, channels = 0, config.base_dim
     for level, width in enumerate(widths):
         for _ in range(config.num_res_blocks):
-            res_block(f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}", channels != width)
+            res_block(
+                f"encoder.down_blocks.{index}", f"encoder.downsamples.{index}", channels != width
+            )
             index, channels = index + 1, width
         if level < len(config.temporal_downsample):
             time = config.temporal_downsample[level]
@@ -170,7 +188,9 @@ def rules(config: VAEConfig, layout: Layout = "diffusers") -> list[Rule]:
     for level, width in enumerate(reversed(widths)):
         for block in range(config.num_res_blocks + 1):
             shortcut = block == 0 and channels != width
-            res_block(f"decoder.up_blocks.{level}.resnets.{block}", f"decoder.upsamples.{index}", shortcut)
+            res_block(
+                f"decoder.up_blocks.{level}.resnets.{block}", f"decoder.upsamples.{index}", shortcut
+            )
             index += 1
         if level < len(config.temporal_downsample):
             time = config.temporal_downsample[::-1][level]

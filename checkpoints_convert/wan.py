@@ -1,7 +1,8 @@
-"""The Wan 2.1 transformer, with or without VACE blocks: names of both published layouts against our parameter paths.
+"""Define the names of the Wan 2.1 transformer, with or without VACE blocks, in both layouts.
 
-One row per module: ours, diffusers', the original repository's. Sources: diffusers `transformer_wan.py`,
-`transformer_wan_vace.py`; Wan2.1 `wan/modules/model.py`, `vace_model.py`. Phantom has plain Wan's names.
+One row per module: our name, diffusers', the original repository's. Phantom has plain Wan's names.
+Sources: diffusers `transformer_wan.py`, `transformer_wan_vace.py`; Wan2.1 `wan/modules/model.py`,
+`vace_model.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from jax_idgrpo.models.wan import WanConfig
 
 Layout = Literal["diffusers", "original"]
 
-DIFFUSERS_VERSION = "0.35.0"  # whose files ours look like
+DIFFUSERS_VERSION = "0.35.0"  # our files have the form of this version
 PATCH = (1, 2, 2)
-HEAD_DIM = 128  # of every published size; no shape tells it
+HEAD_DIM = 128  # of every published size; shapes do not determine it
 TEXT_LENGTH = 512
-FIXED = {  # what the network assumes; a config that says otherwise describes another network
+FIXED = {  # assumptions of the network; a config with other values describes another network
     "patch_size": list(PATCH),
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -28,14 +29,33 @@ FIXED = {  # what the network assumes; a config that says otherwise describes an
     "image_dim": None,
     "pos_embed_seq_len": None,
 }
-NO_IMAGE_TO_VIDEO = "this is an image-to-video model, which is not supported; give a VACE, Phantom or text-to-video one"
+NO_IMAGE_TO_VIDEO = (
+    "this is an image-to-video model, which is not supported; give a VACE, Phantom or "
+    "text-to-video one"
+)
 
 TOP_LINEAR = (
-    ("condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    (
+        "condition_embedder.time_embedder.linear_1",
+        "condition_embedder.time_embedder.linear_1",
+        "time_embedding.0",
+    ),
+    (
+        "condition_embedder.time_embedder.linear_2",
+        "condition_embedder.time_embedder.linear_2",
+        "time_embedding.2",
+    ),
     ("condition_embedder.time_proj", "condition_embedder.time_proj", "time_projection.1"),
-    ("condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    (
+        "condition_embedder.text_embedder.linear_1",
+        "condition_embedder.text_embedder.linear_1",
+        "text_embedding.0",
+    ),
+    (
+        "condition_embedder.text_embedder.linear_2",
+        "condition_embedder.text_embedder.linear_2",
+        "text_embedding.2",
+    ),
     ("proj_out", "proj_out", "head.head"),
 )
 ATTENTION = (
@@ -66,33 +86,52 @@ VACE_OUT = ("proj_out", "proj_out", "after_proj")
 
 
 def block_stacks(config: WanConfig) -> tuple[str, ...]:
-    """The stacks of transformer blocks, named alike everywhere."""
+    """Return the stacks of transformer blocks, which have the same names in all layouts."""
     return ("blocks",) if config.vace_layers is None else ("blocks", "vace_blocks")
 
 
 def rules(config: WanConfig, layout: Layout = "diffusers") -> list[Rule]:
-    """Every tensor of the transformer in the given layout; adapters are in `lora`."""
+    """List the rules of all tensors of the transformer in a layout; adapters are in `lora`."""
     column = 1 if layout == "diffusers" else 2
     vace = config.vace_layers is not None
     table = [Rule(HEAD_TABLE[column], HEAD_TABLE[0], TABLE)]
     for name in ("patch_embedding", "vace_patch_embedding") if vace else ("patch_embedding",):
-        table += [Rule(f"{name}.weight", f"{name}.kernel", patch(PATCH)), Rule(f"{name}.bias", f"{name}.bias", VECTOR)]
+        table += [
+            Rule(f"{name}.weight", f"{name}.kernel", patch(PATCH)),
+            Rule(f"{name}.bias", f"{name}.bias", VECTOR),
+        ]
     for row in (*TOP_LINEAR, VACE_IN) if vace else TOP_LINEAR:
         table += linear(row[column], row[0])
     for stack in block_stacks(config):
         prefix = f"{stack}.{{i}}."
         table.append(Rule(prefix + BLOCK_TABLE[column], prefix + BLOCK_TABLE[0], TABLE))
-        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.weight", f"{prefix}{CROSS_NORM[0]}.scale", VECTOR))
-        table.append(Rule(f"{prefix}{CROSS_NORM[column]}.bias", f"{prefix}{CROSS_NORM[0]}.bias", VECTOR))
-        table += [Rule(f"{prefix}{row[column]}.weight", f"{prefix}{row[0]}.scale", VECTOR) for row in QK_NORM]
-        modules = (*ATTENTION, *FEED_FORWARD, VACE_OUT) if stack == "vace_blocks" else (*ATTENTION, *FEED_FORWARD)
+        table.append(
+            Rule(f"{prefix}{CROSS_NORM[column]}.weight", f"{prefix}{CROSS_NORM[0]}.scale", VECTOR)
+        )
+        table.append(
+            Rule(f"{prefix}{CROSS_NORM[column]}.bias", f"{prefix}{CROSS_NORM[0]}.bias", VECTOR)
+        )
+        table += [
+            Rule(f"{prefix}{row[column]}.weight", f"{prefix}{row[0]}.scale", VECTOR)
+            for row in QK_NORM
+        ]
+        modules = (
+            (*ATTENTION, *FEED_FORWARD, VACE_OUT)
+            if stack == "vace_blocks"
+            else (*ATTENTION, *FEED_FORWARD)
+        )
         for row in modules:
             table += linear(prefix + row[column], prefix + row[0])
     return table
 
 
 def config_from_json(values: dict[str, Any]) -> WanConfig:
-    """A diffusers `transformer/config.json`. ValueError for an architecture other than Wan 2.1's, KeyError for a gap."""
+    """Read a `transformer/config.json` of diffusers.
+
+    Raises:
+      ValueError: the architecture is not Wan 2.1's.
+      KeyError: a field is missing.
+    """
     for name in ("image_dim", "added_kv_proj_dim"):
         if values.get(name) is not None:
             raise ValueError(f"{name} is {values[name]!r}: {NO_IMAGE_TO_VIDEO}")
@@ -117,7 +156,7 @@ def config_from_json(values: dict[str, Any]) -> WanConfig:
 
 
 def config_to_json(config: WanConfig) -> dict[str, Any]:
-    """What diffusers' `WanTransformer3DModel` or `WanVACETransformer3DModel.from_pretrained` reads."""
+    """Make the config for `from_pretrained` of diffusers' `Wan(VACE)Transformer3DModel`."""
     vace = config.vace_layers is not None
     values = {
         "_class_name": "WanVACETransformer3DModel" if vace else "WanTransformer3DModel",
@@ -135,23 +174,35 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
         "text_dim": config.text_dim,
     }
     if vace:
-        values |= {"vace_in_channels": config.vace_in_channels, "vace_layers": list(config.vace_layers)}
+        values |= {
+            "vace_in_channels": config.vace_in_channels,
+            "vace_layers": list(config.vace_layers),
+        }
     return values
 
 
-def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None) -> WanConfig:
-    """The config behind the tensors of a file, for layouts that do not state all of it.
+def config_from_shapes(
+    tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None
+) -> WanConfig:
+    """Infer the config of a file from its tensors, for layouts without a complete config.
 
-    values: the `config.json` of the original repository, if there is one: heads, epsilon and the layers with hints, which no
-    shape tells. Without it, heads are 128 wide and hints are evenly spread, as in every published size. UserError when the
-    tensors do not say enough.
+    Args:
+      tensors: name -> anything with `shape`.
+      layout: layout of the names.
+      values: `config.json` of the original repository, if there is one. It has the heads, epsilon
+        and the layers with hints, which shapes do not determine. Without it, heads have 128
+        channels and hints are evenly spaced, as in every published size.
+
+    Raises:
+      UserError: a tensor that determines a size is missing, or tensors and config disagree.
     """
     column = 1 if layout == "diffusers" else 2
 
     def axis(name: str, index: int) -> int:
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) <= index:
-            raise UserError(f"tensor {name} is {'missing' if not shape else 'of another shape'}, so that the sizes are not known")
+            fault = "of another shape" if shape else "missing"
+            raise UserError(f"tensor {name} is {fault}, so that the sizes are not known")
         return int(shape[index])
 
     def count(stack: str) -> int:
@@ -162,16 +213,28 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mappi
     width, layers, hints = axis("patch_embedding.weight", 0), count("blocks"), count("vace_blocks")
     if values is None:
         if width % HEAD_DIM:
-            raise UserError(f"width {width} is no multiple of {HEAD_DIM}; put the config.json of the model beside it")
+            raise UserError(
+                f"width {width} is no multiple of {HEAD_DIM}; put the config.json of the model "
+                "beside it"
+            )
         if hints and layers % hints:
-            raise UserError(f"{hints} VACE blocks do not spread over {layers}; put the config.json of the model beside it")
+            raise UserError(
+                f"{hints} VACE blocks do not spread over {layers}; put the config.json of the "
+                "model beside it"
+            )
         values = {"num_heads": width // HEAD_DIM, "eps": 1e-6}
         if hints:
             values |= {"vace_layers": list(range(0, layers, layers // hints))}
     elif values["dim"] != width or values["num_layers"] != layers:
-        raise UserError(f"config.json says width {values['dim']} and {values['num_layers']} layers, the tensors {width} and {layers}")
+        raise UserError(
+            f"config.json has width {values['dim']} and {values['num_layers']} layers, the tensors "
+            f"{width} and {layers}"
+        )
     elif bool(values.get("vace_layers")) != bool(hints):
-        raise UserError(f"config.json and the tensors disagree: {hints} VACE blocks, vace_layers {values.get('vace_layers')}")
+        raise UserError(
+            f"config.json and the tensors disagree: {hints} VACE blocks, vace_layers "
+            f"{values.get('vace_layers')}"
+        )
     return WanConfig(
         num_layers=layers,
         num_heads=values["num_heads"],
@@ -188,7 +251,7 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout, values: Mappi
 
 
 def config_to_original(config: WanConfig) -> dict[str, Any]:
-    """The `config.json` of the original repository's folder."""
+    """Make the `config.json` of the original repository's folder."""
     vace = config.vace_layers is not None
     values = {
         "_class_name": "VaceWanModel" if vace else "WanModel",
@@ -204,11 +267,15 @@ def config_to_original(config: WanConfig) -> dict[str, Any]:
         "out_dim": config.out_channels,
         "text_len": TEXT_LENGTH,
     }
-    return values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels} if vace else values
+    return (
+        values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels}
+        if vace
+        else values
+    )
 
 
 def scheduler_to_json(shift: float) -> dict[str, Any]:
-    """The `scheduler/scheduler_config.json` of the published Wan pipelines, with the given shift."""
+    """Make the `scheduler/scheduler_config.json` of the published Wan pipelines with a shift."""
     return {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,

@@ -1,10 +1,10 @@
-"""Identity-GRPO in JAX.
+"""Expose the public API of Identity-GRPO in JAX.
 
     import jax_idgrpo as idg
     pipe = idg.load_pipeline(path)
     sigmas = idg.flow.sigmas(num_steps, shift)
 
-What is named here is imported when it is first used.
+Each public name is imported when it is first used.
 """
 
 import importlib

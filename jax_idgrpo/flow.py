@@ -1,17 +1,21 @@
-"""Schedule, samplers and steps of the flow-matching sampler: sigmas, stochastic steps with their log-probability, ODE solvers.
+"""Define the flow-matching sampler: noise schedule, stochastic steps and ODE solvers.
 
-The model predicts the velocity v = noise - x0 along x = (1 - sigma) x0 + sigma noise; sigma falls from about 1 to 0. Every
-stochastic sampler is a `Transition`: the next sample is drawn around a x + b v, with coefficients that depend on sigma alone.
+The model predicts the velocity v = noise - x0 along x = (1 - sigma) x0 + sigma noise; sigma falls
+from about 1 to 0. Every stochastic sampler is a `Transition`: the next sample is drawn around
+a x + b v, with coefficients that depend only on sigma.
 
-    identity   Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo, sde_step_with_logprob)
+    identity   Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo,
+               sde_step_with_logprob)
     flow       Flow-GRPO (arXiv 2505.05470; github.com/yifan123/flow_grpo)
     dance      DanceGRPO (arXiv 2505.07818; github.com/XueZeyue/DanceGRPO)
-    cps        coefficient-preserving sampling (arXiv 2509.05952, FlowCPS; also in flow_grpo and X-GenGroup/Flow-Factory)
+    cps        coefficient-preserving sampling (arXiv 2509.05952, FlowCPS; also in flow_grpo and
+               X-GenGroup/Flow-Factory)
 
-The schedule is that of Wan2.1 (github.com/Wan-Video/Wan2.1, FlowUniPCMultistepScheduler) and of diffusers 0.33 to 0.36. The ODE is
-solved by Euler steps or by UniPC of order 2 (arXiv 2302.04867, B(h) = e^h - 1; diffusers, UniPCMultistepScheduler).
+The schedule is that of Wan2.1 (github.com/Wan-Video/Wan2.1, FlowUniPCMultistepScheduler) and of
+diffusers 0.33 to 0.36. The ODE is solved by Euler steps or by UniPC of order 2 (arXiv 2302.04867,
+B(h) = e^h - 1; diffusers, UniPCMultistepScheduler).
 
-Pure functions, float32, independent of the rest of the project.
+All functions are pure, compute in float32, and use nothing else of the project.
 """
 
 import math
@@ -26,21 +30,28 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 Sigma = Float[ArrayLike, "..."] | float
 
 FRAMES_PER_LATENT = 4
-"""Video frames that one latent frame holds; the first holds one frame alone."""
+"""Video frames per latent frame. The first latent frame holds a single video frame."""
 
 
 def latent_frames(frames: int) -> int:
-    """Latent frames T of a video of F = 1 + 4n frames."""
+    """Return the number of latent frames T of a video of F = 1 + 4n frames."""
     return (frames - 1) // FRAMES_PER_LATENT + 1
 
 
 def shifted(u: Float[ArrayLike, "..."], shift: Sigma) -> Float[ArrayLike, "..."]:
-    """Noise levels sigma = shift u / (1 + (shift - 1) u) of unshifted levels u in [0, 1]; arrays keep their dtype and library."""
+    """Return the noise levels sigma = shift u / (1 + (shift - 1) u).
+
+    Arrays keep their dtype and library.
+
+    Args:
+      u: unshifted noise levels in [0, 1].
+      shift: positive flow shift.
+    """
     return shift * u / (1 + (shift - 1) * u)
 
 
 def timestep(sigma: Float[ArrayLike, "..."]) -> Int[ArrayLike, "..."]:
-    """The integer timestep that the model is given at a noise level: int32, 1000 sigma truncated, at most 999."""
+    """Return the model's timestep at a noise level: int32, 1000 sigma truncated, at most 999."""
     return (1000 * sigma).clip(max=999).astype(np.int32)
 
 
@@ -54,9 +65,16 @@ def _sigmas64(num_steps: int, shift: float) -> np.ndarray:
 
 
 def sigmas(num_steps: int, shift: float) -> np.ndarray:
-    """Noise levels, float32 [S+1], falling from about 1; the last is 0.
+    """Return the noise levels of a schedule, falling from about 1; the last is 0.
 
     With u = 0.999 (1 - i/S), sigma = shift u / (1 + (shift - 1) u), computed in float64.
+
+    Args:
+      num_steps: denoising steps S.
+      shift: positive flow shift.
+
+    Returns:
+      float32 [S+1].
 
     Raises:
       ValueError: fewer than one step, or a shift that is not positive.
@@ -65,12 +83,27 @@ def sigmas(num_steps: int, shift: float) -> np.ndarray:
 
 
 def timesteps(num_steps: int, shift: float) -> np.ndarray:
-    """Timesteps of the schedule, int32 [S], from float64 noise levels. Values can repeat: index steps by position."""
+    """Return the timesteps of a schedule, computed from float64 noise levels.
+
+    Values can repeat, so index steps by position.
+
+    Args:
+      num_steps: denoising steps S.
+      shift: positive flow shift.
+
+    Returns:
+      int32 [S].
+
+    Raises:
+      ValueError: fewer than one step, or a shift that is not positive.
+    """
     return timestep(_sigmas64(num_steps, shift))
 
 
-def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None) -> Float[ArrayLike, "B"]:
-    """Mean over everything but the batch; with `mask` [B,T] over the frames it marks."""
+def row_mean(
+    values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+) -> Float[ArrayLike, "B"]:
+    """Average each row over all its elements, or over the frames that `mask` [B,T] marks."""
     axes = tuple(range(1, values.ndim))
     if mask is None:
         return jnp.mean(values, axis=axes)
@@ -79,15 +112,16 @@ def row_mean(values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] 
     return jnp.sum(values * weights, axis=axes) / (jnp.sum(weights, axis=axes) * per_frame)
 
 
-# ---- stochastic samplers -------------------------------------------------------------------------------------------------
+# ---- stochastic samplers -------------------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Transition:
-    """One stochastic step: x_next = a x + b v + std noise, and how its log-probability is counted.
+    """One stochastic step x_next = a x + b v + std noise, with the terms of its log-probability.
 
-    log_prob = mean over the row of  -precision (x_next - a x - b v)^2 / 2 - constant. A Gaussian has precision 1 / std^2 and
-    constant log std + log(2 pi) / 2. All fields have one shape: [] for one step, [S] for a schedule, [B] for a step per row.
+    log_prob = mean over the row of  -precision (x_next - a x - b v)^2 / 2 - constant. A Gaussian
+    has precision 1 / std^2 and constant log std + log(2 pi) / 2. All fields have one shape: [] for
+    one step, [S] for a schedule, [B] for a step per row.
     """
 
     a: Float[ArrayLike, "*steps"]
@@ -97,23 +131,34 @@ class Transition:
     constant: Float[ArrayLike, "*steps"]
 
     def at(self, index: Int[ArrayLike, "..."] | int) -> "Transition":
-        """The steps `index` of a schedule."""
+        """Return the steps `index` of a schedule."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     @property
     def weight(self) -> Float[ArrayLike, "..."]:
-        """c(t): the gradient of log_prob by the velocity is c(t) noise / D, up to its sign, for a row of D elements."""
+        """Weight c(t): up to its sign, the gradient of log_prob by the velocity is c(t) noise / D.
+
+        D is the number of elements in a row.
+        """
         return self.precision * jnp.abs(self.b) * self.std
 
 
 def _gaussian(a: Sigma, b: Sigma, std: Sigma) -> Transition:
-    return Transition(a=a, b=b, std=std, precision=1 / std**2, constant=jnp.log(std) + 0.5 * math.log(2 * math.pi))
+    return Transition(
+        a=a, b=b, std=std, precision=1 / std**2, constant=jnp.log(std) + 0.5 * math.log(2 * math.pi)
+    )
 
 
 def _sde(sigma: Sigma, sigma_next: Sigma, diffusion: Sigma) -> Transition:
-    """The Euler step of the SDE with diffusion coefficient `diffusion`, whose marginals are those of the ODE.
+    """Return the Euler step of the SDE that has the ODE's marginals.
 
-    mean = x (1 + diffusion^2 / (2 sigma) dt) + v (1 + diffusion^2 (1 - sigma) / (2 sigma)) dt,   std = diffusion sqrt(-dt)
+        mean = x (1 + diffusion^2 / (2 sigma) dt) + v (1 + diffusion^2 (1 - sigma) / (2 sigma)) dt
+        std  = diffusion sqrt(-dt)
+
+    Args:
+      sigma: noise level at the start of the step.
+      sigma_next: noise level at the end of the step.
+      diffusion: diffusion coefficient.
     """
     dt = sigma_next - sigma
     a = 1 + diffusion**2 / (2 * sigma) * dt
@@ -125,35 +170,76 @@ def _float32(*values: Sigma) -> tuple[Float[ArrayLike, "..."], ...]:
     return tuple(jnp.asarray(value, jnp.float32) for value in values)
 
 
-def identity_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 1.0) -> Transition:
-    """Diffusion noise_level sigma_max sigma, where sigma_max is the second entry of the schedule."""
+def identity_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 1.0
+) -> Transition:
+    """Return the Identity-GRPO step, with diffusion noise_level sigma_max sigma.
+
+    Args:
+      sigma: noise levels at the start of the steps.
+      sigma_next: noise levels at the end of the steps.
+      sigma_max: second entry of the schedule.
+      noise_level: scale of the diffusion.
+    """
     sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
     return _sde(sigma, sigma_next, noise_level * sigma_max * sigma)
 
 
-def flow_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7) -> Transition:
-    """Diffusion noise_level sqrt(sigma / (1 - sigma)); where sigma is within 1e-3 of 1, sigma_max stands in the denominator.
+def flow_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7
+) -> Transition:
+    """Return the Flow-GRPO step, with diffusion noise_level sqrt(sigma / (1 - sigma)).
 
-    The public codes test for sigma = 1 exactly, which a schedule that starts at 0.9997 never meets: its first step would have a
-    standard deviation of 4.5.
+    Where sigma is within 1e-3 of 1, sigma_max replaces sigma in the denominator. The public codes
+    test for sigma = 1 exactly, which a schedule that starts at 0.9997 never meets: its first step
+    would have a standard deviation of 4.5.
+
+    Args:
+      sigma: noise levels at the start of the steps.
+      sigma_next: noise levels at the end of the steps.
+      sigma_max: second entry of the schedule.
+      noise_level: scale of the diffusion.
     """
     sigma, sigma_next, sigma_max = _float32(sigma, sigma_next, sigma_max)
-    return _sde(sigma, sigma_next, noise_level * jnp.sqrt(sigma / (1 - jnp.where(sigma >= 1 - 1e-3, sigma_max, sigma))))
+    return _sde(
+        sigma,
+        sigma_next,
+        noise_level * jnp.sqrt(sigma / (1 - jnp.where(sigma >= 1 - 1e-3, sigma_max, sigma))),
+    )
 
 
-def dance_sde(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.3) -> Transition:
-    """Diffusion noise_level at every step."""
+def dance_sde(
+    sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.3
+) -> Transition:
+    """Return the DanceGRPO step, with diffusion noise_level at every noise level.
+
+    Args:
+      sigma: noise levels at the start of the steps.
+      sigma_next: noise levels at the end of the steps.
+      sigma_max: not used; all samplers have one signature.
+      noise_level: diffusion coefficient.
+    """
     sigma, sigma_next, _ = _float32(sigma, sigma_next, sigma_max)
     return _sde(sigma, sigma_next, jnp.full_like(sigma, noise_level))
 
 
 def cps(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 0.7) -> Transition:
-    """Part of the predicted noise is replaced by fresh noise, so that the noise level is sigma_next exactly.
+    """Return the step that replaces part of the predicted noise n by fresh noise.
 
-        mean = (1 - sigma_next) x0 + sigma_next cos(noise_level pi / 2) n,    x0 = x - sigma v,  n = x + (1 - sigma) v
-        std  = sigma_next sin(noise_level pi / 2),                            noise_level in [0, 1]
+    The noise level after the step is sigma_next exactly.
 
-    Its log-probability is -(x_next - mean)^2 without 1 / (2 std^2) and constants: the step to 0 has no noise to divide by.
+        mean = (1 - sigma_next) x0 + sigma_next cos(noise_level pi / 2) n
+        std  = sigma_next sin(noise_level pi / 2)
+        x0   = x - sigma v,    n = x + (1 - sigma) v
+
+    Its log-probability is -(x_next - mean)^2 without 1 / (2 std^2) and constants: the step to 0 has
+    no noise to divide by.
+
+    Args:
+      sigma: noise levels at the start of the steps.
+      sigma_next: noise levels at the end of the steps.
+      sigma_max: not used; all samplers have one signature.
+      noise_level: share of fresh noise, in [0, 1].
     """
     sigma, sigma_next, _ = _float32(sigma, sigma_next, sigma_max)
     kept = sigma_next * math.cos(noise_level * math.pi / 2)
@@ -166,12 +252,22 @@ def cps(sigma: Sigma, sigma_next: Sigma, sigma_max: Sigma, noise_level: float = 
     )
 
 
-SAMPLERS: dict[str, Callable[..., Transition]] = {"identity": identity_sde, "flow": flow_sde, "dance": dance_sde, "cps": cps}
-"""Stochastic samplers by name; each is called with (sigma, sigma_next, sigma_max[, noise_level])."""
+SAMPLERS: dict[str, Callable[..., Transition]] = {
+    "identity": identity_sde,
+    "flow": flow_sde,
+    "dance": dance_sde,
+    "cps": cps,
+}
+"""Stochastic samplers by name, called with (sigma, sigma_next, sigma_max[, noise_level])."""
 
 
-def _along(value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "..."]:
-    """A scalar, a value per row [B], or what broadcasts already, made to broadcast against x [B,...]."""
+def _along(
+    value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]
+) -> Float[ArrayLike, "..."]:
+    """Reshape a scalar or a value per row [B] to broadcast against x [B,...].
+
+    Values of higher rank broadcast already and pass unchanged.
+    """
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim <= 1 else value
 
@@ -180,8 +276,11 @@ def _along(value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]) -> F
 class Step:
     """One stochastic step.
 
-    x_next: [B,T,H,W,C] the next sample. log_prob: [B] its log-probability, mean over the valid elements of a row.
-    mean: [B,T,H,W,C] and std: [] (or as the transition's), its Gaussian.
+    Attributes:
+      x_next: [B,T,H,W,C] next sample.
+      log_prob: [B] log-probability of `x_next`, a mean over the valid elements of a row.
+      mean: [B,T,H,W,C] mean of the step's Gaussian.
+      std: standard deviation of the step's Gaussian; [] or the shape of the transition.
     """
 
     x_next: Float[ArrayLike, "B *shape"]
@@ -198,9 +297,17 @@ def step(
     x_next: Float[ArrayLike, "B *shape"] | None = None,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
-    """One step of any sampler, drawn from `noise` or scored at a given `x_next`.
+    """Take one step of any sampler, drawn from `noise` or scored at a given `x_next`.
 
-    Gradients flow through `mean`; `x_next` is a constant. `mask` [B,T] says which frames count in the log-probability.
+    Gradients flow through `mean`; `x_next` is a constant.
+
+    Args:
+      transition: the step; its fields broadcast against the rows of `x`.
+      x: [B,T,H,W,C] current sample.
+      v: [B,T,H,W,C] velocity at `x`.
+      noise: [B,T,H,W,C] standard normal noise, to draw the next sample.
+      x_next: [B,T,H,W,C] next sample, to score.
+      mask: [B,T] frames that count in the log-probability; None for all.
 
     Raises:
       ValueError: neither or both of `noise` and `x_next` are given.
@@ -209,7 +316,14 @@ def step(
         raise ValueError("a step takes either noise (to draw) or x_next (to score)")
     x, v = x.astype(jnp.float32), v.astype(jnp.float32)
     a, b, std, precision, constant = (
-        _along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision, transition.constant)
+        _along(value, x)
+        for value in (
+            transition.a,
+            transition.b,
+            transition.std,
+            transition.precision,
+            transition.constant,
+        )
     )
     mean = x * a + v * b
     if x_next is None:
@@ -229,14 +343,24 @@ def sde_step(
     x_next: Float[ArrayLike, "B *shape"] | None = None,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
-    """The step of the Identity SDE from `sigma` to `sigma_next`, drawn from `noise` or scored at a given `x_next`.
+    """Take one step of the Identity SDE, drawn from `noise` or scored at a given `x_next`.
 
-        std    = sigma_max sigma                                (sigma_max is the second entry of the schedule)
-        mean   = x (1 + std^2 / (2 sigma) dt) + v (1 + std^2 (1 - sigma) / (2 sigma)) dt,     dt = sigma_next - sigma < 0
-        x_next = mean + s noise,                                s = std sqrt(-dt)
+        dt     = sigma_next - sigma < 0
+        std    = sigma_max sigma
+        mean   = x (1 + std^2 / (2 sigma) dt) + v (1 + std^2 (1 - sigma) / (2 sigma)) dt
+        x_next = mean + s noise,    s = std sqrt(-dt)
         log_prob = mean over the row of  -(x_next - mean)^2 / (2 s^2) - log s - log(2 pi) / 2
 
-    Sigmas are scalars, one per row [B], or broadcast against x.
+    Args:
+      x: [B,T,H,W,C] current sample.
+      v: [B,T,H,W,C] velocity at `x`.
+      sigma: noise level at the start of the step; a scalar, [B], or an array that broadcasts
+        against x, as the other two.
+      sigma_next: noise level at the end of the step.
+      sigma_max: second entry of the schedule.
+      noise: [B,T,H,W,C] standard normal noise, to draw the next sample.
+      x_next: [B,T,H,W,C] next sample, to score.
+      mask: [B,T] frames that count in the log-probability; None for all.
 
     Raises:
       ValueError: neither or both of `noise` and `x_next` are given.
@@ -246,10 +370,14 @@ def sde_step(
 
 @flax.struct.dataclass
 class Change:
-    """How a policy's step differs from the one that was sampled, per row; both exactly 0 where the velocities are equal.
+    """Difference between a policy's step and the sampled step, per row.
 
-    log_ratio: log_prob(x_next; v) - log_prob(x_next; v_old). guarded: mean of noise (mean - mean_old), which is the log-ratio
-    without its bias -mean((mean - mean_old)^2) / (2 std^2), times std.
+    Both fields are exactly 0 where the velocities are equal.
+
+    Attributes:
+      log_ratio: log_prob(x_next; v) - log_prob(x_next; v_old).
+      guarded: mean of noise (mean - mean_old), which is std times the log-ratio without its bias
+        -mean((mean - mean_old)^2) / (2 std^2).
     """
 
     log_ratio: Float[ArrayLike, "B"]
@@ -264,17 +392,28 @@ def change(
     x_next: Float[ArrayLike, "B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Change:
-    """Compare two velocities at a step that led from x to x_next, from the difference d = b (v - v_old) of the means.
+    """Compare two velocities at a step from x to x_next by the difference d = b (v - v_old).
 
         log_ratio  = mean over the row of  precision d (x_next - mean_old - d / 2)
         guarded    = mean over the row of  d (x_next - mean_old) / std
 
-    Two log-probabilities near 1 that are subtracted leave their rounding, which depends on how the compiler ordered each sum; this
-    form has none. Gradients flow through `v`.
+    Subtracting two log-probabilities near 1 would leave rounding errors that depend on how the
+    compiler ordered each sum. This form has none. Gradients flow through `v`.
+
+    Args:
+      transition: the step.
+      x: [B,T,H,W,C] sample at the start of the step.
+      v: [B,T,H,W,C] velocity of the trained policy at `x`.
+      v_old: [B,T,H,W,C] velocity of the policy that sampled, a constant.
+      x_next: [B,T,H,W,C] sample at the end of the step, a constant.
+      mask: [B,T] frames that count; None for all.
     """
     x, v, v_old = (value.astype(jnp.float32) for value in (x, v, v_old))
     x_next, v_old = jax.lax.stop_gradient((x_next, v_old))
-    a, b, std, precision = (_along(value, x) for value in (transition.a, transition.b, transition.std, transition.precision))
+    a, b, std, precision = (
+        _along(value, x)
+        for value in (transition.a, transition.b, transition.std, transition.precision)
+    )
     moved = b * (v - v_old)
     off = x_next - (x * a + v_old * b)
     return Change(
@@ -289,15 +428,25 @@ def divergence(
     v_other: Float[ArrayLike, "B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[ArrayLike, "B"]:
-    """KL divergence of two steps from one x, per row: mean of (mean - mean_other)^2 / (2 std^2), exact for Gaussians of one std.
+    """Return the KL divergence of two steps from one x, per row.
 
-    Where the log-probability is not a Gaussian's (`cps`), in its units: mean of precision (mean - mean_other)^2 / 2.
+    For Gaussians of one std, it is exactly the mean of (mean - mean_other)^2 / (2 std^2). Where the
+    log-probability is not a Gaussian's (`cps`), it has the units of that log-probability: mean of
+    precision (mean - mean_other)^2 / 2.
+
+    Args:
+      transition: the step.
+      v: [B,T,H,W,C] velocity of one policy.
+      v_other: [B,T,H,W,C] velocity of the other policy.
+      mask: [B,T] frames that count; None for all.
     """
     b, precision = (_along(value, v) for value in (transition.b, transition.precision))
-    return row_mean(0.5 * precision * (b * (v.astype(jnp.float32) - v_other.astype(jnp.float32))) ** 2, mask)
+    return row_mean(
+        0.5 * precision * (b * (v.astype(jnp.float32) - v_other.astype(jnp.float32))) ** 2, mask
+    )
 
 
-# ---- the ODE -------------------------------------------------------------------------------------------------------------
+# ---- the ODE -------------------------------------------------------------------------------------
 
 
 def ode_step(
@@ -306,15 +455,29 @@ def ode_step(
     sigma: Sigma,
     sigma_next: Sigma,
 ) -> Float[ArrayLike, "B *shape"]:
-    """The deterministic Euler step x + v (sigma_next - sigma); the step to sigma_next = 0 gives the prediction of x0."""
-    return x.astype(jnp.float32) + v.astype(jnp.float32) * (jnp.asarray(sigma_next, jnp.float32) - sigma)
+    """Take the deterministic Euler step x + v (sigma_next - sigma).
+
+    The step to sigma_next = 0 gives the prediction of x0.
+
+    Args:
+      x: [B,T,H,W,C] current sample.
+      v: [B,T,H,W,C] velocity at `x`.
+      sigma: noise level at the start of the step; broadcasts against x, as `sigma_next`.
+      sigma_next: noise level at the end of the step.
+    """
+    return x.astype(jnp.float32) + v.astype(jnp.float32) * (
+        jnp.asarray(sigma_next, jnp.float32) - sigma
+    )
 
 
 @flax.struct.dataclass
 class Solver:
-    """A linear multistep method for the ODE: what step i combines, given the predictions m = x - sigma v of x0.
+    """Coefficients of a linear multistep method for the ODE.
 
-    corrected = corrector[i] . (x, corrected_{i-1}, m_{i-2}, m_{i-1}, m_i);     x_next = predictor[i] . (corrected, m_{i-1}, m_i)
+    With the predictions m = x - sigma v of x0, step i computes
+
+        corrected = corrector[i] . (x, corrected_{i-1}, m_{i-2}, m_{i-1}, m_i)
+        x_next    = predictor[i] . (corrected, m_{i-1}, m_i)
     """
 
     corrector: Float[ArrayLike, "*steps 5"]
@@ -322,7 +485,7 @@ class Solver:
 
 
 def euler(sigma: Float[ArrayLike, "levels"]) -> Solver:
-    """Euler's method, x + v (sigma_next - sigma): first order, one evaluation a step."""
+    """Return Euler's method, x + v (sigma_next - sigma): first order, one evaluation per step."""
     sigma = np.asarray(sigma, np.float64)
     slope = np.diff(sigma) / sigma[:-1]
     steps = len(slope)
@@ -332,12 +495,14 @@ def euler(sigma: Float[ArrayLike, "levels"]) -> Solver:
 
 
 def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
-    """UniPC of order 2 with B(h) = e^h - 1 on predictions of x0; first order at the first and last step.
+    """Return UniPC of order 2 with B(h) = e^h - 1 on predictions of x0.
 
-    With l = log((1 - sigma) / sigma), h = l_next - l, p = 1 - e^-h and D a difference of predictions over its distance in l,
+    The first and the last step are of first order. With l = log((1 - sigma) / sigma),
+    h = l_next - l, p = 1 - e^-h and D a difference of predictions over its distance in l,
 
         predictor   x_next = sigma_next / sigma x + (1 - sigma_next) p (m_i + D(m_{i-1}, m_i) h / 2)
-        corrector   the same step again, once the prediction at its end is known, with weights that make it one order higher.
+        corrector   repeats the step once the prediction at its end is known, with weights that
+                    raise its order by one
     """
     sigma = np.asarray(sigma, np.float64)
     with np.errstate(divide="ignore"):
@@ -346,11 +511,15 @@ def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
     corrector, predictor = np.zeros((steps, 5)), np.zeros((steps, 3))
     corrector[0, 0] = 1
     for i in range(steps):
-        scale, p = sigma[i + 1] / sigma[i], (1 - sigma[i + 1]) * -np.expm1(log_snr[i] - log_snr[i + 1])
+        scale, p = (
+            sigma[i + 1] / sigma[i],
+            (1 - sigma[i + 1]) * -np.expm1(log_snr[i] - log_snr[i + 1]),
+        )
         predictor[i] = scale, 0, p
         if i == 0 or i == steps - 1:
             continue
-        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])     # where m_{i-1} lies, in units of the step
+        # The position of m_{i-1}, in units of the step.
+        r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])
         predictor[i] += 0, 0.5 * p / r, -0.5 * p / r
     for i in range(1, steps):
         h = log_snr[i] - log_snr[i - 1]
@@ -359,20 +528,30 @@ def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
             corrector[i] = 0, scale, 0, 0.5 * p, 0.5 * p
             continue
         r = (log_snr[i - 2] - log_snr[i - 1]) / h
-        phi_2 = -np.expm1(-h) / h - 1                                         # moments of the exponential integrator over the step
+        phi_2 = -np.expm1(-h) / h - 1  # moments of the exponential integrator over the step
         phi_3 = -phi_2 / h - 0.5
         old, new = np.linalg.solve([[1, 1], [r, 1]], np.array([phi_2, 2 * phi_3]) / np.expm1(-h))
         corrector[i] = 0, scale, p * old / r, p * (1 - old / r - new), p * new
     return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
 
 
-SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {"euler": euler, "unipc": unipc}
-"""Solvers of the ODE by name; each makes its table from the schedule."""
+SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {
+    "euler": euler,
+    "unipc": unipc,
+}
+"""ODE solvers by name; each computes its coefficients from the schedule."""
 
 
 @flax.struct.dataclass
 class SolverState:
-    """What a multistep method carries from step to step: x, and the last corrected sample and the last two predictions of x0."""
+    """State that a multistep method carries from step to step.
+
+    Attributes:
+      x: [B,T,H,W,C] current sample.
+      corrected: last corrected sample.
+      older: prediction of x0 two steps ago.
+      newer: prediction of x0 one step ago.
+    """
 
     x: Float[ArrayLike, "B *shape"]
     corrected: Float[ArrayLike, "B *shape"]
@@ -381,17 +560,33 @@ class SolverState:
 
     @classmethod
     def start(cls, x: Float[ArrayLike, "B *shape"]) -> "SolverState":
-        """Before the first step."""
+        """Return the state before the first step."""
         zero = jnp.zeros_like(x)
         return cls(x=x, corrected=zero, older=zero, newer=zero)
 
 
-def solver_step(solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma) -> SolverState:
-    """One step of the ODE from `sigma`, where the velocity at `state.x` is v; `solver` holds this step's coefficients."""
+def solver_step(
+    solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma
+) -> SolverState:
+    """Take one step of the ODE.
+
+    Args:
+      solver: coefficients of this step.
+      state: state at the start of the step.
+      v: [B,T,H,W,C] velocity at `state.x`.
+      sigma: noise level at the start of the step.
+    """
     m = state.x - sigma * v.astype(jnp.float32)
 
-    def combine(weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "B *shape"]:
+    def combine(
+        weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]
+    ) -> Float[ArrayLike, "B *shape"]:
         return sum(weights[n] * term for n, term in enumerate(terms))
 
     corrected = combine(solver.corrector, state.x, state.corrected, state.older, state.newer, m)
-    return SolverState(x=combine(solver.predictor, corrected, state.newer, m), corrected=corrected, older=state.newer, newer=m)
+    return SolverState(
+        x=combine(solver.predictor, corrected, state.newer, m),
+        corrected=corrected,
+        older=state.newer,
+        newer=m,
+    )

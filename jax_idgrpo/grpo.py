@@ -1,18 +1,25 @@
-"""Group-relative advantages, and the objectives that turn them into a loss.
+"""Compute group-relative advantages and the objectives that turn them into a loss.
 
-    clip         GRPO's clipped ratio, Identity-GRPO (arXiv 2510.14256; github.com/alibaba/identity-grpo)
-    guard        the ratio without its bias, GRPO-Guard (arXiv 2510.22319; also in X-GenGroup/Flow-Factory)
-    divergence   a divergence mask in place of the clip, Flow-DPPO (arXiv 2606.11025; Tencent-Hunyuan/UniRL)
-    nft          DiffusionNFT (arXiv 2509.16117)        awm   advantage-weighted matching (arXiv 2509.25050)
-    dpo          diffusion DPO (arXiv 2311.12908)       sft   supervised flow matching
+    clip         GRPO's clipped ratio, Identity-GRPO (arXiv 2510.14256;
+                 github.com/alibaba/identity-grpo)
+    guard        ratio without its bias, GRPO-Guard (arXiv 2510.22319; also in
+                 X-GenGroup/Flow-Factory)
+    divergence   divergence mask in place of the clip, Flow-DPPO (arXiv 2606.11025;
+                 Tencent-Hunyuan/UniRL)
+    nft          DiffusionNFT (arXiv 2509.16117)
+    awm          advantage-weighted matching (arXiv 2509.25050)
+    dpo          diffusion DPO (arXiv 2311.12908)
+    sft          supervised flow matching
 
-The first three replay the stochastic steps of a rollout; the others noise its final latents x0 again, x = (1 - sigma) x0 + sigma n,
-and compare velocities with the target n - x0, so they need no trajectory.
+The first three replay the stochastic steps of a rollout. The others add noise to the rollout's
+final latents x0, x = (1 - sigma) x0 + sigma n, and compare velocities with the target n - x0, so
+they need no trajectory.
 
-`config.objectives.OBJECTIVES` lists them all; each entry names the function at the end of this module that evaluates it.
+`config.objectives.OBJECTIVES` lists all objectives. Each entry names the function at the end of
+this module that evaluates the objective.
 
-Pure functions, float32; of the project they use `flow` alone. Losses come per row, so that a trainer can sum them over
-micro-batches and divide by one count: accumulation is then exact.
+All functions are pure, compute in float32, and use only `flow` of the project. Losses are per row:
+a trainer sums them over micro-batches and divides by one count, so accumulation is exact.
 """
 
 import dataclasses
@@ -26,7 +33,7 @@ from jaxtyping import ArrayLike, Bool, Float, Int
 from jax_idgrpo import flow
 from jax_idgrpo.flow import row_mean
 
-# ---- advantages ----------------------------------------------------------------------------------------------------------
+# ---- advantages ----------------------------------------------------------------------------------
 
 
 def advantages(
@@ -37,14 +44,20 @@ def advantages(
     clip: float = 5.0,
     global_std: bool = False,
 ) -> Float[ArrayLike, "B"]:
-    """How much better each video is than its group: (r - mean) / (std + eps), clipped to [-clip, clip].
+    """Compare each reward with its group: (r - mean) / (std + eps), clipped to [-clip, clip].
 
-    The standard deviation is the population one (ddof 0), of the group or, with `global_std`, of all rewards. One member of the
-    group is subtracted before the mean is taken, so a constant group gives exactly 0 in float32, whatever its level.
+    The standard deviation is the population one (ddof 0). One member of the group is subtracted
+    before the mean is taken, so a constant group gives exactly 0 in float32, whatever its level.
 
     Args:
-      rewards: [B]; one that is not finite gets advantage 0 and does not count in its group.
-      groups: [B] integers; equal numbers belong together. Any order, any sizes.
+      rewards: [B]; a reward that is not finite gets advantage 0 and does not count in its group.
+      groups: [B] integers; rows with equal numbers form a group. Any order, any sizes.
+      eps: added to the standard deviation.
+      clip: largest magnitude of an advantage.
+      global_std: divide by the standard deviation of all rewards instead of the group's.
+
+    Returns:
+      float32 [B].
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     groups = jnp.asarray(groups)
@@ -52,7 +65,8 @@ def advantages(
     rewards = jnp.where(counts, rewards, 0.0)
     same = ((groups[:, None] == groups[None, :]) & counts[None, :]).astype(jnp.float32)
     first = jnp.argmax(same, axis=1)
-    shifted = rewards[None, :] - rewards[first][:, None]  # [i, j]: reward j seen from the first member of i's group
+    # [i, j]: reward j relative to the first member of i's group.
+    shifted = rewards[None, :] - rewards[first][:, None]
     size = jnp.maximum(jnp.sum(same, axis=1), 1.0)
     group_mean = jnp.sum(same * shifted, axis=1) / size
     deviation = jnp.where(counts, jnp.diagonal(shifted) - group_mean, 0.0)
@@ -64,60 +78,101 @@ def advantages(
 
 
 def best_and_worst(scores: Float[ArrayLike, "P G"], best: int, worst: int) -> Int[ArrayLike, "P n"]:
-    """Members of each group to train on, n = best + worst: the highest scores in falling order, then the lowest, the lowest last.
+    """Select the members of each group to train on, n = best + worst.
 
-    Scores that are not finite come in only where a group has too few others. Decided on all groups at once, with a fixed shape.
+    Scores that are not finite are selected only where a group has too few finite ones. The shape of
+    the result is fixed, so the function compiles.
+
+    Args:
+      scores: [P, G], one row per group.
+      best: how many of the highest scores to select.
+      worst: how many of the lowest scores to select.
+
+    Returns:
+      [P, n] indices: the highest scores in falling order, then the lowest, the lowest last.
     """
     scores = jnp.asarray(scores, jnp.float32)
     counts = jnp.isfinite(scores)
-    order = jnp.argsort(-jnp.where(counts, scores, -jnp.inf), axis=1)  # stable: ties keep the order of the members
+    # A stable sort: ties keep the order of the members.
+    order = jnp.argsort(-jnp.where(counts, scores, -jnp.inf), axis=1)
     tail = jnp.maximum(jnp.sum(counts, axis=1) - worst, best)
-    places = jnp.concatenate([jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1)
+    places = jnp.concatenate(
+        [jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1
+    )
     return jnp.take_along_axis(order, places, axis=1)
 
 
-# ---- objectives on replayed steps ----------------------------------------------------------------------------------------
+# ---- objectives on replayed steps ----------------------------------------------------------------
 
 
 @flax.struct.dataclass
 class Surrogate:
-    """A policy objective per row: loss [B], ratio [B] of new to old policy, stopped [B] where the loss has no gradient."""
+    """Policy objective per row.
+
+    Attributes:
+      loss: [B].
+      ratio: [B] probability ratio of the new policy to the old one.
+      stopped: [B] whether the loss has no gradient.
+    """
 
     loss: Float[ArrayLike, "B"]
     ratio: Float[ArrayLike, "B"]
     stopped: Bool[ArrayLike, "B"]
 
 
-def clipped_loss(log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float) -> Surrogate:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio), per row."""
+def clipped_loss(
+    log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float
+) -> Surrogate:
+    """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio).
+
+    Args:
+      log_ratio: [B] log-probability of the new policy minus that of the old one.
+      advantage: [B] advantage A.
+      clip: half-width of the clip range.
+    """
     ratio = jnp.exp(log_ratio)
     free, held = -advantage * ratio, -advantage * jnp.clip(ratio, 1 - clip, 1 + clip)
     return Surrogate(loss=jnp.maximum(free, held), ratio=ratio, stopped=held > free)
 
 
 def guarded_loss(
-    guarded: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], dt: Float[ArrayLike, "..."], *, clip: float
+    guarded: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
+    dt: Float[ArrayLike, "..."],
+    *,
+    clip: float,
 ) -> Surrogate:
-    """The clipped loss with ratio = exp(mean of noise (mean - mean_old)), divided by -dt.
+    """Return the clipped loss with ratio = exp(mean of noise (mean - mean_old)), divided by -dt.
 
-    The log-ratio's bias -mean((mean - mean_old)^2) / (2 std^2) makes almost every ratio fall below 1; without it, both signs of the
-    advantage meet the clip alike, and every step weighs about the same. `guarded` is `flow.Change.guarded`; its scale is that of the
-    log-ratio times std, so the clip range is not that of `clipped_loss`.
+    The log-ratio's bias -mean((mean - mean_old)^2) / (2 std^2) makes almost every ratio fall below
+    1. Without the bias, the clip affects both signs of the advantage equally and every step has
+    about the same weight.
 
     Args:
+      guarded: [B], `flow.Change.guarded`.
+      advantage: [B].
       dt: [B] or [], sigma_next - sigma < 0.
+      clip: half-width of the clip range. `guarded` has the scale of the log-ratio times std, so the
+        range of `clipped_loss` does not carry over.
     """
     surrogate = clipped_loss(guarded, advantage, clip=clip)
     return dataclasses.replace(surrogate, loss=surrogate.loss / -jnp.asarray(dt))
 
 
 def masked_loss(
-    log_ratio: Float[ArrayLike, "B"], divergence: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, limit: float
+    log_ratio: Float[ArrayLike, "B"],
+    divergence: Float[ArrayLike, "B"],
+    advantage: Float[ArrayLike, "B"],
+    *,
+    limit: float,
 ) -> Surrogate:
-    """-A ratio, and 0 for rows whose step is `limit` or more from the old one and that the advantage would push further.
+    """Return -A ratio, or 0 where the step would move further from an old one already too far.
 
     Args:
+      log_ratio: [B] log-probability of the new policy minus that of the old one.
       divergence: [B] KL divergence of the step from the old policy's (`flow.divergence`).
+      advantage: [B] advantage A.
+      limit: divergence from which a row has no loss if its advantage increases the divergence.
     """
     ratio = jnp.exp(log_ratio)
     away = ((advantage > 0) & (ratio > 1)) | ((advantage < 0) & (ratio < 1))
@@ -128,23 +183,35 @@ def masked_loss(
 def time_weights(
     gradient_weight: Float[ArrayLike, "*rows"], weight: Float[ArrayLike, "*rows"] | None = None
 ) -> Float[ArrayLike, "*rows"]:
-    """(1 / c) / mean(1 / c): makes every step's gradient count alike, as Flash-GRPO does (github.com/Shredded-Pork/Flash-GRPO).
+    """Return the weights (1 / c) / mean(1 / c), which make every step's gradient count equally.
+
+    They are those of Flash-GRPO (github.com/Shredded-Pork/Flash-GRPO).
 
     Args:
       gradient_weight: c(t) of every row and step of an update (`flow.Transition.weight`).
-      weight: rows that count in the mean; None for all alike.
+      weight: weight of each row in the mean; None for equal weights.
     """
     inverse = 1 / jnp.asarray(gradient_weight)
     return inverse / jnp.average(inverse, weights=weight)
 
 
-# ---- objectives on noised latents ----------------------------------------------------------------------------------------
+# ---- objectives on noised latents ----------------------------------------------------------------
 
 
 def matching_error(
-    v: Float[ArrayLike, "B *shape"], target: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+    v: Float[ArrayLike, "B *shape"],
+    target: Float[ArrayLike, "B *shape"],
+    mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[ArrayLike, "B"]:
-    """Supervised flow matching: mean of (v - (n - x0))^2, per row; with v of the base in the target's place, the velocity KL."""
+    """Return the error of supervised flow matching per row, the mean of (v - target)^2.
+
+    With the velocity of the base as the target, it is the velocity KL.
+
+    Args:
+      v: [B,T,H,W,C] velocity.
+      target: [B,T,H,W,C] n - x0.
+      mask: [B,T] frames that count; None for all.
+    """
     return row_mean((v - target) ** 2, mask)
 
 
@@ -154,7 +221,7 @@ def _error_change(
     target: Float[ArrayLike, "B *shape"],
     mask: Bool[ArrayLike, "B T"] | None,
 ) -> Float[ArrayLike, "B"]:
-    """matching_error(v) - matching_error(v_other), exactly 0 where the velocities are equal."""
+    """Return matching_error(v) - matching_error(v_other), exactly 0 for equal velocities."""
     return row_mean((v - v_other) * (v + v_other - 2 * target), mask)
 
 
@@ -170,14 +237,28 @@ def nft_loss(
     normalise: bool = True,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[ArrayLike, "B"]:
-    """DiffusionNFT: pull the velocity to the sample by its optimality r, push its mirror image by 1 - r.
+    """Return the DiffusionNFT loss per row.
 
-        r = clip(A / (2 advantage_clip) + 1/2, 0, 1),    v+ = v_old + beta (v - v_old),    v- = v_old - beta (v - v_old)
+    The loss pulls the velocity towards the sample with weight r, its optimality, and the velocity's
+    mirror image with weight 1 - r.
+
+        r = clip(A / (2 advantage_clip) + 1/2, 0, 1)
+        v+ = v_old + beta (v - v_old),    v- = v_old - beta (v - v_old)
         loss = advantage_clip (r L(v+) + (1 - r) L(v-)) / beta
 
-    L(v) is the error of the predicted x0, mean of (sigma (v - target))^2, divided by its mean absolute value (at least 1e-5, a
-    constant for the gradient); without `normalise`, mean of (v - target)^2, whose minimiser for one sample is
-    v_old + (2 r - 1) (target - v_old) / beta.
+    Args:
+      v: [B,T,H,W,C] velocity of the trained policy.
+      v_old: [B,T,H,W,C] velocity of the policy that sampled, a constant.
+      target: [B,T,H,W,C] n - x0.
+      sigma: [B] noise level.
+      advantage: [B] advantage A.
+      beta: step from the old velocity, > 0.
+      advantage_clip: advantage at which the optimality reaches 1.
+      normalise: L(v) is the error of the predicted x0, mean of (sigma (v - target))^2, divided by
+        its mean absolute value (at least 1e-5, a constant for the gradient). Otherwise L(v) is the
+        mean of (v - target)^2, whose minimiser for one sample is
+        v_old + (2 r - 1) (target - v_old) / beta.
+      mask: [B,T] frames that count; None for all.
     """
     optimality = jnp.clip(advantage / (2 * advantage_clip) + 0.5, 0, 1)
     v_old = jax.lax.stop_gradient(v_old)
@@ -190,14 +271,20 @@ def nft_loss(
         size = sigma * jax.lax.stop_gradient(row_mean(jnp.abs(velocity - target), mask))
         return sigma**2 * square / jnp.maximum(size, 1e-5)
 
-    return advantage_clip / beta * (optimality * error(v_old + moved) + (1 - optimality) * error(v_old - moved))
+    return (
+        advantage_clip
+        / beta
+        * (optimality * error(v_old + moved) + (1 - optimality) * error(v_old - moved))
+    )
 
 
 AWM_WEIGHTINGS = ("uniform", "sigma", "sigma2", "huber", "ghuber")
-"""How `awm_loss` counts the error of the velocity at one noise level."""
+"""Names of the functions that weight the velocity's error in `awm_loss`."""
 
 
-def _matching_log_prob(error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str) -> Float[ArrayLike, "B"]:
+def _matching_log_prob(
+    error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str
+) -> Float[ArrayLike, "B"]:
     if weighting == "huber":
         return -(jnp.sqrt(error + 1e-10) - 1e-5) * sigma
     if weighting == "ghuber":
@@ -216,18 +303,28 @@ def awm_loss(
     weighting: str = "ghuber",
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Surrogate:
-    """Advantage-weighted matching: the clipped loss with log_prob = -error of the velocity, weighted by noise level.
+    """Return the advantage-weighted matching loss: the clipped loss with log_prob = -error.
 
-    On-policy the ratio is exactly 1 and the gradient is that of flow matching, weighted by the advantage.
+    On-policy the ratio is exactly 1 and the gradient is that of flow matching, weighted by the
+    advantage.
 
     Args:
-      weighting: with m = mean of (v - target)^2: "uniform" m, "sigma" sigma m, "sigma2" sigma^2 m, "huber" sigma m^(1/2),
-        "ghuber" 4 sigma m^(1/4).
+      v: [B,T,H,W,C] velocity of the trained policy.
+      v_old: [B,T,H,W,C] velocity of the policy that sampled, a constant.
+      target: [B,T,H,W,C] n - x0.
+      sigma: [B] noise level.
+      advantage: [B].
+      clip: half-width of the clip range of the ratio.
+      weighting: form of the error; with m = mean of (v - target)^2: "uniform" m, "sigma" sigma m,
+        "sigma2" sigma^2 m, "huber" sigma m^(1/2), "ghuber" 4 sigma m^(1/4).
+      mask: [B,T] frames that count; None for all.
     """
     v_old = jax.lax.stop_gradient(v_old)
     old = matching_error(v_old, target, mask)
     new = jnp.maximum(old + _error_change(v, v_old, target, mask), 0.0)
-    log_ratio = _matching_log_prob(new, sigma, weighting) - _matching_log_prob(old, sigma, weighting)
+    log_ratio = _matching_log_prob(new, sigma, weighting) - _matching_log_prob(
+        old, sigma, weighting
+    )
     return clipped_loss(log_ratio, advantage, clip=clip)
 
 
@@ -239,28 +336,43 @@ def dpo_loss(
     beta: float,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[ArrayLike, "B"]:
-    """Diffusion DPO on pairs: rows 0, 2, ... are preferred to rows 1, 3, ...; both rows of a pair share noise and noise level.
+    """Return the diffusion DPO loss of pairs: rows 0, 2, ... are preferred to rows 1, 3, ...
 
-        -log sigmoid(-beta / 2 (change of the winner's error - change of the loser's)),   change = error(v) - error(v_reference)
+        change = error(v) - error(v_reference)
+        loss   = -log sigmoid(-beta / 2 (change of the winner - change of the loser))
 
     Every row gets its pair's loss, so the mean over rows is the mean over pairs.
+
+    Args:
+      v: [B,T,H,W,C] velocity of the trained policy. Both rows of a pair share noise and noise
+        level.
+      v_reference: [B,T,H,W,C] velocity of the frozen base, a constant.
+      target: [B,T,H,W,C] n - x0.
+      beta: scale of the implicit reward.
+      mask: [B,T] frames that count; None for all.
     """
     change = _error_change(v, jax.lax.stop_gradient(v_reference), target, mask).reshape(-1, 2)
     return jnp.repeat(-jax.nn.log_sigmoid(-beta / 2 * (change[:, 0] - change[:, 1])), 2)
 
 
-# ---- the functions of the table ------------------------------------------------------------------------------------------
+# ---- the functions of the table ------------------------------------------------------------------
 
 Rows = dict[str, Float[ArrayLike, "B"]]
-"""Values per row by name: `policy_loss`, and what else is logged."""
+"""Values per row by name: `policy_loss` and the other logged values."""
 
 
 @flax.struct.dataclass
 class Replayed:
-    """One stochastic step of the rollout, evaluated again: what an objective of the kind "replay" is a function of.
+    """Arguments of an objective of kind "replay": one stochastic step of the rollout, replayed.
 
-    transition: the step of each row. dt: its sigma_next - sigma, [B]. v, v_old: velocities of the trained policy and of the one that
-    sampled, [B,T,H,W,C]. change: how the step differs between them. advantage: [B]. mask: [B,T] the frames that count.
+    Attributes:
+      transition: step of each row.
+      dt: [B] sigma_next - sigma.
+      v: [B,T,H,W,C] velocity of the trained policy.
+      v_old: [B,T,H,W,C] velocity of the policy that sampled.
+      change: difference between the two policies' steps.
+      advantage: [B].
+      mask: [B,T] frames that count; None for all.
     """
 
     transition: flow.Transition
@@ -274,10 +386,16 @@ class Replayed:
 
 @flax.struct.dataclass
 class Noised:
-    """Final latents at one noise level: what an objective of the kind "latents" is a function of.
+    """Arguments of an objective of kind "latents": final latents at one noise level.
 
-    v, v_old, base: velocities [B,T,H,W,C] of the trained policy, of the one that sampled (a constant), and of the frozen base (a
-    constant; None where nothing needs it). target: noise - x0. sigma, advantage: [B]. mask: [B,T] the frames that count.
+    Attributes:
+      v: [B,T,H,W,C] velocity of the trained policy.
+      v_old: [B,T,H,W,C] velocity of the policy that sampled, a constant.
+      base: [B,T,H,W,C] velocity of the frozen base, a constant; None where it is not needed.
+      target: [B,T,H,W,C] noise - x0.
+      sigma: [B] noise level.
+      advantage: [B].
+      mask: [B,T] frames that count; None for all.
     """
 
     v: Float[ArrayLike, "B *shape"]
@@ -298,7 +416,7 @@ def _surrogate_rows(surrogate: Surrogate) -> Rows:
     }
 
 
-# Each takes the section `grpo` of the configuration as `settings`.
+# In each of these functions, `settings` is the section `grpo` of the configuration.
 
 
 def clip_rows(step: Replayed, settings: Any) -> Rows:
@@ -308,35 +426,60 @@ def clip_rows(step: Replayed, settings: Any) -> Rows:
 
 def guard_rows(step: Replayed, settings: Any) -> Rows:
     """Evaluate "guard" (`guarded_loss`)."""
-    return _surrogate_rows(guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip))
+    return _surrogate_rows(
+        guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip)
+    )
 
 
 def divergence_rows(step: Replayed, settings: Any) -> Rows:
     """Evaluate "divergence" (`masked_loss`)."""
-    distance = jax.lax.stop_gradient(flow.divergence(step.transition, step.v, step.v_old, step.mask))
-    return _surrogate_rows(masked_loss(step.change.log_ratio, distance, step.advantage, limit=settings.divergence))
+    distance = jax.lax.stop_gradient(
+        flow.divergence(step.transition, step.v, step.v_old, step.mask)
+    )
+    return _surrogate_rows(
+        masked_loss(step.change.log_ratio, distance, step.advantage, limit=settings.divergence)
+    )
 
 
 def nft_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "nft" (`nft_loss`)."""
     loss = nft_loss(
-        level.v, level.v_old, level.target, level.sigma, level.advantage,
-        beta=settings.nft_beta, advantage_clip=settings.advantage_clip, normalise=settings.nft_normalise, mask=level.mask,
+        level.v,
+        level.v_old,
+        level.target,
+        level.sigma,
+        level.advantage,
+        beta=settings.nft_beta,
+        advantage_clip=settings.advantage_clip,
+        normalise=settings.nft_normalise,
+        mask=level.mask,
     )
     return {"policy_loss": loss}
 
 
 def awm_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "awm" (`awm_loss`)."""
-    return _surrogate_rows(awm_loss(
-        level.v, level.v_old, level.target, level.sigma, level.advantage,
-        clip=settings.clip, weighting=settings.awm_weighting, mask=level.mask,
-    ))
+    return _surrogate_rows(
+        awm_loss(
+            level.v,
+            level.v_old,
+            level.target,
+            level.sigma,
+            level.advantage,
+            clip=settings.clip,
+            weighting=settings.awm_weighting,
+            mask=level.mask,
+        )
+    )
 
 
 def dpo_rows(level: Noised, settings: Any) -> Rows:
     """Evaluate "dpo" (`dpo_loss`)."""
-    return {"policy_loss": dpo_loss(level.v, level.base, level.target, beta=settings.dpo_beta, mask=level.mask)}
+    return {
+        "policy_loss": dpo_loss(
+            level.v, level.base, level.target, beta=settings.dpo_beta, mask=level.mask
+        )
+    }
 
 
 def sft_rows(level: Noised, settings: Any) -> Rows:

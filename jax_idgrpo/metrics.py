@@ -1,7 +1,7 @@
-"""What a run tells about itself: `metrics.jsonl`, TensorBoard files, W&B if configured, and a progress line. Process 0 only.
+"""Log a run to `metrics.jsonl`, TensorBoard files, optionally W&B, and a progress line.
 
-A row belongs to a training step (0, 1, ...). Resuming at step s drops the rows from s on, so a resumed run leaves the file of an
-undisturbed one.
+Only process 0 logs. A row belongs to a training step (0, 1, ...). Resuming at step s drops the rows
+from s on, so a resumed run leaves the same file as an uninterrupted one.
 """
 
 import contextlib
@@ -15,14 +15,21 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line cut off by a kill is not a row."""
+    """Read the rows of a metrics file. A last line that was cut off by a kill is skipped."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -31,16 +38,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Writes one row of scalars per call, on process 0; elsewhere nothing.
+    """Write one row of scalars per call on process 0; do nothing on other processes.
 
     Args:
-      workdir: gets `metrics.jsonl` and `tensorboard/`.
-      step: the step that comes next; rows at or beyond it are dropped.
-      wandb: W&B project; "" leaves W&B out.
+      workdir: folder for `metrics.jsonl` and `tensorboard/`.
+      step: next step; rows of this step and later are dropped.
+      wandb: W&B project; "" disables W&B.
       config_json: the configuration, for W&B.
 
     Raises:
-      UserError: W&B is asked for and not installed.
+      UserError: W&B is enabled but not installed.
     """
 
     def __init__(self, workdir: Path, *, step: int = 0, wandb: str = "", config_json: str = "{}"):
@@ -56,20 +63,20 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append the row of training step `step`; a number that is not finite is stored as null."""
+        """Append the row of a training step; a number that is not finite is stored as null."""
         if not self._active:
             return
         row = {name: float(value) for name, value in metrics.items()}
         self._file.write(_line({"step": step, **row}))
         self._file.flush()
         for name, value in row.items():
-            if math.isfinite(value):    # TensorBoard cannot draw others, and warns of each
+            if math.isfinite(value):  # TensorBoard warns of every other value
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(row, step=step)
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         if not self._active:
             return
         self._file.close()
@@ -85,7 +92,10 @@ class MetricsWriter:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    finite = {
+        name: value if value is not None and math.isfinite(value) else None
+        for name, value in row.items()
+    }
     return json.dumps(finite) + "\n"
 
 
@@ -93,9 +103,15 @@ def _start_wandb(project: str, workdir: Path, config_json: str) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError(f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave run.wandb empty") from None
-    name = f"{workdir.name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}"  # the same on every resume
-    return wandb.init(project=project, dir=str(workdir), config=json.loads(config_json), id=name, resume="allow")
+        raise UserError(
+            f"run.wandb is {project!r} but wandb is not installed; pip install wandb, or leave "
+            "run.wandb empty"
+        ) from None
+    # From the path, so that a resumed run appends to the same W&B run.
+    name = f"{workdir.name}-{hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:8]}"
+    return wandb.init(
+        project=project, dir=str(workdir), config=json.loads(config_json), id=name, resume="allow"
+    )
 
 
 def _text(metrics: Mapping[str, Any]) -> str:
@@ -104,16 +120,35 @@ def _text(metrics: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error: yields `update(done, metrics={})`, which shows the metrics given last and the time left.
+    """Show a progress bar on standard error of process 0.
 
-    Where standard error is no terminal, a line is printed for every update with metrics. Silent but on process 0.
+    Where standard error is no terminal, a line is printed for every update with metrics.
+
+    Args:
+      label: text before the bar.
+      total: number of steps.
+      done: steps that were done before.
+
+    Yields:
+      `update(done, metrics=None)`, which shows the latest metrics and the time left.
     """
     console = Console(stderr=True, quiet=jax.process_index() != 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[metrics]}"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    since = time.monotonic(), done     # from the second update on, that of the first: it holds what is compiled and prepared
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # From the second update on, the time left is counted from the first update, because the first
+    # step includes compilation.
+    since = (time.monotonic(), done)
     first = done
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=2) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, refresh_per_second=2
+    ) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
         def update(done: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -127,6 +162,10 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
             bar.update(task, completed=done, metrics=_text(metrics))
             if not console.is_terminal:
                 left = (now - began) / max(done - before, 1) * (total - done)
-                console.print(f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left", highlight=False, soft_wrap=True)
+                console.print(
+                    f"{label} {done}/{total}  {_text(metrics)}  {left:.0f} s left",
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
         yield update

@@ -1,4 +1,4 @@
-"""Folders and files that commands write: complete or absent, and on this machine."""
+"""Write the folders and files of commands: complete or absent, and on this machine."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # `Path` makes one
 
 
 def local_path(path: str | Path, what: str) -> Path:
-    """Return `path` if it is a path of this machine.
+    """Return `path` if it is a path on this machine.
 
     An address such as gs://bucket/run would become a local folder named `gs:`, which is lost with
     the machine.
@@ -28,7 +28,7 @@ def local_path(path: str | Path, what: str) -> Path:
     """
     if _ADDRESS.match(str(path)):
         raise UserError(
-            f"{what} {path}: is an address, not a path of this machine; mount it or copy it here, "
+            f"{what} {path}: is an address, not a path on this machine; mount it or copy it here, "
             "and pass the local path"
         )
     return Path(path)
@@ -38,8 +38,8 @@ def refuse_addresses(sections: Mapping[str, Mapping[str, Any]], but: Collection[
     """Refuse addresses in a configuration.
 
     Args:
-      sections: values by section and field. Those that are text may be paths.
-      but: names `section.field` of text that is no path.
+      sections: values by section and field; text values may be paths.
+      but: names `section.field` of text fields that are no paths.
 
     Raises:
       UserError: names the field that holds an address.
@@ -51,12 +51,12 @@ def refuse_addresses(sections: Mapping[str, Mapping[str, Any]], but: Collection[
 
 
 def require_writable(path: str | Path, what: str, folder: bool = True) -> Path:
-    """Return `path` if it can be made or written. Nothing is created.
+    """Return `path` if it can be created or written. Nothing is created.
 
     Args:
       path: as the user gave it.
       what: the option that it comes from, for the message.
-      folder: whether it is to be a folder.
+      folder: whether the path is for a folder; otherwise it is for a file.
 
     Raises:
       UserError: it is an address, something else is in the way, or the nearest existing folder
@@ -80,7 +80,7 @@ def require_writable(path: str | Path, what: str, folder: bool = True) -> Path:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends and is gone when it fails.
+    """Yield a temporary folder that becomes `out` when the block ends and is removed if it fails.
 
     Raises:
       UserError: `out` exists already or cannot be made.
@@ -101,10 +101,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Make the folder and check that it is writable.
+    """Create the folder and check that it is writable.
 
     Raises:
-      UserError: it is not, or its path is an address.
+      UserError: the folder is not writable, or its path is an address.
     """
     local_path(workdir, "workdir")
     try:

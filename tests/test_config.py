@@ -54,7 +54,7 @@ def build(rollout=None, **values):
 LATENTS = dict(rollout=dict(window="none"), kl_units="velocity")
 
 WRONG = {
-    "does not lie inside the first 24 steps": lambda: build(dict(window="fixed", window_start=20, window_size=8)),
+    "is not inside the first 24 steps": lambda: build(dict(window="fixed", window_start=20, window_size=8)),
     "a random window needs 1 to 12 of 25 steps": lambda: build(dict(window="per_prompt", window_size=13)),
     "window_every is 0": lambda: build(dict(window="progressive", window_size=4, window_every=0)),
     "window is 'late'; use all, fixed": lambda: build(dict(window="late")),
@@ -83,7 +83,7 @@ WRONG = {
     "time_weights has no effect with objective 'guard'": lambda: build(objective="guard", time_weights=True),
     "does not divide the 16 prompts": lambda: build(updates=3),
     "or the 64 rows of one of 1 updates": lambda: build(dict(micro_batch=128), best=2, worst=2),
-    "penalties knows no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
+    "penalties has no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
     "swapped is 'much'; use a number": lambda: RewardConfig(penalties={"swapped": "much"}),
     "reward.mixture: mimr is 'much'; use a number": lambda: RewardConfig(mixture={"mimr": "much"}),
     "reward.mixture weights advantages": lambda: Config(

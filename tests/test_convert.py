@@ -493,7 +493,7 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
     [
         (("inspect", "nowhere"), "does not exist"),
         (("inspect", GOLDEN / "umt5_tiny.npz"), "umt5_tiny.npz"),
-        (("inspect", GOLDEN), "is no diffusers folder, original folder, adapter or store"),
+        (("inspect", GOLDEN), "give a diffusers folder, original folder, adapter or store"),
         (("export", ADAPTER, "{tmp}/x", "--format", "diffusers"), "is an adapter; choose peft or diffusers-lora or merged"),
         (("export", PIPELINE, "{tmp}/x", "--format", "peft"), "is a pipeline; choose diffusers or original"),
         (("export", PIPELINE, "{tmp}/x", "--format", "merged"), "is a pipeline; choose diffusers or original"),

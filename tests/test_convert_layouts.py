@@ -127,7 +127,7 @@ def test_phantom_goes_in_with_the_rest_of_wan_and_out_with_every_bit(tmp_path, c
         store.write_file(file, tensors | {"ref_proj.weight": np.ones((3, 2), np.float32)})
         with pytest.raises(UserError, match=r"1 unexpected: ref_proj\.weight"):
             run("import", file, tmp_path / "store", "--with", base)
-        with pytest.raises(UserError, match="has no text_encoder; give the folder that has with --with"):
+        with pytest.raises(UserError, match="has no text_encoder; give the folder that has them with --with"):
             run("import", file, tmp_path / "store", "--as", "phantom", "--with", partial(tmp_path))
     assert run("import", file, tmp_path / "store", "--as", "phantom", "--with", base) == 0
     told = capsys.readouterr().out
@@ -516,7 +516,7 @@ def cut(folder: Path) -> None:
         ),
         (lambda folder: shutil.copy(folder / VAE_FILE, folder / "copy.pth"), r"holds two of vae, Wan2\.1_VAE\.pth and copy\.pth"),
         (lambda folder: shutil.rmtree(folder / "google"), "has no tokenizer"),
-        (lambda folder: (folder / VAE_FILE).unlink(), "has no vae; give the folder that has with --with"),
+        (lambda folder: (folder / VAE_FILE).unlink(), "has no vae; give the folder that has them with --with"),
         (lambda folder: store.write_json(folder / "config.json", {"dim": 48}), r"config\.json: has no 'num_layers'"),
         (lambda folder: store.write_json(folder / "config.json", {"dim": 96}), r"config\.json"),
         (lambda folder: (folder / "config.json").unlink(), r"width 48 is no multiple of 128; put the config\.json"),
@@ -668,7 +668,7 @@ def test_a_second_run_keeps_the_files_that_the_first_had_finished(tmp_path, monk
 
     def watch(total, done):
         watched.append((total, done))
-        return writing.unwatched(total, done)
+        return writing.no_bar(total, done)
 
     def note(path, *arguments, **keywords):
         written.append(f"{path.parent.name}/{path.name}")

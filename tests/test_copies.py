@@ -57,12 +57,12 @@ def test_a_pasted_photo_is_seen_and_an_honest_face_is_not():
 def test_pasting_loses_where_it_would_gain_without_a_price():
     gain = pasted()["reward"] - honest()["reward"]
     assert gain.mean() < -0.2 and (gain < 0).mean() > 0.9
-    assert (gain + c.PRICES["copied"] * (pasted()["copied"] - honest()["copied"])).mean() > 0.02
+    assert (gain + c.PENALTY_WEIGHTS["copied"] * (pasted()["copied"] - honest()["copied"])).mean() > 0.02
 
 
 def test_who_prices_other_penalties_still_prices_copies_and_may_say_otherwise():
-    assert c.RewardConfig(penalties={"swapped": 0.2}).prices() == {"copied": 0.5, "swapped": 0.2}
-    assert c.RewardConfig(penalties={"copied": 0.0}).prices() == {"copied": 0.0}
+    assert c.RewardConfig(penalties={"swapped": 0.2}).penalty_weights() == {"copied": 0.5, "swapped": 0.2}
+    assert c.RewardConfig(penalties={"copied": 0.0}).penalty_weights() == {"copied": 0.0}
 
 
 @pytest.mark.parametrize("nuisance", [codec, light])

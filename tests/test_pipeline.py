@@ -341,7 +341,7 @@ def test_a_bad_folder_gets_one_line_that_names_the_file(tmp_path, spoil, where, 
 
 
 def test_what_was_asked_for_must_fit(tmp_path):
-    with pytest.raises(UserError, match="kind 'phantom' was asked for"):
+    with pytest.raises(UserError, match="kind 'phantom' was given"):
         idg.load_pipeline(TINY, kind="phantom")
     with pytest.raises(UserError, match="no such folder"):
         idg.load_pipeline(tmp_path / "nowhere")

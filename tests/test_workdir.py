@@ -148,7 +148,7 @@ def test_an_address_is_no_path(words, tmp_path, monkeypatch):
         for word in words
     ]
     with pytest.raises(
-        UserError, match="gs:/+bucket/run: is an address, not a path of this machine"
+        UserError, match="gs:/+bucket/run: is an address, not a path on this machine"
     ) as refused:
         cli.run(words)
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
@@ -168,7 +168,7 @@ def test_an_address_is_no_path(words, tmp_path, monkeypatch):
 def test_an_address_is_no_path_of_a_conversion(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match="gs:/bucket/run: is an address, not a path of this machine"
+        UserError, match="gs:/bucket/run: is an address, not a path on this machine"
     ):
         convert(words)
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,27 @@
-"""The configuration of a run: frozen dataclasses, checked when built, read from a Python file and overridden by options.
+"""Define the configuration of a run as frozen dataclasses that are checked when built.
 
-A configuration file holds values only: `get_config() -> Config`. Every error is one line that names the field and the remedy.
+A configuration file is a Python file that defines `get_config() -> Config` and holds only values;
+options of the command line override them. Every error is one line that names the field and the
+remedy.
 """
 
 from jax_idgrpo.config.loading import describe, field_names, load, override, recipes
-from jax_idgrpo.config.optimisation import REWARD_TASKS, FinetuneConfig, GrpoConfig, OptimizerConfig, RunConfig
+from jax_idgrpo.config.optimisation import (
+    REWARD_TASKS,
+    FinetuneConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from jax_idgrpo.config.options import require_seed
 from jax_idgrpo.config.root import Config
-from jax_idgrpo.config.scoring import PENALTIES, PRICES, EvaluateConfig, RewardConfig, photographs_folder
+from jax_idgrpo.config.scoring import (
+    PENALTIES,
+    PENALTY_WEIGHTS,
+    EvaluateConfig,
+    RewardConfig,
+    photographs_folder,
+)
 from jax_idgrpo.config.video_model import (
     EMBEDDED,
     DataConfig,
@@ -21,7 +35,7 @@ from jax_idgrpo.config.video_model import (
 __all__ = [
     "EMBEDDED",
     "PENALTIES",
-    "PRICES",
+    "PENALTY_WEIGHTS",
     "REWARD_TASKS",
     "Config",
     "DataConfig",

@@ -1,4 +1,4 @@
-"""Reading of a configuration: recipes by name or path, options of the command line, and their description for `--help`."""
+"""Load a configuration from a recipe, apply options to it, and describe its fields for `--help`."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ RECIPES = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "c
 
 
 def _parse(name: str, text: str, kind: Any) -> Any:
-    """Return `text` as a value of type `kind`."""
+    """Parse `text` as a value of type `kind`; `name` is the field's, for messages."""
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -56,12 +56,15 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
             raise UserError(f"unknown option --{name}{closest(name, list(known))}")
         section, field, kind = known[name]
         sections.setdefault(section, {})[field] = _parse(name, text, kind)
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in sections.items()
+    }
     return _turned(dataclasses.replace(config, **changed), {name for name, _ in overrides})
 
 
 def _turned(config: Config, given: set[str]) -> Config:
-    """Turn the evaluation's height and width if options turned the videos', with a warning.
+    """Swap the evaluation's height and width, with a warning, if options swapped the videos'.
 
     Args:
       config: the configuration with the options applied.
@@ -92,7 +95,7 @@ def recipes() -> dict[str, Path]:
 
 
 def _recipe(path: str | Path) -> Path:
-    """Return the file that a path or the name of a recipe means.
+    """Find the file of a path or of the name of a recipe.
 
     Raises:
       UserError: there is neither.
@@ -103,10 +106,14 @@ def _recipe(path: str | Path) -> Path:
     known = recipes()
     if str(path) in known:
         return known[str(path)]
-    near = closest(str(path), list(known)) if known and file.parent == Path(".") and not file.suffix else ""
+    near = (
+        closest(str(path), list(known))
+        if known and file.parent == Path(".") and not file.suffix
+        else ""
+    )
     raise UserError(
-        f"config {path}: no such file or recipe{near}; pass a Python file with get_config(), such as configs/quickstart.py, "
-        f"or a recipe: {', '.join(known)}"
+        f"config {path}: no such file or recipe{near}; pass a Python file with get_config(), such "
+        f"as configs/quickstart.py, or a recipe: {', '.join(known)}"
     )
 
 
@@ -116,7 +123,8 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
     The file is a Python file that defines `get_config()`; it may import its neighbours.
 
     Raises:
-      UserError: the file is missing or cannot be run, defines no `get_config`, or holds a value that is refused.
+      UserError: the file is missing or cannot be run, defines no `get_config`, or holds a value
+        that is refused.
     """
     path = _recipe(path)
     sys.path.insert(0, str(path.parent.absolute()))
@@ -131,19 +139,24 @@ def load(path: str | Path, overrides: list[tuple[str, str]] | None = None) -> Co
     finally:
         sys.path.pop(0)
     if not isinstance(config, Config):
-        raise UserError(f"config {path}: get_config() returned {type(config).__name__}, not a jax_idgrpo.config.Config")
+        raise UserError(
+            f"config {path}: get_config() returned {type(config).__name__}, "
+            "not a jax_idgrpo.config.Config"
+        )
     return override(config, overrides or [])
 
 
 def field_names() -> list[str]:
     """Return the names `section.field` of all fields."""
     return [
-        f"{section}.{field.name}" for section, schema in get_type_hints(Config).items() for field in dataclasses.fields(schema)
+        f"{section}.{field.name}"
+        for section, schema in get_type_hints(Config).items()
+        for field in dataclasses.fields(schema)
     ]
 
 
 def describe(width: int = 100) -> Iterator[str]:
-    """Yield the lines of `--help` on the configuration: every field with its default, description and choices."""
+    """Yield the lines of `--help` on each field: its default, description and choices."""
     for section, schema in get_type_hints(Config).items():
         yield ""
         yield f"{section}: {(schema.__doc__ or '').splitlines()[0]}"

@@ -1,7 +1,8 @@
-"""The table of objectives: what each trains on, which function is its loss, and what it needs of the rest of the configuration.
+"""List the objectives: what each trains on, its loss function, and what it requires.
 
-The configuration checks, the update and the training loop read this table and name no objective themselves. A new objective is one
-entry here and one function in `grpo`. This module imports nothing, so that a configuration is checked without waiting for JAX.
+The configuration checks, the update and the training loop read this table and do not name
+objectives themselves. A new objective is one entry here and one function in `grpo`. This module
+does not import JAX, which would delay the check of a configuration.
 """
 
 import dataclasses
@@ -10,15 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 REPLAY, LATENTS, REWARD = "replay", "latents", "reward"
-"""What an objective trains on: the stochastic steps of the rollout, replayed; its final latents, noised again; or the reward itself,
-through the video and the last denoising steps."""
+"""Kinds of objectives. They train on the replayed stochastic steps of the rollout, on its final
+latents with new noise, or on the reward's gradient through the last denoising steps."""
 
 NEEDS = {
     "gaussian": "stochastic steps that are drawn from a Gaussian",
-    "unweighted": "steps that `grpo.time_weights` does not weigh",
+    "unweighted": "steps that `grpo.time_weights` does not weight",
     "base": "the velocity of the frozen base, also where `grpo.kl` is 0",
     "pairs": "the best and the worst video of each group, side by side in one program call",
-    "winners": "the best videos of each group alone",
+    "winners": "only the best videos of each group",
     "on_policy": "one update per rollout",
     "smooth_reward": "a reward that is one differentiable function of the video's pixels",
 }
@@ -28,10 +29,12 @@ NEEDS = {
 class Objective:
     """One objective.
 
-    kind: what it trains on: REPLAY, LATENTS or REWARD.
-    loss: the function of `grpo` that makes its values per row, `policy_loss` among them. It is called with a `grpo.Replayed`, a
-        `grpo.Noised` or the reward of each row, by kind, and with the section `grpo` of the configuration.
-    needs: names of `NEEDS`.
+    Attributes:
+      kind: REPLAY, LATENTS or REWARD.
+      loss: name of the function of `grpo` that computes values per row, `policy_loss` among them.
+        Its arguments are a `grpo.Replayed`, a `grpo.Noised` or the reward of each row, by kind, and
+        the section `grpo` of the configuration.
+      needs: names of `NEEDS`.
     """
 
     kind: str
@@ -40,11 +43,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         if unknown := self.needs - set(NEEDS):
-            raise ValueError(f"unknown needs {sorted(unknown)}; add them to NEEDS and to the checks of the configuration")
+            raise ValueError(
+                f"unknown needs {sorted(unknown)}; add them to NEEDS and to the checks of the "
+                "configuration"
+            )
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The loss itself."""
+        """Loss function."""
         return getattr(importlib.import_module("jax_idgrpo.grpo"), self.loss)
 
 

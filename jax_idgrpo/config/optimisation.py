@@ -1,4 +1,4 @@
-"""Configuration of training: objective, optimizer, run and supervised tasks."""
+"""Define the configuration of training: objective, optimizer, run and supervised tasks."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,38 +15,64 @@ class GrpoConfig(Section):
 
     objective: str = option(
         "clip",
-        "clip is as published; clip, guard and divergence replay steps; nft, awm, dpo and sft train on final latents; "
-        "reward_gradient follows the reward's gradient through the last denoising steps",
+        "clip is as published; clip, guard and divergence replay steps; nft, awm, dpo and sft "
+        "train on final latents; reward_gradient follows the reward's gradient through the last "
+        "denoising steps",
         choices=tuple(OBJECTIVES),
     )
-    clip: float = option(1e-3, "range of the ratio for clip, guard and awm; its scale depends on the objective", above=0)
-    divergence: float = option(1e-5, "divergence of a step from the old policy beyond which it gets no gradient", above=0)
-    time_weights: bool = option(False, "weight steps by 1 / c(t) so that each contributes alike; for clip and divergence")
+    clip: float = option(
+        1e-3,
+        "range of the ratio for clip, guard and awm; its scale depends on the objective",
+        above=0,
+    )
+    divergence: float = option(
+        1e-5, "divergence of a step from the old policy beyond which it gets no gradient", above=0
+    )
+    time_weights: bool = option(
+        False, "weight steps by 1 / c(t) so that all contribute equally; for clip and divergence"
+    )
     kl: float = option(0.004, "coefficient of the distance to the base without LoRA", least=0)
     kl_units: str = option(
         "std",
-        "units of that distance: std of the step (as published, the KL divergence) or velocity (mean squared difference)",
+        "units of the distance to the base: std of the step (as published, the KL divergence) or "
+        "velocity (mean squared difference)",
         choices=("std", "velocity"),
     )
     advantage_clip: float = option(5.0, "largest absolute advantage", above=0)
     advantage_eps: float = option(1e-4, "added to the spread of a group's rewards", above=0)
-    global_std: bool = option(False, "divide advantages by the spread of the whole step instead of the group's")
-    best: int = option(0, "best videos per group that are trained; best = worst = 0 trains all", least=0)
+    global_std: bool = option(
+        False, "divide advantages by the spread of the whole step instead of the group's"
+    )
+    best: int = option(
+        0, "best videos per group that are trained; best = worst = 0 trains all", least=0
+    )
     worst: int = option(0, "worst videos per group that are trained", least=0)
-    drop_constant: bool = option(False, "exclude groups whose rewards are all equal; they still pull towards the base otherwise")
-    updates: int = option(1, "optimizer steps per pass over a rollout, each over an equal share of the prompts", least=1)
-    epochs: int = option(1, "passes over a rollout; updates after the first are off-policy", least=1)
+    drop_constant: bool = option(
+        False,
+        "exclude groups whose rewards are all equal; they still pull towards the base otherwise",
+    )
+    updates: int = option(
+        1,
+        "optimizer steps per pass over a rollout, each over an equal share of the prompts",
+        least=1,
+    )
+    epochs: int = option(
+        1, "passes over a rollout; updates after the first are off-policy", least=1
+    )
     times: int = option(2, "noise levels per video, for objectives on final latents", least=1)
     levels: str = option(
         "grid",
-        "noise levels: even over the noisiest 90 % of the schedule, or the sigmoid of a normal, shifted like the schedule",
+        "noise levels: even over the noisiest 90 % of the schedule, or the sigmoid of a normal, "
+        "shifted like the schedule",
         choices=("grid", "logit_normal"),
     )
     nft_beta: float = option(1.0, "step size of nft", above=0)
     nft_normalise: bool = option(True, "divide the errors of nft by their size")
     dpo_beta: float = option(2000.0, "inverse temperature of dpo", above=0)
     awm_weighting: str = option(
-        "ghuber", "weighting of noise levels for awm", choices=("uniform", "sigma", "sigma2", "huber", "ghuber")
+        "ghuber",
+        "weighting of noise levels for awm",
+        choices=("uniform", "sigma", "sigma2", "huber", "ghuber"),
     )
     gradient_steps: int = option(4, "denoising steps that reward_gradient differentiates", least=1)
 
@@ -55,35 +81,38 @@ class GrpoConfig(Section):
         needs = self.needs
         require(
             not self.time_weights or (self.replays and "unweighted" not in needs),
-            f"grpo.time_weights has no effect with objective {self.objective!r}; it applies to clip and divergence only",
+            f"grpo.time_weights has no effect with objective {self.objective!r}; it applies to "
+            "clip and divergence only",
         )
         require(
             self.replays or self.kl == 0 or self.kl_units == "velocity",
-            f"grpo.kl_units std requires an objective that replays sampling steps; {self.objective!r} does not; use velocity",
+            "grpo.kl_units std requires an objective that replays sampling steps; "
+            f"{self.objective!r} does not; use velocity",
         )
         require(
             "pairs" not in needs or (self.best, self.worst) == (1, 1),
-            f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst {self.worst} are none; use 1 and 1",
+            f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst "
+            f"{self.worst} are none; use 1 and 1",
         )
         require(
             "on_policy" not in needs or self.on_policy,
-            f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per rollout are not; "
-            "use grpo.updates 1 and epochs 1",
+            f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per "
+            "rollout are not; use grpo.updates 1 and epochs 1",
         )
         require(
             "winners" not in needs or (self.best >= 1 and self.worst == 0),
-            f"grpo.objective {self.objective} trains on the best videos only: use grpo.best 1 or more and grpo.worst 0, "
-            f"not {self.worst}",
+            f"grpo.objective {self.objective} trains on the best videos only: use grpo.best 1 or "
+            f"more and grpo.worst 0, not {self.worst}",
         )
 
     @property
     def definition(self) -> Objective:
-        """The objective's entry in the table of objectives."""
+        """Entry of the objective in the table of objectives."""
         return OBJECTIVES[self.objective]
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the objective needs of the rest of the configuration: names of `objectives.NEEDS`."""
+        """Requirements of the objective: names of `objectives.NEEDS`."""
         return self.definition.needs
 
     @property
@@ -93,7 +122,7 @@ class GrpoConfig(Section):
 
     @property
     def through_reward(self) -> bool:
-        """Whether the objective is the gradient of the reward itself."""
+        """Whether the objective follows the gradient of the reward."""
         return self.definition.kind == REWARD
 
     @property
@@ -120,12 +149,20 @@ class OptimizerConfig(Section):
     weight_decay: float = option(1e-4, "decoupled weight decay, scaled by the learning rate")
     max_norm: float = option(1.0, "global norm that gradients are clipped to", above=0)
     warmup: int = option(0, "optimizer steps of linear warm-up")
-    schedule: str = option("constant", "learning rate after the warm-up; cosine ends at 0", choices=("constant", "cosine"))
-    ema_decay: float = option(0.9487, "decay of the averaged weights that are evaluated and exported")
+    schedule: str = option(
+        "constant",
+        "learning rate after the warm-up; cosine ends at 0",
+        choices=("constant", "cosine"),
+    )
+    ema_decay: float = option(
+        0.9487, "decay of the averaged weights that are evaluated and exported"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use 0 to below 1")
+        require(
+            0 <= self.ema_decay < 1, f"optimizer.ema_decay is {self.ema_decay}; use 0 to below 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +176,24 @@ class RunConfig(Section):
     save_every: int = option(20, "steps between checkpoints", least=1)
     keep: int = option(3, "checkpoints that are kept", least=1)
     sample_every: int = option(20, "steps between sample videos", least=0)
-    give_up_after: int = option(10, "consecutive steps without a finite gradient that end the run", least=1)
-    watch_every: int = option(0, "steps between scores of held-out prompts by reward and judge", least=0)
-    watch_prompts: int = option(16, "held-out prompts that are watched, the first of evaluate.prompts")
+    give_up_after: int = option(
+        10, "consecutive steps without a finite gradient that end the run", least=1
+    )
+    watch_every: int = option(
+        0, "steps between scores of held-out prompts by reward and judge", least=0
+    )
+    watch_prompts: int = option(
+        16, "held-out prompts that are watched, the first of evaluate.prompts"
+    )
     wandb: str = option("", 'Weights & Biases project; "" = none')
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_seed("config: run.seed", self.seed)
-        require(self.watch_prompts >= 2, f"run.watch_prompts is {self.watch_prompts}; an interval needs 2 or more")
+        require(
+            self.watch_prompts >= 2,
+            f"run.watch_prompts is {self.watch_prompts}; an interval needs 2 or more",
+        )
 
 
 REWARD_TASKS = ("reward_face", "reward_vlm")
@@ -160,9 +206,13 @@ class FinetuneConfig(Section):
 
     section: ClassVar[str] = "finetune"
 
-    task: str = option("transformer", "vae, text, transformer, detector, embedder, reward_face or reward_vlm")
+    task: str = option(
+        "transformer", "vae, text, transformer, detector, embedder, reward_face or reward_vlm"
+    )
     batch: int = option(32, "rows per step", least=1)
-    out: str = option("", 'folder of the trained network, in published layout; "" = export/ in the workdir')
+    out: str = option(
+        "", 'folder of the trained network, in published layout; "" = export/ in the workdir'
+    )
     start: str = option("", 'folder to continue from; "" = random weights')
     log_every: int = option(20, "training steps that one row of metrics averages", least=1)
     options: dict[str, Any] = option({}, "values of the task as JSON, documented by the task")

@@ -1,4 +1,4 @@
-"""Fields of the configuration: a default, a description for `--help`, and the values that are accepted."""
+"""Declare and check fields of the configuration: default, description, and accepted values."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -13,10 +13,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_seed(name: str, seed: int) -> None:
-    """Refuse a seed of more than 32 bits: it would draw the same as its remainder.
+    """Refuse a seed of more than 32 bits: it would draw the same numbers as its remainder.
 
     Raises:
-      UserError: the seed is negative or too large. The message begins with `name`, the field's own.
+      UserError: the seed is negative or too large. The message begins with `name`.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"{name} is {seed}; use 0 to {2**32 - 1}")
@@ -35,7 +35,7 @@ def option(
 
     Args:
       default: value when the field is not set; a dictionary is copied for every instance.
-      help: one sentence for `--help`; what the special values mean, such as 0 or "".
+      help: one sentence for `--help`, with the meaning of special values such as 0 or "".
       choices: the accepted strings, if they are few.
       least: smallest accepted number.
       above: number that the value must exceed.
@@ -49,7 +49,10 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A group of fields, checked one by one when it is built; subclasses add checks across fields."""
+    """A group of fields, each checked when the section is built.
+
+    Subclasses add checks across fields.
+    """
 
     section: ClassVar[str]
 
@@ -71,4 +74,5 @@ def _check(name: str, value: Any, accepts: Any) -> None:
     elif least is not None:
         require(value >= least, f"{name} is {value}; use {least} or more")
     if above is not None:
-        require(value > above, f"{name} is {value}; use a {'positive number' if above == 0 else f'number above {above}'}")
+        number = "positive number" if above == 0 else f"number above {above}"
+        require(value > above, f"{name} is {value}; use a {number}")

@@ -1,4 +1,4 @@
-"""The configuration of a run, and the checks across its sections."""
+"""Define the configuration of a run and the checks across its sections."""
 
 import dataclasses
 import json
@@ -6,7 +6,13 @@ import json
 from jax_idgrpo.config.optimisation import FinetuneConfig, GrpoConfig, OptimizerConfig, RunConfig
 from jax_idgrpo.config.options import require
 from jax_idgrpo.config.scoring import EvaluateConfig, RewardConfig
-from jax_idgrpo.config.video_model import DataConfig, MeshConfig, ModelConfig, RolloutConfig, VideoConfig
+from jax_idgrpo.config.video_model import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RolloutConfig,
+    VideoConfig,
+)
 from jax_idgrpo.workdir import refuse_addresses
 
 NOT_PATHS = ("data.negative_prompt", "run.wandb")
@@ -36,86 +42,118 @@ class Config:
         if self.model.kind == "vace":
             for section in ("rollout", "evaluate"):
                 scale = getattr(self, section).image_guidance
-                require(scale == 0, f"{section}.image_guidance {scale} scales a branch that only model.kind phantom has; leave it out")
+                require(
+                    scale == 0,
+                    f"{section}.image_guidance {scale} scales a branch that only model.kind "
+                    "phantom has; leave it out",
+                )
         else:
-            require(self.data.max_people <= 4, f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 photos")
+            require(
+                self.data.max_people <= 4,
+                f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 "
+                "photos",
+            )
         require(
             self.judged or not self.reward.reads_faces,
-            f"reward.faces embedded knows synthetic people only, and model.path is {self.model.path}; pass --reward.faces FOLDER "
-            "with face networks for photographs, as idgrpo-convert faces makes it",
+            "reward.faces embedded recognises synthetic people only, and model.path is "
+            f"{self.model.path}; pass --reward.faces FOLDER with face networks for photographs, as "
+            "idgrpo-convert faces makes it",
         )
         require(
             rollout.prompts % grpo.updates == 0,
-            f"grpo.updates {grpo.updates} does not divide the {rollout.prompts} prompts of a rollout",
+            f"grpo.updates {grpo.updates} does not divide the {rollout.prompts} prompts of a "
+            "rollout",
         )
         require(
             not grpo.replays or rollout.window != "none",
-            f"grpo.objective {grpo.objective} replays stochastic steps, and rollout.window none has none; use all or a window",
+            f"grpo.objective {grpo.objective} replays stochastic steps, and rollout.window none "
+            "has none; use all or a window",
         )
         require(
             grpo.replays or rollout.window == "none",
-            f"grpo.objective {grpo.objective} trains on final latents and stores no trajectory; set rollout.window none",
+            f"grpo.objective {grpo.objective} trains on final latents and stores no trajectory; "
+            "set rollout.window none",
         )
         if rollout.sampler == "cps":
             require(
                 grpo.kl == 0 or grpo.kl_units == "velocity",
-                "rollout.sampler cps has log-probabilities without std, so grpo.kl_units std is undefined; use velocity",
+                "rollout.sampler cps has log-probabilities without std, so grpo.kl_units std is "
+                "undefined; use velocity",
             )
             require(
                 "gaussian" not in grpo.needs,
-                f"grpo.objective {grpo.objective} corrects the ratio of a normal distribution, which cps does not have; use another",
+                f"grpo.objective {grpo.objective} corrects the ratio of a normal distribution, "
+                "which cps does not have; use another",
             )
         require(
             grpo.best + grpo.worst <= rollout.group,
-            f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} videos of a group",
+            f"grpo.best {grpo.best} and worst {grpo.worst} are more than the {rollout.group} "
+            "videos of a group",
         )
         require(
             not grpo.through_reward or grpo.gradient_steps < rollout.steps,
-            f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of rollout.steps",
+            f"grpo.gradient_steps is {grpo.gradient_steps}; use fewer than the {rollout.steps} of "
+            "rollout.steps",
         )
         require(
             not grpo.through_reward or not self.reward.mixture,
-            f"reward.mixture weights advantages, and grpo.objective {grpo.objective} has none; use reward.penalties",
+            f"reward.mixture weights advantages, and grpo.objective {grpo.objective} has none; use "
+            "reward.penalties",
         )
         smooth = "smooth_reward" in grpo.needs
         for name in ("backend", "custom"):
             require(
                 not smooth or not getattr(self.reward, name),
-                f"grpo.objective {grpo.objective} needs a reward in JAX, and reward.{name} runs on the host; leave the {name} out",
+                f"grpo.objective {grpo.objective} needs a reward in JAX, and reward.{name} runs on "
+                f"the host; leave the {name} out",
             )
         require(
             not smooth or not self.reward.vlm,
-            f"grpo.objective {grpo.objective} needs a reward that is smooth in the pixels, and reward.vlm rounds them; use another",
+            f"grpo.objective {grpo.objective} needs a reward that is smooth in the pixels, and "
+            "reward.vlm rounds them; use another",
         )
         share = self.trained_rows // grpo.updates
         require(
             rollout.rows % self.rows_per_call == 0 and share % self.rows_per_call == 0,
-            f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of a rollout, or the {share} rows of "
-            f"one of {grpo.updates} updates",
+            f"rollout.micro_batch {self.rows_per_call} does not divide the {rollout.rows} rows of "
+            f"a rollout, or the {share} rows of one of {grpo.updates} updates",
         )
         require(
             "pairs" not in grpo.needs or self.rows_per_call % 2 == 0,
-            f"rollout.micro_batch {self.rows_per_call} would split the two videos of a pair; use an even number",
+            f"rollout.micro_batch {self.rows_per_call} would split the two videos of a pair; use "
+            "an even number",
         )
 
     @property
     def judged(self) -> bool:
-        """Whether there are face networks that fit the model: the bundled ones know synthetic people only."""
-        return self.reward.faces != "" and (self.reward.faces != "embedded" or self.model.shows_synthetic_people())
+        """Whether there are face networks that fit the model.
+
+        The bundled networks recognise synthetic people only.
+        """
+        return self.reward.faces != "" and (
+            self.reward.faces != "embedded" or self.model.shows_synthetic_people()
+        )
 
     def image_guidance(self, evaluation: bool = False) -> float | None:
-        """Return the scale of the photos' branch in rollouts or in evaluation; None for a model without it."""
-        chosen = (self.evaluate.image_guidance if evaluation else 0) or self.rollout.image_guidance or 5.0
+        """Return the guidance scale of the photos in rollouts or in evaluation.
+
+        None for a model without a branch for photos.
+        """
+        chosen = (
+            (self.evaluate.image_guidance if evaluation else 0)
+            or self.rollout.image_guidance
+            or 5.0
+        )
         return chosen if self.model.kind == "phantom" else None
 
     @property
     def trained_rows(self) -> int:
-        """Number of videos of a rollout that are trained."""
+        """Number of videos of a rollout that are trained on."""
         return self.rollout.prompts * (self.grpo.best + self.grpo.worst or self.rollout.group)
 
     @property
     def rows_per_call(self) -> int:
-        """Number of rows of one program call, in rollout and update alike."""
+        """Number of rows of one program call, both in rollout and in update."""
         return self.rollout.micro_batch or self.trained_rows // self.grpo.updates
 
     def to_json(self) -> str:

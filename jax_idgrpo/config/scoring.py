@@ -1,4 +1,4 @@
-"""Configuration of the reward and of the evaluation."""
+"""Define the configuration of the reward and of the evaluation."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from jax_idgrpo.config.video_model import EMBEDDED, require_size
 from jax_idgrpo.errors import closest
 
 PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
-PRICES = {"copied": 0.5}  # weights of penalties that the configuration does not mention; others have 0
+PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
 
 
 def photographs_folder() -> Path:
@@ -24,54 +24,91 @@ def photographs_folder() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(Section):
-    """The reward: face similarity, a trained head, a vision-language model, deepface, or your own function."""
+    """The reward: face similarity, a trained head, a VLM, deepface, or your own function."""
 
     section: ClassVar[str] = "reward"
 
     faces: str = option(
         "embedded",
-        'folder of face networks; "embedded" is the bundled set for synthetic people, "photographs" the set that '
-        '`idgrpo-convert faces --photographs` makes; "" = none',
+        'folder of face networks; "embedded" is the bundled set for synthetic people, '
+        '"photographs" the set that `idgrpo-convert faces --photographs` makes; "" = none',
     )
-    custom: str = option("", 'your function, as "package.module:function" or "file.py:function"; "" = none')
-    custom_timeout: float = option(600.0, "seconds after which a call of reward.custom is abandoned", above=0)
-    backend: str = option("", 'deepface:DETECTOR/MODEL scores with deepface on the host; "" = the networks of reward.faces')
+    custom: str = option(
+        "", 'your function, as "package.module:function" or "file.py:function"; "" = none'
+    )
+    custom_timeout: float = option(
+        600.0, "seconds after which a call of reward.custom is abandoned", above=0
+    )
+    backend: str = option(
+        "",
+        "deepface:DETECTOR/MODEL scores with deepface on the host; "
+        '"" = the networks of reward.faces',
+    )
     frames: int = option(5, "evenly spaced frames of a video that are scored", least=1)
-    similarity_low: float | None = option(None, "cosine that earns 0; none = the embedder's own setting")
+    similarity_low: float | None = option(
+        None, "cosine that scores 0; none = the embedder's own setting"
+    )
     similarity_high: float | None = option(
-        None, "cosine that earns 1: that of two photos of one person; none = the embedder's own setting"
+        None,
+        "cosine that scores 1, as two photos of one person have; none = the embedder's own setting",
     )
     missing: float | None = option(
-        None, "smallest cosine of a match; below it the person is missing; none = the embedder's own setting"
+        None,
+        "smallest cosine of a match; below it the person is missing; "
+        "none = the embedder's own setting",
     )
-    soft_weight: float = option(0.5, "weight of the soft minimum over people against their mean", least=0, most=1)
+    soft_weight: float = option(
+        0.5, "weight of the soft minimum over people against their mean", least=0, most=1
+    )
     head: str = option("", 'folder of a trained reward head, which replaces the formula; "" = none')
-    vlm: str = option("", 'folder of a vision-language reward, which replaces the face reward; "" = none')
+    vlm: str = option(
+        "", 'folder of a vision-language reward, which replaces the face reward; "" = none'
+    )
     vlm_base: str = option("", "base Qwen2.5-VL checkpoint; supplies files missing from reward.vlm")
     vlm_prompt: str = option("", 'file with the prompt of the VLM; "" = prompt.txt in its folder')
-    vlm_dtype: str = option("bfloat16", "dtype of the VLM's weights and products", choices=("float32", "bfloat16"))
-    vlm_fps: float = option(10.0, "frame rate reported to the VLM; the published scores use 10", above=0)
+    vlm_dtype: str = option(
+        "bfloat16", "dtype of the VLM's weights and products", choices=("float32", "bfloat16")
+    )
+    vlm_fps: float = option(
+        10.0, "frame rate reported to the VLM; the published scores use 10", above=0
+    )
     vlm_rows: int = option(0, "videos that the VLM scores at once; 0 = all", least=0)
-    vlm_devices: int = option(0, "devices reserved for the VLM, the last ones; 0 = it shares the video model's mesh", least=0)
+    vlm_devices: int = option(
+        0,
+        "devices reserved for the VLM, the last ones; 0 = it shares the video model's mesh",
+        least=0,
+    )
     penalties: dict[str, Any] = option(
-        {}, f"weights of penalties as JSON, such as {{\"swapped\": 0.5}}: {', '.join(PENALTIES)}; copied has 0.5 unless set"
+        {},
+        f'weights of penalties as JSON, such as {{"swapped": 0.5}}: {", ".join(PENALTIES)}; '
+        "copied has 0.5 unless set",
     )
     mixture: dict[str, Any] = option(
-        {}, 'weights of further terms as JSON, such as {"motion": 0.25}; each advantage is in units of its term\'s spread'
+        {},
+        'weights of further terms as JSON, such as {"motion": 0.25}; each advantage is in units of '
+        "its term's spread",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             not self.backend or re.fullmatch(r"deepface:[\w-]+/[\w-]+", self.backend) is not None,
-            f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as deepface:opencv/ArcFace, or leave it out",
+            f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as "
+            "deepface:opencv/ArcFace, or leave it out",
         )
-        require(not (self.backend and self.vlm), "reward.backend and reward.vlm are both set; use one of them")
+        require(
+            not (self.backend and self.vlm),
+            "reward.backend and reward.vlm are both set; use one of them",
+        )
         require(
             self.faces != "" or not self.reads_faces,
-            "reward.faces is empty; only a reward.vlm, a reward.custom and models of deepface can do without face networks",
+            "reward.faces is empty; only a reward.vlm, a reward.custom and models of deepface can "
+            "do without face networks",
         )
-        require(not (self.head and self.vlm), "reward.head and reward.vlm are mutually exclusive; leave one empty")
+        require(
+            not (self.head and self.vlm),
+            "reward.head and reward.vlm are mutually exclusive; leave one empty",
+        )
         require(
             not self.custom or re.fullmatch(r".+:[A-Za-z_]\w*", self.custom) is not None,
             f"reward.custom is {self.custom!r}; use package.module:function or file.py:function",
@@ -81,36 +118,46 @@ class RewardConfig(Section):
             "reward.custom excludes reward.head, reward.vlm and reward.backend; leave them empty",
         )
         require(
-            not (self.custom and self.mixture), "reward.mixture weighs terms, which reward.custom can do itself; leave it out"
+            not (self.custom and self.mixture),
+            "reward.mixture weights terms, which reward.custom can do itself; leave it out",
         )
         require(
             not (self.head and self.backend),
-            "reward.head reads the faces of reward.faces, and reward.backend takes others; leave one empty",
+            "reward.head reads the faces of reward.faces, and reward.backend takes others; leave "
+            "one empty",
         )
         low, high = self.similarity_low, self.similarity_high
         require(
-            low is None or high is None or low < high, f"reward.similarity_low {low} is not below similarity_high {high}"
+            low is None or high is None or low < high,
+            f"reward.similarity_low {low} is not below similarity_high {high}",
         )
-        for name, price in self.penalties.items():
-            require(name in PENALTIES, f"reward.penalties knows no {name!r}{closest(name, list(PENALTIES))}")
+        for name, weight in self.penalties.items():
             require(
-                isinstance(price, int | float) and price >= 0,
-                f"reward.penalties: {name} is {price!r}; use a number of 0 or more",
+                name in PENALTIES,
+                f"reward.penalties has no {name!r}{closest(name, list(PENALTIES))}",
+            )
+            require(
+                isinstance(weight, int | float) and weight >= 0,
+                f"reward.penalties: {name} is {weight!r}; use a number of 0 or more",
             )
         for name, weight in self.mixture.items():
             require(
-                isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight),
+                isinstance(weight, int | float)
+                and not isinstance(weight, bool)
+                and math.isfinite(weight),
                 f"reward.mixture: {name} is {weight!r}; use a number",
             )
 
     @property
     def reads_faces(self) -> bool:
         """Whether the reward itself, and not only the judge, uses the networks of `faces`."""
-        return not (self.vlm or self.custom or (self.backend and not self.backend.endswith("/embedder")))
+        return not (
+            self.vlm or self.custom or (self.backend and not self.backend.endswith("/embedder"))
+        )
 
-    def prices(self) -> dict[str, float]:
-        """Return the weight of every penalty that has one."""
-        return PRICES | self.penalties
+    def penalty_weights(self) -> dict[str, float]:
+        """Return the weights of penalties by name; the others have 0."""
+        return PENALTY_WEIGHTS | self.penalties
 
     def folder(self) -> Path:
         """Return the folder of the face networks."""
@@ -127,9 +174,13 @@ class EvaluateConfig(Section):
     prompts: str = option("embedded:eval", "CSV of held-out prompts")
     videos: int = option(4, "videos per prompt", least=1)
     steps: int = option(50, "denoising steps", least=1)
-    solver: str = option("euler", "solver of the ODE; euler is as published", choices=("euler", "unipc"))
+    solver: str = option(
+        "euler", "solver of the ODE; euler is as published", choices=("euler", "unipc")
+    )
     guidance: float = option(0.0, "guidance scale of the prompt; 0 = the rollout's")
-    image_guidance: float = option(0.0, "guidance scale of the photos, for Phantom; 0 = the rollout's")
+    image_guidance: float = option(
+        0.0, "guidance scale of the photos, for Phantom; 0 = the rollout's"
+    )
     batch: int = option(32, "videos per program call, rounded up to what the mesh divides", least=1)
     bootstrap: int = option(2000, "resamples of a bootstrap interval", least=1)
     frames: int = option(0, "frames of the videos; 0 = video.frames")

@@ -1,4 +1,4 @@
-"""Configuration of the video model: checkpoint, prompts, video size, sampling and mesh."""
+"""Define the configuration of the video model: checkpoint, prompts, size, sampling and mesh."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ def require_size(section: str, frames: int, height: int, width: int, unset: str 
       frames: number of frames.
       height: height in pixels.
       width: width in pixels.
-      unset: what 0 stands for; "" refuses 0.
+      unset: meaning of 0; "" refuses 0.
     """
     other = f", or 0 for {unset}" if unset else ""
     allowed = bool(unset)
@@ -47,20 +47,29 @@ class ModelConfig(Section):
         "how photos condition the model; Phantom has plain Wan's tensors, so it must be named",
         choices=("vace", "phantom"),
     )
-    dtype: str = option("float32", "dtype of the transformer's weights and products", choices=("float32", "bfloat16"))
+    dtype: str = option(
+        "float32",
+        "dtype of the transformer's weights and products",
+        choices=("float32", "bfloat16"),
+    )
     remat: str = option(
         "none",
-        "what a block keeps for the backward pass: everything, outputs of linear layers, outputs of attention, or its "
-        "input only (then the replay equals the rollout bit for bit)",
+        "what a block keeps for the backward pass: everything, outputs of linear layers, outputs "
+        "of attention, or its input only (then the replay equals the rollout bit for bit)",
         choices=("none", "dots", "attention", "full"),
     )
-    unroll: bool = option(False, "unroll the scan over blocks: faster on CPU with few layers, larger programs")
+    unroll: bool = option(
+        False, "unroll the scan over blocks: faster on CPU with few layers, larger programs"
+    )
     text_memory: str = option(
         "device",
-        "where the text encoder is kept while idle; host frees device memory and copies it for new prompts",
+        "where the text encoder is kept while idle; host frees device memory and copies it for new "
+        "prompts",
         choices=("device", "host"),
     )
-    rank: int = option(32, "LoRA rank on the q, k, v and o projections of main and VACE blocks", least=1)
+    rank: int = option(
+        32, "LoRA rank on the q, k, v and o projections of main and VACE blocks", least=1
+    )
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / rank", above=0)
     adapter: str = option("", 'PEFT adapter to start from; "" starts from a new one')
 
@@ -69,7 +78,10 @@ class ModelConfig(Section):
         return EMBEDDED / "pipeline" if self.path == "embedded" else Path(self.path)
 
     def shows_synthetic_people(self) -> bool:
-        """Whether the model is the bundled one or one of its size, which its small VAE tells; a missing folder is not."""
+        """Return whether the model is the bundled one or one of its size, judged by its small VAE.
+
+        False if the folder is missing.
+        """
         try:
             settings = json.loads((self.folder() / "vae" / "config.json").read_text())
             return bool(settings["base_dim"] < PUBLISHED_VAE_WIDTH)
@@ -83,17 +95,24 @@ class DataConfig(Section):
 
     section: ClassVar[str] = "data"
 
-    prompts: str = option("embedded:rl", "CSV with the header ref_paths,prompt; embedded:rl and embedded:eval are bundled")
-    max_people: int = option(4, "largest number of photos per row; rows with fewer are padded", least=1, most=8)
+    prompts: str = option(
+        "embedded:rl",
+        "CSV with the header ref_paths,prompt; embedded:rl and embedded:eval are bundled",
+    )
+    max_people: int = option(
+        4, "largest number of photos per row; rows with fewer are padded", least=1, most=8
+    )
     text_length: int = option(512, "tokens that a prompt is padded or cut to", least=1)
     negative_prompt: str = option(
-        "garish colours, overexposed, motionless, blurry details, captions, painting, drab grey, poor quality, compression "
-        "artefacts, ugly, malformed hands, malformed faces, merged fingers, messy background, crowd, extra legs, walking backwards",
+        "garish colours, overexposed, motionless, blurry details, captions, painting, drab grey, "
+        "poor quality, compression artefacts, ugly, malformed hands, malformed faces, merged "
+        "fingers, messy background, crowd, extra legs, walking backwards",
         "prompt of the unguided branch; @FILE reads it from a file",
     )
     reference_order: str = option(
         "diffusers",
-        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one order",
+        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one "
+        "order",
         choices=("diffusers", "original"),
     )
 
@@ -103,7 +122,7 @@ class DataConfig(Section):
 
 
 def prompts_file(name: str) -> Path:
-    """Return the CSV that `name` means: "embedded:SET" is bundled, anything else is a path, in which ~ is the home folder."""
+    """Return the path of a CSV: "embedded:SET" is bundled; in any other path, ~ is the home."""
     if name.startswith("embedded:"):
         return EMBEDDED / "prompts" / name.removeprefix("embedded:") / "prompts.csv"
     return Path(os.path.expanduser(name))
@@ -111,14 +130,14 @@ def prompts_file(name: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class VideoConfig(Section):
-    """Size of the videos that training samples."""
+    """Size of the videos that are sampled for training."""
 
     section: ClassVar[str] = "video"
 
     frames: int = option(33, "frames, 4n+1")
     height: int = option(240, "height in pixels, a multiple of 16")
     width: int = option(416, "width in pixels, a multiple of 16")
-    fps: int = option(16, "frames per second of the files that are written", least=1)
+    fps: int = option(16, "frames per second of the written files", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,25 +148,38 @@ class VideoConfig(Section):
 class RolloutConfig(Section):
     """Sampling of groups of videos.
 
-    Windows: "all" as published; "fixed" covers window_size steps from window_start; "random" draws a start per training step from the
-    first half of the schedule; "per_prompt" draws one for every prompt, shared by its group (with window_size 1 this is Flash-GRPO's
-    iso-temporal step); "progressive" starts at window_start and moves by one step every window_every training steps (MixGRPO); "none"
-    has no stochastic step, for objectives that train on final latents.
+    Windows of stochastic steps:
+      all: every step but the last, as published.
+      fixed: window_size steps from window_start.
+      random: a start drawn per training step from the first half of the schedule.
+      per_prompt: a start drawn per prompt and shared by its group; with window_size 1 this is
+        Flash-GRPO's iso-temporal step.
+      progressive: starts at window_start and moves by one step every window_every training steps
+        (MixGRPO).
+      none: no stochastic step, for objectives that train on final latents.
     """
 
     section: ClassVar[str] = "rollout"
 
     prompts: int = option(16, "prompts per training step", least=1)
     group: int = option(8, "videos per prompt", least=2)
-    micro_batch: int = option(0, "videos per program call, in rollout and update; 0 = all rows of an update", least=0)
+    micro_batch: int = option(
+        0, "videos per program call, in rollout and update; 0 = all rows of an update", least=0
+    )
     steps: int = option(25, "denoising steps", least=2)
     shift: float = option(0.0, "flow shift; 0 = the checkpoint's", least=0)
     guidance: float = option(4.5, "guidance scale of the prompt; 1 = no negative branch")
-    image_guidance: float = option(0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0)
-    sampler: str = option(
-        "identity", "stochastic steps; identity is as published", choices=("identity", "flow", "dance", "cps")
+    image_guidance: float = option(
+        0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0
     )
-    noise_level: float = option(0.0, "noise level of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7)", least=0)
+    sampler: str = option(
+        "identity",
+        "stochastic steps; identity is as published",
+        choices=("identity", "flow", "dance", "cps"),
+    )
+    noise_level: float = option(
+        0.0, "noise level of the sampler; 0 = its own (1, 0.7, 0.3 and 0.7)", least=0
+    )
     window: str = option(
         "all",
         "which steps are stochastic and trained; the others are Euler steps",
@@ -156,40 +188,58 @@ class RolloutConfig(Section):
     window_start: int = option(0, "first step of a fixed or progressive window")
     window_size: int = option(0, "steps of a window")
     window_every: int = option(25, "training steps between moves of a progressive window", least=1)
-    final_step: str = option("ode", "last step of the schedule; it is never trained; sde is as published", choices=("sde", "ode"))
+    final_step: str = option(
+        "ode",
+        "last step of the schedule; it is never trained; sde is as published",
+        choices=("sde", "ode"),
+    )
     start_noise: str = option(
         "distinct",
-        "start noise of the videos of a group; shared leaves only the noise of trained steps to tell them apart",
+        "initial noise of the videos of a group; with shared, they differ only by the noise of the "
+        "trained steps",
         choices=("distinct", "shared"),
     )
 
     def __post_init__(self) -> None:
-        require(self.group >= 2, f"rollout.group is {self.group}; a group needs 2 or more videos to be compared")
+        require(
+            self.group >= 2,
+            f"rollout.group is {self.group}; a group needs 2 or more videos to be compared",
+        )
         super().__post_init__()
         rows = self.prompts * self.group
         require(
             self.micro_batch == 0 or rows % self.micro_batch == 0,
-            f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of {self.prompts} prompts x {self.group} videos",
+            f"rollout.micro_batch {self.micro_batch} does not divide the {rows} rows of "
+            f"{self.prompts} prompts x {self.group} videos",
         )
         require(
             self.sampler != "cps" or self.noise_level <= 1,
-            f"rollout.noise_level is {self.noise_level}; cps takes at most 1, where all noise of a step is fresh",
+            f"rollout.noise_level is {self.noise_level}; cps takes at most 1, where all noise of a "
+            "step is fresh",
         )
         if self.window in ("fixed", "progressive"):
             require(
-                self.window_size >= 1 and self.window_start >= 0 and self.window_start + self.window_size <= self.steps - 1,
-                f"rollout.window {self.window_start}+{self.window_size} does not lie inside the first {self.steps - 1} steps",
+                self.window_size >= 1
+                and self.window_start >= 0
+                and self.window_start + self.window_size <= self.steps - 1,
+                f"rollout.window {self.window_start}+{self.window_size} is not inside the first "
+                f"{self.steps - 1} steps",
             )
         if self.window in ("random", "per_prompt"):
             require(
                 1 <= self.window_size <= self.steps // 2,
-                f"rollout.window_size is {self.window_size}; a random window needs 1 to {self.steps // 2} of {self.steps} steps",
+                f"rollout.window_size is {self.window_size}; a random window needs 1 to "
+                f"{self.steps // 2} of {self.steps} steps",
             )
         if self.window == "none":
-            require(self.final_step == "ode", "rollout.final_step sde adds noise, which rollout.window none excludes; use ode")
+            require(
+                self.final_step == "ode",
+                "rollout.final_step sde adds noise, which rollout.window none excludes; use ode",
+            )
             require(
                 self.start_noise == "distinct",
-                "rollout.start_noise shared with rollout.window none makes all videos of a group equal; use distinct",
+                "rollout.start_noise shared with rollout.window none makes all videos of a group "
+                "equal; use distinct",
             )
 
     @property

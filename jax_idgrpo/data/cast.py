@@ -1,4 +1,4 @@
-"""Name the command that took the place of `python -m jax_idgrpo.data.cast`."""
+"""Name the command that replaced `python -m jax_idgrpo.data.cast`."""
 
 import sys
 

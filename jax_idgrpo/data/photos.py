@@ -1,11 +1,12 @@
-"""Read reference photos as upright RGB, say what is wrong with others, and open each file once.
+"""Read reference photos as upright RGB, explain unreadable ones, and open each file once.
 
 A photo is any picture that Pillow decodes itself, and HEIC where the package pillow-heif is
-installed. It has at least `SMALLEST` pixels on each side and at most as many in all as Pillow reads
-safely. Transparent parts become white. Grey is scaled to 8 bits:
+installed. Each side has at least `SMALLEST` pixels; the total is at most what Pillow reads safely.
+Transparent parts become white. Grey is scaled to 8 bits:
 
     8 bits    as stored
-    16 bits   the smallest of 8, 10, 12 or 16 bits that holds the brightest value is white
+    16 bits   white is the largest value of the smallest of 8, 10, 12 or 16 bits that holds the
+              brightest pixel
     floats    0 is black, 1 is white; other ranges are refused, as their white is unknown
 """
 
@@ -30,15 +31,15 @@ from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
 PICTURES = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow's names of what is read: not what it has another program draw (EPS)."""
+"""Pillow's names of the formats that are read. For EPS, Pillow would run another program."""
 
 SMALLEST = 16  # pixels of the shorter side
-LARGE = 1024  # pixels of the shorter side, beyond which a face gains nothing
-ROOM = 2 * 2**30  # bytes of the host's memory that a run may fill with photos
+LARGE = 1024  # pixels of the shorter side; more do not help face recognition
+ROOM = 2 * 2**30  # bytes of host memory for the photos of a run
 
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _WHITE = (255, 1023, 4095, 65535)  # the largest values of 8, 10, 12 and 16 bits
-_NEARLY_BLACK = 16  # of 255: what 12 bits in 16-bit words come to at most
+_NEARLY_BLACK = 16  # of 255; 12-bit values in 16-bit words stay below
 
 _DAMAGED = (
     OSError,
@@ -51,19 +52,21 @@ _DAMAGED = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's readers raise on damaged files."""
+"""Exceptions that Pillow's readers raise on damaged files."""
 
-# Pillow warns of an attack from half of its limit on, which telephones reach. What is above the
-# limit is refused below.
+# Pillow warns of an attack from half of its limit on, which photos of telephones reach. Photos
+# above the limit are refused below.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 Fit: TypeAlias = Callable[[Image.Image, int, int], Float[np.ndarray, "height width 3"]]
 
 
 class Checked(NamedTuple):
-    """A photo that can be read.
+    """A readable photo.
 
-    digest: SHA-256 of the file's bytes. note: what looks odd about it, or nothing.
+    Attributes:
+      digest: SHA-256 of the file's bytes.
+      note: what looks odd about the photo, or "".
     """
 
     digest: str
@@ -72,7 +75,7 @@ class Checked(NamedTuple):
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `PICTURES` that are read here."""
+    """List the formats of `PICTURES` that this installation reads."""
     Image.init()
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
@@ -83,16 +86,16 @@ def load_reference(file: str | File) -> Image.Image:
     """Read an image file of any mode, size and EXIF orientation as upright RGB.
 
     Raises:
-      UserError: the file is missing, damaged, or not as the module's docstring says.
+      UserError: the file is missing, damaged, or not as the module's docstring describes.
     """
     with _opened(file, _content(file)) as image:
         return on_white(ImageOps.exif_transpose(image))
 
 
 def check_photo(file: str | File) -> Checked:
-    """Decode a photo to be sure of it, and keep no pixel.
+    """Decode a photo to check it; the pixels are discarded.
 
-    A JPEG is decoded at an eighth of its size: all of its bytes are read all the same.
+    A JPEG is decoded at an eighth of its size, which still reads all of its bytes.
 
     Raises:
       UserError: as `load_reference`.
@@ -119,10 +122,10 @@ def check_photo(file: str | File) -> Checked:
 
 
 def _content(file: str | File) -> bytes:
-    """All bytes of a file.
+    """Read all bytes of a file.
 
     Raises:
-      UserError: there is none, or it cannot be read.
+      UserError: the file is missing or cannot be read.
     """
     try:
         return (Path(file) if isinstance(file, str) else file).read_bytes()
@@ -141,10 +144,14 @@ def _content(file: str | File) -> bytes:
 
 @contextlib.contextmanager
 def _opened(file: str | File, content: bytes) -> Iterator[Image.Image]:
-    """Open an image whose pixels are decoded when they are used, here or in the body.
+    """Open an image; pixels are decoded when they are used, here or in the body of the `with`.
+
+    Args:
+      file: the file, for messages.
+      content: all bytes of the file.
 
     Raises:
-      UserError: from here or from the body, the content cannot be read as a photo.
+      UserError: the content cannot be read as a photo, also if the body finds that out.
     """
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
@@ -171,7 +178,7 @@ def _opened(file: str | File, content: bytes) -> Iterator[Image.Image]:
 
 
 def _what(content: bytes) -> str:
-    """Tell from the first bytes of a file that is no photo what it is and what to do."""
+    """Describe a file that is no photo by its first bytes, with the remedy."""
     start = content[:1024]
     if not start:
         return "is an empty file; copy it again"
@@ -199,7 +206,7 @@ def _what(content: bytes) -> str:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB, as the module's docstring says.
+    """Convert an image of any mode to RGB, as the module's docstring describes.
 
     Raises:
       ValueError: integers of more than 16 bits, or floats outside [0, 1].
@@ -220,7 +227,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _white(values: Int[np.ndarray, "H W"] | np.ndarray) -> int:
-    """The value of white in a grey image: the largest of the fewest bits that hold all values."""
+    """Return the value of white in a grey image: the largest of the fewest bits that fit it."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > _WHITE[-1]:
         raise ValueError(f"grey values from {low} to {high}, more than 16 bits")
@@ -228,7 +235,7 @@ def _white(values: Int[np.ndarray, "H W"] | np.ndarray) -> int:
 
 
 def _brightest(image: Image.Image) -> int:
-    """The largest value of the colours, without transparency."""
+    """Return the largest value of the colours, without transparency."""
     bands: Any = image.getextrema()
     if len(image.getbands()) == 1:
         return int(bands[1])
@@ -236,11 +243,11 @@ def _brightest(image: Image.Image) -> int:
 
 
 class PhotoCache:
-    """The photos of a run: each file is opened once.
+    """Cache of the photos of a run, so that each file is opened once.
 
-    What is kept takes at most `room` bytes. What does not fit is made again whenever it is needed,
-    so that results never depend on the room. A file is known by its path, so it must not change
-    during the run.
+    The cache holds at most `room` bytes. Photos that do not fit are read again whenever they are
+    needed, so results never depend on the room. Files are identified by their paths and must not
+    change during the run.
     """
 
     def __init__(self, room: int = ROOM):
@@ -249,7 +256,7 @@ class PhotoCache:
         self._whole: set[Hashable] = set()
 
     def photo(self, file: File) -> Image.Image:
-        """The photo at its own size, upright RGB, its shorter side at most `LARGE` pixels.
+        """Return the photo as upright RGB, its shorter side at most `LARGE` pixels.
 
         Raises:
           UserError: as `load_reference`.
@@ -263,16 +270,16 @@ class PhotoCache:
     def fitted(
         self, file: File, fit: Fit, height: int, width: int
     ) -> Float[np.ndarray, "{height} {width} 3"]:
-        """The photo on a canvas in [-1, 1]: `fit(photo, height, width)`.
+        """Return the photo on a canvas in [-1, 1], `fit(photo, height, width)`.
+
+        The canvas is made from the full-size photo, because its values depend on that size. It is
+        cached as bytes where bytes hold it exactly, and as floats otherwise.
 
         Args:
           file: the photo.
-          fit: such as `conditioning.canvas`.
-          height: of the canvas, in pixels.
-          width: of the canvas, in pixels.
-
-        The canvas is made from the whole file, as its values depend on the photo's own size. It is
-        kept as bytes where these hold it exactly, and as floats otherwise.
+          fit: function that makes the canvas, such as `conditioning.canvas`.
+          height: height of the canvas in pixels.
+          width: width of the canvas in pixels.
 
         Raises:
           UserError: as `load_reference`.
@@ -286,7 +293,7 @@ class PhotoCache:
         return _values(self._kept[name])
 
     def _read(self, file: File) -> Image.Image:
-        """The whole photo; it is kept at most `LARGE`, if it fits."""
+        """Read the full-size photo, and cache it at a size of at most `LARGE` if it fits."""
         whole = load_reference(file)
         width, height = _size(whole)
         if file not in self._kept and 3 * width * height <= self.room:
@@ -296,26 +303,26 @@ class PhotoCache:
         return whole
 
     def _keep(self, name: Hashable, made: np.ndarray) -> None:
-        """Keep an array if it fits."""
+        """Cache an array if it fits."""
         if made.nbytes <= self.room:
             self.room -= made.nbytes
             self._kept[name] = made
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of a photo whose shorter side is at most `LARGE`."""
+    """Return the width and height of a photo once its shorter side is at most `LARGE`."""
     scale = min(LARGE / min(image.size), 1)
     return round(image.width * scale), round(image.height * scale)
 
 
 def _shrunk(image: Image.Image) -> Image.Image:
-    """The photo, or if it is larger than `LARGE` a smaller one of the same shape."""
+    """Return the photo, scaled down if its shorter side exceeds `LARGE`."""
     size = _size(image)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
-    """A canvas in [-1, 1] from what `_levels` made of it."""
+    """Return the canvas in [-1, 1] that `_levels` stored."""
     return (
         kept.astype(np.float32) / np.float32(255) * 2 - 1 if kept.dtype == np.uint8 else kept.copy()
     )
@@ -324,6 +331,6 @@ def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
 def _levels(
     canvas: Float[np.ndarray, "H W 3"],
 ) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
-    """A canvas as bytes if `_values` gives it back bit for bit, otherwise as it is."""
+    """Return a canvas as bytes if `_values` restores it bit for bit, otherwise a copy of it."""
     levels = ((canvas + 1) * 127.5).round().astype(np.uint8)
     return levels if np.array_equal(_values(levels), canvas) else canvas.copy()

@@ -1,9 +1,9 @@
-"""Prompts with reference photos: the CSV, and which prompts a training step reads.
+"""Load prompts with reference photos from a CSV, and select the prompts of a training step.
 
-The CSV has the header `ref_paths,prompt`, one row per prompt; `ref_paths` are image files joined by
-`;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows of different
-counts of people mix freely; further columns are ignored. Everything is checked when the file is
-loaded, photos included, so that a broken one cannot stop a run that is hours old.
+The CSV has the header `ref_paths,prompt` and one row per prompt. `ref_paths` are image files joined
+by `;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows may have
+different numbers of people; further columns are ignored. Everything is checked when the file is
+loaded, photos included, so that a broken photo cannot stop a run hours later.
 """
 
 import concurrent.futures
@@ -44,18 +44,22 @@ COLUMNS = ("ref_paths", "prompt")
 SEPARATOR = ";"
 
 _READERS = 8  # threads that check photos; each holds one decoded photo
-_LISTED = 3  # problems of a CSV that are told in full
+_LISTED = 3  # problems of a CSV that a message describes in full
 _SUFFIX = re.compile(r"\.(avif|bmp|gif|heic|heif|jp2|jpe?g|png|tga|tiff?|webp)\b", re.IGNORECASE)
 _COLUMN_SEPARATORS = {";": "semicolons (;)", "\t": "tabs", "|": "bars (|)"}
-_QUOTES = "\u201c\u201d\u201e\u201f\uff02\u00ab\u00bb"  # what word processors write for "
+_QUOTES = "\u201c\u201d\u201e\u201f\uff02\u00ab\u00bb"  # word processors replace " by these
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One row of a prompts CSV; its people are in the order of `references`.
+    """One row of a prompts CSV.
 
-    id: rows counted from 0. where: the CSV and the line in it, for messages. digests: SHA-256 of
-    each photo's bytes. The last two are empty for prompts that come from no CSV.
+    Attributes:
+      id: number of the row, from 0.
+      text: the prompt.
+      references: photos, one per person in the order of the prompt.
+      where: the CSV and the line in it, for messages; "" for prompts that come from no CSV.
+      digests: SHA-256 of each photo's bytes; () for prompts that come from no CSV.
     """
 
     id: int
@@ -66,7 +70,7 @@ class Prompt:
 
     @property
     def people(self) -> int:
-        """How many people are asked for."""
+        """Number of people in the prompt."""
         return len(self.references)
 
 
@@ -74,14 +78,18 @@ class Prompt:
 
 
 def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
-    """Read the prompts of a CSV, and decode every reference photo once to be sure of it.
+    """Read the prompts of a CSV, and decode every reference photo once to check it.
 
-    What can be used but looks like a mistake gets a warning that names the line.
+    Usable rows that look like a mistake cause a warning that names the line.
+
+    Args:
+      path: the CSV.
+      max_people: largest number of reference photos of a row.
 
     Raises:
-      UserError: the file, its header, a row or a photo is not as the module's docstring says, or
-        a row has more than `max_people` references. The one line names the file and the first
-        problems, each with its line in the file.
+      UserError: the file, its header, a row or a photo is not as the module's docstring describes,
+        or a row has too many references. The message names the file and the first problems, each
+        with its line in the file.
     """
     path = Path(path)
     rows = list(read_rows(path))
@@ -110,11 +118,13 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     }
     checked = _check_photos(sorted(lines, key=lines.__getitem__))
     problems += [
-        (lines[file], str(said)) for file, said in checked.items() if isinstance(said, UserError)
+        (lines[file], str(result))
+        for file, result in checked.items()
+        if isinstance(result, UserError)
     ]
     if problems:
-        raise UserError(_told(path, sorted(problems, key=lambda problem: problem[0])))
-    known = {file: said for file, said in checked.items() if isinstance(said, Checked)}
+        raise UserError(_summary(path, sorted(problems, key=lambda problem: problem[0])))
+    known = {file: result for file, result in checked.items() if isinstance(result, Checked)}
     for file, photo in known.items():
         if photo.note:
             warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)
@@ -131,7 +141,7 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
 
 
 def _check_photos(files: Sequence[File]) -> dict[File, Checked | UserError]:
-    """What `check_photo` says of each file; few photos are in memory at once."""
+    """Map each file to the result or the error of `check_photo`; few photos are in memory."""
 
     def check(file: File) -> Checked | UserError:
         try:
@@ -143,18 +153,18 @@ def _check_photos(files: Sequence[File]) -> dict[File, Checked | UserError]:
         return dict(zip(files, pool.map(check, files), strict=True))
 
 
-def _told(path: Path, problems: Sequence[tuple[int, str]]) -> str:
-    """One line for the problems of a CSV: the first in full, the lines of some others."""
+def _summary(path: Path, problems: Sequence[tuple[int, str]]) -> str:
+    """Describe the problems of a CSV in one line: the first in full, the others by line number."""
     if len(problems) == 1:
         return "prompts {}, line {}: {}".format(path, *problems[0])
-    told = [f"line {line}: {problem}" for line, problem in problems[:_LISTED]]
+    parts = [f"line {line}: {problem}" for line, problem in problems[:_LISTED]]
     if rest := list(dict.fromkeys(line for line, _ in problems[_LISTED:])):
-        told.append(f"and {len(problems) - _LISTED} more, {_numbers('line', rest)}")
-    return f"prompts {path}: {len(problems)} problems | {' | '.join(told)}"
+        parts.append(f"and {len(problems) - _LISTED} more, {_numbers('line', rest)}")
+    return f"prompts {path}: {len(problems)} problems | {' | '.join(parts)}"
 
 
 def _numbers(noun: str, numbers: Sequence[int], most: int = 8) -> str:
-    """ "lines 3, 4, 9": the first of some numbers, after their noun."""
+    """List the first `most` numbers after their noun, as in "lines 3, 4, 9, ..."."""
     listed = ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
     return f"{noun}{'s' if len(numbers) > 1 else ''} {listed}"
 
@@ -164,9 +174,8 @@ def read_rows(
 ) -> Iterator[tuple[int, dict]]:
     """Read the rows below the header as line numbers and fields.
 
-    Rows of nothing but blanks are skipped. Names of the header are found in upper and lower case.
-    A row that is too short has None for the missing fields. What a row has beyond the header is
-    under the key None.
+    Blank rows are skipped. Names of the header match in upper and lower case. A row that is too
+    short has None for the missing fields. Fields beyond the header are under the key None.
 
     Args:
       path: the CSV.
@@ -174,19 +183,19 @@ def read_rows(
       what: what the rows are, for messages.
 
     Raises:
-      UserError: the file cannot be read as a CSV, or its header has not each of the columns once.
+      UserError: the file cannot be read as a CSV, or its header does not have each column once.
     """
     where, header_line = f"{what} {path}", ",".join(columns)
     text = _text(path, where, header_line)
     skipped = 0
-    # A first line that Excel writes and reads.
-    if told := re.match(r'"?sep=(.)"?\s*?(\r\n?|\n)', text, re.IGNORECASE):
-        _refuse_separator(told[1], where)
-        text, skipped = text[told.end() :], 1
+    # Excel reads and writes a first line that declares the separator.
+    if declared := re.match(r'"?sep=(.)"?\s*?(\r\n?|\n)', text, re.IGNORECASE):
+        _refuse_separator(declared[1], where)
+        text, skipped = text[declared.end() :], 1
     first = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
-    wanted = {name.casefold() for name in columns}
+    needed = {name.casefold() for name in columns}
     for separator in (",", *_COLUMN_SEPARATORS):
-        if wanted.issubset(name.strip(' "').casefold() for name in first.split(separator)):
+        if needed.issubset(name.strip(' "').casefold() for name in first.split(separator)):
             _refuse_separator(separator, f"{where}, line {skipped + 1}")
             break
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
@@ -215,10 +224,15 @@ def read_rows(
 
 
 def _text(path: Path, where: str, header: str) -> str:
-    """The text of a CSV.
+    """Read the text of a CSV.
+
+    Args:
+      path: the CSV.
+      where: start of messages.
+      header: header of the CSV, for messages.
 
     Raises:
-      UserError: there is none, or it is something else, which its first bytes tell.
+      UserError: the file is missing, or its content is something else.
     """
     if path.is_dir():
         raise UserError(f"{where}: is a folder; name the CSV file in it")
@@ -238,8 +252,8 @@ def _text(path: Path, where: str, header: str) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a UTF-8 "
-            "CSV"
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as a "
+            "UTF-8 CSV"
         ) from None
     start = text[:512].lstrip().lower()
     for signs, kind in ((("{", "["), "holds JSON"), (("<!doctype", "<html"), "is a web page")):
@@ -249,7 +263,7 @@ def _text(path: Path, where: str, header: str) -> str:
 
 
 def _check_header(header: Sequence[str], columns: Sequence[str], where: str) -> None:
-    """Refuse a header without each of the columns once, with what it has instead."""
+    """Refuse a header that does not have each column once; the message lists what it has."""
     missing = [name for name in columns if header.count(name) != 1]
     if not missing:
         return
@@ -261,7 +275,7 @@ def _check_header(header: Sequence[str], columns: Sequence[str], where: str) -> 
 
 
 def _refuse_separator(separator: str, where: str) -> None:
-    """Refuse columns that are separated by anything but commas."""
+    """Refuse a column separator other than the comma."""
     if separator != ",":
         name = _COLUMN_SEPARATORS.get(separator, repr(separator))
         raise UserError(
@@ -271,7 +285,7 @@ def _refuse_separator(separator: str, where: str) -> None:
 
 
 def _parse(row: dict, max_people: int) -> tuple[str, list[str]]:
-    """Text and names of the photos of one row."""
+    """Return the prompt and the names of the photos of one row."""
     if None in row:
         if _SUFFIX.search(row["prompt"] or "") or any(map(_SUFFIX.search, row[None])):
             raise UserError(
@@ -311,13 +325,13 @@ def _parse(row: dict, max_people: int) -> tuple[str, list[str]]:
 
 
 def _find(name: str, folder: Path) -> Path:
-    """The photo that a row names, relative to the CSV's folder.
+    """Find the photo that a row names, relative to the CSV's folder.
 
-    A name that begins with ~ is in the user's home. A letter with an accent is found however the
-    disk composes it (macOS takes it apart).
+    A name that begins with ~ is in the user's home. An accented letter matches in composed and in
+    decomposed form, which macOS uses.
 
     Raises:
-      UserError: there is no such file; the message says what the name looks like.
+      UserError: there is no such file; the message explains what the name looks like.
     """
     if re.match(r"[a-z]+://", name, re.IGNORECASE):
         raise UserError(f"image {name}: is a web address; download the photo and name the file")
@@ -325,9 +339,8 @@ def _find(name: str, folder: Path) -> Path:
     forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
     paths = [folder / name, *([home] if home else []), *(folder / form for form in forms)]
     for path in paths:
-        if os.path.exists(
-            path
-        ):  # False for a name that no disk can hold, such as a prompt in the wrong column
+        # False for a name that no disk can hold, such as a prompt in the wrong column.
+        if os.path.exists(path):
             return path
     hint = "check ref_paths, which are relative to the CSV"
     slashed = name.replace("\\", "/")
@@ -347,31 +360,39 @@ def _find(name: str, folder: Path) -> Path:
     raise UserError(f"image {home or folder / name}: no such file; {hint}")
 
 
-# ---- what a step reads ---------------------------------------------------------------------------
+# ---- prompts of a step ---------------------------------------------------------------------------
 
 
 def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) -> list[int]:
-    """Indices of the `count` prompts of a step: a pure function of (seed, step), so a run resumes
-    by its step alone.
+    """Select the prompts of a training step as a pure function of (seed, step).
 
-    Steps read one endless sequence in which every pass is its own permutation: each prompt comes
-    once per pass. A step that crosses into the next pass, or asks for more prompts than there are,
-    may hold a prompt twice.
+    Steps read one endless sequence. Every pass is its own permutation, so each prompt occurs once
+    per pass. A step that crosses into the next pass, or is larger than a pass, may hold a prompt
+    twice.
+
+    Args:
+      prompts: all prompts.
+      seed: seed of the permutations.
+      step: training step, from 0.
+      count: prompts per step.
+
+    Returns:
+      Indices of the step's prompts.
     """
     order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
     return [int(order[position]) for position in range(step * count, (step + 1) * count)]
 
 
-# ---- is it still the same data? ------------------------------------------------------------------
+# ---- changes of the data -------------------------------------------------------------------------
 
 
 def row_digests(prompts: Sequence[Prompt]) -> list[str]:
-    """Digests of the rows, `TEXT-PHOTOS` in 12 hexadecimal digits each: what a run stores to
-    describe a change later.
+    """Hash each row as `TEXT-PHOTOS`, 12 hexadecimal digits each.
 
-    Hashed are the text and the bytes of the photos in their order. Names and folders of photos are
-    not: nothing depends on them. `load_prompts` hashes the bytes while it checks the photos; photos
-    of other prompts are read here.
+    A run stores the digests to describe a change of its data later. They cover the text and the
+    bytes of the photos in their order, but not the names and folders of the photos, on which
+    nothing depends. `load_prompts` hashes photos while it checks them; photos of prompts from
+    elsewhere are read here.
     """
 
     def short(value: object) -> str:
@@ -386,10 +407,10 @@ def row_digests(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the rows in their order, as `row_digests` hashes them.
+    """Return the SHA-256 of the `row_digests` in their order.
 
-    It is the same for two CSVs that differ only in what is never used: column order, further
-    columns, blank rows, quotes.
+    Two CSVs that differ only in column order, further columns, blank rows or quotes have the same
+    digest.
     """
     return hashlib.sha256("\n".join(row_digests(prompts)).encode()).hexdigest()
 
@@ -402,14 +423,14 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
       new: `row_digests` of the present rows.
 
     Returns:
-      Which rows were changed, added (by their present number) or removed (by their earlier one),
-      counted from 0.
+      The rows that were changed, added (by their present number) or removed (by their earlier
+      number), counted from 0.
     """
     if list(old) == list(new):
         return ""
     if sorted(old) == sorted(new):
         return f"the same {len(new)} rows in another order"
-    found: dict[str, list[int]] = {
+    rows_by_kind: dict[str, list[int]] = {
         "another text": [],
         "other photos": [],
         "added": [],
@@ -422,20 +443,20 @@ def describe_change(old: Sequence[str], new: Sequence[str]) -> str:
         changed = [_changed(*pair) for pair in zip(old[first:last], new[start:stop])]
         if last - first == stop - start and all(changed):
             for number, sort in enumerate(changed, start):
-                found[sort].append(number)
+                rows_by_kind[sort].append(number)
             continue
-        found["removed"] += range(first, last)
-        found["added"] += range(start, stop)
+        rows_by_kind["removed"] += range(first, last)
+        rows_by_kind["added"] += range(start, stop)
     verbs = {"another text": "has another text", "other photos": "has other photos"}
     parts = [
         f"{_numbers('row', numbers)} {verbs.get(kind, kind)}"
-        for kind, numbers in found.items()
+        for kind, numbers in rows_by_kind.items()
         if numbers
     ]
     return "; ".join(parts) + " (rows counted from 0)"
 
 
 def _changed(old: str, new: str) -> str:
-    """Which half of two row digests differs; "" if both do."""
+    """Name the half of two row digests that differs; "" if both do."""
     (text, photos), (new_text, new_photos) = old.split("-"), new.split("-")
     return "other photos" if text == new_text else "another text" if photos == new_photos else ""

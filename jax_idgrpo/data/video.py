@@ -1,10 +1,11 @@
-"""Videos on disk: h264 in mp4 through PyAV, written aside and renamed; and contact sheets for people to look at.
+"""Read and write videos as h264 in mp4 through PyAV, and draw contact sheets.
 
 Files made elsewhere are read as a player shows them: upright, with square pixels, and at a
 constant rate.
 
-In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality factor 18), so the score of a file differs a
-little from the score of the frames that it was written from; that of a file written as `FINE` (4:4:4, 10) hardly does.
+In memory a video is float32 [F, H, W, 3] in [-1, 1]. h264 is lossy (4:2:0, quality factor 18), so
+the score of a file differs a little from the score of the original frames. The difference is
+negligible for a file written as `FINE` (4:4:4, quality factor 10).
 """
 
 import collections
@@ -28,46 +29,56 @@ from jax_idgrpo.errors import UserError
 
 @runtime_checkable
 class File(Protocol):
-    """Bytes with a name: `str` says where they are. A `pathlib.Path` is one."""
+    """Bytes with a name, such as a `pathlib.Path`; `str` gives their location."""
 
     def __hash__(self) -> int: ...
 
     def read_bytes(self) -> bytes:
-        """All of them.
+        """Read all bytes.
 
         Raises:
-          OSError: they cannot be read.
+          OSError: the bytes cannot be read.
         """
 
 
 CONTAINERS = "mov,matroska,avi,gif"
-"""FFmpeg's names of what is read: mp4 and QuickTime, webm, and so on; none that names further files (playlists) for it to open."""
+"""FFmpeg's names of the formats that are read. Playlists are excluded: FFmpeg would open the files
+that they name."""
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
-"""Names of such files end so, in upper or lower case."""
+"""Suffixes of such files, in lower case."""
+# Offset and value of bytes that mark a file as a video.
 _MARKS = (
-    (4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"\x1aE\xdf\xa3"), (0, b"RIFF"), (0, b"GIF8"),
-)  # place of the bytes in the file, and what they are
+    (4, b"ftyp"),
+    (4, b"moov"),
+    (4, b"mdat"),
+    (0, b"\x1aE\xdf\xa3"),
+    (0, b"RIFF"),
+    (0, b"GIF8"),
+)
 _NOTHING = np.zeros((0, 0, 3), np.uint8)
-_WIDEST = 8     # a pixel's sides differ by at most this factor
+_WIDEST = 8  # a pixel's sides differ by at most this factor
 
 
 def to_uint8(video: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Values in [-1, 1], clipped, as bytes 0 to 255."""
+    """Clip values to [-1, 1] and convert them to bytes 0 to 255."""
     return np.round((np.clip(np.asarray(video, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def from_uint8(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Bytes 0 to 255 as float32 in [-1, 1]."""
+    """Convert bytes 0 to 255 to float32 in [-1, 1]."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How h264 keeps a video.
+    """Encoding quality of h264.
 
-    factor: 0 loses nothing, 51 most. pixels: "yuv420p", which every player shows, or "yuv444p", which keeps colour at full resolution: in
-    small faces that is who they are. repeatable: the same frames give the same bytes, by one thread that does not look ahead;
-    otherwise they need not (150 times the same clip of 64 x 64 pixels gave 5 different files).
+    Attributes:
+      factor: quality factor, from 0 (lossless) to 51 (worst).
+      pixels: "yuv420p", which every player shows, or "yuv444p", which keeps colour at full
+        resolution. The identity of small faces depends on their colour.
+      repeatable: whether the same frames always give the same bytes. The encoder then uses one
+        thread and does not look ahead.
     """
 
     factor: int = 18
@@ -78,11 +89,17 @@ class Quality:
 FINE = Quality(10, "yuv444p", repeatable=True)
 
 
-def _encode(target: str | io.BytesIO, pixels: UInt8[np.ndarray, "frames height width 3"], fps: int, quality: Quality) -> None:
+def _encode(
+    target: str | io.BytesIO,
+    pixels: UInt8[np.ndarray, "frames height width 3"],
+    fps: int,
+    quality: Quality,
+) -> None:
     options = {"crf": str(quality.factor), "preset": "fast"}
     if quality.repeatable:
         options |= {"threads": "1", "x264-params": "rc-lookahead=0:mbtree=0:bframes=0"}
-    layout = {"movflags": "faststart"} if isinstance(target, str) else {}  # which reads the file again
+    # faststart reads the written file again, so it needs a file on disk.
+    layout = {"movflags": "faststart"} if isinstance(target, str) else {}
     with av.open(target, "w", format="mp4", options=layout) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = pixels.shape[1:3]
@@ -93,14 +110,16 @@ def _encode(target: str | io.BytesIO, pixels: UInt8[np.ndarray, "frames height w
 
 
 def _open(source: io.BytesIO | BinaryIO) -> InputContainer:
-    """A video's container, read from its bytes alone."""
+    """Open a video's container; only the bytes of `source` are read."""
     return av.open(source, options={"format_whitelist": CONTAINERS})
 
 
 def _shown(frame: av.VideoFrame, aspect: Fraction) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels as a player shows them: stretched until they are square, and turned upright.
+    """Return the pixels as a player shows them: stretched to square pixels and turned upright.
 
-    aspect: width of a stored pixel over its height.
+    Args:
+      frame: the stored frame.
+      aspect: width of a stored pixel over its height.
     """
     pixels = frame.to_ndarray(format="rgb24")
     if aspect != 1:
@@ -111,7 +130,12 @@ def _shown(frame: av.VideoFrame, aspect: Fraction) -> UInt8[np.ndarray, "height 
 
 
 class _Frame(NamedTuple):
-    """A decoded frame. time: in seconds, if known. pixels: empty where nobody asked for them."""
+    """A decoded frame.
+
+    Attributes:
+      time: time in seconds, if known.
+      pixels: the frame, or an empty array where the caller does not need it.
+    """
 
     time: float | None
     pixels: UInt8[np.ndarray, "height width 3"]
@@ -120,14 +144,14 @@ class _Frame(NamedTuple):
 def _frames(
     source: io.BytesIO | BinaryIO,
     name: str | File,
-    wanted: Callable[[int, float | None], bool] = lambda number, time: True,
+    needed: Callable[[int, float | None], bool] = lambda number, time: True,
 ) -> Iterator[_Frame]:
     """Decode a video frame by frame.
 
     Args:
-      source: the bytes of the file.
-      name: what messages call it.
-      wanted: whether the pixels of a frame, of this number and time, are needed.
+      source: bytes of the file.
+      name: name of the file, for messages.
+      needed: returns whether the pixels of a frame are needed, given its number and time.
 
     Raises:
       UserError: the file cannot be read, holds no video, or is damaged.
@@ -154,8 +178,8 @@ def _frames(
                 sizes.add((frame.height, frame.width))
                 if len(sizes) > 1:
                     raise UserError(f"video {name}: changes its size on the way; store it again")
-                needed = wanted(number, frame.time)
-                yield _Frame(frame.time, _shown(frame, aspect) if needed else _NOTHING)
+                pixels = _shown(frame, aspect) if needed(number, frame.time) else _NOTHING
+                yield _Frame(frame.time, pixels)
     except (OSError, IndexError, av.FFmpegError):
         if any(head[place:].startswith(mark) for place, mark in _MARKS):
             raise damaged from None
@@ -165,10 +189,10 @@ def _frames(
 
 
 def _bytes(path: str | File) -> io.BytesIO:
-    """The bytes of a file.
+    """Read the bytes of a file.
 
     Raises:
-      UserError: they cannot be read.
+      UserError: the bytes cannot be read.
     """
     try:
         return io.BytesIO((Path(path) if isinstance(path, str) else path).read_bytes())
@@ -178,12 +202,16 @@ def _bytes(path: str | File) -> io.BytesIO:
 
 
 def constant_rate(times: Sequence[float | None]) -> list[int]:
-    """Number the frames that a player shows at evenly spaced times: as many as there are stored.
+    """List the frames that a player shows at evenly spaced times, as many as are stored.
 
-    A frame that stays long comes several times, one that hardly shows not at all. If the rate is
-    constant up to rounding, or the times are unknown, every frame comes once.
+    A frame with a long duration is repeated; a frame with a very short duration is dropped. If the
+    rate is constant up to rounding, or the times are unknown, every frame occurs once.
 
-    times: seconds of every stored frame, ascending.
+    Args:
+      times: time of every stored frame in seconds, ascending.
+
+    Returns:
+      Numbers of stored frames, from 0.
     """
     known = [time for time in times if time is not None]
     if len(known) < len(times) or len(times) < 3 or known[-1] <= known[0]:
@@ -196,9 +224,13 @@ def constant_rate(times: Sequence[float | None]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video file whose frames were counted but not kept.
+    """A video file whose frames are counted but not in memory.
 
-    numbers: stored frame that each shown frame is (see `constant_rate`). height, width: as shown.
+    Attributes:
+      path: path of the file.
+      numbers: number of the stored frame of each shown frame (see `constant_rate`).
+      height: height of a shown frame in pixels.
+      width: width of a shown frame in pixels.
     """
 
     path: Path
@@ -208,10 +240,10 @@ class Clip:
 
     @classmethod
     def open(cls, path: Path) -> "Clip":
-        """Decode a file once, to be sure of it.
+        """Decode a file once to check it.
 
         Raises:
-          UserError: it cannot be read, holds no video, or is damaged.
+          UserError: the file cannot be read, holds no video, or is damaged.
         """
         with _file(path) as file:
             found = list(_frames(file, path, lambda number, time: number == 0))
@@ -221,7 +253,7 @@ class Clip:
         return cls(Path(path), tuple(numbers), *found[0].pixels.shape[:2])
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-        """Yield the frames in the order in which they are shown; one is held at a time."""
+        """Yield the shown frames in order; one is in memory at a time."""
         times_shown = collections.Counter(self.numbers)
         with _file(self.path) as file:
             decoded = _frames(file, self.path, lambda number, time: number in times_shown)
@@ -230,13 +262,16 @@ class Clip:
                     yield frame.pixels
 
     def read(self, numbers: Sequence[int]) -> Float[np.ndarray, "frames height width 3"]:
-        """The shown frames of these ascending numbers, values in [-1, 1]; no others are held."""
-        wanted = set(numbers)
+        """Return the shown frames of these ascending numbers, values in [-1, 1].
+
+        No other frames are held in memory.
+        """
+        selected = set(numbers)
         shown = enumerate(self.frames())
-        return from_uint8(np.stack([frame for number, frame in shown if number in wanted]))
+        return from_uint8(np.stack([frame for number, frame in shown if number in selected]))
 
     def blocks(self, size: int) -> Iterator[UInt8[np.ndarray, "frames height width 3"]]:
-        """The frames, at most `size` at a time."""
+        """Yield the shown frames in blocks of at most `size`."""
         held: list[np.ndarray] = []
         for frame in self.frames():
             held.append(frame)
@@ -248,10 +283,10 @@ class Clip:
 
 
 def _file(path: str | Path) -> BinaryIO:
-    """The open file of a video.
+    """Open the file of a video.
 
     Raises:
-      UserError: it cannot be opened.
+      UserError: the file cannot be opened.
     """
     try:
         return Path(path).open("rb")
@@ -261,9 +296,9 @@ def _file(path: str | Path) -> BinaryIO:
 
 
 def list_videos(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The videos of a folder by name, and its other files.
+    """List the videos of a folder, and its other files, by name.
 
-    Hidden files, such as macOS leaves on foreign disks, are neither.
+    Hidden files, such as macOS leaves on foreign disks, are in neither list.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
     videos = [path for path in files if path.suffix.lower() in SUFFIXES]
@@ -271,11 +306,11 @@ def list_videos(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _decode(source: io.BytesIO, name: str | File) -> UInt8[np.ndarray, "frames height width 3"]:
-    found = list(_frames(source, name))
-    if not found:
+    frames = list(_frames(source, name))
+    if not frames:
         raise UserError(f"video {name}: holds no frames; write it again")
-    numbers = constant_rate([frame.time for frame in found])
-    return np.stack([found[number].pixels for number in numbers])
+    numbers = constant_rate([frame.time for frame in frames])
+    return np.stack([frames[number].pixels for number in numbers])
 
 
 def write_video(
@@ -286,18 +321,19 @@ def write_video(
 ) -> None:
     """Write a video of even height and width as h264.
 
-    A video with a value that is NaN or infinite is not written, with a warning. The file is written
-    aside and renamed: an interrupted run leaves no half file. Its folder is made when it is missing.
+    A video with a value that is NaN or infinite is not written; a warning is issued instead. The
+    file is written under another name and renamed, so an interrupted run leaves no half file. A
+    missing folder is created.
 
     Args:
-      path: of the file.
+      path: path of the file.
       video: values in [-1, 1], or bytes 0 to 255.
       fps: frames per second.
-      quality: how much h264 loses.
+      quality: encoding quality.
     """
     if not np.isfinite(video).all():
-        said = f"video {path}: is not finite (NaN or infinity), so it is not written"
-        warnings.warn(said, stacklevel=2)
+        message = f"video {path}: is not finite (NaN or infinity), so it is not written"
+        warnings.warn(message, stacklevel=2)
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,8 +345,10 @@ def write_video(
         aside.unlink(missing_ok=True)
 
 
-def recoded(video: Float[np.ndarray, "frames height width 3"], factor: int) -> Float[np.ndarray, "frames height width 3"]:
-    """The video as it comes back from a file of that quality factor; no file is written. Even height and width."""
+def recoded(
+    video: Float[np.ndarray, "frames height width 3"], factor: int
+) -> Float[np.ndarray, "frames height width 3"]:
+    """Encode and decode a video of even height and width in memory, at a quality factor."""
     buffer = io.BytesIO()
     _encode(buffer, to_uint8(video), 8, Quality(factor, repeatable=True))
     buffer.seek(0)
@@ -318,9 +356,9 @@ def recoded(video: Float[np.ndarray, "frames height width 3"], factor: int) -> F
 
 
 def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
-    """The frames of a video file at a constant rate, values in [-1, 1].
+    """Read the frames of a video file at a constant rate, values in [-1, 1].
 
-    They are decoded from the bytes of the file alone, whatever else it names.
+    Only the bytes of this file are decoded, even if it names other files.
 
     Raises:
       UserError: the file is missing, is no video of `CONTAINERS`, or holds no frame.
@@ -328,10 +366,19 @@ def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
     return from_uint8(_decode(_bytes(path), path))
 
 
-def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -> Float[np.ndarray, "frames height width 3"]:
-    """The first `count` frames of a video file at `fps` frames per second, fewer where it is shorter; values in [-1, 1].
+def read_frames(
+    path: str | Path, count: int, size: tuple[int, int], fps: int
+) -> Float[np.ndarray, "frames height width 3"]:
+    """Read the first frames of a video file, values in [-1, 1].
 
-    A frame is scaled to cover `size` (height, width), and cut about its middle. No more is held of a long video than is kept.
+    Frames are scaled to cover `size` and cropped about their middle. Only the returned frames are
+    held in memory.
+
+    Args:
+      path: path of the file.
+      count: number of frames; fewer are returned if the video is shorter.
+      size: height and width in pixels.
+      fps: frames per second to sample.
 
     Raises:
       UserError: the file is missing or no video of `CONTAINERS`.
@@ -354,8 +401,16 @@ def read_frames(path: str | Path, count: int, size: tuple[int, int], fps: int) -
     return from_uint8(np.stack(frames)) if frames else np.zeros((0, *size, 3), np.float32)
 
 
-def contact_sheet(videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1) -> Image.Image:
-    """One picture: a row per video, `frames` evenly spaced frames from left to right, `scale` times larger."""
+def contact_sheet(
+    videos: Float[np.ndarray, "rows frames height width 3"], frames: int = 5, scale: int = 1
+) -> Image.Image:
+    """Draw one picture with a row per video.
+
+    Args:
+      videos: values in [-1, 1].
+      frames: number of evenly spaced frames per row, from left to right.
+      scale: integer magnification.
+    """
     columns = np.linspace(0, videos.shape[1] - 1, min(frames, videos.shape[1])).round().astype(int)
     rows = [np.concatenate(list(video[columns]), axis=1) for video in to_uint8(videos)]
     return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))

@@ -95,7 +95,7 @@ def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfi
         low=cosines.similarity_low,
         high=cosines.similarity_high,
         mean_weight=1 - config.soft_weight,
-        penalties=tuple(config.prices().items()),
+        penalties=tuple(config.penalty_weights().items()),
     )
 
 

@@ -66,7 +66,7 @@ def test_files_of_torch_save_are_read_whatever_their_strides(tmp_path, legacy):
     if legacy:
         whole = (tmp_path / "x.pth").read_bytes()
         (tmp_path / "x.pth").write_bytes(whole[:-30])
-        with pytest.raises(UserError, match=r"x\.pth: storage \d+ of \d+ bytes is not whole"):
+        with pytest.raises(UserError, match=r"x\.pth: storage \d+ of \d+ bytes is incomplete"):
             store.open_file(tmp_path / "x.pth")
 
 

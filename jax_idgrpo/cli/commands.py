@@ -1,0 +1,470 @@
+"""Define the sub-commands of `idgrpo`: their options, and the functions that they call.
+
+Networks are imported inside the functions, so that help and mistakes answer at once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from checkpoints_convert.places import adapter_place, hub_remedy, is_export
+from jax_idgrpo import config as configuration
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.workdir import local_path, require_writable
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+      summary: one line for `--help`.
+      options: adds the options of the command to a parser.
+      run: runs the command with the parsed options and the overrides of the configuration.
+      configured: whether the command reads a configuration.
+    """
+
+    summary: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
+    configured: bool = True
+
+
+def _path(option: str) -> Callable[[str], Path]:
+    """Make a parser for an option that takes a path on this machine."""
+    return functools.partial(local_path, what=option)
+
+
+def existing(path: str, what: str, remedy: str) -> Path:
+    """Return `path` if it exists.
+
+    Args:
+      path: the path as the user gave it.
+      what: the option that it comes from, for the message.
+      remedy: what to pass instead, for the message.
+
+    Raises:
+      UserError: the path does not exist or is an address.
+    """
+    if not local_path(path, what).exists():
+        raise UserError(f"{what} {path}: no such file or folder; {remedy}")
+    return Path(path)
+
+
+def prompts_path(name: str) -> Path:
+    """Return the CSV of `--prompts name`.
+
+    Raises:
+      UserError: the file does not exist.
+    """
+    local_path(name, "--prompts")
+    path = configuration.prompts_file(name)
+    return existing(
+        str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval"
+    )
+
+
+def adapter_path(path: str) -> Path:
+    """Return the adapter of `--lora path`; the path may be the workdir of a run.
+
+    Raises:
+      UserError: there is no adapter.
+    """
+    place = local_path(path, "--lora")
+    if not place.exists() and not is_export(place):
+        existing(
+            path,
+            "--lora",
+            hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
+        )
+    return adapter_place(place)
+
+
+def adapters(pairs: Sequence[str]) -> dict[str, Path]:
+    """Parse `["NAME=PATH", ...]` into a dictionary.
+
+    Raises:
+      UserError: a pair has no `=`, a name is repeated or reserved, or a path does not exist.
+    """
+    paths: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
+        if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(
+                f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and "
+                "_; choose another"
+            )
+        paths[name] = adapter_path(path)
+    return paths
+
+
+def _start() -> None:
+    """Initialise the distributed runtime (see `parallel.hosts`) before the first JAX call."""
+    from jax_idgrpo.parallel.hosts import initialise, trim_heap_after_compile
+
+    initialise()
+    trim_heap_after_compile()
+
+
+def _config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a recipe, such as quickstart, or a Python file with get_config()",
+    )
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="W",
+        help="folder of the run; an existing run in it is continued",
+    )
+
+
+def _grpo_options(parser: argparse.ArgumentParser) -> None:
+    _train_options(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        help="folder for a trace of the second and third step, and the seconds of each phase",
+    )
+
+
+def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    workdir = require_writable(arguments.workdir, "--workdir")
+    profile = require_writable(arguments.profile, "--profile") if arguments.profile else None
+    _start()
+    from jax_idgrpo.training.train import train
+
+    train(config, workdir, profile)
+
+
+def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    workdir = require_writable(arguments.workdir, "--workdir")
+    _start()
+    from jax_idgrpo.training.finetune import finetune
+
+    finetune(config, workdir)
+
+
+def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    if config.finetune.task not in configuration.REWARD_TASKS:
+        raise UserError(
+            f"finetune.task is {config.finetune.task!r}; train-reward trains "
+            f"{', '.join(configuration.REWARD_TASKS)}, as configs/reward_face.py does; use idgrpo "
+            "finetune for other tasks"
+        )
+    workdir = require_writable(arguments.workdir, "--workdir")
+    _start()
+    from jax_idgrpo.training.finetune import finetune
+
+    finetune(config, workdir)
+
+
+def _sample_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="CSV",
+        help="prompts and reference photos: header ref_paths,prompt",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl"
+    )
+    parser.add_argument(
+        "--lora", metavar="PATH", help="adapter to sample with; without it the base model"
+    )
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts)
+    lora = adapter_path(arguments.lora) if arguments.lora else None
+    out = require_writable(arguments.out, "--out")
+    _start()
+    from jax_idgrpo.evaluation.commands import sample
+
+    sample(config, prompts, out, lora)
+
+
+def _score_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--videos",
+        required=True,
+        metavar="DIR",
+        help="a video, or a folder of videos as `idgrpo sample` writes it; videos from elsewhere "
+        "are named ROW-NUMBER, such as 0000-0.mp4, or in a column `video` of the CSV",
+    )
+    parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts of the videos")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="JSON lines, one row per video"
+    )
+
+
+def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts)
+    videos = existing(arguments.videos, "--videos", "pass a folder of videos")
+    out = require_writable(arguments.out, "--out", folder=False)
+    _start()
+    from jax_idgrpo.evaluation.commands import score
+
+    score(config, videos, prompts, out)
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--prompts",
+        metavar="CSV",
+        help="held-out prompts; default: evaluate.prompts of the configuration",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for metrics.json, table.md and videos/"
+    )
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="adapters to compare with the base",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
+    loras = adapters(arguments.lora)
+    out = require_writable(arguments.out, "--out")
+    _start()
+    from jax_idgrpo.evaluation.commands import evaluate
+
+    evaluate(config, prompts, out, loras)
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", metavar="W", help="folder of a run of `idgrpo train`")
+
+
+def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    workdir = existing(arguments.workdir, "workdir", "pass the --workdir of a run")
+    from jax_idgrpo.evaluation.report import report
+
+    print(f"report: {report(require_writable(workdir, 'workdir'))}")
+
+
+def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -> None:
+    parser.add_argument(
+        "--out", type=_path("--out"), required=True, metavar="DIR", help=f"folder to make: {holds}"
+    )
+    parser.add_argument(
+        "--split",
+        required=True,
+        help="synthetic people to draw from: train, rl or eval; no two share a person",
+    )
+    parser.add_argument("--count", type=int, required=True, metavar="N", help=unit)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)"
+    )
+
+
+def _draw_prompts_options(parser: argparse.ArgumentParser) -> None:
+    _generator_options(parser, "prompts.csv and PNG portraits", "rows of prompts.csv")
+
+
+def _draw_prompts(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.synthetic.captions import write_prompts
+
+    write_prompts(**vars(arguments))
+
+
+def _pairs_options(parser: argparse.ArgumentParser) -> None:
+    _generator_options(parser, "pairs.csv, mp4 and PNG files", "pairs")
+    unset = argparse.SUPPRESS  # omitted options keep the defaults of `write_pairs`
+    parser.add_argument(
+        "--distortions",
+        default=unset,
+        metavar="A,B",
+        help="faults to draw, joined by commas (default all)",
+    )
+    parser.add_argument(
+        "--automatic",
+        type=float,
+        default=unset,
+        help="share of automatic pairs, with labels partly wrong (default 0)",
+    )
+    parser.add_argument(
+        "--careless",
+        type=float,
+        default=unset,
+        help="share of the automatic labels drawn at random (default 0.5)",
+    )
+    parser.add_argument(
+        "--clips",
+        type=_path("--clips"),
+        default=unset,
+        metavar="DIR",
+        help="folder of videos with photos and clips.csv; without it the people are synthetic",
+    )
+    parser.add_argument(
+        "--faces",
+        type=_path("--faces"),
+        default=unset,
+        metavar="DIR",
+        help="face networks for --clips, as reward.faces",
+    )
+    parser.add_argument("--frames", type=int, default=unset, help="frames per clip (default 9)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=unset,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels (default 64 64)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=int,
+        default=unset,
+        help="frames per second to sample from --clips (default 8)",
+    )
+
+
+def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.preferences.clip_pairs import Shape
+    from jax_idgrpo.preferences.synthesis import write_pairs
+
+    values = vars(arguments)
+    shape = {name: values.pop(name) for name in ("frames", "size", "fps") if name in values}
+    if "size" in shape:
+        shape["size"] = tuple(shape["size"])
+    write_pairs(**values, shape=Shape(**shape))
+
+
+def _pack_pairs_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--csv", type=_path("--csv"), required=True, help="the pairs, as `idgrpo pairs` writes them"
+    )
+    parser.add_argument(
+        "--out", type=_path("--out"), required=True, metavar="DIR", help="folder to make"
+    )
+    parser.add_argument(
+        "--dimensions", default="SA", help="columns with labels, joined by commas (default SA)"
+    )
+
+
+def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    from jax_idgrpo.preferences.tfds_source import write_dataset
+
+    write_dataset(**vars(arguments))
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="T",
+        help="a slice such as v5e:4x4, v6e:8x8 or v5p:4x4x4; GPUs such as h200:8 or h100:4x8; "
+        "cpu:8; or gpu, this machine's",
+    )
+    parser.add_argument(
+        "--sizes",
+        metavar="S",
+        help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine",
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="programs to plan, such as rollout update; default: all",
+    )
+    parser.add_argument(
+        "--search",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N meshes and micro-batches, and plan the fastest that fits",
+    )
+    parser.add_argument(
+        "--out", default="plan", metavar="DIR", help="folder for plan.json and table.md"
+    )
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    out = require_writable(arguments.out, "--out")
+    from jax_idgrpo.parallel.hosts import trim_heap_after_compile
+    from jax_idgrpo.planning.plan import plan
+
+    trim_heap_after_compile()
+    if not plan(
+        config, arguments.topology, arguments.sizes, out, arguments.programs, arguments.search
+    ):
+        sys.exit(1)
+
+
+COMMANDS = {
+    "train": Command(
+        "GRPO on a video model with a face reward; continues an existing run in the workdir",
+        _grpo_options,
+        _train,
+    ),
+    "finetune": Command(
+        "supervised training of the video model's parts and the face networks",
+        _train_options,
+        _finetune,
+    ),
+    "train-reward": Command("train a reward on preference pairs", _train_options, _train_reward),
+    "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
+    "score": Command("the reward of existing videos", _score_options, _score),
+    "evaluate": Command(
+        "base against adapters on held-out prompts, with bootstrap intervals",
+        _evaluate_options,
+        _evaluate,
+    ),
+    "plan": Command(
+        "memory, work and time per chip of any machine, from the real compiler",
+        _plan_options,
+        _plan,
+    ),
+    "report": Command(
+        "one HTML page of a run: curves, videos side by side, table, configuration",
+        _report_options,
+        _report,
+        configured=False,
+    ),
+    "pairs": Command(
+        "preference pairs with known labels, of synthetic people or your own clips",
+        _pairs_options,
+        _pairs,
+        configured=False,
+    ),
+    "pack-pairs": Command(
+        "pack the pairs of a CSV into one data set of few large files",
+        _pack_pairs_options,
+        _pack_pairs,
+        configured=False,
+    ),
+    "draw-prompts": Command(
+        "prompts and reference photos of synthetic people",
+        _draw_prompts_options,
+        _draw_prompts,
+        configured=False,
+    ),
+}
