@@ -71,8 +71,7 @@ class ModelConfig:
     remat: what a block keeps for the backward pass, "none" (everything), "dots" (outputs of linear layers), "attention" (outputs of
         attentions) or "full" (its input alone); all but "none" compute the rest again. With "full" the forward pass of the replay is
         the rollout's to the bit; with the others, to rounding.
-    unroll: unroll the block scan (fast on CPU for few layers; program size grows with depth). On one device the blocks' frozen weights are
-        then held a second time, each block's apart, so that no call copies them.
+    unroll: unroll the block scan (fast on CPU for few layers; program size grows with depth).
     text_memory: where the text encoder lies while no prompt is encoded, "device", or "host" where the devices have no room for it: it is
         then fetched whenever a step has a prompt that was not encoded yet.
     rank, alpha: LoRA rank and alpha on q, k, v, o of both attentions, in main and VACE blocks.

@@ -8,13 +8,16 @@ Frame 0 takes a path of its own through each change of the frame rate (F = 1 + 4
     halving    y = [x_0, w * (x_0, x_1, x_2), w * (x_2, x_3, x_4), ...]          frame 0 is kept and is seen by the next
     doubling   y = [x_0, a_1, b_1, a_2, b_2, ...],  (a_i, b_i) = w * (x_{i-2}, x_{i-1}, x_i)   frame 0 is not doubled
                                                                                   and counts as zero for the others
-Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and activations are float32.
+Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and activations are float32. Encoding asks
+for products of full float32 precision, as it runs once per photo; decoding takes the machine's default, which is bfloat16 operands on TPU
+and TF32 on GPU.
 
 Long videos run in chunks (`chunk=`): each convolution then remembers its last input frames in a `Memory`. The result
 is the same for every chunk size, whole video included; only the peak memory differs.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -361,8 +364,15 @@ class WanVAE(nnx.Module):
         mean, _ = self.posterior(video, chunk)
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
-    def decode(self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None) -> Float[Array, "B F 8*h 8*w 3"]:
-        """The video of normalised latents, clamped to [-1, 1]; `chunk` as in `encode`."""
+    def decode(
+        self, latents: Float[ArrayLike, "B T h w z"], chunk: int | Literal["auto"] | None = "auto"
+    ) -> Float[Array, "B F 8*h 8*w 3"]:
+        """Decode normalised latents to a video, clamped to [-1, 1].
+
+        chunk: how many latent frames to run at a time; None runs the whole video at once, "auto" decides by its size (see `chunk`).
+        """
+        if chunk == "auto":
+            chunk = self.chunk(*jnp.shape(latents)[1:4])
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
 
@@ -382,7 +392,8 @@ class WanVAE(nnx.Module):
             raise ValueError(f"a video needs 1 + {FRAMES_PER_LATENT}n frames, this one has {frames}")
         if height % PIXELS_PER_LATENT or width % PIXELS_PER_LATENT:
             raise ValueError(f"height and width must be multiples of {PIXELS_PER_LATENT}, not {height}x{width}")
-        moments = self.quant_conv(_in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT))
+        with jax.default_matmul_precision("highest"):
+            moments = self.quant_conv(_in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT))
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
