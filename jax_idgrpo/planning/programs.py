@@ -110,10 +110,10 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     chunk, video = _chunk(run, sampling), _video(run, config.video, config.rows_per_call)
     count = config.rollout.rows // config.rows_per_call
     stored = _stacked(run, chunk, count)
-    beside = held + _bytes(chunk, video, stored)    # the chunk before waits for its reward while the next one is sampled
-    yield dataclasses.replace(sampling, beside=beside - _bytes(run.state.params, run.base), calls=count)
-    yield _decoding(run, "decode", chunk.trajectory.latents, chunk.conditioning, beside - _bytes(run.vae, chunk.trajectory.latents), count)
-    yield _storing(run, stored, chunk, held + _bytes(video), count)
+    beside = held + chip_bytes(chunk, video, stored)    # the chunk before waits for its reward while the next one is sampled
+    yield dataclasses.replace(sampling, beside=beside - chip_bytes(run.state.params, run.base), calls=count)
+    yield _decoding(run, "decode", chunk.trajectory.latents, chunk.conditioning, beside - chip_bytes(run.vae, chunk.trajectory.latents), count)
+    yield _storing(run, stored, chunk, held + chip_bytes(video), count)
     yield from _scoring(run, run.reward, "reward", video, beside, count)
     if config.trained_rows < config.rollout.rows:
         yield _selecting(run, stored, held)
@@ -121,7 +121,7 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------
     if judge is not None and not config.run.watch_every:
-        held += _bytes(judge.state)
+        held += chip_bytes(judge.state)
     yield from _evaluation(run, judge, held)
 
 
@@ -135,20 +135,16 @@ def resident(run: Run, judge: FaceReward | None = None) -> float:
     scorers = [run.reward] if _shares(run, run.reward) else []
     if run.config.run.watch_every:
         scorers += [*scorers, *([judge] if judge is not None else [])]
-    return _bytes(own, encoder, *(scorer.state for scorer in scorers))
+    return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(*trees: Any) -> float:
+def chip_bytes(*trees: Any) -> float:
     """Bytes per chip of shapes with shardings."""
-
-    def one(leaf: Any) -> int:
-        size = jax.eval_shape(jax.random.key_data, leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * size.dtype.itemsize * (size.size // max(leaf.size, 1))
-
-    return float(sum(one(leaf) for leaf in jax.tree.leaves(trees)))
+    leaves = jax.tree.leaves(trees)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def _shares(run: Run, reward: Any) -> bool:
@@ -225,7 +221,7 @@ def _text_encoder(run: Run, held: float) -> Program:
     """One prompt; the encoder is on the devices while it runs, wherever it waits."""
     graph, state = nnx.split(run.pipe.text_encoder)
     state = shapes(state, sharding.fully_shard(run.mesh, state))
-    waiting = _bytes(state) if run.config.model.text_memory == "device" else 0.0
+    waiting = chip_bytes(state) if run.config.model.text_memory == "device" else 0.0
     ids = _whole(run, 1, run.config.data.text_length, dtype=jnp.int32)
     encode = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
     return Program("text encoder", encode, (state, ids, ids), run.mesh.size, held - waiting, run.config.rollout.prompts)
@@ -240,7 +236,7 @@ def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[P
         cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
         return network.encode(video, network.chunk(flow.latent_frames(frames), *cells))
 
-    function, beside = jax.jit(encode), held - _bytes(state)
+    function, beside = jax.jit(encode), held - chip_bytes(state)
     photos = 0 if prefix else run.config.rollout.prompts * run.config.data.max_people
     yield Program(f"{prefix}photo encoding", function, (state, _whole(run, 1, 1, size.height, size.width, 3)), 1, beside, photos)
     if run.config.model.kind == "vace":
@@ -254,7 +250,7 @@ def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[
         return
     photos = 0 if name.startswith("evaluation") else run.config.rollout.prompts * run.config.data.max_people
     picture, face = (shapes(each, sharding.replicated(run.mesh)) for each in reward.photo_shapes())
-    beside = held - _bytes(reward.state)
+    beside = held - chip_bytes(reward.state)
     yield Program(f"{name}: find", reward.find, (reward.state, picture), 1, beside, photos)
     yield Program(f"{name}: embed", reward.embed, (reward.state, *face), 1, beside, photos)
 
@@ -296,7 +292,7 @@ def _scoring(run: Run, reward: Any, name: str, video: Any, beside: float, calls:
     where = sharding.batch_sharding(mesh)
     encoded = shapes(encoded_shapes(reward, count, run.config.data.max_people, size), where)
     scored = shapes(jax.ShapeDtypeStruct((count, *video.shape[1:]), video.dtype), where)
-    beside = beside - _bytes(reward.state, video) if _shares(run, reward) else 0.0
+    beside = beside - chip_bytes(reward.state, video) if _shares(run, reward) else 0.0
     yield Program(name, jax.jit(reward.apply), (reward.state, scored, encoded), mesh.size, beside, calls)
 
 
@@ -319,7 +315,7 @@ def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]
     )
     batch = _scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
     given = (run.rule, run.state, networks, batch, run.schedule, _whole(run, dtype=jnp.int32))
-    beside = held - _bytes(run.state, run.base, *(networks.scorer or ()))
+    beside = held - chip_bytes(run.state, run.base, *(networks.scorer or ()))
     yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
 
 
@@ -340,9 +336,9 @@ def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Pro
     guidance = config.evaluate.guidance or config.rollout.guidance
     actor = dataclasses.replace(run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
     given = (actor, run.state.params, run.base, asked, run.negative, course, x)
-    beside = held + _bytes(video)
-    yield Program("evaluation: sample", rollout.denoise, given, run.mesh.size, beside - _bytes(run.state.params, run.base), 0)
-    yield _decoding(run, "evaluation: decode", x, asked, beside + _bytes(asked) - _bytes(run.vae), 0)
-    yield from _scoring(run, run.reward, "evaluation: reward", video, held + _bytes(video), 0)
+    beside = held + chip_bytes(video)
+    yield Program("evaluation: sample", rollout.denoise, given, run.mesh.size, beside - chip_bytes(run.state.params, run.base), 0)
+    yield _decoding(run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0)
+    yield from _scoring(run, run.reward, "evaluation: reward", video, held + chip_bytes(video), 0)
     if judge is not None:
-        yield from _scoring(run, judge, "evaluation: judge", video, held + _bytes(video), 0)
+        yield from _scoring(run, judge, "evaluation: judge", video, held + chip_bytes(video), 0)

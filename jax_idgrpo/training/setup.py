@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import Reward, differentiable
+from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import planned_reward
 from jax_idgrpo.sampling import conditioning, policy, rollout
@@ -42,7 +42,7 @@ class Run:
     base: nnx.State
     negative: Any
     vae: tuple[nnx.GraphDef, nnx.State]
-    reward: Reward
+    reward: Any
     schedule: rollout.Schedule
     rule: UpdateRule
     passes: Mapping[str, float]
