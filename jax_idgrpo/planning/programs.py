@@ -1,11 +1,11 @@
 """The programs of a step and of the evaluation, as functions of shapes.
 
-What a run holds comes from `training.setup.build`, which describes a run by the same lines that make one.
+What a run holds comes from `training.setup.build`, which describes a run by the lines that make
+one.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_idgrpo import flow, rng
+from jax_idgrpo import flow
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
@@ -23,12 +23,22 @@ from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig
 from jax_idgrpo.models.wan import WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.sharding import shapes
+from jax_idgrpo.planning.arguments import (
+    chip_bytes,
+    conditioning_of,
+    keys_of,
+    rows_of,
+    scored,
+    stacked,
+    video_of,
+    whole,
+)
 from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.planned import HostReward, encoded_shapes, planned_judge
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 from jax_idgrpo.sampling import rollout
-from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
+from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.pipeline import Architecture, read_architecture
 from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.setup import Run
@@ -38,43 +48,61 @@ SIZES: dict[str, dict[str, Callable[..., WanConfig]]] = {
     "14b": {"vace": vace_14b, "phantom": wan_14b},
 }
 PUBLISHED_VAE = VAEConfig(
-    base_dim=96, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal_downsample=(False, True, True),
-    latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
+    base_dim=96,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+    latents_mean=(0.0,) * 16,
+    latents_std=(1.0,) * 16,
 )
-PUBLISHED_TEXT_ENCODER = UMT5Config(d_model=4096, d_ff=10240, num_heads=64, d_kv=64, num_layers=24, vocab_size=256_384)
-LATENT_CHANNELS = 16
+PUBLISHED_TEXT_ENCODER = UMT5Config(
+    d_model=4096, d_ff=10240, num_heads=64, d_kv=64, num_layers=24, vocab_size=256_384
+)
 
 
-# ---- the networks --------------------------------------------------------------------------------------------------------
+# ---- the networks --------------------------------------------------------------------------------
 
 
 def networks(config: Config, sizes: str | None) -> Architecture:
-    """The networks of the checkpoint that the configuration names, or, where it is not on this machine, of published `sizes`.
+    """The networks of the checkpoint that the configuration names, or, where it is not on this
+    machine, of published `sizes`.
 
     Raises:
       UserError: there is no checkpoint and no sizes, or the sizes are unknown.
     """
     folder, model = config.model.folder(), config.model
-    run: dict[str, Any] = {"rank": model.rank, "alpha": model.alpha, "remat": model.remat, "unroll": model.unroll}
+    run: dict[str, Any] = {
+        "rank": model.rank,
+        "alpha": model.alpha,
+        "remat": model.remat,
+        "unroll": model.unroll,
+    }
     if sizes is not None:
         if sizes not in SIZES:
-            raise UserError(f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a checkpoint in model.path")
+            raise UserError(
+                f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a "
+                "checkpoint in model.path"
+            )
         return Architecture(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
     if not folder.is_dir():
-        raise UserError(f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for published sizes without it")
+        raise UserError(
+            f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for "
+            "published sizes without it"
+        )
     found = read_architecture(folder)
     return dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **run))
 
 
-# ---- the programs --------------------------------------------------------------------------------------------------------
+# ---- the programs --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A jitted function with the shapes that it is called with.
 
-    devices: those that share its work. beside: bytes per chip that lie in memory while it runs and are none of its arguments.
-    calls: in one training step, with nothing encoded before; 0 for those of the evaluation and those that run once.
+    devices: how many share its work. beside: bytes per chip that are in memory while it runs and
+    are none of its arguments. calls: in one training step, with nothing encoded before; 0 for
+    programs of the evaluation and for those that run once.
     """
 
     name: str
@@ -97,7 +125,9 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     Raises:
       UserError: the configuration does not fit the mesh, or a network cannot be used.
     """
-    sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
+    sharding.check_rows(
+        mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
+    )
     run = setup.build(config, mesh, abstract=True, architecture=parts)
     judge = planned_judge(config, mesh)
     held = resident(run, judge)
@@ -105,46 +135,44 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     yield from _photo_encoding(run, config.video, held, "")
     yield from _reference_photo(run, run.reward, "reference photo", held)
 
-    # ---- a training step -----------------------------------------------------------------------------------------------
+    # ---- a training step -------------------------------------------------------------------------
     sampling = _sampling(run)
-    chunk, video = _chunk(run, sampling), _video(run, config.video, config.rows_per_call)
+    chunk, video = _chunk(run, sampling), video_of(run, config.video, config.rows_per_call)
     count = config.rollout.rows // config.rows_per_call
-    stored = _stacked(run, chunk, count)
-    beside = held + chip_bytes(chunk, video, stored)    # the chunk before waits for its reward while the next one is sampled
-    yield dataclasses.replace(sampling, beside=beside - chip_bytes(run.state.params, run.base), calls=count)
-    yield _decoding(run, "decode", chunk.trajectory.latents, chunk.conditioning, beside - chip_bytes(run.vae, chunk.trajectory.latents), count)
+    stored = stacked(run, chunk, count)
+    # The previous chunk waits for its reward while the next one is sampled.
+    beside = held + chip_bytes(chunk, video, stored)
+    own = chip_bytes(run.state.params, run.base)
+    yield dataclasses.replace(sampling, beside=beside - own, calls=count)
+    latents = chunk.trajectory.latents
+    own = chip_bytes(run.vae, latents)
+    yield _decoding(run, "decode", latents, chunk.conditioning, beside - own, count)
     yield _storing(run, stored, chunk, held + chip_bytes(video), count)
     yield from _scoring(run, run.reward, "reward", video, beside, count)
     if config.trained_rows < config.rollout.rows:
         yield _selecting(run, stored, held)
     yield from _updating(run, chunk, held)
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------
     if judge is not None and not config.run.watch_every:
         held += chip_bytes(judge.state)
     yield from _evaluation(run, judge, held)
 
 
 def resident(run: Run, judge: FaceReward | None = None) -> float:
-    """Bytes per chip that lie in memory during a whole training: all networks, the adapter with its optimizer, what never changes.
+    """Bytes per chip that stay in memory during a whole training: all networks, and the adapter
+    with its average and its optimizer.
 
-    judge: with the reward once more, it watches the training where `run.watch_every` is set.
+    judge: where `run.watch_every` is set it is loaded too, and the reward a second time.
     """
     own = (run.state, run.base, run.vae, run.negative, run.schedule)
-    encoder = nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
+    encoder = (
+        nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
+    )
     scorers = [run.reward] if _shares(run, run.reward) else []
     if run.config.run.watch_every:
         scorers += [*scorers, *([judge] if judge is not None else [])]
     return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
-
-
-# ---- shapes --------------------------------------------------------------------------------------------------------------
-
-
-def chip_bytes(*trees: Any) -> float:
-    """Bytes per chip of shapes with shardings."""
-    leaves = jax.tree.leaves(trees)
-    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def _shares(run: Run, reward: Any) -> bool:
@@ -152,83 +180,50 @@ def _shares(run: Run, reward: Any) -> bool:
     return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices
 
 
-def _rows(run: Run, tree: Any) -> Any:
-    """The shapes of a tree with its rows divided over the mesh."""
-    return shapes(tree, sharding.batch_sharding(run.mesh))
-
-
-def _whole(run: Run, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """The shape of an array that every device holds."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(run.mesh))
-
-
-def _video(run: Run, size: Any, rows: int) -> Any:
-    return _rows(run, jax.ShapeDtypeStruct((rows, size.frames, size.height, size.width, 3), jnp.float32))
-
-
-def _keys(run: Run, rows: int) -> Any:
-    number = jnp.zeros(rows, int)
-    return _rows(run, jax.eval_shape(lambda: rng.row_keys(rng.key(0, "noise"), number, number)))
-
-
-def _conditioning(run: Run, config: Config, rows: int) -> Conditioning:
-    """What `rows` rows of a run are conditioned on, at the video size of a configuration."""
-    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
-    frames = flow.latent_frames(video.frames) + (people if vace else 0)
-
-    def latents(frames: int, channels: int) -> jax.ShapeDtypeStruct:
-        shape = (rows, frames, video.height // PIXELS_PER_LATENT, video.width // PIXELS_PER_LATENT, channels)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    asked = Conditioning(
-        text=jax.ShapeDtypeStruct((rows, *run.negative.shape), jnp.float32),
-        control=latents(frames, 2 * LATENT_CHANNELS + MASK_CHANNELS) if vace else None,
-        frame_mask=jax.ShapeDtypeStruct((rows, frames), jnp.bool),
-        references=jax.ShapeDtypeStruct((rows,), jnp.int32),
-        tail=None if vace else latents(people, LATENT_CHANNELS),
-    )
-    return _rows(run, asked)
-
-
 def _chunk(run: Run, sampling: Program) -> update.Rollout:
     """What a training step keeps of one call of its rollout."""
     config, (_, _, asked, *_) = run.config, sampling.arguments
-    trajectory = _rows(run, jax.eval_shape(sampling.function, *sampling.arguments))
+    trajectory = rows_of(run, jax.eval_shape(sampling.function, *sampling.arguments))
     people, count, size = None, config.rows_per_call, config.video
     if config.grpo.through_reward:
-        people = _rows(run, encoded_shapes(run.reward, count, config.data.max_people, (size.frames, size.height, size.width)))
-    start = _rows(run, jax.ShapeDtypeStruct((count,), jnp.int32))
-    return update.Rollout(trajectory=trajectory, conditioning=asked, start=start, noise=_keys(run, count), people=people)
+        people = rows_of(
+            run,
+            encoded_shapes(
+                run.reward, count, config.data.max_people, (size.frames, size.height, size.width)
+            ),
+        )
+    start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
+    return update.Rollout(
+        trajectory=trajectory,
+        conditioning=asked,
+        start=start,
+        noise=keys_of(run, count),
+        people=people,
+    )
 
 
-def _stacked(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
-    """The shapes of `number` chunks as they are stored."""
-    many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype), chunk)
-    return shapes(many, sharding.batch_sharding(run.mesh, 1))
-
-
-def _scored(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
-    """`number` chunks with what their scores decide."""
-    stored, values = _stacked(run, chunk, number), jax.ShapeDtypeStruct((number, run.config.rows_per_call), jnp.float32)
-    values = shapes(values, sharding.batch_sharding(run.mesh, 1))
-    return dataclasses.replace(stored, advantage=values, weight=values)
-
-
-# ---- one program each ----------------------------------------------------------------------------------------------------
+# ---- one program each ----------------------------------------------------------------------------
 
 
 def _text_encoder(run: Run, held: float) -> Program:
-    """One prompt; the encoder is on the devices while it runs, wherever it waits."""
+    """Encode one prompt; the encoder is on the devices while it runs, wherever it waits."""
     graph, state = nnx.split(run.pipe.text_encoder)
     state = shapes(state, sharding.fully_shard(run.mesh, state))
     waiting = chip_bytes(state) if run.config.model.text_memory == "device" else 0.0
-    ids = _whole(run, 1, run.config.data.text_length, dtype=jnp.int32)
+    ids = whole(run, 1, run.config.data.text_length, dtype=jnp.int32)
     encode = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
-    return Program("text encoder", encode, (state, ids, ids), run.mesh.size, held - waiting, run.config.rollout.prompts)
+    return Program(
+        "text encoder",
+        encode,
+        (state, ids, ids),
+        run.mesh.size,
+        held - waiting,
+        run.config.rollout.prompts,
+    )
 
 
 def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[Program]:
-    """The latents of one photo, and for VACE those of the blank video; every device computes them."""
+    """Encode one photo, and for VACE the blank video; every device does it."""
     graph, state = run.vae
 
     def encode(state: nnx.State, video: jax.Array) -> jax.Array:
@@ -238,17 +233,28 @@ def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[P
 
     function, beside = jax.jit(encode), held - chip_bytes(state)
     photos = 0 if prefix else run.config.rollout.prompts * run.config.data.max_people
-    yield Program(f"{prefix}photo encoding", function, (state, _whole(run, 1, 1, size.height, size.width, 3)), 1, beside, photos)
+    yield Program(
+        f"{prefix}photo encoding",
+        function,
+        (state, whole(run, 1, 1, size.height, size.width, 3)),
+        1,
+        beside,
+        photos,
+    )
     if run.config.model.kind == "vace":
-        video = _whole(run, 1, size.frames, size.height, size.width, 3)
+        video = whole(run, 1, size.frames, size.height, size.width, 3)
         yield Program(f"{prefix}blank video", function, (state, video), 1, beside, 0)
 
 
 def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[Program]:
-    """Finding and embedding the face of one reference photo; every device does it."""
+    """Find and embed the face of one reference photo; every device does it."""
     if not isinstance(reward, FaceReward):
         return
-    photos = 0 if name.startswith("evaluation") else run.config.rollout.prompts * run.config.data.max_people
+    photos = (
+        0
+        if name.startswith("evaluation")
+        else run.config.rollout.prompts * run.config.data.max_people
+    )
     picture, face = (shapes(each, sharding.replicated(run.mesh)) for each in reward.photo_shapes())
     beside = held - chip_bytes(reward.state)
     yield Program(f"{name}: find", reward.find, (reward.state, picture), 1, beside, photos)
@@ -256,32 +262,66 @@ def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[
 
 
 def _sampling(run: Run) -> Program:
-    """The rollout of one chunk, by the objective."""
+    """Roll out one chunk, as the objective needs it."""
     config, count = run.config, run.config.rows_per_call
-    asked, keys = _conditioning(run, config, count), _keys(run, count)
-    start = _rows(run, jax.ShapeDtypeStruct((count,), jnp.int32))
-    window = rollout.Window(start=start, size=config.rollout.trained_steps, final_noise=config.rollout.final_step == "sde")
+    asked, keys = conditioning_of(run, config, count), keys_of(run, count)
+    start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
+    window = rollout.Window(
+        start=start,
+        size=config.rollout.trained_steps,
+        final_noise=config.rollout.final_step == "sde",
+    )
 
-    def sample(lora: Any, base: Any, asked: Any, negative: Any, schedule: Any, starts: Any, noise: Any, window: Any) -> rollout.Trajectory:
-        return setup.sample(config, (run.policy, lora, base, asked, negative), schedule, starts, noise, window)
+    def sample(
+        lora: Any,
+        base: Any,
+        asked: Any,
+        negative: Any,
+        schedule: Any,
+        starts: Any,
+        noise: Any,
+        window: Any,
+    ) -> rollout.Trajectory:
+        return setup.sample(
+            config, (run.policy, lora, base, asked, negative), schedule, starts, noise, window
+        )
 
     given = (run.state.params, run.base, asked, run.negative, run.schedule, keys, keys, window)
     return Program("rollout", jax.jit(sample), given, run.mesh.size, 0.0, 0)
 
 
-def _decoding(run: Run, name: str, latents: Any, asked: Conditioning, beside: float, calls: int) -> Program:
+def _decoding(
+    run: Run, name: str, latents: Any, asked: Conditioning, beside: float, calls: int
+) -> Program:
     frames = {"frames": asked.video_frames(run.config.data.max_people)}
-    return Program(name, rollout.decode, (run.vae, latents, asked.references), run.mesh.size, beside, calls, frames)
+    return Program(
+        name,
+        rollout.decode,
+        (run.vae, latents, asked.references),
+        run.mesh.size,
+        beside,
+        calls,
+        frames,
+    )
 
 
-def _storing(run: Run, stored: update.Rollout, chunk: update.Rollout, beside: float, calls: int) -> Program:
-    """Writing a chunk into its place among those of the step."""
+def _storing(
+    run: Run, stored: update.Rollout, chunk: update.Rollout, beside: float, calls: int
+) -> Program:
+    """Write a chunk into its place among those of the step."""
     write = jax.jit(functools.partial(update.store, chunks=calls), donate_argnums=0)
-    return Program("store", write, (stored, chunk, _whole(run, dtype=jnp.int32)), run.mesh.size, beside, calls)
+    return Program(
+        "store", write, (stored, chunk, whole(run, dtype=jnp.int32)), run.mesh.size, beside, calls
+    )
 
 
-def _scoring(run: Run, reward: Any, name: str, video: Any, beside: float, calls: int) -> Iterator[Program]:
-    """The reward or the judge of one batch; nothing for a reward on the host. beside: with the reward and the video in it."""
+def _scoring(
+    run: Run, reward: Any, name: str, video: Any, beside: float, calls: int
+) -> Iterator[Program]:
+    """Score one batch by the reward or the judge; nothing for a reward on the host.
+
+    beside: bytes per chip, the networks of `reward` and the video among them.
+    """
     if isinstance(reward, HostReward):
         return
     count, size, mesh = video.shape[0], video.shape[1:4], run.mesh
@@ -293,15 +333,23 @@ def _scoring(run: Run, reward: Any, name: str, video: Any, beside: float, calls:
     encoded = shapes(encoded_shapes(reward, count, run.config.data.max_people, size), where)
     scored = shapes(jax.ShapeDtypeStruct((count, *video.shape[1:]), video.dtype), where)
     beside = beside - chip_bytes(reward.state, video) if _shares(run, reward) else 0.0
-    yield Program(name, jax.jit(reward.apply), (reward.state, scored, encoded), mesh.size, beside, calls)
+    yield Program(
+        name, jax.jit(reward.apply), (reward.state, scored, encoded), mesh.size, beside, calls
+    )
 
 
 def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
-    """Moving the trained rows of a rollout that is trained in part."""
+    """Move the trained rows of a rollout that is trained in part."""
     number = len(stored.start)
-    sampled = _scored(run, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stored), number)
-    chosen = _whole(run, run.config.trained_rows, dtype=jnp.int32)
-    return Program("select", update.select_rows, (sampled, chosen, run.mesh), run.mesh.size, held, 1)
+    sampled = scored(
+        run,
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stored),
+        number,
+    )
+    chosen = whole(run, run.config.trained_rows, dtype=jnp.int32)
+    return Program(
+        "select", update.select_rows, (sampled, chosen, run.mesh), run.mesh.size, held, 1
+    )
 
 
 def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]:
@@ -313,14 +361,16 @@ def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]
         old=None if wanted.replays or wanted.on_policy else run.state.params,
         scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
     )
-    batch = _scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
-    given = (run.rule, run.state, networks, batch, run.schedule, _whole(run, dtype=jnp.int32))
+    batch = scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
+    given = (run.rule, run.state, networks, batch, run.schedule, whole(run, dtype=jnp.int32))
     beside = held - chip_bytes(run.state, run.base, *(networks.scorer or ()))
     yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
 
 
 def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Program]:
-    """What `evaluate` runs for one batch; the videos of the batch before are still there while the next is made.
+    """What `evaluate` runs for one batch.
+
+    The videos of the previous batch are still in memory while the next one is made.
 
     held: bytes per chip, those of the judge among them.
     """
@@ -329,16 +379,29 @@ def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Pro
     yield from _photo_encoding(run, size, held, "evaluation: ")
     if judge is not None:
         yield from _reference_photo(run, judge, "evaluation: judge's photo", held)
-    asked, video = _conditioning(run, config, count), _video(run, size, count)
-    x = _rows(run, jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32))
-    schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or 3.0, solver=config.evaluate.solver)
+    asked, video = conditioning_of(run, config, count), video_of(run, size, count)
+    x = rows_of(run, jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32))
+    schedule = rollout.Schedule.make(
+        config.evaluate.steps, config.rollout.shift or 3.0, solver=config.evaluate.solver
+    )
     course = shapes(schedule, sharding.replicated(run.mesh))
     guidance = config.evaluate.guidance or config.rollout.guidance
-    actor = dataclasses.replace(run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
+    actor = dataclasses.replace(
+        run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
+    )
     given = (actor, run.state.params, run.base, asked, run.negative, course, x)
     beside = held + chip_bytes(video)
-    yield Program("evaluation: sample", rollout.denoise, given, run.mesh.size, beside - chip_bytes(run.state.params, run.base), 0)
-    yield _decoding(run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0)
+    yield Program(
+        "evaluation: sample",
+        rollout.denoise,
+        given,
+        run.mesh.size,
+        beside - chip_bytes(run.state.params, run.base),
+        0,
+    )
+    yield _decoding(
+        run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0
+    )
     yield from _scoring(run, run.reward, "evaluation: reward", video, held + chip_bytes(video), 0)
     if judge is not None:
         yield from _scoring(run, judge, "evaluation: judge", video, held + chip_bytes(video), 0)

@@ -1,7 +1,8 @@
-"""Rewards of a plan: the networks that a configuration names, as shapes on a mesh, whether or not their files are on this machine.
+"""Rewards of a plan: the networks that a configuration names, as shapes on a mesh, whether or not
+their files are on this machine.
 
-Networks that are not here are planned with published sizes: RetinaFace-R50 with ArcFace-R34 as embedder and Facenet512 as judge, and the
-Qwen2.5-VL of 3 billion parameters. A warning says so.
+Networks that are not here are planned with published sizes: RetinaFace-R50 with ArcFace-R34 as
+embedder and Facenet512 as judge, and the Qwen2.5-VL of 3 billion parameters. A warning says so.
 """
 
 import dataclasses
@@ -48,7 +49,8 @@ def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostR
     mesh: the devices of the video model, which need not exist here.
 
     Raises:
-      UserError: a file that is here is damaged, or the reward has more devices for itself than the video model.
+      UserError: a file that is here is damaged, or the reward has more devices for itself than the
+        video model.
     """
     wanted = config.reward
     for name in ("custom", "backend"):
@@ -64,7 +66,8 @@ def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostR
 
 
 def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:
-    """Describe the measure of identity that never serves as reward; None without face networks for what the model shows.
+    """Describe the measure of identity that never serves as reward; None without face networks for
+    what the model shows.
 
     Raises:
       UserError: a file that is here is damaged.
@@ -79,7 +82,9 @@ def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:
 
 def _warn_of_absent(config: RewardConfig) -> None:
     warnings.warn(
-        f"reward.faces {config.faces}: no such folder; planned with RetinaFace-R50, ArcFace-R34 and Facenet512 as judge", stacklevel=3
+        f"reward.faces {config.faces}: no such folder; planned with RetinaFace-R50, ArcFace-R34 and "
+        "Facenet512 as judge",
+        stacklevel=3,
     )
 
 
@@ -88,10 +93,16 @@ def _published_faces(name: str) -> FaceStack:
 
     def make() -> FaceStack:
         rngs = nnx.Rngs(0)
-        embedder = ArcFace(ARCFACE_R34, rngs=rngs) if name == "embedder" else Facenet(FacenetConfig(), rngs=rngs)
+        embedder = (
+            ArcFace(ARCFACE_R34, rngs=rngs)
+            if name == "embedder"
+            else Facenet(FacenetConfig(), rngs=rngs)
+        )
         scale = embedder.config.input_size / TEMPLATE_SIZE
         template = tuple((scale * x, scale * y) for x, y in ARCFACE_TEMPLATE)
-        return FaceStack(RetinaFace(RetinaFaceConfig(), rngs=rngs), embedder, template, FACES, THRESHOLD)
+        return FaceStack(
+            RetinaFace(RetinaFaceConfig(), rngs=rngs), embedder, template, FACES, THRESHOLD
+        )
 
     return nnx.eval_shape(make)
 
@@ -105,7 +116,10 @@ def _described(reward: FaceReward, mesh: Mesh) -> FaceReward:
 def _vlm(config: Config, mesh: Mesh) -> VlmReward:
     wanted, own = config.reward, config.reward.vlm_devices
     if own > mesh.size:
-        raise UserError(f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video model; give the reward fewer")
+        raise UserError(
+            f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video "
+            "model; give the reward fewer"
+        )
     if own:  # those of the video model stand for them: they are alike
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), list(mesh.devices.flat)[:own])
     model = files.describe(wanted.vlm, wanted.vlm_base or None, wanted.vlm_dtype, mesh)
@@ -117,7 +131,9 @@ def _vlm(config: Config, mesh: Mesh) -> VlmReward:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def encoded_shapes(reward: FaceReward | VlmReward, rows: int, people: int, video: tuple[int, int, int]) -> Any:
+def encoded_shapes(
+    reward: FaceReward | VlmReward, rows: int, people: int, video: tuple[int, int, int]
+) -> Any:
     """Shapes of the encoded references of some rows, each with as many people as it may have.
 
     Args:
@@ -132,18 +148,24 @@ def encoded_shapes(reward: FaceReward | VlmReward, rows: int, people: int, video
     if isinstance(reward, FaceReward):
         return reward.shapes(rows, people)
     asked = _longest_question(reward, people, video)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), asked)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), asked
+    )
 
 
 def _longest_question(reward: VlmReward, people: int, video: tuple[int, int, int]) -> inputs.Asked:
-    """What one row asks with the largest photos and `WORDS` tokens of text; its values mean nothing."""
+    """What one row asks with the largest photos and `WORDS` tokens of text; values mean nothing."""
     settings, vision = reward.settings, reward.vision
     total, height, width = video
     count = len(inputs.frame_indices(total, settings.frames, settings.fps, reward.fps))
     grid = inputs.video_grid(count, height, width, vision, settings.pixels)
     side = math.isqrt(settings.pixels)
-    rows, columns = (each // vision.patch for each in inputs.frame_size(side, side, vision, settings.pixels))
-    photo = inputs.Picture(np.zeros((rows * columns, vision.features), np.float32), np.array([rows, columns]))
+    rows, columns = (
+        each // vision.patch for each in inputs.frame_size(side, side, vision, settings.pixels)
+    )
+    photo = inputs.Picture(
+        np.zeros((rows * columns, vision.features), np.float32), np.array([rows, columns])
+    )
     seen = (people * rows * columns + math.prod(grid)) // vision.merge**2
     length = seen + WORDS
     question = inputs.Question(
