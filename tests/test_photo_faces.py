@@ -89,7 +89,7 @@ def test_one_program_serves_any_number_of_new_photos():
     for count in (3, 5, 7):
         new, pictures = pictures[:count], pictures[count:]
         fresh.encode_references(References((tuple(map(Photo, new)),), 7), [""])
-    assert fresh._find._cache_size() == fresh._embed._cache_size() == 1
+    assert fresh.find._cache_size() == fresh.embed._cache_size() == 1
 
 
 def test_a_photo_is_looked_at_once():

@@ -13,6 +13,10 @@ from jax_idgrpo.cli import run
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model, hardware, plan, programs
+from jax_idgrpo.rewards.planned import HostReward, planned_judge
+from jax_idgrpo.rewards.vlm import files
+from jax_idgrpo.training import setup
+from tests.test_train import tiny
 
 CONFIGS = plan.Path(__file__).parents[1] / "configs"
 
@@ -75,7 +79,7 @@ def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
     parts = programs.networks(wanted, None)
     mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     program, = (each for each in programs.programs(wanted, parts, mesh) if each.name == "decode")
-    cost = plan.measure(program, mesh, hardware.CHIPS["TPU v5"])
+    cost = plan.measure(program, hardware.CHIPS["TPU v5"])
     video = 4 * wanted.rows_per_call * wanted.video.frames * wanted.video.height * wanted.video.width * 3
     assert cost.peak > video + program.beside and cost.fits and cost.flops > 0 and cost.moved > video
     assert 0 < cost.utilisation < 1 and cost.seconds * 459e12 >= cost.flops
@@ -86,18 +90,28 @@ def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["vace_1_3b", "phantom_14b"])
 def test_every_published_configuration_has_programs_for_a_pod(name):
-    """Shapes alone, on a mesh of 64 devices that do not exist; the update's chunks hold the rows of one of its updates."""
+    """Shapes alone, on a mesh of 64 devices that do not exist; the face networks need not be here either."""
     wanted = config.load(CONFIGS / f"{name}.py")
     size = "14b" if "14b" in name else "1.3b"
     wanted = config.override(wanted, [("rollout.micro_batch", "32")])
     mesh = jax.sharding.Mesh(np.full((2, 16, 2, 1), jax.devices()[0]), sharding.AXES)
-    found = {program.name: program for program in programs.programs(wanted, programs.networks(wanted, size), mesh)}
-    assert list(found) == ["text encoder", "rollout", "decode", "reward", "update", "evaluation: sample", "evaluation: decode"]
+    with pytest.warns(UserWarning, match="reward.faces faces: no such folder; planned with RetinaFace-R50, ArcFace-R34"):
+        found = {program.name: program for program in programs.programs(wanted, programs.networks(wanted, size), mesh)}
+    blank, later = (["blank video"], ["evaluation: blank video"]) if "vace" in name else ([], [])
+    assert list(found) == [
+        "text encoder", "photo encoding", *blank, "reference photo: find", "reference photo: embed",
+        "rollout", "decode", "store", "reward", "update",
+        "evaluation: photo encoding", *later, "evaluation: judge's photo: find", "evaluation: judge's photo: embed",
+        "evaluation: sample", "evaluation: decode", "evaluation: reward", "evaluation: judge",
+    ]
     batch = found["update"].arguments[3]
-    assert batch.advantage.size == wanted.trained_rows      # every update is given the whole rollout, and reads its share
+    assert batch.advantage.size == wanted.trained_rows and found["update"].calls == wanted.grpo.updates
     assert (batch.conditioning.control is None) == ("phantom" in name)
     asked = found["evaluation: sample"].arguments[3]
     assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)
+    for name in ("evaluation: reward", "evaluation: judge"):
+        _, video, people = found[name].arguments
+        assert video.shape == (32, 81, 480, 832, 3) and people.embeddings.shape == (32, 4, 512)
 
 
 def test_meshes_that_are_searched_divide_everything():
@@ -168,3 +182,113 @@ def test_a_rollout_that_is_trained_in_part_is_planned_with_its_selection():
     rows = {name: rollout.start.size for name, rollout in given.items()}
     assert rows == {"select": 32, "update": 16} and found["update"].calls == 2
     assert jax.eval_shape(found["select"].function, *found["select"].arguments).start.shape == (2, 8)
+
+
+# ---- what is planned is what runs ----------------------------------------------------------------
+
+
+def planned(wanted):
+    """The programs of a configuration of the bundled models on one device, by name."""
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    return {each.name: each for each in programs.programs(wanted, programs.networks(wanted, None), mesh)}
+
+
+def compiled_memory(program):
+    """Bytes of temporaries of a program."""
+    traced = program.function.trace(*program.arguments, **program.options)
+    return traced.lower().compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("watch_every", [0, 1])
+def test_what_is_resident_is_what_a_run_holds(watch_every):
+    """Every array that a run makes before its first step, counted once; a watched run loads its scorers as well."""
+    wanted = dataclasses.replace(tiny(2), run=config.RunConfig(watch_every=watch_every))
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    run = setup.build(wanted, mesh)
+    judge = planned_judge(wanted, mesh)
+    arrays = (run.state, run.base, run.vae, run.pipe.text_encoder, run.negative, run.schedule, run.reward.state)
+    scorers = (run.reward.state, judge.state) if watch_every else ()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(scorers))
+    described = setup.build(wanted, mesh, abstract=True)
+    assert programs.resident(described, judge) == held
+
+
+def test_no_program_leaves_out_what_stays_on_the_device():
+    """Arguments and what lies beside them are at least all networks, whatever runs; the step's videos are there while it is sampled."""
+    wanted = tiny(2, prompts=4)
+    found = planned(wanted)
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    least = programs.resident(setup.build(wanted, mesh, abstract=True))
+    sizes = {}
+    for name, each in found.items():
+        arrays = [leaf for leaf in jax.tree.leaves(each.arguments) if hasattr(leaf, "sharding")]
+        sizes[name] = programs.chip_bytes(arrays) + each.beside
+    assert all(size >= least for size in sizes.values())
+    stored = programs.chip_bytes(found["store"].arguments[0])
+    for name in ("rollout", "decode", "store", "reward", "update"):
+        assert sizes[name] >= least + stored, name
+
+
+def test_memory_of_the_judge_does_not_grow_with_the_frames():
+    sizes = {}
+    for frames in (9, 81):
+        wanted = dataclasses.replace(tiny(2), evaluate=config.EvaluateConfig(batch=1, frames=frames, height=64, width=64))
+        sizes[frames] = compiled_memory(planned(wanted)["evaluation: judge"])
+    assert 0 < sizes[81] < 2 * sizes[9]
+
+
+def test_objectives_that_replay_nothing_are_planned():
+    """The gradient of the reward with the decode and the reward inside the update; others with the adapter that sampled."""
+    through = dict(objective="reward_gradient", gradient_steps=1, kl_units="velocity")
+    found = planned(tiny(2, grpo=through, window="none"))
+    networks = found["update"].arguments[2]
+    assert networks.scorer is not None and found["update"].arguments[3].people is not None
+    assert plan.measure(found["update"], None).flops > found["decode"].calls * plan.measure(found["decode"], None).flops
+    wanted = tiny(2, grpo=dict(objective="nft", kl_units="velocity", updates=2), window="none")
+    assert planned(wanted)["update"].arguments[2].old is not None
+
+
+@pytest.mark.parametrize("vlm_devices", [0, 1])
+def test_a_vision_language_reward_is_planned_with_published_sizes(vlm_devices, tmp_path):
+    """Its folder is not here: 3.75 billion parameters in bfloat16 lie beside the video model, or on devices of their own."""
+    reward = config.RewardConfig(faces="", vlm=str(tmp_path / "absent"), vlm_devices=vlm_devices)
+    wanted = dataclasses.replace(tiny(2), reward=reward)
+    with pytest.warns(UserWarning, match="reward.vlm .*absent: has no config.json on this machine"):
+        found = planned(wanted)
+    state, video, asked = found["reward"].arguments
+    weights = programs.chip_bytes(state)
+    assert 7.4e9 < weights < 7.7e9
+    assert (found["update"].beside > weights) == (vlm_devices == 0)
+    assert asked.ids.shape[0] == video.shape[0] and asked.patches.shape[1] == 3
+    assert "evaluation: judge" not in found and "evaluation: reward" in found
+    assert jax.eval_shape(found["reward"].function, state, video, asked)["reward"].shape == (video.shape[0],)
+
+
+def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
+    sizes = {
+        "model_type": "qwen2_5_vl", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_section": [2, 3, 3]},
+        "vision_config": {
+            "depth": 4, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "fullatt_block_indexes": [1, 3], "window_size": 112,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "model_config.json").write_text(json.dumps(files.Settings(pixels=4 * 28**2).to_json()))
+    wanted = dataclasses.replace(tiny(2), reward=config.RewardConfig(vlm=str(tmp_path)))
+    found = planned(wanted)
+    assert programs.chip_bytes(found["reward"].arguments[0]) < 1e6
+    assert "evaluation: judge" in found
+    cost = plan.measure(found["reward"], None)
+    assert cost.peak > found["reward"].beside and cost.flops > 0
+
+
+@pytest.mark.parametrize("options", [{"custom": "nowhere:score"}, {"backend": "deepface:retinaface/ArcFace"}])
+def test_a_reward_on_the_host_has_no_program_and_the_plan_says_so(options, tmp_path):
+    wanted = dataclasses.replace(tiny(2), reward=config.RewardConfig(faces="", **options))
+    found = planned(wanted)
+    assert not {"reward", "evaluation: reward", "evaluation: judge"} & set(found) and {"decode", "update"} <= set(found)
+    name, value = next(iter(options.items()))
+    assert f"reward.{name} {value}, runs on the host" in plan.summary(wanted, [], None)[0]
+    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    assert isinstance(setup.build(wanted, mesh, abstract=True).reward, HostReward)

@@ -15,7 +15,9 @@ from flax import nnx
 from checkpoints_convert import vae as table
 from configs.embedded_vae import get_config
 from jax_idgrpo import rng
+from jax_idgrpo.models import vae
 from jax_idgrpo.models.vae import RMSNorm, VAEConfig, WanVAE
+from jax_idgrpo.planning.programs import PUBLISHED_VAE
 from jax_idgrpo.sampling import pipeline
 from jax_idgrpo.synthetic.training import vae as task_vae
 from jax_idgrpo.training.task import make_task
@@ -87,6 +89,36 @@ def test_a_gradient_through_a_long_decode_takes_little_more_memory_than_the_deco
         return jax.jit(function).lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
 
     assert memory(jax.grad(lambda latents: jnp.sum(decode(latents) ** 2))) < 10 * memory(decode)
+
+
+def test_a_decode_without_options_takes_the_memory_of_a_few_frames(monkeypatch):
+    """Whatever the length of the video, once it is large; the same video comes out as at once."""
+    monkeypatch.setattr(vae, "LARGEST_ACTIVATION", 2**17)
+    graph, state = tiny_vae()
+
+    def memory(frames, *chunk):
+        latents = jax.ShapeDtypeStruct((1, frames, 8, 8, 16), jnp.float32)
+        program = jax.jit(lambda latents: nnx.merge(graph, state).decode(latents, *chunk))
+        return program.lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
+
+    video = np.prod((84, 64, 64, 3)) * 4     # it is clamped as a whole
+    assert memory(21) < memory(5) + 2 * video and memory(21) < memory(21, None) / 4
+    latents = np.random.default_rng(3).normal(size=(1, 5, 8, 8, 16)).astype(np.float32)
+    network = nnx.merge(graph, state)
+    assert network.chunk(5, 8, 8) == 1 and error(network.decode(latents), network.decode(latents, None)) < 1e-5
+
+
+def test_the_published_autoencoder_decodes_a_large_video_one_latent_frame_at_a_time():
+    network = nnx.eval_shape(lambda: WanVAE(PUBLISHED_VAE, rngs=nnx.Rngs(0)))
+    assert network.chunk(21, 60, 104) == 1 and network.chunk(1, 8, 8) is None
+
+
+def test_encoding_asks_for_full_precision():
+    """Latents of photos are the same on every machine; on a CPU products are float32 anyway."""
+    graph, state = tiny_vae()
+    asked = jax.make_jaxpr(lambda video: nnx.merge(graph, state).encode(video))(np.zeros((1, 5, 16, 16, 3), np.float32))
+    products = [line for line in str(asked).splitlines() if "precision=" in line]
+    assert products and all("HIGHEST" in line for line in products)
 
 
 def test_no_frame_sees_the_future():

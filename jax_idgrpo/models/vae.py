@@ -14,7 +14,8 @@ Halving copies frame 0, which is also an input of the next one. Doubling does no
 replaces it by zero in the convolution.
 
 Architecture: Wan2.1, `wan/modules/vae.py`, and diffusers, `autoencoder_kl_wan.py`. Weights and
-activations are float32.
+activations are float32. Encoding asks for products of full float32 precision, as it runs once per
+photo. Decoding takes the machine's default: bfloat16 operands on TPU and TF32 on GPU.
 
 Long videos run in chunks (`chunk=`), for which each convolution stores its last input frames in a
 `Memory`. The result is the same for every chunk size and for the whole video at once; only the peak
@@ -22,6 +23,7 @@ memory differs.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -451,9 +453,15 @@ class WanVAE(nnx.Module):
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
     def decode(
-        self, latents: Float[ArrayLike, "B T h w z"], chunk: int | None = None
+        self, latents: Float[ArrayLike, "B T h w z"], chunk: int | Literal["auto"] | None = "auto"
     ) -> Float[Array, "B F 8*h 8*w 3"]:
-        """Decode normalised latents to a video, clamped to [-1, 1]; `chunk` as in `encode`."""
+        """Decode normalised latents to a video, clamped to [-1, 1].
+
+        `chunk` is the number of latent frames per part: None decodes the whole video at once, "auto"
+        decides by its size (see `chunk`).
+        """
+        if chunk == "auto":
+            chunk = self.chunk(*jnp.shape(latents)[1:4])
         raw = latents * jnp.asarray(self.config.latents_std) + jnp.asarray(self.config.latents_mean)
         return jnp.clip(self.pixels(raw, chunk), -1.0, 1.0)
 
@@ -483,9 +491,10 @@ class WanVAE(nnx.Module):
             raise ValueError(
                 f"height and width must be multiples of {PIXELS_PER_LATENT}, not {height}x{width}"
             )
-        moments = self.quant_conv(
-            _in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT)
-        )
+        with jax.default_matmul_precision("highest"):
+            moments = self.quant_conv(
+                _in_chunks(self.encoder, video, chunk and chunk * FRAMES_PER_LATENT)
+            )
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 

@@ -1,9 +1,9 @@
 """What a run needs on a machine that one does not have: its programs, compiled by the real compiler for a named topology.
 
-Every program of a training step (text encoder, rollout, decode, reward, update) and of the evaluation is lowered from shapes alone on a
+Every program of a training step (from encoding prompts and photos to the update) and of the evaluation is lowered from shapes alone on a
 mesh of the topology's devices and compiled; nothing is allocated or run. Reported per program:
 
-    memory        the compiler's: arguments, results that take no argument's place, and temporaries, per chip
+    memory        the compiler's: arguments, results that take no argument's place, and temporaries, per chip; and what else lies there
     FLOPs         of the traced program: products and convolutions, loop bodies times their trips, recomputation included, over the chips
     bytes moved   of the compiled program: what every instruction reads and writes in HBM, loop bodies times their trips
     collectives   of the compiled program: bytes that the collectives bring to a chip
@@ -32,6 +32,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning.cost_model import flops, traffic
 from jax_idgrpo.planning.hardware import ABSENT_GPU, CHIPS, GPUS, Chip, devices
 from jax_idgrpo.planning.programs import Program, networks, programs
+from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling.pipeline import Architecture
 from jax_idgrpo.workdir import write_text
 
@@ -62,11 +63,11 @@ class Cost:
     note: str = ""
 
 
-def measure(program: Program, mesh: Mesh, chip: Chip | None, options: dict[str, Any] | None = None) -> Cost:
+def measure(program: Program, chip: Chip | None, options: dict[str, Any] | None = None) -> Cost:
     """Compile one program, with the compiler's `options`, and count it."""
     began = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.options)
-    arithmetic = flops(traced.jaxpr) / mesh.size
+    arithmetic = flops(traced.jaxpr) / program.devices
     lowered = traced.lower()
     size = len(lowered.as_text())
     try:
@@ -120,7 +121,7 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
     Raises:
       UserError: the topology, the sizes or the mesh cannot be.
     """
-    found = devices(topology)
+    found = policy_devices(config, devices(topology))
     parts = networks(config, sizes)
     chip = CHIPS.get(found[0].device_kind)
     options = ABSENT_GPU if topology.partition(":")[0] in GPUS else None
@@ -130,7 +131,7 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
         for chosen, rows in itertools.islice(meshes(len(found), parts, share), search):
             candidate = dataclasses.replace(config, mesh=chosen, rollout=dataclasses.replace(config.rollout, micro_batch=rows))
             mesh = sharding.make_mesh(chosen, found)
-            costs = [measure(each, mesh, chip, options) for each in programs(candidate, parts, mesh) if each.name in ("rollout", "update")]
+            costs = [measure(each, chip, options) for each in programs(candidate, parts, mesh) if each.name in ("rollout", "update")]
             tried.append({"mesh": dataclasses.asdict(chosen), "micro_batch": rows, "costs": [dataclasses.asdict(cost) for cost in costs]})
             total = sum(cost.calls * (cost.seconds or math.inf) for cost in costs)
             tried[-1] |= {"fits": all(cost.fits for cost in costs), "seconds_per_step": total, "config": candidate}
@@ -143,7 +144,7 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
     costs = []
     for program in programs(config, parts, mesh):
         if not wanted or program.name in wanted:
-            costs.append(measure(program, mesh, chip, options))
+            costs.append(measure(program, chip, options))
             print(row(costs[-1]), flush=True)
     heading = (
         f"{topology}, {len(found)} x {found[0].device_kind}, mesh {_sizes(mesh)}, {config.rows_per_call} rows per call, "
@@ -179,9 +180,17 @@ def row(cost: Cost) -> str:
 
 def summary(config: Config, costs: Sequence[Cost], chip: Chip | None) -> list[str]:
     """What the table says about a training step, and what it assumes."""
+    own = config.reward
+    absent = [
+        f"The reward, {name} {value}, runs on the host: it has no program here, and its time is not counted."
+        for name, value in (("reward.custom", own.custom), ("reward.backend", own.backend)) if value
+    ]
+    if own.vlm_devices:
+        absent.append(f"The reward has {own.vlm_devices} more devices for itself; its programs are planned for those.")
     if chip is None:
-        return ["All figures per chip and call. The speed of this device is not known, so times are not estimated."]
+        return [*absent, "All figures per chip and call. The speed of this device is not known, so times are not estimated."]
     lines = [
+        *absent,
         f"All figures per chip and call. Memory {chip.memory / 1e9:g} GB, of which {1 - SPARE:.0%} may be taken. Estimates assume "
         f"{chip.flops / 1e12:g} TFLOP/s, {chip.bandwidth / 1e12:g} TB/s of memory beside it, and {chip.links / 1e9:g} GB/s of links after "
         "it: a bound from below.",

@@ -1,7 +1,11 @@
-"""The programs of a step and of the evaluation, as functions of shapes."""
+"""The programs of a step and of the evaluation, as functions of shapes.
+
+What a run holds comes from `training.setup.build`, which describes a run by the lines that make
+one.
+"""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,207 +14,394 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jax_idgrpo import flow, rng
+from jax_idgrpo import flow
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
-from jax_idgrpo.models.layers import Dtypes
-from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
-from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig, WanVAE
-from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.models.umt5 import UMT5Config
+from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig
+from jax_idgrpo.models.wan import WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.sharding import shapes
-from jax_idgrpo.rewards.factory import make_planned_reward
-from jax_idgrpo.sampling import policy, rollout
-from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
+from jax_idgrpo.planning.arguments import (
+    chip_bytes,
+    conditioning_of,
+    keys_of,
+    rows_of,
+    scored,
+    stacked,
+    video_of,
+    whole,
+)
+from jax_idgrpo.rewards.base import differentiable
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.planned import HostReward, encoded_shapes, planned_judge
+from jax_idgrpo.rewards.vlm.reward import VlmReward
+from jax_idgrpo.sampling import rollout
+from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.pipeline import Architecture, read_architecture
-from jax_idgrpo.training import update
-from jax_idgrpo.training.state import make_optimizer, start
+from jax_idgrpo.training import setup, update
+from jax_idgrpo.training.setup import Run
 
 SIZES: dict[str, dict[str, Callable[..., WanConfig]]] = {
     "1.3b": {"vace": vace_1_3b, "phantom": wan_1_3b},
     "14b": {"vace": vace_14b, "phantom": wan_14b},
 }
 PUBLISHED_VAE = VAEConfig(
-    base_dim=96, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal_downsample=(False, True, True),
-    latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
+    base_dim=96,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+    latents_mean=(0.0,) * 16,
+    latents_std=(1.0,) * 16,
 )
-PUBLISHED_TEXT_ENCODER = UMT5Config(d_model=4096, d_ff=10240, num_heads=64, d_kv=64, num_layers=24, vocab_size=256_384)
-LATENT_CHANNELS = 16
+PUBLISHED_TEXT_ENCODER = UMT5Config(
+    d_model=4096, d_ff=10240, num_heads=64, d_kv=64, num_layers=24, vocab_size=256_384
+)
 
 
-# ---- the networks --------------------------------------------------------------------------------------------------------
+# ---- the networks --------------------------------------------------------------------------------
 
 
 def networks(config: Config, sizes: str | None) -> Architecture:
-    """The networks of the checkpoint that the configuration names, or, where it is not on this machine, of published `sizes`.
+    """The networks of the checkpoint that the configuration names, or, where it is not on this
+    machine, of published `sizes`.
 
     Raises:
       UserError: there is no checkpoint and no sizes, or the sizes are unknown.
     """
     folder, model = config.model.folder(), config.model
-    run: dict[str, Any] = {"rank": model.rank, "alpha": model.alpha, "remat": model.remat, "unroll": model.unroll}
+    run: dict[str, Any] = {
+        "rank": model.rank,
+        "alpha": model.alpha,
+        "remat": model.remat,
+        "unroll": model.unroll,
+    }
     if sizes is not None:
         if sizes not in SIZES:
-            raise UserError(f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a checkpoint in model.path")
+            raise UserError(
+                f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a "
+                "checkpoint in model.path"
+            )
         return Architecture(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
     if not folder.is_dir():
-        raise UserError(f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for published sizes without it")
+        raise UserError(
+            f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for "
+            "published sizes without it"
+        )
     found = read_architecture(folder)
     return dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **run))
 
 
-# ---- the programs --------------------------------------------------------------------------------------------------------
+# ---- the programs --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A jitted function with the shapes that it is called with.
 
-    beside: bytes per chip that lie in memory while it runs. calls: in one training step, 0 for those of the evaluation.
+    devices: how many share its work. beside: bytes per chip that are in memory while it runs and
+    are none of its arguments. calls: in one training step, with nothing encoded before; 0 for
+    programs of the evaluation and for those that run once.
     """
 
     name: str
     function: Any
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    devices: int
     beside: float
     calls: int
-
-
-def _on(sharding: Any, tree: Any) -> Any:
-    """The shapes of a tree with a sharding, one for all leaves or one each."""
-    return shapes(tree, sharding)
-
-
-def _bytes(*trees: Any) -> float:
-    """Bytes per chip of shapes with shardings."""
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(trees)))
-
-
-def _conditioning(config: Config, rows: int, text_width: int) -> Conditioning:
-    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
-    frames = flow.latent_frames(video.frames) + (people if vace else 0)
-
-    def latents(frames: int, channels: int) -> jax.ShapeDtypeStruct:
-        shape = (rows, frames, video.height // PIXELS_PER_LATENT, video.width // PIXELS_PER_LATENT, channels)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    return Conditioning(
-        text=jax.ShapeDtypeStruct((rows, config.data.text_length, text_width), jnp.float32),
-        control=latents(frames, 2 * LATENT_CHANNELS + MASK_CHANNELS) if vace else None,
-        frame_mask=jax.ShapeDtypeStruct((rows, frames), jnp.bool),
-        references=jax.ShapeDtypeStruct((rows,), jnp.int32),
-        reference_latents=None if vace else latents(people, LATENT_CHANNELS),
-    )
-
-
-def _trajectory(asked: Conditioning, steps: int) -> rollout.Trajectory:
-    rows = len(asked.references)
-
-    def latents(*leading: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *leading, *asked.latent_shape), jnp.float32)
-
-    log_prob = jax.ShapeDtypeStruct((rows, steps), jnp.float32)
-    return rollout.Trajectory(latents=latents(), x=latents(steps + 1), velocity=latents(steps), log_prob=log_prob)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Program]:
     """The programs of a training step and of the evaluation, in the order in which they run.
 
+    Args:
+      config: the run.
+      parts: the networks of the video model.
+      mesh: the devices of the video model, which need not exist here.
+
     Raises:
-      UserError: the configuration does not fit the mesh, or trains in a way that is not planned.
+      UserError: the configuration does not fit the mesh, or a network cannot be used.
     """
-    if not config.grpo.replays:
-        raise UserError(f"plan: grpo.objective {config.grpo.objective} is not planned, only those on replayed steps are; leave it out")
-    for name in ("backend", "custom", "vlm"):
-        if chosen := getattr(config.reward, name):
-            raise UserError(f"plan: reward.{name} {chosen} is not planned, only the face reward is; leave it out")
-    count, sampling = config.rows_per_call, config.rollout
-    sharding.check_rows(mesh, count, "rows of one program call (rollout.micro_batch)")
-    whole, rows, stacked = sharding.replicated(mesh), sharding.batch_sharding(mesh), sharding.batch_sharding(mesh, 1)
-    dtypes, people = Dtypes.named(config.model.dtype), config.data.max_people
+    sharding.check_rows(
+        mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
+    )
+    run = setup.build(config, mesh, abstract=True, architecture=parts)
+    judge = planned_judge(config, mesh)
+    held = resident(run, judge)
+    yield _text_encoder(run, held)
+    yield from _photo_encoding(run, config.video, held, "")
+    yield from _reference_photo(run, run.reward, "reference photo", held)
 
-    # ---- what lies in memory -------------------------------------------------------------------------------------------
-    network = dataclasses.replace(parts.transformer, mesh=mesh)
-    transformer = nnx.eval_shape(lambda: WanTransformer(network, dtypes=dtypes, rngs=nnx.Rngs(0)))
-    actor, lora, base = policy.split(transformer, sampling.guidance, config.image_guidance())
-    optimizer = make_optimizer(config.optimizer, config.run.steps * config.grpo.optimizer_steps)
-    base = _on(sharding.state_shardings(mesh, base), base)
-    state = jax.eval_shape(lambda lora: start(optimizer, lora), lora)
-    state = _on(sharding.state_shardings(mesh, state), state)
-    vae_graph, decoder = nnx.split(nnx.eval_shape(lambda: WanVAE(parts.vae, rngs=nnx.Rngs(0))))
-    decoder = _on(whole, decoder)
-    text_graph, encoder = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(parts.text_encoder, dtypes=dtypes, rngs=nnx.Rngs(0))))
-    encoder = _on(sharding.fully_shard(mesh, encoder), encoder)
-    reward = make_planned_reward(config.reward)
-    scorer = _on(whole, reward.state)
-    waiting = _bytes(encoder) if config.model.text_memory == "device" else 0.0
-    resident = _bytes(base, state, decoder, scorer) + waiting
-    width = parts.text_encoder.d_model
-    negative = jax.ShapeDtypeStruct((config.data.text_length, width), jnp.float32, sharding=whole)
+    # ---- a training step -------------------------------------------------------------------------
+    sampling = _sampling(run)
+    chunk, video = _chunk(run, sampling), video_of(run, config.video, config.rows_per_call)
+    count = config.rollout.rows // config.rows_per_call
+    stored = stacked(run, chunk, count)
+    # The previous chunk waits for its reward while the next one is sampled.
+    beside = held + chip_bytes(chunk, video, stored)
+    own = chip_bytes(run.state.params, run.base)
+    yield dataclasses.replace(sampling, beside=beside - own, calls=count)
+    latents = chunk.trajectory.latents
+    own = chip_bytes(run.vae, latents)
+    yield _decoding(run, "decode", latents, chunk.conditioning, beside - own, count)
+    yield _storing(run, stored, chunk, held + chip_bytes(video), count)
+    yield from _scoring(run, run.reward, "reward", video, beside, count)
+    if config.trained_rows < config.rollout.rows:
+        yield _selecting(run, stored, held)
+    yield from _updating(run, chunk, held)
 
-    def make_schedule(steps: int, *chosen: Any) -> Any:
-        return _on(whole, rollout.Schedule.make(steps, sampling.shift or 3.0, *chosen))
+    # ---- evaluation ------------------------------------------------------------------------------
+    if judge is not None and not config.run.watch_every:
+        held += chip_bytes(judge.state)
+    yield from _evaluation(run, judge, held)
 
-    def row_keys(rows: int) -> Any:
-        return jax.eval_shape(lambda: rng.row_keys(rng.key(0, "noise"), jnp.zeros(rows, int), jnp.zeros(rows, int)))
 
-    asked = _conditioning(config, count, width)
-    trajectory = _trajectory(asked, sampling.trained_steps)
-    chunk = (trajectory, asked)
-    chunks = sampling.rows // count
-    stored = _bytes(_on(rows, chunk)) * chunks
-    asked, trajectory = _on(rows, asked), _on(rows, trajectory)
+def resident(run: Run, judge: FaceReward | None = None) -> float:
+    """Bytes per chip that stay in memory during a whole training: all networks, and the adapter
+    with its average and its optimizer.
 
-    # ---- what runs -----------------------------------------------------------------------------------------------------
-    ids = jax.ShapeDtypeStruct((1, config.data.text_length), jnp.int32, sharding=whole)
-    encode = jax.jit(lambda state, ids, mask: nnx.merge(text_graph, state)(ids, mask))
-    yield Program("text encoder", encode, (encoder, ids, ids), {}, resident - waiting, sampling.prompts)
+    judge: where `run.watch_every` is set it is loaded too, and the reward a second time.
+    """
+    own = (run.state, run.base, run.vae, run.negative, run.schedule)
+    encoder = (
+        nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
+    )
+    scorers = [run.reward] if _shares(run, run.reward) else []
+    if run.config.run.watch_every:
+        scorers += [*scorers, *([judge] if judge is not None else [])]
+    return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
 
-    starts = _on(rows, row_keys(count))
-    first = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
-    window = rollout.Window(start=first, size=sampling.trained_steps, final_noise=sampling.final_step == "sde")
-    schedule = make_schedule(sampling.steps, sampling.sampler, sampling.noise_level)
-    given: tuple[Any, ...] = (actor, state.params, base, asked, negative, schedule, starts, starts, window)
-    yield Program("rollout", rollout.sample, given, {}, resident - _bytes(state.params, base) + stored, chunks)
 
-    def decoding(name: str, latents: Any, asked: Conditioning, beside: float, calls: int) -> Program:
-        given = ((vae_graph, decoder), latents, asked.references)
-        return Program(name, rollout.decode, given, {"frames": asked.video_frames(people)}, beside, calls)
+def _shares(run: Run, reward: Any) -> bool:
+    """Whether a reward lies on the devices of the video model."""
+    return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices
 
-    yield decoding("decode", trajectory.latents, asked, resident - _bytes(decoder) + stored, chunks)
 
-    size = config.video
-    video = jax.ShapeDtypeStruct((count, size.frames, size.height, size.width, 3), jnp.float32, sharding=rows)
-    encoded = _on(rows, reward.shapes(count, people))
-    beside = resident - _bytes(scorer) + stored
-    yield Program("reward", jax.jit(reward.apply), (scorer, video, encoded), {}, beside, chunks)
+def _chunk(run: Run, sampling: Program) -> update.Rollout:
+    """What a training step keeps of one call of its rollout."""
+    config, (_, _, asked, *_) = run.config, sampling.arguments
+    trajectory = rows_of(run, jax.eval_shape(sampling.function, *sampling.arguments))
+    people, count, size = None, config.rows_per_call, config.video
+    if config.grpo.through_reward:
+        people = rows_of(
+            run,
+            encoded_shapes(
+                run.reward, count, config.data.max_people, (size.frames, size.height, size.width)
+            ),
+        )
+    start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
+    return update.Rollout(
+        trajectory=trajectory,
+        conditioning=asked,
+        start=start,
+        noise=keys_of(run, count),
+        people=people,
+    )
 
-    def batch_of(number: int) -> update.Rollout:
-        values = jax.ShapeDtypeStruct((number, count), jnp.float32, sharding=stacked)
 
-        def stack(tree: Any) -> Any:
-            return _on(stacked, jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype), tree))
+# ---- one program each ----------------------------------------------------------------------------
 
-        return update.Rollout(
-            trajectory=stack(trajectory), conditioning=stack(asked), start=stack(first), noise=stack(starts),
-            advantage=values, weight=values,
+
+def _text_encoder(run: Run, held: float) -> Program:
+    """Encode one prompt; the encoder is on the devices while it runs, wherever it waits."""
+    graph, state = nnx.split(run.pipe.text_encoder)
+    state = shapes(state, sharding.fully_shard(run.mesh, state))
+    waiting = chip_bytes(state) if run.config.model.text_memory == "device" else 0.0
+    ids = whole(run, 1, run.config.data.text_length, dtype=jnp.int32)
+    encode = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
+    return Program(
+        "text encoder",
+        encode,
+        (state, ids, ids),
+        run.mesh.size,
+        held - waiting,
+        run.config.rollout.prompts,
+    )
+
+
+def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[Program]:
+    """Encode one photo, and for VACE the blank video; every device does it."""
+    graph, state = run.vae
+
+    def encode(state: nnx.State, video: jax.Array) -> jax.Array:
+        network, (_, frames, height, width, _) = nnx.merge(graph, state), video.shape
+        cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+        return network.encode(video, network.chunk(flow.latent_frames(frames), *cells))
+
+    function, beside = jax.jit(encode), held - chip_bytes(state)
+    photos = 0 if prefix else run.config.rollout.prompts * run.config.data.max_people
+    yield Program(
+        f"{prefix}photo encoding",
+        function,
+        (state, whole(run, 1, 1, size.height, size.width, 3)),
+        1,
+        beside,
+        photos,
+    )
+    if run.config.model.kind == "vace":
+        video = whole(run, 1, size.frames, size.height, size.width, 3)
+        yield Program(f"{prefix}blank video", function, (state, video), 1, beside, 0)
+
+
+def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[Program]:
+    """Find and embed the face of one reference photo; every device does it."""
+    if not isinstance(reward, FaceReward):
+        return
+    photos = (
+        0
+        if name.startswith("evaluation")
+        else run.config.rollout.prompts * run.config.data.max_people
+    )
+    picture, face = (shapes(each, sharding.replicated(run.mesh)) for each in reward.photo_shapes())
+    beside = held - chip_bytes(reward.state)
+    yield Program(f"{name}: find", reward.find, (reward.state, picture), 1, beside, photos)
+    yield Program(f"{name}: embed", reward.embed, (reward.state, *face), 1, beside, photos)
+
+
+def _sampling(run: Run) -> Program:
+    """Roll out one chunk, as the objective needs it."""
+    config, count = run.config, run.config.rows_per_call
+    asked, keys = conditioning_of(run, config, count), keys_of(run, count)
+    start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
+    window = rollout.Window(
+        start=start,
+        size=config.rollout.trained_steps,
+        final_noise=config.rollout.final_step == "sde",
+    )
+
+    def sample(
+        lora: Any,
+        base: Any,
+        asked: Any,
+        negative: Any,
+        schedule: Any,
+        starts: Any,
+        noise: Any,
+        window: Any,
+    ) -> rollout.Trajectory:
+        return setup.sample(
+            config, (run.policy, lora, base, asked, negative), schedule, starts, noise, window
         )
 
-    batch = batch_of(config.trained_rows // count)
-    if config.trained_rows < sampling.rows:
-        chosen = jax.ShapeDtypeStruct((config.trained_rows,), jnp.int32, sharding=whole)
-        yield Program("select", update.select_rows, (batch_of(chunks), chosen, mesh), {}, resident, 1)
-    rule = update.UpdateRule(policy=actor, grpo=config.grpo, optimizer=optimizer, ema_decay=config.optimizer.ema_decay)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    trained: tuple[Any, ...] = (rule, state, update.Networks(base=base, negative=negative), batch, schedule, step)
-    yield Program("update", update.update, trained, {}, resident - _bytes(state, base), config.grpo.optimizer_steps)
+    given = (run.state.params, run.base, asked, run.negative, run.schedule, keys, keys, window)
+    return Program("rollout", jax.jit(sample), given, run.mesh.size, 0.0, 0)
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------------
-    count = sharding.rows_for(mesh, config.evaluate.batch)
-    asked = _on(rows, _conditioning(evaluated(config), count, width))
-    x = jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32, sharding=rows)
-    given = (actor, state.params, base, asked, negative, make_schedule(config.evaluate.steps), x)
-    yield Program("evaluation: sample", rollout.denoise, given, {}, resident - _bytes(state.params, base), 0)
-    yield decoding("evaluation: decode", x, asked, resident - _bytes(decoder), 0)
+
+def _decoding(
+    run: Run, name: str, latents: Any, asked: Conditioning, beside: float, calls: int
+) -> Program:
+    frames = {"frames": asked.video_frames(run.config.data.max_people)}
+    return Program(
+        name,
+        rollout.decode,
+        (run.vae, latents, asked.references),
+        run.mesh.size,
+        beside,
+        calls,
+        frames,
+    )
+
+
+def _storing(
+    run: Run, stored: update.Rollout, chunk: update.Rollout, beside: float, calls: int
+) -> Program:
+    """Write a chunk into its place among those of the step."""
+    write = jax.jit(functools.partial(update.store, chunks=calls), donate_argnums=0)
+    return Program(
+        "store", write, (stored, chunk, whole(run, dtype=jnp.int32)), run.mesh.size, beside, calls
+    )
+
+
+def _scoring(
+    run: Run, reward: Any, name: str, video: Any, beside: float, calls: int
+) -> Iterator[Program]:
+    """Score one batch by the reward or the judge; nothing for a reward on the host.
+
+    beside: bytes per chip, the networks of `reward` and the video among them.
+    """
+    if isinstance(reward, HostReward):
+        return
+    count, size, mesh = video.shape[0], video.shape[1:4], run.mesh
+    if isinstance(reward, VlmReward):
+        mesh = reward.mesh or mesh
+        step = min(reward.rows or count, count)
+        calls, count = calls * -(-count // step), sharding.rows_for(mesh, step)
+    where = sharding.batch_sharding(mesh)
+    encoded = shapes(encoded_shapes(reward, count, run.config.data.max_people, size), where)
+    scored = shapes(jax.ShapeDtypeStruct((count, *video.shape[1:]), video.dtype), where)
+    beside = beside - chip_bytes(reward.state, video) if _shares(run, reward) else 0.0
+    yield Program(
+        name, jax.jit(reward.apply), (reward.state, scored, encoded), mesh.size, beside, calls
+    )
+
+
+def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
+    """Move the trained rows of a rollout that is trained in part."""
+    number = len(stored.start)
+    sampled = scored(
+        run,
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stored),
+        number,
+    )
+    chosen = whole(run, run.config.trained_rows, dtype=jnp.int32)
+    return Program(
+        "select", update.select_rows, (sampled, chosen, run.mesh), run.mesh.size, held, 1
+    )
+
+
+def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]:
+    """One optimizer step."""
+    wanted = run.config.grpo
+    networks = update.Networks(
+        base=run.base,
+        negative=run.negative,
+        old=None if wanted.replays or wanted.on_policy else run.state.params,
+        scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
+    )
+    batch = scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
+    given = (run.rule, run.state, networks, batch, run.schedule, whole(run, dtype=jnp.int32))
+    beside = held - chip_bytes(run.state, run.base, *(networks.scorer or ()))
+    yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
+
+
+def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Program]:
+    """What `evaluate` runs for one batch.
+
+    The videos of the previous batch are still in memory while the next one is made.
+
+    held: bytes per chip, those of the judge among them.
+    """
+    config = evaluated(run.config)
+    size, count = config.video, sharding.rows_for(run.mesh, config.evaluate.batch)
+    yield from _photo_encoding(run, size, held, "evaluation: ")
+    if judge is not None:
+        yield from _reference_photo(run, judge, "evaluation: judge's photo", held)
+    asked, video = conditioning_of(run, config, count), video_of(run, size, count)
+    x = rows_of(run, jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32))
+    schedule = rollout.Schedule.make(
+        config.evaluate.steps, config.rollout.shift or 3.0, solver=config.evaluate.solver
+    )
+    schedule = shapes(schedule, sharding.replicated(run.mesh))
+    guidance = config.evaluate.guidance or config.rollout.guidance
+    actor = dataclasses.replace(
+        run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
+    )
+    given = (actor, run.state.params, run.base, asked, run.negative, schedule, x)
+    beside = held + chip_bytes(video)
+    yield Program(
+        "evaluation: sample",
+        rollout.denoise,
+        given,
+        run.mesh.size,
+        beside - chip_bytes(run.state.params, run.base),
+        0,
+    )
+    yield _decoding(
+        run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0
+    )
+    yield from _scoring(run, run.reward, "evaluation: reward", video, held + chip_bytes(video), 0)
+    if judge is not None:
+        yield from _scoring(run, judge, "evaluation: judge", video, held + chip_bytes(video), 0)

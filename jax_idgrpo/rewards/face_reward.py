@@ -23,7 +23,20 @@ from jax_idgrpo.rewards.faces import FaceStack, align, load_stack, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_copy import SIDE
-from jax_idgrpo.rewards.photo_faces import Level, PhotoEncoder, PhotoFace, closer, largest, levels, padded, photo_crop, values, window
+from jax_idgrpo.rewards.photo_faces import (
+    RATIOS,
+    SHORT,
+    Level,
+    PhotoEncoder,
+    PhotoFace,
+    closer,
+    largest,
+    levels,
+    padded,
+    photo_crop,
+    values,
+    window,
+)
 
 
 def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
@@ -67,6 +80,7 @@ SURE = 0.8      # least score of a face that the small detector looks at as larg
 class FaceReward:
     """A face stack with an identity reward on top, a `DifferentiableReward`.
 
+    find, embed: of a picture, its faces, and of a window of it and the landmarks there, the embedding; for reference photos.
     read: of the arguments of `apply`, the terms without a head's, and the tokens that a head looks at.
     graph, state: the face stack and the head, split.
     frames: evenly spaced frames that are looked at; 0 means all.
@@ -82,7 +96,7 @@ class FaceReward:
         self.config, self.frames, self.has_head = config, frames, head is not None
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self._apply = jax.jit(functools.partial(_score, graph, config, frames))
-        self._find, self._embed = (jax.jit(functools.partial(function, graph)) for function in (_find, _embed))
+        self.find, self.embed = (jax.jit(functools.partial(function, graph)) for function in (_find, _embed))
         self._pyramid = isinstance(stack.detector, Detector)    # it finds faces of 8 to 64 pixels alone; others resize by themselves
         self._template, self._crop_side = np.asarray(stack.template, np.float32), stack.embedder.config.input_size
         self._encode = PhotoEncoder(self._photo_face)
@@ -92,10 +106,15 @@ class FaceReward:
         """Names of the terms of every video."""
         return (*term_names(self.config), *(["head"] if self.has_head else []))
 
+    def photo_shapes(self) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+        """Shapes of the largest photo that `find` is given, and of the window and the landmarks that `embed` is given."""
+        side, places = 4 * self._crop_side, jax.ShapeDtypeStruct((5, 2), jnp.float32)
+        largest = jax.ShapeDtypeStruct((SHORT, int(max(RATIOS) * SHORT), 3), jnp.float32)
+        return largest, (jax.ShapeDtypeStruct((side, side, 3), jnp.float32), places)
+
     def shapes(self, rows: int, people: int) -> ReferenceFaces:
         """Shapes of the encoded references of `rows` videos with room for so many people."""
-        picture = jax.ShapeDtypeStruct((4 * self._crop_side, 4 * self._crop_side, 3), jnp.float32)
-        one = jax.eval_shape(self._embed, self.state, picture, jax.ShapeDtypeStruct((5, 2), jnp.float32))
+        one = jax.eval_shape(self.embed, self.state, *self.photo_shapes()[1])
         return ReferenceFaces(
             embeddings=jax.ShapeDtypeStruct((rows, people, *one.shape), jnp.float32),
             crops=jax.ShapeDtypeStruct((rows, people, SIDE, SIDE, 3), jnp.float32),
@@ -122,7 +141,7 @@ class FaceReward:
         if not len(boxes):
             return None
         picture, points = window(image, landmarks[0], self._template, 4 * self._crop_side)
-        embedding = np.asarray(self._embed(self.state, picture, points))
+        embedding = np.asarray(self.embed(self.state, picture, points))
         return PhotoFace(embedding, photo_crop(image, landmarks[0]), len(boxes))
 
     def _search(
@@ -131,7 +150,7 @@ class FaceReward:
         """Boxes and landmarks, in the photo, of the faces that its pictures show together, largest first. least: of their scores."""
         boxes, landmarks, scores = np.zeros((0, 4)), np.zeros((0, 5, 2)), np.zeros(0)
         for level in pictures:
-            found = jax.device_get(self._find(self.state, values(padded(level.pixels))))
+            found = jax.device_get(self.find(self.state, values(padded(level.pixels))))
             shown = found.mask & (found.scores >= least)
             boxes = np.concatenate([boxes, level.photo(found.boxes[shown].reshape(-1, 2, 2)).reshape(-1, 4)])
             landmarks = np.concatenate([landmarks, level.photo(found.landmarks[shown])])

@@ -1,7 +1,7 @@
 """Selection of the reward that a configuration names."""
 
-import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -73,21 +73,6 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     return _on_mesh(FaceReward(stack, identity_constants(config, reward_settings(config)), config.frames, head), mesh)
 
 
-def make_planned_reward(config: RewardConfig) -> FaceReward:
-    """The face reward, for its shapes: by the networks of the package, with a warning, where `reward.faces` is no folder on this machine.
-
-    Raises:
-      UserError: a network is damaged.
-    """
-    if not config.folder().is_dir():
-        warnings.warn(
-            f"reward.faces {config.faces}: no such folder; the reward is planned with the small networks of the package, which need less",
-            stacklevel=2,
-        )
-        config = dataclasses.replace(config, faces="embedded", head="")
-    return make_face_reward(config)
-
-
 def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfig:
     """The constants of the identity reward that a configuration sets, with the cosines of a network."""
     return IdentityConfig(
@@ -106,18 +91,20 @@ def _on_mesh(reward: FaceReward, mesh: Mesh | None) -> FaceReward:
     return reward
 
 
-def policy_devices(config: Config) -> list[jax.Device]:
+def policy_devices(config: Config, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
     """The devices of the video model: all but those that the reward has for itself.
+
+    devices: all there are; by default those of this run.
 
     Raises:
       UserError: the reward would have them all, or devices of other processes.
     """
-    devices, own = jax.devices(), config.reward.vlm_devices
-    if own >= len(devices):
-        raise UserError(f"reward.vlm_devices is {own}, but there are {len(devices)} devices; leave one or more to the video model")
-    if own and jax.process_count() > 1:
+    found, own = list(jax.devices() if devices is None else devices), config.reward.vlm_devices
+    if own >= len(found):
+        raise UserError(f"reward.vlm_devices is {own}, but there are {len(found)} devices; leave one or more to the video model")
+    if own and len({device.process_index for device in found}) > 1:
         raise UserError(f"reward.vlm_devices is {own}, but the run has several processes; use 0, so that the reward shares their mesh")
-    return devices[: len(devices) - own]
+    return found[: len(found) - own]
 
 
 def make_vlm(config: Config, mesh: Mesh | None) -> VlmReward:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Key
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import Reward, differentiable
-from jax_idgrpo.rewards.factory import make_planned_reward, make_reward
+from jax_idgrpo.rewards.base import differentiable
+from jax_idgrpo.rewards.factory import make_reward
+from jax_idgrpo.rewards.planned import planned_reward
 from jax_idgrpo.sampling import conditioning, policy, rollout
 from jax_idgrpo.sampling.pipeline import Architecture, Pipeline, load_pipeline, pipeline_shapes, read_architecture
 from jax_idgrpo.training.selection import check_mixture
@@ -29,8 +30,8 @@ class Run:
 
     mesh: where everything lies. pipe: the networks of the video model. policy: structure of the transformer, without arrays.
     state: `TrainState` before the first step; None once training has taken it over. base: the frozen weights.
-    negative: [L,D] the encoded negative prompt. vae: graph and state. reward: what scores videos. schedule: of the rollout.
-    rule: of the update. passes: transformer passes of a step, to log.
+    negative: [L,D] the encoded negative prompt. vae: graph and state. reward: what scores videos, or, where a run is planned, what stands
+    for it (`rewards.planned`). schedule: of the rollout. rule: of the update. passes: transformer passes of a step, to log.
     """
 
     config: Config
@@ -41,7 +42,7 @@ class Run:
     base: nnx.State
     negative: Any
     vae: tuple[nnx.GraphDef, nnx.State]
-    reward: Reward
+    reward: Any
     schedule: rollout.Schedule
     rule: UpdateRule
     passes: Mapping[str, float]
@@ -99,18 +100,13 @@ def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Arch
     )
 
 
-def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward:
+def _reward(config: Config, mesh: Mesh, abstract: bool) -> Any:
     """The reward, on the mesh or with shapes as its state."""
-    if not abstract:
-        reward = make_reward(config, mesh)
-        check_mixture(config.reward.mixture, reward.term_names)
-        return reward
-    for name in ("backend", "custom", "vlm"):
-        if chosen := getattr(config.reward, name):
-            raise UserError(f"plan: reward.{name} {chosen} is not planned, only the face reward is; leave it out")
-    planned = make_planned_reward(config.reward)
-    planned.state = sharding.shapes(planned.state, sharding.replicated(mesh))
-    return planned
+    if abstract:
+        return planned_reward(config, mesh)
+    reward = make_reward(config, mesh)
+    check_mixture(config.reward.mixture, reward.term_names)
+    return reward
 
 
 def score_latents(

@@ -14,6 +14,7 @@ it was trained from. Source: `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`, `
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from checkpoints_convert import qwen_vl as table
 from checkpoints_convert import rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from jax_idgrpo.models.qwen_vl import QwenReward
+from jax_idgrpo.models.qwen_vl import QwenConfig, QwenReward
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.pipeline import read_tokenizer
 
@@ -251,6 +252,35 @@ def load(
     sizes = store.read_json((folder if (folder / CONFIG).is_file() else _base(base, settings, str(folder))) / CONFIG)
     network = _fill(sizes, settings, tensors, tokenizer, dtype, merge, mesh, str(checkpoint))
     return RewardModel(network, tokenizer, settings, described, sizes)
+
+
+def describe(folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", mesh: Any = None) -> RewardModel:
+    """Describe a reward folder for a plan: the network that `load` makes, of shapes, without tokenizer and without reading a tensor.
+
+    Where the configuration files are not on this machine, the published sizes are described, with a warning.
+
+    Args:
+      folder: the reward.
+      base: folder of the Qwen2.5-VL model that it was trained from.
+      dtype: of its weights.
+      mesh: places the weights by the table of `parallel.sharding`.
+
+    Raises:
+      UserError: a file that is here cannot be used.
+    """
+    holders = [Path(place) for place in (folder, base) if place]
+    stated = Path(folder) / MODEL_CONFIG
+    described = store.read_json(stated) if stated.is_file() else Settings().to_json()
+    settings = Settings.from_json(described, stated)
+    source = next((holder / CONFIG for holder in holders if (holder / CONFIG).is_file()), None)
+    sizes = table.config_to_json(QwenConfig()) if source is None else store.read_json(source)
+    if source is None or not stated.is_file():
+        lacking = MODEL_CONFIG if source else CONFIG
+        warnings.warn(f"reward.vlm {folder}: has no {lacking} on this machine; planned with the published one", stacklevel=2)
+    config = _config(sizes, settings, sizes.get("text_config", sizes)["vocab_size"], True, source or stated)
+    network = nnx.eval_shape(lambda: QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(network)
+    return RewardModel(nnx.merge(graph, state if mesh is None else _placed(state, mesh)), None, settings, described, sizes)
 
 
 def start(base: str | Path, settings: Settings, key: Key[Array, ""], dtype: str = "bfloat16", mesh: Any = None) -> RewardModel:

@@ -1,0 +1,82 @@
+"""Shapes of what the programs of a run are called with, and the memory that they take on a chip."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_idgrpo import flow, rng
+from jax_idgrpo.config import Config, VideoConfig
+from jax_idgrpo.models.vae import PIXELS_PER_LATENT
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.sharding import shapes
+from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
+from jax_idgrpo.training import update
+from jax_idgrpo.training.setup import Run
+
+LATENT_CHANNELS = 16
+
+
+def chip_bytes(*trees: Any) -> float:
+    """Bytes per chip of shapes with shardings."""
+
+    def one(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return float(sum(map(one, jax.tree.leaves(trees))))
+
+
+def rows_of(run: Run, tree: Any) -> Any:
+    """The shapes of a tree with its rows divided over the mesh."""
+    return shapes(tree, sharding.batch_sharding(run.mesh))
+
+
+def whole(run: Run, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """The shape of an array that every device holds."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(run.mesh))
+
+
+def video_of(run: Run, size: VideoConfig, rows: int) -> Any:
+    """The shape of `rows` videos."""
+    shape = (rows, size.frames, size.height, size.width, 3)
+    return rows_of(run, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def keys_of(run: Run, rows: int) -> Any:
+    """The shape of the keys of `rows` rows."""
+    number = jnp.zeros(rows, int)
+    return rows_of(run, jax.eval_shape(lambda: rng.row_keys(rng.key(0, "noise"), number, number)))
+
+
+def conditioning_of(run: Run, config: Config, rows: int) -> Conditioning:
+    """What `rows` rows of a run are conditioned on, at the video size of a configuration."""
+    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
+    frames = flow.latent_frames(video.frames) + (people if vace else 0)
+
+    def latents(frames: int, channels: int) -> jax.ShapeDtypeStruct:
+        cells = video.height // PIXELS_PER_LATENT, video.width // PIXELS_PER_LATENT
+        return jax.ShapeDtypeStruct((rows, frames, *cells, channels), jnp.float32)
+
+    asked = Conditioning(
+        text=jax.ShapeDtypeStruct((rows, *run.negative.shape), jnp.float32),
+        control=latents(frames, 2 * LATENT_CHANNELS + MASK_CHANNELS) if vace else None,
+        frame_mask=jax.ShapeDtypeStruct((rows, frames), jnp.bool),
+        references=jax.ShapeDtypeStruct((rows,), jnp.int32),
+        reference_latents=None if vace else latents(people, LATENT_CHANNELS),
+    )
+    return rows_of(run, asked)
+
+
+def stacked(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
+    """The shapes of `number` chunks as they are stored."""
+    many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype), chunk)
+    return shapes(many, sharding.batch_sharding(run.mesh, 1))
+
+
+def scored(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
+    """`number` chunks with what their scores decide."""
+    values = jax.ShapeDtypeStruct((number, run.config.rows_per_call), jnp.float32)
+    values = shapes(values, sharding.batch_sharding(run.mesh, 1))
+    return dataclasses.replace(stacked(run, chunk, number), advantage=values, weight=values)

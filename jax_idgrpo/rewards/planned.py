@@ -1,0 +1,178 @@
+"""Rewards of a plan: the networks that a configuration names, as shapes on a mesh, whether or not
+their files are on this machine.
+
+Networks that are not here are planned with published sizes: RetinaFace-R50 with ArcFace-R34 as
+embedder and Facenet512 as judge, and the Qwen2.5-VL of 3 billion parameters. A warning says so.
+"""
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES, TEMPLATE_SIZE
+from jax_idgrpo.config import Config, MeshConfig, RewardConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.faces.arcface import ARCFACE_R34, ArcFace
+from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
+from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.faces import FaceStack, Settings
+from jax_idgrpo.rewards.factory import identity_constants, make_face_reward, make_judge
+from jax_idgrpo.rewards.vlm import files, inputs
+from jax_idgrpo.rewards.vlm.reward import VlmReward
+
+WORDS = 1024  # tokens of text that a planned question has beside its photos and frames
+THRESHOLD = 0.9  # of RetinaFace's scores, as published
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReward:
+    """Stands for a reward that runs on the host: no program and no network of it is on the devices.
+
+    option: the configuration field and value that name it.
+    """
+
+    option: str
+    state: tuple[()] = ()
+
+
+def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostReward:
+    """Describe the reward that a configuration names.
+
+    mesh: the devices of the video model, which need not exist here.
+
+    Raises:
+      UserError: a file that is here is damaged, or the reward has more devices for itself than the
+        video model.
+    """
+    wanted = config.reward
+    for name in ("custom", "backend"):
+        if value := getattr(wanted, name):
+            return HostReward(f"reward.{name} {value}")
+    if wanted.vlm:
+        return _vlm(config, mesh)
+    if wanted.folder().is_dir():
+        return _described(make_face_reward(wanted), mesh)
+    _warn_of_absent(wanted)
+    constants = identity_constants(wanted, Settings())
+    return _described(FaceReward(_published_faces("embedder"), constants, wanted.frames), mesh)
+
+
+def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:
+    """Describe the measure of identity that never serves as reward; None without face networks for
+    what the model shows.
+
+    Raises:
+      UserError: a file that is here is damaged.
+    """
+    if not config.judged or config.reward.folder().is_dir():
+        judge = make_judge(config)
+    else:
+        _warn_of_absent(config.reward)
+        judge = FaceReward(_published_faces("judge"), identity_constants(config.reward, Settings()))
+    return None if judge is None else _described(judge, mesh)
+
+
+def _warn_of_absent(config: RewardConfig) -> None:
+    warnings.warn(
+        f"reward.faces {config.faces}: no such folder; planned with RetinaFace-R50, ArcFace-R34 and "
+        "Facenet512 as judge",
+        stacklevel=3,
+    )
+
+
+def _published_faces(name: str) -> FaceStack:
+    """The shapes of published face networks with the embedder called `name`."""
+
+    def make() -> FaceStack:
+        rngs = nnx.Rngs(0)
+        embedder = (
+            ArcFace(ARCFACE_R34, rngs=rngs)
+            if name == "embedder"
+            else Facenet(FacenetConfig(), rngs=rngs)
+        )
+        scale = embedder.config.input_size / TEMPLATE_SIZE
+        template = tuple((scale * x, scale * y) for x, y in ARCFACE_TEMPLATE)
+        return FaceStack(
+            RetinaFace(RetinaFaceConfig(), rngs=rngs), embedder, template, FACES, THRESHOLD
+        )
+
+    return nnx.eval_shape(make)
+
+
+def _described(reward: FaceReward, mesh: Mesh) -> FaceReward:
+    """The reward with shapes on every device of the mesh as its state."""
+    reward.state = sharding.shapes(reward.state, sharding.replicated(mesh))
+    return reward
+
+
+def _vlm(config: Config, mesh: Mesh) -> VlmReward:
+    wanted, own = config.reward, config.reward.vlm_devices
+    if own > mesh.size:
+        raise UserError(
+            f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video "
+            "model; give the reward fewer"
+        )
+    if own:  # those of the video model stand for them: they are alike
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), list(mesh.devices.flat)[:own])
+    model = files.describe(wanted.vlm, wanted.vlm_base or None, wanted.vlm_dtype, mesh)
+    text, video = inputs.own_text(model.settings.tokens), config.video
+    size = video.frames, video.height, video.width
+    return VlmReward(model, text, fps=wanted.vlm_fps, video=size, rows=wanted.vlm_rows, mesh=mesh)
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+def encoded_shapes(
+    reward: FaceReward | VlmReward, rows: int, people: int, video: tuple[int, int, int]
+) -> Any:
+    """Shapes of the encoded references of some rows, each with as many people as it may have.
+
+    Args:
+      reward: what encodes them.
+      rows: how many.
+      people: of each row.
+      video: frames, height and width of the videos that are scored.
+
+    Raises:
+      UserError: a video has too few frames for the reward.
+    """
+    if isinstance(reward, FaceReward):
+        return reward.shapes(rows, people)
+    asked = _longest_question(reward, people, video)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), asked
+    )
+
+
+def _longest_question(reward: VlmReward, people: int, video: tuple[int, int, int]) -> inputs.Asked:
+    """What one row asks with the largest photos and `WORDS` tokens of text; values mean nothing."""
+    settings, vision = reward.settings, reward.vision
+    total, height, width = video
+    count = len(inputs.frame_indices(total, settings.frames, settings.fps, reward.fps))
+    grid = inputs.video_grid(count, height, width, vision, settings.pixels)
+    side = math.isqrt(settings.pixels)
+    rows, columns = (
+        each // vision.patch for each in inputs.frame_size(side, side, vision, settings.pixels)
+    )
+    photo = inputs.Picture(
+        np.zeros((rows * columns, vision.features), np.float32), np.array([rows, columns])
+    )
+    seen = (people * rows * columns + math.prod(grid)) // vision.merge**2
+    length = seen + WORDS
+    question = inputs.Question(
+        ids=np.zeros(length, np.int32),
+        position=np.zeros((3, length), np.int32),
+        order=np.where(np.arange(length) < seen, np.arange(length), -1),
+        token=np.zeros(max(len(settings.tokens), 1), np.int32),
+        video=np.asarray(grid),
+    )
+    return inputs.ask([[photo] * people], [question], vision)
