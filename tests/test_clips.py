@@ -167,7 +167,7 @@ def broken(kind, source, rows):
 @pytest.mark.parametrize(("kind", "extra", "answer"), [
     ("csv", [], "no such file"), ("column", [], "needs one column path"), ("video", [], "line 2: .*none.mp4 is no file"),
     ("photo", [], "line 2: image .*none.png"), ("twice", [], "two of the photos are the same"), ("one cluster", [], "one identity cluster"),
-    ("not a video", [], "cannot be read"), ("nobody", [], "none remains"), ("", ["--frames", "0"], "1 or more"),
+    ("not a video", [], "is no video"), ("nobody", [], "none remains"), ("", ["--frames", "0"], "1 or more"),
     ("", ["--size", "60", "64"], "multiples of 8"), ("", ["--split", "test"], "no such split"),
     ("", ["--clips", "nowhere"], "no such folder"), ("", ["--frames", "99"], "too short")])
 def test_mistakes_are_one_line_and_leave_nothing(folder, tmp_path, kind, extra, answer):

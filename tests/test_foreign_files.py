@@ -17,7 +17,7 @@ from checkpoints_convert import __main__ as command
 from checkpoints_convert import checkpoint, file_types, lora, places, store
 from jax_idgrpo import cli
 from jax_idgrpo.cli import commands
-from jax_idgrpo.config import Config, ModelConfig
+from jax_idgrpo.config import Config, ModelConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import adapters, pipeline
 from jax_idgrpo.training import setup
@@ -668,7 +668,7 @@ def test_half_a_model_of_two_transformers_is_not_used(tmp_path, sign):
     for load in (
         lambda: idg.load_pipeline(folder),
         lambda: pipeline.load_transformer(folder),
-        lambda: setup.load(Config(model=ModelConfig(path=str(folder)))),
+        lambda: setup.load(Config(model=ModelConfig(path=str(folder)), reward=RewardConfig(faces="faces"))),
     ):
         with pytest.raises(UserError, match=what):
             load()

@@ -204,7 +204,7 @@ def test_missing_labels_are_named(written):
 
 
 def test_a_video_that_is_none_is_named_by_its_pair(written):
-    with pytest.raises(UserError, match="pair 1, video_A: cannot be read"):
+    with pytest.raises(UserError, match="pair 1, video_A: is no video"):
         read_video(open_pairs(written[1], ("SA",))[1].videos[0])
 
 
@@ -260,9 +260,9 @@ def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 def test_files_that_name_others_are_no_videos(tmp_path):
     write_video(tmp_path / "a.mp4", np.zeros((5, 32, 32, 3), np.float32), 8)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
-    with pytest.raises(UserError, match=r"list.mp4: cannot be read"):
+    with pytest.raises(UserError, match=r"list.mp4: is no video"):
         read_video(tmp_path / "list.mp4")
-    with pytest.raises(UserError, match=r"list.mp4: cannot be read"):
+    with pytest.raises(UserError, match=r"list.mp4: is no video"):
         read_frames(tmp_path / "list.mp4", 5, (32, 32), 8)
     assert read_frames(tmp_path / "a.mp4", 5, (32, 32), 8).shape == (5, 32, 32, 3)
     assert read_video(str(tmp_path / "a.mp4")).shape == (5, 32, 32, 3)

@@ -309,7 +309,7 @@ def test_an_objective_is_one_entry_and_one_function(monkeypatch):
     fixed = objective(actor, objective="plain", kl=0.0)
     gradient, rows = gradients(fixed, lora, base, chunked([generated((actor, lora, base))], ADVANTAGE))
     assert np.any(vector(gradient)) and rows["mine"].shape == (1, 2, ROWS)
-    with pytest.raises(UserError, match=r"grpo\.kl_units std needs the std of replayed steps, and plain replays none"):
+    with pytest.raises(UserError, match=r"grpo\.kl_units std requires an objective that replays sampling steps; 'plain' does not"):
         GrpoConfig(objective="plain")
     with pytest.raises(ValueError, match="unknown needs \\['luck'\\]"):
         objectives.Objective("latents", "plain_rows", frozenset({"luck"}))

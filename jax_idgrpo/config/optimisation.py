@@ -18,7 +18,7 @@ class GrpoConfig(Section):
         "clip is as published; clip, guard and divergence replay steps; nft, awm, dpo and sft "
         "train on final latents; reward_gradient follows the reward's gradient through the last "
         "denoising steps",
-        choices=tuple(OBJECTIVES),
+        choices=OBJECTIVES,
     )
     clip: float = option(
         1e-3,

@@ -1,6 +1,7 @@
 """Declare and check fields of the configuration: default, description, and accepted values."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 from jax_idgrpo.errors import UserError
@@ -26,7 +27,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     least: int | float | None = None,
     above: int | float | None = None,
     most: int | float | None = None,
@@ -65,6 +66,7 @@ def _check(name: str, value: Any, accepts: Any) -> None:
     """Refuse a value that a field does not accept."""
     choices, least, above, most = (accepts[key] for key in ("choices", "least", "above", "most"))
     if choices:
+        choices = tuple(choices)
         use = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
         require(value in choices, f"{name} is {value!r}; use {use}")
     if value is None or isinstance(value, str):
