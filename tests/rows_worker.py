@@ -1,6 +1,6 @@
 """Run by test_parallel.py in a process of its own with 8 devices: some rows of a rollout, taken on a mesh. Prints one JSON line.
 
-    python -m tests.rows_worker
+python -m tests.rows_worker
 """
 
 import dataclasses
@@ -30,9 +30,16 @@ def rollout() -> update.Rollout:
 
     numbers = jnp.arange(CHUNKS * ROWS)
     return update.Rollout(
-        trajectory=Trajectory(latents=normal(3, 8, 8, 16), x=normal(STEPS, 3, 8, 8, 16), velocity=normal(STEPS - 1, 3, 8, 8, 16)),
+        trajectory=Trajectory(
+            latents=normal(3, 8, 8, 16),
+            x=normal(STEPS, 3, 8, 8, 16),
+            velocity=normal(STEPS - 1, 3, 8, 8, 16),
+        ),
         conditioning=Conditioning(
-            text=normal(5, 4), control=normal(3, 8, 8, 96), frame_mask=normal(3) > 0, references=jnp.arange(CHUNKS * ROWS).reshape(4, 16)
+            text=normal(5, 4),
+            control=normal(3, 8, 8, 96),
+            frame_mask=normal(3) > 0,
+            references=jnp.arange(CHUNKS * ROWS).reshape(4, 16),
         ),
         start=numbers.reshape(CHUNKS, ROWS),
         noise=rng.row_keys(rng.key(0, "noise"), numbers, numbers).reshape(CHUNKS, ROWS),
@@ -43,8 +50,14 @@ def rollout() -> update.Rollout:
 
 def main() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
-    whole, rows = rollout(), np.random.default_rng(1).permutation(CHUNKS * ROWS)[: 2 * ROWS].astype(np.int32)
-    wanted = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows].reshape(2, ROWS, *leaf.shape[2:]), whole)
+    whole, rows = (
+        rollout(),
+        np.random.default_rng(1).permutation(CHUNKS * ROWS)[: 2 * ROWS].astype(np.int32),
+    )
+    wanted = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows].reshape(2, ROWS, *leaf.shape[2:]),
+        whole,
+    )
     placed = sharding.device_put_global(whole, sharding.batch_sharding(mesh, 1))
     given = placed, sharding.device_put_global(rows, sharding.replicated(mesh)), mesh
     compiled = update.select_rows.lower(*given).compile()
@@ -54,13 +67,29 @@ def main() -> None:
         return jax.tree.leaves(dataclasses.replace(tree, noise=jax.random.key_data(tree.noise)))
 
     memory = compiled.memory_analysis()
-    print(json.dumps({
-        "equal": [bool(np.array_equal(one, other)) for one, other in zip(bits(found), bits(wanted), strict=True)],
-        "divided": all(leaf.sharding.shard_shape(leaf.shape)[1] == ROWS // 4 for leaf in bits(found)),
-        "exchanges": sorted(set(re.findall(r" (all-[\w-]+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text()))),
-        "arguments": memory.argument_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-    }))
+    print(
+        json.dumps(
+            {
+                "equal": [
+                    bool(np.array_equal(one, other))
+                    for one, other in zip(bits(found), bits(wanted), strict=True)
+                ],
+                "divided": all(
+                    leaf.sharding.shard_shape(leaf.shape)[1] == ROWS // 4 for leaf in bits(found)
+                ),
+                "exchanges": sorted(
+                    set(
+                        re.findall(
+                            r" (all-[\w-]+|collective-\w+|reduce-scatter)(?:-start)?\(",
+                            compiled.as_text(),
+                        )
+                    )
+                ),
+                "arguments": memory.argument_size_in_bytes,
+                "temporary": memory.temp_size_in_bytes,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_idgrpo.models.attention import LANES, LARGEST_BLOCK, attention, attention_remat_policy, block, exact, fused, splash
+from jax_idgrpo.models.attention import (
+    LANES,
+    LARGEST_BLOCK,
+    attention,
+    attention_remat_policy,
+    block,
+    exact,
+    fused,
+    splash,
+)
 from jax_idgrpo.planning.cost_model import flops
 
 CUDNN_VERSION = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
@@ -22,7 +31,11 @@ def reference(q, k, v, lengths=None):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     logits = np.einsum("bnkd,bmkd->bknm", q, k) / np.sqrt(q.shape[-1])
     if lengths is not None:
-        logits = np.where((np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None, :], logits, -np.inf)
+        logits = np.where(
+            (np.arange(k.shape[1]) < np.asarray(lengths)[:, None])[:, None, None, :],
+            logits,
+            -np.inf,
+        )
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return np.einsum("bknm,bmkd->bnkd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -39,8 +52,12 @@ def test_parts_and_hidden_tails(queries):
 
     whole = jax.grad(loss, (0, 1, 2))(q, k, v, 1 << 20)
     for max_logits in (5 * 4, queries * 5, 2 * queries * 5, 1 << 20):
-        np.testing.assert_allclose(attention(q, k, v, lengths, max_logits=max_logits), want, atol=1e-6)
-        for got, expected in zip(jax.grad(loss, (0, 1, 2))(q, k, v, max_logits), whole, strict=True):
+        np.testing.assert_allclose(
+            attention(q, k, v, lengths, max_logits=max_logits), want, atol=1e-6
+        )
+        for got, expected in zip(
+            jax.grad(loss, (0, 1, 2))(q, k, v, max_logits), whole, strict=True
+        ):
             np.testing.assert_allclose(got, expected, atol=1e-5)
     assert np.abs(np.asarray(attention(q, k, v)) - want).max() > 1e-2
     np.testing.assert_allclose(attention(q, k, v), reference(q, k, v), atol=1e-6)
@@ -52,10 +69,14 @@ def test_gradient_is_that_of_the_formula():
 
     def plain(q, k, v):
         logits = jnp.einsum("bnkd,bmkd->bknm", q, k) / 8**0.5
-        weights = jax.nn.softmax(jnp.where((jnp.arange(5) < lengths[:, None])[:, None, None], logits, -jnp.inf))
+        weights = jax.nn.softmax(
+            jnp.where((jnp.arange(5) < lengths[:, None])[:, None, None], logits, -jnp.inf)
+        )
         return jnp.sum(jnp.sin(jnp.einsum("bknm,bmkd->bnkd", weights, v)))
 
-    got = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, lengths))), (0, 1, 2))(q, k, v)
+    got = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attention(q, k, v, lengths))), (0, 1, 2))(
+        q, k, v
+    )
     for a, b in zip(got, jax.grad(plain, (0, 1, 2))(q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -74,7 +95,9 @@ def test_memory_is_bounded():
 
     @jax.jit
     def gradient(q, k, v):
-        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, max_logits=1 << 18)), (0, 1, 2))(q, k, v)
+        return jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, max_logits=1 << 18)), (0, 1, 2))(
+            q, k, v
+        )
 
     assert gradient.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes < 12 << 20
 
@@ -82,7 +105,11 @@ def test_memory_is_bounded():
 @pytest.mark.parametrize("keys, lengths", [(130, None), (77, [5, 77])])
 def test_the_kernels_agree(keys, lengths):
     """cuDNN's call in its plain form, and the TPU kernel's instructions run one by one: no multiple of a block, short heads."""
-    q, k, v = normal(0, 2, 129, 2, 20) / 20**0.5, normal(1, 2, keys, 2, 20), normal(2, 2, keys, 2, 20)
+    q, k, v = (
+        normal(0, 2, 129, 2, 20) / 20**0.5,
+        normal(1, 2, keys, 2, 20),
+        normal(2, 2, keys, 2, 20),
+    )
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     want = reference(q * 20**0.5, k, v, lengths)
     kernels = {
@@ -93,17 +120,24 @@ def test_the_kernels_agree(keys, lengths):
     gradients = {}
     for name, kernel in kernels.items():
         np.testing.assert_allclose(jax.jit(kernel)(q, k, v, lengths), want, atol=3e-6, err_msg=name)
-        gradients[name] = jax.jit(jax.grad(lambda q, k, v: jnp.sum(jnp.sin(kernel(q, k, v, lengths))), (0, 1, 2)))(q, k, v)
+        gradients[name] = jax.jit(
+            jax.grad(lambda q, k, v: jnp.sum(jnp.sin(kernel(q, k, v, lengths))), (0, 1, 2))
+        )(q, k, v)
     for name in ("fused", "splash"):
         for got, want in zip(gradients[name], gradients["exact"], strict=True):
             np.testing.assert_allclose(got, want, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("tokens, keys, lengths, d", [(5, 4, None, 8), (4, 5, None, 8), (5, 5, [2, 5], 12), (4, 4, None, 128)])
+@pytest.mark.parametrize(
+    "tokens, keys, lengths, d",
+    [(5, 4, None, 8), (4, 5, None, 8), (5, 5, [2, 5], 12), (4, 4, None, 128)],
+)
 def test_cudnn_takes_every_shape(tokens, keys, lengths, d, monkeypatch):
     """Its gradient is refused by JAX for odd numbers of tokens, and all of it for heads of no multiple of 8."""
-    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)     # for the trace alone
-    shapes = [jax.ShapeDtypeStruct((2, count, 3, d), jnp.bfloat16) for count in (tokens, keys, keys)]
+    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)  # for the trace alone
+    shapes = [
+        jax.ShapeDtypeStruct((2, count, 3, d), jnp.bfloat16) for count in (tokens, keys, keys)
+    ]
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     kernel = functools.partial(fused, lengths=lengths, implementation="cudnn")
     found = jax.eval_shape(jax.grad(lambda q, k, v: jnp.sum(kernel(q, k, v)), (0, 1, 2)), *shapes)
@@ -117,17 +151,21 @@ def test_blocks_of_the_kernel_leave_little_padding(length):
     assert -(-length // size) * size < max(1.06 * length, length + LANES)
 
 
-@pytest.mark.parametrize("kernel", [attention, functools.partial(fused, lengths=None, implementation="cudnn")])
+@pytest.mark.parametrize(
+    "kernel", [attention, functools.partial(fused, lengths=None, implementation="cudnn")]
+)
 def test_rematerialisation_can_keep_the_output(kernel, monkeypatch):
     """With the policy the forward pass of attention is not run again: 5 products of the gradient, and 2 of the forward pass."""
-    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)     # for the trace alone
+    monkeypatch.setattr(CUDNN_VERSION, lambda: 91000)  # for the trace alone
 
     def products(policy):
         def loss(q, k, v):
             return jnp.sum(jax.checkpoint(lambda *a: jnp.sin(kernel(*a)), policy=policy)(q, k, v))
 
         x = normal(0, 1, 4, 2, 8).astype(jnp.bfloat16)
-        return flops(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(x, x, x)) / (2 * 2 * 4 * 4 * 8)
+        return flops(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(x, x, x)) / (
+            2 * 2 * 4 * 4 * 8
+        )
 
     assert products(attention_remat_policy) == 7
     assert products(jax.checkpoint_policies.nothing_saveable) == 9

@@ -49,7 +49,9 @@ def as_arrays(tree):
 
 def slots(drawn):
     """(row, frame, slot) of every present person."""
-    return [(b, f, m) for b in range(ROWS) for f in range(FRAMES) for m in np.flatnonzero(drawn.mask[b])]
+    return [
+        (b, f, m) for b in range(ROWS) for f in range(FRAMES) for m in np.flatnonzero(drawn.mask[b])
+    ]
 
 
 def test_batches_are_pure_functions_of_seed_and_step(drawn):
@@ -68,7 +70,13 @@ def test_an_identity_does_not_depend_on_its_company():
 
 
 def test_shapes_and_ranges(drawn):
-    assert drawn.video.shape == (ROWS, FRAMES, 64, 64, 3) and drawn.portraits.shape == (ROWS, 3, 64, 64, 3)
+    assert drawn.video.shape == (ROWS, FRAMES, 64, 64, 3) and drawn.portraits.shape == (
+        ROWS,
+        3,
+        64,
+        64,
+        3,
+    )
     assert drawn.video.dtype == drawn.portraits.dtype == drawn.boxes.dtype == np.float32
     for pixels in (drawn.video, drawn.portraits):
         assert np.isfinite(pixels).all() and pixels.min() >= -1 and pixels.max() <= 1
@@ -86,7 +94,9 @@ def test_absent_people_leave_no_trace(drawn):
     # Who stands in an empty slot must not matter.
     drawn = as_arrays(drawn)
     strangers = identity(jnp.where(drawn.mask, drawn.ids, 77))
-    np.testing.assert_allclose(clips(strangers, drawn.mask, drawn.scene).video, drawn.video, atol=1e-3)
+    np.testing.assert_allclose(
+        clips(strangers, drawn.mask, drawn.scene).video, drawn.video, atol=1e-3
+    )
 
 
 def test_splits_are_disjoint_and_kept():
@@ -117,9 +127,16 @@ def test_box_agrees_with_the_pixels_of_the_face(drawn):
     """Green skin and nothing else green: the green pixels of a person alone lie in the box, or are a raised hand."""
     drawn = as_arrays(drawn)
     green = jnp.array([0.0, 1.0, 0.0])
-    paint = {name: jnp.zeros_like(drawn.people.skin) for name in ("hair", "eye", "lips", "clothes", "trim", "hat", "frame")}
-    people = dataclasses.replace(drawn.people, skin=jnp.broadcast_to(green, drawn.people.skin.shape), **paint)
-    white = dataclasses.replace(drawn.scene.light, colour=jnp.ones((ROWS, 3)), direction=jnp.zeros(ROWS))
+    paint = {
+        name: jnp.zeros_like(drawn.people.skin)
+        for name in ("hair", "eye", "lips", "clothes", "trim", "hat", "frame")
+    }
+    people = dataclasses.replace(
+        drawn.people, skin=jnp.broadcast_to(green, drawn.people.skin.shape), **paint
+    )
+    white = dataclasses.replace(
+        drawn.scene.light, colour=jnp.ones((ROWS, 3)), direction=jnp.zeros(ROWS)
+    )
     scene = dataclasses.replace(drawn.scene, light=white, background=jnp.zeros(ROWS, jnp.int32))
     clip = jax.device_get(clips(people, drawn.mask, scene))
     alone = drawn.mask.sum(1) == 1
@@ -157,19 +174,34 @@ def test_removing_a_person_changes_only_their_surroundings(drawn):
         x0, y0, x1, y1 = np.moveaxis(np.asarray(drawn.boxes[b, :, 1]), -1, 0)[..., None]
         near = np.abs(np.arange(64) - (x0 + x1) / 2) < 2.2 * (x1 - x0)
         above = np.arange(64) < y0 - 0.8 * (y1 - y0)
-        assert changed.any() and not (changed & ~near[:, None, :]).any() and not (changed & above[:, :, None]).any()
+        assert (
+            changed.any()
+            and not (changed & ~near[:, None, :]).any()
+            and not (changed & above[:, :, None]).any()
+        )
         np.testing.assert_allclose(without.boxes[b, :, 0], drawn.boxes[b, :, 0], atol=1e-3)
 
 
 def test_covered_people_are_less_visible(drawn):
     """Two people at one place: the nearer is seen whole, the other hardly."""
     drawn = as_arrays(drawn)
-    still = {name: getattr(drawn.scene, name).at[:, :, :3].set(0) for name in ("slope", "amplitude")}
+    still = {
+        name: getattr(drawn.scene, name).at[:, :, :3].set(0) for name in ("slope", "amplitude")
+    }
     base = drawn.scene.base.at[:, :, :3].set(jnp.array([32.0, 28.0, 13.0]))
-    scene = dataclasses.replace(drawn.scene, base=base, depth=jnp.tile(jnp.array([1.0, 2.0, 0.0]), (ROWS, 1)), **still)
-    visible = np.asarray(clips(drawn.people, jnp.tile(jnp.array([True, True, False]), (ROWS, 1)), scene).visible)
+    scene = dataclasses.replace(
+        drawn.scene, base=base, depth=jnp.tile(jnp.array([1.0, 2.0, 0.0]), (ROWS, 1)), **still
+    )
+    visible = np.asarray(
+        clips(drawn.people, jnp.tile(jnp.array([True, True, False]), (ROWS, 1)), scene).visible
+    )
     near, far = visible[..., 1], visible[..., 0]  # a wide face shows at the sides of a narrow one
-    assert near.min() > 0.93 and far.max() < 0.5 and np.median(far) < 0.15 and (visible[..., 2] == 0).all()
+    assert (
+        near.min() > 0.93
+        and far.max() < 0.5
+        and np.median(far) < 0.15
+        and (visible[..., 2] == 0).all()
+    )
 
 
 def test_people_move_and_the_background_stays(drawn):
@@ -214,7 +246,9 @@ def test_portrait_and_clip_show_the_same_colours(drawn):
 
 def test_the_truth_of_a_portrait(drawn):
     keys = jax.random.split(jax.random.key(4), (ROWS, 3))
-    boxes, points = jax.jit(jax.vmap(jax.vmap(renderer.portrait_truth)))(as_arrays(drawn.people), keys)
+    boxes, points = jax.jit(jax.vmap(jax.vmap(renderer.portrait_truth)))(
+        as_arrays(drawn.people), keys
+    )
     width = boxes[..., 2] - boxes[..., 0]
     assert (width > 24).all() and (width < 42).all()
     assert (points > boxes[..., None, :2]).all() and (points < boxes[..., None, 2:]).all()
@@ -222,7 +256,9 @@ def test_the_truth_of_a_portrait(drawn):
 
 def test_other_sizes_show_the_same_scene(drawn):
     people, mask, scene = as_arrays((drawn.people, drawn.mask, drawn.scene))
-    large = jax.jit(jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, 1, (128, 128))))(people, mask, scene)
+    large = jax.jit(jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, 1, (128, 128))))(
+        people, mask, scene
+    )
     np.testing.assert_allclose(large.boxes[:, 0], 2 * drawn.boxes[:, 0], atol=1e-3)
     np.testing.assert_allclose(large.visible[:, 0], drawn.visible[:, 0], atol=0.05)
     halved = np.asarray(large.video)[:, 0].reshape(ROWS, 64, 2, 64, 2, 3).mean((2, 4))
@@ -231,7 +267,11 @@ def test_other_sizes_show_the_same_scene(drawn):
 
 def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
     words = captions.vocabulary()
-    assert len(words) < 200 and words == sorted(set(words)) and all(re.fullmatch("[a-z]+", word) for word in words)
+    assert (
+        len(words) < 200
+        and words == sorted(set(words))
+        and all(re.fullmatch("[a-z]+", word) for word in words)
+    )
     texts = captions.prompts(drawn)
     assert len(texts) == ROWS and len(set(texts)) == ROWS
     for text, mask in zip(texts, drawn.mask):
@@ -262,7 +302,19 @@ def test_written_prompts_are_read_back(tmp_path):
             pixels = np.asarray(Image.open(out / name))
             assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all() and pixels.std() > 20
     assert [path.name for path in out.parent.iterdir()] == ["eval"]
-    cli.run(["draw-prompts", "--out", str(tmp_path / "again"), "--split", "eval", "--count", "4", "--seed", "1"])
+    cli.run(
+        [
+            "draw-prompts",
+            "--out",
+            str(tmp_path / "again"),
+            "--split",
+            "eval",
+            "--count",
+            "4",
+            "--seed",
+            "1",
+        ]
+    )
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -283,5 +335,7 @@ def test_mistakes_get_one_line(tmp_path):
         captions.write_prompts(tmp_path / "there", "rl", 2)
     for split, count, says in (("test", "2", "train, rl, eval"), ("rl", "0", "--count 0")):
         with pytest.raises(UserError, match=says):
-            cli.run(["draw-prompts", "--out", str(tmp_path / "x"), "--split", split, "--count", count])
+            cli.run(
+                ["draw-prompts", "--out", str(tmp_path / "x"), "--split", split, "--count", count]
+            )
     assert not (tmp_path / "x").exists()

@@ -31,14 +31,23 @@ WIDE = 20_000
 def make_state(seed: int, width: int = 3) -> TrainState:
     """A state of a small network, of other numbers for every seed."""
     random = np.random.default_rng(seed)
-    params = {"blocks": {"kernel": nnx.Param(jnp.asarray(random.normal(size=(2, width)), jnp.float32))}, "scale": jnp.float32(seed)}
-    state = start(make_optimizer(OptimizerConfig(), 10), nnx.State(params), {"key": jax.random.key(seed), "count": jnp.uint32(seed)})
+    params = {
+        "blocks": {"kernel": nnx.Param(jnp.asarray(random.normal(size=(2, width)), jnp.float32))},
+        "scale": jnp.float32(seed),
+    }
+    state = start(
+        make_optimizer(OptimizerConfig(), 10),
+        nnx.State(params),
+        {"key": jax.random.key(seed), "count": jnp.uint32(seed)},
+    )
     return state.replace(step=jnp.int32(seed), ema=jax.tree.map(lambda x: x + 1, state.ema))
 
 
 def same(a: TrainState, b: TrainState) -> bool:
     def bits(x):
-        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        return np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
 
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(bits(x), bits(y)), a, b)
     return all(jax.tree.leaves(equal))
@@ -68,7 +77,9 @@ def test_restores_with_the_sharding_of_the_target(manager):
 
 def test_another_network_is_refused(tmp_path, manager):
     save(manager, 1, make_state(1))
-    with pytest.raises(UserError, match=r"blocks\.kernel \(float32\[2, 3\] there, float32\[2, 4\] here\)"):
+    with pytest.raises(
+        UserError, match=r"blocks\.kernel \(float32\[2, 3\] there, float32\[2, 4\] here\)"
+    ):
         restore(manager, make_state(0, width=4))
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
@@ -83,7 +94,9 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "lost"])
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "lost"]
+)
 def test_damage_to_any_file_costs_at_most_the_newest_checkpoint(tmp_path, damage):
     """Whatever file is hit: the bits of the newest checkpoint, or with a warning of the one before; never other numbers."""
     with open_checkpoints(tmp_path / "whole", keep=2) as manager:
@@ -95,12 +108,17 @@ def test_damage_to_any_file_costs_at_most_the_newest_checkpoint(tmp_path, damage
     for name in names:
         copy = shutil.copytree(tmp_path / "whole", tmp_path / "copy")
         damage(copy / "checkpoints" / "6" / name)
-        with warnings.catch_warnings(record=True) as caught, open_checkpoints(copy, keep=2) as manager:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            open_checkpoints(copy, keep=2) as manager,
+        ):
             warnings.simplefilter("always", UserWarning)
             state = restore(manager, make_state(0, WIDE))
             step = int(state.step)
             assert same(state, make_state(step, WIDE)), name
-            assert step == (3 if any("checkpoints/6 is damaged" in str(w.message) for w in caught) else 6)
+            assert step == (
+                3 if any("checkpoints/6 is damaged" in str(w.message) for w in caught) else 6
+            )
             survivors.append(step)
             save(manager, 6, make_state(6, WIDE))
             assert same(restore(manager, make_state(0, WIDE)), make_state(6, WIDE))
@@ -112,7 +130,10 @@ def test_all_damaged_is_an_error_and_deletes_nothing(tmp_path, manager):
     save(manager, 3, make_state(3))
     manifest = tmp_path / "checkpoints" / "3" / "default" / "manifest.ocdbt"
     truncate(manifest)
-    with pytest.raises(UserError, match="none of the 1 can be read"), pytest.warns(UserWarning, match="damaged"):
+    with (
+        pytest.raises(UserError, match="none of the 1 can be read"),
+        pytest.warns(UserWarning, match="damaged"),
+    ):
         restore(manager, make_state(0))
     assert manifest.exists()
 
@@ -120,7 +141,9 @@ def test_all_damaged_is_an_error_and_deletes_nothing(tmp_path, manager):
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     with open_checkpoints(tmp_path, keep=2) as manager:
         save(manager, 3, make_state(3))
-    shutil.copytree(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-17")
+    shutil.copytree(
+        tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-17"
+    )
     with open_checkpoints(tmp_path, keep=2) as manager:
         assert same(restore(manager, make_state(0)), make_state(3))
 
@@ -130,7 +153,9 @@ def small_disk(tmp_path):
     """A file system of 256 KiB, where this machine allows one to be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
@@ -139,7 +164,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_line_and_what_is_stored_stays(small_disk):
     with open_checkpoints(small_disk, keep=2) as manager:
         save(manager, 3, make_state(3))
-        with pytest.raises(UserError, match=r"checkpoint .*/6: no space left on the disk; .* free space"):
+        with pytest.raises(
+            UserError, match=r"checkpoint .*/6: no space left on the disk; .* free space"
+        ):
             save(manager, 6, make_state(6, 10 * WIDE))
     with open_checkpoints(small_disk, keep=2) as manager:
         assert same(restore(manager, make_state(0)), make_state(3))
@@ -147,12 +174,25 @@ def test_a_full_disk_is_one_line_and_what_is_stored_stays(small_disk):
         assert same(restore(manager, make_state(0)), make_state(6))
 
 
-@pytest.mark.parametrize(("error", "full"), [
-    (OSError(errno.ENOSPC, "No space left on device"), True),
-    (ValueError("RESOURCE_EXHAUSTED: Error writing local file: [OS error 28: ENOSPC No space left on device]"), True),
-    (ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes"), False),
-    (PermissionError(errno.EACCES, "Permission denied"), False),
-])
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (
+            ValueError(
+                "RESOURCE_EXHAUSTED: Error writing local file: [OS error 28: ENOSPC No space left on device]"
+            ),
+            True,
+        ),
+        (
+            ValueError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes"
+            ),
+            False,
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+    ],
+)
 def test_only_a_full_disk_is_told_as_one(manager, monkeypatch, error, full):
     """Whatever is raised, and however deep in orbax."""
 
@@ -163,22 +203,32 @@ def test_only_a_full_disk_is_told_as_one(manager, monkeypatch, error, full):
             raise RuntimeError("a thread failed") from cause
 
     monkeypatch.setattr(manager, "save", fail)
-    with pytest.raises(UserError if full else RuntimeError, match="no space left on the disk" if full else "a thread failed"):
+    with pytest.raises(
+        UserError if full else RuntimeError,
+        match="no space left on the disk" if full else "a thread failed",
+    ):
         save(manager, 3, make_state(3))
 
 
 def change(config: Config, **sections) -> Config:
     """`config` with fields of sections replaced."""
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
     )
 
 
 def test_what_may_change_on_resume():
     old = Config()
     new = change(
-        old, run={"steps": 7, "save_every": 2, "keep": 9, "sample_every": 0, "wandb": "x"}, evaluate={"steps": 3, "batch": 2},
-        mesh={"data": 1, "fsdp": -1}, model={"text_memory": "host"},
+        old,
+        run={"steps": 7, "save_every": 2, "keep": 9, "sample_every": 0, "wandb": "x"},
+        evaluate={"steps": 3, "batch": 2},
+        mesh={"data": 1, "fsdp": -1},
+        model={"text_memory": "host"},
     )
     check_resume(old.to_json(), new)
 
@@ -187,14 +237,23 @@ def test_what_may_change_on_resume():
     ("sections", "names"),
     [
         ({"run": {"seed": 1}}, ["run.seed was 42 and is 1"]),
-        ({"grpo": {"clip": 0.5}, "model": {"rank": 4}}, ["model.rank was 32 and is 4", "grpo.clip was 0.001 and is 0.5"]),
+        (
+            {"grpo": {"clip": 0.5}, "model": {"rank": 4}},
+            ["model.rank was 32 and is 4", "grpo.clip was 0.001 and is 0.5"],
+        ),
         ({"finetune": {"options": {"width": 3}}}, ["finetune.options was {} and is {'width': 3}"]),
     ],
 )
 def test_what_may_not_is_named(sections, names):
     with pytest.raises(UserError) as refused:
-        check_resume(Config().to_json(), change(Config(), run={**sections.get("run", {}), "steps": 7},
-                                                **{k: v for k, v in sections.items() if k != "run"}))
+        check_resume(
+            Config().to_json(),
+            change(
+                Config(),
+                run={**sections.get("run", {}), "steps": 7},
+                **{k: v for k, v in sections.items() if k != "run"},
+            ),
+        )
     assert all(name in str(refused.value) for name in names)
     assert "run.steps" not in str(refused.value)
 
@@ -207,11 +266,18 @@ def test_a_cosine_schedule_holds_the_length():
 
 def test_cosines_written_out_are_those_left_to_the_networks():
     """Runs from before the networks stored them go on, and other numbers are refused."""
-    written = change(Config(), reward={"similarity_low": 0.0, "similarity_high": 0.9, "missing": 0.15})
+    written = change(
+        Config(), reward={"similarity_low": 0.0, "similarity_high": 0.9, "missing": 0.15}
+    )
     check_resume(written.to_json(), Config())
     check_resume(Config().to_json(), written)
-    for old, new in ((written, change(Config(), reward={"missing": 0.3})), (change(Config(), reward={"missing": 0.3}), Config())):
-        with pytest.raises(UserError, match=r"cannot resume exactly: reward\.missing was 0\.\d+ and is 0\.\d+;"):
+    for old, new in (
+        (written, change(Config(), reward={"missing": 0.3})),
+        (change(Config(), reward={"missing": 0.3}), Config()),
+    ):
+        with pytest.raises(
+            UserError, match=r"cannot resume exactly: reward\.missing was 0\.\d+ and is 0\.\d+;"
+        ):
             check_resume(old.to_json(), new)
 
 
@@ -238,16 +304,27 @@ def digests(*rows: tuple[str, bytes], folder: Path) -> list[str]:
 
 
 def test_other_rows_under_the_same_name_are_refused(tmp_path, manager):
-    rows = digests(("Anna walks", b"a"), ("Ben sits", b"bb"), ("Carl runs", b"ccc"), folder=tmp_path)
+    rows = digests(
+        ("Anna walks", b"a"), ("Ben sits", b"bb"), ("Carl runs", b"ccc"), folder=tmp_path
+    )
     state, config = make_state(0), Config()
     resume(tmp_path, config, manager, state, rows)
-    resume(tmp_path, config, manager, state, rows[:1])      # nothing is trained yet: the rows may change
+    resume(
+        tmp_path, config, manager, state, rows[:1]
+    )  # nothing is trained yet: the rows may change
     resume(tmp_path, config, manager, state, rows)
     save(manager, 4, make_state(4))
     assert same(resume(tmp_path, config, manager, state, rows), make_state(4))
-    changed = digests(("Anna walks", b"a"), ("Ben stands", b"bb"), ("Carl runs", b"dddd"), folder=tmp_path)
-    for other, said in ((rows[:1], "rows 1, 2 removed"), (changed, "row 1 has another text; row 2 has other photos")):
-        with pytest.raises(UserError, match=f"cannot resume exactly: .*{said}.* start in another --workdir") as refused:
+    changed = digests(
+        ("Anna walks", b"a"), ("Ben stands", b"bb"), ("Carl runs", b"dddd"), folder=tmp_path
+    )
+    for other, said in (
+        (rows[:1], "rows 1, 2 removed"),
+        (changed, "row 1 has another text; row 2 has other photos"),
+    ):
+        with pytest.raises(
+            UserError, match=f"cannot resume exactly: .*{said}.* start in another --workdir"
+        ) as refused:
             resume(tmp_path, config, manager, state, other)
         assert "\n" not in str(refused.value)
     assert same(resume(tmp_path, config, manager, state, rows), make_state(4))

@@ -44,30 +44,87 @@ def call(function: str, monkeypatch, arguments: list[str]) -> tuple:
 
 
 def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path):
-    given, workdir, profile = call("jax_idgrpo.training.train:train", monkeypatch, [
-        "train", "--rollout.group", "4", str(config_file), "--workdir", str(tmp_path / "w"), "--mesh.data=-1", "--run.steps=7",
-        "--data.negative_prompt", "a=b, c", "--profile", str(tmp_path / "p")])
+    given, workdir, profile = call(
+        "jax_idgrpo.training.train:train",
+        monkeypatch,
+        [
+            "train",
+            "--rollout.group",
+            "4",
+            str(config_file),
+            "--workdir",
+            str(tmp_path / "w"),
+            "--mesh.data=-1",
+            "--run.steps=7",
+            "--data.negative_prompt",
+            "a=b, c",
+            "--profile",
+            str(tmp_path / "p"),
+        ],
+    )
     assert profile == tmp_path / "p"
-    assert (given.rollout.group, given.run.steps, given.mesh.data, given.data.negative_prompt) == (4, 7, -1, "a=b, c")
+    assert (given.rollout.group, given.run.steps, given.mesh.data, given.data.negative_prompt) == (
+        4,
+        7,
+        -1,
+        "a=b, c",
+    )
     assert workdir == tmp_path / "w"
     assert not workdir.exists() and not profile.exists()
 
 
-def test_evaluate_takes_adapters_in_both_spellings(monkeypatch, config_file, prompts_file, tmp_path):
+def test_evaluate_takes_adapters_in_both_spellings(
+    monkeypatch, config_file, prompts_file, tmp_path
+):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
-    arguments = ["evaluate", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path / "o"),
-                 "--lora", f"one={tmp_path / 'a'}", f"two={tmp_path / 'b'}", "--lora", f"three={tmp_path / 'c'}"]
+    arguments = [
+        "evaluate",
+        str(config_file),
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(tmp_path / "o"),
+        "--lora",
+        f"one={tmp_path / 'a'}",
+        f"two={tmp_path / 'b'}",
+        "--lora",
+        f"three={tmp_path / 'c'}",
+    ]
     _, prompts, out, loras = call("jax_idgrpo.evaluation.commands:evaluate", monkeypatch, arguments)
     assert loras == {"one": tmp_path / "a", "two": tmp_path / "b", "three": tmp_path / "c"}
     assert (prompts, out) == (prompts_file, tmp_path / "o")
 
 
 def test_sample_and_score(monkeypatch, config_file, prompts_file, tmp_path):
-    arguments = ["sample", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path / "o")]
-    assert call("jax_idgrpo.evaluation.commands:sample", monkeypatch, arguments)[1:] == (prompts_file, tmp_path / "o", None)
-    arguments = ["score", str(config_file), "--prompts", str(prompts_file), "--videos", str(tmp_path), "--out", str(tmp_path / "s.jsonl")]
-    assert call("jax_idgrpo.evaluation.commands:score", monkeypatch, arguments)[1:] == (tmp_path, prompts_file, tmp_path / "s.jsonl")
+    arguments = [
+        "sample",
+        str(config_file),
+        "--prompts",
+        str(prompts_file),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert call("jax_idgrpo.evaluation.commands:sample", monkeypatch, arguments)[1:] == (
+        prompts_file,
+        tmp_path / "o",
+        None,
+    )
+    arguments = [
+        "score",
+        str(config_file),
+        "--prompts",
+        str(prompts_file),
+        "--videos",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "s.jsonl"),
+    ]
+    assert call("jax_idgrpo.evaluation.commands:score", monkeypatch, arguments)[1:] == (
+        tmp_path,
+        prompts_file,
+        tmp_path / "s.jsonl",
+    )
 
 
 MISTAKES = {
@@ -98,9 +155,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("line", "answer"), MISTAKES.items())
-def test_mistake_is_one_line(monkeypatch, capsys, config_file, prompts_file, tmp_path, line, answer):
+def test_mistake_is_one_line(
+    monkeypatch, capsys, config_file, prompts_file, tmp_path, line, answer
+):
     before = set(tmp_path.rglob("*"))
-    words = {"CONFIG": str(config_file), "PROMPTS": str(prompts_file), "W": str(tmp_path / "w"), "CONFIG/below": f"{config_file}/below"}
+    words = {
+        "CONFIG": str(config_file),
+        "PROMPTS": str(prompts_file),
+        "W": str(tmp_path / "w"),
+        "CONFIG/below": f"{config_file}/below",
+    }
     monkeypatch.setattr(sys, "argv", ["idgrpo", *(words.get(word, word) for word in line.split())])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -125,8 +189,14 @@ def test_broken_configuration_file(config_file, tmp_path):
     assert "int" in broken_config("def get_config(): return 3", config_file, tmp_path)
 
 
-@pytest.mark.parametrize(("raised", "status"), [
-    (KeyboardInterrupt(), 130), (OSError(28, "No space left on device", "/full"), 2), (UserError("two\nlines"), 2)])
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "No space left on device", "/full"), 2),
+        (UserError("two\nlines"), 2),
+    ],
+)
 def test_exit_status(monkeypatch, capsys, raised, status):
     def fail(arguments):
         raise raised
@@ -157,15 +227,25 @@ def test_every_field_of_the_schema_is_an_option(capsys):
 
 
 def test_help_does_not_wait_for_jax():
-    program = "import sys; from jax_idgrpo import cli; cli.run(['--help']); print('jax' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys; from jax_idgrpo import cli; cli.run(['--help']); print('jax' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout.endswith("False\n"), "help imports JAX"
     assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
 
 
 def test_programs_are_kept_in_the_users_cache_or_nowhere(tmp_path):
-    assert cli.programs_folder({"HOME": str(tmp_path)}) == tmp_path / ".cache" / "jax-idgrpo" / "programs"
-    assert cli.programs_folder({"HOME": "/x", "XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "jax-idgrpo" / "programs"
+    assert (
+        cli.programs_folder({"HOME": str(tmp_path)})
+        == tmp_path / ".cache" / "jax-idgrpo" / "programs"
+    )
+    assert (
+        cli.programs_folder({"HOME": "/x", "XDG_CACHE_HOME": str(tmp_path)})
+        == tmp_path / "jax-idgrpo" / "programs"
+    )
     (tmp_path / "file").touch()
     for environment in ({}, {"HOME": ""}, {"HOME": str(tmp_path / "file")}):
         assert cli.programs_folder(environment) is None

@@ -25,14 +25,19 @@ HEIGHT, WIDTH, FRAMES = 32, 48, 5
 class WordLengths:
     """A tokenizer whose ids are the lengths of the words."""
 
-    def __call__(self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None):
+    def __call__(
+        self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None
+    ):
         ids = [len(word) for word in text.split()]
         if max_length is None:
             return {"input_ids": [*ids, 1]}
         assert (padding, truncation, return_tensors) == ("max_length", True, "np")
         ids = [*ids[: max_length - 1], 1]
         pad = [0] * (max_length - len(ids))
-        return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+        return {
+            "input_ids": np.array([ids + pad]),
+            "attention_mask": np.array([[1] * len(ids) + pad]),
+        }
 
     def decode(self, ids, *, skip_special_tokens):
         return " ".join("x" * number for number in (ids[:-1] if skip_special_tokens else ids))
@@ -51,8 +56,18 @@ class Lookup(nnx.Module):
 class Pipe:
     def __init__(self):
         statistics = dict(latents_mean=(0.1,) * 16, latents_std=(1.5,) * 16)
-        config = VAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, temporal_downsample=(False, True, True), **statistics)
-        self.vae, self.text_encoder, self.tokenizer = WanVAE(config, rngs=nnx.Rngs(0)), Lookup(), WordLengths()
+        config = VAEConfig(
+            base_dim=4,
+            dim_mult=(1, 1, 2, 2),
+            num_res_blocks=1,
+            temporal_downsample=(False, True, True),
+            **statistics,
+        )
+        self.vae, self.text_encoder, self.tokenizer = (
+            WanVAE(config, rngs=nnx.Rngs(0)),
+            Lookup(),
+            WordLengths(),
+        )
 
 
 def write_image(path, size, seed):
@@ -79,7 +94,10 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config():
-    return Config(data=DataConfig(max_people=3, text_length=6), video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH))
+    return Config(
+        data=DataConfig(max_people=3, text_length=6),
+        video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH),
+    )
 
 
 def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
@@ -94,7 +112,9 @@ def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
         assert mask.tolist() == [True] * (people + frames) + [False] * (3 - people)
         for slot, path in enumerate(reversed(prompt.references)):  # last photo first
             photo = conditioning.canvas(load_reference(path), HEIGHT, WIDTH)
-            np.testing.assert_allclose(row[slot, ..., :16], pipe.vae.encode(photo[None, None])[0, 0], atol=1e-5)
+            np.testing.assert_allclose(
+                row[slot, ..., :16], pipe.vae.encode(photo[None, None])[0, 0], atol=1e-5
+            )
         assert not row[:people, ..., 16:].any()
         video = row[people : people + frames]
         np.testing.assert_allclose(video[..., :16], grey, atol=1e-5)
@@ -104,15 +124,22 @@ def test_layout_of_rows_with_different_numbers_of_people(pipe, prompts, config):
 
 
 def test_reference_order_is_an_option(pipe, prompts, config):
-    original = Config(data=DataConfig(max_people=3, text_length=6, reference_order="original"), video=config.video)
-    one, other = (conditioning.encode(pipe, prompts[2:], c, conditioning.Cache()).control[0] for c in (config, original))
+    original = Config(
+        data=DataConfig(max_people=3, text_length=6, reference_order="original"), video=config.video
+    )
+    one, other = (
+        conditioning.encode(pipe, prompts[2:], c, conditioning.Cache()).control[0]
+        for c in (config, original)
+    )
     np.testing.assert_array_equal(one[:3], other[:3][::-1])
     assert np.abs(one[:3] - other[:3]).max() > 0.1
 
 
 def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
     calls = []
-    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(
+        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
+    )
     cache = conditioning.Cache()
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts[::-1], config, cache)
@@ -121,22 +148,32 @@ def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
     np.testing.assert_array_equal(first.text[::-1], again.text)
 
 
-def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(pipe, prompts, config, monkeypatch):
+def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(
+    pipe, prompts, config, monkeypatch
+):
     calls = []
-    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(
+        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
+    )
     whole, none = conditioning.Cache(), conditioning.Cache(room=1000)
     first = conditioning.encode(pipe, prompts, config, whole)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first))
-    assert 0 < conditioning.ROOM - whole.room < first.control.nbytes, "padding and masks are kept as well"
+    assert 0 < conditioning.ROOM - whole.room < first.control.nbytes, (
+        "padding and masks are kept as well"
+    )
     for _ in range(2):
         got = conditioning.encode(pipe, prompts, config, none)
         jax.tree.map(np.testing.assert_array_equal, got, first)
     assert len(calls) == 2 * 4, "once per cache"
 
 
-def test_a_photo_is_opened_once_even_if_its_prompt_is_encoded_again(pipe, prompts, config, monkeypatch):
+def test_a_photo_is_opened_once_even_if_its_prompt_is_encoded_again(
+    pipe, prompts, config, monkeypatch
+):
     calls = []
-    monkeypatch.setattr(photos, "load_reference", lambda path: calls.append(path) or load_reference(path))
+    monkeypatch.setattr(
+        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
+    )
     cache = conditioning.Cache(room=0)
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts, config, cache)
@@ -146,12 +183,16 @@ def test_a_photo_is_opened_once_even_if_its_prompt_is_encoded_again(pipe, prompt
 
 def test_what_a_prompt_loses_is_told_once_with_its_line():
     tokenizer = WordLengths()
-    long = Prompt(3, "one two three four five sixth seventh", (Path("a.png"),), where="prompts p.csv, line 5")
+    long = Prompt(
+        3, "one two three four five sixth seventh", (Path("a.png"),), where="prompts p.csv, line 5"
+    )
     fits = Prompt(4, "one two three four five", (Path("a.png"),), where="prompts p.csv, line 6")
     with pytest.warns(UserWarning) as told:
         conditioning.warn_of_cut(tokenizer, [long, fits], 6)
     (line,) = [str(warning.message) for warning in told]
-    assert line.startswith("prompts p.csv, line 5: the prompt has 8 tokens, and data.text_length keeps 6")
+    assert line.startswith(
+        "prompts p.csv, line 5: the prompt has 8 tokens, and data.text_length keeps 6"
+    )
     assert line.endswith("cut off: xxxxx xxxxxxx")
     with pytest.warns(UserWarning) as told:
         conditioning.warn_of_cut(tokenizer, [long] * 25, 6)
@@ -159,14 +200,22 @@ def test_what_a_prompt_loses_is_told_once_with_its_line():
 
 
 def test_a_cut_negative_prompt_is_told(pipe):
-    with pytest.warns(UserWarning, match="data.negative_prompt: has 4 tokens, and data.text_length keeps 3.* cut off: xxxx$"):
-        conditioning.encode_negative(pipe, DataConfig(text_length=3, negative_prompt="ugly blurry dark"))
+    with pytest.warns(
+        UserWarning,
+        match="data.negative_prompt: has 4 tokens, and data.text_length keeps 3.* cut off: xxxx$",
+    ):
+        conditioning.encode_negative(
+            pipe, DataConfig(text_length=3, negative_prompt="ugly blurry dark")
+        )
 
 
 def test_room_for_people_that_no_prompt_has_is_told(prompts, recwarn):
     conditioning.warn_of_padding(prompts, 3)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="no prompt has more people than 2.*data.max_people 3; --data.max_people 2"):
+    with pytest.warns(
+        UserWarning,
+        match="no prompt has more people than 2.*data.max_people 3; --data.max_people 2",
+    ):
         conditioning.warn_of_padding(prompts[:2], 3)
 
 
@@ -177,7 +226,9 @@ def test_text_is_cut_padded_and_float32(pipe, prompts, config):
 
 
 def test_groups_and_video_frames(pipe, prompts, config):
-    got = conditioning.select(conditioning.encode(pipe, prompts, config, conditioning.Cache()), np.repeat(np.arange(3), 2))
+    got = conditioning.select(
+        conditioning.encode(pipe, prompts, config, conditioning.Cache()), np.repeat(np.arange(3), 2)
+    )
     assert got.references.tolist() == [1, 1, 2, 2, 3, 3]
     x = jnp.broadcast_to(jnp.arange(5.0)[None, :, None, None, None], (6, 5, 2, 2, 16))
     video = conditioning.video_latents(x, jnp.asarray(got.references), 2)
@@ -186,7 +237,9 @@ def test_groups_and_video_frames(pipe, prompts, config):
 
 def test_too_many_people_is_one_line(pipe, prompts, config):
     narrow = Config(data=DataConfig(max_people=2, text_length=6), video=config.video)
-    with pytest.raises(UserError, match="prompt 4: has 3 reference photos; data.max_people allows 1 to 2"):
+    with pytest.raises(
+        UserError, match="prompt 4: has 3 reference photos; data.max_people allows 1 to 2"
+    ):
         conditioning.encode(pipe, prompts, narrow, conditioning.Cache())
 
 
@@ -200,7 +253,10 @@ def test_canvas_of_odd_sizes(size):
 def test_negative_prompt_from_a_file(tmp_path):
     assert conditioning.negative_prompt(DataConfig(negative_prompt="blurry")) == "blurry"
     (tmp_path / "n.txt").write_text("grey , static\n", encoding="utf-8")
-    assert conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/n.txt")) == "grey , static"
+    assert (
+        conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/n.txt"))
+        == "grey , static"
+    )
     with pytest.raises(UserError, match="data.negative_prompt: cannot read"):
         conditioning.negative_prompt(DataConfig(negative_prompt=f"@{tmp_path}/none.txt"))
 
@@ -208,7 +264,9 @@ def test_negative_prompt_from_a_file(tmp_path):
 def test_a_text_encoder_that_waits_in_the_hosts_memory_says_the_same():
     folder = EMBEDDED / "pipeline"
     mesh = sharding.make_mesh(MeshConfig())
-    ready, waiting = (load_pipeline(folder, mesh=mesh, text_memory=memory) for memory in ("device", "host"))
+    ready, waiting = (
+        load_pipeline(folder, mesh=mesh, text_memory=memory) for memory in ("device", "host")
+    )
 
     def kinds(pipe):
         return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(pipe.text_encoder))}

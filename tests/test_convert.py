@@ -28,8 +28,12 @@ from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b
 GOLDEN = Path(__file__).parent / "golden"
 PIPELINE = GOLDEN / "tiny_vace"
 ADAPTER = GOLDEN / "lora_peft_tiny"
-OPS = {name: op for name, op in vars(rules).items() if isinstance(op, Op)} | {"PATCH": rules.patch((1, 2, 2))}
-TINY = WanConfig(num_layers=3, num_heads=2, head_dim=6, ffn_dim=20, text_dim=8, freq_dim=16, vace_layers=(0, 2))
+OPS = {name: op for name, op in vars(rules).items() if isinstance(op, Op)} | {
+    "PATCH": rules.patch((1, 2, 2))
+}
+TINY = WanConfig(
+    num_layers=3, num_heads=2, head_dim=6, ffn_dim=20, text_dim=8, freq_dim=16, vace_layers=(0, 2)
+)
 TINY_TEXT = UMT5Config(vocab_size=11, d_model=8, d_kv=3, num_heads=2, d_ff=10, num_layers=2)
 PUBLISHED_VAE = VAEConfig(
     base_dim=96,
@@ -42,25 +46,38 @@ PUBLISHED_VAE = VAEConfig(
 
 
 def wan_shapes(config: WanConfig, dtype: str = "float32", *variables) -> nnx.State:
-    model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
+    )
     return nnx.state(model, *variables) if variables else nnx.state(model)
 
 
 def text_shapes(config: UMT5Config) -> nnx.State:
-    return nnx.state(nnx.eval_shape(lambda: UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))))
+    return nnx.state(
+        nnx.eval_shape(
+            lambda: UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
+        )
+    )
 
 
 def vae_shapes(config: VAEConfig) -> nnx.State:
     return nnx.state(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
 
 
-def random_torch(table: list[Rule], state, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
+def random_torch(
+    table: list[Rule], state, seed: int = 0, dtype=np.float32
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {slot.torch: rng.standard_normal(slot.torch_shape).astype(dtype) for slot in rules.expand(table, state)}
+    return {
+        slot.torch: rng.standard_normal(slot.torch_shape).astype(dtype)
+        for slot in rules.expand(table, state)
+    }
 
 
 def same_bits(a, b) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()  # row-major, whatever the strides
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    )  # row-major, whatever the strides
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -123,14 +140,23 @@ def test_an_op_that_cannot_be_inverted_is_refused():
             for layout in ("transformers", "original")
         ),
         pytest.param(
-            lambda: vae.rules(PUBLISHED_VAE), lambda: vae_shapes(PUBLISHED_VAE), 194, 126_892_531, id="vae diffusers"
+            lambda: vae.rules(PUBLISHED_VAE),
+            lambda: vae_shapes(PUBLISHED_VAE),
+            194,
+            126_892_531,
+            id="vae diffusers",
         ),
     ],
 )
 def test_tables_are_bijections_on_the_published_sizes(table, shapes, tensors, parameters):
     """Counts and totals are those of the published files; `expand` raises on anything that is not one to one."""
     slots = rules.expand(table(), shapes())
-    assert len(slots) == len({slot.torch for slot in slots}) == len({slot.name for slot in slots}) == tensors
+    assert (
+        len(slots)
+        == len({slot.torch for slot in slots})
+        == len({slot.name for slot in slots})
+        == tensors
+    )
     assert sum(int(np.prod(slot.torch_shape)) for slot in slots) == parameters
 
 
@@ -142,7 +168,8 @@ def test_a_table_with_a_fault_is_refused(change):
         "drop": [rule for rule in table if rule is not row],
         "double": [*table, dataclasses.replace(row, torch="blocks.{i}.attn3.to_k.weight")],
         "misname": [
-            dataclasses.replace(rule, torch="blocks.{i}.attn2.to_q.weight") if rule is row else rule for rule in table
+            dataclasses.replace(rule, torch="blocks.{i}.attn2.to_q.weight") if rule is row else rule
+            for rule in table
         ],
     }[change]
     with pytest.raises(ValueError, match=r"attn2\.to_[kq]"):
@@ -159,7 +186,9 @@ def test_round_trip_keeps_every_bit_and_puts_layers_in_order():
     np.testing.assert_array_equal(
         filled["blocks"]["attn1"]["to_q"]["kernel"][2], tensors["blocks.2.attn1.to_q.weight"].T
     )
-    np.testing.assert_array_equal(filled["vace_proj_in"]["kernel"], tensors["vace_blocks.0.proj_in.weight"].T)
+    np.testing.assert_array_equal(
+        filled["vace_proj_in"]["kernel"], tensors["vace_blocks.0.proj_in.weight"].T
+    )
 
 
 def test_values_take_the_dtype_of_the_network():
@@ -176,7 +205,10 @@ def test_values_take_the_dtype_of_the_network():
 def test_leaves_go_where_their_sharding_says():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), wan_shapes(TINY))
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        wan_shapes(TINY),
+    )
     filled = rules.to_jax(wan.rules(TINY), random_torch(wan.rules(TINY), state), state)
     assert {leaf.sharding for leaf in jax.tree.leaves(filled)} == {sharding}
 
@@ -191,7 +223,9 @@ def test_missing_unexpected_and_misshaped_are_listed_in_one_line():
         rules.to_jax(table, tensors, state, "some/file")
     line = str(caught.value)
     assert "\n" not in line and line.startswith("some/file")
-    assert "2 missing: " in line and "blocks.1.attn1.to_q.weight" in line and "proj_out.bias" in line
+    assert (
+        "2 missing: " in line and "blocks.1.attn1.to_q.weight" in line and "proj_out.bias" in line
+    )
     assert "1 unexpected: blocks.1.attn1.to_q.renamed" in line
     assert "1 mis-shaped: blocks.0.ffn.net.2.weight [20, 12] instead of [12, 20]" in line
 
@@ -209,7 +243,9 @@ def test_a_tied_embedding_is_read_under_either_name_and_written_under_one():
     tensors = random_torch(table, state)
     expected = tensors["shared.weight"]
     both = tensors | {umt5.TIED: expected}
-    alias = {name if name != "shared.weight" else umt5.TIED: value for name, value in tensors.items()}
+    alias = {
+        name if name != "shared.weight" else umt5.TIED: value for name, value in tensors.items()
+    }
     for variant in (tensors, both, alias):
         filled = rules.to_jax(table, variant, state)
         np.testing.assert_array_equal(filled["embedding"][...], expected)
@@ -225,10 +261,14 @@ def test_transformer_config_survives_json(config):
 
 
 def test_text_encoder_config_survives_json():
-    assert umt5.config_from_json(json.loads(json.dumps(umt5.config_to_json(TINY_TEXT)))) == TINY_TEXT
+    assert (
+        umt5.config_from_json(json.loads(json.dumps(umt5.config_to_json(TINY_TEXT)))) == TINY_TEXT
+    )
 
 
-@pytest.mark.parametrize("change", [{"image_dim": 1280}, {"qk_norm": "layer_norm"}, {"patch_size": [2, 2, 2]}])
+@pytest.mark.parametrize(
+    "change", [{"image_dim": 1280}, {"qk_norm": "layer_norm"}, {"patch_size": [2, 2, 2]}]
+)
 def test_another_architecture_is_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         wan.config_from_json(wan.config_to_json(TINY) | change)
@@ -272,18 +312,26 @@ def write_shards(folder: Path) -> dict[str, np.ndarray]:
     tensors = {f"t{k}": np.full((k + 1,), k, np.float32) for k in range(5)}
     files = {name: f"m-0000{1 + k // 3}-of-00002.safetensors" for k, name in enumerate(tensors)}
     for file in set(files.values()):
-        store.write_file(folder / file, {name: tensors[name] for name in tensors if files[name] == file})
-    store.write_json(folder / "m.safetensors.index.json", {"metadata": {"total_size": 60}, "weight_map": files})
+        store.write_file(
+            folder / file, {name: tensors[name] for name in tensors if files[name] == file}
+        )
+    store.write_json(
+        folder / "m.safetensors.index.json", {"metadata": {"total_size": 60}, "weight_map": files}
+    )
     return tensors
 
 
 def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path):
     tensors = write_shards(tmp_path)
     read = store.open_tensors(tmp_path)
-    assert set(read) == set(tensors) and all(same_bits(np.asarray(read[name]), tensors[name]) for name in tensors)
+    assert set(read) == set(tensors) and all(
+        same_bits(np.asarray(read[name]), tensors[name]) for name in tensors
+    )
 
 
-@pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/etc/passwd", "sub/m.safetensors", ".."])
+@pytest.mark.parametrize(
+    "file", ["../elsewhere.safetensors", "/etc/passwd", "sub/m.safetensors", ".."]
+)
 def test_an_index_that_points_elsewhere_is_refused(tmp_path, file):
     write_shards(tmp_path)
     index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
@@ -294,7 +342,8 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path, file):
 
 
 @pytest.mark.parametrize(
-    ("name", "match"), [("t9", "tensor t9 is not in m-00001"), (None, "does not list tensor t0 of m-00001")]
+    ("name", "match"),
+    [("t9", "tensor t9 is not in m-00001"), (None, "does not list tensor t0 of m-00001")],
 )
 def test_an_index_that_disagrees_with_its_shards_is_refused(tmp_path, name, match):
     write_shards(tmp_path)
@@ -381,7 +430,8 @@ def test_a_killed_write_leaves_nothing_under_the_name(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out")], env=os.environ | {"PYTHONPATH": os.getcwd()}
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
@@ -393,7 +443,10 @@ def test_a_killed_write_leaves_nothing_under_the_name(tmp_path):
 
 def test_a_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
-    with pytest.raises(UserError, match="holds something else"), store.atomic_path(tmp_path, "config.json"):
+    with (
+        pytest.raises(UserError, match="holds something else"),
+        store.atomic_path(tmp_path, "config.json"),
+    ):
         pass
     assert (tmp_path / "precious.txt").read_text() == "keep"
 
@@ -408,7 +461,9 @@ def run(*words) -> int:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every tensor of every file, by file and name, with its dtype and shape."""
     return {
-        f"{file.relative_to(folder)} {name} {tensor.dtype} {tensor.shape}": np.asarray(tensor).tobytes()
+        f"{file.relative_to(folder)} {name} {tensor.dtype} {tensor.shape}": np.asarray(
+            tensor
+        ).tobytes()
         for file in sorted(folder.rglob("*.safetensors"))
         for name, tensor in store.open_file(file)[0].items()
     }
@@ -437,7 +492,11 @@ def test_a_pipeline_goes_into_the_store_and_out_again_with_every_bit(tmp_path, c
     capsys.readouterr()
     assert run("inspect", tmp_path / "store") == 0
     told = capsys.readouterr().out
-    assert "kind: vace" in told and "transformer: store layout, 185 tensors" in told and "bfloat16" in told
+    assert (
+        "kind: vace" in told
+        and "transformer: store layout, 185 tensors" in told
+        and "bfloat16" in told
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "store"]
 
 
@@ -460,14 +519,18 @@ def test_adapters_in_every_spelling_become_peft_directories(tmp_path, capsys):
     header = {lora.HEADER: json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
     file = tmp_path / "pytorch_lora_weights.safetensors"
     plain = {name.removeprefix(lora.PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    store.write_file(file, {f"transformer.{name}": tensor for name, tensor in plain.items()}, header)
+    store.write_file(
+        file, {f"transformer.{name}": tensor for name, tensor in plain.items()}, header
+    )
     assert run("import", file, tmp_path / "a") == 0
     assert run("export", tmp_path / "a", tmp_path / "b", "--format", "peft") == 0
     assert contents(tmp_path / "b") == contents(ADAPTER)
     assert lora.scale_from_json(store.read_json(tmp_path / "b" / "adapter_config.json")) == (4, 8.0)
     for path in (tmp_path / "b", file):
         assert run("verify", ADAPTER, path) == 0
-    store.write_file(file, {f"transformer.{name}": tensor for name, tensor in plain.items()})  # alpha = rank now
+    store.write_file(
+        file, {f"transformer.{name}": tensor for name, tensor in plain.items()}
+    )  # alpha = rank now
     capsys.readouterr()
     assert run("verify", ADAPTER, file) == 1
     assert "rank and alpha are (4, 8) and (4, 4)" in capsys.readouterr().out
@@ -479,10 +542,17 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
     values |= {"_class_name": "WanTransformer3DModel", "vace_layers": None}
     store.write_json(source / "transformer" / "config.json", values)
     file = source / "transformer" / "diffusion_pytorch_model.safetensors"
-    kept = {name: tensor for name, tensor in store.open_file(file)[0].items() if not name.startswith("vace")}
+    kept = {
+        name: tensor
+        for name, tensor in store.open_file(file)[0].items()
+        if not name.startswith("vace")
+    }
     store.write_file(file, {name: np.array(tensor) for name, tensor in kept.items()})
     assert run("import", source, tmp_path / "store", "--as", "phantom") == 0
-    assert [checkpoint.open_checkpoint(path).kind for path in (tmp_path / "store", source)] == ["phantom", "wan"]
+    assert [checkpoint.open_checkpoint(path).kind for path in (tmp_path / "store", source)] == [
+        "phantom",
+        "wan",
+    ]
     with pytest.raises(UserError, match=r"no VACE model but plain Wan .* --as phantom"):
         run("import", source, tmp_path / "other", "--as", "vace")
     assert not (tmp_path / "other").exists()
@@ -494,12 +564,24 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
         (("inspect", "nowhere"), "does not exist"),
         (("inspect", GOLDEN / "umt5_tiny.npz"), "umt5_tiny.npz"),
         (("inspect", GOLDEN), "give a diffusers folder, original folder, adapter or store"),
-        (("export", ADAPTER, "{tmp}/x", "--format", "diffusers"), "is an adapter; choose peft or diffusers-lora or merged"),
-        (("export", PIPELINE, "{tmp}/x", "--format", "peft"), "is a pipeline; choose diffusers or original"),
-        (("export", PIPELINE, "{tmp}/x", "--format", "merged"), "is a pipeline; choose diffusers or original"),
+        (
+            ("export", ADAPTER, "{tmp}/x", "--format", "diffusers"),
+            "is an adapter; choose peft or diffusers-lora or merged",
+        ),
+        (
+            ("export", PIPELINE, "{tmp}/x", "--format", "peft"),
+            "is a pipeline; choose diffusers or original",
+        ),
+        (
+            ("export", PIPELINE, "{tmp}/x", "--format", "merged"),
+            "is a pipeline; choose diffusers or original",
+        ),
         (("export", PIPELINE, "{tmp}/x", "--format", "gguf"), "invalid choice: 'gguf'"),
         (("export", ADAPTER, "{tmp}/x", "--format", "merged"), "give it with --base"),
-        (("export", ADAPTER, "{tmp}/x", "--format", "peft", "--base", PIPELINE), "only --format merged needs it"),
+        (
+            ("export", ADAPTER, "{tmp}/x", "--format", "peft", "--base", PIPELINE),
+            "only --format merged needs it",
+        ),
         (("import", PIPELINE / "vae", "{tmp}/x", "--as", "phantom"), "holds no transformer"),
         (("import", ADAPTER, "{tmp}/x", "--as", "phantom"), "is an adapter, which needs none"),
         (("import", PIPELINE, "{tmp}"), "holds something else"),

@@ -15,7 +15,11 @@ from tests.test_convert import run
 FILES = {  # the name it is published under -> what it holds; full size, for shapes are how some of them are told apart
     "retinaface.pth": ("RetinaFace-R50", "retinaface", RetinaFaceConfig()),
     "facenet_weights.pth": ("Facenet, 128 numbers", "facenet", FacenetConfig(embedding_size=128)),
-    "facenet512_weights.pth": ("Facenet, 512 numbers", "facenet", FacenetConfig(embedding_size=512)),
+    "facenet512_weights.pth": (
+        "Facenet, 512 numbers",
+        "facenet",
+        FacenetConfig(embedding_size=512),
+    ),
     "arcface_weights.pth": ("ArcFace-R34 of deepface", "arcface", ARCFACE_R34),
     "backbone.pth": ("IResNet-34", "arcface", IRESNET_34),
     "CurricularFace_Backbone.pth": ("IR-101 of CurricularFace", "arcface", IR_101),
@@ -29,20 +33,27 @@ def published(architecture: str, config, seed: int = 0) -> dict[str, np.ndarray]
     for slot in rules.expand(faces.table(architecture, config, abstract), abstract):
         tensors[slot.torch] = rng.random(slot.torch_shape, np.float32) + 0.5
         if slot.torch.endswith("running_var"):
-            tensors[slot.torch.replace("running_var", faces.COUNTER)] = np.array(rng.integers(1, 10**6), np.int64)
+            tensors[slot.torch.replace("running_var", faces.COUNTER)] = np.array(
+                rng.integers(1, 10**6), np.int64
+            )
     if architecture == "arcface" and config.embedding_norm == "bias":
         tensors[faces.UNIT_SCALE] = np.ones(config.embedding_size, np.float32)
     return tensors
 
 
 def bits(path) -> dict[str, tuple]:
-    return {name: (tensor.shape, str(tensor.dtype), np.asarray(tensor).tobytes()) for name, tensor in store.open_file(path)[0].items()}
+    return {
+        name: (tensor.shape, str(tensor.dtype), np.asarray(tensor).tobytes())
+        for name, tensor in store.open_file(path)[0].items()
+    }
 
 
 SLOW = ("facenet_weights.pth", "CurricularFace_Backbone.pth")  # as the others, and large
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FILES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FILES]
+)
 def test_a_published_file_goes_in_and_out_with_every_bit(tmp_path, capsys, name):
     what, architecture, config = FILES[name]
     store.write_file(tmp_path / "download.pth", published(architecture, config))
@@ -89,7 +100,10 @@ def spoilt(tensors):
     ("spoil", "match"),
     [
         (lacking, r"download\.pth.*1 missing: layer2\.0\.bn1\.bias"),
-        (reshaped, r"download\.pth.*1 mis-shaped: fc\.weight \[512, 25087\] instead of \[512, 25088\]"),
+        (
+            reshaped,
+            r"download\.pth.*1 mis-shaped: fc\.weight \[512, 25087\] instead of \[512, 25088\]",
+        ),
         (added, r"download\.pth.*1 unexpected: head\.weight"),
         (spoilt, r"fc\.bias holds NaN"),
     ],
@@ -115,4 +129,10 @@ def test_what_a_face_network_has_no_use_for_is_refused(tmp_path):
 
 def test_depths_of_one_family_are_told_apart():
     for config in (IRESNET_34, IRESNET_50):
-        assert faces.known({rule.torch: np.empty(1) for rule in faces.arcface(config)} | {faces.UNIT_SCALE: np.ones(1)})[2] == config
+        assert (
+            faces.known(
+                {rule.torch: np.empty(1) for rule in faces.arcface(config)}
+                | {faces.UNIT_SCALE: np.ones(1)}
+            )[2]
+            == config
+        )

@@ -31,7 +31,12 @@ def clips():
 
 
 def asked(people=slice(None)):
-    return References.of_pixels(*(np.stack([getattr(clip, name)[people] for clip in clips()]) for name in ("photos", "mask")))
+    return References.of_pixels(
+        *(
+            np.stack([getattr(clip, name)[people] for clip in clips()])
+            for name in ("photos", "mask")
+        )
+    )
 
 
 def terms(videos, references=None):
@@ -57,11 +62,16 @@ def test_a_pasted_photo_is_seen_and_an_honest_face_is_not():
 def test_pasting_loses_where_it_would_gain_without_a_price():
     gain = pasted()["reward"] - honest()["reward"]
     assert gain.mean() < -0.2 and (gain < 0).mean() > 0.9
-    assert (gain + c.PENALTY_WEIGHTS["copied"] * (pasted()["copied"] - honest()["copied"])).mean() > 0.02
+    assert (
+        gain + c.PENALTY_WEIGHTS["copied"] * (pasted()["copied"] - honest()["copied"])
+    ).mean() > 0.02
 
 
 def test_who_prices_other_penalties_still_prices_copies_and_may_say_otherwise():
-    assert c.RewardConfig(penalties={"swapped": 0.2}).penalty_weights() == {"copied": 0.5, "swapped": 0.2}
+    assert c.RewardConfig(penalties={"swapped": 0.2}).penalty_weights() == {
+        "copied": 0.5,
+        "swapped": 0.2,
+    }
     assert c.RewardConfig(penalties={"copied": 0.0}).penalty_weights() == {"copied": 0.0}
 
 
@@ -73,15 +83,26 @@ def test_nuisances_neither_make_copies_nor_hide_them(nuisance):
 
 def test_a_blurred_face_has_lost_detail_by_how_much_it_is_blurred_whatever_the_light():
     sharp = honest()["detail"]
-    little, much = (terms([blur(clip, strength) for clip in clips()])["detail"] for strength in (0.4, 1.0))
-    assert (much < little).all() and (little < sharp).mean() > 0.9 and 0.6 < sharp.mean() < 1.2 and much.mean() < 0.6 * sharp.mean()
+    little, much = (
+        terms([blur(clip, strength) for clip in clips()])["detail"] for strength in (0.4, 1.0)
+    )
+    assert (
+        (much < little).all()
+        and (little < sharp).mean() > 0.9
+        and 0.6 < sharp.mean() < 1.2
+        and much.mean() < 0.6 * sharp.mean()
+    )
     lit = terms([light(clip.video, 0.7, DIRECTION) for clip in clips()])["detail"]
     np.testing.assert_allclose(lit, sharp, rtol=0.1)
 
 
 def test_order_of_people_changes_nothing():
     order = np.array([2, 0, 1])
-    np.testing.assert_allclose(terms([paste(clip) for clip in clips()], asked(order))["copied"], pasted()["copied"], atol=1e-5)
+    np.testing.assert_allclose(
+        terms([paste(clip) for clip in clips()], asked(order))["copied"],
+        pasted()["copied"],
+        atol=1e-5,
+    )
 
 
 def test_padding_changes_nothing():
@@ -100,14 +121,20 @@ def test_padding_changes_nothing():
 
 def test_nobody_is_no_copy():
     found = terms([np.zeros_like(clip.video) for clip in clips()])
-    assert not np.any(found["copied"]) and not np.any(found["detail"]) and np.isfinite(found["reward"]).all()
+    assert (
+        not np.any(found["copied"])
+        and not np.any(found["detail"])
+        and np.isfinite(found["reward"]).all()
+    )
 
 
 @functools.cache
 def face():
     """A smooth picture and landmarks in its middle."""
     rng = np.random.default_rng(0)
-    noise = jax.image.resize(jnp.asarray(rng.uniform(-1, 1, (16, 16, 3)), jnp.float32), (96, 96, 3), "cubic")
+    noise = jax.image.resize(
+        jnp.asarray(rng.uniform(-1, 1, (16, 16, 3)), jnp.float32), (96, 96, 3), "cubic"
+    )
     return jnp.clip(noise, -1, 1), jnp.asarray(np.asarray(ARCFACE_TEMPLATE) * 0.6 + 14, jnp.float32)
 
 
@@ -116,10 +143,14 @@ def moved(picture, points, angle, scale, shift):
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     x, y = np.meshgrid(np.arange(96.0), np.arange(96.0))
     places = (np.stack([x, y], -1) - 47.5 - shift) @ np.linalg.inv(turn).T + 47.5
-    return warp(picture, jnp.asarray(places, jnp.float32)), (points - 47.5) @ turn.T.astype(np.float32) + 47.5 + np.float32(shift)
+    return warp(picture, jnp.asarray(places, jnp.float32)), (points - 47.5) @ turn.T.astype(
+        np.float32
+    ) + 47.5 + np.float32(shift)
 
 
-@pytest.mark.parametrize(("angle", "scale", "error"), [(0.0, 1.0, 0.0), (0.15, 0.8, 1.5), (-0.2, 1.1, 2.0)])
+@pytest.mark.parametrize(
+    ("angle", "scale", "error"), [(0.0, 1.0, 0.0), (0.15, 0.8, 1.5), (-0.2, 1.1, 2.0)]
+)
 def test_a_copy_is_registered_from_landmarks_that_are_pixels_off(angle, scale, error):
     """Whatever its light."""
     picture, points = face()

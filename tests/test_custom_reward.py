@@ -28,13 +28,18 @@ EXAMPLE = f"{ROOT}/examples/custom_reward.py:score"
 
 def videos(*levels):
     """Videos of one grey level each."""
-    return np.ones((len(levels), 2, 4, 4, 3), np.float32) * np.asarray(levels, np.float32)[:, None, None, None, None]
+    return (
+        np.ones((len(levels), 2, 4, 4, 3), np.float32)
+        * np.asarray(levels, np.float32)[:, None, None, None, None]
+    )
 
 
 def scores(function, given, timeout=30.0):
     """What a function earns, on the host."""
     reward = CustomReward(function, timeout)
-    references = References(tuple((Photo(Image.new("RGB", (20 + n, 16))),) for n in range(len(given))), 1)
+    references = References(
+        tuple((Photo(Image.new("RGB", (20 + n, 16))),) for n in range(len(given))), 1
+    )
     encoded = reward.encode_references(references, [f"prompt {n}" for n in range(len(given))])
     return collect(reward.score(given, encoded))
 
@@ -47,17 +52,36 @@ def test_the_function_gets_videos_texts_and_photos_in_their_order():
     seen = []
 
     def function(videos, prompts, references):
-        seen.append((videos.dtype, videos.shape, prompts, [[photo.size for photo in photos] for photos in references]))
+        seen.append(
+            (
+                videos.dtype,
+                videos.shape,
+                prompts,
+                [[photo.size for photo in photos] for photos in references],
+            )
+        )
         return brightness(videos, prompts, references)
 
     np.testing.assert_allclose(scores(function, videos(0.5, -0.5, 0))["reward"], [0.5, -0.5, 0])
-    assert seen == [(np.float32, (3, 2, 4, 4, 3), ["prompt 0", "prompt 1", "prompt 2"], [[(20, 16)], [(21, 16)], [(22, 16)]])]
+    assert seen == [
+        (
+            np.float32,
+            (3, 2, 4, 4, 3),
+            ["prompt 0", "prompt 1", "prompt 2"],
+            [[(20, 16)], [(21, 16)], [(22, 16)]],
+        )
+    ]
     assert isinstance(CustomReward(function), Reward)
 
 
 def test_values_of_a_dict_are_terms():
-    found = scores(lambda videos, *_: {"reward": [1, 2], "sharpness": np.array([3.0, 4.0])}, videos(0, 1))
-    assert {name: value.tolist() for name, value in found.items()} == {"reward": [1, 2], "sharpness": [3, 4]}
+    found = scores(
+        lambda videos, *_: {"reward": [1, 2], "sharpness": np.array([3.0, 4.0])}, videos(0, 1)
+    )
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "reward": [1, 2],
+        "sharpness": [3, 4],
+    }
 
 
 def fussy(videos, prompts, references):
@@ -67,27 +91,45 @@ def fussy(videos, prompts, references):
 
 
 def sometimes(videos, prompts, references):
-    return np.where(brightness(videos, prompts, references) > 0.9, np.nan, brightness(videos, prompts, references))
+    return np.where(
+        brightness(videos, prompts, references) > 0.9,
+        np.nan,
+        brightness(videos, prompts, references),
+    )
 
 
-@pytest.mark.parametrize(("function", "reason"), [(fussy, "RuntimeError: too bright"), (sometimes, "Unusable: the reward is nan")])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(fussy, "RuntimeError: too bright"), (sometimes, "Unusable: the reward is nan")],
+)
 def test_a_video_that_cannot_be_scored_costs_itself_alone(function, reason):
-    with pytest.warns(UserWarning, match=rf"^reward.custom: video 1 could not be scored \({reason}\); the reward is NaN there") as told:
+    with pytest.warns(
+        UserWarning,
+        match=rf"^reward.custom: video 1 could not be scored \({reason}\); the reward is NaN there",
+    ) as told:
         found = scores(function, videos(0.5, 1, 0.25))
     np.testing.assert_array_equal(found["reward"], np.float32([0.5, np.nan, 0.25]))
     assert len(told) == 1
 
 
-@pytest.mark.parametrize(("returned", "reason"), [
-    (lambda videos: np.zeros((len(videos), 2)), r"reward has shape \(3, 2\) and not \(3,\)"),
-    (lambda videos: 0.5, r"reward has shape \(\) and not \(3,\)"),
-    (lambda videos: {"rewards": [1, 2, 3]}, 'a dict without "reward", but with rewards'),
-    (lambda videos: {"reward": [1, 2, 3], "other": [1]}, r"other has shape \(1,\)"),
-    (lambda videos: None, "reward has shape|reward is no array of numbers but NoneType|the reward is nan"),
-    (lambda videos: ["good", "bad", "ugly"], "reward is no array of numbers but list"),
-])
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (lambda videos: np.zeros((len(videos), 2)), r"reward has shape \(3, 2\) and not \(3,\)"),
+        (lambda videos: 0.5, r"reward has shape \(\) and not \(3,\)"),
+        (lambda videos: {"rewards": [1, 2, 3]}, 'a dict without "reward", but with rewards'),
+        (lambda videos: {"reward": [1, 2, 3], "other": [1]}, r"other has shape \(1,\)"),
+        (
+            lambda videos: None,
+            "reward has shape|reward is no array of numbers but NoneType|the reward is nan",
+        ),
+        (lambda videos: ["good", "bad", "ugly"], "reward is no array of numbers but list"),
+    ],
+)
 def test_what_is_no_reward_costs_its_videos_and_is_told_once(returned, reason):
-    with pytest.warns(UserWarning, match=rf"videos 0, 1, 2 could not be scored \(Unusable: .*{reason}") as told:
+    with pytest.warns(
+        UserWarning, match=rf"videos 0, 1, 2 could not be scored \(Unusable: .*{reason}"
+    ) as told:
         found = scores(lambda videos, *_: returned(videos), videos(0, 0.5, 1))
     assert np.isnan(found["reward"]).all() and len(told) == 1
 
@@ -103,7 +145,10 @@ def test_a_call_that_hangs_is_given_up_and_the_next_is_made():
     reward = CustomReward(slow, 0.5)
     encoded = reward.encode_references(References(((), ()), 1), ["", ""])
     first, second = reward.score(videos(1, 0), encoded), reward.score(videos(0.25, 0), encoded)
-    with pytest.warns(UserWarning, match=r"videos 0, 1 could not be scored \(TimeoutError: no answer in 0.5 seconds\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"videos 0, 1 could not be scored \(TimeoutError: no answer in 0.5 seconds\)",
+    ):
         assert np.isnan(collect(first)["reward"]).all()
     np.testing.assert_array_equal(collect(second)["reward"], [0.25, 0])
     gate.set()
@@ -112,15 +157,20 @@ def test_a_call_that_hangs_is_given_up_and_the_next_is_made():
 def test_photos_are_opened_for_the_function_alone(tmp_path):
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "nobody.png")
     (tmp_path / "my.csv").write_text("ref_paths,prompt\nnobody.png,A dog runs.\n")
-    check_references(CustomReward(brightness), load_prompts(tmp_path / "my.csv", 1))      # who needs no face may have a photo without
+    check_references(
+        CustomReward(brightness), load_prompts(tmp_path / "my.csv", 1)
+    )  # who needs no face may have a photo without
 
 
-@pytest.mark.parametrize(("name", "reason"), [
-    ("nowhere.py:score", "no such file"),
-    ("no_such_package.part:score", "no module 'no_such_package'"),
-    ("broken.py:score", r"cannot be imported \(ZeroDivisionError"),
-    ("empty.py:score", "has no function score"),
-])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere.py:score", "no such file"),
+        ("no_such_package.part:score", "no module 'no_such_package'"),
+        ("broken.py:score", r"cannot be imported \(ZeroDivisionError"),
+        ("empty.py:score", "has no function score"),
+    ],
+)
 def test_a_function_that_is_not_there_is_one_line(name, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0\n")
@@ -143,32 +193,57 @@ def test_a_function_of_a_module_or_a_file_with_neighbours(tmp_path, monkeypatch)
         assert load_function(name)(videos(0, 1), ["", ""], [[], []]) == [7, 7]
 
 
-@pytest.mark.parametrize(("values", "reason"), [
-    (dict(custom="mine"), r"reward.custom is 'mine'; use package.module:function or file.py:function"),
-    (dict(custom="a:b", vlm="folder"), "reward.custom excludes"),
-    (dict(custom="a:b", mixture={"motion": 1.0}), "reward.mixture"),
-    (dict(custom="a:b", custom_timeout=0.0), "custom_timeout"),
-])
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            dict(custom="mine"),
+            r"reward.custom is 'mine'; use package.module:function or file.py:function",
+        ),
+        (dict(custom="a:b", vlm="folder"), "reward.custom excludes"),
+        (dict(custom="a:b", mixture={"motion": 1.0}), "reward.mixture"),
+        (dict(custom="a:b", custom_timeout=0.0), "custom_timeout"),
+    ],
+)
 def test_what_makes_no_sense_beside_it_is_refused(values, reason):
     with pytest.raises(UserError, match=reason):
         c.RewardConfig(**values)
-    with pytest.raises(UserError, match="reward_gradient needs a reward in JAX, and reward.custom runs on the host"):
-        c.Config(reward=c.RewardConfig(custom="a:b"), grpo=c.GrpoConfig(objective="reward_gradient", gradient_steps=2, kl_units="velocity"),
-                 rollout=c.RolloutConfig(window="none"))
+    with pytest.raises(
+        UserError, match="reward_gradient needs a reward in JAX, and reward.custom runs on the host"
+    ):
+        c.Config(
+            reward=c.RewardConfig(custom="a:b"),
+            grpo=c.GrpoConfig(objective="reward_gradient", gradient_steps=2, kl_units="velocity"),
+            rollout=c.RolloutConfig(window="none"),
+        )
 
 
 def test_three_steps_of_the_quickstart_with_the_example(tmp_path):
-    config = c.load(ROOT / "configs" / "quickstart.py", [
-        ("reward.custom", EXAMPLE), ("run.steps", "3"), ("run.sample_every", "0"), ("rollout.prompts", "2"), ("rollout.group", "2"),
-        ("rollout.steps", "4"), ("rollout.window_size", "2"),
-    ])
+    config = c.load(
+        ROOT / "configs" / "quickstart.py",
+        [
+            ("reward.custom", EXAMPLE),
+            ("run.steps", "3"),
+            ("run.sample_every", "0"),
+            ("rollout.prompts", "2"),
+            ("rollout.group", "2"),
+            ("rollout.steps", "4"),
+            ("rollout.window_size", "2"),
+        ],
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "reward.custom")
         train.train(config, tmp_path)
     logged = rows(tmp_path)
-    assert [(row["ratio_min"], row["ratio_max"], row["skipped"], row["rewards_failed"]) for row in logged] == [(1, 1, 0, 0)] * 3
+    assert [
+        (row["ratio_min"], row["ratio_max"], row["skipped"], row["rewards_failed"])
+        for row in logged
+    ] == [(1, 1, 0, 0)] * 3
     for row in logged:
-        assert row["reward"] == pytest.approx(row["colour"] + row["motion"], abs=1e-5) and row["reward_group_std"] > 0
+        assert (
+            row["reward"] == pytest.approx(row["colour"] + row["motion"], abs=1e-5)
+            and row["reward_group_std"] > 0
+        )
 
 
 def test_a_video_without_a_reward_is_left_out_of_the_update(tmp_path, monkeypatch):
@@ -181,27 +256,65 @@ def test_a_video_without_a_reward_is_left_out_of_the_update(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="reward.custom: video 1 could not be scored"):
         train.train(config, tmp_path / "run")
     (row,) = rows(tmp_path / "run")
-    assert row["rewards_failed"] == 1 and row["skipped"] == 0 and np.isfinite(row["reward"]) and row["gradient_norm"] > 0
+    assert (
+        row["rewards_failed"] == 1
+        and row["skipped"] == 0
+        and np.isfinite(row["reward"])
+        and row["gradient_norm"] > 0
+    )
 
 
 def test_score_writes_its_terms_and_the_judges(tmp_path):
-    write_video(tmp_path / "videos" / "0000-0.mp4", np.random.default_rng(0).uniform(-1, 1, (5, 64, 64, 3)).astype(np.float32), 8)
-    cli.run(["score", str(ROOT / "configs" / "quickstart.py"), "--videos", str(tmp_path / "videos"), "--prompts", "embedded:eval",
-             "--out", str(tmp_path / "scores.jsonl"), "--reward.custom", EXAMPLE])
+    write_video(
+        tmp_path / "videos" / "0000-0.mp4",
+        np.random.default_rng(0).uniform(-1, 1, (5, 64, 64, 3)).astype(np.float32),
+        8,
+    )
+    cli.run(
+        [
+            "score",
+            str(ROOT / "configs" / "quickstart.py"),
+            "--videos",
+            str(tmp_path / "videos"),
+            "--prompts",
+            "embedded:eval",
+            "--out",
+            str(tmp_path / "scores.jsonl"),
+            "--reward.custom",
+            EXAMPLE,
+        ]
+    )
     (line,) = [json.loads(text) for text in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert {"reward", "judge_identity", "motion", "colour"} <= line.keys() and "embedder_identity" not in line
+    assert {
+        "reward",
+        "judge_identity",
+        "motion",
+        "colour",
+    } <= line.keys() and "embedder_identity" not in line
 
 
 def test_the_bundled_faces_serve_no_model_that_films(tmp_path):
     films = c.ModelConfig(path="x")
-    with pytest.raises(UserError, match=r"reward.faces embedded knows synthetic people only, and model.path is x; pass --reward.faces"):
+    with pytest.raises(
+        UserError,
+        match=r"reward.faces embedded recognises synthetic people only, and model.path is x; pass --reward.faces",
+    ):
         c.Config(model=films)
     with pytest.raises(UserError, match="reward.faces embedded"):
         c.Config(model=films, reward=c.RewardConfig(backend="deepface:opencv/embedder"))
-    for other in (dict(faces="faces"), dict(custom="a:b"), dict(vlm="reward"), dict(backend="deepface:retinaface/ArcFace")):
+    for other in (
+        dict(faces="faces"),
+        dict(custom="a:b"),
+        dict(vlm="reward"),
+        dict(backend="deepface:retinaface/ArcFace"),
+    ):
         c.Config(model=films, reward=c.RewardConfig(**other))
-    with pytest.warns(UserWarning, match="no judge: reward.faces embedded knows synthetic people only"):
-        assert factory.make_judge(c.Config(model=films, reward=c.RewardConfig(custom="a:b"))) is None
+    with pytest.warns(
+        UserWarning, match="no judge: reward.faces embedded knows synthetic people only"
+    ):
+        assert (
+            factory.make_judge(c.Config(model=films, reward=c.RewardConfig(custom="a:b"))) is None
+        )
     assert factory.make_judge(c.Config(reward=c.RewardConfig(faces="", vlm="reward"))) is None
     for bundled in ("embedded", str(c.EMBEDDED / "pipeline")):
         assert c.Config(model=c.ModelConfig(path=bundled)).judged

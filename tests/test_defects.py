@@ -53,23 +53,31 @@ def test_every_defect_has_its_test():
 
 
 def test_4_one_caption_with_other_photos_is_another_group():
-    rewards = np.array([[0.1, 0.2], [0.8, 0.9]], np.float32)        # two prompts of one text: the first photos are the harder ones
+    rewards = np.array(
+        [[0.1, 0.2], [0.8, 0.9]], np.float32
+    )  # two prompts of one text: the first photos are the harder ones
     advantage, _, _ = selection.choose(c.GrpoConfig(), rewards, {}, {})
     np.testing.assert_allclose(advantage[0], advantage[1], atol=1e-3)
-    assert advantage[0, 0] < 0 < advantage[0, 1]                    # pooled, the whole first group would be negative
+    assert advantage[0, 0] < 0 < advantage[0, 1]  # pooled, the whole first group would be negative
 
 
 def test_7_videos_go_to_the_reward_as_they_are_and_files_have_the_frame_rate(tmp_path):
     import av
 
-    config = c.Config(video=c.VideoConfig(frames=5, height=16, width=16, fps=16), rollout=c.RolloutConfig(prompts=1, group=2))
+    config = c.Config(
+        video=c.VideoConfig(frames=5, height=16, width=16, fps=16),
+        rollout=c.RolloutConfig(prompts=1, group=2),
+    )
     videos = np.zeros((2, 5, 16, 16, 3), np.float32)
     train.write_samples(tmp_path / "s", videos, [Prompt(3, "a", ())], config)
     with av.open(str(tmp_path / "s" / "0003-1.mp4")) as container:
         assert container.streams.video[0].average_rate == 16
-    loads = {node.func.id for node in ast.walk(ast.parse(Path(train.__file__).read_text()))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-    assert "read_video" not in loads                                # nothing that training scores was ever a file
+    loads = {
+        node.func.id
+        for node in ast.walk(ast.parse(Path(train.__file__).read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert "read_video" not in loads  # nothing that training scores was ever a file
 
 
 def test_8_rewards_are_float32_whatever_the_videos_are():
@@ -82,7 +90,9 @@ def test_8_rewards_are_float32_whatever_the_videos_are():
 def test_9_and_14_only_the_adapter_is_trained_and_it_starts_at_the_base():
     pipe = setup.load(c.Config(model=c.ModelConfig(rank=2, alpha=2.0)))
     _, lora, _ = policy.split(pipe.transformer, 1.0)
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora)}
+    leaves = {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora)
+    }
     assert leaves and all("lora_" in name for name in leaves)
     assert not any(np.any(leaf) for name, leaf in leaves.items() if "lora_b" in name)
 
@@ -92,24 +102,49 @@ def test_11_one_update_per_rollout_and_shares_of_whole_groups():
     prompts, group = 4, 2
     of_row = np.repeat(np.arange(prompts), group).reshape(4, group)
     shares = [of_row[update.share(number, len(of_row), 2)].ravel().tolist() for number in (0, 1, 2)]
-    assert shares == [[0, 0, 1, 1], [2, 2, 3, 3], [0, 0, 1, 1]]        # the third is the first of the second epoch
+    assert shares == [
+        [0, 0, 1, 1],
+        [2, 2, 3, 3],
+        [0, 0, 1, 1],
+    ]  # the third is the first of the second epoch
 
 
 def test_18_states_are_stored_once():
     from jax_idgrpo.sampling.rollout import Trajectory
 
     states = {field.name for field in dataclasses.fields(Trajectory)}
-    assert states == {"latents", "x", "velocity", "log_prob"}       # x [K+1]: a step's end is the next one's start; no control
+    assert states == {
+        "latents",
+        "x",
+        "velocity",
+        "log_prob",
+    }  # x [K+1]: a step's end is the next one's start; no control
 
 
 def test_20_every_option_is_read_somewhere():
     read = set()
     for path in (ROOT / "jax_idgrpo").rglob("*.py"):
         tree = ast.parse(path.read_text())
-        checks = {inner for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
-                  for inner in ast.walk(node)}
-        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node not in checks}
-        read |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    unread = [f"{section}.{field}" for section, schema in get_type_hints(c.Config).items() for field in get_type_hints(schema)
-              if field not in read]
+        checks = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
+            for inner in ast.walk(node)
+        }
+        read |= {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and node not in checks
+        }
+        read |= {
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+    unread = [
+        f"{section}.{field}"
+        for section, schema in get_type_hints(c.Config).items()
+        for field in get_type_hints(schema)
+        if field not in read
+    ]
     assert not unread, f"dead options: {unread}"

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.preferences import corruptions
-from jax_idgrpo.preferences.corruptions import DISTORTIONS, DISTRACTOR, NUISANCES, TOGETHER, TRICKS, AnnotatedClip, pasted
+from jax_idgrpo.preferences.corruptions import (
+    DISTORTIONS,
+    DISTRACTOR,
+    NUISANCES,
+    TOGETHER,
+    TRICKS,
+    AnnotatedClip,
+    pasted,
+)
 
 FRAMES, SIZE = 4, 32
 BOXES = np.array([[2.0, 6, 12, 18], [18.0, 8, 28, 20], [0.0, 0, 0, 0]], np.float32)
@@ -28,13 +36,23 @@ def clip() -> AnnotatedClip:
             video[t, y0:y1, x0:x1] = COLOURS[i]
         photos[i, 4:12, 4:12] = PHOTO_COLOURS[i]
     photo_boxes = np.repeat([[4.0, 4, 12, 12]], 3, axis=0).astype(np.float32)
-    return with_video(AnnotatedClip(video, boxes, np.array([True, True, False]), photos, photo_boxes, lambda faces: video), video)
+    return with_video(
+        AnnotatedClip(
+            video, boxes, np.array([True, True, False]), photos, photo_boxes, lambda faces: video
+        ),
+        video,
+    )
 
 
 def with_video(clip, video, distractor=STRANGE):
     """The same people in another clip, and somebody else of one colour."""
-    others = np.broadcast_to(distractor, (FRAMES, 8, 8, 3)), np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32)
-    return clip.replace(video=video, swap_faces=functools.partial(pasted, video, clip.boxes, *others))
+    others = (
+        np.broadcast_to(distractor, (FRAMES, 8, 8, 3)),
+        np.repeat([[0.0, 0, 8, 8]], FRAMES, axis=0).astype(np.float32),
+    )
+    return clip.replace(
+        video=video, swap_faces=functools.partial(pasted, video, clip.boxes, *others)
+    )
 
 
 def middle(clip, video, t, i):
@@ -47,7 +65,9 @@ def middle(clip, video, t, i):
 def test_the_clip_given_stays_as_it_is_and_strength_0_changes_nothing(clip, name):
     before = clip.video.copy()
     changed = DISTORTIONS[name](clip)
-    assert changed.shape == before.shape and changed.dtype == np.float32 and np.abs(changed).max() <= 1
+    assert (
+        changed.shape == before.shape and changed.dtype == np.float32 and np.abs(changed).max() <= 1
+    )
     np.testing.assert_array_equal(clip.video, before)
     assert np.abs(changed - before).max() > 0.1
     np.testing.assert_allclose(DISTORTIONS[name](clip, 0.0), before, atol=1e-6)
@@ -60,26 +80,42 @@ def test_each_does_what_it_is_named_after(clip):
         np.testing.assert_allclose(seen["paste"], PHOTO_COLOURS, atol=1e-5)
         np.testing.assert_allclose(seen["duplicate"], COLOURS[[0, 0]], atol=1e-5)
         np.testing.assert_allclose(seen["blend"], [COLOURS.mean(0)] * 2, atol=1e-5)
-        np.testing.assert_allclose(seen["swap"], COLOURS if t < FRAMES // 2 else COLOURS[::-1], atol=1e-5)
-        np.testing.assert_allclose(seen["drop"], [COLOURS[0], clip.video[t].mean((0, 1))], atol=1e-5)
+        np.testing.assert_allclose(
+            seen["swap"], COLOURS if t < FRAMES // 2 else COLOURS[::-1], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            seen["drop"], [COLOURS[0], clip.video[t].mean((0, 1))], atol=1e-5
+        )
         np.testing.assert_allclose(seen["replace"], [COLOURS[0], STRANGE], atol=1e-5)
         share = t / (FRAMES - 1)
-        np.testing.assert_allclose(seen["drift"], [COLOURS[0], (1 - share) * COLOURS[1] + share * STRANGE], atol=1e-5)
+        np.testing.assert_allclose(
+            seen["drift"], [COLOURS[0], (1 - share) * COLOURS[1] + share * STRANGE], atol=1e-5
+        )
         np.testing.assert_array_equal(made["freeze"][t], clip.video[0])
-        area = [(np.abs(video[t] - COLOURS[0]).max(-1) < 1e-4).sum() for video in (clip.video, made["enlarge"])]
+        area = [
+            (np.abs(video[t] - COLOURS[0]).max(-1) < 1e-4).sum()
+            for video in (clip.video, made["enlarge"])
+        ]
         assert area[1] > 1.5 * area[0]
 
 
 def test_blur_takes_details_from_faces(clip):
-    noisy = with_video(clip, np.random.default_rng(2).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32))
+    noisy = with_video(
+        clip, np.random.default_rng(2).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32)
+    )
     left, top, right, bottom = noisy.boxes[0, 0].astype(int)
-    detail = [corruptions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std() for q in (0.0, 0.4, 1.0)]
+    detail = [
+        corruptions.blur(noisy, q)[0, top + 3 : bottom - 3, left + 3 : right - 3].std()
+        for q in (0.0, 0.4, 1.0)
+    ]
     assert detail[0] > 1.3 * detail[1] > 1.3 * detail[2]
 
 
 @pytest.mark.parametrize("name", DISTORTIONS)
 def test_more_strength_is_further_from_the_clip(clip, name):
-    clip = with_video(clip, np.random.default_rng(3).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32))
+    clip = with_video(
+        clip, np.random.default_rng(3).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32)
+    )
     away = [np.abs(DISTORTIONS[name](clip, q) - clip.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
     assert (np.diff(away) >= 0).all() and 0 < away[1] < away[3], away
 
@@ -104,15 +140,23 @@ def test_what_needs_others_is_listed(clip):
     lone = with_video(clip, clip.video, distractor=COLOURS[1])
     for name, distort in DISTORTIONS.items():
         assert np.array_equal(distort(alone), clip.video) == (name in TOGETHER), name
-        assert np.array_equal(distort(lone), distort(clip)) == (name not in ("replace", "drift")), name
+        assert np.array_equal(distort(lone), distort(clip)) == (name not in ("replace", "drift")), (
+            name
+        )
     assert set(TRICKS) < set(DISTORTIONS)
 
 
 def test_faces_are_pasted_where_they_are_asked_for(clip):
-    for faces, expected in (({}, COLOURS), ({0: 1, 1: 0}, COLOURS[::-1]), ({0: DISTRACTOR, 1: 0}, [STRANGE, COLOURS[0]])):
+    for faces, expected in (
+        ({}, COLOURS),
+        ({0: 1, 1: 0}, COLOURS[::-1]),
+        ({0: DISTRACTOR, 1: 0}, [STRANGE, COLOURS[0]]),
+    ):
         changed = clip.swap_faces(faces)
         for t in range(FRAMES):
-            np.testing.assert_allclose([middle(clip, changed, t, i) for i in range(2)], expected, atol=1e-5)
+            np.testing.assert_allclose(
+                [middle(clip, changed, t, i) for i in range(2)], expected, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", NUISANCES)
@@ -127,7 +171,9 @@ def test_a_nuisance_is_a_small_change_of_everything(name):
     assert 0 < np.abs(little - video).mean() < np.abs(much - video).mean() < 0.25
 
 
-@pytest.mark.parametrize("box", [[-5.0, -5, 6, 6], [28.0, 28, 40, 40], [50.0, 50, 60, 60], [4.0, 4, 4, 9]])
+@pytest.mark.parametrize(
+    "box", [[-5.0, -5, 6, 6], [28.0, 28, 40, 40], [50.0, 50, 60, 60], [4.0, 4, 4, 9]]
+)
 def test_a_face_that_reaches_outside_the_picture_is_cut(box):
     frame = np.zeros((SIZE, SIZE, 3), np.float32)
     corruptions.put(frame, np.array(box), np.ones((8, 8, 3), np.float32), np.array([0.0, 0, 8, 8]))

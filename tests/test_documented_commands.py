@@ -22,16 +22,26 @@ def commands():
     """(page, words) of the commands in code blocks that name a recipe of this repository."""
     found = []
     for page in PAGES:
-        parts = re.split(r"^ *```.*$", page.read_text(), flags=re.MULTILINE)      # every second one is in a block
+        parts = re.split(
+            r"^ *```.*$", page.read_text(), flags=re.MULTILINE
+        )  # every second one is in a block
         for block in parts[1::2]:
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("$ "), comments=True) if line.lstrip("$ ").startswith("idgrpo ") else []
+                words = (
+                    shlex.split(line.removeprefix("$ "), comments=True)
+                    if line.lstrip("$ ").startswith("idgrpo ")
+                    else []
+                )
                 if len(words) > 2 and recipe(words[2]).is_file():
                     found.append((page.name, words))
     return found
 
 
-@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value[1:3]))
+@pytest.mark.parametrize(
+    ("page", "words"),
+    commands(),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[1:3]),
+)
 def test_a_command_of_the_documentation_is_accepted(page, words):
     options = []
     for name, value in zip(words, [*words[1:], ""]):
@@ -53,4 +63,9 @@ def test_a_model_that_films_is_shown_with_face_networks_or_another_reward():
     training = [words for words in shown if words[1] == "train"]
     assert training
     for words in training:
-        assert any(name.startswith(("--reward.faces", "--reward.backend", "--reward.vlm", "--reward.custom")) for name in words), words
+        assert any(
+            name.startswith(
+                ("--reward.faces", "--reward.backend", "--reward.vlm", "--reward.custom")
+            )
+            for name in words
+        ), words

@@ -49,7 +49,12 @@ def test_training_continues_and_the_ratio_is_one(run):
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["ratio_min"] == row["ratio_max"] == 1 for row in rows)
     assert all(np.isfinite(row["reward"]) for row in rows)
-    adapter = {"README.md", "adapter_config.json", "adapter_model.safetensors", "training_progress.json"}
+    adapter = {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training_progress.json",
+    }
     assert {path.name for path in (run / "export").iterdir()} == adapter
     assert list((run / "samples").rglob("*.mp4"))
 
@@ -58,19 +63,35 @@ def test_a_run_and_an_adapter_of_version_0_1_go_on(prompts, tmp_path):
     """Written by 0.1.0 with the same options: its configuration is accepted, its checkpoint and adapter are read."""
     shutil.copytree(ROOT / "tests" / "fixtures" / "run_of_version_0_1", tmp_path / "old")
     old = tmp_path / "old" / "export"
-    idgrpo("sample", CONFIG, "--prompts", prompts, "--out", tmp_path / "videos", "--lora", old, *SHORT)
+    idgrpo(
+        "sample", CONFIG, "--prompts", prompts, "--out", tmp_path / "videos", "--lora", old, *SHORT
+    )
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 4
     before = (old / "adapter_model.safetensors").read_bytes()
     options = ["--run.save_every", "2", "--run.sample_every", "0"]
     same = [*SHORT[: SHORT.index("--run.save_every")], *SHORT[-8:], *options]
     idgrpo("train", CONFIG, "--workdir", tmp_path / "old", *same, "--run.steps", "3")
-    rows = [json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["ratio_min"] == rows[2]["ratio_max"] == 1
+    rows = [
+        json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["ratio_min"] == rows[2][
+        "ratio_max"
+    ] == 1
     assert (old / "adapter_model.safetensors").read_bytes() != before
 
 
 def test_evaluate_and_report(run, prompts):
-    idgrpo("evaluate", CONFIG, "--prompts", prompts, "--out", run / "evaluation", "--lora", f"tuned={run / 'export'}", *SHORT)
+    idgrpo(
+        "evaluate",
+        CONFIG,
+        "--prompts",
+        prompts,
+        "--out",
+        run / "evaluation",
+        "--lora",
+        f"tuned={run / 'export'}",
+        *SHORT,
+    )
     found = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert found["models"].keys() == {"base", "tuned"}
     assert all(0 <= found["models"][model]["faces"]["mean"] <= 1 for model in ("base", "tuned"))
@@ -80,8 +101,28 @@ def test_evaluate_and_report(run, prompts):
 
 
 def test_sample_and_score_agree_with_one_another(run, prompts, tmp_path):
-    idgrpo("sample", CONFIG, "--prompts", prompts, "--out", tmp_path / "videos", "--lora", run / "export", *SHORT)
-    idgrpo("score", CONFIG, "--videos", tmp_path / "videos", "--prompts", prompts, "--out", tmp_path / "scores.jsonl", *SHORT)
+    idgrpo(
+        "sample",
+        CONFIG,
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "videos",
+        "--lora",
+        run / "export",
+        *SHORT,
+    )
+    idgrpo(
+        "score",
+        CONFIG,
+        "--videos",
+        tmp_path / "videos",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "scores.jsonl",
+        *SHORT,
+    )
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(-1 <= line["judge_identity"] <= 1 for line in lines)
 
@@ -100,7 +141,9 @@ def refused(capsys, monkeypatch, *words) -> str:
 def test_a_change_that_breaks_exactness_is_refused(run, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     changed = " ".join(SHORT).replace("--rollout.group 2", "--rollout.group 4").split()
-    answer = refused(capsys, monkeypatch, "train", CONFIG, "--workdir", run, *changed, "--run.steps", "3")
+    answer = refused(
+        capsys, monkeypatch, "train", CONFIG, "--workdir", run, *changed, "--run.steps", "3"
+    )
     assert "rollout.group" in answer and "twice" not in answer
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
@@ -109,15 +152,43 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
     shutil.copytree(EMBEDDED / "pipeline", tmp_path / "pipeline")
     weights = next((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
-    answer = refused(capsys, monkeypatch, "train", CONFIG, "--workdir", tmp_path / "w", *SHORT, "--model.path", tmp_path / "pipeline")
+    answer = refused(
+        capsys,
+        monkeypatch,
+        "train",
+        CONFIG,
+        "--workdir",
+        tmp_path / "w",
+        *SHORT,
+        "--model.path",
+        tmp_path / "pipeline",
+    )
     assert weights.name in answer
-    assert not (tmp_path / "w" / "checkpoints").exists() or not list((tmp_path / "w" / "checkpoints").iterdir())
+    assert not (tmp_path / "w" / "checkpoints").exists() or not list(
+        (tmp_path / "w" / "checkpoints").iterdir()
+    )
 
 
-@pytest.mark.parametrize(("rows", "answer"), [
-    ("", "header"), ("ref_paths,prompt\n", "no rows"), ("ref_paths,prompt\nnone.png,hello\n", "none.png")])
+@pytest.mark.parametrize(
+    ("rows", "answer"),
+    [
+        ("", "header"),
+        ("ref_paths,prompt\n", "no rows"),
+        ("ref_paths,prompt\nnone.png,hello\n", "none.png"),
+    ],
+)
 def test_a_bad_csv_is_refused(tmp_path, capsys, monkeypatch, rows, answer):
     (tmp_path / "bad.csv").write_text(rows)
     out = tmp_path / "out"
-    assert answer in refused(capsys, monkeypatch, "sample", CONFIG, "--prompts", tmp_path / "bad.csv", "--out", out, *SHORT)
+    assert answer in refused(
+        capsys,
+        monkeypatch,
+        "sample",
+        CONFIG,
+        "--prompts",
+        tmp_path / "bad.csv",
+        "--out",
+        out,
+        *SHORT,
+    )
     assert not out.exists()

@@ -11,7 +11,15 @@ from flax import nnx
 from PIL import Image
 
 from jax_idgrpo import cli, rng
-from jax_idgrpo.config import Config, DataConfig, EvaluateConfig, ModelConfig, RewardConfig, RolloutConfig, VideoConfig
+from jax_idgrpo.config import (
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    VideoConfig,
+)
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import read_video, to_uint8, write_video
 from jax_idgrpo.errors import Failure, UserError
@@ -31,12 +39,17 @@ TEXT_WIDTH = 8
 class WordLengths:
     """A tokenizer whose ids are the lengths of the words."""
 
-    def __call__(self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None):
+    def __call__(
+        self, text, *, padding=False, max_length=None, truncation=False, return_tensors=None
+    ):
         if max_length is None:
             return {"input_ids": [*(len(word) for word in text.split()), 1]}
         ids = [len(word) for word in text.split()][: max_length - 1] + [1]
         pad = [0] * (max_length - len(ids))
-        return {"input_ids": np.array([ids + pad]), "attention_mask": np.array([[1] * len(ids) + pad])}
+        return {
+            "input_ids": np.array([ids + pad]),
+            "attention_mask": np.array([[1] * len(ids) + pad]),
+        }
 
     def decode(self, ids, *, skip_special_tokens):
         return " ".join(map(str, ids))
@@ -46,7 +59,9 @@ class Lookup(UMT5Encoder):
     """A text encoder that looks its ids up."""
 
     def __init__(self):
-        self.table = nnx.Param(jnp.asarray(np.random.default_rng(3).normal(0, 1, (32, TEXT_WIDTH)), jnp.float32))
+        self.table = nnx.Param(
+            jnp.asarray(np.random.default_rng(3).normal(0, 1, (32, TEXT_WIDTH)), jnp.float32)
+        )
 
     def __call__(self, ids, mask):
         return self.table[...][ids] * mask[..., None]
@@ -56,7 +71,9 @@ class Blocks(WanVAE):
     """A VAE whose latents are mean colours of 8 x 8 pixels of every fourth frame, so that nothing takes long to compile."""
 
     def __init__(self):
-        self.colours = nnx.Param(jnp.asarray(np.random.default_rng(4).normal(0, 0.5, (3, 16)), jnp.float32))
+        self.colours = nnx.Param(
+            jnp.asarray(np.random.default_rng(4).normal(0, 0.5, (3, 16)), jnp.float32)
+        )
 
     def chunk(self, frames, height, width):
         return None
@@ -75,15 +92,38 @@ def drawn(build, seed: int) -> nnx.Module:
     """A network whose every parameter is drawn: nothing is zero by initialisation, and nothing is compiled to make it."""
     graph, abstract = nnx.split(nnx.eval_shape(build))
     rng = np.random.default_rng(seed)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), abstract))
+    return nnx.merge(
+        graph,
+        jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype), abstract
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    wan = WanConfig(num_layers=1, num_heads=2, head_dim=12, ffn_dim=32, text_dim=TEXT_WIDTH, freq_dim=16, vace_layers=(0,), unroll=True)
-    transformer = drawn(lambda: WanTransformer(wan, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)), 1)
-    return pipeline.Pipeline(transformer=transformer, vae=Blocks(), text_encoder=Lookup(), tokenizer=WordLengths(), shift=3.0,
-                             kind="vace", path=tmp_path_factory.mktemp("pipe"))
+    wan = WanConfig(
+        num_layers=1,
+        num_heads=2,
+        head_dim=12,
+        ffn_dim=32,
+        text_dim=TEXT_WIDTH,
+        freq_dim=16,
+        vace_layers=(0,),
+        unroll=True,
+    )
+    transformer = drawn(
+        lambda: WanTransformer(wan, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)), 1
+    )
+    return pipeline.Pipeline(
+        transformer=transformer,
+        vae=Blocks(),
+        text_encoder=Lookup(),
+        tokenizer=WordLengths(),
+        shift=3.0,
+        kind="vace",
+        path=tmp_path_factory.mktemp("pipe"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +133,22 @@ def prompts(tmp_path_factory):
         noise = np.random.default_rng(n).integers(0, 256, (20 + n, 30, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{n}.png")
     photos = [folder / f"{n}.png" for n in range(3)]
-    return [Prompt(0, "a person waves", (photos[0],)), Prompt(1, "two people , one nods", (photos[1], photos[2])),
-            Prompt(2, "a person walks", (photos[2],))]
+    return [
+        Prompt(0, "a person waves", (photos[0],)),
+        Prompt(1, "two people , one nods", (photos[1], photos[2])),
+        Prompt(2, "a person walks", (photos[2],)),
+    ]
 
 
 @pytest.fixture(scope="module")
 def config():
     return Config(
-        model=ModelConfig(rank=4, alpha=4.0), data=DataConfig(max_people=2, text_length=8),
-        video=VideoConfig(frames=5, height=16, width=32, fps=8), rollout=RolloutConfig(guidance=1.5),
-        evaluate=EvaluateConfig(videos=2, steps=3, batch=4, bootstrap=50))
+        model=ModelConfig(rank=4, alpha=4.0),
+        data=DataConfig(max_people=2, text_length=8),
+        video=VideoConfig(frames=5, height=16, width=32, fps=8),
+        rollout=RolloutConfig(guidance=1.5),
+        evaluate=EvaluateConfig(videos=2, steps=3, batch=4, bootstrap=50),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +158,12 @@ def adapters(pipe, tmp_path_factory):
     adapted = add_adapter(pipe.transformer, 4, 4.0, rng.key(7, "init"))
     state = nnx.state(adapted, LoRAParam)
     save_lora(folder / "still", state, adapted.config)
-    moved = jax.tree.map(lambda leaf: leaf + np.random.default_rng(leaf.size).normal(0, 0.3, leaf.shape).astype(np.float32), state)
+    moved = jax.tree.map(
+        lambda leaf: (
+            leaf + np.random.default_rng(leaf.size).normal(0, 0.3, leaf.shape).astype(np.float32)
+        ),
+        state,
+    )
     save_lora(folder / "moved", moved, adapted.config)
     return {name: folder / name for name in ("still", "moved")}
 
@@ -127,7 +178,12 @@ def stubbed(monkeypatch, pipe, prompts):
             mean = videos.mean((1, 2, 3, 4))
             people = np.array([len(prompt.references) for prompt in asked])
             motion = np.abs(np.diff(videos, axis=1)).mean((1, 2, 3, 4))
-            found = {"reward": mean, "judge_identity": mean / people, "faces": np.ones(len(mean)), "motion": motion}
+            found = {
+                "reward": mean,
+                "judge_identity": mean / people,
+                "faces": np.ones(len(mean)),
+                "motion": motion,
+            }
             return dict.fromkeys(bootstrap.LABELS, mean) | found
 
         return score
@@ -141,7 +197,9 @@ def stubbed(monkeypatch, pipe, prompts):
 
         return score_clip
 
-    monkeypatch.setattr(sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe))
+    monkeypatch.setattr(
+        sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe)
+    )
     monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
     monkeypatch.setattr(commands, "make_scorer", make_scorer)
     monkeypatch.setattr(commands, "make_clip_scorer", make_clip_scorer)
@@ -151,7 +209,9 @@ def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
     sampler = make_sampler(config)
     base = make_models(sampler, {})["base"]
     rows = all_rows(prompts, 2)
-    together = np.concatenate([videos[: len(batch)] for batch, videos in sampler.batches(base, rows, "")])
+    together = np.concatenate(
+        [videos[: len(batch)] for batch, videos in sampler.batches(base, rows, "")]
+    )
     assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
     alone = sampler.videos(base, [rows[3]])
     np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
@@ -184,10 +244,14 @@ def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tm
     text = report.report(tmp_path / "run").read_text()
     assert text.count("<video") == 9 and text.count("<img") == 4
     commands.evaluate(config, tmp_path / "any.csv", out, {})
-    assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, "a second run replaces the first"
+    assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, (
+        "a second run replaces the first"
+    )
 
 
-def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapters, tmp_path, monkeypatch):
+def test_watching_warns_when_reward_and_judge_part(
+    pipe, prompts, config, adapters, tmp_path, monkeypatch
+):
     """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
     monkeypatch.setattr(monitor, "load_prompts", lambda path, people: prompts)
     seen = []
@@ -196,7 +260,12 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
         def score(videos, asked):
             seen.append(videos)
             moved = np.abs(videos - seen[0][: len(videos)]).mean((1, 2, 3, 4))
-            return {"reward": moved, "judge_identity": sign * moved, "faces": moved, "motion": moved}
+            return {
+                "reward": moved,
+                "judge_identity": sign * moved,
+                "faces": moved,
+                "motion": moved,
+            }
 
         return score
 
@@ -207,23 +276,42 @@ def test_watching_warns_when_reward_and_judge_part(pipe, prompts, config, adapte
     watch.begin(models["still"])
     assert watch(models["moved"], 5)["watch_parted"] == 0
     sign = -1
-    with pytest.warns(UserWarning, match=r"step 7: on 3 held-out prompts the reward rose .* and the judge's identity fell"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step 7: on 3 held-out prompts the reward rose .* and the judge's identity fell",
+    ):
         logged = watch(models["moved"], 7)
-    assert logged["watch_parted"] == 1 and logged["watch_reward"] == -logged["watch_judge_identity"] > 0
+    assert (
+        logged["watch_parted"] == 1
+        and logged["watch_reward"] == -logged["watch_judge_identity"] > 0
+    )
     count = len(seen)
-    watch.begin(models["moved"])                                    # what a run starts from is scored once
-    assert len(seen) == count and sorted(path.name for path in (tmp_path / "watch").iterdir()) == [f"00000{n}.json" for n in (0, 5, 7)]
-    np.testing.assert_array_equal(seen[1], seen[2])                 # fixed noise
+    watch.begin(models["moved"])  # what a run starts from is scored once
+    assert len(seen) == count and sorted(path.name for path in (tmp_path / "watch").iterdir()) == [
+        f"00000{n}.json" for n in (0, 5, 7)
+    ]
+    np.testing.assert_array_equal(seen[1], seen[2])  # fixed noise
 
 
 def test_sample_then_score(stubbed, config, prompts, adapters, tmp_path):
     commands.sample(config, tmp_path / "any.csv", tmp_path / "videos", adapters["moved"])
-    lines = [json.loads(line) for line in (tmp_path / "videos" / "samples.jsonl").read_text().splitlines()]
-    assert [line["file"] for line in lines] == [f"{row:04d}-{member}.mp4" for row in range(3) for member in range(2)]
-    commands.score(config, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "new" / "scores.jsonl")
-    scores = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "videos" / "samples.jsonl").read_text().splitlines()
+    ]
+    assert [line["file"] for line in lines] == [
+        f"{row:04d}-{member}.mp4" for row in range(3) for member in range(2)
+    ]
+    commands.score(
+        config, tmp_path / "videos", tmp_path / "any.csv", tmp_path / "new" / "scores.jsonl"
+    )
+    scores = [
+        json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()
+    ]
     assert [line["file"] for line in scores] == [line["file"] for line in lines]
-    assert [line["prompt"] for line in scores] == [prompt.text for prompt in prompts for _ in range(2)]
+    assert [line["prompt"] for line in scores] == [
+        prompt.text for prompt in prompts for _ in range(2)
+    ]
     assert scores[2]["judge_identity"] == pytest.approx(scores[2]["reward"] / 2)
 
 
@@ -263,27 +351,44 @@ def test_videos_of_all_kinds_are_scored_and_hidden_files_are_not(stubbed, config
     write_clips(folder, "0000-0.mp4", "0001-0.MP4", "0002-0.m4v", "._0000-1.mp4")
     (folder / "notes.txt").write_text("mine")
     commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
-    assert [line["file"] for line in scores_of(tmp_path / "scores.jsonl")] == ["0000-0.mp4", "0001-0.MP4", "0002-0.m4v"]
+    assert [line["file"] for line in scores_of(tmp_path / "scores.jsonl")] == [
+        "0000-0.mp4",
+        "0001-0.MP4",
+        "0002-0.m4v",
+    ]
     assert "1 other files" in (printed := capsys.readouterr().out) and "notes.txt" in printed
 
 
-def test_videos_with_names_of_their_own_are_found_by_the_csv_or_by_samples(stubbed, config, prompts, tmp_path):
+def test_videos_with_names_of_their_own_are_found_by_the_csv_or_by_samples(
+    stubbed, config, prompts, tmp_path
+):
     folder = tmp_path / "videos"
     write_clips(folder, "anna.mp4", "both.mp4", "left.mp4")
-    lines = [{"file": "both.mp4", "prompt": prompts[1].text}, {"file": "anna.mp4", "prompt": prompts[2].text}]
+    lines = [
+        {"file": "both.mp4", "prompt": prompts[1].text},
+        {"file": "anna.mp4", "prompt": prompts[2].text},
+    ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
     found = {line["file"]: line["prompt"] for line in scores_of(tmp_path / "scores.jsonl")}
     assert found == {"anna.mp4": prompts[2].text, "both.mp4": prompts[1].text}
-    (tmp_path / "any.csv").write_text("ref_paths,prompt,video\na,b,left.mp4\na,b,\na,b,anna.mp4;both.mp4\n")
+    (tmp_path / "any.csv").write_text(
+        "ref_paths,prompt,video\na,b,left.mp4\na,b,\na,b,anna.mp4;both.mp4\n"
+    )
     commands.score(config, folder, tmp_path / "any.csv", tmp_path / "scores.jsonl")
     found = {line["file"]: line["prompt"] for line in scores_of(tmp_path / "scores.jsonl")}
-    assert found == {"left.mp4": prompts[0].text, "anna.mp4": prompts[2].text, "both.mp4": prompts[2].text}
+    assert found == {
+        "left.mp4": prompts[0].text,
+        "anna.mp4": prompts[2].text,
+        "both.mp4": prompts[2].text,
+    }
 
 
 def test_samples_of_other_prompts_are_refused(stubbed, config, tmp_path):
     write_clips(tmp_path, "0001-0.mp4")
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"file": "0001-0.mp4", "prompt": "somebody else"}) + "\n")
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps({"file": "0001-0.mp4", "prompt": "somebody else"}) + "\n"
+    )
     with pytest.raises(UserError, match=r"line 1: 0001-0\.mp4 was made from a prompt that is not"):
         commands.score(config, tmp_path, tmp_path / "any.csv", tmp_path / "scores.jsonl")
 
@@ -293,7 +398,9 @@ def test_a_broken_video_costs_its_own_score_alone(stubbed, config, tmp_path, mon
     write_clips(folder, "0000-0.mp4", "0001-0.mp4", "0002-0.mp4")
     whole = (folder / "0001-0.mp4").read_bytes()
     (folder / "0001-0.mp4").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Failure, match=r"1 of 3 videos could not be scored.*0001-0\.mp4: is damaged or cut off"):
+    with pytest.raises(
+        Failure, match=r"1 of 3 videos could not be scored.*0001-0\.mp4: is damaged or cut off"
+    ):
         commands.score(config, folder, tmp_path / "any.csv", out)
     rewards = [line["reward"] for line in scores_of(out)]
     assert rewards[1] is None and None not in (rewards[0], rewards[2])
@@ -351,7 +458,9 @@ def test_a_stopped_sample_continues(stubbed, config, adapters, tmp_path, monkeyp
     assert counted == [["0002-1"]] and len(times) == 5
     assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
     assert (out / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
-    np.testing.assert_array_equal(read_video(out / "0002-1.mp4"), read_video(tmp_path / "whole" / "0002-1.mp4"))
+    np.testing.assert_array_equal(
+        read_video(out / "0002-1.mp4"), read_video(tmp_path / "whole" / "0002-1.mp4")
+    )
     commands.sample(config, tmp_path / "any.csv", out, adapters["moved"])
     assert len(counted) == 1, "a finished command samples again"
 
@@ -368,14 +477,23 @@ def test_a_folder_with_videos_of_something_else_is_refused(stubbed, config, adap
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
-def test_videos_that_are_not_finite_are_not_written(stubbed, config, adapters, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(Blocks, "decode", lambda self, latents, chunk=None: jnp.full((latents.shape[0], 5, 16, 32, 3), jnp.nan))
+def test_videos_that_are_not_finite_are_not_written(
+    stubbed, config, adapters, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(
+        Blocks,
+        "decode",
+        lambda self, latents, chunk=None: jnp.full((latents.shape[0], 5, 16, 32, 3), jnp.nan),
+    )
     given = {"sample": adapters["moved"], "evaluate": adapters}[command]
     rollout.decode.clear_cache()
     with pytest.raises(Failure, match=r"video 0000-0 is not finite"):
         getattr(commands, command)(config, tmp_path / "any.csv", tmp_path / "out", given)
     rollout.decode.clear_cache()
-    assert not list((tmp_path / "out").rglob("*.mp4")) and not (tmp_path / "out" / "metrics.json").exists()
+    assert (
+        not list((tmp_path / "out").rglob("*.mp4"))
+        and not (tmp_path / "out" / "metrics.json").exists()
+    )
 
 
 def test_a_mistake_leaves_what_was_there(stubbed, config, adapters, tmp_path, monkeypatch):
@@ -406,7 +524,10 @@ def test_a_failure_is_one_line_and_exit_status_1(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert stopped.value.code == 1 and capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
+    assert (
+        stopped.value.code == 1
+        and capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
+    )
 
 
 def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, monkeypatch, counted):
@@ -431,7 +552,9 @@ def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, mon
     counted.clear()
     commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", adapters)
     assert [len(rows) for rows in counted] == [2, 4, 2], "what was scored is sampled again"
-    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "whole"))
+    ours, theirs = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "whole")
+    )
     assert ours == theirs
     counted.clear()
     commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", {"moved": adapters["moved"]})
@@ -442,20 +565,30 @@ def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, mon
 
 
 def test_a_comparison_without_guidance_says_what_that_means():
-    plain = Config(model=ModelConfig(path="/models/wan"), rollout=RolloutConfig(guidance=1.0), reward=RewardConfig(faces="faces"))
+    plain = Config(
+        model=ModelConfig(path="/models/wan"),
+        rollout=RolloutConfig(guidance=1.0),
+        reward=RewardConfig(faces="faces"),
+    )
     assert "without guidance (scale 1)" in commands._guidance_note(plain)
     guided = dataclasses.replace(plain, evaluate=EvaluateConfig(guidance=5.0))
-    assert not commands._guidance_note(guided) and not commands._guidance_note(Config(rollout=RolloutConfig(guidance=1.0)))
+    assert not commands._guidance_note(guided) and not commands._guidance_note(
+        Config(rollout=RolloutConfig(guidance=1.0))
+    )
 
 
 def test_a_fetched_video_is_the_file_s_bytes():
     videos = np.random.default_rng(0).uniform(-1.2, 1.2, (3, 2, 4, 6, 3)).astype(np.float32)
     for number in range(3):
-        np.testing.assert_array_equal(sampler.fetch(jnp.asarray(videos), number), to_uint8(videos[number]))
+        np.testing.assert_array_equal(
+            sampler.fetch(jnp.asarray(videos), number), to_uint8(videos[number])
+        )
 
 
 def test_size_of_the_evaluation_overrides_that_of_the_run(config):
-    larger = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, frames=9, width=64))
+    larger = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, frames=9, width=64)
+    )
     video = evaluated(larger).video
     assert (video.frames, video.height, video.width, video.fps) == (9, 16, 64, 8)
 
@@ -464,4 +597,6 @@ def test_references_are_photos_at_their_own_size_and_a_mask_of_people(config, pr
     references = References.of_prompts(prompts, config.data.max_people)
     assert references.mask.tolist() == [[True, False], [True, True], [True, False]]
     for row, prompt in zip(references.photos, prompts, strict=True):
-        assert [photo.open().size for photo in row] == [Image.open(path).size for path in prompt.references]
+        assert [photo.open().size for photo in row] == [
+            Image.open(path).size for path in prompt.references
+        ]

@@ -37,7 +37,10 @@ def randomise(network, seed=0):
     """The network with all variables away from their defaults; variances positive."""
     rng = np.random.default_rng(seed)
     state = nnx.state(network)
-    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.abs(jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)), state)
+    noisy = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.abs(jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)),
+        state,
+    )
     nnx.update(network, noisy)
     return network
 
@@ -45,7 +48,13 @@ def randomise(network, seed=0):
 def small_stack(threshold=0.0):
     embedder = randomise(ArcFace(SMALL_ARCFACE, rngs=nnx.Rngs(0)))
     template = tuple((x / 7, y / 7) for x, y in faces.ARCFACE_TEMPLATE)
-    return faces.FaceStack(randomise(bundled_detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(1))), embedder, template, 3, threshold)
+    return faces.FaceStack(
+        randomise(bundled_detector.Detector(SMALL_DETECTOR, rngs=nnx.Rngs(1))),
+        embedder,
+        template,
+        3,
+        threshold,
+    )
 
 
 def umeyama(points, template):
@@ -55,7 +64,9 @@ def umeyama(points, template):
     sign = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
     rotation = u @ np.diag(sign) @ vt
     scale = (s @ sign) / (p**2).sum(1).mean()
-    return np.concatenate([scale * rotation, (template.mean(0) - scale * rotation @ points.mean(0))[:, None]], 1)
+    return np.concatenate(
+        [scale * rotation, (template.mean(0) - scale * rotation @ points.mean(0))[:, None]], 1
+    )
 
 
 def landmarks(seed=0, count=4, noise=2.0):
@@ -73,26 +84,40 @@ def landmarks(seed=0, count=4, noise=2.0):
 def test_similarity_is_umeyamas():
     template = np.array(faces.ARCFACE_TEMPLATE)
     points = landmarks(count=20)
-    a, t = (np.asarray(x) for x in faces.similarity(jnp.asarray(points), jnp.asarray(template, jnp.float32)))
+    a, t = (
+        np.asarray(x)
+        for x in faces.similarity(jnp.asarray(points), jnp.asarray(template, jnp.float32))
+    )
     for p, (real, imaginary), shift in zip(points, a, t, strict=True):
         ours = np.array([[real, -imaginary, shift[0]], [imaginary, real, shift[1]]])
-        np.testing.assert_allclose(ours, umeyama(p.astype(np.float64), template), rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(
+            ours, umeyama(p.astype(np.float64), template), rtol=1e-4, atol=1e-3
+        )
 
 
 def test_aligned_crops_equal_opencvs_within_a_grey_level():
     rng = np.random.default_rng(0)
     picture = cv2.GaussianBlur(rng.uniform(0, 255, (64, 80, 3)).astype(np.float32), (0, 0), 1.0)
     points = landmarks()
-    ours = faces.align(jnp.asarray(picture / 127.5 - 1)[None], jnp.asarray(points)[None], faces.ARCFACE_TEMPLATE, 112)[0]
+    ours = faces.align(
+        jnp.asarray(picture / 127.5 - 1)[None],
+        jnp.asarray(points)[None],
+        faces.ARCFACE_TEMPLATE,
+        112,
+    )[0]
     for crop, p in zip(np.asarray(ours), points, strict=True):
         matrix = umeyama(p.astype(np.float64), np.array(faces.ARCFACE_TEMPLATE))
         theirs = cv2.warpAffine(picture, matrix, (112, 112), borderValue=0)
         assert np.abs((crop + 1) * 127.5 - theirs).mean() < 1.0
-        assert np.quantile(np.abs((crop + 1) * 127.5 - theirs), 0.98) < 3.0  # OpenCV rounds places to 1/32 of a pixel
+        assert (
+            np.quantile(np.abs((crop + 1) * 127.5 - theirs), 0.98) < 3.0
+        )  # OpenCV rounds places to 1/32 of a pixel
 
 
 def test_alignment_survives_landmarks_in_one_point():
-    crops = faces.align(jnp.ones((1, 16, 16, 3)), jnp.full((1, 1, 5, 2), 3.0), faces.ARCFACE_TEMPLATE, 16)
+    crops = faces.align(
+        jnp.ones((1, 16, 16, 3)), jnp.full((1, 1, 5, 2), 3.0), faces.ARCFACE_TEMPLATE, 16
+    )
     assert np.isfinite(crops).all()
 
 
@@ -114,11 +139,21 @@ def test_decoding_returns_planted_faces_best_first():
     height = width = 12
     logits = np.full((1, height, width), -6.0, np.float32)
     sides = np.full((1, height, width, 4), 6.0, np.float32)
-    points = np.arange(10, dtype=np.float32).reshape(5, 2) * np.ones((1, height, width, 1, 1), np.float32)
+    points = np.arange(10, dtype=np.float32).reshape(5, 2) * np.ones(
+        (1, height, width, 1, 1), np.float32
+    )
     for (y, x), level in {(2, 3): 1.0, (9, 9): 3.0, (9, 10): 2.0, (5, 1): -1.0}.items():
         logits[0, y, x] = level
-    found = bundled_detector.decode(bundled_detector.DetectorOutput(*map(jnp.asarray, (logits, sides, points))), faces=3, threshold=0.5)
-    assert found.mask[0].tolist() == [True, True, False]  # the neighbour of the best is no peak, the last is below threshold
+    found = bundled_detector.decode(
+        bundled_detector.DetectorOutput(*map(jnp.asarray, (logits, sides, points))),
+        faces=3,
+        threshold=0.5,
+    )
+    assert found.mask[0].tolist() == [
+        True,
+        True,
+        False,
+    ]  # the neighbour of the best is no peak, the last is below threshold
     centres = np.asarray(found.boxes[0, :2]).reshape(2, 2, 2).mean(1)
     np.testing.assert_allclose(centres, [[37.5, 37.5], [13.5, 9.5]])
     np.testing.assert_allclose(found.landmarks[0, 1], np.array([13.5, 9.5]) + points[0, 0, 0])
@@ -142,7 +177,9 @@ def test_a_stored_network_comes_back(network, tmp_path):
     faces.save_network(network, tmp_path / "network", level=3)
     again, values = faces.load_network(tmp_path / "network")
     assert values["level"] == 3 and again.config == network.config
-    for ours, theirs in zip(jax.tree.leaves(nnx.state(network)), jax.tree.leaves(nnx.state(again)), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(nnx.state(network)), jax.tree.leaves(nnx.state(again)), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -175,7 +212,9 @@ def test_gradients_reach_the_pixels():
     stack = small_stack()
     videos = jax.random.uniform(jax.random.key(0), (1, 2, 32, 32, 3), minval=-1.0)
     found = stack(videos)
-    assert found.mask.any() and np.allclose(jnp.linalg.norm(found.embeddings, axis=-1), found.mask, atol=1e-5)
+    assert found.mask.any() and np.allclose(
+        jnp.linalg.norm(found.embeddings, axis=-1), found.mask, atol=1e-5
+    )
     gradient = jax.jit(jax.grad(lambda v: stack(v).embeddings[..., 0].sum()))(videos)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
@@ -186,9 +225,15 @@ def test_gradients_reach_the_pixels():
 
 def test_angular_margin_loss_is_the_written_formula():
     rng = np.random.default_rng(0)
-    cosines, person, weight = rng.uniform(-0.9, 0.9, (6, 4)).astype(np.float32), np.array([0, 1, 2, 3, 0, 1]), np.array([1, 1, 1, 1, 1, 0])
+    cosines, person, weight = (
+        rng.uniform(-0.9, 0.9, (6, 4)).astype(np.float32),
+        np.array([0, 1, 2, 3, 0, 1]),
+        np.array([1, 1, 1, 1, 1, 0]),
+    )
     margin, scale = 0.3, 12.0
-    value, scalars = embedder_task.arcface_loss(*map(jnp.asarray, (cosines, person, weight.astype(np.float32))), margin, scale)
+    value, scalars = embedder_task.arcface_loss(
+        *map(jnp.asarray, (cosines, person, weight.astype(np.float32))), margin, scale
+    )
     losses = []
     for row, y in zip(cosines[:5].astype(np.float64), person, strict=False):
         logits = scale * row
@@ -207,7 +252,13 @@ def test_area_under_curve_counts_pairs_in_order():
 def test_detector_targets_are_one_at_seen_faces_and_ignore_hidden_ones():
     boxes = np.array([[[10, 10, 30, 34], [40, 20, 60, 44], [5, 40, 20, 60]]], np.float32)
     visible = np.array([[1.0, 0.2, 0.0]], np.float32)
-    truth = FacePictures(jnp.zeros((1, 64, 64, 3)), jnp.asarray(boxes), jnp.zeros((1, 3, 5, 2)), jnp.asarray(visible), jnp.arange(3)[None])
+    truth = FacePictures(
+        jnp.zeros((1, 64, 64, 3)),
+        jnp.asarray(boxes),
+        jnp.zeros((1, 3, 5, 2)),
+        jnp.asarray(visible),
+        jnp.arange(3)[None],
+    )
     near, unsure = (np.asarray(x[0]) for x in detector_task.targets(truth, 16, 16))
     assert near[0].max() == 1 and near[0, 5, 5] == 1 and near[0, 0, 0] < 1e-3
     assert not near[1:].any() and unsure[1].max() == 1 and not unsure[2].any()
@@ -279,21 +330,32 @@ def test_a_photo_without_a_face_is_refused():
     images = drawn.portraits.copy()
     images[1, 0] = 1.0
     with pytest.raises(UserError, match=r"reference photo 1 of the prompt 'two friends': no face"):
-        reward("embedder").encode_references(references(images, drawn.mask), ["one"] + ["two friends"] * 11)
+        reward("embedder").encode_references(
+            references(images, drawn.mask), ["one"] + ["two friends"] * 11
+        )
 
 
 def test_padding_references_changes_nothing():
     drawn = held_out()
     base = terms_of("embedder", drawn.video, drawn.portraits, drawn.mask)
-    padded = np.pad(drawn.portraits, [(0, 0), (0, 1)] + [(0, 0)] * 3), np.pad(drawn.mask, ((0, 0), (0, 1)))
-    np.testing.assert_allclose(terms_of("embedder", drawn.video, *padded)["reward"], base["reward"], atol=1e-5)
+    padded = (
+        np.pad(drawn.portraits, [(0, 0), (0, 1)] + [(0, 0)] * 3),
+        np.pad(drawn.mask, ((0, 0), (0, 1))),
+    )
+    np.testing.assert_allclose(
+        terms_of("embedder", drawn.video, *padded)["reward"], base["reward"], atol=1e-5
+    )
 
 
 def test_an_empty_video_scores_nothing():
     blank = jnp.zeros((1, 3, 64, 64, 3))
     drawn = held_out()
     terms = terms_of("embedder", blank, drawn.portraits[:1], drawn.mask[:1])
-    assert terms["identity_mean"][0] == 0 and terms["faces_found"][0] == 0 and np.isfinite(terms["reward"]).all()
+    assert (
+        terms["identity_mean"][0] == 0
+        and terms["faces_found"][0] == 0
+        and np.isfinite(terms["reward"]).all()
+    )
 
 
 def test_stored_settings_are_what_the_networks_were_trained_for():
@@ -354,5 +416,10 @@ def test_cosines_in_the_wrong_order_are_one_line(tmp_path):
 
 def test_a_head_remembers_the_cosines_of_its_networks(tmp_path):
     other = with_cosines(tmp_path / "other", similarity_low=0.25, similarity_high=0.8, missing=0.3)
-    assert reading(RewardConfig()) == {"frames": 5, "similarity_low": 0.0, "similarity_high": 0.9, "missing": 0.15}
+    assert reading(RewardConfig()) == {
+        "frames": 5,
+        "similarity_low": 0.0,
+        "similarity_high": 0.9,
+        "missing": 0.15,
+    }
     assert reading(RewardConfig(faces=other))["missing"] == 0.3

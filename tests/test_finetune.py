@@ -123,7 +123,9 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 def numbers(workdir: Path) -> list[dict]:
     """The rows without the one number that is a speed."""
     rows = read_metrics(workdir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "rows_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "rows_per_second"} for row in rows
+    ]
 
 
 def test_resumed_run_equals_an_undisturbed_one(tmp_path, calls, straight):
@@ -166,19 +168,32 @@ def test_one_compilation_and_each_batch_once(tmp_path, calls):
     assert calls.batches == list(range(7))
     assert calls.previews == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoints", "config.json", "export", "metrics.jsonl", "samples", "tensorboard"
+        "checkpoints",
+        "config.json",
+        "export",
+        "metrics.jsonl",
+        "samples",
+        "tensorboard",
     ]
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000002", "000004", "000006"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "000002",
+        "000004",
+        "000006",
+    ]
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7]
 
 
 def test_loss_falls_and_the_out_folder_gets_the_network(tmp_path, calls):
     config = configuration(60, save_every=60, sample_every=0)
-    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, out=str(tmp_path / "out")))
+    config = dataclasses.replace(
+        config, finetune=dataclasses.replace(config.finetune, out=str(tmp_path / "out"))
+    )
     finetune(config, tmp_path / "work")
     rows = read_metrics(tmp_path / "work" / "metrics.jsonl")
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert (tmp_path / "out" / "toy.npz").read_bytes() == (tmp_path / "work" / "export" / "toy.npz").read_bytes()
+    assert (tmp_path / "out" / "toy.npz").read_bytes() == (
+        tmp_path / "work" / "export" / "toy.npz"
+    ).read_bytes()
 
 
 def test_a_finished_run_only_exports(tmp_path, calls):
@@ -191,7 +206,9 @@ def test_a_finished_run_only_exports(tmp_path, calls):
 def test_changed_learning_rate_is_refused_by_name(tmp_path, calls):
     finetune(configuration(3), tmp_path)
     before = (tmp_path / "config.json").read_text()
-    changed = dataclasses.replace(configuration(6), optimizer=OptimizerConfig(learning_rate=2e-2, warmup=2))
+    changed = dataclasses.replace(
+        configuration(6), optimizer=OptimizerConfig(learning_rate=2e-2, warmup=2)
+    )
     with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.01 and is 0\.02"):
         finetune(changed, tmp_path)
     assert (tmp_path / "config.json").read_text() == before
@@ -214,10 +231,14 @@ def test_unknown_task_names_the_closest():
 def test_a_run_is_not_continued_on_other_rows(tmp_path, calls, monkeypatch):
     rows = ["a-a", "b-b", "c-c"]
     monkeypatch.setattr(
-        "jax_idgrpo.training.finetune.make_task", lambda config: dataclasses.replace(toy_task(calls), rows=list(rows))
+        "jax_idgrpo.training.finetune.make_task",
+        lambda config: dataclasses.replace(toy_task(calls), rows=list(rows)),
     )
     finetune(configuration(3), tmp_path)
     finetune(configuration(3), tmp_path)
     rows.remove("b-b")
-    with pytest.raises(UserError, match="cannot resume exactly: the data is not what the run in .* began with: row 1 removed"):
+    with pytest.raises(
+        UserError,
+        match="cannot resume exactly: the data is not what the run in .* began with: row 1 removed",
+    ):
         finetune(configuration(6), tmp_path)

@@ -668,7 +668,9 @@ def test_half_a_model_of_two_transformers_is_not_used(tmp_path, sign):
     for load in (
         lambda: idg.load_pipeline(folder),
         lambda: pipeline.load_transformer(folder),
-        lambda: setup.load(Config(model=ModelConfig(path=str(folder)), reward=RewardConfig(faces="faces"))),
+        lambda: setup.load(
+            Config(model=ModelConfig(path=str(folder)), reward=RewardConfig(faces="faces"))
+        ),
     ):
         with pytest.raises(UserError, match=what):
             load()

@@ -20,10 +20,13 @@ def benchmark(*words):
 
 
 QUICK = ("matmul", "attention", "parity", "ratio", "quickstart", "transformer")
-SLOW = ("resume", "memory")     # several programs or processes of the whole package
-FIGURES = {     # what a first run is for
-    "ratio": {f"{adapter} adapter, ratio_{end}" for adapter in ("fresh", "trained")
-              for end in ("min", "max")},
+SLOW = ("resume", "memory")  # several programs or processes of the whole package
+FIGURES = {  # what a first run is for
+    "ratio": {
+        f"{adapter} adapter, ratio_{end}"
+        for adapter in ("fresh", "trained")
+        for end in ("min", "max")
+    },
     "resume": {"both steps, resumed: numbers of the adapter that differ"},
     "transformer": {"rollout, model-FLOP utilization", "update, model-FLOP utilization"},
     "memory": {"rollout, memory", "decode, memory", "update, memory"},

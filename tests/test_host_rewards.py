@@ -31,7 +31,9 @@ def test_a_video_that_raises_costs_itself_and_is_named():
             raise RuntimeError("no face\nin any frame")
         return {"reward": float(number)}
 
-    with pytest.warns(UserWarning, match=r"^face reward: video 1 could not be scored \(RuntimeError: no face\)"):
+    with pytest.warns(
+        UserWarning, match=r"^face reward: video 1 could not be scored \(RuntimeError: no face\)"
+    ):
         terms = collect(HostPool().submit(fussy, (np.arange(3),), "face reward"))
     np.testing.assert_array_equal(terms["reward"], [0, np.nan, 2])
 
@@ -53,7 +55,9 @@ def test_handing_over_does_not_wait_until_too_many_are_in_flight():
         return {"reward": float(number)}
 
     pool = HostPool(workers=1, in_flight=2)
-    first, second = (pool.submit(slow, (np.arange(2),)) for _ in range(2))       # returns although nothing can be scored yet
+    first, second = (
+        pool.submit(slow, (np.arange(2),)) for _ in range(2)
+    )  # returns although nothing can be scored yet
     assert not first.done() and not second.done()
 
     def hand_over():
@@ -62,7 +66,7 @@ def test_handing_over_does_not_wait_until_too_many_are_in_flight():
 
     thread = threading.Thread(target=hand_over)
     thread.start()
-    assert not third.wait(0.2)                                                   # the third waits for the first
+    assert not third.wait(0.2)  # the third waits for the first
     gate.set()
     assert third.wait(30)
     thread.join()

@@ -34,9 +34,13 @@ def case(seed=0, batch=3, frames=4, faces=5, people=3, size=16, noise=0.3):
     corner = rng.uniform(0, 10, (batch, frames, faces, 2))
     return {
         "videos": rng.uniform(-1, 1, (batch, frames, 16, 16, 3)).astype(np.float32),
-        "boxes": np.concatenate([corner, corner + rng.uniform(2, 5, corner.shape)], -1).astype(np.float32),
+        "boxes": np.concatenate([corner, corner + rng.uniform(2, 5, corner.shape)], -1).astype(
+            np.float32
+        ),
         "embeddings": embeddings.astype(np.float32),
-        "landmarks": (corner[..., None, :] + rng.uniform(0, 5, (*corner.shape[:-1], 5, 2))).astype(np.float32),
+        "landmarks": (corner[..., None, :] + rng.uniform(0, 5, (*corner.shape[:-1], 5, 2))).astype(
+            np.float32
+        ),
         "face_mask": face_mask,
         "references": references,
         "photos": rng.uniform(-1, 1, (batch, people, SIDE, SIDE, 3)).astype(np.float32),
@@ -55,7 +59,11 @@ def test_matching_equals_the_assignment_oracle(people, faces):
     null = 0.15
     similarity = rng.uniform(-0.5, 1, (20, people, faces)).astype(np.float32)
     reference_mask, face_mask = rng.random((20, people)) < 0.8, rng.random((20, faces)) < 0.7
-    found = np.asarray(matching.match(jnp.asarray(similarity), jnp.asarray(reference_mask), jnp.asarray(face_mask), null))
+    found = np.asarray(
+        matching.match(
+            jnp.asarray(similarity), jnp.asarray(reference_mask), jnp.asarray(face_mask), null
+        )
+    )
     for s, rows, columns, indices in zip(similarity, reference_mask, face_mask, found, strict=True):
         allowed = np.where(rows[:, None] & columns, s, -100.0)
         table = np.concatenate([allowed, np.full((people, people), null)], 1)
@@ -96,7 +104,9 @@ def test_padding_changes_nothing():
         "boxes": np.concatenate([inputs["boxes"], inputs["boxes"][:, :, :2]], 2),
         "landmarks": np.concatenate([inputs["landmarks"], inputs["landmarks"][:, :, :2]], 2),
         "photos": np.pad(inputs["photos"], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))),
-        "embeddings": np.concatenate([inputs["embeddings"], np.repeat(inputs["references"][:, None, :2], 4, 1)], 2),
+        "embeddings": np.concatenate(
+            [inputs["embeddings"], np.repeat(inputs["references"][:, None, :2], 4, 1)], 2
+        ),
         "face_mask": np.pad(inputs["face_mask"], ((0, 0), (0, 0), (0, 2))),
     }
     base = terms(inputs)
@@ -153,7 +163,11 @@ def test_gradient_reaches_matched_faces_only():
 
     gradient = np.asarray(jax.grad(total)(jnp.asarray(inputs["embeddings"])))
     matches = matching.match_videos(
-        *(jnp.asarray(inputs[n]) for n in ("embeddings", "face_mask", "references", "reference_mask")), 0.15
+        *(
+            jnp.asarray(inputs[n])
+            for n in ("embeddings", "face_mask", "references", "reference_mask")
+        ),
+        0.15,
     )
     matched = np.zeros((3, 4, 5), bool)
     np.put_along_axis(matched, np.asarray(matches.face), True, -1)
@@ -169,7 +183,9 @@ def test_a_frozen_video_and_extra_faces_cost():
     frozen = terms(inputs | {"videos": np.repeat(inputs["videos"][:, :1], 4, 1)})
     np.testing.assert_allclose(honest["reward"] - frozen["reward"], CONFIG.motion_weight, atol=1e-6)
     crowded = inputs | {"face_mask": np.ones((3, 4, 5), bool)}
-    assert (terms(crowded)["extra"] == 1).all() and (terms(crowded)["reward"] < honest["reward"]).all()
+    assert (terms(crowded)["extra"] == 1).all() and (
+        terms(crowded)["reward"] < honest["reward"]
+    ).all()
 
 
 def test_motion_ignores_what_happens_inside_faces():
@@ -178,7 +194,9 @@ def test_motion_ignores_what_happens_inside_faces():
     boxes = np.asarray([2, 2, 4, 4], np.float32).reshape(1, 1, 1, 4).repeat(2, 1)
     videos, boxes, mask = jnp.asarray(videos), jnp.asarray(boxes), jnp.ones((1, 2, 1), bool)
     assert float(identity.motion(*identity.changes(videos, boxes, mask))[0]) == 0
-    assert float(identity.motion(*identity.changes(videos, boxes, ~mask))[0]) == pytest.approx(9 / 64)
+    assert float(identity.motion(*identity.changes(videos, boxes, ~mask))[0]) == pytest.approx(
+        9 / 64
+    )
 
 
 def test_a_video_that_comes_to_a_standstill_has_stalled_for_a_share_of_its_steps():
@@ -186,10 +204,17 @@ def test_a_video_that_comes_to_a_standstill_has_stalled_for_a_share_of_its_steps
     boxes, mask = jnp.zeros((1, 5, 1, 4)), jnp.zeros((1, 5, 1), bool)
     for last in range(5):
         video = jnp.asarray(moving[:, np.minimum(np.arange(5), last)])
-        assert float(identity.stalled(*identity.changes(video, boxes, mask), 0.01)[0]) == pytest.approx(1 - last / 4)
+        assert float(
+            identity.stalled(*identity.changes(video, boxes, mask), 0.01)[0]
+        ) == pytest.approx(1 - last / 4)
     slow = jnp.asarray(moving[:, :1]) * 0 + 0.005 * jnp.arange(5.0)[:, None, None, None]
-    assert float(identity.stalled(*identity.changes(slow, boxes, mask), 0.02)[0]) == pytest.approx(0.75, abs=1e-5)
-    assert float(identity.stalled(*identity.changes(slow[:, :1], boxes[:, :1], mask[:, :1]), 0.02)[0]) == 0
+    assert float(identity.stalled(*identity.changes(slow, boxes, mask), 0.02)[0]) == pytest.approx(
+        0.75, abs=1e-5
+    )
+    assert (
+        float(identity.stalled(*identity.changes(slow[:, :1], boxes[:, :1], mask[:, :1]), 0.02)[0])
+        == 0
+    )
 
 
 def test_frames_with_the_right_count():
@@ -209,7 +234,9 @@ def test_largest_face_sees_one_person_and_skips_frames_without_any():
     boxes[0, 0, :, 2:] = [[9, 9], [5, 5]]
     boxes[0, 1, :, 2:] = [[5, 5], [9, 9]]
     mask = np.asarray([[[True, True], [True, True], [False, False]]])
-    given = [jnp.asarray(array) for array in (boxes, embeddings, mask, references, np.ones((1, 2), bool))]
+    given = [
+        jnp.asarray(array) for array in (boxes, embeddings, mask, references, np.ones((1, 2), bool))
+    ]
     assert float(identity.largest_face_similarity(*given)[0]) == pytest.approx((0.8 + 0) / 2)
     given[2] = jnp.zeros_like(given[2])
     assert float(identity.largest_face_similarity(*given)[0]) == 0

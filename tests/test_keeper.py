@@ -18,7 +18,9 @@ def kept(monkeypatch, tmp_path):
     saved: list[int] = []
     exported: list[int] = []
     monkeypatch.setattr(module, "save", lambda manager, step, state: saved.append(step))
-    monkeypatch.setattr(module, "save_lora", lambda path, state, config, training, step: exported.append(step))
+    monkeypatch.setattr(
+        module, "save_lora", lambda path, state, config, training, step: exported.append(step)
+    )
     monkeypatch.setattr(module, "saved_step", lambda path: exported[-1] if exported else None)
     config = c.Config(run=c.RunConfig(steps=6, save_every=2))
     return Keeper(None, tmp_path / "export", config, vace_1_3b()), saved, exported
@@ -46,9 +48,9 @@ def test_a_step_that_fails_is_not_saved_and_the_next_that_works_is(kept):
     keeper.begin(state(0))
     follow(keeper, [FINE, FINE, FAILED, FAILED, FINE, FAILED])
     assert saved == exported == [2, 5] and keeper.doubtful
-    keeper.keep(state(6), 6)        # nor is it when the run is asked to stop
+    keeper.keep(state(6), 6)  # nor is it when the run is asked to stop
     assert saved == [2, 5]
-    assert "--model.adapter" not in keeper.advice(1, 6)      # step 5 may be what made step 6 fail
+    assert "--model.adapter" not in keeper.advice(1, 6)  # step 5 may be what made step 6 fail
     assert f"adapter of step 5 with --model.adapter {keeper.export}" in keeper.advice(1, 7)
 
 
@@ -66,5 +68,5 @@ def test_an_export_of_another_step_than_the_checkpoint_is_written_again(kept):
     keeper.begin(state(4))
     keeper.keep(state(4), 4)
     assert exported == [2, 4] and saved == []
-    keeper.begin(state(0))          # a run that has not begun has nothing to export
+    keeper.begin(state(0))  # a run that has not begun has nothing to export
     assert exported == [2, 4]

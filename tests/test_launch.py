@@ -8,25 +8,43 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted(
+    [*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch"), ROOT / ".ci" / "run"]
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing(script):
-    found = subprocess.run(["shellcheck", "--external-sources", "--source-path", str(ROOT), str(script)], capture_output=True, text=True)
+    found = subprocess.run(
+        ["shellcheck", "--external-sources", "--source-path", str(ROOT), str(script)],
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stdout
 
 
 CALLS = [
-    ("local_multiprocess.sh", []), ("local_multiprocess.sh", ["many", "true"]), ("slurm.sbatch", []), ("tpu_vm.sh", ["idgrpo"]),
+    ("local_multiprocess.sh", []),
+    ("local_multiprocess.sh", ["many", "true"]),
+    ("slurm.sbatch", []),
+    ("tpu_vm.sh", ["idgrpo"]),
     ("xpk.sh", []),
 ]
 
 
 @pytest.mark.parametrize(("script", "words"), CALLS)
 def test_scripts_say_how_they_are_used(script, words):
-    answer = subprocess.run(["bash", str(ROOT / "launch" / script), *words], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
-    assert answer.returncode == 2 and answer.stderr.startswith("usage: ") and answer.stderr.count("\n") == 1
+    answer = subprocess.run(
+        ["bash", str(ROOT / "launch" / script), *words],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"},
+    )
+    assert (
+        answer.returncode == 2
+        and answer.stderr.startswith("usage: ")
+        and answer.stderr.count("\n") == 1
+    )
 
 
 def test_the_manifest_is_a_jobset_of_one_pod_per_host():
@@ -37,11 +55,21 @@ def test_the_manifest_is_a_jobset_of_one_pod_per_host():
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     chips = int(container["resources"]["limits"]["google.com/tpu"])
-    topology = [int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
-    assert spec["parallelism"] == spec["completions"] == topology[0] * topology[1] * topology[2] // chips
-    assert pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0         # a lost pod fails the job, and the set restarts together
+    topology = [
+        int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    ]
+    assert (
+        spec["parallelism"]
+        == spec["completions"]
+        == topology[0] * topology[1] * topology[2] // chips
+    )
+    assert (
+        pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0
+    )  # a lost pod fails the job, and the set restarts together
     assert {"name": "IDGRPO_DISTRIBUTED", "value": "auto"} in container["env"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     assert (ROOT / container["command"][2]).is_file()
 
 
@@ -50,7 +78,9 @@ def test_images_hold_what_exists():
     for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
         assert all((ROOT / name).exists() for name in line.split()), line
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
-    assert stages == ["base", "cuda", "tpu"] and all(f"'.[{stage}]'" in text for stage in stages[1:])
+    assert stages == ["base", "cuda", "tpu"] and all(
+        f"'.[{stage}]'" in text for stage in stages[1:]
+    )
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "local_multiprocess.sh"])
@@ -60,7 +90,9 @@ def test_options_of_a_run_are_not_taken_for_an_extra(script, tmp_path):
     text = (ROOT / "launch" / script).read_text()
     (tmp_path / "launch" / script).write_text(text)
     (tmp_path / "launch" / "environment.sh").write_text('echo "extra=<${1:-}>"; exit 0\n')
-    words = ["runs/look", "--run.steps", "3"] if script == "quickstart.sh" else ["2", "idgrpo", "train"]
+    words = (
+        ["runs/look", "--run.steps", "3"] if script == "quickstart.sh" else ["2", "idgrpo", "train"]
+    )
     command = ["bash", str(tmp_path / "launch" / script), *words]
     answer = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert answer.stdout == "extra=<>\n"
@@ -68,7 +100,9 @@ def test_options_of_a_run_are_not_taken_for_an_extra(script, tmp_path):
 
 def test_processes_end_together_with_the_status_of_the_first_that_fails(tmp_path):
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "run.sh").write_text((ROOT / "launch" / "local_multiprocess.sh").read_text())
+    (tmp_path / "launch" / "run.sh").write_text(
+        (ROOT / "launch" / "local_multiprocess.sh").read_text()
+    )
     (tmp_path / "launch" / "environment.sh").write_text(":\n")
     environment = {"PATH": "/usr/bin:/bin", "DEVICES": "1", "PORT": "1"}
 
@@ -113,7 +147,9 @@ def test_an_environment_that_was_left_half_made_is_made_again(left, tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(interpreter)}
 
     def start():
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
 
     if left != "nothing":
         assert start().returncode == 0

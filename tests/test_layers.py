@@ -55,7 +55,9 @@ def test_fresh_adapter_is_bit_equal_to_none():
         adapted = Linear(16, 8, rank=2, alpha=4.0, dtypes=dtypes, rngs=nnx.Rngs(0))
         assert np.array_equal(plain(x), adapted(x))
         assert adapted(x).dtype == dtypes.compute
-        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(adapted, LoRAParam))} == {jnp.dtype("float32")}
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(adapted, LoRAParam))} == {
+            jnp.dtype("float32")
+        }
 
 
 def test_adapter_starts_as_the_recipe_says():
@@ -67,7 +69,11 @@ def test_adapter_starts_as_the_recipe_says():
 @pytest.mark.parametrize(("inside", "outside"), [(3, 7), (7, 3)])
 def test_matmul_gradients(inside, outside):
     """The hand-written gradients against those JAX derives, for both orders of the flattened product."""
-    x, kernel, weight = normal(0, 2, 5, inside), normal(1, inside, outside), normal(2, 2, 5, outside)
+    x, kernel, weight = (
+        normal(0, 2, 5, inside),
+        normal(1, inside, outside),
+        normal(2, 2, 5, outside),
+    )
     got = jax.grad(lambda x, k: jnp.sum(jnp.sin(matmul(x, k)) * weight), (0, 1))(x, kernel)
     want = jax.grad(lambda x, k: jnp.sum(jnp.sin(x @ k) * weight), (0, 1))(x, kernel)
     for a, b in zip(got, want, strict=True):
@@ -111,7 +117,9 @@ def test_gradient_of_the_norm_is_that_of_the_formula(mean):
 
 def exact_angles(head_dim, frames, height, width):
     part = 2 * (head_dim // 6)
-    grid = np.stack(np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij"), -1).reshape(-1, 3)
+    grid = np.stack(
+        np.meshgrid(*map(np.arange, (frames, height, width)), indexing="ij"), -1
+    ).reshape(-1, 3)
     return np.concatenate(
         [
             grid[:, i : i + 1] / 10000.0 ** (np.arange(0, size, 2) / size)
@@ -159,7 +167,9 @@ def test_depthwise_convolution_is_the_grouped_one(stride, size):
     values, gradients = [], []
     for conv in (depthwise_conv, _depthwise_grouped):
         values.append(conv(x, kernel, stride=stride))
-        gradients.append(jax.grad(lambda *a: jnp.sum(conv(*a, stride=stride) ** 2), (0, 1))(x, kernel))
+        gradients.append(
+            jax.grad(lambda *a: jnp.sum(conv(*a, stride=stride) ** 2), (0, 1))(x, kernel)
+        )
     np.testing.assert_allclose(*values, atol=1e-5)
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)

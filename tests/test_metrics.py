@@ -32,14 +32,20 @@ def test_a_resumed_file_equals_the_undisturbed_one(tmp_path, tail):
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write(tail)
     write(tmp_path / "resumed", range(3, 8), start=3)
-    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (tmp_path / "straight" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "resumed" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "straight" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_what_is_no_number_is_null(tmp_path, caplog):
     with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"loss": float("nan"), "norm": float("inf")})
-    assert not caplog.records       # not a line for each of them
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "norm": None}
+    assert not caplog.records  # not a line for each of them
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "loss": None,
+        "norm": None,
+    }
     write(tmp_path, [1], start=1)
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [None, 0.5]
 
@@ -59,7 +65,9 @@ def test_wandb_missing_says_what_to_install(tmp_path, monkeypatch):
 def test_wandb_gets_the_rows_under_one_name(tmp_path, monkeypatch):
     rows, names = [], []
     run = types.SimpleNamespace(log=lambda row, step: rows.append((step, row)), finish=lambda: None)
-    fake = types.SimpleNamespace(init=lambda **options: names.append((options["project"], options["id"])) or run)
+    fake = types.SimpleNamespace(
+        init=lambda **options: names.append((options["project"], options["id"])) or run
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for step in range(2):
         with MetricsWriter(tmp_path, step=step, wandb="project", config_json="{}") as writer:

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.config import OptimizerConfig
-from jax_idgrpo.training.state import apply_gradients, ema_decay, ema_update, learning_rate, make_optimizer, start
+from jax_idgrpo.training.state import (
+    apply_gradients,
+    ema_decay,
+    ema_update,
+    learning_rate,
+    make_optimizer,
+    start,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -24,16 +31,28 @@ def adamw(config: OptimizerConfig, params: list, gradients: list) -> np.ndarray:
         p *= 1 - config.learning_rate * config.weight_decay
         m = config.beta1 * m + (1 - config.beta1) * g
         v = config.beta2 * v + (1 - config.beta2) * g * g
-        p -= config.learning_rate * (m / (1 - config.beta1**t)) / (np.sqrt(v / (1 - config.beta2**t)) + config.eps)
+        p -= (
+            config.learning_rate
+            * (m / (1 - config.beta1**t))
+            / (np.sqrt(v / (1 - config.beta2**t)) + config.eps)
+        )
     return p
 
 
 @pytest.mark.parametrize("scale", [0.1, 30.0], ids=["below the clip", "above the clip"])
 def test_equals_clipping_then_adamw(scale):
-    config = OptimizerConfig(learning_rate=3e-2, beta1=0.8, beta2=0.95, eps=1e-2, weight_decay=0.1, max_norm=1.5)
+    config = OptimizerConfig(
+        learning_rate=3e-2, beta1=0.8, beta2=0.95, eps=1e-2, weight_decay=0.1, max_norm=1.5
+    )
     random = np.random.default_rng(0)
-    params = [random.normal(size=(3, 4)).astype(np.float32), random.normal(size=5).astype(np.float32)]
-    gradients = [[scale * random.normal(size=leaf.shape).astype(np.float32) for leaf in params] for _ in range(7)]
+    params = [
+        random.normal(size=(3, 4)).astype(np.float32),
+        random.normal(size=5).astype(np.float32),
+    ]
+    gradients = [
+        [scale * random.normal(size=leaf.shape).astype(np.float32) for leaf in params]
+        for _ in range(7)
+    ]
     optimizer = make_optimizer(config, total_steps=7)
     state = start(optimizer, params)
     step = jax.jit(lambda state, gradient, i: apply_gradients(state, gradient, optimizer, i, 0.9))
@@ -49,9 +68,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     optimizer = make_optimizer(OptimizerConfig(), total_steps=3)
     state = start(optimizer, {"a": jnp.arange(3.0), "b": jnp.ones(2)})
     state, _ = apply_gradients(state, {"a": jnp.ones(3), "b": jnp.ones(2)}, optimizer, 0, 0.9)
-    after, logged = apply_gradients(state, {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])}, optimizer, 1, 0.9)
+    after, logged = apply_gradients(
+        state, {"a": jnp.ones(3), "b": jnp.array([1.0, jnp.inf])}, optimizer, 1, 0.9
+    )
     assert logged["skipped"] == 1
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True))
+    assert all(
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +93,10 @@ def test_learning_rate(config, expected):
         assert float(rate(step)) == pytest.approx(value, abs=1e-6)
 
 
-@pytest.mark.parametrize(("step", "share"), [(7, 0.470588), (15, 0.64), (23, 0.727273), (31, 0.780488), (80, 0.9), (500, 0.9)])
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [(7, 0.470588), (15, 0.64), (23, 0.727273), (31, 0.780488), (80, 0.9), (500, 0.9)],
+)
 def test_published_decay(step, share):
     assert float(ema_decay(step, 0.9)) == pytest.approx(share, abs=1e-6)
 
@@ -84,7 +111,9 @@ def test_published_average(calls):
             params = {name: jnp.asarray(golden[f"{calls}_parameters_{name}"][i]) for name in "ab"}
             ema = ema_update(ema, params, int(step), 0.9)
         for name in "ab":
-            np.testing.assert_allclose(ema[name], golden[f"{calls}_ema_{name}"][i], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                ema[name], golden[f"{calls}_ema_{name}"][i], rtol=1e-5, atol=1e-6
+            )
 
 
 def test_average_is_float32_whatever_the_weights_are():

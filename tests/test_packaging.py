@@ -13,11 +13,16 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
+
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = {module_name(path): path for package in ("jax_idgrpo", "checkpoints_convert") for path in (ROOT / package).rglob("*.py")}
+MODULES = {
+    module_name(path): path
+    for package in ("jax_idgrpo", "checkpoints_convert")
+    for path in (ROOT / package).rglob("*.py")
+}
 
 
 def ours(path: Path) -> set[str]:
@@ -28,17 +33,24 @@ def ours(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports from the root"
-            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module) for alias in node.names}
+            found |= {
+                name if (name := f"{node.module}.{alias.name}") in MODULES else str(node.module)
+                for alias in node.names
+            }
     return found & set(MODULES)
 
 
 def test_imports_point_one_way():
     """The contracts of pyproject.toml: layers in one direction, and no circles within them."""
-    ran = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stdout
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"jax_idgrpo"}))       # the package itself exposes the others lazily
+@pytest.mark.parametrize(
+    "module", sorted(set(MODULES) - {"jax_idgrpo"})
+)  # the package itself exposes the others lazily
 def test_no_module_imports_the_package_as_a_whole(module):
     assert "jax_idgrpo" not in ours(MODULES[module])
 
@@ -76,7 +88,11 @@ def requirements(lines: list[str]) -> list[Requirement]:
 
 
 def exact_versions() -> dict[str, Version]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pairs = [line.split("==") for line in lines]
     assert all(len(pair) == 2 for pair in pairs)
     return {name.lower().replace("_", "-"): Version(version) for name, version in pairs}
@@ -85,9 +101,13 @@ def exact_versions() -> dict[str, Version]:
 def test_exact_versions_satisfy_the_ranges_of_what_both_commands_install():
     versions, extras = exact_versions(), PROJECT["optional-dependencies"]
     assert {"jax-idgrpo[data]", "jax-idgrpo[faces]"} <= set(extras["test"])
-    for requirement in requirements(PROJECT["dependencies"] + extras["test"] + extras["data"] + extras["faces"]):
+    for requirement in requirements(
+        PROJECT["dependencies"] + extras["test"] + extras["data"] + extras["faces"]
+    ):
         if requirement.name != PROJECT["name"]:
-            assert requirement.specifier.contains(versions[requirement.name.lower().replace("_", "-")]), requirement
+            assert requirement.specifier.contains(
+                versions[requirement.name.lower().replace("_", "-")]
+            ), requirement
 
 
 def test_constraints_hold_no_address():
@@ -96,14 +116,16 @@ def test_constraints_hold_no_address():
 
 
 def test_no_resolver_can_pick_a_broken_pair():
-    jax, = (r for r in requirements(PROJECT["dependencies"]) if r.name == "jax")
-    flax, = (r for r in requirements(PROJECT["dependencies"]) if r.name == "flax")
+    (jax,) = (r for r in requirements(PROJECT["dependencies"]) if r.name == "jax")
+    (flax,) = (r for r in requirements(PROJECT["dependencies"]) if r.name == "flax")
     assert "0.11.1" not in jax.specifier and "0.10.2" in jax.specifier and "0.11.0" in jax.specifier
     assert "0.12.8" in flax.specifier
 
 
 def test_torch_is_asked_for_exactly():
-    torch, = (r for r in requirements(PROJECT["optional-dependencies"]["test"]) if r.name == "torch")
+    (torch,) = (
+        r for r in requirements(PROJECT["optional-dependencies"]["test"]) if r.name == "torch"
+    )
     assert str(torch.specifier) == "==2.13.0" and str(exact_versions()["torch"]) == "2.13.0"
 
 
@@ -115,14 +137,20 @@ def test_scripts_are_importable(script):
 
 
 def test_embedded_files_are_shipped_and_small():
-    files = [path for path in (ROOT / "jax_idgrpo" / "synthetic" / "assets").rglob("*") if path.is_file()]
+    files = [
+        path for path in (ROOT / "jax_idgrpo" / "synthetic" / "assets").rglob("*") if path.is_file()
+    ]
     assert files, "the embedded model set is missing"
     assert sum(path.stat().st_size for path in files) <= 20e6
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["jax_idgrpo"]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["jax_idgrpo"]
     shipped = {path for pattern in patterns for path in (ROOT / "jax_idgrpo").glob(pattern)}
     assert set(files) <= shipped
 
 
-@pytest.mark.parametrize("script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*sorted(ROOT.glob("launch/*.sh")), ROOT / ".ci" / "run"], ids=lambda path: path.name
+)
 def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -55,34 +55,59 @@ def test_both_videos_are_takes_of_one_prompt():
         one, other = clip_pair.clips
         assert np.array_equal(one.photos, other.photos) and np.array_equal(one.mask, other.mask)
         people = one.people
-        assert len(clip_pair.photos) == len(people) and clip_pair.prompt.count("person with") == len(people)
+        assert len(clip_pair.photos) == len(people) and clip_pair.prompt.count(
+            "person with"
+        ) == len(people)
         assert np.abs(one.video - other.video).mean() > 0.02
-        assert np.abs(one.boxes - other.boxes)[:, people].max() > 1             # pixels: poses, sizes and motion differ
+        assert (
+            np.abs(one.boxes - other.boxes)[:, people].max() > 1
+        )  # pixels: poses, sizes and motion differ
         order = [np.argsort(clip.boxes[0, people, 0]).tolist() for clip in (one, other)]
-        assert order[0] == order[1]                                             # who stands where does not
+        assert order[0] == order[1]  # who stands where does not
 
 
 def test_drawn_people_can_have_any_face_above_their_own_clothes():
     """Drawn, not pasted: an exchange leaves no seam for a cosine to go by, so that only who stands where tells of it."""
-    clips = list(itertools.islice((clip_pair.clips[0] for clip_pair in from_synthetic(7, "eval") if len(clip_pair.photos) == 2), 6))
+    clips = list(
+        itertools.islice(
+            (
+                clip_pair.clips[0]
+                for clip_pair in from_synthetic(7, "eval")
+                if len(clip_pair.photos) == 2
+            ),
+            6,
+        )
+    )
     reward = make_face_reward(RewardConfig(frames=9))
-    photos = References.of_pixels(*(np.stack([getattr(clip, name) for clip in clips]) for name in ("photos", "mask")))
+    photos = References.of_pixels(
+        *(np.stack([getattr(clip, name) for clip in clips]) for name in ("photos", "mask"))
+    )
     people = reward.encode_references(photos, [""] * len(clips))
 
     def terms(videos):
         found = reward.score(np.stack(videos), people)
         return (np.asarray(found[name]) for name in ("similarity", "similarity_min", "swapped"))
 
-    exchanged = [clip.swap_faces(dict(zip(clip.people, clip.people[::-1], strict=True))) for clip in clips]
+    exchanged = [
+        clip.swap_faces(dict(zip(clip.people, clip.people[::-1], strict=True))) for clip in clips
+    ]
     strange = [clip.swap_faces({clip.people[1]: DISTRACTOR}) for clip in clips]
-    (alike, worst, _), (_, exchanged_worst, throughout), (_, strange_worst, _), (late, _, swapped) = map(
-        terms, ([clip.video for clip in clips], exchanged, strange, [swap(clip) for clip in clips]))
+    (
+        (alike, worst, _),
+        (_, exchanged_worst, throughout),
+        (_, strange_worst, _),
+        (late, _, swapped),
+    ) = map(
+        terms, ([clip.video for clip in clips], exchanged, strange, [swap(clip) for clip in clips])
+    )
     assert min(worst.min(), exchanged_worst.min()) > 0.4 > 0.3 > strange_worst.max()
     assert abs((late - alike).mean()) < 0.03
     assert not throughout.any() and swapped.min() > 0.3
     for clip in clips:
         np.testing.assert_allclose(clip.swap_faces({}), clip.video, atol=1e-5)
-    change = np.abs(np.stack(exchanged) - [clip.video for clip in clips]).mean((0, 1, 3, 4))       # by rows: heads are above, clothes below
+    change = np.abs(np.stack(exchanged) - [clip.video for clip in clips]).mean(
+        (0, 1, 3, 4)
+    )  # by rows: heads are above, clothes below
     assert change[-4:].max() < 0.3 * change.max()
 
 
@@ -92,12 +117,22 @@ def test_a_pair_depends_on_the_seed_and_its_number_alone(written, tmp_path):
     for path in sorted((tmp_path / "few").glob("*-*")):
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
     synthesis.write_pairs(tmp_path / "other", "train", 2, seed=4)
-    assert (tmp_path / "other" / "00000-A.mp4").read_bytes() != (folder / "00000-A.mp4").read_bytes()
+    assert (tmp_path / "other" / "00000-A.mp4").read_bytes() != (
+        folder / "00000-A.mp4"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize(("change", "answer"), [
-    (dict(split="test"), "no such split"), (dict(distortions="swap,melt"), "no 'melt'"), (dict(count=0), "1 or more"),
-    (dict(automatic=2.0), "0 to 1"), (dict(shape=Shape(fps=16)), "--clips"), (dict(faces=Path("networks")), "--clips")])
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        (dict(split="test"), "no such split"),
+        (dict(distortions="swap,melt"), "no 'melt'"),
+        (dict(count=0), "1 or more"),
+        (dict(automatic=2.0), "0 to 1"),
+        (dict(shape=Shape(fps=16)), "--clips"),
+        (dict(faces=Path("networks")), "--clips"),
+    ],
+)
 def test_mistakes_are_refused_and_leave_nothing(tmp_path, change, answer):
     with pytest.raises(UserError, match=answer):
         synthesis.write_pairs(**dict(out=tmp_path / "out", split="train", count=1) | change)

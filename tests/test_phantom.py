@@ -28,7 +28,17 @@ from jax_idgrpo.training import setup, train, update
 from tests.parity.torch_models import GOLDEN, relative_error
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
-CONFIG = WanConfig(num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_dim=WIDTH, freq_dim=16, rank=2, alpha=2.0, unroll=True)
+CONFIG = WanConfig(
+    num_layers=2,
+    num_heads=2,
+    head_dim=12,
+    ffn_dim=32,
+    text_dim=WIDTH,
+    freq_dim=16,
+    rank=2,
+    alpha=2.0,
+    unroll=True,
+)
 SCHEDULE = rollout.Schedule.make(STEPS, 5.0)
 NEGATIVE = jnp.asarray(np.random.default_rng(3).normal(size=(LENGTH, WIDTH)), jnp.float32)
 NOISE = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
@@ -66,22 +76,34 @@ def sampled(parts, rows=slice(None), given=None):
     actor, lora, base = parts
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], WINDOW)
-    trajectory = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], window)
-    return update.Rollout(trajectory=trajectory, conditioning=given, start=window.start, noise=NOISE[rows])
+    trajectory = rollout.sample(
+        actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], window
+    )
+    return update.Rollout(
+        trajectory=trajectory, conditioning=given, start=window.start, noise=NOISE[rows]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(fixed, lora, base, batch):
-    return update.gradients(fixed, lora, update.Networks(base=base, negative=NEGATIVE), batch, SCHEDULE, jnp.int32(0))
+    return update.gradients(
+        fixed, lora, update.Networks(base=base, negative=NEGATIVE), batch, SCHEDULE, jnp.int32(0)
+    )
 
 
 def objective(actor):
-    return update.UpdateRule(policy=actor, grpo=c.GrpoConfig(), optimizer=optax.sgd(1.0), ema_decay=0.9)
+    return update.UpdateRule(
+        policy=actor, grpo=c.GrpoConfig(), optimizer=optax.sgd(1.0), ema_decay=0.9
+    )
 
 
 def chunked(chunks):
     whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
-    return dataclasses.replace(whole, advantage=ADVANTAGE.reshape(len(chunks), -1), weight=jnp.ones((len(chunks), ROWS // len(chunks))))
+    return dataclasses.replace(
+        whole,
+        advantage=ADVANTAGE.reshape(len(chunks), -1),
+        weight=jnp.ones((len(chunks), ROWS // len(chunks))),
+    )
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
@@ -90,29 +112,58 @@ def test_guided_velocity_equals_the_original(case):
     sizes = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     config = WanConfig(
-        num_layers=sizes["num_layers"], num_heads=sizes["num_heads"], head_dim=sizes["dim"] // sizes["num_heads"],
-        ffn_dim=sizes["ffn_dim"], text_dim=tensors["text_embedding.0.weight"].shape[1], freq_dim=sizes["freq_dim"], rank=1, alpha=1.0,
+        num_layers=sizes["num_layers"],
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["dim"] // sizes["num_heads"],
+        ffn_dim=sizes["ffn_dim"],
+        text_dim=tensors["text_embedding.0.weight"].shape[1],
+        freq_dim=sizes["freq_dim"],
+        rank=1,
+        alpha=1.0,
     )
     bare = dataclasses.replace(config, rank=0)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: WanTransformer(bare, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(
+            lambda: WanTransformer(bare, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
+        )
+    )
     plain = nnx.merge(graph, rules.to_jax(table.rules(bare, "original"), tensors, abstract))
-    arrays = {name.removeprefix(f"{case}_"): value for name, value in np.load(GOLDEN / "phantom_guidance.npz").items() if case in name}
+    arrays = {
+        name.removeprefix(f"{case}_"): value
+        for name, value in np.load(GOLDEN / "phantom_guidance.npz").items()
+        if case in name
+    }
     scales = float(arrays["scale_text"]), float(arrays["scale_image"])
     actor, _, base = policy.split(adapters.add_adapter(plain, 1, 1.0, rng.key(0, "init")), *scales)
     latents, references = arrays["latents"], arrays["references"]
     count = len(latents)
-    velocity = jax.jit(lambda row, given, negative: actor.velocity(None, base, row, given[0], given[1], negative))
+    velocity = jax.jit(
+        lambda row, given, negative: actor.velocity(None, base, row, given[0], given[1], negative)
+    )
     for row in range(count):
         one = slice(row, row + 1)
         given = Conditioning(
-            text=jnp.asarray(arrays["text"][one]), control=None, frame_mask=jnp.ones((1, latents.shape[1]), bool),
-            references=jnp.asarray([references.shape[1]]), reference_latents=jnp.asarray(references[one]),
+            text=jnp.asarray(arrays["text"][one]),
+            control=None,
+            frame_mask=jnp.ones((1, latents.shape[1]), bool),
+            references=jnp.asarray([references.shape[1]]),
+            reference_latents=jnp.asarray(references[one]),
         )
-        got = velocity(latents[one], (jnp.int32(arrays["timesteps"][row]), given), jnp.asarray(arrays["negative_text"][row]))
+        got = velocity(
+            latents[one],
+            (jnp.int32(arrays["timesteps"][row]), given),
+            jnp.asarray(arrays["negative_text"][row]),
+        )
         assert relative_error(got, arrays["velocity"][one]) < 1e-4
     photos = given.reference_latents
-    wrong = dataclasses.replace(given, reference_latents=photos[:, ::-1] if references.shape[1] > 1 else 0 * photos)
-    got = velocity(latents[one], (jnp.int32(arrays["timesteps"][-1]), wrong), jnp.asarray(arrays["negative_text"][-1]))
+    wrong = dataclasses.replace(
+        given, reference_latents=photos[:, ::-1] if references.shape[1] > 1 else 0 * photos
+    )
+    got = velocity(
+        latents[one],
+        (jnp.int32(arrays["timesteps"][-1]), wrong),
+        jnp.asarray(arrays["negative_text"][-1]),
+    )
     assert relative_error(got, arrays["velocity"][one]) > 1e-3
 
 
@@ -125,7 +176,10 @@ def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(scales):
     assert chunk.trajectory.x.shape == (ROWS, STEPS, FRAMES, 4, 6, 16)
     gradient, rows = gradients(objective(actor), lora, base, chunked([chunk]))
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, ROWS)))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)) and float(optax.global_norm(gradient)) > 0
+    assert (
+        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+        and float(optax.global_norm(gradient)) > 0
+    )
     assert float(rows["kl"].min()) > 0
 
 
@@ -134,7 +188,10 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     together = sampled(parts).trajectory
     given = jax.tree.map(lambda leaf: leaf[:1], asked())
     bare = dataclasses.replace(given, reference_latents=given.reference_latents[:, :1])
-    for alone in (sampled(parts, slice(0, 1), given).trajectory, sampled(parts, slice(0, 1), bare).trajectory):
+    for alone in (
+        sampled(parts, slice(0, 1), given).trajectory,
+        sampled(parts, slice(0, 1), bare).trajectory,
+    ):
         np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
         np.testing.assert_allclose(together.x[:1], alone.x, atol=1e-4)
     other = dataclasses.replace(given, reference_latents=2 * given.reference_latents)
@@ -144,25 +201,42 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
 def test_micro_batches_equal_one_batch():
     actor, lora, base = model()
     one, _ = gradients(objective(actor), lora, base, chunked([sampled((actor, lora, base))]))
-    parts, _ = gradients(objective(actor), lora, base, chunked([sampled((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]))
+    parts, _ = gradients(
+        objective(actor),
+        lora,
+        base,
+        chunked([sampled((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]),
+    )
     away = optax.global_norm(jax.tree.map(jnp.subtract, one, parts))
     assert float(away) < 1e-5 * float(optax.global_norm(one))
 
 
 def test_published_sizes():
-    for config, count, total in ((wan_1_3b(), 825, 1_418_996_800), (wan_14b(), 1095, 14_288_491_584)):
-        shapes = nnx.state(nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))))
+    for config, count, total in (
+        (wan_1_3b(), 825, 1_418_996_800),
+        (wan_14b(), 1095, 14_288_491_584),
+    ):
+        shapes = nnx.state(
+            nnx.eval_shape(
+                lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
+            )
+        )
         assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
         assert len(rules.expand(table.rules(config), shapes)) == count
 
 
 def test_photos_are_fitted_once_and_centred_on_white():
-    wide, tall = Image.new("RGB", (90, 30), (10, 20, 30)), Image.new("RGBA", (20, 60), (200, 0, 0, 255))
+    wide, tall = (
+        Image.new("RGB", (90, 30), (10, 20, 30)),
+        Image.new("RGBA", (20, 60), (200, 0, 0, 255)),
+    )
     got = conditioning.whole_canvas(wide, 32, 48)
     assert got.shape == (32, 48, 3) and got.dtype == np.float32
     np.testing.assert_array_equal(got[:8], 1)
     np.testing.assert_array_equal(got[24:], 1)
-    np.testing.assert_allclose(got[8:24], np.broadcast_to(np.asarray([10, 20, 30]) / 127.5 - 1, (16, 48, 3)), atol=1e-6)
+    np.testing.assert_allclose(
+        got[8:24], np.broadcast_to(np.asarray([10, 20, 30]) / 127.5 - 1, (16, 48, 3)), atol=1e-6
+    )
     columns = np.flatnonzero((conditioning.whole_canvas(tall, 32, 48)[16] < 0.99).any(-1))
     assert (columns[0], len(columns)) == ((48 - 10) // 2, 10)
 
@@ -184,9 +258,13 @@ def short(checkpoint, steps=1):
         model=c.ModelConfig(path=str(checkpoint), kind="phantom", rank=2, alpha=2.0, unroll=True),
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
-        rollout=c.RolloutConfig(prompts=2, group=2, steps=3, guidance=7.5, window="fixed", window_size=1),
+        rollout=c.RolloutConfig(
+            prompts=2, group=2, steps=3, guidance=7.5, window="fixed", window_size=1
+        ),
         optimizer=c.OptimizerConfig(learning_rate=1e-2, ema_decay=0.5),
-        reward=c.RewardConfig(frames=2, mixture={"motion": 1.0}),      # a random model shows no face: motion alone tells its videos apart
+        reward=c.RewardConfig(
+            frames=2, mixture={"motion": 1.0}
+        ),  # a random model shows no face: motion alone tells its videos apart
         run=c.RunConfig(steps=steps, save_every=1, sample_every=0),
     )
 
@@ -197,16 +275,22 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
     paths = []
     for n in range(3):
         paths.append(tmp_path / f"{n}.png")
-        Image.fromarray(np.random.default_rng(n).integers(0, 256, (40, 30 + 9 * n, 3), dtype=np.uint8)).save(paths[-1])
+        Image.fromarray(
+            np.random.default_rng(n).integers(0, 256, (40, 30 + 9 * n, 3), dtype=np.uint8)
+        ).save(paths[-1])
     prompts = [Prompt(0, "a person", (paths[2],)), Prompt(1, "two people", (paths[0], paths[1]))]
     given = conditioning.encode(pipe, prompts, config, conditioning.Cache())
     assert given.control is None and given.latent_shape == (2, 8, 8, 16) and given.frame_mask.all()
     assert given.reference_mask.tolist() == [[True, False, False], [True, True, False]]
     photo = conditioning.whole_canvas(Image.open(paths[1]), 64, 64)
-    np.testing.assert_allclose(given.reference_latents[1, 1], pipe.vae.encode(jnp.asarray(photo)[None, None])[0, 0], atol=1e-4)
+    np.testing.assert_allclose(
+        given.reference_latents[1, 1],
+        pipe.vae.encode(jnp.asarray(photo)[None, None])[0, 0],
+        atol=1e-4,
+    )
     assert not np.any(given.reference_latents[1, 2]) and given.video_frames(3) == 2
     placed = jax.device_put(given)
-    with jax.transfer_guard("disallow"):    # as inside a step
+    with jax.transfer_guard("disallow"):  # as inside a step
         start = placed.video_start
     assert start.tolist() == [0, 0]
 
@@ -216,21 +300,34 @@ def test_training_and_resume(checkpoint, tmp_path):
     train.train(short(checkpoint, 2), tmp_path / "whole")
     train.train(short(checkpoint, 1), tmp_path / "stopped")
     train.train(short(checkpoint, 2), tmp_path / "stopped")
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [(row["ratio_min"], row["ratio_max"]) for row in rows] == [(1, 1)] * 2
     assert rows[0]["forward_passes_rollout"] == 4 * 3 * 3
-    one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    one, other = (
+        load_file(tmp_path / name / "export" / "adapter_model.safetensors")
+        for name in ("whole", "stopped")
+    )
     for name, tensor in one.items():
         np.testing.assert_array_equal(other[name], tensor, err_msg=name)
     assert max(np.abs(tensor).max() for name, tensor in one.items() if "lora_B" in name) > 0
 
 
 def test_what_a_kind_does_not_have_is_refused(checkpoint):
-    with pytest.raises(UserError, match=r"rollout.image_guidance 5.0 scales a branch that only model.kind phantom has"):
+    with pytest.raises(
+        UserError,
+        match=r"rollout.image_guidance 5.0 scales a branch that only model.kind phantom has",
+    ):
         c.Config(rollout=c.RolloutConfig(image_guidance=5.0))
-    with pytest.raises(UserError, match=r"data.max_people is 5; model.kind phantom takes up to 4 photos"):
+    with pytest.raises(
+        UserError, match=r"data.max_people is 5; model.kind phantom takes up to 4 photos"
+    ):
         c.Config(model=c.ModelConfig(kind="phantom"), data=c.DataConfig(max_people=5))
     with pytest.raises(UserError, match="'phantom' was given, .* 'vace'"):
         setup.load(c.Config(model=c.ModelConfig(kind="phantom", unroll=True)))
-    with pytest.raises(UserError, match=r"plain Wan \(T2V\), which takes no reference photos; .* --model.kind phantom"):
+    with pytest.raises(
+        UserError,
+        match=r"plain Wan \(T2V\), which takes no reference photos; .* --model.kind phantom",
+    ):
         setup.load(c.Config(model=c.ModelConfig(path=str(checkpoint))))

@@ -71,20 +71,34 @@ def test_a_photo_is_never_enlarged_and_its_own_pixels_are_looked_at():
     np.testing.assert_array_equal(photo_faces.padded(level.pixels), np.asarray(image))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (64, 64), (65, 64), (3000, 1000), (1000, 3000), (500, 640), (4000, 16), (1024, 2048)])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (64, 64), (65, 64), (3000, 1000), (1000, 3000), (500, 640), (4000, 16), (1024, 2048)],
+)
 def test_photos_of_any_size_come_to_few_sizes(size):
-    sides = {side for short in photo_faces.SIDES for ratio in photo_faces.RATIOS for side in (short, round(short * ratio))}
+    sides = {
+        side
+        for short in photo_faces.SIDES
+        for ratio in photo_faces.RATIOS
+        for side in (short, round(short * ratio))
+    }
     for level in photo_faces.levels(Image.new("RGB", size), pyramid=True):
         padded = photo_faces.padded(level.pixels)
         assert set(padded.shape[:2]) <= sides
-        np.testing.assert_array_equal(padded[: level.pixels.shape[0], : level.pixels.shape[1]], level.pixels)
+        np.testing.assert_array_equal(
+            padded[: level.pixels.shape[0], : level.pixels.shape[1]], level.pixels
+        )
         points = np.array([[0.0, 0.0], [size[0] - 1, size[1] - 1]])
         np.testing.assert_allclose(level.photo(level.place(points)), points, atol=1e-3)
 
 
 def test_one_program_serves_any_number_of_new_photos():
     fresh = factory.make_face_reward(c.RewardConfig())
-    pictures = [image.transpose(turn) for image in portraits() for turn in (Image.Transpose.FLIP_LEFT_RIGHT,)]
+    pictures = [
+        image.transpose(turn)
+        for image in portraits()
+        for turn in (Image.Transpose.FLIP_LEFT_RIGHT,)
+    ]
     pictures += portraits()
     for count in (3, 5, 7):
         new, pictures = pictures[:count], pictures[count:]
@@ -94,7 +108,9 @@ def test_one_program_serves_any_number_of_new_photos():
 
 def test_a_photo_is_looked_at_once():
     fresh, looked = factory.make_face_reward(c.RewardConfig()), []
-    encoder = photo_faces.PhotoEncoder(lambda image: looked.append(image) or fresh._photo_face(image))
+    encoder = photo_faces.PhotoEncoder(
+        lambda image: looked.append(image) or fresh._photo_face(image)
+    )
     one, other = (Photo(image) for image in portraits()[:2])
     first = encoder(References(((one, other), (one,)), 3), ["", ""])
     again = encoder(References(((one, other), (one,)), 3), ["", ""])
@@ -109,8 +125,13 @@ def test_of_several_faces_the_largest_is_taken_with_a_warning(tmp_path):
     both.paste(enlarged(portraits()[2], 2), (0, 0))
     both.paste(portraits()[3], (128, 32))
     both.save(tmp_path / "both.png")
-    with pytest.warns(UserWarning, match=r"^my.csv, line 7: image .*both.png: shows 2 faces; the largest is taken$"):
-        found = reward().encode_references(References(((Photo(tmp_path / "both.png", "my.csv, line 7"),),), 1), [""])
+    with pytest.warns(
+        UserWarning,
+        match=r"^my.csv, line 7: image .*both.png: shows 2 faces; the largest is taken$",
+    ):
+        found = reward().encode_references(
+            References(((Photo(tmp_path / "both.png", "my.csv, line 7"),),), 1), [""]
+        )
     alone = embeddings(*portraits()[2:4])
     likeness = alone @ np.asarray(found.embeddings[0, 0])
     assert likeness[0] > 0.95 > likeness[1]
@@ -135,9 +156,17 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         check_references(reward(), prompts)
     message = str(caught.value)
-    assert message.startswith(f"7 of 8 reference photos cannot be used: prompts {tmp_path}/my.csv, line 2: image {tmp_path}/0.png: no face")
-    assert "line 4" in message and message.endswith("and 2 more; use a photo that shows one face, large and clear") and "\n" not in message
-    with pytest.raises(UserError, match=r"^prompts .*my.csv, line 2: image .*0.png: no face is found; use"):
+    assert message.startswith(
+        f"7 of 8 reference photos cannot be used: prompts {tmp_path}/my.csv, line 2: image {tmp_path}/0.png: no face"
+    )
+    assert (
+        "line 4" in message
+        and message.endswith("and 2 more; use a photo that shows one face, large and clear")
+        and "\n" not in message
+    )
+    with pytest.raises(
+        UserError, match=r"^prompts .*my.csv, line 2: image .*0.png: no face is found; use"
+    ):
         check_references(reward(), prompts[:2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -148,7 +177,9 @@ def test_a_run_with_a_photo_without_a_face_is_refused_before_its_first_step(tmp_
     path = write_prompts(tmp_path, *portraits()[:2], None, portraits()[2])
     config = tiny(2)
     prompts = load_prompts(path, 1)
-    order = [index for step in range(2) for index in prompt_batch(prompts, config.run.seed, step, 2)]
+    order = [
+        index for step in range(2) for index in prompt_batch(prompts, config.run.seed, step, 2)
+    ]
     assert order.index(2) >= 2, "the photo is drawn in the second step"
     data = c.DataConfig(prompts=str(path), max_people=1, text_length=80)
     with pytest.raises(UserError, match=r"my.csv, line 4: image .*2.png: no face is found"):
@@ -163,5 +194,7 @@ def test_photos_are_opened_in_the_first_pass_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "load_reference", lambda path: opened.append(path) or read(path))
     check_references(reward(), prompts)
     for _ in range(2):
-        reward().encode_references(References.of_prompts(prompts, 2), [prompt.text for prompt in prompts])
+        reward().encode_references(
+            References.of_prompts(prompts, 2), [prompt.text for prompt in prompts]
+        )
     assert len(opened) == 3

@@ -52,7 +52,8 @@ def run(model, arrays, control_scale: float = 1.0) -> np.ndarray:
 def same(a, b) -> bool:
     a, b = rules.leaves(nnx.state(a)), rules.leaves(nnx.state(b))
     return set(a) == set(b) and all(
-        a[name].dtype == b[name].dtype and np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a
+        a[name].dtype == b[name].dtype and np.array_equal(np.asarray(a[name]), np.asarray(b[name]))
+        for name in a
     )
 
 
@@ -77,10 +78,14 @@ def test_text_encoder_and_tokenizer(pipe):
         "two people walking in the street, the woman in red smiles at the man",
         "",
     ]
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="np")
+    tokens = pipe.tokenizer(
+        prompts, padding="max_length", max_length=16, truncation=True, return_tensors="np"
+    )
     np.testing.assert_array_equal(tokens["input_ids"], arrays["ids"])
     np.testing.assert_array_equal(tokens["attention_mask"], arrays["mask"])
-    assert pipe.tokenizer(prompts[1], max_length=6, truncation=True)["input_ids"][-1] == 1  # the eos survives
+    assert (
+        pipe.tokenizer(prompts[1], max_length=6, truncation=True)["input_ids"][-1] == 1
+    )  # the eos survives
 
 
 def test_vae(pipe):
@@ -119,10 +124,19 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
 
     # Written and read again, in PEFT's form and as single files, it is the same adapter.
     config, state = pipe.transformer.config, nnx.state(pipe.transformer, LoRAParam)
-    adapters.save_lora(tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}})
+    adapters.save_lora(
+        tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}}
+    )
     told = (tmp_path / "adapter" / "README.md").read_text()
-    assert 'license: "apache-2.0"' in told and 'base_model: "some/base"' in told and '"seed": 3' in told and "rank 4, alpha 8" in told
-    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})}
+    assert (
+        'license: "apache-2.0"' in told
+        and 'base_model: "some/base"' in told
+        and '"seed": 3' in told
+        and "rank 4, alpha 8" in told
+    )
+    header = {
+        "lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
+    }
     for path in (
         tmp_path / "adapter",
         tmp_path / "adapter" / "adapter_model.safetensors",
@@ -136,7 +150,9 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
 def test_a_file_that_names_no_alpha_has_alpha_equal_to_rank(tmp_path):
     for prefix in ("", "transformer."):
         assert adapters.lora_scale(renamed(tmp_path, prefix)) == (4, 4.0)
-    with pytest.raises(UserError, match="its alpha is not known, since no adapter_config.json is beside it"):
+    with pytest.raises(
+        UserError, match="its alpha is not known, since no adapter_config.json is beside it"
+    ):
         adapters.lora_scale(renamed(tmp_path, "base_model.model."))  # PEFT always writes one
     assert adapters.lora_scale(ADAPTER) == (4, 8.0)
 
@@ -154,7 +170,9 @@ def test_a_fresh_adapter_changes_nothing_and_shares_the_base(pipe):
         else:
             assert 0.2 < np.std(leaf) < 0.5 and not np.array_equal(leaf, b[name])
     base = rules.leaves(nnx.state(pipe.transformer))
-    assert all(base[name] is leaf for name, leaf in rules.leaves(nnx.state(other)).items() if name in base)
+    assert all(
+        base[name] is leaf for name, leaf in rules.leaves(nnx.state(other)).items() if name in base
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,16 +214,26 @@ def test_adapters_of_another_model_are_refused(pipe, tmp_path):
 def test_the_folder_survives_a_round_trip_with_every_bit(pipe, tmp_path):
     pipeline.save_pipeline(pipe, tmp_path / "copy")
     for part in ("transformer", "vae", "text_encoder"):
-        before, after = store.open_tensors(TINY / part), store.open_tensors(tmp_path / "copy" / part)
+        before, after = (
+            store.open_tensors(TINY / part),
+            store.open_tensors(tmp_path / "copy" / part),
+        )
         assert set(before) == set(after)
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype
             assert np.asarray(tensor).tobytes() == np.asarray(after[name]).tobytes(), name
     again = idg.load_pipeline(tmp_path / "copy")
-    assert all(same(getattr(again, part), getattr(pipe, part)) for part in ("transformer", "vae", "text_encoder"))
+    assert all(
+        same(getattr(again, part), getattr(pipe, part))
+        for part in ("transformer", "vae", "text_encoder")
+    )
     assert again.shift == pipe.shift and again.transformer.config == pipe.transformer.config
-    assert again.tokenizer("a man smiles")["input_ids"] == pipe.tokenizer("a man smiles")["input_ids"]
-    pipeline.save_pipeline(dataclasses.replace(pipe, shift=5.0), tmp_path / "copy")  # a pipeline may be replaced
+    assert (
+        again.tokenizer("a man smiles")["input_ids"] == pipe.tokenizer("a man smiles")["input_ids"]
+    )
+    pipeline.save_pipeline(
+        dataclasses.replace(pipe, shift=5.0), tmp_path / "copy"
+    )  # a pipeline may be replaced
     assert idg.load_pipeline(tmp_path / "copy").shift == 5.0
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -222,7 +250,9 @@ def test_parts_can_be_written_one_by_one(pipe, tmp_path):
     assert same(idg.load_pipeline(tmp_path).vae, pipe.vae)
     assert same(pipeline.load_transformer(tmp_path, unroll=True), pipe.transformer)
     published, ours = (store.read_json(folder / "model_index.json") for folder in (TINY, tmp_path))
-    assert published | {"tokenizer": ours["tokenizer"]} == ours  # the tokenizer's class has two names
+    assert (
+        published | {"tokenizer": ours["tokenizer"]} == ours
+    )  # the tokenizer's class has two names
 
 
 def test_a_folder_of_something_else_is_not_replaced(pipe, tmp_path):
@@ -241,7 +271,9 @@ def test_bfloat16_rounds_the_weights_but_not_the_sensitive_ones(pipe):
         assert leaf.dtype == (jnp.float32 if wide else jnp.bfloat16), name
         if name in exact:
             np.testing.assert_array_equal(leaf, np.asarray(exact[name]).astype(leaf.dtype))
-    assert {leaf.dtype for leaf in rules.leaves(nnx.state(half.vae)).values()} == {np.dtype(np.float32)}
+    assert {leaf.dtype for leaf in rules.leaves(nnx.state(half.vae)).values()} == {
+        np.dtype(np.float32)
+    }
     arrays = golden("vace_original_tiny")
     error = relative_error(run(half.transformer, arrays), run(pipe.transformer, arrays))
     assert 1e-4 < error < 3e-2
@@ -250,9 +282,14 @@ def test_bfloat16_rounds_the_weights_but_not_the_sensitive_ones(pipe):
 def test_weights_stored_in_bfloat16_are_read_into_float32(pipe, tmp_path):
     shutil.copytree(TINY / "text_encoder", tmp_path / "text_encoder")
     file = tmp_path / "text_encoder" / "model.safetensors"
-    tensors = {name: np.asarray(tensor).astype(ml_dtypes.bfloat16) for name, tensor in store.open_tensors(file).items()}
+    tensors = {
+        name: np.asarray(tensor).astype(ml_dtypes.bfloat16)
+        for name, tensor in store.open_tensors(file).items()
+    }
     store.write_file(file, tensors)
-    assert same(pipeline.load_text_encoder(tmp_path), pipe.text_encoder)  # the golden weights are exact in bfloat16
+    assert same(
+        pipeline.load_text_encoder(tmp_path), pipe.text_encoder
+    )  # the golden weights are exact in bfloat16
 
 
 # ---- the package -----------------------------------------------------------------------------------------------------
@@ -260,7 +297,11 @@ def test_weights_stored_in_bfloat16_are_read_into_float32(pipe, tmp_path):
 
 def test_the_public_names_are_there():
     assert set(idg.__all__) <= set(dir(idg))
-    assert idg.flow.sigmas(4, 3.0).shape == (5,) and callable(idg.flow.sde_step) and callable(idg.flow.timesteps)
+    assert (
+        idg.flow.sigmas(4, 3.0).shape == (5,)
+        and callable(idg.flow.sde_step)
+        and callable(idg.flow.timesteps)
+    )
     assert callable(idg.grpo.advantages) and callable(idg.rewards.preference.btt_loss)
     with pytest.raises(AttributeError, match="no attribute 'rewrads'"):
         idg.rewrads  # noqa: B018
@@ -313,11 +354,27 @@ def remove(part: str):
         ),
         (edit("transformer/config.json", num_layers=3), "transformer", "unexpected: blocks.3"),
         (edit("transformer/config.json", ffn_dim=64), "transformer", "[96] instead of [64]"),
-        (edit("transformer/config.json", image_dim=1280), "transformer/config.json", "image_dim is 1280"),
-        (edit("transformer/config.json", vace_layers=[0, 9]), "transformer/config.json", "vace_layers"),
+        (
+            edit("transformer/config.json", image_dim=1280),
+            "transformer/config.json",
+            "image_dim is 1280",
+        ),
+        (
+            edit("transformer/config.json", vace_layers=[0, 9]),
+            "transformer/config.json",
+            "vace_layers",
+        ),
         (edit("transformer/config.json", num_layers=0), "transformer/config.json", "num_layers"),
-        (edit("text_encoder/config.json", model_type="t5"), "text_encoder/config.json", "model_type is 't5'"),
-        (edit("scheduler/scheduler_config.json", flow_shift=None), "scheduler/scheduler_config.json", "flow_shift is None"),
+        (
+            edit("text_encoder/config.json", model_type="t5"),
+            "text_encoder/config.json",
+            "model_type is 't5'",
+        ),
+        (
+            edit("scheduler/scheduler_config.json", flow_shift=None),
+            "scheduler/scheduler_config.json",
+            "flow_shift is None",
+        ),
         (remove("transformer/config.json"), "transformer/config.json", "cannot be read"),
         (remove("vae/diffusion_pytorch_model.safetensors"), "vae", "holds none"),
         (remove("tokenizer/tokenizer.json"), "tokenizer/tokenizer.json", "cannot be read"),

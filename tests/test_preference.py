@@ -20,10 +20,14 @@ def test_equals_the_reference_arrays(suffix):
     for ours, theirs in zip(gradients, ("grad_score_a", "grad_score_b"), strict=True):
         np.testing.assert_allclose(ours, GOLDEN[theirs + suffix], rtol=1e-4, atol=1e-6)
     if not suffix:
-        np.testing.assert_allclose(preference.btt_losses(a, b, label), GOLDEN["loss_per_pair"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            preference.btt_losses(a, b, label), GOLDEN["loss_per_pair"], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_probabilities_of_the_three_outcomes_sum_to_one():
     d = jnp.linspace(-4, 4, 9)
-    total = sum(jnp.exp(-preference.btt_losses(d, jnp.zeros(9), jnp.full(9, label))) for label in (1, -1, 0))
+    total = sum(
+        jnp.exp(-preference.btt_losses(d, jnp.zeros(9), jnp.full(9, label))) for label in (1, -1, 0)
+    )
     np.testing.assert_allclose(total, 1.0, rtol=1e-5)

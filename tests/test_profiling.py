@@ -20,12 +20,25 @@ def test_the_steps_after_the_first_are_traced_once(tmp_path, monkeypatch, first,
         profile.end(step, {"seconds_rollout": float(step), "seconds_update": 1.0}, PHASES)
     assert seen == [("start", steps[0]), ("stop", steps[-1])]
     mean = sum(steps) / len(steps)
-    assert f"| rollout | {mean:.3f} | {mean / (mean + 1):.0%} |" in (tmp_path / "phases.md").read_text()
+    assert (
+        f"| rollout | {mean:.3f} | {mean / (mean + 1):.0%} |"
+        in (tmp_path / "phases.md").read_text()
+    )
 
 
 def test_the_table_says_each_phase_and_the_whole():
-    table = phase_table([{"seconds_rollout": 1.0, "seconds_update": 3.0}, {"seconds_rollout": 2.0, "seconds_update": 0.0}], PHASES)
-    assert table.splitlines()[2:] == ["| rollout | 1.500 | 50% |", "| update | 1.500 | 50% |", "| step | 3.000 | 100% |"]
+    table = phase_table(
+        [
+            {"seconds_rollout": 1.0, "seconds_update": 3.0},
+            {"seconds_rollout": 2.0, "seconds_update": 0.0},
+        ],
+        PHASES,
+    )
+    assert table.splitlines()[2:] == [
+        "| rollout | 1.500 | 50% |",
+        "| update | 1.500 | 50% |",
+        "| step | 3.000 | 100% |",
+    ]
 
 
 def test_a_run_with_one_step_left_cannot_be_profiled(tmp_path):

@@ -11,7 +11,14 @@ from PIL import Image
 
 from jax_idgrpo.config import prompts_file
 from jax_idgrpo.data.photos import load_reference, on_white
-from jax_idgrpo.data.prompts import Prompt, describe_change, load_prompts, prompt_batch, prompts_digest, row_digests
+from jax_idgrpo.data.prompts import (
+    Prompt,
+    describe_change,
+    load_prompts,
+    prompt_batch,
+    prompts_digest,
+    row_digests,
+)
 from jax_idgrpo.errors import UserError
 
 HEADER = "ref_paths,prompt\n"
@@ -34,7 +41,11 @@ def write(folder, text, name="prompts.csv"):
 
 def test_rows_of_different_counts(folder):
     absolute = folder / "b.png"
-    path = write(folder, HEADER + f'a.png,one person waves\n\na.png; faces/c.jpg ,"two people, talking"\n{absolute},last\n')
+    path = write(
+        folder,
+        HEADER
+        + f'a.png,one person waves\n\na.png; faces/c.jpg ,"two people, talking"\n{absolute},last\n',
+    )
     assert load_prompts(path, 3) == [
         Prompt(0, "one person waves", (folder / "a.png",)),
         Prompt(1, "two people, talking", (folder / "a.png", folder / "faces/c.jpg")),
@@ -59,35 +70,83 @@ def test_columns_in_any_order_with_a_byte_order_mark(folder):
         (HEADER + "a.png,fine\na.png,   \n", "line 3: the prompt is empty"),
         (HEADER + ",nobody\n", "line 2: no reference photo; name 1 to 2"),
         (HEADER + "a.png;;b.png,gap\n", "line 2: an empty name in ref_paths"),
-        (HEADER + "a.png;b.png;a.png,three\n", "line 2: 3 reference photos, but data.max_people is 2"),
+        (
+            HEADER + "a.png;b.png;a.png,three\n",
+            "line 2: 3 reference photos, but data.max_people is 2",
+        ),
         (HEADER + "a.png,one, two\n", "line 2: more fields than the header has"),
         (HEADER + "a.png\n", "line 2: fewer fields than the header has"),
         (HEADER + 'a.png,"open\n', "check the quotes"),
-        (HEADER + "a.png,fine\nmissing.png,x\n", "line 3: image {folder}/missing.png: no such file"),
-        (HEADER + "faces,x\n", "line 2: image {folder}/faces: is a folder; name the image file in it"),
-        (HEADER + "prompts.csv,x\n", "line 2: image {folder}/prompts.csv: cannot be read (not an image)"),
+        (
+            HEADER + "a.png,fine\nmissing.png,x\n",
+            "line 3: image {folder}/missing.png: no such file",
+        ),
+        (
+            HEADER + "faces,x\n",
+            "line 2: image {folder}/faces: is a folder; name the image file in it",
+        ),
+        (
+            HEADER + "prompts.csv,x\n",
+            "line 2: image {folder}/prompts.csv: cannot be read (not an image)",
+        ),
         (HEADER.encode() + b"a.png,caf\xe9\n", "is not UTF-8 text"),
-        ("ref_paths;prompt\n\"a.png;b.png\";two people\n", "line 1: columns are separated by semicolons (;); save the file with commas"),
+        (
+            'ref_paths;prompt\n"a.png;b.png";two people\n',
+            "line 1: columns are separated by semicolons (;); save the file with commas",
+        ),
         ("sep=;\nref_paths;prompt\na.png;one\n", "columns are separated by semicolons (;)"),
         ("sep=\t\r\nref_paths\tprompt\r\na.png\tone\r\n", "columns are separated by tabs"),
         ('"Prompt"\t"Ref_Paths"\nx\ta.png\n', "columns are separated by tabs"),
-        ("image,prompt\na.png,x\n", "line 1: needs one column ref_paths and has image, prompt; start the file"),
-        ("Prompt,prompt,ref_paths\nx,y,a.png\n", "line 1: needs one column prompt and has prompt, prompt, ref_paths"),
-        ('{"ref_paths": ["a.png"], "prompt": "x"}\n', "holds JSON; write a CSV with the header ref_paths,prompt"),
+        (
+            "image,prompt\na.png,x\n",
+            "line 1: needs one column ref_paths and has image, prompt; start the file",
+        ),
+        (
+            "Prompt,prompt,ref_paths\nx,y,a.png\n",
+            "line 1: needs one column prompt and has prompt, prompt, ref_paths",
+        ),
+        (
+            '{"ref_paths": ["a.png"], "prompt": "x"}\n',
+            "holds JSON; write a CSV with the header ref_paths,prompt",
+        ),
         ("<!DOCTYPE html><html></html>", "is a web page; write a CSV"),
-        (b"PK\x03\x04" + bytes(30), "is an Excel workbook or another archive; save the sheet as CSV in UTF-8"),
+        (
+            b"PK\x03\x04" + bytes(30),
+            "is an Excel workbook or another archive; save the sheet as CSV in UTF-8",
+        ),
         (b"\xd0\xcf\x11\xe0" + bytes(30), "is an Excel workbook"),
-        (HEADER + 'a.png, b.png,"two people"\n', "line 2: photos are joined by commas; join them by ;"),
+        (
+            HEADER + 'a.png, b.png,"two people"\n',
+            "line 2: photos are joined by commas; join them by ;",
+        ),
         (HEADER + '"a.png,b.png",two people\n', "a.png,b.png: no such file; join the photos by ;"),
         (HEADER + "a.png|b.png,two people\n", "no such file; join the photos by ;"),
-        (HEADER + "a.png,\u201cOne, two.\u201d\n", 'line 2: more fields than the header has; put the prompt in straight quotes (")'),
-        (HEADER + "https://example.com/a.png,x\n", "line 2: image https://example.com/a.png: is a web address; download the photo"),
-        (HEADER + "C:\\Users\\me\\a.png,x\n", "relative to the CSV, and a.png is beside it: write a.png"),
-        (HEADER + "D:/photos/z.png,x\n", "no such file; it is a Windows path; copy the photos beside the CSV"),
-        (HEADER + "data/people/a.png,x\n", "no such file; ref_paths are relative to the CSV, and a.png is beside it"),
+        (
+            HEADER + "a.png,\u201cOne, two.\u201d\n",
+            'line 2: more fields than the header has; put the prompt in straight quotes (")',
+        ),
+        (
+            HEADER + "https://example.com/a.png,x\n",
+            "line 2: image https://example.com/a.png: is a web address; download the photo",
+        ),
+        (
+            HEADER + "C:\\Users\\me\\a.png,x\n",
+            "relative to the CSV, and a.png is beside it: write a.png",
+        ),
+        (
+            HEADER + "D:/photos/z.png,x\n",
+            "no such file; it is a Windows path; copy the photos beside the CSV",
+        ),
+        (
+            HEADER + "data/people/a.png,x\n",
+            "no such file; ref_paths are relative to the CSV, and a.png is beside it",
+        ),
         (HEADER + "faces\\c.jpg,x\n", "no such file; write / between folders: faces/c.jpg"),
         (HEADER + "~/no-such-photo.png,x\n", "/no-such-photo.png: no such file"),
-        (HEADER + f"{'so long a text that it is no name ' * 20},a.png\n", "no such file; check ref_paths"),
+        (
+            HEADER + f"{'so long a text that it is no name ' * 20},a.png\n",
+            "no such file; check ref_paths",
+        ),
         (HEADER + 'a.png,"two\nlines"\nmissing.png,x\n', "line 4: image {folder}/missing.png"),
         (HEADER + 'missing.png,"two\nlines"\n', "line 2: image {folder}/missing.png"),
     ],
@@ -103,12 +162,17 @@ def test_bad_files(folder, text, says):
 def test_rows_of_nothing_but_blanks_and_commas_are_empty(folder):
     text = HEADER + "\n   \na.png,one\n,\n , ,,\nb.png,two,,\n\t\n"
     assert [prompt.text for prompt in load_prompts(write(folder, text), 2)] == ["one", "two"]
-    assert [prompt.where.rpartition(" ")[2] for prompt in load_prompts(write(folder, text), 2)] == ["4", "7"]
+    assert [prompt.where.rpartition(" ")[2] for prompt in load_prompts(write(folder, text), 2)] == [
+        "4",
+        "7",
+    ]
 
 
 def test_spaces_after_commas_and_another_case_of_the_header(folder):
     path = write(folder, 'Ref_Paths, PROMPT\na.png; b.png, "two people, talking"\n')
-    assert load_prompts(path, 2) == [Prompt(0, "two people, talking", (folder / "a.png", folder / "b.png"))]
+    assert load_prompts(path, 2) == [
+        Prompt(0, "two people, talking", (folder / "a.png", folder / "b.png"))
+    ]
     assert load_prompts(write(folder, "sep=,\n" + path.read_text()), 2)[0].where.endswith("line 3")
 
 
@@ -116,25 +180,33 @@ def test_names_are_found_however_letters_are_composed(folder):
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
         stored = folder / unicodedata.normalize(form, f"Zo\u00eb {form}.png")
         shutil.copy(folder / "a.png", stored)
-        path = write(folder, HEADER + unicodedata.normalize(other, f"Zo\u00eb {form}.png") + ",one\n")
+        path = write(
+            folder, HEADER + unicodedata.normalize(other, f"Zo\u00eb {form}.png") + ",one\n"
+        )
         assert load_prompts(path, 1)[0].references[0].read_bytes() == stored.read_bytes()
 
 
 def test_home_is_found_in_ref_paths_and_in_the_name_of_the_csv(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    assert load_prompts(write(folder, HEADER + "~/a.png,one\n"), 1)[0].references == (folder / "a.png",)
+    assert load_prompts(write(folder, HEADER + "~/a.png,one\n"), 1)[0].references == (
+        folder / "a.png",
+    )
     assert prompts_file("~/prompts.csv") == folder / "prompts.csv"
 
 
 def test_a_photo_beside_the_current_folder_is_pointed_out(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(UserError, match="a.png is in the current folder, but ref_paths are relative to the CSV"):
+    with pytest.raises(
+        UserError, match="a.png is in the current folder, but ref_paths are relative to the CSV"
+    ):
         load_prompts(write(folder / "faces", HEADER + "a.png,one\n"), 1)
 
 
 def test_all_that_is_wrong_is_told_in_one_line(folder):
     (folder / "broken.png").write_bytes(b"nothing")
-    bad = "a.png,\nmissing.png;gone.png,x\na.png,fine\nbroken.png,x\n" + "a.png;b.png;a.png,x\n" * 20
+    bad = (
+        "a.png,\nmissing.png;gone.png,x\na.png,fine\nbroken.png,x\n" + "a.png;b.png;a.png,x\n" * 20
+    )
     path = write(folder, HEADER + bad)
     with pytest.raises(UserError) as caught:
         load_prompts(path, 2)
@@ -155,7 +227,9 @@ def test_one_photo_twice_in_a_row_gets_a_warning(folder):
 
 def test_what_looks_odd_about_a_photo_is_told_with_its_line(folder):
     Image.fromarray(np.full((20, 20), 4080, np.uint16)).save(folder / "grey.tif")
-    with pytest.warns(UserWarning, match=r"prompts.csv, line 2: image .*grey.tif: holds 12 bits in 16-bit words"):
+    with pytest.warns(
+        UserWarning, match=r"prompts.csv, line 2: image .*grey.tif: holds 12 bits in 16-bit words"
+    ):
         load_prompts(write(folder, HEADER + "grey.tif,one\n"), 1)
 
 
@@ -191,7 +265,9 @@ def test_truncated_image_is_found_at_the_start(folder, name):
     Image.fromarray(noise).save(folder / name)
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=rf"line 3: image .*{name}: cannot be read .*store it again"):
+    with pytest.raises(
+        UserError, match=rf"line 3: image .*{name}: cannot be read .*store it again"
+    ):
         load_prompts(write(folder, HEADER + f"a.png,fine\n{name},x\n"), 2)
 
 
@@ -201,7 +277,9 @@ def test_what_another_program_would_draw_is_no_photo(folder):
         load_prompts(write(folder, HEADER + "drawing.png,x\n"), 2)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "F"]
+)
 def test_every_mode_becomes_rgb(mode):
     grey = np.tile(np.linspace(0, 255, 16, dtype=np.uint8), (8, 1))
     if mode in ("I", "I;16"):
@@ -210,7 +288,9 @@ def test_every_mode_becomes_rgb(mode):
     elif mode == "F":
         image = Image.fromarray(grey.astype(np.float32) / 255)
     else:
-        image = Image.fromarray(np.repeat(grey[..., None], 3, -1)).convert(mode, **({"dither": 0} if mode == "1" else {}))
+        image = Image.fromarray(np.repeat(grey[..., None], 3, -1)).convert(
+            mode, **({"dither": 0} if mode == "1" else {})
+        )
     got = np.asarray(on_white(image))
     assert got.shape == (8, 16, 3) and got.dtype == np.uint8
     spread = {"1": 130, "P": 26}.get(mode, 8)
@@ -222,7 +302,11 @@ def test_transparent_parts_become_white(tmp_path):
     pixels[..., 0], pixels[:, :2, 3], pixels[:, 2, 3] = 200, 255, 128
     Image.fromarray(pixels).save(tmp_path / "a.png")
     got = np.asarray(load_reference(tmp_path / "a.png"))
-    assert (got[:, :2] == (200, 0, 0)).all() and (got[:, 3] == 255).all() and (abs(got[:, 2, 1].astype(int) - 127) <= 1).all()
+    assert (
+        (got[:, :2] == (200, 0, 0)).all()
+        and (got[:, 3] == 255).all()
+        and (abs(got[:, 2, 1].astype(int) - 127) <= 1).all()
+    )
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.putpixel((0, 0), 0)
@@ -260,15 +344,26 @@ def digest_of(path):
 
 def test_the_digest_is_that_of_what_is_used(folder):
     path = write(folder, HEADER + 'a.png,"one"\na.png;b.png,two\n')
-    Image.fromarray(np.random.default_rng(9).integers(0, 256, (24, 20, 3), np.uint8)).save(folder / "b.png")
+    Image.fromarray(np.random.default_rng(9).integers(0, 256, (24, 20, 3), np.uint8)).save(
+        folder / "b.png"
+    )
     digest = digest_of(path)
     shutil.copy(folder / "a.png", folder / "renamed.png")
-    for same in ("note,prompt,ref_paths\nx,one,a.png\n\n,,\ny, two,a.png ; b.png\n", HEADER + "renamed.png,one\na.png;b.png,two\n"):
+    for same in (
+        "note,prompt,ref_paths\nx,one,a.png\n\n,,\ny, two,a.png ; b.png\n",
+        HEADER + "renamed.png,one\na.png;b.png,two\n",
+    ):
         assert digest_of(write(folder, same, "other.csv")) == digest
     others = ("a.png,two\na.png;b.png,one\n", "a.png;b.png,two\na.png,one\n", "a.png,one\nb.png;a.png,two\n", "a.png,one\n",
               "a.png,one\na.png;b.png,two\na.png,one\n")  # fmt: skip
-    assert len({digest, *(digest_of(write(folder, HEADER + rows, "other.csv")) for rows in others)}) == 6
-    by_hand = [Prompt(0, "one", (folder / "a.png",)), Prompt(1, "two", (folder / "a.png", folder / "b.png"))]
+    assert (
+        len({digest, *(digest_of(write(folder, HEADER + rows, "other.csv")) for rows in others)})
+        == 6
+    )
+    by_hand = [
+        Prompt(0, "one", (folder / "a.png",)),
+        Prompt(1, "two", (folder / "a.png", folder / "b.png")),
+    ]
     assert prompts_digest(by_hand) == digest
     content = bytearray((folder / "b.png").read_bytes())
     content[-1] ^= 1  # of the end mark: the picture is the same, the file is not
@@ -278,16 +373,24 @@ def test_the_digest_is_that_of_what_is_used(folder):
 
 def test_a_change_is_described_by_its_rows(folder):
     def rows(*texts):
-        return row_digests([Prompt(n, text, (), digests=(photo,)) for n, (text, photo) in enumerate(texts)])
+        return row_digests(
+            [Prompt(n, text, (), digests=(photo,)) for n, (text, photo) in enumerate(texts)]
+        )
 
     old = rows(*((f"text {n}", f"photo {n}") for n in range(12)))
     assert describe_change(old, list(old)) == ""
     assert describe_change(old, old[::-1]) == "the same 12 rows in another order"
     assert describe_change(old, old[:3] + old[5:]) == "rows 3, 4 removed (rows counted from 0)"
-    assert describe_change(old, old[:3] + rows(("new", "x")) + old[3:]) == "row 3 added (rows counted from 0)"
+    assert (
+        describe_change(old, old[:3] + rows(("new", "x")) + old[3:])
+        == "row 3 added (rows counted from 0)"
+    )
     edited = old.copy()
     edited[2:3], edited[7:8] = rows(("text 2", "another")), rows(("text", "photo 7"))
-    assert describe_change(old, edited) == "row 7 has another text; row 2 has other photos (rows counted from 0)"
+    assert (
+        describe_change(old, edited)
+        == "row 7 has another text; row 2 has other photos (rows counted from 0)"
+    )
     assert describe_change(old, old[:2] + rows(("new", "x"))) == (
         "row 2 added; rows 2, 3, 4, 5, 6, 7, 8, 9, ... removed (rows counted from 0)"
     )

@@ -11,14 +11,23 @@ from jax_idgrpo.rewards.matching import cosines
 from tests.test_identity import case
 
 TERMS = {
-    "mimr": lambda embeddings, mask, references, asked: identity.multi_identity_matching(cosines(embeddings, references), mask, asked),
-    "id_conf": lambda embeddings, mask, references, asked: identity.identity_confidence(cosines(embeddings, references), mask, asked),
-    "unique_faces": lambda embeddings, mask, references, asked: identity.unique_faces(embeddings, mask),
+    "mimr": lambda embeddings, mask, references, asked: identity.multi_identity_matching(
+        cosines(embeddings, references), mask, asked
+    ),
+    "id_conf": lambda embeddings, mask, references, asked: identity.identity_confidence(
+        cosines(embeddings, references), mask, asked
+    ),
+    "unique_faces": lambda embeddings, mask, references, asked: identity.unique_faces(
+        embeddings, mask
+    ),
 }
 
 
 def arguments(inputs) -> list:
-    return [jnp.asarray(inputs[name]) for name in ("embeddings", "face_mask", "references", "reference_mask")]
+    return [
+        jnp.asarray(inputs[name])
+        for name in ("embeddings", "face_mask", "references", "reference_mask")
+    ]
 
 
 def frames(inputs):
@@ -35,8 +44,11 @@ def mimr(cosine, faces):
         return 0.0
     pairs = min(people, count)
     best = max(
-        (list(zip(rows, columns, strict=True)) for rows in itertools.combinations(range(people), pairs)
-         for columns in itertools.permutations(range(count), pairs)),
+        (
+            list(zip(rows, columns, strict=True))
+            for rows in itertools.combinations(range(people), pairs)
+            for columns in itertools.permutations(range(count), pairs)
+        ),
         key=lambda chosen: sum(cosine[pair] for pair in chosen),
     )
     sign = -np.ones_like(cosine)
@@ -57,8 +69,12 @@ def unique_faces(cosine, faces):
     return 1 - max(alike) if alike else 0.5
 
 
-@pytest.mark.parametrize(("name", "formula"), [("mimr", mimr), ("id_conf", id_conf), ("unique_faces", unique_faces)])
-@pytest.mark.parametrize(("people", "faces", "noise"), [(3, 5, 0.3), (3, 3, 3.0), (4, 4, 1.0), (1, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("name", "formula"), [("mimr", mimr), ("id_conf", id_conf), ("unique_faces", unique_faces)]
+)
+@pytest.mark.parametrize(
+    ("people", "faces", "noise"), [(3, 5, 0.3), (3, 3, 3.0), (4, 4, 1.0), (1, 1, 1.0)]
+)
 def test_a_term_is_its_formula(name, formula, people, faces, noise):
     inputs = case(seed=people + faces, people=people, faces=faces, noise=noise, batch=4)
     inputs["reference_mask"][:] = True
@@ -77,9 +93,15 @@ def test_order_and_padding_change_nothing(name):
     want = TERMS[name](*arguments(inputs))
     p, k = rng.permutation(3), rng.permutation(5)
     changed = {
-        "embeddings": np.pad(inputs["embeddings"][:, ::-1][:, :, k], ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=0.7),
+        "embeddings": np.pad(
+            inputs["embeddings"][:, ::-1][:, :, k],
+            ((0, 0), (0, 0), (0, 2), (0, 0)),
+            constant_values=0.7,
+        ),
         "face_mask": np.pad(inputs["face_mask"][:, ::-1][:, :, k], ((0, 0), (0, 0), (0, 2))),
-        "references": np.pad(inputs["references"][:, p], ((0, 0), (0, 1), (0, 0)), constant_values=0.7),
+        "references": np.pad(
+            inputs["references"][:, p], ((0, 0), (0, 1), (0, 0)), constant_values=0.7
+        ),
         "reference_mask": np.pad(inputs["reference_mask"][:, p], ((0, 0), (0, 1))),
     }
     np.testing.assert_allclose(TERMS[name](*arguments(changed)), want, atol=1e-6)
@@ -100,5 +122,7 @@ def test_one_face_for_two_people_costs():
     honest, blended = references[:, None], np.repeat(same, 2, axis=1)[:, None]
     mask = (jnp.ones((1, 1, 2), bool), jnp.asarray(references), jnp.ones((1, 2), bool))
     for name, best in (("mimr", 0.5), ("id_conf", 1.0), ("unique_faces", 1.0)):
-        good, bad = (float(TERMS[name](jnp.asarray(faces), *mask)[0]) for faces in (honest, blended))
+        good, bad = (
+            float(TERMS[name](jnp.asarray(faces), *mask)[0]) for faces in (honest, blended)
+        )
         assert good == pytest.approx(best) and bad == pytest.approx(0.0, abs=1e-6), name

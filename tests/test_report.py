@@ -19,8 +19,19 @@ def make_run(workdir: Path, steps: int = 40) -> None:
     """A run as `idgrpo train` leaves it, with numbers that are drawn."""
     rng = np.random.default_rng(0)
     workdir.mkdir(exist_ok=True)
-    rows = [{"step": step, "reward": 0.4 + 0.1 * step / steps + rng.normal(0, 0.02), "kl": step * 1e-4, "ratio_min": 1.0, "ratio_max": 1.0,
-             "gradient_norm": rng.gamma(3, 0.1), "motion": 0.05, "seconds": None} for step in range(steps)]
+    rows = [
+        {
+            "step": step,
+            "reward": 0.4 + 0.1 * step / steps + rng.normal(0, 0.02),
+            "kl": step * 1e-4,
+            "ratio_min": 1.0,
+            "ratio_max": 1.0,
+            "gradient_norm": rng.gamma(3, 0.1),
+            "motion": 0.05,
+            "seconds": None,
+        }
+        for step in range(steps)
+    ]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (workdir / "config.json").write_text(config.Config().to_json())
 
@@ -35,7 +46,10 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
     means, changes = bootstrap.summarise(scores, clusters, 0, 200)
     shown = []
     for prompt in range(prompts):
-        clip = np.tanh(rng.normal(0, 1, (1, 8, 8, 3)).repeat(8, 1).repeat(8, 2) + rng.normal(0, 0.3, (9, 1, 1, 3))).astype(np.float32)
+        clip = np.tanh(
+            rng.normal(0, 1, (1, 8, 8, 3)).repeat(8, 1).repeat(8, 2)
+            + rng.normal(0, 0.3, (9, 1, 1, 3))
+        ).astype(np.float32)
         files = {}
         for model in scores:
             files[model] = {"path": f"videos/{prompt}/{model}.mp4", "judge_identity": 0.4}
@@ -43,9 +57,15 @@ def make_evaluation(workdir: Path, prompts: int = 4) -> None:
         references = [f"videos/{prompt}/reference-{n}.png" for n in range(1 + prompt % 3)]
         for path in references:
             Image.fromarray(rng.integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / path)
-        shown.append({"prompt": f"Two <people> & prompt {prompt}", "references": references, "videos": files})
+        shown.append(
+            {"prompt": f"Two <people> & prompt {prompt}", "references": references, "videos": files}
+        )
     compared = bootstrap.pairs(scores, clusters, 0, 200)
-    document = {"note": "16 prompts x 4 videos", **bootstrap.document(means, changes, compared), "shown": shown}
+    document = {
+        "note": "16 prompts x 4 videos",
+        **bootstrap.document(means, changes, compared),
+        "shown": shown,
+    }
     (folder / "metrics.json").write_text(json.dumps(document))
 
 
@@ -59,7 +79,9 @@ class Links(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self.links += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        self.links += [
+            value or "" for name, value in attributes if name in ("src", "href", "srcset", "data")
+        ]
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
 
@@ -137,22 +159,34 @@ def test_page_does_not_say_where_files_were(tmp_path):
     )
     (tmp_path / "config.json").write_text(places.to_json())
     text = report.report(tmp_path).read_text()
-    assert "anna" not in text and all(f".../{name}" in text for name in ("Wan2.1", "faces", "vlm", "clips"))
+    assert "anna" not in text and all(
+        f".../{name}" in text for name in ("Wan2.1", "faces", "vlm", "clips")
+    )
 
 
 def test_series_keeps_the_last_value_of_a_step_and_drops_gaps():
-    rows = [{"step": 0, "a": 1.0}, {"step": 1, "a": None}, {"step": 2, "a": 3.0}, {"step": 2, "a": 4.0}, {"step": 3},
-            {"step": 4, "a": float("nan")}]
+    rows = [
+        {"step": 0, "a": 1.0},
+        {"step": 1, "a": None},
+        {"step": 2, "a": 3.0},
+        {"step": 2, "a": 4.0},
+        {"step": 3},
+        {"step": 4, "a": float("nan")},
+    ]
     assert report.series(rows, "a") == ([0.0, 2.0], [1.0, 4.0])
 
 
 def test_curve_puts_the_highest_value_on_top():
     drawn = report.curve("t", "", {"a": ([0.0, 1.0, 2.0], [0.0, 5.0, 1.0])}, trend=False)
-    heights = [float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', drawn)[1].split()]
+    heights = [
+        float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', drawn)[1].split()
+    ]
     assert heights.index(min(heights)) == 1 and heights[0] == max(heights)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3e-4, 2e-4), (17.0, 23456.0), (0.9999, 1.0001)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (-3e-4, 2e-4), (17.0, 23456.0), (0.9999, 1.0001)]
+)
 def test_ticks_are_few_round_and_inside(low, high):
     values = report.ticks(low, high)
     assert 2 <= len(values) <= 6

@@ -18,7 +18,16 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.preferences import batches as pairs_tasks
 from jax_idgrpo.preferences import train_vlm
-from jax_idgrpo.preferences.csv_source import Pair, Row, agrees, automatic_share, by_source, load_pairs, pair_batch, pair_digests
+from jax_idgrpo.preferences.csv_source import (
+    Pair,
+    Row,
+    agrees,
+    automatic_share,
+    by_source,
+    load_pairs,
+    pair_batch,
+    pair_digests,
+)
 from jax_idgrpo.rewards.vlm import files
 from tests import vlm_folders
 
@@ -45,7 +54,9 @@ def write_pairs(folder, count, first, size=64, frames=5):
 
         def head(centre):
             inside = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 0.05
-            return np.where(inside[..., None], skin, field) + 0.05 * rng.normal(size=(size, size, 3))
+            return np.where(inside[..., None], skin, field) + 0.05 * rng.normal(
+                size=(size, size, 3)
+            )
 
         path = rng.uniform(0.3, 0.7, (2, 2))
         centres = [path[0] + (path[1] - path[0]) * n / (frames - 1) for n in range(frames)]
@@ -53,10 +64,22 @@ def write_pairs(folder, count, first, size=64, frames=5):
         bad = np.stack([field + 0.05 * rng.normal(size=(size, size, 3)) for _ in range(frames)])
         flip = bool(rng.integers(2))
         for side, video in zip("AB", (bad, good) if flip else (good, bad), strict=True):
-            write_video(folder / f"{number}{side}.mp4", np.clip(video, -1, 1).astype(np.float32), 10)
-        Image.fromarray(((np.clip(head((0.5, 0.5)), -1, 1) + 1) * 127.5).astype(np.uint8)).save(folder / f"{number}.png")
-        rows.append({"path_A": f"{number}A.mp4", "path_B": f"{number}B.mp4", "prompt": "a person", "ref_paths": f"{number}.png",
-                     "SA": "B" if flip else "A", "source": ("trusted", "automatic")[number % 2]})
+            write_video(
+                folder / f"{number}{side}.mp4", np.clip(video, -1, 1).astype(np.float32), 10
+            )
+        Image.fromarray(((np.clip(head((0.5, 0.5)), -1, 1) + 1) * 127.5).astype(np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        rows.append(
+            {
+                "path_A": f"{number}A.mp4",
+                "path_B": f"{number}B.mp4",
+                "prompt": "a person",
+                "ref_paths": f"{number}.png",
+                "SA": "B" if flip else "A",
+                "source": ("trusted", "automatic")[number % 2],
+            }
+        )
     return write_rows(folder / "pairs.csv", rows)
 
 
@@ -71,8 +94,20 @@ def configuration(base, pairs, steps, held_out="", batch=2, rate=1e-3, **options
     return c.Config(
         optimizer=c.OptimizerConfig(learning_rate=rate, weight_decay=0.0, ema_decay=0.0),
         reward=c.RewardConfig(vlm_base=str(base), vlm_dtype="float32"),
-        finetune=c.FinetuneConfig(task="reward_vlm", batch=batch, log_every=5, options={
-            "pairs": str(pairs), "held_out": str(held_out), "rank": 4, "alpha": 8.0, "remat": False, "automatic": 0.5} | options),
+        finetune=c.FinetuneConfig(
+            task="reward_vlm",
+            batch=batch,
+            log_every=5,
+            options={
+                "pairs": str(pairs),
+                "held_out": str(held_out),
+                "rank": 4,
+                "alpha": 8.0,
+                "remat": False,
+                "automatic": 0.5,
+            }
+            | options,
+        ),
         run=c.RunConfig(steps=steps, save_every=max(steps // 2, 1), keep=1, sample_every=0),
     )
 
@@ -89,12 +124,16 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
 
     before, text = train_vlm.open_model(config, options, rng.key(config.run.seed, "init"))
     after = files.load(tmp_path / "run" / "export", base, "float32", merge=False)
-    assert (tmp_path / "run" / "export" / "prompt.txt").read_text() == text and after.settings.template == "own"
+    assert (
+        tmp_path / "run" / "export" / "prompt.txt"
+    ).read_text() == text and after.settings.template == "own"
     old, new = (nnx.state(model.network) for model in (before, after))
     table = [np.asarray(model.network.embed_tokens[...]) for model in (before, after)]
     np.testing.assert_array_equal(table[0][:-1], table[1][:-1])
     assert np.abs(table[0][-1] - table[1][-1]).max() > 0
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(old)[0], jax.tree.leaves(new), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(old)[0], jax.tree.leaves(new), strict=True
+    ):
         name = jax.tree_util.keystr(path)
         if "visual" in name or "rm_head" in name or "lora" in name:
             assert np.any(np.asarray(a) != np.asarray(b)), name
@@ -106,17 +145,30 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
 
 
 def test_the_share_of_automatic_pairs_falls_by_half_a_cosine():
-    assert automatic_share(0, 10, 0.8) == pytest.approx(0.8) and automatic_share(10, 10, 0.8) == pytest.approx(0)
+    assert automatic_share(0, 10, 0.8) == pytest.approx(0.8) and automatic_share(
+        10, 10, 0.8
+    ) == pytest.approx(0)
     assert automatic_share(5, 10, 0.8) == pytest.approx(0.4)
-    pairs = by_source([
-        Pair(Row((Path("a"),), (Path("b"), Path(str(n))), ""), (1,), ("trusted", "automatic")[n % 2]) for n in range(20)
-    ])
+    pairs = by_source(
+        [
+            Pair(
+                Row((Path("a"),), (Path("b"), Path(str(n))), ""),
+                (1,),
+                ("trusted", "automatic")[n % 2],
+            )
+            for n in range(20)
+        ]
+    )
     drawn = [pair_batch(pairs, 3, step, 4, 0.25) for step in range(40)]
     assert drawn[7] == pair_batch(pairs, 3, 7, 4, 0.25) != drawn[8]
     share = np.mean([pair.source == "automatic" for batch in drawn for pair in batch])
     assert abs(share - 0.25) < 0.1
-    assert {pair.source for batch in drawn[:1] for pair in pair_batch(pairs, 3, 1, 8, 0.0)} == {"trusted"}
-    assert len({pair.videos for step in range(5) for pair in pair_batch(pairs, 3, step, 2, 0.0)}) == 10
+    assert {pair.source for batch in drawn[:1] for pair in pair_batch(pairs, 3, 1, 8, 0.0)} == {
+        "trusted"
+    }
+    assert (
+        len({pair.videos for step in range(5) for pair in pair_batch(pairs, 3, step, 2, 0.0)}) == 10
+    )
 
 
 def test_a_teacher_agrees_with_signs_and_with_likely_ties():
@@ -126,14 +178,22 @@ def test_a_teacher_agrees_with_signs_and_with_likely_ties():
 
 def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path):
     listed = load_pairs(write_pairs(tmp_path / "pairs", 6, 20), ("SA",))
-    config = configuration(base, tmp_path / "pairs" / "pairs.csv", 1, teacher=str(tmp_path / "teacher"))
+    config = configuration(
+        base, tmp_path / "pairs" / "pairs.csv", 1, teacher=str(tmp_path / "teacher")
+    )
     options = pairs_tasks.read_options(train_vlm.Options, config.finetune.options)
     model, text = train_vlm.open_model(config, options, jax.random.key(1))
     files.save(model, tmp_path / "teacher", text=text)
     trainee = train_vlm.Trainee(model.network, 1, model.settings)
     said = train_vlm.differences(trainee, listed, train_vlm.read_with(model, text, 10.0), 2)[:, 0]
-    kept = pairs_tasks.filter_automatic(listed, options, lambda: train_vlm.read_teacher(config, options))
-    want = [pair for pair, d in zip(listed, said, strict=True) if pair.source == "trusted" or d * pair.labels[0] > 0]
+    kept = pairs_tasks.filter_automatic(
+        listed, options, lambda: train_vlm.read_teacher(config, options)
+    )
+    want = [
+        pair
+        for pair, d in zip(listed, said, strict=True)
+        if pair.source == "trusted" or d * pair.labels[0] > 0
+    ]
     assert {pair.videos for pair in kept} == {pair.videos for pair in want}
 
 
@@ -141,14 +201,34 @@ def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path)
     "header, row, message",
     [
         ("path_A,path_B,prompt,ref_paths", "a.mp4,b.mp4,x,p.png", "needs one column SA"),
-        ("path_A;path_B;prompt;ref_paths;SA", "a.mp4;b.mp4;x;p.png;A", "columns are separated by semicolons"),
+        (
+            "path_A;path_B;prompt;ref_paths;SA",
+            "a.mp4;b.mp4;x;p.png;A",
+            "columns are separated by semicolons",
+        ),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,p.png,C", "line 2: a label is 'C'"),
-        ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,p.png,A", "a.mp4 is no file|p.png is no file"),
+        (
+            "path_A,path_B,prompt,ref_paths,SA",
+            "a.mp4,b.mp4,x,p.png,A",
+            "a.mp4 is no file|p.png is no file",
+        ),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4,b.mp4,x,,A", "no reference photo"),
-        ("path_A,path_B,prompt,ref_paths,SA,source", "a.mp4,b.mp4,x,p.png,A,robot", "source is 'robot'"),
+        (
+            "path_A,path_B,prompt,ref_paths,SA,source",
+            "a.mp4,b.mp4,x,p.png,A,robot",
+            "source is 'robot'",
+        ),
         ("path_A,path_B,prompt,ref_paths,SA", "a.mp4", "more or fewer fields"),
-        ("path_A,path_B,prompt,ref_paths,SA,fps_A", "a.mp4,b.mp4,x,p.png,A,nan", "line 2: fps_A is 'nan'; write a number"),
-        ("path_A,path_B,prompt,ref_paths,SA,num_frames_B", "a.mp4,b.mp4,x,p.png,A,-3", "line 2: num_frames_B is '-3'"),
+        (
+            "path_A,path_B,prompt,ref_paths,SA,fps_A",
+            "a.mp4,b.mp4,x,p.png,A,nan",
+            "line 2: fps_A is 'nan'; write a number",
+        ),
+        (
+            "path_A,path_B,prompt,ref_paths,SA,num_frames_B",
+            "a.mp4,b.mp4,x,p.png,A,-3",
+            "line 2: num_frames_B is '-3'",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, header, row, message):
@@ -165,12 +245,22 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         train_vlm.make(configuration(base, tmp_path / "nowhere.csv", 1))
     with pytest.raises(UserError, match="train-reward trains reward_face, reward_vlm"):
-        cli.run(["train-reward", str(ROOT / "configs" / "embedded_vae.py"), "--workdir", str(tmp_path / "run")])
+        cli.run(
+            [
+                "train-reward",
+                str(ROOT / "configs" / "embedded_vae.py"),
+                "--workdir",
+                str(tmp_path / "run"),
+            ]
+        )
 
 
 @pytest.mark.slow
 def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_path):
-    pairs, held_out = write_pairs(tmp_path / "pairs", 64, 0), write_pairs(tmp_path / "held_out", 64, 1000)
+    pairs, held_out = (
+        write_pairs(tmp_path / "pairs", 64, 0),
+        write_pairs(tmp_path / "held_out", 64, 1000),
+    )
     config = configuration(base, pairs, 48, held_out=held_out, batch=8, rate=2e-3, pixels=20_000)
     from jax_idgrpo.training.finetune import finetune
 
@@ -180,7 +270,10 @@ def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_pat
     text = (tmp_path / "run" / "export" / "prompt.txt").read_text()
     listed = load_pairs(pairs, ("SA",))
     difference = train_vlm.differences(
-        train_vlm.Trainee(model.network, 1, model.settings), listed, train_vlm.read_with(model, text, 10.0), 8
+        train_vlm.Trainee(model.network, 1, model.settings),
+        listed,
+        train_vlm.read_with(model, text, 10.0),
+        8,
     )[:, 0]
     labels = np.array([pair.labels[0] for pair in listed])
     print(found, np.mean(difference * labels > 0))
@@ -193,7 +286,9 @@ def test_digests_of_pairs_tell_which_row_changed(tmp_path):
         (tmp_path / name).write_bytes(bytes(size))
 
     def digests(*rows):
-        (tmp_path / "pairs.csv").write_text("path_A,path_B,prompt,ref_paths,SA\n" + "".join(f"a.mp4,b.mp4,{row}\n" for row in rows))
+        (tmp_path / "pairs.csv").write_text(
+            "path_A,path_B,prompt,ref_paths,SA\n" + "".join(f"a.mp4,b.mp4,{row}\n" for row in rows)
+        )
         return pair_digests(load_pairs(tmp_path / "pairs.csv", ("SA",)))
 
     rows = ("Anna walks,p.png,A", "Ben sits,p.png,same")

@@ -9,8 +9,16 @@ from jax_idgrpo.training import setup
 from tests.test_train import tiny
 
 
-@pytest.mark.parametrize("values", [dict(), dict(grpo=dict(objective="nft", kl_units="velocity", updates=2), window="none", guidance=3.0)],
-                         ids=["clip", "nft"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(),
+        dict(
+            grpo=dict(objective="nft", kl_units="velocity", updates=2), window="none", guidance=3.0
+        ),
+    ],
+    ids=["clip", "nft"],
+)
 def test_shapes_are_those_of_the_arrays(values):
     config = tiny(2, **values)
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
@@ -25,7 +33,11 @@ def test_shapes_are_those_of_the_arrays(values):
     for (path, leaf), (_, shape) in zip(leaves, shapes, strict=True):
         name = jax.tree_util.keystr(path)
         assert isinstance(leaf, jax.Array) and isinstance(shape, jax.ShapeDtypeStruct), name
-        assert (leaf.shape, leaf.dtype, leaf.weak_type) == (shape.shape, shape.dtype, shape.weak_type), name
+        assert (leaf.shape, leaf.dtype, leaf.weak_type) == (
+            shape.shape,
+            shape.dtype,
+            shape.weak_type,
+        ), name
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), name
     assert planned.policy == real.policy and planned.passes == real.passes
     assert planned.rule.policy == real.rule.policy and planned.rule.grpo == real.rule.grpo

@@ -31,10 +31,15 @@ with stop_on_signals() as stopping:
 
 
 def test_a_second_interrupt_ends_a_process_that_waits():
-    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: stopping at the next safe point, Ctrl-C again stops without saving\n"
+    assert (
+        process.stderr.readline()
+        == "SIGINT: stopping at the next safe point, Ctrl-C again stops without saving\n"
+    )
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130

@@ -6,7 +6,9 @@ import pytest
 from jax_idgrpo.evaluation import bootstrap
 
 
-def clustered(rng, prompts: int, videos: int, between: float, within: float) -> tuple[np.ndarray, np.ndarray]:
+def clustered(
+    rng, prompts: int, videos: int, between: float, within: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Values around 0 whose prompts differ by `between` and whose videos differ by `within`."""
     values = rng.normal(0, between, (prompts, 1)) + rng.normal(0, within, (prompts, videos))
     return values.ravel(), np.repeat(np.arange(prompts), videos)
@@ -19,7 +21,9 @@ def test_interval_covers_the_truth_about_95_times_in_100():
         values, clusters = clustered(rng, 40, 4, between=1.0, within=0.5)
         interval = bootstrap.bootstrap(values, clusters, trial, 400)
         inside += interval.low < 0 < interval.high
-    assert 0.89 <= inside / 200 <= 0.99, "resampling videos instead of prompts would cover about 0.7"
+    assert 0.89 <= inside / 200 <= 0.99, (
+        "resampling videos instead of prompts would cover about 0.7"
+    )
 
 
 def test_interval_has_the_width_of_theory():
@@ -41,22 +45,30 @@ def test_pairing_cancels_what_the_models_share():
     scores = {"base": {"reward": values}, "tuned": {"reward": values + gain}}
     means, changes = bootstrap.summarise(scores, clusters, 0, 1000)
     assert changes["tuned"]["reward"].low > 0.04 and changes["tuned"]["reward"].high < 0.06
-    assert means["base"]["reward"].low < means["tuned"]["reward"].mean < means["base"]["reward"].high
+    assert (
+        means["base"]["reward"].low < means["tuned"]["reward"].mean < means["base"]["reward"].high
+    )
     assert set(changes) == {"tuned"}
 
 
 def test_same_seed_same_interval():
     values, clusters = clustered(np.random.default_rng(4), 20, 2, 1.0, 1.0)
-    assert bootstrap.bootstrap(values, clusters, 5, 100) == bootstrap.bootstrap(values, clusters, 5, 100)
-    assert bootstrap.bootstrap(values, clusters, 5, 100) != bootstrap.bootstrap(values, clusters, 6, 100)
+    assert bootstrap.bootstrap(values, clusters, 5, 100) == bootstrap.bootstrap(
+        values, clusters, 5, 100
+    )
+    assert bootstrap.bootstrap(values, clusters, 5, 100) != bootstrap.bootstrap(
+        values, clusters, 6, 100
+    )
 
 
 def test_table_lines_up():
     interval = bootstrap.Interval(mean=0.5, low=0.25, high=0.75)
     change = bootstrap.Interval(mean=0.05, low=-0.01, high=0.11)
     names = list(bootstrap.LABELS)
-    table = bootstrap.markdown({"base": dict.fromkeys(names, interval), "tuned": dict.fromkeys(names, interval)},
-                                {"tuned": dict.fromkeys(names, change)})
+    table = bootstrap.markdown(
+        {"base": dict.fromkeys(names, interval), "tuned": dict.fromkeys(names, interval)},
+        {"tuned": dict.fromkeys(names, change)},
+    )
     lines = table.splitlines()
     assert len(lines) == 2 + len(names) and len({len(line) for line in lines}) == 1
     assert "| judge identity" in table and "+0.050 [-0.010, +0.110] | +10.0%" in table
@@ -64,14 +76,30 @@ def test_table_lines_up():
 
 def test_every_two_models_are_compared_and_equal_videos_count_half():
     base = np.array([0.1, 0.2, 0.3, 0.4])
-    scores = {"base": {"reward": base}, "a": {"reward": base + [0.1, 0.1, 0.0, -0.1]}, "b": {"reward": base + 0.2}}
+    scores = {
+        "base": {"reward": base},
+        "a": {"reward": base + [0.1, 0.1, 0.0, -0.1]},
+        "b": {"reward": base + 0.2},
+    }
     got = bootstrap.pairs(scores, np.arange(4), 0, 200)
     assert list(got) == [("a", "base"), ("b", "base"), ("b", "a")]
     assert got["a", "base"]["reward"].wins.mean == pytest.approx(0.625)
-    assert got["b", "a"]["reward"].wins.mean == 1 and got["b", "a"]["reward"].difference.mean == pytest.approx(0.175)
+    assert got["b", "a"]["reward"].wins.mean == 1 and got["b", "a"][
+        "reward"
+    ].difference.mean == pytest.approx(0.175)
     assert got["a", "base"]["reward"].wins.low < 0.625 < got["a", "base"]["reward"].wins.high
-    worse = bootstrap.pairs({"base": {"swapped": base}, "a": {"swapped": base + 0.1}}, np.arange(4), 0, 50)["a", "base"]["swapped"]
-    assert worse.wins.mean == 0 and worse.difference.mean == pytest.approx(0.1)         # of some metrics less is better
-    full = {model: dict.fromkeys(bootstrap.LABELS, values["reward"]) for model, values in scores.items()}
+    worse = bootstrap.pairs(
+        {"base": {"swapped": base}, "a": {"swapped": base + 0.1}}, np.arange(4), 0, 50
+    )["a", "base"]["swapped"]
+    assert worse.wins.mean == 0 and worse.difference.mean == pytest.approx(
+        0.1
+    )  # of some metrics less is better
+    full = {
+        model: dict.fromkeys(bootstrap.LABELS, values["reward"]) for model, values in scores.items()
+    }
     lines = bootstrap.pairs_markdown(bootstrap.pairs(full, np.arange(4), 0, 50)).splitlines()
-    assert len(lines) == 2 + 2 * len(bootstrap.LABELS) and "b over a" in lines[0] and len({len(line) for line in lines}) == 1
+    assert (
+        len(lines) == 2 + 2 * len(bootstrap.LABELS)
+        and "b over a" in lines[0]
+        and len({len(line) for line in lines}) == 1
+    )

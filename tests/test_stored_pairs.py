@@ -28,14 +28,27 @@ def write_csv(folder, count=3 * CACHED_RECORDS):
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
-        (folder / f"{number}.bin").write_bytes(rng.bytes(int(rng.integers(400))) + bytes(number % 3))
+        (folder / f"{number}.bin").write_bytes(
+            rng.bytes(int(rng.integers(400))) + bytes(number % 3)
+        )
     names = [f"{number}.bin" for number in range(count)]
-    rows = [{
-        "path_A": names[number], "path_B": rng.choice(names), "prompt": f'Änne, "{number}"' if number else "",
-        "ref_paths": ";".join(rng.choice(names, 1 + number % 4)), "SA": rng.choice(list(LABELS)), "VQ": rng.choice(list(LABELS)),
-        "fps_A": "" if number % 5 else repr(rng.uniform(1, 60)), "fps_B": "23.976", "num_frames_A": number, "num_frames_B": "",
-        "source": rng.choice(["", "trusted", "automatic", "synthetic"]), "MOS_A_SA": "4.5",
-    } for number in range(count)]
+    rows = [
+        {
+            "path_A": names[number],
+            "path_B": rng.choice(names),
+            "prompt": f'Änne, "{number}"' if number else "",
+            "ref_paths": ";".join(rng.choice(names, 1 + number % 4)),
+            "SA": rng.choice(list(LABELS)),
+            "VQ": rng.choice(list(LABELS)),
+            "fps_A": "" if number % 5 else repr(rng.uniform(1, 60)),
+            "fps_B": "23.976",
+            "num_frames_A": number,
+            "num_frames_B": "",
+            "source": rng.choice(["", "trusted", "automatic", "synthetic"]),
+            "MOS_A_SA": "4.5",
+        }
+        for number in range(count)
+    ]
     return write_rows(folder / "pairs.csv", rows)
 
 
@@ -52,8 +65,15 @@ def written(tmp_path_factory):
 
 def content(pair):
     """All that a pair says, with the bytes of its files."""
-    return (pair.labels, pair.source, pair.prompt, pair.fps, pair.row.read().num_frames,
-            [file.read_bytes() for file in pair.references], [file.read_bytes() for file in pair.videos])
+    return (
+        pair.labels,
+        pair.source,
+        pair.prompt,
+        pair.fps,
+        pair.row.read().num_frames,
+        [file.read_bytes() for file in pair.references],
+        [file.read_bytes() for file in pair.videos],
+    )
 
 
 def test_a_data_set_holds_what_the_csv_says(written):
@@ -61,11 +81,21 @@ def test_a_data_set_holds_what_the_csv_says(written):
     for dimensions in (DIMENSIONS, DIMENSIONS[::-1], ("VQ",)):
         rows, stored = load_pairs(table, dimensions), open_pairs(folder, dimensions)
         assert [content(pair) for pair in stored] == [content(pair) for pair in rows]
-    assert {label for pair in rows for label in pair.labels} == set(LABELS.values()) and len({pair.source for pair in rows}) == 2
-    assert content(stored[-1]) == content(rows[-1]) and [content(pair) for pair in stored[2:4]] == [content(pair) for pair in rows[2:4]]
+    assert {label for pair in rows for label in pair.labels} == set(LABELS.values()) and len(
+        {pair.source for pair in rows}
+    ) == 2
+    assert content(stored[-1]) == content(rows[-1]) and [content(pair) for pair in stored[2:4]] == [
+        content(pair) for pair in rows[2:4]
+    ]
     assert len(list(folder.glob("*array_record*"))) > 3
     assert {path.name for path in folder.iterdir() if "array_record" not in path.name} == {
-        INFO, INDEX, "features.json", "labels-SA.labels.txt", "labels-VQ.labels.txt", "source.labels.txt"}
+        INFO,
+        INDEX,
+        "features.json",
+        "labels-SA.labels.txt",
+        "labels-VQ.labels.txt",
+        "source.labels.txt",
+    }
 
 
 def test_tfds_reads_the_folder_too(written):
@@ -76,8 +106,12 @@ def test_tfds_reads_the_folder_too(written):
     rows = load_pairs(table, DIMENSIONS)
     assert len(read) == len(rows)
     for example, row in zip(read, rows, strict=True):
-        assert [example["video_A"], example["video_B"]] == [file.read_bytes() for file in row.videos]
-        assert [list(LABELS.values())[example["labels"][name]] for name in DIMENSIONS] == list(row.labels)
+        assert [example["video_A"], example["video_B"]] == [
+            file.read_bytes() for file in row.videos
+        ]
+        assert [list(LABELS.values())[example["labels"][name]] for name in DIMENSIONS] == list(
+            row.labels
+        )
 
 
 def test_steps_read_the_same_pairs_from_both_whenever_they_are_opened(written):
@@ -87,7 +121,10 @@ def test_steps_read_the_same_pairs_from_both_whenever_they_are_opened(written):
     assert drawn[3] != drawn[4]
     for first in (0, 17):
         stored = by_source(StoredPairs(folder, DIMENSIONS))
-        assert drawn[first:] == [[content(pair) for pair in pair_batch(stored, 3, step, 4, 0.4)] for step in range(first, 30)]
+        assert drawn[first:] == [
+            [content(pair) for pair in pair_batch(stored, 3, step, 4, 0.4)]
+            for step in range(first, 30)
+        ]
 
 
 def test_what_steps_are_drawn_by_is_known_without_reading_a_record(written):
@@ -95,13 +132,25 @@ def test_what_steps_are_drawn_by_is_known_without_reading_a_record(written):
     stored = StoredPairs(folder, DIMENSIONS)
     stored.example = None
     mixed = by_source(stored)
-    assert len(mixed.trusted) + len(mixed.automatic) == len([pair.labels for pair in stored]) == len(stored)
+    assert (
+        len(mixed.trusted) + len(mixed.automatic)
+        == len([pair.labels for pair in stored])
+        == len(stored)
+    )
 
 
 def test_shards_are_neighbours_and_no_larger_than_asked():
     sizes = [3, 4, 2, 9, 1, 1, 7, 0]
-    assert tfds_builder.shards(sizes, 7) == [range(0, 2), range(2, 3), range(3, 4), range(4, 6), range(6, 8)]
-    assert tfds_builder.shards([5], 7) == [range(0, 1)] and tfds_builder.shards([50], 7) == [range(0, 1)]
+    assert tfds_builder.shards(sizes, 7) == [
+        range(0, 2),
+        range(2, 3),
+        range(3, 4),
+        range(4, 6),
+        range(6, 8),
+    ]
+    assert tfds_builder.shards([5], 7) == [range(0, 1)] and tfds_builder.shards([50], 7) == [
+        range(0, 1)
+    ]
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -119,16 +168,33 @@ def drawn(tmp_path_factory):
 def test_training_from_a_data_set_is_training_from_its_csv(drawn, tmp_path):
     kept = []
     for name, given in zip(("csv", "set"), drawn, strict=True):
-        finetune(c.Config(
-            data=c.DataConfig(max_people=3),
-            video=c.VideoConfig(frames=9, height=64, width=64),
-            optimizer=c.OptimizerConfig(learning_rate=2e-3, ema_decay=0.0),
-            finetune=c.FinetuneConfig(task="reward_face", batch=4, log_every=1, options={"pairs": str(given), "held_out": str(given)}),
-            run=c.RunConfig(steps=4, save_every=4, keep=1, sample_every=0),
-        ), tmp_path / name)
+        finetune(
+            c.Config(
+                data=c.DataConfig(max_people=3),
+                video=c.VideoConfig(frames=9, height=64, width=64),
+                optimizer=c.OptimizerConfig(learning_rate=2e-3, ema_decay=0.0),
+                finetune=c.FinetuneConfig(
+                    task="reward_face",
+                    batch=4,
+                    log_every=1,
+                    options={"pairs": str(given), "held_out": str(given)},
+                ),
+                run=c.RunConfig(steps=4, save_every=4, keep=1, sample_every=0),
+            ),
+            tmp_path / name,
+        )
         folder = tmp_path / name
-        losses = [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        kept.append((losses, (folder / "accuracy.json").read_text(), (folder / "export" / "head.safetensors").read_bytes()))
+        losses = [
+            json.loads(line).get("loss")
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        kept.append(
+            (
+                losses,
+                (folder / "accuracy.json").read_text(),
+                (folder / "export" / "head.safetensors").read_bytes(),
+            )
+        )
     assert kept[0] == kept[1] and len(set(kept[0][0])) > 2
 
 
@@ -170,25 +236,46 @@ def relabel(folder):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda folder: (folder / INFO).unlink(), f"without {INFO}, so no data set; name a CSV, or make one: idgrpo pack-pairs"),
-    (lambda folder: (folder / INFO).write_text("{"), f"{INFO}: cannot be read"),
-    (lambda folder: (folder / INFO).write_text("[]"), f"{INFO}: cannot be read"),
-    (lambda folder: (folder / INFO).write_text("[" * 100_000), f"{INFO}: cannot be read"),
-    (lambda folder: edit(folder / INFO, name="mnist"), "holds mnist 1.0.0 array_record, not identity_pairs 1.0.0 array_record"),
-    (lambda folder: edit(folder / INFO, version="2.0.0"), "holds identity_pairs 2.0.0"),
-    (lambda folder: edit(folder / INFO, splits=[]), "make one of the CSV"),
-    (lambda folder: edit(folder / INFO, splits=[{"name": "pairs", "shardLengths": ["x"]}]), "cannot be read"),
-    (lambda folder: edit(folder / INFO, splits=[{"name": "pairs", "shardLengths": []}]), "not the letters of 0 pairs"),
-    (lambda folder: (folder / INDEX).unlink(), f"{INDEX}: cannot be read"),
-    (lambda folder: edit(folder / INDEX, sources="tt"), "not the letters of 48 pairs"),
-    (lambda folder: edit(folder / INDEX, labels={"SA": "?" * 48}), "not the letters of 48 pairs"),
-    (lambda folder: shards_of(folder)[1].unlink(), "is missing; copy the data set again"),
-    (lambda folder: shards_of(folder)[1].write_bytes(b"no records"), "cannot be read"),
-    (lambda folder: shutil.copy(shards_of(folder)[0], shards_of(folder)[1]), "records, not 48; copy"),
-    (flip, "pair 0: cannot be read"),
-    (relabel, f"pair 0: its labels are not those of {INDEX}"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (
+            lambda folder: (folder / INFO).unlink(),
+            f"without {INFO}, so no data set; name a CSV, or make one: idgrpo pack-pairs",
+        ),
+        (lambda folder: (folder / INFO).write_text("{"), f"{INFO}: cannot be read"),
+        (lambda folder: (folder / INFO).write_text("[]"), f"{INFO}: cannot be read"),
+        (lambda folder: (folder / INFO).write_text("[" * 100_000), f"{INFO}: cannot be read"),
+        (
+            lambda folder: edit(folder / INFO, name="mnist"),
+            "holds mnist 1.0.0 array_record, not identity_pairs 1.0.0 array_record",
+        ),
+        (lambda folder: edit(folder / INFO, version="2.0.0"), "holds identity_pairs 2.0.0"),
+        (lambda folder: edit(folder / INFO, splits=[]), "make one of the CSV"),
+        (
+            lambda folder: edit(folder / INFO, splits=[{"name": "pairs", "shardLengths": ["x"]}]),
+            "cannot be read",
+        ),
+        (
+            lambda folder: edit(folder / INFO, splits=[{"name": "pairs", "shardLengths": []}]),
+            "not the letters of 0 pairs",
+        ),
+        (lambda folder: (folder / INDEX).unlink(), f"{INDEX}: cannot be read"),
+        (lambda folder: edit(folder / INDEX, sources="tt"), "not the letters of 48 pairs"),
+        (
+            lambda folder: edit(folder / INDEX, labels={"SA": "?" * 48}),
+            "not the letters of 48 pairs",
+        ),
+        (lambda folder: shards_of(folder)[1].unlink(), "is missing; copy the data set again"),
+        (lambda folder: shards_of(folder)[1].write_bytes(b"no records"), "cannot be read"),
+        (
+            lambda folder: shutil.copy(shards_of(folder)[0], shards_of(folder)[1]),
+            "records, not 48; copy",
+        ),
+        (flip, "pair 0: cannot be read"),
+        (relabel, f"pair 0: its labels are not those of {INDEX}"),
+    ],
+)
 def test_a_damaged_or_foreign_folder_is_named_in_one_line(written, tmp_path, damage, says):
     shutil.copytree(written[1], tmp_path / "set")
     damage(tmp_path / "set")
@@ -199,7 +286,9 @@ def test_a_damaged_or_foreign_folder_is_named_in_one_line(written, tmp_path, dam
 
 
 def test_missing_labels_are_named(written):
-    with pytest.raises(UserError, match="has no labels MQ, only SA, VQ; make it again with --dimensions SA,MQ"):
+    with pytest.raises(
+        UserError, match="has no labels MQ, only SA, VQ; make it again with --dimensions SA,MQ"
+    ):
         open_pairs(written[1], ("SA", "MQ"))
 
 
@@ -213,8 +302,12 @@ def test_nothing_that_the_folder_names_is_imported(written, tmp_path, monkeypatc
     (tmp_path / "intruder.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     edit(tmp_path / "set" / INFO, moduleName="intruder")
-    (tmp_path / "set" / "features.json").write_text(json.dumps({"pythonClassName": "intruder.Feature", "featuresDict": {"features": {}}}))
-    assert content(open_pairs(tmp_path / "set", ("SA",))[0]) == content(load_pairs(written[0], ("SA",))[0])
+    (tmp_path / "set" / "features.json").write_text(
+        json.dumps({"pythonClassName": "intruder.Feature", "featuresDict": {"features": {}}})
+    )
+    assert content(open_pairs(tmp_path / "set", ("SA",))[0]) == content(
+        load_pairs(written[0], ("SA",))[0]
+    )
     assert "intruder" not in sys.modules
 
 
@@ -222,12 +315,14 @@ def test_a_missing_package_says_what_to_install(written, monkeypatch, capsys, tm
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     monkeypatch.delitem(sys.modules, "jax_idgrpo.preferences.tfds_builder")
     monkeypatch.delattr(preferences, "tfds_builder")
-    with pytest.raises(UserError, match=r"need tensorflow-datasets .*pip install 'jax-idgrpo\[data\]'"):
+    with pytest.raises(
+        UserError, match=r"need tensorflow-datasets .*pip install 'jax-idgrpo\[data\]'"
+    ):
         open_pairs(written[1], ("SA",))
     with pytest.raises(UserError, match="pip install"):
         cli.run(["pack-pairs", "--csv", str(written[0]), "--out", str(tmp_path / "set")])
     assert not list(tmp_path.iterdir())
-    assert len(open_pairs(written[0], ("SA",))) == 48       # a CSV needs nothing
+    assert len(open_pairs(written[0], ("SA",))) == 48  # a CSV needs nothing
 
 
 def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
@@ -245,7 +340,9 @@ def test_a_data_set_appears_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(tfds_builder, "example", fails_at_the_last)
-        with pytest.raises(UserError, match=r"2\.bin: cannot be read \(No such file or directory\)"):
+        with pytest.raises(
+            UserError, match=r"2\.bin: cannot be read \(No such file or directory\)"
+        ):
             cli.run(command)
     assert [path.name for path in tmp_path.iterdir()] == ["csv"]
     (tmp_path / "set").mkdir()

@@ -9,7 +9,14 @@ import pytest
 import transformers
 from flax import nnx
 
-from jax_idgrpo.config import Config, DataConfig, FinetuneConfig, ModelConfig, RolloutConfig, VideoConfig
+from jax_idgrpo.config import (
+    Config,
+    DataConfig,
+    FinetuneConfig,
+    ModelConfig,
+    RolloutConfig,
+    VideoConfig,
+)
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.sampling.pipeline import load_pipeline, save_vae
@@ -37,7 +44,12 @@ def test_tokenizer_is_t5_like_and_survives_its_folder(tokenizer, tmp_path):
     ids, mask = text.tokenize(loaded, texts, 8)
     np.testing.assert_array_equal(ids, text.tokenize(tokenizer, texts, 8)[0])
     words = loaded.get_vocab()
-    assert ids[0].tolist() == [*(words[word] for word in ["a", "person", "with", "red", "hair"]), 1, 0, 0]
+    assert ids[0].tolist() == [
+        *(words[word] for word in ["a", "person", "with", "red", "hair"]),
+        1,
+        0,
+        0,
+    ]
     assert mask[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
     assert ids[1].tolist() == [words["a"], 2, 1, 0, 0, 0, 0, 0]
     assert ids[2, -1] == 1 and 2 not in ids[2]  # cut, with its end kept
@@ -51,7 +63,11 @@ def test_tokenizer_refuses_what_it_would_split():
 
 def test_no_prompt_of_the_cast_has_an_unknown_word(tokenizer):
     content = [text._draw(3, step, BATCH) for step in range(8)]
-    prompts = [prompt for part in content for prompt in captions.describe(part.scene, part.people, part.mask)]
+    prompts = [
+        prompt
+        for part in content
+        for prompt in captions.describe(part.scene, part.people, part.mask)
+    ]
     ids, mask = text.tokenize(tokenizer, prompts, DATA.text_length)
     assert 2 not in ids
     assert (ids[np.arange(len(ids)), mask.sum(axis=1) - 1] == 1).all()
@@ -68,13 +84,17 @@ def test_attributes_are_those_of_the_people_that_are_there():
 
 def test_reader_learns_and_its_batches_are_pure():
     options = dict(d_model=32, d_kv=8, num_heads=2, d_ff=32, num_layers=1)
-    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options)))
+    task = make_task(
+        Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options))
+    )
     first, again, other = task.batch(1, 2), task.batch(1, 2), task.batch(1, 3)
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
     assert (first["ids"] != other["ids"]).any()
     graph, params = nnx.split(task.init(jax.random.key(0)))
-    step = jax.jit(jax.value_and_grad(lambda p: task.loss(nnx.merge(graph, p), first, jax.random.key(0))[0]))
+    step = jax.jit(
+        jax.value_and_grad(lambda p: task.loss(nnx.merge(graph, p), first, jax.random.key(0))[0])
+    )
     start, gradient = step(params)
     for _ in range(10):
         params = jax.tree.map(lambda p, g: p - 0.05 * jnp.sign(g), params, gradient)
@@ -89,9 +109,16 @@ def test_reader_learns_and_its_batches_are_pure():
 def test_weight_of_cells_is_the_share_that_a_face_covers():
     boxes = np.zeros((1, 5, 2, 4), np.float32)
     boxes[0, :, 0] = (8, 0, 20, 16)  # columns 1 and half of 2, rows 0 and 1
-    boxes[0, :, 1] = (-9, 24, 8, 99)  # reaches out of the picture; hidden in all frames but the first
+    boxes[0, :, 1] = (
+        -9,
+        24,
+        8,
+        99,
+    )  # reaches out of the picture; hidden in all frames but the first
     visible = np.array([[[1, 1], [1, 0], [1, 0], [0, 0], [0, 0]]], np.float32)
-    weight = np.asarray(transformer.cell_weight(jnp.asarray(boxes), jnp.asarray(visible), (32, 32), 5.0))
+    weight = np.asarray(
+        transformer.cell_weight(jnp.asarray(boxes), jnp.asarray(visible), (32, 32), 5.0)
+    )
     first = np.ones((4, 4))
     first[:2, 1], first[:2, 2], first[3, 0] = 5, 3, 5
     later = np.ones((4, 4))  # in two of four frames
@@ -115,9 +142,14 @@ def test_batches_hold_equally_many_people_and_sometimes_the_negative_prompt():
     assert {batch["photos"].shape[1] for batch in batches} == {1, 2, 3}
     for batch in batches:
         people = batch["photos"].shape[1]
-        members = [np.flatnonzero((made.video == row).all(axis=(1, 2, 3, 4)))[0] for row in batch["video"].astype(np.float16)]
+        members = [
+            np.flatnonzero((made.video == row).all(axis=(1, 2, 3, 4)))[0]
+            for row in batch["video"].astype(np.float16)
+        ]
         assert (made.people[members] == people).all()
-    dropped = np.mean([(batch["text"] == made.negative.astype(np.float32)).all(axis=(1, 2)) for batch in batches])
+    dropped = np.mean(
+        [(batch["text"] == made.negative.astype(np.float32)).all(axis=(1, 2)) for batch in batches]
+    )
     assert 0.15 < dropped < 0.35
     again = transformer.pick(made, rows, 16, 0.25, seed=1, step=4)
     for name in again:
@@ -140,8 +172,12 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
     grey = np.random.default_rng(0).normal(size=(3, 4, 4, 16)).astype(np.float32)
     options = dict(grey=jnp.asarray(grey), order="diffusers", shift=3.0)
     value, metrics = transformer.loss(right, batch, jax.random.key(0), **options)
-    assert value < 1e-2 and metrics["video_error"] < 1e-2  # what is left: t is sigma cut to whole thousandths, coarse for small sigma
-    wrong, _ = transformer.loss(lambda *inputs: -right(*inputs), batch, jax.random.key(0), **options)
+    assert (
+        value < 1e-2 and metrics["video_error"] < 1e-2
+    )  # what is left: t is sigma cut to whole thousandths, coarse for small sigma
+    wrong, _ = transformer.loss(
+        lambda *inputs: -right(*inputs), batch, jax.random.key(0), **options
+    )
     assert wrong > 3
     assert seen["latents"].shape == (rows, people + 3, 4, 4, 16)
     np.testing.assert_array_equal(seen["control"][:, :people, ..., :16], batch["photos"])
@@ -160,7 +196,12 @@ def test_faces_weigh_more():
         field = np.ones((8, 2, 4, 4), np.float32)
         field[:, :, 1, 1] = weight
         options = dict(grey=jnp.zeros((2, 4, 4, 16)), order="diffusers", shift=3.0)
-        return transformer.loss(lambda *inputs: jnp.asarray(mark), batch | {"weight": field}, jax.random.key(0), **options)[0]
+        return transformer.loss(
+            lambda *inputs: jnp.asarray(mark),
+            batch | {"weight": field},
+            jax.random.key(0),
+            **options,
+        )[0]
 
     assert loss(4.0) > 2 * loss(1.0)
 
@@ -172,15 +213,28 @@ def config(tmp_path_factory):
     sizes = VAEConfig(4, (1, 1, 2, 2), 1, (False, True, True), (0.0,) * 16, (1.0,) * 16)
     save_vae(WanVAE(sizes, rngs=nnx.Rngs(0)), folder)
     options = dict(d_model=16, d_kv=8, num_heads=2, d_ff=16, num_layers=1)
-    task = make_task(Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options)))
+    task = make_task(
+        Config(data=DATA, finetune=FinetuneConfig(task="text", batch=BATCH, options=options))
+    )
     task.save(task.init(jax.random.key(1)), folder)
-    shape = dict(num_layers=3, num_heads=2, head_dim=12, ffn_dim=16, freq_dim=16, vace_layers=[0, 2], pool=4, face_weight=2.0)
+    shape = dict(
+        num_layers=3,
+        num_heads=2,
+        head_dim=12,
+        ffn_dim=16,
+        freq_dim=16,
+        vace_layers=[0, 2],
+        pool=4,
+        face_weight=2.0,
+    )
     return Config(
         model=ModelConfig(path=str(folder)),
         data=DATA,
         video=VideoConfig(frames=5, height=32, width=32, fps=8),
         rollout=RolloutConfig(shift=3.0, steps=2, guidance=2.0),
-        finetune=FinetuneConfig(task="transformer", batch=2, options=shape | {"pool_file": str(folder / "pool.npz")}),
+        finetune=FinetuneConfig(
+            task="transformer", batch=2, options=shape | {"pool_file": str(folder / "pool.npz")}
+        ),
     )
 
 
@@ -201,7 +255,12 @@ def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
     task.save(network, tmp_path / "out")
     pipe = load_pipeline(tmp_path / "out")
     assert pipe.shift == 3.0 and pipe.transformer.config.vace_layers == (0, 2)
-    inputs = (jnp.ones((1, 4, 4, 4, 16)), jnp.array([500]), jnp.ones((1, 80, 16)), jnp.ones((1, 4, 4, 4, 96)))
+    inputs = (
+        jnp.ones((1, 4, 4, 4, 16)),
+        jnp.array([500]),
+        jnp.ones((1, 80, 16)),
+        jnp.ones((1, 4, 4, 4, 96)),
+    )
     np.testing.assert_array_equal(pipe.transformer(*inputs), network(*inputs))
 
 
@@ -209,10 +268,15 @@ def test_mistakes_in_the_options_are_one_line(config, monkeypatch):
     monkeypatch.setattr(transformer, "CHUNK", 4)
 
     def changed(section="finetune", **values):
-        return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+        return dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **values)}
+        )
 
     options = config.finetune.options
-    with pytest.raises(UserError, match=r"finetune.options of task transformer: got an unexpected keyword argument 'face_wait'"):
+    with pytest.raises(
+        UserError,
+        match=r"finetune.options of task transformer: got an unexpected keyword argument 'face_wait'",
+    ):
         make_task(changed(options=options | {"face_wait": 1}))
     with pytest.raises(UserError, match="pool is 7; use a multiple of"):
         make_task(changed(options=options | {"pool": 7}))

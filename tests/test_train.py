@@ -20,7 +20,12 @@ from jax_idgrpo.training import keeper, selection, setup, train
 
 
 def tiny(steps, grpo=None, **rollout):
-    values = dict(prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1) | rollout
+    values = (
+        dict(
+            prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1
+        )
+        | rollout
+    )
     return c.Config(
         model=c.ModelConfig(rank=2, alpha=2.0, unroll=True),
         data=c.DataConfig(max_people=3, text_length=80),
@@ -61,33 +66,62 @@ def test_every_rollout_is_on_policy_at_its_first_update(straight):
 
 def test_a_step_logs_more_than_its_mean_reward(straight):
     for row in rows(straight):
-        assert row.keys() >= {"reward_group_std", "advantage_std", "zero_std_groups", "gradient_norm", "clip_fraction", "kl", "skipped",
-                              "rewards_failed", "videos_per_hour", "forward_passes_rollout", "forward_passes_update", *train.PHASES}
-        assert (row["forward_passes_rollout"], row["forward_passes_update"], row["backward_passes"]) == (12, 8, 4)
+        assert row.keys() >= {
+            "reward_group_std",
+            "advantage_std",
+            "zero_std_groups",
+            "gradient_norm",
+            "clip_fraction",
+            "kl",
+            "skipped",
+            "rewards_failed",
+            "videos_per_hour",
+            "forward_passes_rollout",
+            "forward_passes_update",
+            *train.PHASES,
+        }
+        assert (
+            row["forward_passes_rollout"],
+            row["forward_passes_update"],
+            row["backward_passes"],
+        ) == (12, 8, 4)
 
 
 def test_forward_passes_of_a_step():
     """The published recipe at 25 steps: 50 passes to sample a video; 24 steps, two branches, the policy and the base to train it."""
     got = setup.forward_passes(c.Config(rollout=c.RolloutConfig(prompts=1, group=2)), branches=2)
-    assert got == dict(forward_passes_rollout=100, forward_passes_update=2 * 24 * 2 * 2, backward_passes=2 * 24 * 2)
-    nft = c.Config(rollout=c.RolloutConfig(prompts=1, group=2, steps=10, window="none"),
-                   grpo=c.GrpoConfig(objective="nft", kl=0.0, times=3, epochs=2))
-    assert setup.forward_passes(nft, branches=2) == dict(forward_passes_rollout=40, forward_passes_update=2 * 2 * 3 * 2, backward_passes=12)
+    assert got == dict(
+        forward_passes_rollout=100, forward_passes_update=2 * 24 * 2 * 2, backward_passes=2 * 24 * 2
+    )
+    nft = c.Config(
+        rollout=c.RolloutConfig(prompts=1, group=2, steps=10, window="none"),
+        grpo=c.GrpoConfig(objective="nft", kl=0.0, times=3, epochs=2),
+    )
+    assert setup.forward_passes(nft, branches=2) == dict(
+        forward_passes_rollout=40, forward_passes_update=2 * 2 * 3 * 2, backward_passes=12
+    )
 
 
 def test_resume_equals_never_having_stopped(straight, tmp_path):
     train.train(tiny(2), tmp_path)
     train.train(tiny(4), tmp_path)
-    again, whole = (load_file(folder / "export" / "adapter_model.safetensors") for folder in (tmp_path, straight))
+    again, whole = (
+        load_file(folder / "export" / "adapter_model.safetensors")
+        for folder in (tmp_path, straight)
+    )
     for name, tensor in whole.items():
         np.testing.assert_array_equal(again[name], tensor, err_msg=name)
     timing = (*train.PHASES, "videos_per_hour")
     for resumed, undisturbed in zip(rows(tmp_path), rows(straight), strict=True):
-        assert {k: v for k, v in resumed.items() if k not in timing} == {k: v for k, v in undisturbed.items() if k not in timing}
+        assert {k: v for k, v in resumed.items() if k not in timing} == {
+            k: v for k, v in undisturbed.items() if k not in timing
+        }
 
 
 def test_resume_refuses_what_would_change_the_numbers(straight):
-    changed = dataclasses.replace(tiny(6), optimizer=c.OptimizerConfig(learning_rate=2e-2, ema_decay=0.5))
+    changed = dataclasses.replace(
+        tiny(6), optimizer=c.OptimizerConfig(learning_rate=2e-2, ema_decay=0.5)
+    )
     with pytest.raises(UserError, match="optimizer.learning_rate"):
         train.train(changed, straight)
 
@@ -99,9 +133,19 @@ def test_a_prompt_that_comes_twice_gets_other_noise():
 
 def test_group_statistics():
     got = selection.group_statistics(np.array([1.0, 3.0, 2.0, 2.0]), 2)
-    assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 0.0}
+    assert got == {
+        "reward": 2.0,
+        "reward_group_std": 0.5,
+        "zero_std_groups": 0.5,
+        "rewards_failed": 0.0,
+    }
     got = selection.group_statistics(np.array([1.0, 3.0, 2.0, np.nan, np.nan, np.nan]), 2)
-    assert got == {"reward": 2.0, "reward_group_std": 0.5, "zero_std_groups": 0.5, "rewards_failed": 3.0}
+    assert got == {
+        "reward": 2.0,
+        "reward_group_std": 0.5,
+        "zero_std_groups": 0.5,
+        "rewards_failed": 3.0,
+    }
 
 
 REWARDS = np.array([[1.0, 4, 2, 3], [5, 5, 5, 5], [np.nan, 1, 0, 0.5]], np.float32)
@@ -120,8 +164,12 @@ def test_what_is_trained_is_decided_on_all_groups():
     np.testing.assert_array_equal(weight.ravel()[picks], np.ones(6))
     pairs = c.GrpoConfig(objective="dpo", kl_units="velocity", best=1, worst=1)
     _, weight, picks = selection.choose(pairs, REWARDS, NONE, NONE)
-    np.testing.assert_array_equal(weight.ravel()[picks], [1, 1, 0, 0, 1, 1])          # equal rewards prefer nobody
-    _, weight, picks = selection.choose(pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), NONE, NONE)
+    np.testing.assert_array_equal(
+        weight.ravel()[picks], [1, 1, 0, 0, 1, 1]
+    )  # equal rewards prefer nobody
+    _, weight, picks = selection.choose(
+        pairs, np.array([[np.nan, np.nan, 3, np.nan]], np.float32), NONE, NONE
+    )
     np.testing.assert_array_equal(weight.ravel()[picks], [0, 0])
 
 
@@ -135,23 +183,39 @@ def test_pairs_of_identity_and_motion():
 def test_a_mixture_weighs_terms_in_units_of_their_own_spread():
     rewards = np.array([[1.0, 2, 3, 4], [2, 2, 2, 2], [np.nan, 1, 2, 3]], np.float32)
     other = np.random.default_rng(0).normal(size=rewards.shape).astype(np.float32)
-    alone, own = (selection.choose(c.GrpoConfig(), values, NONE, NONE)[0] for values in (rewards, other))
+    alone, own = (
+        selection.choose(c.GrpoConfig(), values, NONE, NONE)[0] for values in (rewards, other)
+    )
     terms = {"mimr": 1000 * other, "motion": np.zeros_like(other)}
-    mixed, weight, _ = selection.choose(c.GrpoConfig(), rewards, terms, {"mimr": 0.5, "motion": 0.25})
+    mixed, weight, _ = selection.choose(
+        c.GrpoConfig(), rewards, terms, {"mimr": 0.5, "motion": 0.25}
+    )
     seen = np.isfinite(rewards)
-    np.testing.assert_allclose(mixed[seen], (alone + 0.5 * own)[seen], rtol=1e-3)     # the spread of the large one makes 1e-4 smaller
-    assert mixed[2, 0] == weight[2, 0] == 0                                           # no reward, no say
-    only, _, _ = selection.choose(c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1})
+    np.testing.assert_allclose(
+        mixed[seen], (alone + 0.5 * own)[seen], rtol=1e-3
+    )  # the spread of the large one makes 1e-4 smaller
+    assert mixed[2, 0] == weight[2, 0] == 0  # no reward, no say
+    only, _, _ = selection.choose(
+        c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1}
+    )
     np.testing.assert_array_equal(only[seen], own[seen])
     selection.check_mixture({"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr"))
-    with pytest.raises(UserError, match=r"knows no 'mimir'; did you mean mimr\? \(the terms of this reward: mimr, motion, reward\)"):
+    with pytest.raises(
+        UserError,
+        match=r"knows no 'mimir'; did you mean mimr\? \(the terms of this reward: mimr, motion, reward\)",
+    ):
         selection.check_mixture({"mimir": 1.0}, ("reward", "motion", "mimr"))
 
 
 def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():
-    logged = [dict(kl=1.0, ratio_min=1.0, ratio_max=1.0, skipped=0.0), dict(kl=3.0, ratio_min=0.9, ratio_max=1.2, skipped=1.0)]
+    logged = [
+        dict(kl=1.0, ratio_min=1.0, ratio_max=1.0, skipped=0.0),
+        dict(kl=3.0, ratio_min=0.9, ratio_max=1.2, skipped=1.0),
+    ]
     got = train.summary(logged)
-    assert got == dict(kl=2.0, ratio_min=1.0, ratio_max=1.0, skipped=0.5, ratio_min_last=0.9, ratio_max_last=1.2)
+    assert got == dict(
+        kl=2.0, ratio_min=1.0, ratio_max=1.0, skipped=0.5, ratio_min_last=0.9, ratio_max_last=1.2
+    )
     assert train.summary(logged[:1]) == logged[0]
 
 
@@ -164,17 +228,38 @@ def test_failures_in_a_row_are_counted_from_what_is_stored():
 VELOCITY = dict(kl=1e-3, kl_units="velocity")
 RECIPES = {
     "cps, a step per prompt, two updates in two epochs": (
-        dict(grpo=dict(**VELOCITY, updates=2, epochs=2, time_weights=True), sampler="cps", window="per_prompt"),
+        dict(
+            grpo=dict(**VELOCITY, updates=2, epochs=2, time_weights=True),
+            sampler="cps",
+            window="per_prompt",
+        ),
         ("ratio_min_last", "approx_kl"),
     ),
     "guard, best and worst": (
-        dict(grpo=dict(objective="guard", best=1, worst=1, drop_constant=True), group=3, micro_batch=2), ("ratio_min",)
+        dict(
+            grpo=dict(objective="guard", best=1, worst=1, drop_constant=True),
+            group=3,
+            micro_batch=2,
+        ),
+        ("ratio_min",),
     ),
     "nft": (dict(grpo=dict(**VELOCITY, objective="nft"), window="none"), ()),
-    "awm, off-policy": (dict(grpo=dict(**VELOCITY, objective="awm", clip=0.5, updates=2), window="none"), ("ratio_min_last",)),
-    "dpo": (dict(grpo=dict(**VELOCITY, objective="dpo", best=1, worst=1), window="none", guidance=2.0), ()),
-    "gradient of the reward": (dict(grpo=dict(**VELOCITY, objective="reward_gradient", gradient_steps=2), window="none"), ()),
-    "sft on the best": (dict(grpo=dict(**VELOCITY, objective="sft", best=1), window="none", micro_batch=2), ()),
+    "awm, off-policy": (
+        dict(grpo=dict(**VELOCITY, objective="awm", clip=0.5, updates=2), window="none"),
+        ("ratio_min_last",),
+    ),
+    "dpo": (
+        dict(grpo=dict(**VELOCITY, objective="dpo", best=1, worst=1), window="none", guidance=2.0),
+        (),
+    ),
+    "gradient of the reward": (
+        dict(grpo=dict(**VELOCITY, objective="reward_gradient", gradient_steps=2), window="none"),
+        (),
+    ),
+    "sft on the best": (
+        dict(grpo=dict(**VELOCITY, objective="sft", best=1), window="none", micro_batch=2),
+        (),
+    ),
 }
 
 
@@ -183,10 +268,17 @@ RECIPES = {
 def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
     values, logged = RECIPES[recipe]
     config = tiny(2, **values)
-    exact = dataclasses.replace(config.model, remat="full")      # without, a ratio may be a unit in the last place off, by CPU
+    exact = dataclasses.replace(
+        config.model, remat="full"
+    )  # without, a ratio may be a unit in the last place off, by CPU
     train.train(dataclasses.replace(config, model=exact), tmp_path)
     for row in rows(tmp_path):
-        assert row["skipped"] == 0 and row["gradient_norm"] > 0 and np.isfinite(row["policy_loss"]) and row["kl"] >= 0
+        assert (
+            row["skipped"] == 0
+            and row["gradient_norm"] > 0
+            and np.isfinite(row["policy_loss"])
+            and row["kl"] >= 0
+        )
         assert row.get("ratio_min", 1) == row.get("ratio_max", 1) == 1
         assert all(np.isfinite(row[name]) for name in logged)
     tensors = load_file(tmp_path / "export" / "adapter_model.safetensors")
@@ -215,7 +307,9 @@ def failing(monkeypatch, broken):
 
 
 @pytest.mark.slow
-def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_resume(monkeypatch, tmp_path):
+def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_resume(
+    monkeypatch, tmp_path
+):
     calls = failing(monkeypatch, lambda call: np.arange(4) == (1 if call == 3 else -1))
     train.train(tiny(4), tmp_path / "whole")
     calls.clear()
@@ -223,25 +317,36 @@ def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_res
     train.train(tiny(4), tmp_path / "stopped")
     assert [row["rewards_failed"] for row in rows(tmp_path / "whole")] == [0, 0, 1, 0]
     assert all(row["skipped"] == 0 for row in rows(tmp_path / "whole"))
-    one, other = (load_file(tmp_path / name / "export" / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    one, other = (
+        load_file(tmp_path / name / "export" / "adapter_model.safetensors")
+        for name in ("whole", "stopped")
+    )
     for name, tensor in one.items():
         np.testing.assert_array_equal(other[name], tensor, err_msg=name)
 
 
 def test_a_step_that_waits_for_the_host_is_refused(monkeypatch, tmp_path):
     decode = train.rollout.decode
-    monkeypatch.setattr(train.rollout, "decode", lambda vae, latents, start, frames: decode(vae, latents, np.asarray(start), frames))
+    monkeypatch.setattr(
+        train.rollout,
+        "decode",
+        lambda vae, latents, start, frames: decode(vae, latents, np.asarray(start), frames),
+    )
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         train.train(tiny(1), tmp_path / "run")
 
 
 def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):
     failing(monkeypatch, lambda call: np.ones(4, bool))
-    with pytest.raises(UserError, match="no update of the last 2 steps, up to step 2, had a finite gradient") as stopped:
+    with pytest.raises(
+        UserError, match="no update of the last 2 steps, up to step 2, had a finite gradient"
+    ) as stopped:
         train.train(tiny(4), tmp_path)
     assert "\n" not in str(stopped.value)
     assert [row["skipped"] for row in rows(tmp_path)] == [1, 1]
-    assert "start again in another --workdir with a lower --optimizer.learning_rate" in str(stopped.value)
+    assert "start again in another --workdir with a lower --optimizer.learning_rate" in str(
+        stopped.value
+    )
     assert not any((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "export").exists()
 
 
@@ -252,10 +357,13 @@ def test_constant_groups_are_warned_of_once():
         for constant in range(25):
             train.warn_if_constant(constant, constant)
     (warning,) = caught
-    assert str(warning.message).startswith("step 10: in each of the last 10 steps the rewards of every group were all equal")
+    assert str(warning.message).startswith(
+        "step 10: in each of the last 10 steps the rewards of every group were all equal"
+    )
 
 
 # ---- a run in chunks and updates: what it leaves in memory, and where it can be stopped -----------------------------------
+
 
 @pytest.fixture(scope="module")
 def chunked(tmp_path_factory):
@@ -263,16 +371,21 @@ def chunked(tmp_path_factory):
     the device before each chunk, and how many videos were taken to the host at a time."""
     workdir = tmp_path_factory.mktemp("chunked")
     listed = load_prompts(c.prompts_file("embedded:rl"), 3)[:2]
-    lines = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
+    lines = [
+        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
+        for prompt in listed
+    ]
     (workdir / "two.csv").write_text("ref_paths,prompt\n" + "".join(lines))
     config = tiny(2, grpo=dict(updates=2))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, prompts=str(workdir / "two.csv")))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, prompts=str(workdir / "two.csv"))
+    )
     held, shown = [], []
     real_sample, real_host = train.sample, train.to_host
 
     def sample(*given):
         if not held:
-            gc.collect()        # what other runs left, and the setup of this one
+            gc.collect()  # what other runs left, and the setup of this one
         held.append(sum(array.nbytes for array in jax.live_arrays()))
         return real_sample(*given)
 
@@ -284,7 +397,10 @@ def chunked(tmp_path_factory):
         patch.setattr(train, "sample", sample)
         patch.setattr(train, "to_host", to_host)
         patch.setattr(train, "SHOWN", 3)
-        train.train(dataclasses.replace(config, run=dataclasses.replace(config.run, sample_every=5)), workdir)
+        train.train(
+            dataclasses.replace(config, run=dataclasses.replace(config.run, sample_every=5)),
+            workdir,
+        )
     return config, workdir, held, shown
 
 
@@ -295,7 +411,10 @@ def test_nothing_of_a_step_is_on_the_devices_in_the_next(chunked):
 
 def test_as_many_videos_are_kept_as_are_written(chunked):
     _, workdir, _, shown = chunked
-    assert [count for count in shown if count] == [2, 1]       # of the first step; the second writes none
+    assert [count for count in shown if count] == [
+        2,
+        1,
+    ]  # of the first step; the second writes none
     assert len(list((workdir / "samples" / "000001").glob("*.mp4"))) == 3
 
 
@@ -317,19 +436,29 @@ def adapters(*folders):
     return [load_file(folder / "export" / "adapter_model.safetensors") for folder in folders]
 
 
-def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(chunked, monkeypatch, tmp_path):
+def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(
+    chunked, monkeypatch, tmp_path
+):
     config, undisturbed, *_ = chunked
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        calls = stopped_by(patch, train, "sample", 1, signal.SIGTERM)       # the first chunk: nothing is done yet
+        calls = stopped_by(
+            patch, train, "sample", 1, signal.SIGTERM
+        )  # the first chunk: nothing is done yet
         train.train(config, tmp_path)
-    assert stop.value.code == 143 and len(calls) == 1 and not any((tmp_path / "checkpoints").iterdir())
+    assert (
+        stop.value.code == 143 and len(calls) == 1 and not any((tmp_path / "checkpoints").iterdir())
+    )
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        calls = stopped_by(patch, train, "update", 3, signal.SIGINT)        # the first update of step 2
+        calls = stopped_by(patch, train, "update", 3, signal.SIGINT)  # the first update of step 2
         train.train(config, tmp_path)
     assert stop.value.code == 130 and len(calls) == 3
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"] and saved_step(tmp_path / "export") == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"] and saved_step(
+        tmp_path / "export"
+    ) == 1
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        calls = stopped_by(patch, train, "sample", 1, signal.SIGHUP)        # step 2 again, its first chunk
+        calls = stopped_by(
+            patch, train, "sample", 1, signal.SIGHUP
+        )  # step 2 again, its first chunk
         train.train(config, tmp_path)
     assert stop.value.code == 129 and len(calls) == 1
 
@@ -337,11 +466,18 @@ def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(keeper.Keeper, "_export", killed)                     # after the last checkpoint, before its export
+        patch.setattr(
+            keeper.Keeper, "_export", killed
+        )  # after the last checkpoint, before its export
         train.train(config, tmp_path)
-    assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()} and saved_step(tmp_path / "export") == 1
+    assert (
+        "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+        and saved_step(tmp_path / "export") == 1
+    )
     train.train(config, tmp_path)
     whole, again = adapters(undisturbed, tmp_path)
     for name, tensor in whole.items():
         np.testing.assert_array_equal(again[name], tensor, err_msg=name)
-    assert [row["policy_loss"] for row in rows(tmp_path)] == [row["policy_loss"] for row in rows(undisturbed)]
+    assert [row["policy_loss"] for row in rows(tmp_path)] == [
+        row["policy_loss"] for row in rows(undisturbed)
+    ]

@@ -24,7 +24,9 @@ def encoder(dtype: str = "float32") -> UMT5Encoder:
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.asarray(rng.normal(loc=leaf.ndim == 1, scale=0.4, size=leaf.shape), leaf.dtype)
 
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(CONFIG, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))))
+    graph, shapes = nnx.split(
+        nnx.eval_shape(lambda: UMT5Encoder(CONFIG, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+    )
     return nnx.merge(graph, jax.tree.map(draw, shapes))
 
 
@@ -44,7 +46,17 @@ def inputs(length: int = 12) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_buckets_are_the_published_table():
-    last = {7: 7, 8: 11, 9: 15, 10: 22, 11: 31, 12: 45, 13: 63, 14: 90, 15: 299}  # bucket -> its largest distance
+    last = {
+        7: 7,
+        8: 11,
+        9: 15,
+        10: 22,
+        11: 31,
+        12: 45,
+        13: 63,
+        14: 90,
+        15: 299,
+    }  # bucket -> its largest distance
     expected = [next(b for b in (*range(7), *last) if n <= last.get(b, b)) for n in range(300)]
     buckets = relative_buckets(300, 32, 128)
     np.testing.assert_array_equal(buckets[:, 0], expected)  # keys before the query
@@ -83,9 +95,13 @@ def test_bfloat16_is_near_float32_and_sensitive_leaves_stay_float32():
 
 def test_wrong_shapes_and_sizes_are_refused():
     ids, mask = inputs()
-    with pytest.raises((UserError, TypeCheckError), match="mask"):  # the annotations speak first in the tests
+    with pytest.raises(
+        (UserError, TypeCheckError), match="mask"
+    ):  # the annotations speak first in the tests
         encode(ids, mask[:, :-1])
     with pytest.raises(UserError, match="d_ff is 0"):
         UMT5Config(vocab_size=23, d_model=16, d_kv=6, num_heads=2, d_ff=0, num_layers=2)
     with pytest.raises(UserError, match="max_distance"):
-        UMT5Config(vocab_size=23, d_model=16, d_kv=6, num_heads=2, d_ff=8, num_layers=2, max_distance=8)
+        UMT5Config(
+            vocab_size=23, d_model=16, d_kv=6, num_heads=2, d_ff=8, num_layers=2, max_distance=8
+        )

@@ -24,7 +24,16 @@ from jax_idgrpo.training.state import start
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
 CONFIG = WanConfig(
-    num_layers=2, num_heads=2, head_dim=12, ffn_dim=32, text_dim=WIDTH, freq_dim=16, vace_layers=(0,), rank=2, alpha=2.0, unroll=True
+    num_layers=2,
+    num_heads=2,
+    head_dim=12,
+    ffn_dim=32,
+    text_dim=WIDTH,
+    freq_dim=16,
+    vace_layers=(0,),
+    rank=2,
+    alpha=2.0,
+    unroll=True,
 )
 SCHEDULE = rollout.Schedule.make(STEPS, 3.0)
 
@@ -69,8 +78,12 @@ def sampled(parts, rows=slice(None), given=None, schedule=SCHEDULE, window=None)
     actor, lora, base = parts
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], window or whole())
-    trajectory = rollout.sample(actor, lora, base, given, NEGATIVE, schedule, NOISE[rows], NOISE[rows], window)
-    return update.Rollout(trajectory=trajectory, conditioning=given, start=window.start, noise=AGAIN[rows])
+    trajectory = rollout.sample(
+        actor, lora, base, given, NEGATIVE, schedule, NOISE[rows], NOISE[rows], window
+    )
+    return update.Rollout(
+        trajectory=trajectory, conditioning=given, start=window.start, noise=AGAIN[rows]
+    )
 
 
 def generated(parts, rows=slice(None)):
@@ -78,7 +91,12 @@ def generated(parts, rows=slice(None)):
     actor, lora, base = parts
     given = jax.tree.map(lambda leaf: leaf[rows], asked())
     latents = rollout.generate(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows])
-    return update.Rollout(trajectory=rollout.Trajectory(latents=latents), conditioning=given, start=FIRST[rows], noise=AGAIN[rows])
+    return update.Rollout(
+        trajectory=rollout.Trajectory(latents=latents),
+        conditioning=given,
+        start=FIRST[rows],
+        noise=AGAIN[rows],
+    )
 
 
 def chunked(chunks, advantage, weight=None):
@@ -87,11 +105,15 @@ def chunked(chunks, advantage, weight=None):
     for number, chunk in enumerate(chunks):
         whole = update.store(whole, chunk, jnp.int32(number), len(chunks))
     weight = jnp.ones(ROWS) if weight is None else weight
-    return dataclasses.replace(whole, advantage=advantage.reshape(len(chunks), -1), weight=weight.reshape(len(chunks), -1))
+    return dataclasses.replace(
+        whole, advantage=advantage.reshape(len(chunks), -1), weight=weight.reshape(len(chunks), -1)
+    )
 
 
 def objective(actor, **changes):
-    return update.UpdateRule(policy=actor, grpo=GrpoConfig(**changes), optimizer=optax.sgd(1.0), ema_decay=0.9)
+    return update.UpdateRule(
+        policy=actor, grpo=GrpoConfig(**changes), optimizer=optax.sgd(1.0), ema_decay=0.9
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -119,14 +141,22 @@ def test_every_replaying_objective_is_on_policy_with_a_step_per_prompt(wanted):
     actor, lora, base = model()
     window = whole(jnp.asarray([1, 1, 0, 0]), 1)
     chunk = sampled((actor, lora, base), window=window)
-    fixed = objective(actor, objective=wanted, kl_units="velocity", time_weights=wanted == "divergence")
+    fixed = objective(
+        actor, objective=wanted, kl_units="velocity", time_weights=wanted == "divergence"
+    )
     gradient, rows = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE))
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, 1, ROWS)))
     np.testing.assert_array_equal(rows["clip_fraction"], np.zeros((1, 1, ROWS)))
     assert np.all(np.isfinite(vector(gradient))) and np.any(vector(gradient))
     full = sampled((actor, lora, base)).trajectory
-    np.testing.assert_array_equal(chunk.trajectory.x[2:, 0], full.x[2:, 0])     # these rows draw noise at step 0, as in the whole schedule
-    assert chunk.trajectory.x.shape[1] == 2 and chunk.trajectory.velocity.shape[1] == 1 and full.x.shape[1] == STEPS
+    np.testing.assert_array_equal(
+        chunk.trajectory.x[2:, 0], full.x[2:, 0]
+    )  # these rows draw noise at step 0, as in the whole schedule
+    assert (
+        chunk.trajectory.x.shape[1] == 2
+        and chunk.trajectory.velocity.shape[1] == 1
+        and full.x.shape[1] == STEPS
+    )
 
 
 def test_rows_outside_their_window_take_euler_steps():
@@ -136,8 +166,12 @@ def test_rows_outside_their_window_take_euler_steps():
     v = actor.velocity(lora, base, start, SCHEDULE.timestep[0], asked(), NEGATIVE)
     euler = start + v * (SCHEDULE.sigma[1] - SCHEDULE.sigma[0])
     np.testing.assert_allclose(late.x[:2, 0], euler[:2], atol=1e-5)
-    still = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=False)).trajectory.latents
-    noisy = sampled((actor, lora, base), window=whole(FIRST, 1, final_noise=True)).trajectory.latents
+    still = sampled(
+        (actor, lora, base), window=whole(FIRST, 1, final_noise=False)
+    ).trajectory.latents
+    noisy = sampled(
+        (actor, lora, base), window=whole(FIRST, 1, final_noise=True)
+    ).trajectory.latents
     s = float(SCHEDULE.transition.std[-1])
     spread = np.asarray(noisy - still)[asked().frame_mask]
     assert 0.9 * s < spread.std() < 1.1 * s
@@ -162,13 +196,21 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize(
     "wanted",
-    [pytest.param(wanted, marks=[pytest.mark.slow] * (wanted["objective"] not in ("clip", "dpo"))) for wanted in OBJECTIVES],
+    [
+        pytest.param(
+            wanted, marks=[pytest.mark.slow] * (wanted["objective"] not in ("clip", "dpo"))
+        )
+        for wanted in OBJECTIVES
+    ],
     ids=lambda wanted: "-".join(map(str, wanted.values())),
 )
 def test_micro_batches_equal_one_batch(wanted):
     """Rows are summed and divided by one count, also where one of them is left out."""
     actor, lora, base = model(guidance=1.0)
-    fixed, make = objective(actor, **wanted), sampled if wanted["objective"] == "clip" else generated
+    fixed, make = (
+        objective(actor, **wanted),
+        sampled if wanted["objective"] == "clip" else generated,
+    )
     weight = jnp.asarray([1.0, 1, 0, 0] if wanted["objective"] == "dpo" else [1.0, 1, 0, 1])
     one, _ = gradients(fixed, lora, base, chunked([make((actor, lora, base))], ADVANTAGE, weight))
     halves = [make((actor, lora, base), rows) for rows in (slice(0, 2), slice(2, 4))]
@@ -184,18 +226,29 @@ def test_a_row_of_weight_zero_changes_nothing():
     other, _ = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE.at[3].set(5.0), weight))
     np.testing.assert_array_equal(vector(got), vector(other))
     nothing, _ = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE, jnp.zeros(ROWS)))
-    assert not np.any(np.isfinite(vector(nothing)))                     # skipped as any update that is not finite
+    assert not np.any(np.isfinite(vector(nothing)))  # skipped as any update that is not finite
 
 
 def test_time_weights_have_mean_one_and_change_only_the_policy_loss():
     actor, lora, base = model()
     chunk = sampled((actor, lora, base))
     batch = chunked([chunk], ADVANTAGE)
-    plain = [np.asarray(g) for g in jax.tree.leaves(gradients(objective(actor, kl=0.0), lora, base, batch)[0])]
-    weighted = [np.asarray(g) for g in jax.tree.leaves(gradients(objective(actor, kl=0.0, time_weights=True), lora, base, batch)[0])]
+    plain = [
+        np.asarray(g)
+        for g in jax.tree.leaves(gradients(objective(actor, kl=0.0), lora, base, batch)[0])
+    ]
+    weighted = [
+        np.asarray(g)
+        for g in jax.tree.leaves(
+            gradients(objective(actor, kl=0.0, time_weights=True), lora, base, batch)[0]
+        )
+    ]
     assert any(np.abs(a - b).max() > 1e-6 for a, b in zip(plain, weighted, strict=True))
     only_kl = ADVANTAGE * 0
-    same = [gradients(objective(actor, time_weights=t), lora, base, chunked([chunk], only_kl))[0] for t in (False, True)]
+    same = [
+        gradients(objective(actor, time_weights=t), lora, base, chunked([chunk], only_kl))[0]
+        for t in (False, True)
+    ]
     np.testing.assert_array_equal(vector(same[0]), vector(same[1]))
 
 
@@ -205,19 +258,28 @@ def rarely(*values):
 
 
 @pytest.mark.parametrize(
-    ("guidance", "levels"), [(3.0, "grid"), rarely(1.0, "grid"), rarely(1.0, "logit_normal"), rarely(3.0, "logit_normal")]
+    ("guidance", "levels"),
+    [(3.0, "grid"), rarely(1.0, "grid"), rarely(1.0, "logit_normal"), rarely(3.0, "logit_normal")],
 )
 def test_awm_is_on_policy_at_its_first_update_also_with_the_old_adapter_run_again(guidance, levels):
     actor, lora, base = model(guidance=guidance)
     batch = chunked([generated((actor, lora, base))], ADVANTAGE)
-    fixed = objective(actor, objective="awm", kl_units="velocity", clip=0.5, levels=levels, updates=2)
+    fixed = objective(
+        actor, objective="awm", kl_units="velocity", clip=0.5, levels=levels, updates=2
+    )
     for old in (None, lora):
-        np.testing.assert_array_equal(gradients(fixed, lora, base, batch, old=old)[1]["ratio"], np.ones((1, 2, ROWS)))
+        np.testing.assert_array_equal(
+            gradients(fixed, lora, base, batch, old=old)[1]["ratio"], np.ones((1, 2, ROWS))
+        )
     moved = jax.tree.map(lambda leaf: leaf * 1.1, lora)
-    assert float(jnp.abs(gradients(fixed, moved, base, batch, old=lora)[1]["ratio"] - 1).min()) > 1e-6
+    assert (
+        float(jnp.abs(gradients(fixed, moved, base, batch, old=lora)[1]["ratio"] - 1).min()) > 1e-6
+    )
 
 
-@pytest.mark.parametrize("wanted", [OBJECTIVES[2], *map(rarely, OBJECTIVES[3:])], ids=lambda wanted: wanted["objective"])
+@pytest.mark.parametrize(
+    "wanted", [OBJECTIVES[2], *map(rarely, OBJECTIVES[3:])], ids=lambda wanted: wanted["objective"]
+)
 def test_objectives_on_latents_store_no_trajectory_and_descend(wanted):
     actor, lora, base = model(guidance=1.0)
     chunk = generated((actor, lora, base))
@@ -230,7 +292,9 @@ def test_objectives_on_latents_store_no_trajectory_and_descend(wanted):
     _, after = gradients(fixed, stepped, base, batch, old=lora)
     assert float(after["policy_loss"].mean()) < float(rows["policy_loss"].mean())
     later, _ = gradients(fixed, lora, base, batch, old=lora, step=1)
-    assert np.abs(vector(later) - vector(gradient)).max() > 0           # noise of its own at every optimizer step
+    assert (
+        np.abs(vector(later) - vector(gradient)).max() > 0
+    )  # noise of its own at every optimizer step
 
 
 def pull(scorer, latents, conditioning, people):
@@ -244,10 +308,14 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
     config = Config(rollout=RolloutConfig(steps=STEPS, window="none"), grpo=wanted)
     actor, lora, base = model()
     on_device = sharding.replicated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    given, schedule, noise, window = sharding.device_put_global(((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device)
+    given, schedule, noise, window = sharding.device_put_global(
+        ((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device
+    )
     with jax.transfer_guard("disallow"):
         trajectory = setup.sample(config, (actor, *given), schedule, noise, noise, window)
-    np.testing.assert_allclose(trajectory.latents, rollout.generate(actor, *given, schedule, noise), atol=1e-5)
+    np.testing.assert_allclose(
+        trajectory.latents, rollout.generate(actor, *given, schedule, noise), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("last", [rarely(1), STEPS - 1])
@@ -260,16 +328,27 @@ def test_reward_gradient_runs_the_last_steps_again_and_climbs(last):
     latents = rollout.denoise(*given, SCHEDULE.part(STEPS - last, STEPS), middle)
     np.testing.assert_allclose(latents, rollout.generate(*given, SCHEDULE, NOISE), atol=1e-5)
     trajectory = rollout.Trajectory(latents=latents, x=middle[:, None])
-    chunk = update.Rollout(trajectory=trajectory, conditioning=asked(), start=FIRST, noise=AGAIN, people=people)
-    fixed = dataclasses.replace(objective(actor, objective="reward_gradient", kl_units="velocity", kl=0.0, gradient_steps=last), score=pull)
+    chunk = update.Rollout(
+        trajectory=trajectory, conditioning=asked(), start=FIRST, noise=AGAIN, people=people
+    )
+    fixed = dataclasses.replace(
+        objective(
+            actor, objective="reward_gradient", kl_units="velocity", kl=0.0, gradient_steps=last
+        ),
+        score=pull,
+    )
 
     @jax.jit
     def through(lora, chunk):
         networks = update.Networks(base=base, negative=NEGATIVE, scorer=weights)
-        return update.gradients(fixed, lora, networks, chunked([chunk], ADVANTAGE), SCHEDULE, jnp.int32(0))
+        return update.gradients(
+            fixed, lora, networks, chunked([chunk], ADVANTAGE), SCHEDULE, jnp.int32(0)
+        )
 
     gradient, rows = through(lora, chunk)
-    np.testing.assert_allclose(-rows["policy_loss"][0, 0], pull(weights, latents, asked(), people), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        -rows["policy_loss"][0, 0], pull(weights, latents, asked(), people), rtol=1e-3, atol=1e-5
+    )
     size = 0.01 / float(optax.global_norm(gradient))
     _, after = through(jax.tree.map(lambda leaf, slope: leaf - size * slope, lora, gradient), chunk)
     gained = float(rows["policy_loss"].mean() - after["policy_loss"].mean())
@@ -279,9 +358,13 @@ def test_reward_gradient_runs_the_last_steps_again_and_climbs(last):
 def test_a_pair_is_noised_alike():
     """With one latent twice, the pair's errors change alike and the loss is log 2 whatever the adapter is."""
     actor, lora, base = model(guidance=1.0)
-    twice = jax.tree.map(lambda leaf: leaf[jnp.asarray([0, 0, 2, 2])], generated((actor, lora, base)))
+    twice = jax.tree.map(
+        lambda leaf: leaf[jnp.asarray([0, 0, 2, 2])], generated((actor, lora, base))
+    )
     batch = chunked([twice], ADVANTAGE)
-    _, rows = gradients(objective(actor, objective="dpo", kl_units="velocity", best=1, worst=1), lora, base, batch)
+    _, rows = gradients(
+        objective(actor, objective="dpo", kl_units="velocity", best=1, worst=1), lora, base, batch
+    )
     np.testing.assert_allclose(rows["policy_loss"], np.full((1, 2, ROWS), np.log(2)), rtol=1e-3)
 
 
@@ -301,15 +384,26 @@ def test_an_objective_is_one_entry_and_one_function(monkeypatch):
     """The configuration, the sampler and the update find all they need in the table."""
 
     def plain_rows(level, settings):
-        return {"policy_loss": level.advantage * flow.row_mean((level.v - level.target) ** 2, level.mask), "mine": level.sigma}
+        return {
+            "policy_loss": level.advantage
+            * flow.row_mean((level.v - level.target) ** 2, level.mask),
+            "mine": level.sigma,
+        }
 
-    monkeypatch.setitem(objectives.OBJECTIVES, "plain", objectives.Objective("latents", "plain_rows"))
+    monkeypatch.setitem(
+        objectives.OBJECTIVES, "plain", objectives.Objective("latents", "plain_rows")
+    )
     monkeypatch.setattr(grpo, "plain_rows", plain_rows, raising=False)
     actor, lora, base = model(guidance=1.0)
     fixed = objective(actor, objective="plain", kl=0.0)
-    gradient, rows = gradients(fixed, lora, base, chunked([generated((actor, lora, base))], ADVANTAGE))
+    gradient, rows = gradients(
+        fixed, lora, base, chunked([generated((actor, lora, base))], ADVANTAGE)
+    )
     assert np.any(vector(gradient)) and rows["mine"].shape == (1, 2, ROWS)
-    with pytest.raises(UserError, match=r"grpo\.kl_units std requires an objective that replays sampling steps; 'plain' does not"):
+    with pytest.raises(
+        UserError,
+        match=r"grpo\.kl_units std requires an objective that replays sampling steps; 'plain' does not",
+    ):
         GrpoConfig(objective="plain")
     with pytest.raises(ValueError, match="unknown needs \\['luck'\\]"):
         objectives.Objective("latents", "plain_rows", frozenset({"luck"}))
@@ -322,11 +416,17 @@ def test_updates_take_turns_on_shares_that_stay_where_they_are():
     whole, networks = chunked(halves, ADVANTAGE), update.Networks(base=base, negative=NEGATIVE)
     for turn in (0, 1, 2):
         fixed = objective(actor, updates=2)
-        state, scalars = update.update(fixed, start(fixed.optimizer, lora), networks, whole, SCHEDULE, jnp.int32(turn))
+        state, scalars = update.update(
+            fixed, start(fixed.optimizer, lora), networks, whole, SCHEDULE, jnp.int32(turn)
+        )
         half = jax.tree.map(lambda leaf: leaf[turn % 2 : turn % 2 + 1], whole)
         alone = objective(actor)
-        wanted, same = update.update(alone, start(alone.optimizer, lora), networks, half, SCHEDULE, jnp.int32(turn))
-        np.testing.assert_allclose(vector(state.params), vector(wanted.params), rtol=1e-5, atol=1e-7)
+        wanted, same = update.update(
+            alone, start(alone.optimizer, lora), networks, half, SCHEDULE, jnp.int32(turn)
+        )
+        np.testing.assert_allclose(
+            vector(state.params), vector(wanted.params), rtol=1e-5, atol=1e-7
+        )
         assert scalars["kl"] == pytest.approx(float(same["kl"]), rel=1e-5)
         assert np.abs(vector(state.params) - vector(lora)).max() > 1e-4
 
@@ -338,7 +438,9 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_its_padding():
     alone = sampled(parts, slice(0, 1), given).trajectory
     np.testing.assert_allclose(together.log_prob[:1], alone.log_prob, rtol=1e-5)
     real = FRAMES + 1
-    bare = dataclasses.replace(given, control=given.control[:, :real], frame_mask=given.frame_mask[:, :real])
+    bare = dataclasses.replace(
+        given, control=given.control[:, :real], frame_mask=given.frame_mask[:, :real]
+    )
     unpadded = sampled(parts, slice(0, 1), bare).trajectory
     np.testing.assert_allclose(alone.x[:, :, :real], unpadded.x, atol=1e-4)
     np.testing.assert_allclose(alone.log_prob, unpadded.log_prob, rtol=1e-5)
@@ -368,11 +470,15 @@ def test_update_moves_the_adapter_once_and_a_gradient_that_is_not_finite_moves_n
     fixed = objective(actor)
     batch = chunked([sampled((actor, lora, base))], ADVANTAGE)
     networks = update.Networks(base=base, negative=NEGATIVE)
-    moved, scalars = update.update(fixed, start(fixed.optimizer, lora), networks, batch, SCHEDULE, jnp.int32(0))
+    moved, scalars = update.update(
+        fixed, start(fixed.optimizer, lora), networks, batch, SCHEDULE, jnp.int32(0)
+    )
     assert scalars["skipped"] == 0 and scalars["ratio_min"] == scalars["ratio_max"] == 1
     assert np.abs(vector(moved.params) - vector(lora)).max() > 0
     bad = batch.replace(advantage=batch.advantage.at[0, 0].set(jnp.nan))
-    kept, scalars = update.update(fixed, start(fixed.optimizer, lora), networks, bad, SCHEDULE, jnp.int32(0))
+    kept, scalars = update.update(
+        fixed, start(fixed.optimizer, lora), networks, bad, SCHEDULE, jnp.int32(0)
+    )
     assert scalars["skipped"] == 1
     np.testing.assert_array_equal(vector(kept.params), vector(lora))
 
@@ -385,7 +491,9 @@ def test_a_run_compiles_rollout_and_update_once():
     for step in range(3):
         batch = chunked([sampled((actor, state.params, base))], ADVANTAGE)
         state, _ = update.update(fixed, state, networks, batch, SCHEDULE, jnp.int32(step))
-        sizes.append((rollout.sample._cache_size(), update._room._cache_size(), update.update._cache_size()))
+        sizes.append(
+            (rollout.sample._cache_size(), update._room._cache_size(), update.update._cache_size())
+        )
     assert sizes[1] == sizes[2] == sizes[0]
 
 
@@ -406,7 +514,9 @@ def starts(step=0, **values):
 
 def test_windows():
     np.testing.assert_array_equal(starts(steps=25), np.zeros(6))
-    np.testing.assert_array_equal(starts(5, steps=12, window="fixed", window_start=2, window_size=3), np.full(6, 2))
+    np.testing.assert_array_equal(
+        starts(5, steps=12, window="fixed", window_start=2, window_size=3), np.full(6, 2)
+    )
     drawn = dict(steps=12, window="random", window_size=3)
     assert {int(starts(step, **drawn)[0]) for step in range(40)} == {0, 1, 2, 3}
     assert np.ptp(starts(7, **drawn)) == 0
@@ -415,13 +525,28 @@ def test_windows():
     every = np.stack([starts(step, **single) for step in range(60)])
     assert set(every.ravel()) == set(range(10)) and np.ptp(every, axis=1).max() > 0
     moving = dict(steps=8, window="progressive", window_start=1, window_size=4, window_every=3)
-    assert [int(starts(step, **moving)[0]) for step in range(12)] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 1, 1, 1]
+    assert [int(starts(step, **moving)[0]) for step in range(12)] == [
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+        3,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_generate_is_sampling_without_noise():
     actor, lora, base = model()
     quiet = rollout.Schedule.make(STEPS, 3.0)
-    quiet = quiet.replace(transition=flow.identity_sde(quiet.sigma[:-1], quiet.sigma[1:], quiet.sigma[1], 0.0))
+    quiet = quiet.replace(
+        transition=flow.identity_sde(quiet.sigma[:-1], quiet.sigma[1:], quiet.sigma[1], 0.0)
+    )
     still = sampled((actor, lora, base), schedule=quiet).trajectory.latents
     got = rollout.generate(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE)
     np.testing.assert_allclose(got, still, atol=1e-5)
@@ -437,7 +562,9 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
     actor, lora, base = model()
     given = select(asked(), np.array([0, 0, 2, 2]))
     keys_of_start = NOISE[jnp.asarray([0, 0, 2, 2])]
-    x = rollout.sample(actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, whole()).x
+    x = rollout.sample(
+        actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, whole()
+    ).x
     np.testing.assert_array_equal(x[0, 0], x[1, 0])
     assert float(jnp.abs(x[0, 0] - x[2, 0]).max()) > 0.1
     assert float(jnp.abs(x[0, 1] - x[1, 1]).max()) > 0.01
@@ -457,7 +584,9 @@ def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
         return actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE, prompt)
 
     prefill = functools.partial(actor.prefill, lora, base, asked(), NEGATIVE)
-    alone, before = (cost_model.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill))
+    alone, before = (
+        cost_model.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill)
+    )
     assert 0.01 * alone < before < 0.5 * alone
     for steps in (2, 8):
         assert abs(rollout_of(steps) - (steps * (alone - before) + before)) < 0.01 * before
@@ -472,5 +601,7 @@ def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
     def total(lora):
         return jnp.sum(actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE))
 
-    forward, gradient = (cost_model.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total)))
+    forward, gradient = (
+        cost_model.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total))
+    )
     assert 1.5 * forward < gradient < 2.5 * forward

@@ -48,7 +48,10 @@ def tiny_vae():
     graph, shapes = nnx.split(nnx.eval_shape(lambda: WanVAE(TINY, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     fan_in = lambda shape: np.prod(shape[:-1]) if len(shape) > 1 else 4.0  # noqa: E731
-    random = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / fan_in(leaf.shape) ** 0.5, jnp.float32)  # noqa: E731
+
+    def random(leaf):
+        return jnp.asarray(rng.normal(size=leaf.shape) / fan_in(leaf.shape) ** 0.5, jnp.float32)
+
     return graph, jax.tree.map(random, shapes)
 
 
@@ -74,7 +77,10 @@ def test_chunks_give_the_whole_video():
     video = np.random.default_rng(1).uniform(-1, 1, (1, 21, 16, 24, 3)).astype(np.float32)
     whole = program(graph, "encode")(state, video)
     assert error(program(graph, "encode", 2)(state, video), whole) < 1e-5
-    assert error(program(graph, "decode", 2)(state, whole), program(graph, "decode")(state, whole)) < 1e-5
+    assert (
+        error(program(graph, "decode", 2)(state, whole), program(graph, "decode")(state, whole))
+        < 1e-5
+    )
 
 
 def test_a_gradient_through_a_long_decode_takes_little_more_memory_than_the_decode():
@@ -86,7 +92,9 @@ def test_a_gradient_through_a_long_decode_takes_little_more_memory_than_the_deco
         return nnx.merge(graph, state).decode(latents, 1)
 
     def memory(function):
-        return jax.jit(function).lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(function).lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
+        )
 
     assert memory(jax.grad(lambda latents: jnp.sum(decode(latents) ** 2))) < 10 * memory(decode)
 
@@ -101,11 +109,14 @@ def test_a_decode_without_options_takes_the_memory_of_a_few_frames(monkeypatch):
         program = jax.jit(lambda latents: nnx.merge(graph, state).decode(latents, *chunk))
         return program.lower(latents).compile(COMPILER).memory_analysis().temp_size_in_bytes
 
-    video = np.prod((84, 64, 64, 3)) * 4     # it is clamped as a whole
+    video = np.prod((84, 64, 64, 3)) * 4  # it is clamped as a whole
     assert memory(21) < memory(5) + 2 * video and memory(21) < memory(21, None) / 4
     latents = np.random.default_rng(3).normal(size=(1, 5, 8, 8, 16)).astype(np.float32)
     network = nnx.merge(graph, state)
-    assert network.chunk(5, 8, 8) == 1 and error(network.decode(latents), network.decode(latents, None)) < 1e-5
+    assert (
+        network.chunk(5, 8, 8) == 1
+        and error(network.decode(latents), network.decode(latents, None)) < 1e-5
+    )
 
 
 def test_the_published_autoencoder_decodes_a_large_video_one_latent_frame_at_a_time():
@@ -116,7 +127,9 @@ def test_the_published_autoencoder_decodes_a_large_video_one_latent_frame_at_a_t
 def test_encoding_asks_for_full_precision():
     """Latents of photos are the same on every machine; on a CPU products are float32 anyway."""
     graph, state = tiny_vae()
-    asked = jax.make_jaxpr(lambda video: nnx.merge(graph, state).encode(video))(np.zeros((1, 5, 16, 16, 3), np.float32))
+    asked = jax.make_jaxpr(lambda video: nnx.merge(graph, state).encode(video))(
+        np.zeros((1, 5, 16, 16, 3), np.float32)
+    )
     products = [line for line in str(asked).splitlines() if "precision=" in line]
     assert products and all("HIGHEST" in line for line in products)
 
@@ -127,17 +140,25 @@ def test_no_frame_sees_the_future():
     changed = video.copy()
     changed[:, 9:] *= -1
     before, after = (program(graph, "encode")(state, x) for x in (video, changed))
-    assert np.array_equal(before[:, :3], after[:, :3]) and error(after[:, 3], np.asarray(before[:, 3])) > 1e-2
+    assert (
+        np.array_equal(before[:, :3], after[:, :3])
+        and error(after[:, 3], np.asarray(before[:, 3])) > 1e-2
+    )
 
 
-@pytest.mark.parametrize("frames, size, reason", [(4, (16, 16), "1 . 4n frames"), (5, (16, 20), "multiples of 8")])
+@pytest.mark.parametrize(
+    "frames, size, reason", [(4, (16, 16), "1 . 4n frames"), (5, (16, 20), "multiples of 8")]
+)
 def test_sizes_that_do_not_fit_are_refused(frames, size, reason):
     graph, state = tiny_vae()
     with pytest.raises(ValueError, match=reason):
         nnx.merge(graph, state).encode(jnp.zeros((1, frames, *size, 3)))
 
 
-@pytest.mark.parametrize("change", [{"is_residual": True}, {"patch_size": 2}, {"dim_mult": [1, 2, 4]}, {"latents_std": [1.0]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"is_residual": True}, {"patch_size": 2}, {"dim_mult": [1, 2, 4]}, {"latents_std": [1.0]}],
+)
 def test_other_autoencoders_are_refused(change):
     with pytest.raises(ValueError):
         table.config_from_json(table.config_to_json(TINY) | change)
@@ -157,7 +178,9 @@ def test_norm_has_a_gradient_at_zero():
 
 def small_task(**changes):
     config = get_config()
-    options = config.finetune.options | dict(base_dim=2, dim_mult=[1, 2, 2, 2], clips_from=1, pictures=[2, 1], frames=5, crop=32)
+    options = config.finetune.options | dict(
+        base_dim=2, dim_mult=[1, 2, 2, 2], clips_from=1, pictures=[2, 1], frames=5, crop=32
+    )
     options |= dict(pictures_beside_clips=[1, 1]) | changes
     finetune = dataclasses.replace(config.finetune, batch=1, options=options)
     return make_task(dataclasses.replace(config, finetune=finetune))
@@ -203,7 +226,9 @@ def test_a_new_network_is_blind_to_earlier_frames_and_learns():
     kernel = gradients["decoder"]["conv_in"]["kernel"][...]
     assert not kernel[:2].any() and kernel[2].any()
     assert not state["decoder"]["conv_in"]["kernel"][...][:2].any()
-    stepped = jax.tree.map(lambda p, g: p - 1e-3 * g / optax.global_norm(gradients), state, gradients)
+    stepped = jax.tree.map(
+        lambda p, g: p - 1e-3 * g / optax.global_norm(gradients), state, gradients
+    )
     assert loss(stepped)[0] < value
 
 
@@ -214,7 +239,9 @@ def test_the_decoder_alone_leaves_the_encoder():
     (clips,) = task.batch(5, 1)
     value = lambda state: task.loss(nnx.merge(graph, state), (clips,), rng.key(0, "augment"))[0]  # noqa: E731
     gradients = jax.jit(jax.grad(value), compiler_options=COMPILER)(state)
-    assert optax.global_norm(gradients["encoder"]) == 0 and optax.global_norm(gradients["decoder"]) > 0
+    assert (
+        optax.global_norm(gradients["encoder"]) == 0 and optax.global_norm(gradients["decoder"]) > 0
+    )
 
 
 @pytest.mark.slow
@@ -222,7 +249,10 @@ def test_saved_statistics_normalise_the_latents():
     graph, state = tiny_vae()
     network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
     assert network.config.latents_mean != TINY.latents_mean
-    groups = [task_vae._draw_pictures(rng.key(seed, "data"), 32, 32, task_vae.View("train")) for seed in range(2)]
+    groups = [
+        task_vae._draw_pictures(rng.key(seed, "data"), 32, 32, task_vae.View("train"))
+        for seed in range(2)
+    ]
     latents = network.encode(jnp.concatenate([group.video for group in groups])).reshape(-1, 16)
     assert np.abs(latents.mean(axis=0)).max() < 0.2
     assert np.abs(latents.std(axis=0) - 1).max() < 0.2

@@ -38,7 +38,9 @@ def turned(path, quarter_turns: int) -> None:
     content = bytearray(path.read_bytes())
     matrix = content.index(b"tkhd") + 44
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
-    content[matrix : matrix + 20] = b"".join((value << 16).to_bytes(4, "big", signed=True) for value in (cos, sin, 0, -sin, cos))
+    content[matrix : matrix + 20] = b"".join(
+        (value << 16).to_bytes(4, "big", signed=True) for value in (cos, sin, 0, -sin, cos)
+    )
     path.write_bytes(content)
 
 
@@ -97,7 +99,9 @@ def coded(path, clip, *, options=None, aspect=None, times=None, codec="libx264")
         container.mux(stream.encode())
 
 
-@pytest.mark.parametrize(("aspect", "stored"), [(Fraction(2), (64, 32)), (Fraction(1, 2), (32, 64))])
+@pytest.mark.parametrize(
+    ("aspect", "stored"), [(Fraction(2), (64, 32)), (Fraction(1, 2), (32, 64))]
+)
 def test_pixels_that_are_not_square_are_stretched(tmp_path, aspect, stored):
     clip = moving_clip()
     rows, columns = 64 // stored[0], 64 // stored[1]
@@ -119,7 +123,9 @@ def test_frames_of_a_variable_rate_are_those_of_even_times(tmp_path):
 
 def test_times_that_are_even_up_to_rounding_change_nothing():
     assert video.constant_rate([0.0, 0.13, 0.25, 0.38, 0.5]) == [0, 1, 2, 3, 4]
-    assert video.constant_rate([None, None, None]) == video.constant_rate([0.0, 0.0, 0.0]) == [0, 1, 2]
+    assert (
+        video.constant_rate([None, None, None]) == video.constant_rate([0.0, 0.0, 0.0]) == [0, 1, 2]
+    )
     assert video.constant_rate([]) == [] and video.constant_rate([3.0]) == [0]
 
 
@@ -140,7 +146,9 @@ def test_a_video_that_cannot_be_read_says_why(tmp_path):
     front = path.read_bytes()
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         sound.sample_rate = 8000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
@@ -152,7 +160,11 @@ def test_a_video_that_cannot_be_read_says_why(tmp_path):
         ((tmp_path / "sound.mp4").read_bytes(), "holds no video"),
     ):
         path.write_bytes(content)
-        for read in (video.read_video, video.Clip.open, lambda path: video.read_frames(path, 99, (64, 64), 8)):
+        for read in (
+            video.read_video,
+            video.Clip.open,
+            lambda path: video.read_frames(path, 99, (64, 64), 8),
+        ):
             with pytest.raises(UserError, match=rf"clip\.mp4: {reason}"):
                 read(path)
 
@@ -170,7 +182,9 @@ def test_videos_of_a_folder(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "more.mp4").mkdir()
     videos, others = video.list_videos(tmp_path)
-    assert [path.name for path in videos] == ["a.webm", "b.MP4"] and [path.name for path in others] == ["notes.txt"]
+    assert [path.name for path in videos] == ["a.webm", "b.MP4"] and [
+        path.name for path in others
+    ] == ["notes.txt"]
 
 
 def test_contact_sheet_is_rows_by_frames():

@@ -26,8 +26,14 @@ MOST = 399_360
 def photo(seed, height, width):
     """A smooth picture with some noise, RGB."""
     rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
-    return Image.fromarray(np.clip(np.asarray(small, int) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(np.uint8))
+    small = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
+    return Image.fromarray(
+        np.clip(np.asarray(small, int) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(
+            np.uint8
+        )
+    )
 
 
 def film(seed, frames=9, height=64, width=96):
@@ -46,7 +52,9 @@ def values(pixels):
 def chain_frames(pixels, indices, size):
     """Chosen frames -> resized as torchvision does for uint8: in float, clamped and rounded; then normalised patches."""
     chosen = torch.from_numpy(pixels[indices]).permute(0, 3, 1, 2).float()
-    resized = torch.nn.functional.interpolate(chosen, size=size, mode="bicubic", antialias=True, align_corners=False)
+    resized = torch.nn.functional.interpolate(
+        chosen, size=size, mode="bicubic", antialias=True, align_corners=False
+    )
     return chain_patches(resized.clamp(0, 255).round())
 
 
@@ -62,17 +70,33 @@ def chain_ids(shapes, grid):
     """The chat template, its pads repeated, tokenised."""
     words = vlm_folders.tokenizer()
     words.add_tokens([TOKEN], special_tokens=True)
-    content = [*({"type": "image"} for _ in shapes), {"type": "video"}, {"type": "text", "text": TEXT}]
-    text = words.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, add_vision_id=True)
+    content = [
+        *({"type": "image"} for _ in shapes),
+        {"type": "video"},
+        {"type": "text", "text": TEXT},
+    ]
+    text = words.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+        add_vision_id=True,
+    )
     for h, w in shapes:
         text = text.replace("<|image_pad|>", "<|held|>" * (h * w // 4), 1)
-    text = text.replace("<|held|>", "<|image_pad|>").replace("<|video_pad|>", "<|video_pad|>" * (np.prod(grid) // 4))
+    text = text.replace("<|held|>", "<|image_pad|>").replace(
+        "<|video_pad|>", "<|video_pad|>" * (np.prod(grid) // 4)
+    )
     return words(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
     "size, most, want",
-    [((240, 416), MOST, (252, 420)), ((480, 832), MOST, (476, 812)), ((1024, 1024), MOST, (616, 616)), ((512, 512), MOST, (504, 504))],
+    [
+        ((240, 416), MOST, (252, 420)),
+        ((480, 832), MOST, (476, 812)),
+        ((1024, 1024), MOST, (616, 616)),
+        ((512, 512), MOST, (504, 504)),
+    ],
 )
 def test_published_sizes(size, most, want):
     assert inputs.smart_resize(*size, (3136, most)) == want
@@ -96,8 +120,12 @@ def test_photos_are_the_processors(height, width):
     image = photo(height, height, width)
     got, grid = inputs.picture(image, VISION, MOST)
     size = inputs.smart_resize(height, width, (3136, MOST))
-    given = image.resize(size[::-1], Image.Resampling.BICUBIC)                   # what qwen_vl_utils hands to the processor
-    found = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)(images=[given], return_tensors="np")
+    given = image.resize(
+        size[::-1], Image.Resampling.BICUBIC
+    )  # what qwen_vl_utils hands to the processor
+    found = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)(
+        images=[given], return_tensors="np"
+    )
     assert found["image_grid_thw"].tolist() == [[1, *grid]]
     np.testing.assert_allclose(got, found["pixel_values"], atol=1e-3)
 
@@ -109,7 +137,9 @@ def test_frames_are_those_of_the_chain():
     got = jax.jit(lambda videos: inputs.frames_of(videos, chosen, VISION, MOST))(values(pixels))
     for row, video in enumerate(pixels):
         want, grid = chain_frames(video, chosen, size)
-        found = np.asarray(got.patches[2 * row : 2 * row + 2, : grid[1] * grid[2]]).reshape(want.shape)
+        found = np.asarray(got.patches[2 * row : 2 * row + 2, : grid[1] * grid[2]]).reshape(
+            want.shape
+        )
         differing = np.abs(found - want) > 1e-3
         assert differing.mean() < 1e-4 and np.abs(found - want).max() < 1.1 / 255 / 0.26
 
@@ -119,10 +149,16 @@ def test_ids_are_those_of_the_template():
     words.add_tokens([TOKEN], special_tokens=True)
     got, kinds, places = inputs.Prompting(words, TEXT, (TOKEN,)).tokens([6, 64], 270, "")
     want = chain_ids([(4, 6), (16, 16)], (2, 18, 30))
-    assert got.tolist() == want[: len(got)] and want[len(got) - 1] == want[places[0]] == words.convert_tokens_to_ids(TOKEN)
+    assert got.tolist() == want[: len(got)] and want[len(got) - 1] == want[
+        places[0]
+    ] == words.convert_tokens_to_ids(TOKEN)
     assert np.sum(kinds == 1) == 70 and np.sum(kinds == 2) == 270
-    everything, _, last = inputs.Prompting(words, TEXT.replace(TOKEN, ""), ()).tokens([6, 64], 270, "")
-    assert last[0] == len(everything) - 1 and everything.tolist() == [token for token in want if token != want[places[0]]]
+    everything, _, last = inputs.Prompting(words, TEXT.replace(TOKEN, ""), ()).tokens(
+        [6, 64], 270, ""
+    )
+    assert last[0] == len(everything) - 1 and everything.tolist() == [
+        token for token in want if token != want[places[0]]
+    ]
 
 
 # ---- whole scores --------------------------------------------------------------------------------------------------------
@@ -162,7 +198,14 @@ def scores(reward, videos, references, prompts):
 def reward(released, **changes):
     root, _ = released
     with pytest.warns(UserWarning, match="not the published text"):
-        return load_vlm(RewardConfig(**(dict(vlm=str(root / "reward"), vlm_base=str(root / "base"), vlm_dtype="float32") | changes)))
+        return load_vlm(
+            RewardConfig(
+                **(
+                    dict(vlm=str(root / "reward"), vlm_base=str(root / "base"), vlm_dtype="float32")
+                    | changes
+                )
+            )
+        )
 
 
 def test_scores_are_those_of_torch_on_the_published_chain(released):
@@ -174,7 +217,9 @@ def test_scores_are_those_of_torch_on_the_published_chain(released):
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
     for row, (shown, video) in enumerate(zip(photos, videos, strict=True)):
         sizes = [inputs.smart_resize(image.height, image.width, (3136, MOST)) for image in shown]
-        resized = [image.resize(size[::-1], Image.Resampling.BICUBIC) for image, size in zip(shown, sizes)]
+        resized = [
+            image.resize(size[::-1], Image.Resampling.BICUBIC) for image, size in zip(shown, sizes)
+        ]
         found = processor(images=resized, return_tensors="pt")
         frames, grid = chain_frames(video, chosen, inputs.frame_size(64, 96, VISION, MOST))
         ids = torch.tensor([chain_ids([(h // 14, w // 14) for h, w in sizes], grid)])
@@ -182,8 +227,13 @@ def test_scores_are_those_of_torch_on_the_published_chain(released):
         kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
         with torch.no_grad():
             hidden = model.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, pixel_values=found["pixel_values"],
-                pixel_values_videos=torch.from_numpy(frames), image_grid_thw=found["image_grid_thw"], video_grid_thw=torch.tensor([grid]),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                mm_token_type_ids=kinds,
+                pixel_values=found["pixel_values"],
+                pixel_values_videos=torch.from_numpy(frames),
+                image_grid_thw=found["image_grid_thw"],
+                video_grid_thw=torch.tensor([grid]),
                 second_per_grid_ts=seconds,
             ).last_hidden_state
             want = model.rm_head(hidden)[0, :, 0][ids[0] == ids.max()].numpy()
@@ -206,12 +256,20 @@ def test_a_rows_score_does_not_depend_on_its_neighbours(released):
     for row in range(3):
         alone = scored(values(videos)[row : row + 1], references(photos[row : row + 1], 3), [""])
         np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
-    longer = [photos[0], (photo(8, 320, 420),), photos[2]]                      # another bucket of pictures and of tokens
-    np.testing.assert_allclose(scored(values(videos), references(longer), [""] * 3)[[0, 2]], together[[0, 2]], atol=1e-5)
+    longer = [
+        photos[0],
+        (photo(8, 320, 420),),
+        photos[2],
+    ]  # another bucket of pictures and of tokens
+    np.testing.assert_allclose(
+        scored(values(videos), references(longer), [""] * 3)[[0, 2]], together[[0, 2]], atol=1e-5
+    )
     parts = scored(values(videos), references(photos), [""] * 3, by=reward(released, vlm_rows=2))
     np.testing.assert_allclose(parts, together, atol=1e-5)
     swapped = scored(values(videos), references([photos[0][::-1], photos[1], photos[2]]), [""] * 3)
-    assert abs(swapped[0] - together[0]) > 1e-5 and np.allclose(swapped[1:], together[1:], atol=1e-5)
+    assert abs(swapped[0] - together[0]) > 1e-5 and np.allclose(
+        swapped[1:], together[1:], atol=1e-5
+    )
 
 
 def test_photos_and_words_are_made_ready_once(released, monkeypatch):
@@ -222,28 +280,43 @@ def test_photos_and_words_are_made_ready_once(released, monkeypatch):
     monkeypatch.setattr(inputs, "question", lambda *given: asked.append(0) or question(*given))
     first = scored.encode_references(references(photos), ["a", "b", "c"], (9, 64, 96))
     assert (len(cut), len(asked)) == (6, 3)
-    again = scored.encode_references(references([*photos, photos[0]]), ["a", "b", "c", "d"], (9, 64, 96))
+    again = scored.encode_references(
+        references([*photos, photos[0]]), ["a", "b", "c", "d"], (9, 64, 96)
+    )
     assert (len(cut), len(asked)) == (6, 4), "a known photo in another prompt is read once, too"
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other[:3]), first, again)
     other = scored.encode_references(references(photos), ["a", "b", "c"], (9, 96, 64))
-    assert (len(cut), len(asked)) == (6, 7) and other.ids.shape[0] == 3, "videos of another size are asked about anew"
+    assert (len(cut), len(asked)) == (6, 7) and other.ids.shape[0] == 3, (
+        "videos of another size are asked about anew"
+    )
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
-    settings = files.Settings(dimensions=("VQ", "MQ", "TA"), pooling=pooling, rank=0, alpha=0.0, mean=(1.0, 2.0, 3.0),
-                                  deviation=(2.0, 2.0, 0.5))
+    settings = files.Settings(
+        dimensions=("VQ", "MQ", "TA"),
+        pooling=pooling,
+        rank=0,
+        alpha=0.0,
+        mean=(1.0, 2.0, 3.0),
+        deviation=(2.0, 2.0, 0.5),
+    )
     model = files.start(released[0] / "base", settings, jax.random.key(3), "float32")
     photos, videos = batch()
     scored = VlmReward(model, "Does it show {text_prompt}?")
     terms = scores(scored, values(videos), references(photos), ["a dog"] * 3)
     first = terms["reward"]
-    raw = [(terms[name] * deviation + mean) for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)]
+    raw = [
+        (terms[name] * deviation + mean)
+        for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)
+    ]
     np.testing.assert_allclose(first, sum(terms[name] for name in ("VQ", "MQ", "TA")), rtol=1e-6)
     assert set(scored.term_names) == set(terms) and scored.reported == ("VQ", "MQ", "TA")
     assert terms["faces_asked"].tolist() == [len(row) for row in photos]
     assert np.abs(np.stack(raw)).max() < 10
-    other = scores(scored, values(videos), references(photos), ["a dog", "two cats", "a dog"])["reward"]
+    other = scores(scored, values(videos), references(photos), ["a dog", "two cats", "a dog"])[
+        "reward"
+    ]
     np.testing.assert_allclose(other[[0, 2]], first[[0, 2]], atol=1e-5)
     assert abs(other[1] - first[1]) > 1e-5
 
@@ -251,10 +324,25 @@ def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
 def test_a_prompt_that_is_not_the_models_is_refused(released, tmp_path):
     root = released[0]
     (tmp_path / "prompt.txt").write_text("no token")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"holds <\|SA_reward\|> 0 times"):
-        load_vlm(RewardConfig(vlm=str(root / "reward"), vlm_base=str(root / "base"), vlm_prompt=str(tmp_path / "prompt.txt")))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UserError, match=r"holds <\|SA_reward\|> 0 times"),
+    ):
+        load_vlm(
+            RewardConfig(
+                vlm=str(root / "reward"),
+                vlm_base=str(root / "base"),
+                vlm_prompt=str(tmp_path / "prompt.txt"),
+            )
+        )
     with pytest.raises(UserError, match="no such file; pass the text"):
-        load_vlm(RewardConfig(vlm=str(root / "reward"), vlm_base=str(root / "base"), vlm_prompt=str(tmp_path / "none")))
+        load_vlm(
+            RewardConfig(
+                vlm=str(root / "reward"),
+                vlm_base=str(root / "base"),
+                vlm_prompt=str(tmp_path / "none"),
+            )
+        )
 
 
 def test_the_text_of_a_python_file_is_read_without_running_it(tmp_path):

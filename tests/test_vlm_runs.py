@@ -38,7 +38,13 @@ def folder(tmp_path_factory):
 
 
 def configured(folder, **changes):
-    return c.RewardConfig(faces="", vlm=str(folder / "reward"), vlm_base=str(folder / "base"), vlm_dtype="float32", **changes)
+    return c.RewardConfig(
+        faces="",
+        vlm=str(folder / "reward"),
+        vlm_base=str(folder / "base"),
+        vlm_dtype="float32",
+        **changes,
+    )
 
 
 @pytest.mark.slow
@@ -47,7 +53,9 @@ def test_a_run_maximises_it(folder, tmp_path):
     config = dataclasses.replace(tiny(2), reward=configured(folder))
     loop.train(config, tmp_path)
     logged = rows(tmp_path)
-    assert [row["skipped"] for row in logged] == [0, 0] and all(np.isfinite(row["reward"]) and row["SA"] == row["reward"] for row in logged)
+    assert [row["skipped"] for row in logged] == [0, 0] and all(
+        np.isfinite(row["reward"]) and row["SA"] == row["reward"] for row in logged
+    )
 
 
 @pytest.mark.slow
@@ -57,7 +65,10 @@ def test_prompts_of_all_sizes_train_by_one_program(folder, tmp_path):
     photos = [tmp_path / f"{n}.png" for n in range(3)]
     for path, size in zip(photos, ((64, 64), (320, 200), (64, 64))):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).save(path)
-    texts = [f"{';'.join(path.name for path in photos[:count])},{'A person walks. ' * 9 * count}" for count in (1, 2, 3)]
+    texts = [
+        f"{';'.join(path.name for path in photos[:count])},{'A person walks. ' * 9 * count}"
+        for count in (1, 2, 3)
+    ]
     (tmp_path / "my.csv").write_text("\n".join(["ref_paths,prompt", *texts]) + "\n")
     config = tiny(3)
     data = dataclasses.replace(config.data, prompts=str(tmp_path / "my.csv"))
@@ -74,26 +85,68 @@ def test_score_writes_it_for_files(folder, tmp_path):
     for n, video in enumerate(videos):
         write_video(tmp_path / "videos" / f"{n:04d}-0.mp4", video, 8)
     given = configured(folder)
-    options = [word for name in ("faces", "vlm", "vlm_base", "vlm_dtype") for word in (f"--reward.{name}={getattr(given, name)}",)]
-    cli.run(["score", str(ROOT / "configs" / "quickstart.py"), "--videos", str(tmp_path / "videos"), "--prompts", "embedded:eval",
-             "--out", str(tmp_path / "scores.jsonl"), *options])
+    options = [
+        word
+        for name in ("faces", "vlm", "vlm_base", "vlm_dtype")
+        for word in (f"--reward.{name}={getattr(given, name)}",)
+    ]
+    cli.run(
+        [
+            "score",
+            str(ROOT / "configs" / "quickstart.py"),
+            "--videos",
+            str(tmp_path / "videos"),
+            "--prompts",
+            "embedded:eval",
+            "--out",
+            str(tmp_path / "scores.jsonl"),
+            *options,
+        ]
+    )
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt.text for prompt in listed]
-    assert all(line.keys() == {"file", "prompt", "reward", "motion"} for line in lines) and lines[0]["reward"] != lines[1]["reward"]
+    assert (
+        all(line.keys() == {"file", "prompt", "reward", "motion"} for line in lines)
+        and lines[0]["reward"] != lines[1]["reward"]
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_by_it_as_one_does(folder, tmp_path):
     listed = commands.load_prompts(c.prompts_file("embedded:eval"), 4)[:3]
-    table = [f"{';'.join(str(path.absolute()) for path in prompt.references)},\"{prompt.text}\"\n" for prompt in listed]
+    table = [
+        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
+        for prompt in listed
+    ]
     (tmp_path / "three.csv").write_text("ref_paths,prompt\n" + "".join(table))
     given = configured(folder)
-    options = [f"--reward.{name}={getattr(given, name)}" for name in ("faces", "vlm", "vlm_base", "vlm_dtype")]
-    sizes = ["--evaluate.videos", "1", "--evaluate.steps", "2", "--evaluate.batch", "4", "--evaluate.frames", "5"]
+    options = [
+        f"--reward.{name}={getattr(given, name)}"
+        for name in ("faces", "vlm", "vlm_base", "vlm_dtype")
+    ]
+    sizes = [
+        "--evaluate.videos",
+        "1",
+        "--evaluate.steps",
+        "2",
+        "--evaluate.batch",
+        "4",
+        "--evaluate.frames",
+        "5",
+    ]
     found = {}
     for processes, devices, mesh in ((2, 2, ["--mesh.data", "2", "--mesh.fsdp", "2"]), (1, 1, [])):
         out = tmp_path / f"evaluated-{processes}"
-        words = ["-m", "jax_idgrpo", "evaluate", ROOT / "configs" / "quickstart.py", "--prompts", tmp_path / "three.csv", "--out", out]
+        words = [
+            "-m",
+            "jax_idgrpo",
+            "evaluate",
+            ROOT / "configs" / "quickstart.py",
+            "--prompts",
+            tmp_path / "three.csv",
+            "--out",
+            out,
+        ]
         answers = finish(start([*words, *options, *sizes, *mesh], processes, devices, tmp_path))
         assert all(status == 0 for status, _ in answers), answers
         found[processes] = json.loads((out / "metrics.json").read_text())["videos"]
@@ -106,31 +159,61 @@ def test_two_processes_evaluate_by_it_as_one_does(folder, tmp_path):
     "words, message",
     [
         (["--reward.vlm=nowhere"], "reward.vlm nowhere: no such folder"),
-        (["--reward.faces="], "only a reward.vlm, a reward.custom and models of deepface can do without"),
+        (
+            ["--reward.faces="],
+            "only a reward.vlm, a reward.custom and models of deepface can do without",
+        ),
         (["--reward.vlm=x", "--reward.vlm_dtype=half"], "reward.vlm_dtype is 'half'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(words, message, capsys, monkeypatch, tmp_path):
     write_video(tmp_path / "0000-0.mp4", np.zeros((5, 64, 64, 3), np.float32), 8)
-    monkeypatch.setattr(sys, "argv", ["idgrpo", "score", str(ROOT / "configs" / "quickstart.py"), "--videos", str(tmp_path), "--prompts",
-                                      "embedded:eval", "--out", str(tmp_path / "out.jsonl"), *words])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "idgrpo",
+            "score",
+            str(ROOT / "configs" / "quickstart.py"),
+            "--videos",
+            str(tmp_path),
+            "--prompts",
+            "embedded:eval",
+            "--out",
+            str(tmp_path / "out.jsonl"),
+            *words,
+        ],
+    )
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     told = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in told and told.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
+    assert (
+        stopped.value.code == 2
+        and message in told
+        and told.count("\n") == 1
+        and not (tmp_path / "out.jsonl").exists()
+    )
 
 
 def test_devices_for_the_reward_alone_leave_some_to_the_video_model(folder):
     with pytest.raises(UserError, match="reward.vlm_devices is 1, but there are 1 devices"):
         factory.make_vlm(c.Config(reward=configured(folder, vlm_devices=1)), None)
     with pytest.raises(UserError, match="smooth in the pixels"):
-        c.Config(reward=configured(folder), grpo=c.GrpoConfig(objective="reward_gradient", kl_units="velocity"),
-                 rollout=c.RolloutConfig(window="none"))
+        c.Config(
+            reward=configured(folder),
+            grpo=c.GrpoConfig(objective="reward_gradient", kl_units="velocity"),
+            rollout=c.RolloutConfig(window="none"),
+        )
 
 
 @pytest.mark.slow
 def test_scores_are_the_same_however_it_is_divided(folder):
-    subprocess.run([sys.executable, "-m", "tests.vlm_worker", str(folder)], check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""})
+    subprocess.run(
+        [sys.executable, "-m", "tests.vlm_worker", str(folder)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
     with np.load(folder / "scores.npz") as found:
         assert found["parts"].tolist() == [1, 2, 2] and np.ptp(found["one"]) > 1e-4
         for name in ("divided", "own"):

@@ -12,15 +12,34 @@ from flax import nnx
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from jax_idgrpo.models.wan import WanConfig, WanTransformer, group_sizes, unstack_blocks, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.models.wan import (
+    WanConfig,
+    WanTransformer,
+    group_sizes,
+    unstack_blocks,
+    vace_1_3b,
+    vace_14b,
+    wan_1_3b,
+    wan_14b,
+)
 from jax_idgrpo.planning.cost_model import flops
 
-TINY = WanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=40, text_dim=8, freq_dim=16, vace_layers=(0, 2, 4))
+TINY = WanConfig(
+    num_layers=5,
+    num_heads=2,
+    head_dim=12,
+    ffn_dim=40,
+    text_dim=8,
+    freq_dim=16,
+    vace_layers=(0, 2, 4),
+)
 SCALE = jnp.array([0.7, 1.0, 1.3])
 
 
 def abstract(config: WanConfig, dtype: str = "float32") -> WanTransformer:
-    return nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
+    )
 
 
 @functools.cache
@@ -41,7 +60,9 @@ def random_state(config: WanConfig, dtype: str = "float32") -> nnx.State:
     return jax.tree_util.tree_map_with_path(draw, nnx.state(abstract(config, dtype)))
 
 
-def model(config: WanConfig, state: nnx.State | None = None, dtype: str = "float32") -> WanTransformer:
+def model(
+    config: WanConfig, state: nnx.State | None = None, dtype: str = "float32"
+) -> WanTransformer:
     state = random_state(config, dtype) if state is None else state
     return nnx.merge(nnx.graphdef(abstract(config, dtype)), state)
 
@@ -63,7 +84,9 @@ def loss_and_gradients(config: WanConfig):
     graph = nnx.graphdef(abstract(config))
     arrays = inputs()
     weight = np.random.default_rng(1).standard_normal(arrays[0].shape).astype(np.float32)
-    loss = jax.jit(jax.value_and_grad(lambda state: jnp.sum(nnx.merge(graph, state)(*arrays, SCALE) * weight)))
+    loss = jax.jit(
+        jax.value_and_grad(lambda state: jnp.sum(nnx.merge(graph, state)(*arrays, SCALE) * weight))
+    )
     return loss(random_state(config))
 
 
@@ -132,7 +155,13 @@ def reference():
 
 @pytest.mark.parametrize(
     "change",
-    [{"remat": "full"}, *(pytest.param(other, marks=pytest.mark.slow) for other in ({"unroll": True}, {"remat": "dots"}))],
+    [
+        {"remat": "full"},
+        *(
+            pytest.param(other, marks=pytest.mark.slow)
+            for other in ({"unroll": True}, {"remat": "dots"})
+        ),
+    ],
 )
 def test_scan_unroll_and_remat_agree(change):
     value, gradients = reference()
@@ -143,7 +172,7 @@ def test_scan_unroll_and_remat_agree(change):
 
 
 def test_rematerialisation_keeps_what_it_says():
-    """"attention" runs the linear layers again, "dots" the attentions, and "full" both."""
+    """ "attention" runs the linear layers again, "dots" the attentions, and "full" both."""
 
     def again(remat):
         return work(remat) - work("none")
@@ -153,7 +182,9 @@ def test_rematerialisation_keeps_what_it_says():
         loss = jax.value_and_grad(lambda state: jnp.sum(nnx.merge(graph, state)(*inputs(), SCALE)))
         return flops(jax.make_jaxpr(loss)(state))
 
-    attentions = 4 * 2 * TINY.width * (TINY.num_layers + 3) * 18 * (18 + 5)     # of 18 tokens with themselves and with the text's 5
+    attentions = (
+        4 * 2 * TINY.width * (TINY.num_layers + 3) * 18 * (18 + 5)
+    )  # of 18 tokens with themselves and with the text's 5
     assert again("dots") == attentions
     assert again("full") == again("dots") + again("attention") > 2 * attentions
 
@@ -171,9 +202,12 @@ def test_an_unrolled_policy_holds_its_blocks_apart_and_copies_no_weight():
     np.testing.assert_array_equal(jax.jit(velocity)(apart), jax.jit(velocity)(stacked))
     cut = [
         max(np.prod(v.aval.shape) for v in e.outvars)
-        for e in equations(jax.make_jaxpr(velocity)(apart).jaxpr) if e.primitive.name in ("split", "slice", "dynamic_slice")
+        for e in equations(jax.make_jaxpr(velocity)(apart).jaxpr)
+        if e.primitive.name in ("split", "slice", "dynamic_slice")
     ]
-    assert max(cut, default=0) < config.width**2 and len(jax.tree.leaves(apart)) > len(jax.tree.leaves(stacked))
+    assert max(cut, default=0) < config.width**2 and len(jax.tree.leaves(apart)) > len(
+        jax.tree.leaves(stacked)
+    )
 
 
 def test_the_gradient_of_an_adapter_keeps_little_of_each_block():
@@ -182,12 +216,27 @@ def test_the_gradient_of_an_adapter_keeps_little_of_each_block():
 
     def needed(layers):
         config = WanConfig(
-            num_layers=layers, num_heads=4, head_dim=16, ffn_dim=256, text_dim=16, freq_dim=16, rank=2, alpha=2.0, unroll=True
+            num_layers=layers,
+            num_heads=4,
+            head_dim=16,
+            ffn_dim=256,
+            text_dim=16,
+            freq_dim=16,
+            rank=2,
+            alpha=2.0,
+            unroll=True,
         )
         graph, lora, base = nnx.split(abstract(config), LoRAParam, ...)
         given = jnp.ones((8, 2, 16, 16, 16)), jnp.arange(8), jnp.ones((8, 4, 16))
-        gradient = jax.jit(jax.grad(lambda lora, base: jnp.sum(nnx.merge(graph, base, lora)(*given) ** 2)))
-        return gradient.lower(lora, jax.eval_shape(unstack_blocks, base)).compile().memory_analysis().temp_size_in_bytes
+        gradient = jax.jit(
+            jax.grad(lambda lora, base: jnp.sum(nnx.merge(graph, base, lora)(*given) ** 2))
+        )
+        return (
+            gradient.lower(lora, jax.eval_shape(unstack_blocks, base))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     stream = 4 * 8 * 128 * 64
     assert (needed(6) - needed(2)) / 4 < 31 * stream
@@ -206,13 +255,19 @@ def equations(jaxpr):
 
 def program(config: WanConfig, dtype: str = "float32") -> list:
     graph, state = nnx.split(abstract(config, dtype))
-    return list(equations(jax.make_jaxpr(lambda state: nnx.merge(graph, state)(*inputs()))(state).jaxpr))
+    return list(
+        equations(jax.make_jaxpr(lambda state: nnx.merge(graph, state)(*inputs()))(state).jaxpr)
+    )
 
 
 def test_program_does_not_grow_with_depth():
     """Even groups are one scan; more layers are more rows of its operands."""
     sizes = {
-        depth: len(program(dataclasses.replace(TINY, num_layers=depth, vace_layers=tuple(range(0, depth, 2)))))
+        depth: len(
+            program(
+                dataclasses.replace(TINY, num_layers=depth, vace_layers=tuple(range(0, depth, 2)))
+            )
+        )
         for depth in (4, 12)
     }
     assert sizes[4] == sizes[12]
@@ -235,7 +290,10 @@ def test_masked_frames_change_nothing():
     alone = velocity(latents[:1, :2], timesteps[:1], text[:1], control[:1, :2], SCALE)
     assert relative_error(got[0, :2], alone[0]) < 1e-5
     other = latents.at[0, 2].set(50.0)
-    assert relative_error(velocity(other, timesteps, text, control, SCALE, mask)[0, :2], alone[0]) < 1e-5
+    assert (
+        relative_error(velocity(other, timesteps, text, control, SCALE, mask)[0, :2], alone[0])
+        < 1e-5
+    )
     assert relative_error(got[1], velocity(latents, timesteps, text, control, SCALE)[1]) < 1e-5
     unmasked = velocity(latents, timesteps, text, control, SCALE, jnp.ones_like(mask))
     assert relative_error(unmasked[0, :2], alone[0]) > 1e-2
@@ -266,10 +324,19 @@ def test_leaf_dtypes():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_matrix_products_take_bfloat16_operands(rank):
     """All but the timestep's three layers and the head; none of the streams is promoted, scale or no scale."""
-    products = [e for e in program(dataclasses.replace(TINY, rank=rank, alpha=2.0), "bfloat16") if e.primitive.name == "dot_general"]
+    products = [
+        e
+        for e in program(dataclasses.replace(TINY, rank=rank, alpha=2.0), "bfloat16")
+        if e.primitive.name == "dot_general"
+    ]
     assert sum(wide(e) for e in products) == 4
     assert all(e.outvars[0].aval.dtype == jnp.float32 for e in products)
-    carries = [v.aval.dtype for e in program(TINY, "bfloat16") if e.primitive.name == "scan" for v in e.outvars]
+    carries = [
+        v.aval.dtype
+        for e in program(TINY, "bfloat16")
+        if e.primitive.name == "scan"
+        for v in e.outvars
+    ]
     assert set(carries) == {jnp.dtype("bfloat16")}
 
 
@@ -282,8 +349,14 @@ def test_float32_means_float32_on_every_machine(dtype):
     """A TPU rounds the operands of a float32 product to bfloat16, and a GPU to TF32, unless all their bits are asked for."""
     config = dataclasses.replace(TINY, rank=2, alpha=2.0)
     graph = nnx.graphdef(abstract(config, dtype))
-    gradient = jax.make_jaxpr(jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(*inputs(), SCALE))))
-    found = [e for e in equations(gradient(random_state(config, dtype)).jaxpr) if e.primitive.name == "dot_general" and wide(e)]
+    gradient = jax.make_jaxpr(
+        jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(*inputs(), SCALE)))
+    )
+    found = [
+        e
+        for e in equations(gradient(random_state(config, dtype)).jaxpr)
+        if e.primitive.name == "dot_general" and wide(e)
+    ]
     assert len(found) > 8
     assert all(e.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2 for e in found)
 
@@ -347,9 +420,9 @@ def test_control_scale_forms():
 )
 def test_inputs_that_do_not_fit_say_why(change, reason):
     graph, state = nnx.split(abstract(TINY))
-    arguments = dict(zip(("latents", "timesteps", "text", "control"), inputs(), strict=True)) | jax.tree.map(
-        jnp.asarray, change
-    )
+    arguments = dict(
+        zip(("latents", "timesteps", "text", "control"), inputs(), strict=True)
+    ) | jax.tree.map(jnp.asarray, change)
     with pytest.raises(UserError, match=reason):
         jax.eval_shape(lambda state: nnx.merge(graph, state)(**arguments), state)
 

@@ -30,7 +30,7 @@ LABELS = {
     "duplicated": "duplicated (less)",
     "blended": "blended (less)",
 }
-LESS = ("swapped", "duplicated", "blended")     # metrics of which less is better
+LESS = ("swapped", "duplicated", "blended")  # metrics of which less is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,9 @@ Intervals = dict[str, dict[str, Interval]]
 """Model -> metric -> interval."""
 
 
-def bootstrap(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Interval:
+def bootstrap(
+    values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
+) -> Interval:
     """Mean of `values` and its 95 % interval, resampling clusters (prompts) with replacement. Work: resamples x clusters."""
     _, index = np.unique(clusters, return_inverse=True)
     count = int(index.max()) + 1
@@ -77,10 +79,20 @@ def summarise(
     Returns:
       The means of every model; the means of adapter minus base.
     """
-    means = {model: {name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()}
-             for model, metrics in scores.items()}
-    changes = {model: {name: bootstrap(values - scores["base"][name], clusters, seed, resamples) for name, values in metrics.items()}
-               for model, metrics in scores.items() if model != "base"}
+    means = {
+        model: {
+            name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()
+        }
+        for model, metrics in scores.items()
+    }
+    changes = {
+        model: {
+            name: bootstrap(values - scores["base"][name], clusters, seed, resamples)
+            for name, values in metrics.items()
+        }
+        for model, metrics in scores.items()
+        if model != "base"
+    }
     return means, changes
 
 
@@ -96,16 +108,23 @@ Pairs = dict[tuple[str, str], dict[str, Pair]]
 """(model, another before it) -> metric -> how the first compares."""
 
 
-def pairs(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int) -> Pairs:
+def pairs(
+    scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
+) -> Pairs:
     """Every model against every one before it; rows are paired as in `summarise`."""
 
     def compare(name: str, left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
         better = np.sign(right - left if name in LESS else left - right)
-        return Pair(difference=bootstrap(left - right, clusters, seed, resamples),
-                    wins=bootstrap((better + 1) / 2, clusters, seed, resamples))
+        return Pair(
+            difference=bootstrap(left - right, clusters, seed, resamples),
+            wins=bootstrap((better + 1) / 2, clusters, seed, resamples),
+        )
 
     return {
-        (model, other): {name: compare(name, values, scores[other][name]) for name, values in scores[model].items()}
+        (model, other): {
+            name: compare(name, values, scores[other][name])
+            for name, values in scores[model].items()
+        }
         for other, model in itertools.combinations(scores, 2)
     }
 
@@ -125,46 +144,75 @@ def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str,
     return {
         "labels": labels(means["base"]),
         "less": LESS,
-        "models": {model: {name: dataclasses.asdict(value) for name, value in metrics.items()} for model, metrics in means.items()},
+        "models": {
+            model: {name: dataclasses.asdict(value) for name, value in metrics.items()}
+            for model, metrics in means.items()
+        },
         "differences": {
-            model: {name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])} for name, value in metrics.items()}
+            model: {
+                name: dataclasses.asdict(value) | {"relative": relative(value, means["base"][name])}
+                for name, value in metrics.items()
+            }
             for model, metrics in changes.items()
         },
         "pairs": [
-            {"model": model, "other": other, "metrics": {name: dataclasses.asdict(value) for name, value in metrics.items()}}
+            {
+                "model": model,
+                "other": other,
+                "metrics": {name: dataclasses.asdict(value) for name, value in metrics.items()},
+            }
             for (model, other), metrics in compared.items()
         ],
     }
 
 
-def per_video(scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]) -> list[dict[str, Any]]:
+def per_video(
+    scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]
+) -> list[dict[str, Any]]:
     """One entry per video: its prompt, and every model's values."""
     return [
-        {"prompt": int(prompt)} | {model: {name: float(values[n]) for name, values in metrics.items()} for model, metrics in scores.items()}
+        {"prompt": int(prompt)}
+        | {
+            model: {name: float(values[n]) for name, values in metrics.items()}
+            for model, metrics in scores.items()
+        }
         for n, prompt in enumerate(clusters)
     ]
 
 
 def markdown(means: Intervals, changes: Intervals) -> str:
     """The comparison as a Markdown table whose columns line up in plain text too."""
-    header = ["", "base", *(cell for name in changes for cell in (name, f"{name} - base", "relative"))]
+    header = [
+        "",
+        "base",
+        *(cell for name in changes for cell in (name, f"{name} - base", "relative")),
+    ]
     rows = [header]
     for name, label in labels(means["base"]).items():
         row = [label, means["base"][name].text()]
         for model, change in changes.items():
-            row += [means[model][name].text(), change[name].text(sign=True), f"{relative(change[name], means['base'][name]):+.1%}"]
+            row += [
+                means[model][name].text(),
+                change[name].text(sign=True),
+                f"{relative(change[name], means['base'][name]):+.1%}",
+            ]
         rows.append(row)
     return align(rows)
 
 
 def pairs_markdown(compared: Pairs) -> str:
     """Win rates of every pair as a Markdown table, one metric per row; differences of two adapters with them."""
-    rows = [["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]]
+    rows = [
+        ["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]
+    ]
     named = labels(next(iter(compared.values())))
     for name, label in named.items():
         rows.append([label, *(metrics[name].wins.text() for metrics in compared.values())])
     for name, label in named.items():
-        between = [metrics[name].difference.text(sign=True) if other != "base" else "" for (_, other), metrics in compared.items()]
+        between = [
+            metrics[name].difference.text(sign=True) if other != "base" else ""
+            for (_, other), metrics in compared.items()
+        ]
         if any(between):
             rows.append([f"{label}, difference", *between])
     return align(rows)
@@ -173,5 +221,13 @@ def pairs_markdown(compared: Pairs) -> str:
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the first the header, as a padded Markdown table."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+        for row in rows
+    ]
+    return (
+        "\n".join(
+            [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+        )
+        + "\n"
+    )

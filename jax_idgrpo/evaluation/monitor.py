@@ -39,9 +39,14 @@ class Watch:
         Raises:
           UserError: the prompts or their photos cannot be used.
         """
-        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[: config.run.watch_prompts]
+        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[
+            : config.run.watch_prompts
+        ]
         few = min(config.evaluate.batch, len(listed))
-        sampler = make_sampler(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)), pipe)
+        sampler = make_sampler(
+            dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)),
+            pipe,
+        )
         scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh, listed)
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
@@ -49,11 +54,17 @@ class Watch:
         """Every video's values, which are also stored."""
         size = self.sampler.batch
         batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
-        parts = [self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch]) for batch in batches]
+        parts = [
+            self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch])
+            for batch in batches
+        ]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if jax.process_index() == 0:
             self.folder.mkdir(exist_ok=True)
-            write_text(self._file(step), json.dumps({name: values.tolist() for name, values in found.items()}))
+            write_text(
+                self._file(step),
+                json.dumps({name: values.tolist() for name, values in found.items()}),
+            )
         return found
 
     def begin(self, model: Model) -> None:
@@ -64,10 +75,18 @@ class Watch:
     def __call__(self, model: Model, step: int) -> dict[str, float]:
         """Means to log after `step` training steps, with a warning where the reward rose and the judge fell, each beyond doubt."""
         now, evaluation = self.scores(model, step), self.sampler.config.evaluate
-        first = {name: np.asarray(values) for name, values in json.loads(self._file(0).read_text()).items()}
+        first = {
+            name: np.asarray(values)
+            for name, values in json.loads(self._file(0).read_text()).items()
+        }
         scores, clusters = {"base": first, "now": now}, np.arange(len(self.rows))
-        changes = bootstrap.summarise(scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap)[1]["now"]
-        parted = "judge_identity" in changes and changes["reward"].low > 0 > changes["judge_identity"].high
+        changes = bootstrap.summarise(
+            scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap
+        )[1]["now"]
+        parted = (
+            "judge_identity" in changes
+            and changes["reward"].low > 0 > changes["judge_identity"].high
+        )
         if parted:
             warnings.warn(
                 f"step {step}: on {len(self.rows)} held-out prompts the reward rose by {changes['reward'].text(sign=True)} and the judge's "
@@ -75,7 +94,9 @@ class Watch:
                 "samples/, raise grpo.kl, or go back to an earlier checkpoint",
                 stacklevel=2,
             )
-        return {f"watch_{name}": float(values.mean()) for name, values in now.items()} | {"watch_parted": float(parted)}
+        return {f"watch_{name}": float(values.mean()) for name, values in now.items()} | {
+            "watch_parted": float(parted)
+        }
 
     def _file(self, step: int) -> Path:
         return self.folder / f"{step:06d}.json"

@@ -29,12 +29,33 @@ class Curve(NamedTuple):
 
 CURVES = (
     Curve("Training reward", "mean over the videos of a step, and its running mean", ("reward",)),
-    Curve("Likeness", "cosine between photo and face by the reward's embedder; a missing person counts 0", ("similarity",)),
-    Curve("Held-out prompts", "reward and independent judge, from fixed noise: they should rise together",
-          ("watch_reward", "watch_judge_identity"), False),
-    Curve("Distance from the base", "KL divergence of a denoising step, adapter on against adapter off", ("kl",)),
-    Curve("Probability ratio", "of the first update: 1 when sampler and trainer agree", ("ratio_min", "ratio_max"), False),
-    Curve("Spread within groups", "standard deviation of the reward: what there is to choose from", ("reward_group_std",)),
+    Curve(
+        "Likeness",
+        "cosine between photo and face by the reward's embedder; a missing person counts 0",
+        ("similarity",),
+    ),
+    Curve(
+        "Held-out prompts",
+        "reward and independent judge, from fixed noise: they should rise together",
+        ("watch_reward", "watch_judge_identity"),
+        False,
+    ),
+    Curve(
+        "Distance from the base",
+        "KL divergence of a denoising step, adapter on against adapter off",
+        ("kl",),
+    ),
+    Curve(
+        "Probability ratio",
+        "of the first update: 1 when sampler and trainer agree",
+        ("ratio_min", "ratio_max"),
+        False,
+    ),
+    Curve(
+        "Spread within groups",
+        "standard deviation of the reward: what there is to choose from",
+        ("reward_group_std",),
+    ),
     Curve("Faces", "found per person asked for, at most 1", ("faces_share",)),
     Curve("Motion", "mean change between neighbouring frames, outside the faces", ("motion",)),
     Curve("Gradient norm", "before clipping", ("gradient_norm",)),
@@ -83,13 +104,17 @@ figcaption small { display: block; } svg { width: 100%; height: auto; display: b
 """
 EMBEDDED = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
 """Kinds of files that the page holds."""
-CARDS = 4     # metrics in large print
+CARDS = 4  # metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
 
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and finite values of one metric; of a step that was run twice (a resumed run) the last counts."""
-    points = {row["step"]: row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])}
+    points = {
+        row["step"]: row[name]
+        for row in rows
+        if isinstance(row.get(name), int | float) and math.isfinite(row[name])
+    }
     steps = sorted(points)
     return [float(step) for step in steps], [float(points[step]) for step in steps]
 
@@ -108,7 +133,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * min((m for m in (1, 2, 5, 10) if m * power >= raw), default=10)
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(k * step, 12)
+        for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def number(value: float) -> str:
@@ -116,7 +144,9 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def curve(title: str, note: str, lines: dict[str, tuple[list[float], list[float]]], trend: bool) -> str:
+def curve(
+    title: str, note: str, lines: dict[str, tuple[list[float], list[float]]], trend: bool
+) -> str:
     """One figure as inline SVG. lines: name -> (steps, values); `trend` draws the first line faint below its running mean."""
     steps = [x for xs, _ in lines.values() for x in xs]
     values = [y for _, ys in lines.values() for y in ys]
@@ -135,18 +165,35 @@ def curve(title: str, note: str, lines: dict[str, tuple[list[float], list[float]
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys))
         return f'<polyline class="{style}" points="{points}"/>'
 
-    parts = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-             f'<text class="tick" x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{number(t)}</text>' for t in ticks(low, high)]
-    parts += [f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(t)}</text>'
-              for t in ticks(first, last) if t == int(t)]
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{number(t)}</text>'
+        for t in ticks(low, high)
+    ]
+    parts += [
+        f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(t)}</text>'
+        for t in ticks(first, last)
+        if t == int(t)
+    ]
     for index, (xs, ys) in enumerate(lines.values()):
         if trend:
-            parts += [polyline(xs, ys, f"line faint c{index}"), polyline(xs, smooth(ys), f"line c{index}")]
+            parts += [
+                polyline(xs, ys, f"line faint c{index}"),
+                polyline(xs, smooth(ys), f"line c{index}"),
+            ]
         else:
             parts.append(polyline(xs, ys, f"line c{index}"))
-    legend = " ".join(f'<span class="key c{i}">{html.escape(name)}</span>' for i, name in enumerate(lines)) if len(lines) > 1 else ""
-    return (f'<figure><figcaption><b>{html.escape(title)}</b> {legend}<small>{html.escape(note)}</small></figcaption>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>')
+    legend = (
+        " ".join(
+            f'<span class="key c{i}">{html.escape(name)}</span>' for i, name in enumerate(lines)
+        )
+        if len(lines) > 1
+        else ""
+    )
+    return (
+        f"<figure><figcaption><b>{html.escape(title)}</b> {legend}<small>{html.escape(note)}</small></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg></figure>'
+    )
 
 
 def data_uri(path: Path) -> str:
@@ -199,7 +246,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> str:
 def interval(value: dict[str, float], sign: bool = False) -> str:
     """A mean and its 95 % interval, in HTML."""
     form = "{:+.3f}" if sign else "{:.3f}"
-    return f'{form.format(value["mean"])} <small>[{form.format(value["low"])}, {form.format(value["high"])}]</small>'
+    return f"{form.format(value['mean'])} <small>[{form.format(value['low'])}, {form.format(value['high'])}]</small>"
 
 
 def judged(change: dict[str, float], less: bool) -> str:
@@ -211,10 +258,12 @@ def judged(change: dict[str, float], less: bool) -> str:
 def table(evaluation: dict[str, Any]) -> str:
     """The comparison as an HTML table: base, then each adapter with its paired difference."""
     adapters = list(evaluation["differences"])
-    head = "".join(f"<th>{html.escape(name)}</th><th>change</th><th>relative</th>" for name in adapters)
+    head = "".join(
+        f"<th>{html.escape(name)}</th><th>change</th><th>relative</th>" for name in adapters
+    )
     body = []
     for name, label in evaluation["labels"].items():
-        cells = f'<td>{interval(evaluation["models"]["base"][name])}</td>'
+        cells = f"<td>{interval(evaluation['models']['base'][name])}</td>"
         for adapter in adapters:
             change = evaluation["differences"][adapter][name]
             verdict = judged(change, name in evaluation.get("less", ()))
@@ -234,31 +283,42 @@ def headline(evaluation: dict[str, Any]) -> str:
         change = evaluation["differences"][adapter][name]
         verdict = judged(change, name in evaluation.get("less", ()))
         base, tuned = (evaluation["models"][model][name]["mean"] for model in ("base", adapter))
-        cards.append(f'<div class="card"><small>{html.escape(label)}</small><b class="{verdict}">{change["relative"]:+.1%}</b>'
-                     f"<span>{base:.3f} &rarr; {tuned:.3f}</span></div>")
+        cards.append(
+            f'<div class="card"><small>{html.escape(label)}</small><b class="{verdict}">{change["relative"]:+.1%}</b>'
+            f"<span>{base:.3f} &rarr; {tuned:.3f}</span></div>"
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _told(video: dict[str, Any]) -> str:
     """The judge's value of a video, or the reward's where there was no judge."""
-    return f"judge {video['judge_identity']:.2f}" if "judge_identity" in video else f"reward {video['reward']:.2f}"
+    return (
+        f"judge {video['judge_identity']:.2f}"
+        if "judge_identity" in video
+        else f"reward {video['reward']:.2f}"
+    )
 
 
 def gallery(evaluation: dict[str, Any], folder: Path) -> str:
     """The shown prompts: reference photos, then every model's video from the same noise."""
+
     def source(name: str) -> str:
         return data_uri(inside(folder, name))
 
     items = []
     for shown in evaluation["shown"]:
         photos = "".join(
-            f'<img src="{source(path)}" alt="reference photo">' for path in shown["references"])
+            f'<img src="{source(path)}" alt="reference photo">' for path in shown["references"]
+        )
         videos = "".join(
             f'<div><video src="{source(video["path"])}" autoplay loop muted playsinline></video>'
-            f'<span>{html.escape(model)} <small>{_told(video)}</small></span></div>'
-            for model, video in shown["videos"].items())
+            f"<span>{html.escape(model)} <small>{_told(video)}</small></span></div>"
+            for model, video in shown["videos"].items()
+        )
         prompt = html.escape(shown["prompt"])
-        items.append(f'<article><div class="photos">{photos}</div><div class="videos">{videos}</div><p>{prompt}</p></article>')
+        items.append(
+            f'<article><div class="photos">{photos}</div><div class="videos">{videos}</div><p>{prompt}</p></article>'
+        )
     return f'<div class="gallery">{"".join(items)}</div>'
 
 
@@ -271,8 +331,11 @@ def configuration(path: Path) -> str:
         texts = {name: json.dumps(without_places(value)) for name, value in fields.items()}
         rows = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-            for name, text in texts.items())
-        sections.append(f"<details open><summary>{html.escape(section)}</summary><table>{rows}</table></details>")
+            for name, text in texts.items()
+        )
+        sections.append(
+            f"<details open><summary>{html.escape(section)}</summary><table>{rows}</table></details>"
+        )
     return f'<div class="sections">{"".join(sections)}</div>'
 
 
@@ -285,13 +348,16 @@ def page(workdir: Path) -> str:
     rows = read_metrics(workdir / "metrics.jsonl")
     results = workdir / "evaluation" / "metrics.json"
     if not rows and not results.is_file():
-        raise UserError(f"workdir {workdir}: holds neither metrics.jsonl nor evaluation/metrics.json; pass the --workdir of a run")
+        raise UserError(
+            f"workdir {workdir}: holds neither metrics.jsonl nor evaluation/metrics.json; pass the --workdir of a run"
+        )
     if results.is_file():
         evaluation = json.loads(results.read_text())
         compared = (
             f'{headline(evaluation)}<h2>Base against tuned</h2><p class="note">{html.escape(evaluation["note"])}</p>{table(evaluation)}'
             '<h2>Videos</h2><p class="note">Reference photos, then the models, each from the same noise.</p>'
-            f"{gallery(evaluation, results.parent)}")
+            f"{gallery(evaluation, results.parent)}"
+        )
     else:
         command = "idgrpo evaluate CONFIG --out W/evaluation --lora tuned=W/export"
         compared = f'<p class="absent">No evaluation yet: <code>{command}</code></p>'
@@ -302,7 +368,8 @@ def page(workdir: Path) -> str:
         f'<title>{name}: identity by reinforcement</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body><main>'
         f"<header><h1>{name}</h1><p>Identity-GRPO in JAX: {len({row['step'] for row in rows})} training steps</p></header>"
         f"{compared}<h2>Training</h2>{curves(rows)}<h2>Configuration</h2>{configuration(workdir / 'config.json')}"
-        f"</main></body></html>")
+        f"</main></body></html>"
+    )
 
 
 def report(workdir: Path) -> Path:

@@ -79,7 +79,9 @@ class Sampler:
         Few rows are filled up to `batch`, so that one program serves all.
         """
         filled = [rows[min(n, len(rows) - 1)] for n in range(self.batch)]
-        asked = conditioning.encode(self.pipe, [row.prompt for row in filled], self.config, self.cache)
+        asked = conditioning.encode(
+            self.pipe, [row.prompt for row in filled], self.config, self.cache
+        )
         ids = jnp.asarray([row.prompt.id for row in filled], jnp.int32)
         members = jnp.asarray([row.member for row in filled], jnp.int32)
         noise = rng.row_keys(rng.key(self.config.run.seed, "evaluate"), ids, members)
@@ -150,7 +152,11 @@ def fetch(videos: Float[Array, "B F H W 3"], number: int) -> UInt8[np.ndarray, "
 
 def evaluated(config: Config) -> Config:
     """The configuration with the video size of the evaluation."""
-    chosen = {name: value for name in ("frames", "height", "width") if (value := getattr(config.evaluate, name))}
+    chosen = {
+        name: value
+        for name in ("frames", "height", "width")
+        if (value := getattr(config.evaluate, name))
+    }
     return dataclasses.replace(config, video=dataclasses.replace(config.video, **chosen))
 
 
@@ -160,25 +166,46 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     if pipe is None:
         mesh = sharding.make_mesh(config.mesh, policy_devices(config))
         pipe = load_pipeline(
-            model.folder(), model.dtype, model.kind,
-            remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
+            model.folder(),
+            model.dtype,
+            model.kind,
+            remat=model.remat,
+            unroll=model.unroll,
+            mesh=mesh,
+            text_memory=model.text_memory,
         )
-    schedule = rollout.Schedule.make(config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver)
+    schedule = rollout.Schedule.make(
+        config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver
+    )
     given = schedule, conditioning.encode_negative(pipe, config.data)
     mesh = pipe.transformer.config.mesh
-    schedule, negative = jax.device_put(given) if mesh is None else sharding.device_put_global(given, sharding.replicated(mesh))
+    schedule, negative = (
+        jax.device_put(given)
+        if mesh is None
+        else sharding.device_put_global(given, sharding.replicated(mesh))
+    )
     batch = sharding.rows_for(mesh, config.evaluate.batch)
-    return Sampler(config=config, pipe=pipe, batch=batch, schedule=schedule, negative=negative, cache=conditioning.Cache())
+    return Sampler(
+        config=config,
+        pipe=pipe,
+        batch=batch,
+        schedule=schedule,
+        negative=negative,
+        cache=conditioning.Cache(),
+    )
 
 
 def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
-    """"base" and the adapters. The base is held as an adapter whose output is zero, so that one program runs them all.
+    """ "base" and the adapters. The base is held as an adapter whose output is zero, so that one program runs them all.
 
     Raises:
       UserError: an adapter does not fit the checkpoint.
     """
     config, mesh = sampler.config, sampler.pipe.transformer.config.mesh
-    guidance = config.evaluate.guidance or config.rollout.guidance, config.image_guidance(evaluation=True)
+    guidance = (
+        config.evaluate.guidance or config.rollout.guidance,
+        config.image_guidance(evaluation=True),
+    )
 
     def model(transformer: WanTransformer) -> Model:
         actor, lora, base = policy.split(transformer, *guidance)
@@ -189,5 +216,7 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
     models = {"base": model(plain)}
     for name, path in loras.items():
         sampler.pipe.load_lora(path)
-        models[name] = dataclasses.replace(model(sampler.pipe.transformer), base=models["base"].base)
+        models[name] = dataclasses.replace(
+            model(sampler.pipe.transformer), base=models["base"].base
+        )
     return models

@@ -67,9 +67,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         asked = " x ".join(f"{name} {getattr(config, name)}" for name in AXES)
-        raise UserError(f"mesh: {asked} does not use the {len(devices)} devices; make their product {len(devices)}, or let an axis take "
-                        "what is left, as --mesh.data 1 --mesh.fsdp -1 does")
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        raise UserError(
+            f"mesh: {asked} does not use the {len(devices)} devices; make their product {len(devices)}, or let an axis take "
+            "what is left, as --mesh.data 1 --mesh.fsdp -1 does"
+        )
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -86,7 +90,9 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
     """
     shards = batch_shards(mesh)
     if rows % shards:
-        raise UserError(f"{what}: {rows} rows do not divide over the {shards} batch shards of the mesh; use a multiple of {shards}")
+        raise UserError(
+            f"{what}: {rows} rows do not divide over the {shards} batch shards of the mesh; use a multiple of {shards}"
+        )
 
 
 def rows_for(mesh: Mesh | None, rows: int) -> int:
@@ -104,7 +110,9 @@ def check_heads(mesh: Mesh, heads: int, ffn_dim: int) -> None:
     shards = mesh.shape["tensor"]
     for what, size in (("attention heads", heads), ("feed-forward features", ffn_dim)):
         if size % shards:
-            raise UserError(f"mesh.tensor {shards} does not divide the {size} {what} of the transformer; use one that does, or mesh.seq")
+            raise UserError(
+                f"mesh.tensor {shards} does not divide the {size} {what} of the transformer; use one that does, or mesh.seq"
+            )
 
 
 def platform(mesh: Mesh | None) -> str:
@@ -129,19 +137,26 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where the table puts a leaf; leading axes, such as that of layers, stay whole."""
     last = next(axes for pattern, axes in TABLE if re.search(pattern, path))
     axes = (None,) * (len(shape) - len(last)) + last
-    used = [name if name and shape[axis] % mesh.shape[name] == 0 and mesh.shape[name] > 1 else None for axis, name in enumerate(axes)]
+    used = [
+        name if name and shape[axis] % mesh.shape[name] == 0 and mesh.shape[name] > 1 else None
+        for axis, name in enumerate(axes)
+    ]
     return PartitionSpec(*used) if any(used) else PartitionSpec()
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The path of a leaf as the table reads it: its keys with a slash between."""
-    name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    name = "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )
     return re.sub(r"/(value|raw_value)$", "", name)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """The sharding of every leaf of a pytree of arrays or shapes, from the table."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state
+    )
 
 
 def shard_params(mesh: Mesh, state: Any) -> Any:
@@ -153,7 +168,11 @@ def shapes(tree: Any, shardings: Any) -> Any:
     """The shapes of a tree of arrays or shapes, with shardings: one for all leaves, or a tree of them."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=where), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=where),
+        tree,
+        shardings,
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,8 +212,14 @@ def fully_shard(mesh: Mesh, state: Any) -> Any:
 
     def one(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
-        axis = max((axis for axis, size in enumerate(shape) if size % mesh.size == 0), key=lambda axis: shape[axis], default=None)
-        return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES))
+        axis = max(
+            (axis for axis, size in enumerate(shape) if size % mesh.size == 0),
+            key=lambda axis: shape[axis],
+            default=None,
+        )
+        return NamedSharding(
+            mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES)
+        )
 
     return jax.tree.map(one, state)
 
@@ -223,7 +248,9 @@ def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
         return state
 
     def one(path: tuple[Any, ...], leaf: Array) -> Array:
-        kept = [name if name == "tensor" else None for name in spec(leaf_name(path), leaf.shape, mesh)]
+        kept = [
+            name if name == "tensor" else None for name in spec(leaf_name(path), leaf.shape, mesh)
+        ]
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*kept)))
 
     return jax.tree_util.tree_map_with_path(one, state)
@@ -239,7 +266,9 @@ def shard_tokens(mesh: Mesh | None, x: Float[Array, "B N D"]) -> Float[Array, "B
     """Shard a sequence: rows over the batch axes, tokens over `seq`."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, "seq", None)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, PartitionSpec(ROWS, "seq", None))
+    )
 
 
 def shard_batch(mesh: Mesh | None, x: Array) -> Array:
@@ -253,7 +282,9 @@ def shard_heads(mesh: Mesh | None, x: Float[Array, "B M K d"]) -> Float[Array, "
     """Shard keys or values of a short text for `attend` without `split_keys`: rows over the batch axes, heads over `tensor`."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor", None)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, PartitionSpec(ROWS, None, "tensor", None))
+    )
 
 
 def attend(
@@ -282,12 +313,25 @@ def attend(
         heads = q.shape[2]
         missing = -heads % shards
         q, k, v = (
-            jax.lax.all_to_all(jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), "seq", split_axis=2, concat_axis=1, tiled=True)
+            jax.lax.all_to_all(
+                jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))),
+                "seq",
+                split_axis=2,
+                concat_axis=1,
+                tiled=True,
+            )
             for x in (q, k, v)
         )
-        out = jax.lax.all_to_all(kernel(q, k, v, lengths), "seq", split_axis=1, concat_axis=2, tiled=True)
+        out = jax.lax.all_to_all(
+            kernel(q, k, v, lengths), "seq", split_axis=1, concat_axis=2, tiled=True
+        )
         return out[:, :, :heads]
 
-    tokens, keys = PartitionSpec(ROWS, "seq", "tensor"), PartitionSpec(ROWS, "seq" if split_keys else None, "tensor")
+    tokens, keys = (
+        PartitionSpec(ROWS, "seq", "tensor"),
+        PartitionSpec(ROWS, "seq" if split_keys else None, "tensor"),
+    )
     given = (q, k, v, lengths)
-    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, keys, keys, BATCH), out_specs=tokens, check_vma=False)(*given)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(tokens, keys, keys, BATCH), out_specs=tokens, check_vma=False
+    )(*given)

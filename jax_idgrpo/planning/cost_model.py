@@ -46,7 +46,7 @@ def _flops(equation: Any) -> float:
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / outputs
     if name in FLASH:
-        q, k = (equation.invars[operand].aval.shape for operand in (0, 1))     # [B,N,K,d], [B,M,K,d]
+        q, k = (equation.invars[operand].aval.shape for operand in (0, 1))  # [B,N,K,d], [B,M,K,d]
         return 2.0 * FLASH[name] * math.prod(q) * k[1]
     inner = [_count(body) for value in parameters.values() for body in _bodies(value)]
     if name == "cond":
@@ -72,12 +72,48 @@ def _bodies(value: Any) -> Iterator[Any]:
 
 # ---- traffic -------------------------------------------------------------------------------------------------------------
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-NOTHING = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota", "copy-done",
-    "all-gather-done", "all-reduce-done", "collective-permute-done", "all-to-all-done", "async-done", "async-update", "opt-barrier",
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
 }
-COLLECTIVES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1, "ragged-all-to-all": 1}
+NOTHING = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "iota",
+    "copy-done",
+    "all-gather-done",
+    "all-reduce-done",
+    "collective-permute-done",
+    "all-to-all-done",
+    "async-done",
+    "async-update",
+    "opt-barrier",
+}
+COLLECTIVES = {
+    "all-reduce": 2,
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-to-all": 1,
+    "collective-permute": 1,
+    "ragged-all-to-all": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +162,19 @@ def traffic(text: str) -> Traffic:
         if line.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line.rest)
             pair = ("true_computation", "false_computation")
-            names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else [_called(line, word) for word in pair]
+            names = (
+                re.findall(r"%([\w.\-]+)", branches[1])
+                if branches
+                else [_called(line, word) for word in pair]
+            )
             return max((run(name) for name in names), key=lambda branch: branch.moved)
         if line.opcode in ("call", "async-start"):
             return run(_called(line, "to_apply" if "to_apply=" in line.rest else "calls"))
         name = line.opcode.removesuffix("-start")
         if name in COLLECTIVES:
-            size = _size(line.shape) / (2 if line.opcode.endswith("-start") and line.shape.startswith("(") else 1)
+            size = _size(line.shape) / (
+                2 if line.opcode.endswith("-start") and line.shape.startswith("(") else 1
+            )
             return Traffic(2 * size, COLLECTIVES[name] * size)
         operands = [shapes[operand] for operand in line.operands]
         if line.opcode == "dynamic-slice":
@@ -160,7 +202,10 @@ def _fusion(line: Instruction, operands: list[str], body: list[Instruction]) -> 
         users = [user for user in body if inner.name in user.operands]
         if users and all(user.opcode == "dynamic-slice" for user in users):
             total += sum(_size(user.shape) for user in users)
-        elif users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == inner.name for user in users):
+        elif users and all(
+            user.opcode == "dynamic-update-slice" and user.operands[0] == inner.name
+            for user in users
+        ):
             pass
         else:
             total += _size(inner.shape)
@@ -190,7 +235,11 @@ def _trips(line: Instruction, computations: dict[str, list[Instruction]]) -> int
 
     def look(name: str) -> None:
         for inner in computations[name]:
-            if inner.opcode == "constant" and inner.shape.startswith(("s32", "u32")) and inner.rest.lstrip("(").split(")")[0].isdigit():
+            if (
+                inner.opcode == "constant"
+                and inner.shape.startswith(("s32", "u32"))
+                and inner.rest.lstrip("(").split(")")[0].isdigit()
+            ):
                 bounds.append(int(inner.rest.lstrip("(").split(")")[0]))
             if inner.opcode in ("fusion", "call"):
                 look(_called(inner, "calls" if inner.opcode == "fusion" else "to_apply"))
@@ -208,7 +257,9 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             lines = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$", line):
-            shape, rest = _balanced(found[3]) if found[3].startswith("(") else found[3].split(" ", 1)
+            shape, rest = (
+                _balanced(found[3]) if found[3].startswith("(") else found[3].split(" ", 1)
+            )
             opcode, rest = rest.strip().split("(", 1)
             given, _ = _balanced("(" + rest)
             operands = tuple(re.findall(r"%([\w.\-]+)", given))

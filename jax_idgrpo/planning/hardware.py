@@ -41,7 +41,7 @@ CHIPS = {
 class Gpu:
     """What the GPU compiler asks of a device that is not here, beside what its `Chip` says; sizes in bytes."""
 
-    device: str     # JAX's name of it
+    device: str  # JAX's name of it
     capability: str
     cores: int
     fpus_per_core: int
@@ -109,27 +109,39 @@ def devices(topology: str) -> list[jax.Device]:
 def _cpus(topology: str, shape: str) -> list[jax.Device]:
     if not re.fullmatch(r"[1-9]\d*", shape):
         raise UserError(f"--topology {topology}: cpu takes a number of devices, as in cpu:8")
-    with contextlib.suppress(RuntimeError):     # JAX has started: it has the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX has started: it has the devices that it has
         jax.config.update("jax_num_cpu_devices", int(shape))
     here = jax.devices("cpu")
     if len(here) < int(shape):
-        raise UserError(f"--topology {topology}: JAX has started with {len(here)} CPU devices; plan in a process of its own")
+        raise UserError(
+            f"--topology {topology}: JAX has started with {len(here)} CPU devices; plan in a process of its own"
+        )
     return here[: int(shape)]
 
 
 def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
     if not re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
-        raise UserError(f"--topology {topology}: GPUs take a number, or hosts x GPUs of each, as in h200:8 or h200:4x8")
+        raise UserError(
+            f"--topology {topology}: GPUs take a number, or hosts x GPUs of each, as in h200:8 or h200:4x8"
+        )
     from jax.experimental import topologies
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")     # else the compiler says several times that there is no driver
-    jax.config.update("jax_platforms", "cpu")     # with this the plugin does not look for a GPU before it compiles
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "1"
+    )  # else the compiler says several times that there is no driver
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # with this the plugin does not look for a GPU before it compiles
     try:
         found = topologies.get_topology_desc(
-            platform="cuda", target_config=_target(gpu), topology=f"1x{shape}" if "x" in shape else f"1x1x{shape}"
+            platform="cuda",
+            target_config=_target(gpu),
+            topology=f"1x{shape}" if "x" in shape else f"1x1x{shape}",
         ).devices
         tokens = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
-        jax.eval_shape(functools.partial(fused, lengths=None, implementation="cudnn"), tokens, tokens, tokens)   # wants cuDNN
+        jax.eval_shape(
+            functools.partial(fused, lengths=None, implementation="cudnn"), tokens, tokens, tokens
+        )  # wants cuDNN
     except RuntimeError as error:
         raise UserError(
             f"--topology {topology}: no GPU compiler with cuDNN is installed; pip install 'jax-idgrpo[cuda]' (JAX says: {error})"
@@ -142,17 +154,21 @@ NOWHERE = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def _tpus(topology: str) -> list[jax.Device]:
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"     # this machine need not be a TPU's
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # this machine need not be a TPU's
     for name, value in NOWHERE.items():
         os.environ.setdefault(name, value)
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"     # only one process may hold a TPU, but several may compile
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
+        "1"  # only one process may hold a TPU, but several may compile
+    )
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except RuntimeError as error:
         if "not installed" in str(error):
-            raise UserError(f"--topology {topology}: the TPU compiler is not installed; pip install 'jax-idgrpo[tpu]'") from None
+            raise UserError(
+                f"--topology {topology}: the TPU compiler is not installed; pip install 'jax-idgrpo[tpu]'"
+            ) from None
         raise UserError(
             f"--topology {topology}: no such slice; use one such as v5e:4x4, v6e:8x8, v5p:4x4x4, h200:8, cpu:8, or gpu"
         ) from None

@@ -36,7 +36,7 @@ from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling.pipeline import Architecture
 from jax_idgrpo.workdir import write_text
 
-SPARE = 0.1     # of a chip's memory that a program should leave
+SPARE = 0.1  # of a chip's memory that a program should leave
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------------
@@ -78,18 +78,48 @@ def measure(program: Program, chip: Chip | None, options: dict[str, Any] | None 
         wanted = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm", str(error))
         note = f"wants {wanted[1]} of {wanted[2]}" if wanted else "does not fit"
         seconds = time.monotonic() - began
-        return Cost(program.name, program.calls, None, False, arithmetic, math.nan, math.nan, None, None, seconds, size, note)
+        return Cost(
+            program.name,
+            program.calls,
+            None,
+            False,
+            arithmetic,
+            math.nan,
+            math.nan,
+            None,
+            None,
+            seconds,
+            size,
+            note,
+        )
     seconds = time.monotonic() - began
     found, memory = traffic(compiled.as_text()), compiled.memory_analysis()
-    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    own = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
     peak = own + program.beside
     expected = utilisation = None
     if chip is not None:
-        expected = max(arithmetic / chip.flops, found.moved / chip.bandwidth) + found.received / chip.links
+        expected = (
+            max(arithmetic / chip.flops, found.moved / chip.bandwidth) + found.received / chip.links
+        )
         utilisation = arithmetic / chip.flops / expected
     fits = chip is None or peak <= (1 - SPARE) * chip.memory
     return Cost(
-        program.name, program.calls, peak, fits, arithmetic, found.moved, found.received, expected, utilisation, seconds, size
+        program.name,
+        program.calls,
+        peak,
+        fits,
+        arithmetic,
+        found.moved,
+        found.received,
+        expected,
+        utilisation,
+        seconds,
+        size,
     )
 
 
@@ -103,16 +133,32 @@ def meshes(count: int, parts: Architecture, share: int) -> Iterator[tuple[MeshCo
     for seq, tensor, data in itertools.product(powers, powers, powers):
         fsdp, rest = divmod(count, seq * tensor * data)
         heads = parts.transformer.num_heads
-        if rest or fsdp == 0 or heads % tensor or parts.transformer.ffn_dim % tensor or seq * tensor > heads:
+        if (
+            rest
+            or fsdp == 0
+            or heads % tensor
+            or parts.transformer.ffn_dim % tensor
+            or seq * tensor > heads
+        ):
             continue
         for rows in (data * fsdp, 2 * data * fsdp, 4 * data * fsdp):
             if share % rows == 0:
                 found.append((MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor), rows))
-    order = sorted(found, key=lambda pair: (pair[0].seq * pair[0].tensor, pair[0].tensor, pair[0].data, pair[1]))
+    order = sorted(
+        found,
+        key=lambda pair: (pair[0].seq * pair[0].tensor, pair[0].tensor, pair[0].data, pair[1]),
+    )
     return iter(order)
 
 
-def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Sequence[str] = (), search: int = 0) -> bool:
+def plan(
+    config: Config,
+    topology: str,
+    sizes: str | None,
+    out: Path,
+    wanted: Sequence[str] = (),
+    search: int = 0,
+) -> bool:
     """Compile the programs (all, or those `wanted`), print them as a table, and write `plan.json` and `table.md` into `out`.
 
     search: how many meshes and micro-batches to try on rollout and update before the rest is compiled on the fastest that fits.
@@ -129,16 +175,36 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
     if search:
         share = config.trained_rows // config.grpo.updates
         for chosen, rows in itertools.islice(meshes(len(found), parts, share), search):
-            candidate = dataclasses.replace(config, mesh=chosen, rollout=dataclasses.replace(config.rollout, micro_batch=rows))
+            candidate = dataclasses.replace(
+                config, mesh=chosen, rollout=dataclasses.replace(config.rollout, micro_batch=rows)
+            )
             mesh = sharding.make_mesh(chosen, found)
-            costs = [measure(each, chip, options) for each in programs(candidate, parts, mesh) if each.name in ("rollout", "update")]
-            tried.append({"mesh": dataclasses.asdict(chosen), "micro_batch": rows, "costs": [dataclasses.asdict(cost) for cost in costs]})
+            costs = [
+                measure(each, chip, options)
+                for each in programs(candidate, parts, mesh)
+                if each.name in ("rollout", "update")
+            ]
+            tried.append(
+                {
+                    "mesh": dataclasses.asdict(chosen),
+                    "micro_batch": rows,
+                    "costs": [dataclasses.asdict(cost) for cost in costs],
+                }
+            )
             total = sum(cost.calls * (cost.seconds or math.inf) for cost in costs)
-            tried[-1] |= {"fits": all(cost.fits for cost in costs), "seconds_per_step": total, "config": candidate}
-            print(f"mesh {_sizes(mesh)}, micro-batch {rows}: {'fits' if tried[-1]['fits'] else 'does not fit'}, {total:.0f} s per step")
+            tried[-1] |= {
+                "fits": all(cost.fits for cost in costs),
+                "seconds_per_step": total,
+                "config": candidate,
+            }
+            print(
+                f"mesh {_sizes(mesh)}, micro-batch {rows}: {'fits' if tried[-1]['fits'] else 'does not fit'}, {total:.0f} s per step"
+            )
         fitting = [trial for trial in tried if trial["fits"]]
         if not fitting:
-            raise UserError(f"plan: none of the {len(tried)} meshes tried on {topology} fits; search more, or choose a larger slice")
+            raise UserError(
+                f"plan: none of the {len(tried)} meshes tried on {topology} fits; search more, or choose a larger slice"
+            )
         config = min(fitting, key=lambda trial: trial["seconds_per_step"])["config"]
     mesh = sharding.make_mesh(config.mesh, found)
     costs = []
@@ -150,12 +216,21 @@ def plan(config: Config, topology: str, sizes: str | None, out: Path, wanted: Se
         f"{topology}, {len(found)} x {found[0].device_kind}, mesh {_sizes(mesh)}, {config.rows_per_call} rows per call, "
         f"remat {config.model.remat}, {config.model.dtype}"
     )
-    table = "\n".join([heading, "", *HEADER, *(row(cost) for cost in costs), "", *summary(config, costs, chip)])
+    table = "\n".join(
+        [heading, "", *HEADER, *(row(cost) for cost in costs), "", *summary(config, costs, chip)]
+    )
     out.mkdir(parents=True, exist_ok=True)
     record = {
-        "topology": topology, "device": found[0].device_kind, "devices": len(found), "chip": chip and dataclasses.asdict(chip),
-        "mesh": dict(mesh.shape), "config": json.loads(config.to_json()), "programs": [dataclasses.asdict(cost) for cost in costs],
-        "tried": [{name: value for name, value in trial.items() if name != "config"} for trial in tried],
+        "topology": topology,
+        "device": found[0].device_kind,
+        "devices": len(found),
+        "chip": chip and dataclasses.asdict(chip),
+        "mesh": dict(mesh.shape),
+        "config": json.loads(config.to_json()),
+        "programs": [dataclasses.asdict(cost) for cost in costs],
+        "tried": [
+            {name: value for name, value in trial.items() if name != "config"} for trial in tried
+        ],
     }
     write_text(out / "plan.json", json.dumps(record, indent=2))
     write_text(out / "table.md", table + "\n")
@@ -171,10 +246,24 @@ HEADER = (
 
 def row(cost: Cost) -> str:
     """One line of the table."""
-    peak = cost.note if cost.peak is None else f"{cost.peak / 1e9:.1f} GB{'' if cost.fits else ' (does not fit)'}"
-    speed = ["-", "-"] if cost.seconds is None else [f"{cost.seconds:.2f} s", f"{cost.utilisation:.0%}"]
+    peak = (
+        cost.note
+        if cost.peak is None
+        else f"{cost.peak / 1e9:.1f} GB{'' if cost.fits else ' (does not fit)'}"
+    )
+    speed = (
+        ["-", "-"] if cost.seconds is None else [f"{cost.seconds:.2f} s", f"{cost.utilisation:.0%}"]
+    )
     traffic = [f"{cost.moved / 1e9:.1f} GB", f"{cost.received / 1e9:.1f} GB"]
-    cells = [cost.program, f"{cost.calls:g}", peak, f"{cost.flops / 1e12:.1f}", *traffic, *speed, f"{cost.compile_seconds:.0f} s"]
+    cells = [
+        cost.program,
+        f"{cost.calls:g}",
+        peak,
+        f"{cost.flops / 1e12:.1f}",
+        *traffic,
+        *speed,
+        f"{cost.compile_seconds:.0f} s",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -183,25 +272,40 @@ def summary(config: Config, costs: Sequence[Cost], chip: Chip | None) -> list[st
     own = config.reward
     absent = [
         f"The reward, {name} {value}, runs on the host: it has no program here, and its time is not counted."
-        for name, value in (("reward.custom", own.custom), ("reward.backend", own.backend)) if value
+        for name, value in (("reward.custom", own.custom), ("reward.backend", own.backend))
+        if value
     ]
     if own.vlm_devices:
-        absent.append(f"The reward has {own.vlm_devices} more devices for itself; its programs are planned for those.")
+        absent.append(
+            f"The reward has {own.vlm_devices} more devices for itself; its programs are planned for those."
+        )
     if chip is None:
-        return [*absent, "All figures per chip and call. The speed of this device is not known, so times are not estimated."]
+        return [
+            *absent,
+            "All figures per chip and call. The speed of this device is not known, so times are not estimated.",
+        ]
     lines = [
         *absent,
         f"All figures per chip and call. Memory {chip.memory / 1e9:g} GB, of which {1 - SPARE:.0%} may be taken. Estimates assume "
         f"{chip.flops / 1e12:g} TFLOP/s, {chip.bandwidth / 1e12:g} TB/s of memory beside it, and {chip.links / 1e9:g} GB/s of links after "
         "it: a bound from below.",
     ]
-    seconds = {cost.program: cost.calls * cost.seconds for cost in costs if cost.calls and cost.seconds is not None}
+    seconds = {
+        cost.program: cost.calls * cost.seconds
+        for cost in costs
+        if cost.calls and cost.seconds is not None
+    }
     if {"rollout", "update"} <= set(seconds):
         total = sum(seconds.values())
         rate = 3600 * config.rollout.rows / total
-        lines.append(f"A training step of {config.rollout.rows} videos: {total:.0f} s, {rate:.0f} videos per hour.")
+        lines.append(
+            f"A training step of {config.rollout.rows} videos: {total:.0f} s, {rate:.0f} videos per hour."
+        )
     return lines
 
 
 def _sizes(mesh: Mesh) -> str:
-    return " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "of one device"
+    return (
+        " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+        or "of one device"
+    )

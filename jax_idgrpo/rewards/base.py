@@ -22,7 +22,7 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 
 Terms = dict[str, Float[Array, "B"]]
-LISTED = 5      # photos that an error names
+LISTED = 5  # photos that an error names
 
 # ---- reference photos ----------------------------------------------------------------------------
 
@@ -77,10 +77,17 @@ class References:
     @classmethod
     def of_prompts(cls, prompts: Sequence[Prompt], people: int) -> "References":
         """Name the photos of prompts; none is opened."""
-        return cls(tuple(tuple(Photo(file, prompt.where) for file in prompt.references) for prompt in prompts), people)
+        return cls(
+            tuple(
+                tuple(Photo(file, prompt.where) for file in prompt.references) for prompt in prompts
+            ),
+            people,
+        )
 
     @classmethod
-    def of_pixels(cls, images: Float[ArrayLike, "P M h w 3"], mask: Bool[ArrayLike, "P M"]) -> "References":
+    def of_pixels(
+        cls, images: Float[ArrayLike, "P M h w 3"], mask: Bool[ArrayLike, "P M"]
+    ) -> "References":
         """Take photos from pixels in [-1, 1], rounded to 8 bits; mask is True on photos, which come first in their row."""
         rows = [
             tuple(Photo(Image.fromarray(to_uint8(image))) for image in row[shown])
@@ -117,7 +124,10 @@ class Reward(Protocol):
         """Names of the terms that an evaluation reports beside the reward."""
 
     def encode_references(
-        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
     ) -> Any:
         """Turn photos and texts into a pytree of arrays with leading axis P; each photo is looked at once in a run.
 
@@ -167,7 +177,9 @@ def differentiable(reward: Reward) -> DifferentiableReward:
       UserError: it runs on the host.
     """
     if not isinstance(reward, DifferentiableReward):
-        raise UserError("this reward runs on the host, and no program can hold it; use the face reward of reward.faces")
+        raise UserError(
+            "this reward runs on the host, and no program can hold it; use the face reward of reward.faces"
+        )
     return reward
 
 
@@ -192,10 +204,12 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
     if len(refused) == 1:
         raise UserError(refused[0])
     if refused:
-        reasons = [message.rpartition("; ") for message in refused]     # each ends in what to do
+        reasons = [message.rpartition("; ") for message in refused]  # each ends in what to do
         more = f" and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
         shown = ", ".join(reason for reason, _, _ in reasons[:LISTED])
-        raise UserError(f"{len(refused)} of {len(photos)} reference photos cannot be used: {shown}{more}; {reasons[0][2]}")
+        raise UserError(
+            f"{len(refused)} of {len(photos)} reference photos cannot be used: {shown}{more}; {reasons[0][2]}"
+        )
 
 
 # ---- frames --------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ class CustomReward:
         self._open = functools.lru_cache(maxsize=32)(Photo.open)
 
     def encode_references(
-        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
     ) -> Int[np.ndarray, "P"]:
         """Numbers under which texts and photos are remembered; no photo is opened."""
         rows = [Row(text, photos) for text, photos in zip(prompts, references.photos, strict=True)]
@@ -93,31 +96,44 @@ class CustomReward:
             return self._call(videos, numbers)
         except (Unusable, TimeoutError) as error:
             return [error] * len(videos)
-        except Exception as error:      # whatever a user's function raises
+        except Exception as error:  # whatever a user's function raises
             if len(videos) == 1:
                 return [error]
-            return [self._scores(videos[n : n + 1], numbers[n : n + 1])[0] for n in range(len(videos))]
+            return [
+                self._scores(videos[n : n + 1], numbers[n : n + 1])[0] for n in range(len(videos))
+            ]
 
-    def _call(self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]) -> list[Scored]:
+    def _call(
+        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]
+    ) -> list[Scored]:
         rows = [self._rows[number] for number in numbers]
         photos = [[self._open(photo) for photo in row.photos] for row in rows]
         given = videos.astype(np.float32), [row.text for row in rows], photos
         found = in_time(lambda: self._function(*given), self._timeout)
         named = found if isinstance(found, Mapping) else {"reward": found}
         if "reward" not in named:
-            raise Unusable(f'a dict without "reward", but with {", ".join(map(str, named)) or "nothing"}')
+            raise Unusable(
+                f'a dict without "reward", but with {", ".join(map(str, named)) or "nothing"}'
+            )
         terms: dict[str, np.ndarray] = {}
         for name, value in named.items():
             try:
                 terms[str(name)] = np.asarray(value, np.float32)
             except (TypeError, ValueError):
-                raise Unusable(f"{name} is no array of numbers but {type(value).__name__}") from None
+                raise Unusable(
+                    f"{name} is no array of numbers but {type(value).__name__}"
+                ) from None
             if terms[str(name)].shape != (len(videos),):
-                raise Unusable(f"{name} has shape {terms[str(name)].shape} and not {(len(videos),)}")
-        self.reported = tuple(dict.fromkeys([*self.reported, *(name for name in terms if name != "reward")]))
+                raise Unusable(
+                    f"{name} has shape {terms[str(name)].shape} and not {(len(videos),)}"
+                )
+        self.reported = tuple(
+            dict.fromkeys([*self.reported, *(name for name in terms if name != "reward")])
+        )
         return [
             {name: float(value[n]) for name, value in terms.items()}
-            if np.isfinite(terms["reward"][n]) else Unusable(f"the reward is {terms['reward'][n]}")
+            if np.isfinite(terms["reward"][n])
+            else Unusable(f"the reward is {terms['reward'][n]}")
             for n in range(len(videos))
         ]
 
@@ -133,7 +149,7 @@ def in_time(function: Callable[[], Any], seconds: float) -> Any:
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:      # also SystemExit, which would end this thread alone
+        except BaseException as error:  # also SystemExit, which would end this thread alone
             future.set_exception(error)
 
     threading.Thread(target=run, name="reward.custom", daemon=True).start()
@@ -157,9 +173,13 @@ def load_function(name: str) -> Function:
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     except FileNotFoundError:
-        raise UserError(f"{what}: no such file; name a Python file, relative to the current folder") from None
+        raise UserError(
+            f"{what}: no such file; name a Python file, relative to the current folder"
+        ) from None
     except ModuleNotFoundError as error:
-        raise UserError(f"{what}: no module {error.name!r}; install it, or start in the folder that holds it") from None
+        raise UserError(
+            f"{what}: no module {error.name!r}; install it, or start in the folder that holds it"
+        ) from None
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{what}: cannot be imported ({reason}); correct the file") from None
@@ -175,7 +195,7 @@ def _import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))     # for its neighbours
+    sys.path.insert(0, str(path.parent.absolute()))  # for its neighbours
     try:
         spec.loader.exec_module(module)
     finally:

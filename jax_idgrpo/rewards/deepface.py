@@ -43,8 +43,16 @@ from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, levels, padded, photo_crop
 
 OWN = "embedder"
-LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")      # of the person, so left in the picture first
-TEMPLATE_BOX = np.array([[16.0, 22.0], [96.0, 102.0]])    # corners of a detector's box where its landmarks lie on ARCFACE_TEMPLATE
+LANDMARKS = (
+    "right_eye",
+    "left_eye",
+    "nose",
+    "mouth_right",
+    "mouth_left",
+)  # of the person, so left in the picture first
+TEMPLATE_BOX = np.array(
+    [[16.0, 22.0], [96.0, 102.0]]
+)  # corners of a detector's box where its landmarks lie on ARCFACE_TEMPLATE
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -57,11 +65,15 @@ class Face(NamedTuple):
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-Embed = Callable[[UInt8[np.ndarray, "T H W 3"], Sequence[int], Sequence[Face]], Float[np.ndarray, "N E"]]
+Embed = Callable[
+    [UInt8[np.ndarray, "T H W 3"], Sequence[int], Sequence[Face]], Float[np.ndarray, "N E"]
+]
 """Embeddings of faces, given the frames, the frame of each face, and the faces."""
 
 
-def complete(box: Float[np.ndarray, "4"], known: Mapping[int, tuple[float, float]]) -> Float[np.ndarray, "5 2"]:
+def complete(
+    box: Float[np.ndarray, "4"], known: Mapping[int, tuple[float, float]]
+) -> Float[np.ndarray, "5 2"]:
     """Five landmarks: those that are known, by number, and the others where the template puts them.
 
     The template is laid on by the least-squares similarity to the known ones, or to the box where they are fewer than two.
@@ -91,7 +103,11 @@ def find(picture: UInt8[np.ndarray, "H W 3"], detector: str) -> list[Face]:
     for face in found:
         area: dict[str, Any] = face["facial_area"]
         box = np.array([area["x"], area["y"], area["x"] + area["w"], area["y"] + area["h"]], float)
-        seen = {number: area[name] for number, name in enumerate(LANDMARKS) if area.get(name) is not None}
+        seen = {
+            number: area[name]
+            for number, name in enumerate(LANDMARKS)
+            if area.get(name) is not None
+        }
         known = {number: (float(x), float(y)) for number, (x, y) in seen.items()}
         faces.append(Face(box, complete(box, known), np.asarray(face["face"], float)))
     return sorted(faces, key=lambda face: -float(np.prod(face.box[2:] - face.box[:2])))
@@ -101,7 +117,9 @@ def their_embeddings(model: str) -> Embed:
     """A model of deepface on deepface's crops, as `DeepFace.represent` does it."""
     from deepface.modules.representation import represent
 
-    def embed(frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]) -> Float[np.ndarray, "N E"]:
+    def embed(
+        frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]
+    ) -> Float[np.ndarray, "N E"]:
         found = represent([face.crop[..., ::-1] for face in faces], model, detector_backend="skip")
         return np.asarray([face[0]["embedding"] for face in (found if len(faces) > 1 else [found])])
 
@@ -115,14 +133,20 @@ def our_embeddings(folder: Path) -> Embed:
     state = jax.device_put(state, host_device())
 
     @jax.jit
-    def apply(state: nnx.State, pictures: Float[Array, "N H W 3"], landmarks: Float[Array, "N 1 5 2"]) -> Float[Array, "N E"]:
+    def apply(
+        state: nnx.State, pictures: Float[Array, "N H W 3"], landmarks: Float[Array, "N 1 5 2"]
+    ) -> Float[Array, "N E"]:
         network = nnx.merge(graph, state)
         return network(align(pictures, landmarks, template, network.config.input_size)[:, 0])
 
-    def embed(frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]) -> Float[np.ndarray, "N E"]:
+    def embed(
+        frames: UInt8[np.ndarray, "T H W 3"], of: Sequence[int], faces: Sequence[Face]
+    ) -> Float[np.ndarray, "N E"]:
         filled = np.minimum(np.arange(1 << (len(faces) - 1).bit_length()), len(faces) - 1)
         landmarks = np.stack([face.landmarks for face in faces])[filled, None].astype(np.float32)
-        return np.asarray(apply(state, from_uint8(frames[np.asarray(of)[filled]]), landmarks))[: len(faces)]
+        return np.asarray(apply(state, from_uint8(frames[np.asarray(of)[filled]]), landmarks))[
+            : len(faces)
+        ]
 
     return embed
 
@@ -136,7 +160,9 @@ def host_device() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
-        raise UserError("reward.backend needs JAX on the CPU beside the accelerator; add it, as in JAX_PLATFORMS=cuda,cpu") from None
+        raise UserError(
+            "reward.backend needs JAX on the CPU beside the accelerator; add it, as in JAX_PLATFORMS=cuda,cpu"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -146,17 +172,23 @@ def _deepface(backend: str):
         with warnings.catch_warnings():
             yield
     except ImportError as error:
-        raise UserError(f"reward.backend {backend}: {error.name or error} is not installed; pip install jax-idgrpo[faces]") from None
+        raise UserError(
+            f"reward.backend {backend}: {error.name or error} is not installed; pip install jax-idgrpo[faces]"
+        ) from None
     except UserError:
         raise
-    except Exception as error:      # of many types: no network, a damaged file, a package that one of its detectors needs
+    except Exception as error:  # of many types: no network, a damaged file, a package that one of its detectors needs
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward.backend {backend}: deepface cannot make it ({reason}); install or download what it asks for") from None
+        raise UserError(
+            f"reward.backend {backend}: deepface cannot make it ({reason}); install or download what it asks for"
+        ) from None
 
 
 def _checked(backend: str, what: str, name: str, names: Sequence[str]) -> None:
     if name not in names:
-        raise UserError(f"reward.backend {backend}: deepface has no {what} {name!r}; use one of {', '.join(names)}")
+        raise UserError(
+            f"reward.backend {backend}: deepface has no {what} {name!r}; use one of {', '.join(names)}"
+        )
 
 
 class DeepFace:
@@ -188,12 +220,26 @@ class DeepFace:
         with _ONE_AT_A_TIME:
             found = [find(frame, self.detector) for frame in frames]
             places = [(t, k) for t, faces in enumerate(found) for k in range(len(faces))]
-            embeddings = self.embed(frames, [t for t, _ in places], [found[t][k] for t, k in places]) if places else np.zeros((0, 1))
-        boxes, mask = np.zeros((len(frames), FACES, 4), np.float32), np.zeros((len(frames), FACES), bool)
+            embeddings = (
+                self.embed(frames, [t for t, _ in places], [found[t][k] for t, k in places])
+                if places
+                else np.zeros((0, 1))
+            )
+        boxes, mask = (
+            np.zeros((len(frames), FACES, 4), np.float32),
+            np.zeros((len(frames), FACES), bool),
+        )
         landmarks = np.zeros((len(frames), FACES, 5, 2), np.float32)
         vectors = np.zeros((len(frames), FACES, embeddings.shape[1]), np.float32)
-        for (t, k), vector in zip(places, np.asarray(normalise(jnp.asarray(embeddings, jnp.float32))), strict=True):
-            boxes[t, k], landmarks[t, k], mask[t, k], vectors[t, k] = found[t][k].box, found[t][k].landmarks, True, vector
+        for (t, k), vector in zip(
+            places, np.asarray(normalise(jnp.asarray(embeddings, jnp.float32))), strict=True
+        ):
+            boxes[t, k], landmarks[t, k], mask[t, k], vectors[t, k] = (
+                found[t][k].box,
+                found[t][k].landmarks,
+                True,
+                vector,
+            )
         return boxes, landmarks, vectors, mask
 
 
@@ -222,7 +268,10 @@ class HostFaceReward:
         return term_names(self.config)
 
     def encode_references(
-        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
         """The largest face of each photo; each photo is looked at once, whatever the size of the videos.
 
@@ -234,7 +283,9 @@ class HostFaceReward:
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
         """The largest face of a photo; None if it shows none."""
         (level,) = levels(image, pyramid=False)
-        _, landmarks, embeddings, mask = (leaf[0] for leaf in self.faces(padded(level.pixels)[None]))
+        _, landmarks, embeddings, mask = (
+            leaf[0] for leaf in self.faces(padded(level.pixels)[None])
+        )
         if not mask[0]:
             return None
         with jax.default_device(self._device):
@@ -242,13 +293,26 @@ class HostFaceReward:
         return PhotoFace(embeddings[0], crop, int(mask.sum()))
 
     def _score(
-        self, frames: UInt8[np.ndarray, "T H W 3"], references: np.ndarray, crops: np.ndarray, asked: np.ndarray
+        self,
+        frames: UInt8[np.ndarray, "T H W 3"],
+        references: np.ndarray,
+        crops: np.ndarray,
+        asked: np.ndarray,
     ) -> dict[str, float]:
         boxes, landmarks, embeddings, mask = self.faces(frames)
-        if not mask.any():      # nobody says how long an embedding is
+        if not mask.any():  # nobody says how long an embedding is
             embeddings = np.zeros((*mask.shape, references.shape[-1]), np.float32)
         with jax.default_device(self._device):
-            given = (from_uint8(frames), boxes, landmarks, embeddings, mask, references, crops, asked)
+            given = (
+                from_uint8(frames),
+                boxes,
+                landmarks,
+                embeddings,
+                mask,
+                references,
+                crops,
+                asked,
+            )
             terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
         return {name: float(value[0]) for name, value in terms.items()}
 

@@ -46,7 +46,9 @@ def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], To
     faces = stack(chosen)
     found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
     terms = reward_terms(chosen, *found, people.embeddings, people.crops, people.mask, config)
-    return terms, lambda: tokens(terms, faces, people.embeddings, people.mask, chosen.shape[2:4], config)
+    return terms, lambda: tokens(
+        terms, faces, people.embeddings, people.mask, chosen.shape[2:4], config
+    )
 
 
 def _read(graph, config, frames, state, *given) -> tuple[Terms, Tokens]:
@@ -65,16 +67,22 @@ def _score(graph, config, frames, state, *given) -> Terms:
 
 def _find(graph, state, picture: Float[Array, "H W 3"]) -> Detections:
     stack = nnx.merge(graph, state)[0]
-    return jax.tree.map(lambda leaf: leaf[0], stack.detector.find(picture[None], stack.max_faces, stack.threshold))
+    return jax.tree.map(
+        lambda leaf: leaf[0], stack.detector.find(picture[None], stack.max_faces, stack.threshold)
+    )
 
 
-def _embed(graph, state, picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]) -> Float[Array, "E"]:
+def _embed(
+    graph, state, picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]
+) -> Float[Array, "E"]:
     stack = nnx.merge(graph, state)[0]
-    crop = align(picture[None], landmarks[None, None], stack.template, stack.embedder.config.input_size)
+    crop = align(
+        picture[None], landmarks[None, None], stack.template, stack.embedder.config.input_size
+    )
     return normalise(stack.embedder(crop[0]))[0]
 
 
-SURE = 0.8      # least score of a face that the small detector looks at as large as in a portrait; hair and ears come to 0.79
+SURE = 0.8  # least score of a face that the small detector looks at as large as in a portrait; hair and ears come to 0.79
 
 
 class FaceReward:
@@ -89,16 +97,25 @@ class FaceReward:
     reported = ("similarity",)
     motion_of_all_frames = False
 
-    def __init__(self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None):
+    def __init__(
+        self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None
+    ):
         """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
         self.graph, self.state = nnx.split((stack, head))
         graph = self.graph
         self.config, self.frames, self.has_head = config, frames, head is not None
         self.read = jax.jit(functools.partial(_read, graph, config, frames))
         self._apply = jax.jit(functools.partial(_score, graph, config, frames))
-        self.find, self.embed = (jax.jit(functools.partial(function, graph)) for function in (_find, _embed))
-        self._pyramid = isinstance(stack.detector, Detector)    # it finds faces of 8 to 64 pixels alone; others resize by themselves
-        self._template, self._crop_side = np.asarray(stack.template, np.float32), stack.embedder.config.input_size
+        self.find, self.embed = (
+            jax.jit(functools.partial(function, graph)) for function in (_find, _embed)
+        )
+        self._pyramid = isinstance(
+            stack.detector, Detector
+        )  # it finds faces of 8 to 64 pixels alone; others resize by themselves
+        self._template, self._crop_side = (
+            np.asarray(stack.template, np.float32),
+            stack.embedder.config.input_size,
+        )
         self._encode = PhotoEncoder(self._photo_face)
 
     @functools.cached_property
@@ -106,7 +123,9 @@ class FaceReward:
         """Names of the terms of every video."""
         return (*term_names(self.config), *(["head"] if self.has_head else []))
 
-    def photo_shapes(self) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+    def photo_shapes(
+        self,
+    ) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """Shapes of the largest photo that `find` is given, and of the window and the landmarks that `embed` is given."""
         side, places = 4 * self._crop_side, jax.ShapeDtypeStruct((5, 2), jnp.float32)
         largest = jax.ShapeDtypeStruct((SHORT, int(max(RATIOS) * SHORT), 3), jnp.float32)
@@ -122,7 +141,10 @@ class FaceReward:
         )
 
     def encode_references(
-        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
         """The largest face of each photo; each photo is looked at once, whatever the size of the videos.
 
@@ -136,7 +158,9 @@ class FaceReward:
         sizes = levels(image, self._pyramid)
         boxes, landmarks = self._search(sizes)
         if len(sizes) > 1:
-            for _ in range(2):      # the small detector is exact, and sure, where a face is as large as in a portrait
+            for _ in range(
+                2
+            ):  # the small detector is exact, and sure, where a face is as large as in a portrait
                 boxes, landmarks = self._search([closer(image, box) for box in boxes], SURE)
         if not len(boxes):
             return None
@@ -152,7 +176,9 @@ class FaceReward:
         for level in pictures:
             found = jax.device_get(self.find(self.state, values(padded(level.pixels))))
             shown = found.mask & (found.scores >= least)
-            boxes = np.concatenate([boxes, level.photo(found.boxes[shown].reshape(-1, 2, 2)).reshape(-1, 4)])
+            boxes = np.concatenate(
+                [boxes, level.photo(found.boxes[shown].reshape(-1, 2, 2)).reshape(-1, 4)]
+            )
             landmarks = np.concatenate([landmarks, level.photo(found.landmarks[shown])])
             scores = np.concatenate([scores, found.scores[shown]])
         faces = largest(boxes, scores)
@@ -162,7 +188,9 @@ class FaceReward:
         """Numbers of the frames, of so many, that are looked at; None for all."""
         return frame_numbers(total, self.frames) if self.frames else None
 
-    def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Terms:
+    def apply(
+        self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces
+    ) -> Terms:
         """Score videos with the networks' arrays as an argument, for programs that differentiate it."""
         return self._apply(state, videos, encoded)
 
@@ -171,7 +199,12 @@ class FaceReward:
         return self._apply(self.state, videos, encoded)
 
 
-def load_reward(folder: str | Path, name: str = "embedder", frames: int = 0, config: IdentityConfig | None = None) -> FaceReward:
+def load_reward(
+    folder: str | Path,
+    name: str = "embedder",
+    frames: int = 0,
+    config: IdentityConfig | None = None,
+) -> FaceReward:
     """The reward of a folder with `detector` and the embedder `name`; "judge" is the one that only measures.
 
     Raises:

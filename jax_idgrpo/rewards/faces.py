@@ -53,7 +53,9 @@ class Faces:
     embeddings: Float[Array, "B T K E"]
 
 
-def similarity(points: Float[Array, "*n 5 2"], template: Float[Array, "5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
+def similarity(
+    points: Float[Array, "*n 5 2"], template: Float[Array, "5 2"]
+) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
     """Least-squares similarity from points to the template: (real and imaginary part of a, translation t)."""
     mean_p, mean_q = jnp.mean(points, -2, keepdims=True), jnp.mean(template, -2, keepdims=True)
     p, q = points - mean_p, template - mean_q
@@ -82,13 +84,18 @@ def warp(picture: Float[Array, "H W 3"], places: Float[Array, "*n 2"]) -> Float[
             x, y = corner[..., 0] + dx, corner[..., 1] + dy
             weight = jnp.abs(1 - dx - share[..., 0]) * jnp.abs(1 - dy - share[..., 1])
             weight = weight * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
-            index = jnp.clip(y, 0, height - 1).astype(jnp.int32) * width + jnp.clip(x, 0, width - 1).astype(jnp.int32)
+            index = jnp.clip(y, 0, height - 1).astype(jnp.int32) * width + jnp.clip(
+                x, 0, width - 1
+            ).astype(jnp.int32)
             out = out + weight[..., None] * flat[index]
     return out - 1.0
 
 
 def align(
-    pictures: Float[Array, "B H W 3"], landmarks: Float[Array, "B K 5 2"], template: Points, size: int
+    pictures: Float[Array, "B H W 3"],
+    landmarks: Float[Array, "B K 5 2"],
+    template: Points,
+    size: int,
 ) -> Float[Array, "B K {size} {size} 3"]:
     """Crops of `size` pixels in which the landmarks lie on the template."""
     a, t = similarity(jax.lax.stop_gradient(landmarks), jnp.asarray(template))
@@ -144,9 +151,11 @@ class FaceStack(nnx.Module):
         faces = jax.lax.map(one, jnp.arange(videos.shape[1]))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), faces)
 
-    def best(self, pictures: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
+    def best(
+        self, pictures: Float[Array, "B h w 3"]
+    ) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
         """Embedding of the best face of each picture, whether there is one, and its landmarks."""
-        faces = self(pictures[None])    # as the frames of one video: photos are searched one by one
+        faces = self(pictures[None])  # as the frames of one video: photos are searched one by one
         return faces.embeddings[0, :, 0], faces.mask[0, :, 0], faces.landmarks[0, :, 0]
 
 
@@ -164,8 +173,14 @@ def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
     """Write `path`.safetensors and `path`.json, which holds the network's configuration and the given values."""
     kind = next(name for name, (cls, _) in _KINDS.items() if type(network) is cls)
     state = nnx.state(network)
-    store.write_file(path.with_suffix(".safetensors"), rules.to_torch(tables.table(kind, network.config, state), state))
-    store.write_json(path.with_suffix(".json"), {"architecture": kind, "config": dataclasses.asdict(network.config), **values})
+    store.write_file(
+        path.with_suffix(".safetensors"),
+        rules.to_torch(tables.table(kind, network.config, state), state),
+    )
+    store.write_json(
+        path.with_suffix(".json"),
+        {"architecture": kind, "config": dataclasses.asdict(network.config), **values},
+    )
 
 
 def _read_values(path: Path) -> dict[str, Any]:
@@ -186,16 +201,25 @@ def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
     """
     values = _read_values(path)
     if values.get("architecture") not in _KINDS:
-        raise UserError(f"{path.with_suffix('.json')}: architecture is {values.get('architecture')!r}; use one of {', '.join(_KINDS)}")
+        raise UserError(
+            f"{path.with_suffix('.json')}: architecture is {values.get('architecture')!r}; use one of {', '.join(_KINDS)}"
+        )
     kind = values["architecture"]
     network, schema = _KINDS[kind]
     try:
         config = tables.config_from_json(schema, values)
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.with_suffix('.json')}: config does not describe a {kind} ({error}); get the file again") from None
+        raise UserError(
+            f"{path.with_suffix('.json')}: config does not describe a {kind} ({error}); get the file again"
+        ) from None
     graph, abstract = nnx.split(nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0))))
     tensors = tables.without_counters(store.open_tensors(path.with_suffix(".safetensors")))
-    state = rules.to_jax(tables.table(kind, config, abstract), tensors, abstract, str(path.with_suffix(".safetensors")))
+    state = rules.to_jax(
+        tables.table(kind, config, abstract),
+        tensors,
+        abstract,
+        str(path.with_suffix(".safetensors")),
+    )
     return nnx.merge(graph, state), values
 
 
@@ -206,7 +230,9 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
       UserError: a file is missing or damaged.
     """
     detector, settings = load_network(Path(folder) / "detector")
-    return FaceStack(detector, *load_embedder(folder, embedder), settings["max_faces"], settings["threshold"])
+    return FaceStack(
+        detector, *load_embedder(folder, embedder), settings["max_faces"], settings["threshold"]
+    )
 
 
 def load_embedder(folder: Path, name: str) -> tuple[Embedder, Points]:
@@ -256,5 +282,7 @@ def reward_settings(config: RewardConfig) -> Settings:
         chosen |= {name: getattr(stored, name) for name, value in chosen.items() if value is None}
     settings = Settings(**chosen)
     if settings.similarity_low >= settings.similarity_high:
-        raise UserError(f"reward.similarity_low {settings.similarity_low} is not below similarity_high {settings.similarity_high}")
+        raise UserError(
+            f"reward.similarity_low {settings.similarity_low} is not below similarity_high {settings.similarity_high}"
+        )
     return settings

@@ -35,7 +35,9 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
         return make_vlm(config, mesh)
     if wanted.backend:
         return HostFaceReward(
-            DeepFace(wanted.backend, wanted.folder()), identity_constants(wanted, reward_settings(wanted)), wanted.frames
+            DeepFace(wanted.backend, wanted.folder()),
+            identity_constants(wanted, reward_settings(wanted)),
+            wanted.frames,
         )
     return make_face_reward(wanted, mesh)
 
@@ -70,7 +72,10 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     """
     stack = load_stack(config.folder(), "embedder")
     head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
-    return _on_mesh(FaceReward(stack, identity_constants(config, reward_settings(config)), config.frames, head), mesh)
+    return _on_mesh(
+        FaceReward(stack, identity_constants(config, reward_settings(config)), config.frames, head),
+        mesh,
+    )
 
 
 def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfig:
@@ -101,9 +106,13 @@ def policy_devices(config: Config, devices: Sequence[jax.Device] | None = None) 
     """
     found, own = list(jax.devices() if devices is None else devices), config.reward.vlm_devices
     if own >= len(found):
-        raise UserError(f"reward.vlm_devices is {own}, but there are {len(found)} devices; leave one or more to the video model")
+        raise UserError(
+            f"reward.vlm_devices is {own}, but there are {len(found)} devices; leave one or more to the video model"
+        )
     if own and len({device.process_index for device in found}) > 1:
-        raise UserError(f"reward.vlm_devices is {own}, but the run has several processes; use 0, so that the reward shares their mesh")
+        raise UserError(
+            f"reward.vlm_devices is {own}, but the run has several processes; use 0, so that the reward shares their mesh"
+        )
     return found[: len(found) - own]
 
 

@@ -104,9 +104,14 @@ def _spread(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float
 def _course(values: Float[Array, "B T M"]) -> list[Float[Array, "B M"]]:
     """Mean, least, spread and change of what is known in every frame: how much a straight line through it rises from first to last."""
     time = jnp.linspace(-1.0, 1.0, values.shape[1])[:, None]
-    time = time - jnp.mean(time)        # 0 for one frame
+    time = time - jnp.mean(time)  # 0 for one frame
     change = 2 * jnp.sum(time * values, 1) / jnp.maximum(jnp.sum(time * time), 1.0)
-    return [jnp.mean(values, 1), jnp.min(values, 1), _spread(values, jnp.ones_like(values, bool)), change]
+    return [
+        jnp.mean(values, 1),
+        jnp.min(values, 1),
+        _spread(values, jnp.ones_like(values, bool)),
+        change,
+    ]
 
 
 def tokens(
@@ -138,32 +143,48 @@ def tokens(
     cosine = cosines(embeddings, references)
     matched = matches.matched & reference_mask[:, None]
 
-    placed = (followed.track[:, :, None] == followed.of_reference[:, None, :, None]) & shown[:, :, None]             # [B,T,M,K]
+    placed = (followed.track[:, :, None] == followed.of_reference[:, None, :, None]) & shown[
+        :, :, None
+    ]  # [B,T,M,K]
     in_place = jnp.any(placed, -1)
-    of_place = jnp.einsum("btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest")
+    of_place = jnp.einsum(
+        "btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest"
+    )
     neighbours = jnp.sum(of_place[:, 1:] * of_place[:, :-1], -1)
     steady = jnp.min(jnp.where(in_place[:, 1:] & in_place[:, :-1], neighbours, 1.0), 1, initial=1.0)
     with_all = jnp.einsum("btme,bsme->btsm", of_place, of_place, precision="highest")
     with_all = jnp.where(in_place[:, :, None] & in_place[:, None], with_all, 1.0)
     kept, kept_last = jnp.min(with_all, (1, 2)), jnp.mean(with_all[:, -1], 1)
 
-    own = jax.nn.one_hot(matches.face, shown.shape[-1], dtype=bool)                                                 # [B,T,M,K]
+    own = jax.nn.one_hot(matches.face, shown.shape[-1], dtype=bool)  # [B,T,M,K]
     second = jnp.max(jnp.where(shown[:, :, None] & ~own, cosine, 0.0), -1, initial=0.0)
     lead = jnp.where(matched, matches.similarity - second, 0.0)
 
     mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
-    others = reference_mask[:, :, None] & reference_mask[:, None] & ~jnp.eye(mutual.shape[-1], dtype=bool)
+    others = (
+        reference_mask[:, :, None]
+        & reference_mask[:, None]
+        & ~jnp.eye(mutual.shape[-1], dtype=bool)
+    )
     of_face = jnp.einsum("btmk,btjk->btmj", own.astype(jnp.float32), cosine, precision="highest")
     rival = jnp.max(jnp.where(others[:, None], of_face - mutual[:, None], -1.0), -1)
     rival = jnp.where(matched & jnp.any(others, -1)[:, None], rival, 0.0)
 
-    sides = (faces.boxes[..., 2:] - faces.boxes[..., :2]) / jnp.asarray((size[1], size[0]), jnp.float32)
+    sides = (faces.boxes[..., 2:] - faces.boxes[..., :2]) / jnp.asarray(
+        (size[1], size[0]), jnp.float32
+    )
     eyes, nose = faces.landmarks[..., :2, 0], faces.landmarks[..., 2, 0]
     turned = (nose - jnp.mean(eyes, -1)) / jnp.maximum(jnp.abs(eyes[..., 1] - eyes[..., 0]), 1.0)
 
     people = [
         *_course(jnp.where(matched, level(matches.similarity, config.low, config.high), 0.0)),
-        *_course(jnp.where(in_place, level(jnp.sum(jnp.where(placed, cosine, 0.0), -1), config.low, config.high), 0.0)),
+        *_course(
+            jnp.where(
+                in_place,
+                level(jnp.sum(jnp.where(placed, cosine, 0.0), -1), config.low, config.high),
+                0.0,
+            )
+        ),
         steady,
         kept,
         kept_last,
@@ -178,7 +199,9 @@ def tokens(
         _mean(_of_face(faces.scores, matches.face), matched),
     ]
     expected = jnp.max(jnp.where(others, mutual, -1.0), (1, 2))[:, None]
-    twins = jnp.where(jnp.sum(shown, -1) > 1, most_alike(embeddings, shown) - jnp.maximum(expected, 0.0), 0.0)
+    twins = jnp.where(
+        jnp.sum(shown, -1) > 1, most_alike(embeddings, shown) - jnp.maximum(expected, 0.0), 0.0
+    )
     video = {
         **terms,
         "apart_log": jnp.log(1e-3 + terms["apart"]),
@@ -207,7 +230,9 @@ def _within(values: Float[Array, "*n P"], seen: Float[Array, "2 P"]) -> Float[Ar
     """Clipped to the range, which becomes [-1, 1]; 0 where there is none."""
     low, high = seen
     middle, half = (low + high) / 2, (high - low) / 2
-    return jnp.where(half > 0, (jnp.clip(values, low, high) - middle) / jnp.where(half > 0, half, 1.0), 0.0)
+    return jnp.where(
+        half > 0, (jnp.clip(values, low, high) - middle) / jnp.where(half > 0, half, 1.0), 0.0
+    )
 
 
 def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -217,12 +242,16 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 class Head(nnx.Module):
     """Tokens to a score. people, video: the ranges that training saw, [2, P] and [2, G]."""
 
-    def __init__(self, people: Float[np.ndarray, "2 P"], video: Float[np.ndarray, "2 G"], *, rngs: nnx.Rngs):
+    def __init__(
+        self, people: Float[np.ndarray, "2 P"], video: Float[np.ndarray, "2 G"], *, rngs: nnx.Rngs
+    ):
         self.people, self.video = Seen(jnp.asarray(people)), Seen(jnp.asarray(video))
         self.phi = nnx.List([_linear(people.shape[1], WIDTH, rngs), _linear(WIDTH, WIDTH, rngs)])
         pooled = 3 * WIDTH + video.shape[1]
         self.norm = nnx.LayerNorm(pooled, rngs=rngs)
-        self.layers = nnx.List([_linear(pooled, WIDTH, rngs), _linear(WIDTH, WIDTH, rngs), _linear(WIDTH, 1, rngs)])
+        self.layers = nnx.List(
+            [_linear(pooled, WIDTH, rngs), _linear(WIDTH, WIDTH, rngs), _linear(WIDTH, 1, rngs)]
+        )
 
     def __call__(self, given: Tokens) -> Float[Array, "B"]:
         """The score of every video, in log-odds, higher is better."""
@@ -231,7 +260,10 @@ class Head(nnx.Module):
             x = jax.nn.gelu(layer(x))
         asked, some = given.mask[..., None], jnp.any(given.mask, -1, keepdims=True)
         mean = jnp.sum(jnp.where(asked, x, 0.0), 1) / jnp.maximum(jnp.sum(asked, 1), 1)
-        least, most = jnp.min(jnp.where(asked, x, jnp.inf), 1), jnp.max(jnp.where(asked, x, -jnp.inf), 1)
+        least, most = (
+            jnp.min(jnp.where(asked, x, jnp.inf), 1),
+            jnp.max(jnp.where(asked, x, -jnp.inf), 1),
+        )
         pooled = [mean, *(jnp.where(some, end, 0.0) for end in (least, most))]
         x = self.norm(jnp.concatenate([*pooled, _within(given.video, self.video[...])], -1))
         for layer in self.layers[:-1]:
@@ -245,7 +277,9 @@ class Head(nnx.Module):
 def fingerprint(networks: Any) -> str:
     """What tells face networks from others: a hash of their arrays, given as a module or a state."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(networks) if isinstance(networks, nnx.Module) else networks):
+    for leaf in jax.tree.leaves(
+        nnx.state(networks) if isinstance(networks, nnx.Module) else networks
+    ):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 
@@ -274,14 +308,26 @@ def load_head(folder: Path, networks: str, config: RewardConfig) -> Head:
     """
     values, what = store.read_json(folder / f"{NAME}.json"), f"reward head {folder}"
     if [values.get("people"), values.get("video")] != [list(PEOPLE), list(VIDEO)]:
-        raise UserError(f"{what}: was trained on other tokens than this version computes; train it again")
+        raise UserError(
+            f"{what}: was trained on other tokens than this version computes; train it again"
+        )
     if values.get("networks") != networks:
-        raise UserError(f"{what}: was trained on other face networks than reward.faces has; name those, or train it again")
+        raise UserError(
+            f"{what}: was trained on other face networks than reward.faces has; name those, or train it again"
+        )
     trained = values.get("reading") or {}
     for name, value in reading(config).items():
         if trained.get(name) != value:
             then = trained.get(name)
-            raise UserError(f"{what}: was trained with reward.{name} {then}, not {value}; pass --reward.{name} {then}")
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Head(np.zeros((2, len(PEOPLE))), np.zeros((2, len(VIDEO))), rngs=nnx.Rngs(0))))
+            raise UserError(
+                f"{what}: was trained with reward.{name} {then}, not {value}; pass --reward.{name} {then}"
+            )
+    graph, abstract = nnx.split(
+        nnx.eval_shape(
+            lambda: Head(np.zeros((2, len(PEOPLE))), np.zeros((2, len(VIDEO))), rngs=nnx.Rngs(0))
+        )
+    )
     file = folder / f"{NAME}.safetensors"
-    return nnx.merge(graph, rules.to_jax(tables.plain(abstract), store.open_tensors(file), abstract, str(file)))
+    return nnx.merge(
+        graph, rules.to_jax(tables.plain(abstract), store.open_tensors(file), abstract, str(file))
+    )

@@ -52,9 +52,20 @@ class Pending:
             if error is not None:
                 reason = (str(error) or type(error).__name__).splitlines()[0][:200]
                 failed.setdefault(f"{type(error).__name__}: {reason}", []).append(number)
-            found.append((number, {} if error is not None else {name: float(value) for name, value in row.result().items()}))
+            found.append(
+                (
+                    number,
+                    {}
+                    if error is not None
+                    else {name: float(value) for name, value in row.result().items()},
+                )
+            )
         for reason, numbers in failed.items():
-            which = f"video {numbers[0]}" if len(numbers) == 1 else f"videos {', '.join(map(str, numbers))}"
+            which = (
+                f"video {numbers[0]}"
+                if len(numbers) == 1
+                else f"videos {', '.join(map(str, numbers))}"
+            )
             warnings.warn(
                 f"{self._label}: {which} could not be scored ({reason}); the reward is NaN there, and the update leaves it out",
                 stacklevel=2,
@@ -63,7 +74,10 @@ class Pending:
             found = [row for part in gather_objects(found) for row in part]
         videos = [terms for _, terms in sorted(found, key=lambda row: row[0])]
         names = dict.fromkeys(["reward", *(name for terms in videos for name in terms)])
-        return {name: np.asarray([terms.get(name, np.nan) for terms in videos], np.float32) for name in names}
+        return {
+            name: np.asarray([terms.get(name, np.nan) for terms in videos], np.float32)
+            for name in names
+        }
 
 
 def _spans(array: Any) -> bool:
@@ -73,7 +87,11 @@ def _spans(array: Any) -> bool:
 def _together(batch: Sequence[Any]) -> Sequence[Any]:
     """The arrays, divided alike by rows if any of them spans processes."""
     spanning = [array for array in batch if _spans(array)]
-    return sharding.device_put_global(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh)) if spanning else batch
+    return (
+        sharding.device_put_global(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh))
+        if spanning
+        else batch
+    )
 
 
 def _parts(array: Any) -> list[tuple[range, Any]]:
@@ -81,11 +99,19 @@ def _parts(array: Any) -> list[tuple[range, Any]]:
     count = len(array)
     if not _spans(array):
         return [(range(count), array)]
-    return [(range(*shard.index[0].indices(count)), shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
+    return [
+        (range(*shard.index[0].indices(count)), shard.data)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
 
 
 def _rows(array: Any) -> dict[int, Any]:
-    return {number: row for numbers, part in _parts(array) for number, row in zip(numbers, np.asarray(part), strict=True)}
+    return {
+        number: row
+        for numbers, part in _parts(array)
+        for number, row in zip(numbers, np.asarray(part), strict=True)
+    }
 
 
 class HostPool:
@@ -96,7 +122,12 @@ class HostPool:
         self._in_flight = in_flight
         self._held: collections.deque[Pending] = collections.deque()
 
-    def submit(self, function: Callable[..., Mapping[str, float]], batch: Sequence[Any], label: str = "reward") -> Pending:
+    def submit(
+        self,
+        function: Callable[..., Mapping[str, float]],
+        batch: Sequence[Any],
+        label: str = "reward",
+    ) -> Pending:
         """Score every row of `batch` (arrays with the batch first, of the host or of a device) by `function(*row)`; does not wait for it.
 
         The copy from the device is made by the first thread that needs it, which waits for the device in the place of the caller.
@@ -107,7 +138,11 @@ class HostPool:
         def score(number: int) -> Mapping[str, float]:
             return function(*(array[number] for array in copied.result()))
 
-        return self._hold(Pending({number: self._threads.submit(score, number) for number in numbers}, label, shared))
+        return self._hold(
+            Pending(
+                {number: self._threads.submit(score, number) for number in numbers}, label, shared
+            )
+        )
 
     def submit_together(
         self, function: Callable[..., Sequence[Scored]], batch: Sequence[Any], label: str = "reward"
@@ -118,7 +153,9 @@ class HostPool:
 
         def score() -> None:
             try:
-                scored = function(*(np.stack([array[number] for number in numbers]) for array in copied.result()))
+                scored = function(
+                    *(np.stack([array[number] for number in numbers]) for array in copied.result())
+                )
             except Exception as error:
                 scored = [error] * len(numbers)
             for number, terms in zip(numbers, scored, strict=True):
@@ -130,13 +167,19 @@ class HostPool:
         self._threads.submit(score)
         return self._hold(Pending(rows, label, shared))
 
-    def _hand_over(self, batch: Sequence[Any]) -> tuple[list[int], Future[list[dict[int, Any]]], bool]:
+    def _hand_over(
+        self, batch: Sequence[Any]
+    ) -> tuple[list[int], Future[list[dict[int, Any]]], bool]:
         """Wait until there is room -> numbers of the rows of this process, the rows on the host, whether processes share the batch."""
         while len(self._held) >= self._in_flight:
             self._held.popleft().wait()
         arrays = _together(batch)
         copied = self._threads.submit(lambda: [_rows(array) for array in arrays])
-        return [number for part, _ in _parts(arrays[0]) for number in part], copied, _spans(arrays[0])
+        return (
+            [number for part, _ in _parts(arrays[0]) for number in part],
+            copied,
+            _spans(arrays[0]),
+        )
 
     def _hold(self, pending: Pending) -> Pending:
         self._held.append(pending)

@@ -21,7 +21,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jax_idgrpo.rewards import photo_copy
-from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match, match_videos, most_alike
+from jax_idgrpo.rewards.matching import (
+    Matches,
+    cosines,
+    masked_mean,
+    match,
+    match_videos,
+    most_alike,
+)
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
 
@@ -58,21 +65,27 @@ def person_scores(matches: Matches, low: float, high: float) -> Float[ArrayLike,
     return jnp.mean(jnp.where(matches.matched, level(matches.similarity, low, high), 0.0), axis=1)
 
 
-def soft_minimum(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float) -> Float[ArrayLike, " B"]:
+def soft_minimum(
+    values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float
+) -> Float[ArrayLike, " B"]:
     """-(1/b) log(avg exp(-b c)) over the people asked for: between their minimum and their mean."""
     exponents = jnp.where(mask, -softness * values, -jnp.inf)
     count = jnp.maximum(jnp.sum(mask, -1), 1)
     return -(jax.nn.logsumexp(exponents, axis=-1) - jnp.log(count)) / softness
 
 
-def extra_faces(face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
+def extra_faces(
+    face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]
+) -> Float[ArrayLike, " B"]:
     """Faces beyond the people asked for, as a share of them, at most 1, mean over frames."""
     asked = jnp.maximum(jnp.sum(reference_mask, -1), 1)[:, None]
     surplus = jnp.maximum(jnp.sum(face_mask, -1) - asked, 0)
     return jnp.mean(jnp.minimum(surplus / asked, 1.0), axis=1)
 
 
-def count_accuracy(face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
+def count_accuracy(
+    face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]
+) -> Float[ArrayLike, " B"]:
     """Share of frames that show as many faces as people were asked for."""
     return jnp.mean(jnp.sum(face_mask, -1) == jnp.sum(reference_mask, -1)[:, None], axis=1)
 
@@ -90,11 +103,21 @@ def largest_face_similarity(
     It sees one person of several, and a frame without a face costs nothing: read it beside `similarity`, which counts everybody.
     Source: FaceSim of OpenS2V (PKU-YuanGroup/OpenS2V-Nexus).
     """
-    area = jnp.where(face_mask, (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]), -1.0)
-    largest = jnp.take_along_axis(embeddings, jnp.argmax(area, -1)[..., None, None], axis=2)[:, :, 0]
-    cosine = jnp.where(reference_mask[:, None], jnp.einsum("bte,bme->btm", largest, references, precision="highest"), -1.0)
+    area = jnp.where(
+        face_mask, (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]), -1.0
+    )
+    largest = jnp.take_along_axis(embeddings, jnp.argmax(area, -1)[..., None, None], axis=2)[
+        :, :, 0
+    ]
+    cosine = jnp.where(
+        reference_mask[:, None],
+        jnp.einsum("bte,bme->btm", largest, references, precision="highest"),
+        -1.0,
+    )
     shown = jnp.any(face_mask, -1)
-    return jnp.sum(jnp.where(shown, jnp.maximum(jnp.max(cosine, -1), 0.0), 0.0), 1) / jnp.maximum(jnp.sum(shown, 1), 1)
+    return jnp.sum(jnp.where(shown, jnp.maximum(jnp.max(cosine, -1), 0.0), 0.0), 1) / jnp.maximum(
+        jnp.sum(shown, 1), 1
+    )
 
 
 @flax.struct.dataclass
@@ -225,7 +248,10 @@ def of_photos(
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
     measured = {"copied": pixels.copied, "apart": pixels.apart, "detail": pixels.detail}
-    return {name: jnp.sum(jnp.where(matched, values, 0.0), (1, 2)) / count for name, values in measured.items()}
+    return {
+        name: jnp.sum(jnp.where(matched, values, 0.0), (1, 2)) / count
+        for name, values in measured.items()
+    }
 
 
 def reward_terms(
@@ -302,7 +328,9 @@ def terms_of_faces(
         "similarity_min": jnp.min(jnp.where(reference_mask, raw, jnp.inf), -1),
         "faces_found": jnp.mean(jnp.sum(matches.matched, -1), -1),
         "faces_seen": jnp.mean(jnp.sum(face_mask, -1), -1),
-        "faces_share": jnp.mean(jnp.minimum(jnp.sum(face_mask, -1) / jnp.maximum(asked, 1)[:, None], 1.0), axis=1),
+        "faces_share": jnp.mean(
+            jnp.minimum(jnp.sum(face_mask, -1) / jnp.maximum(asked, 1)[:, None], 1.0), axis=1
+        ),
         "faces_asked": asked,
         "count_accuracy": count_accuracy(face_mask, reference_mask),
         "largest_face": largest_face_similarity(boxes, *faces),
@@ -331,7 +359,9 @@ ALWAYS = -50.0  # worth of a reference without a face: far less than any exchang
 
 
 def multi_identity_matching(
-    cosine: Float[Array, "B T M K"], face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]
+    cosine: Float[Array, "B T M K"],
+    face_mask: Bool[Array, "B T K"],
+    reference_mask: Bool[Array, "B M"],
 ) -> Float[Array, "B"]:
     """MIMR: the mean over all pairs of reference and face of their cosine, counted +1 for the pairs of the best assignment and -1 for
     the others; 0 for a frame without a face. In [-1, 1].
@@ -348,7 +378,9 @@ def multi_identity_matching(
 
 
 def identity_confidence(
-    cosine: Float[Array, "B T M K"], face_mask: Bool[Array, "B T K"], reference_mask: Bool[Array, "B M"]
+    cosine: Float[Array, "B T M K"],
+    face_mask: Bool[Array, "B T K"],
+    reference_mask: Bool[Array, "B M"],
 ) -> Float[Array, "B"]:
     """ID-Conf: clip(1 - second / first, 0, 1) of the two largest cosines of a reference to the faces of a frame, mean over people.
 
@@ -358,11 +390,15 @@ def identity_confidence(
     ranked = jnp.sort(jnp.pad(cosine, ((0, 0), (0, 0), (0, 0), (0, 2))), axis=-1)
     first, second = ranked[..., -1], ranked[..., -2]
     found = first > 0
-    confidence = jnp.where(found, jnp.clip(1 - second / jnp.where(found, first, 1.0), 0.0, 1.0), 0.0)
+    confidence = jnp.where(
+        found, jnp.clip(1 - second / jnp.where(found, first, 1.0), 0.0, 1.0), 0.0
+    )
     return masked_mean(jnp.mean(confidence, axis=1), reference_mask)
 
 
-def unique_faces(embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"]) -> Float[Array, "B"]:
+def unique_faces(
+    embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"]
+) -> Float[Array, "B"]:
     """1 - the greatest cosine of two faces of a frame, 0.5 for a frame with fewer than two. In [0, 2]; no reference is looked at.
 
     Source: the term within one image of DisCo, arXiv 2510.01399; its terms across images are about diversity, which references forbid.

@@ -54,15 +54,23 @@ class Matches:
     similarity: Float[ArrayLike, "B T M"]
 
 
-def cosines(embeddings: Float[ArrayLike, "B T K E"], references: Float[ArrayLike, "B M E"]) -> Float[ArrayLike, "B T M K"]:
+def cosines(
+    embeddings: Float[ArrayLike, "B T K E"], references: Float[ArrayLike, "B M E"]
+) -> Float[ArrayLike, "B T M K"]:
     """Cosine of every reference and every face of a frame; both are unit vectors."""
     return jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
 
 
-def most_alike(embeddings: Float[ArrayLike, "B T K E"], face_mask: Bool[ArrayLike, "B T K"]) -> Float[ArrayLike, "B T"]:
+def most_alike(
+    embeddings: Float[ArrayLike, "B T K E"], face_mask: Bool[ArrayLike, "B T K"]
+) -> Float[ArrayLike, "B T"]:
     """The greatest cosine of two faces of a frame; -1 for a frame with fewer than two."""
     alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
-    pair = face_mask[..., :, None] & face_mask[..., None, :] & ~jnp.eye(embeddings.shape[2], dtype=bool)
+    pair = (
+        face_mask[..., :, None]
+        & face_mask[..., None, :]
+        & ~jnp.eye(embeddings.shape[2], dtype=bool)
+    )
     return jnp.max(jnp.where(pair, alike, -1.0), axis=(-2, -1), initial=-1.0)
 
 
@@ -82,6 +90,8 @@ def match_videos(
     return Matches(face=face, matched=face < embeddings.shape[2], similarity=chosen)
 
 
-def masked_mean(values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]) -> Float[ArrayLike, " B"]:
+def masked_mean(
+    values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]
+) -> Float[ArrayLike, " B"]:
     """Mean over the people asked for."""
     return jnp.sum(jnp.where(mask, values, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)

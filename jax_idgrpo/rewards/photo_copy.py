@@ -22,18 +22,35 @@ from jaxtyping import Array, Float
 
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, multiply, similarity, warp
 
-SIDE = 28                               # S, of a crop in pixels
-APART = (0.004, 0.005)                  # displacement as a share of the crop's side: a copy up to the first, none from the second on
-FAR = 0.05                              # displacement that says no more than that the faces are not in one pose
-ALIKE = 0.8                             # least share of the face's variance that a copy explains
+SIDE = 28  # S, of a crop in pixels
+APART = (
+    0.004,
+    0.005,
+)  # displacement as a share of the crop's side: a copy up to the first, none from the second on
+FAR = 0.05  # displacement that says no more than that the faces are not in one pose
+ALIKE = 0.8  # least share of the face's variance that a copy explains
 _STEPS = 8
-_PHOTO_SAMPLES, _FRAME_SAMPLES = 8, 1   # per pixel of the crop and axis: photos are large, and looked at once
-_SHARP, _WINDOW = 1.0, 2.0              # widths of Gaussians in pixels: of the blur in the fit, and of the windows
-_MIDDLE, _HALF = (56.0, 55.0), 50.0     # of the crop, where ARCFACE_TEMPLATE's coordinates hold: hairline to chin
-_WIDTH, _EDGE = 0.72, 0.1               # the ellipse: half its width, its height being the crop's, and the share over which it fades
+_PHOTO_SAMPLES, _FRAME_SAMPLES = (
+    8,
+    1,
+)  # per pixel of the crop and axis: photos are large, and looked at once
+_SHARP, _WINDOW = (
+    1.0,
+    2.0,
+)  # widths of Gaussians in pixels: of the blur in the fit, and of the windows
+_MIDDLE, _HALF = (
+    (56.0, 55.0),
+    50.0,
+)  # of the crop, where ARCFACE_TEMPLATE's coordinates hold: hairline to chin
+_WIDTH, _EDGE = (
+    0.72,
+    0.1,
+)  # the ellipse: half its width, its height being the crop's, and the share over which it fades
 
 
-PHOTO_SIDE = SIDE * _PHOTO_SAMPLES // 2     # of a photo's face in pixels, from which on smaller details do not show in its crop
+PHOTO_SIDE = (
+    SIDE * _PHOTO_SAMPLES // 2
+)  # of a photo's face in pixels, from which on smaller details do not show in its crop
 PHOTO_TEMPLATE = ((np.asarray(ARCFACE_TEMPLATE) - _MIDDLE) / _HALF + 1) * PHOTO_SIDE / 2
 
 
@@ -76,14 +93,20 @@ def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Floa
     return inverse, -multiply(inverse, t)
 
 
-def sampled(picture: Float[Array, "H W 3"], a: Float[Array, "2"], t: Float[Array, "2"], samples: int) -> Float[Array, "S S 3"]:
+def sampled(
+    picture: Float[Array, "H W 3"], a: Float[Array, "2"], t: Float[Array, "2"], samples: int
+) -> Float[Array, "S S 3"]:
     """The crop of a picture under a g + t."""
     return jnp.mean(warp(picture, multiply(a, jnp.asarray(_grid(samples))) + t), axis=2)
 
 
-def photo_crops(photos: Float[Array, "N h w 3"], landmarks: Float[Array, "N 5 2"]) -> Float[Array, "N S S 3"]:
+def photo_crops(
+    photos: Float[Array, "N h w 3"], landmarks: Float[Array, "N 5 2"]
+) -> Float[Array, "N S S 3"]:
     """The faces of photos, for `apart`."""
-    return jax.vmap(lambda photo, a, t: sampled(photo, a, t, _PHOTO_SAMPLES))(photos, *start(landmarks))
+    return jax.vmap(lambda photo, a, t: sampled(photo, a, t, _PHOTO_SAMPLES))(
+        photos, *start(landmarks)
+    )
 
 
 def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
@@ -96,7 +119,9 @@ def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
     return jnp.stack([plain, sharp * jax.lax.rsqrt(_weighted(sharp * sharp) + 1e-6)])
 
 
-def _fitted(crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]) -> tuple[Float[Array, "S S 3"], Float[Array, "S S 3"]]:
+def _fitted(
+    crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]
+) -> tuple[Float[Array, "S S 3"], Float[Array, "S S 3"]]:
     """(the fit less its mean, what it leaves of the crop)."""
     crop = crop - _weighted(crop)
     fit = sum(shape * _weighted(shape * crop) for shape in shapes)
@@ -104,7 +129,10 @@ def _fitted(crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]) -> tup
 
 
 def _register(
-    frame: Float[Array, "H W 3"], shapes: Float[Array, "2 S S 3"], a: Float[Array, "2"], t: Float[Array, "2"]
+    frame: Float[Array, "H W 3"],
+    shapes: Float[Array, "2 S S 3"],
+    a: Float[Array, "2"],
+    t: Float[Array, "2"],
 ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
     """a, t refined."""
     x, y = _POINTS[..., None, 0], _POINTS[..., None, 1]
@@ -116,7 +144,9 @@ def _register(
         moves = jnp.stack([right * x + down * y, down * x - right * y, right, down])
         power = jnp.einsum("ij,mijc,nijc->mn", WEIGHTS, moves, moves, precision="highest")
         power = power + (1e-4 * jnp.trace(power) + 1e-6) * jnp.eye(4)
-        change = jnp.linalg.solve(power, jnp.einsum("ij,mijc,ijc->m", WEIGHTS, moves, left, precision="highest"))
+        change = jnp.linalg.solve(
+            power, jnp.einsum("ij,mijc,ijc->m", WEIGHTS, moves, left, precision="highest")
+        )
         change = jnp.clip(change, -0.15, 0.15)
         return (a - multiply(a, change[:2]), t - multiply(a, change[2:])), None
 
@@ -133,7 +163,9 @@ def apart(
     fit, left = _fitted(sampled(frame, *place, _FRAME_SAMPLES), shapes)
     down, right, _ = jnp.gradient(fit)
     products = jnp.stack([right * right, right * down, down * down, right * left, down * left])
-    xx, xy, yy, xe, ye = jnp.moveaxis(_blurred(jnp.moveaxis(jnp.sum(products, -1) * WEIGHTS, 0, -1), _WINDOW), -1, 0)
+    xx, xy, yy, xe, ye = jnp.moveaxis(
+        _blurred(jnp.moveaxis(jnp.sum(products, -1) * WEIGHTS, 0, -1), _WINDOW), -1, 0
+    )
     ridge = 0.05 * jnp.mean(xx + yy) + 1e-9
     xx, yy = xx + ridge, yy + ridge
     determinant = xx * yy - xy * xy
@@ -144,7 +176,9 @@ def apart(
 
 
 def copies(
-    videos: Float[Array, "B T H W 3"], landmarks: Float[Array, "B T M 5 2"], photos: Float[Array, "B M S S 3"]
+    videos: Float[Array, "B T H W 3"],
+    landmarks: Float[Array, "B T M 5 2"],
+    photos: Float[Array, "B M S S 3"],
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
     """How much of a copy of their photo every person's face is, the one with these landmarks: 0 no copy, 1 a copy; and how far its parts
     stand from the photo's, at most `FAR` of the crop's side."""
@@ -152,7 +186,9 @@ def copies(
     of_frames = jax.vmap(of_people, (0, 0, None))
     moved, alike = jax.vmap(of_frames)(videos, jax.lax.stop_gradient(landmarks), photos)
     low, high = APART
-    return jnp.where(alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0), jnp.minimum(moved, FAR)
+    return jnp.where(
+        alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0
+    ), jnp.minimum(moved, FAR)
 
 
 def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
@@ -162,12 +198,21 @@ def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
 
 
 def detail(
-    videos: Float[Array, "B T H W 3"], landmarks: Float[Array, "B T M 5 2"], photos: Float[Array, "B M S S 3"]
+    videos: Float[Array, "B T H W 3"],
+    landmarks: Float[Array, "B T M 5 2"],
+    photos: Float[Array, "B M S S 3"],
 ) -> Float[Array, "B T M"]:
     """How sharp every person's face is against their photo, the face with these landmarks: 0 no detail, 1 as much as the photo, at most 2.
 
     The amplitude of what lies between a blur by one pixel of the crop and the crop itself, of both as a share of their contrast.
     """
-    of_frame = jax.vmap(lambda frame, places: _texture(sampled(frame, *start(jax.lax.stop_gradient(places)), _FRAME_SAMPLES)), (None, 0))
+    of_frame = jax.vmap(
+        lambda frame, places: _texture(
+            sampled(frame, *start(jax.lax.stop_gradient(places)), _FRAME_SAMPLES)
+        ),
+        (None, 0),
+    )
     of_photos = jax.vmap(jax.vmap(_texture))(photos)
-    return jnp.minimum(jnp.sqrt(jax.vmap(jax.vmap(of_frame))(videos, landmarks) / of_photos[:, None]), 2.0)
+    return jnp.minimum(
+        jnp.sqrt(jax.vmap(jax.vmap(of_frame))(videos, landmarks) / of_photos[:, None]), 2.0
+    )

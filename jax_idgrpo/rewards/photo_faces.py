@@ -21,10 +21,10 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.base import Photo, ReferenceFaces, References
 from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crops
 
-SHORT = 1024                                # of the shorter side in pixels, beyond which a face gains nothing
-SIDES = (64, 128, 256, 512, SHORT)          # of the shorter side of a padded picture
-CLOSER = 1.8                                # side of a portrait, in units of its face
-RATIOS = (1.0, 1.5, 2.0)                    # of the longer to the shorter side of a padded picture
+SHORT = 1024  # of the shorter side in pixels, beyond which a face gains nothing
+SIDES = (64, 128, 256, 512, SHORT)  # of the shorter side of a padded picture
+CLOSER = 1.8  # side of a portrait, in units of its face
+RATIOS = (1.0, 1.5, 2.0)  # of the longer to the shorter side of a padded picture
 
 
 class PhotoFace(NamedTuple):
@@ -67,7 +67,10 @@ def levels(image: Image.Image, pyramid: bool) -> list[Level]:
     most = int(max(RATIOS))
     own = shrunk(image, SHORT, most * SHORT)
     short = min(own.pixels.shape[:2])
-    return [own, *(shrunk(image, side, most * side) for side in reversed(SIDES) if pyramid and side < short)]
+    return [
+        own,
+        *(shrunk(image, side, most * side) for side in reversed(SIDES) if pyramid and side < short),
+    ]
 
 
 def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
@@ -75,7 +78,11 @@ def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
     size = np.array(image.size, float)
     side = min(CLOSER * math.sqrt(float(np.prod(np.maximum(box[2:] - box[:2], 1)))), *image.size)
     corner = np.clip((box[:2] + box[2:] + 1) / 2 - side / 2, 0, size - side)
-    small = image.resize((SIDES[0], SIDES[0]), Image.Resampling.LANCZOS, box=(*corner.tolist(), *(corner + side).tolist()))
+    small = image.resize(
+        (SIDES[0], SIDES[0]),
+        Image.Resampling.LANCZOS,
+        box=(*corner.tolist(), *(corner + side).tolist()),
+    )
     return Level(np.asarray(small), np.full(2, SIDES[0] / side), corner)
 
 
@@ -83,10 +90,15 @@ def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
     """Continue a picture beyond its border, right and below, up to one of a few sizes."""
     short, long = sorted(pixels.shape[:2])
     side, other = next(
-        (side, round(side * ratio)) for side in SIDES for ratio in RATIOS if side >= short and round(side * ratio) >= long
+        (side, round(side * ratio))
+        for side in SIDES
+        for ratio in RATIOS
+        if side >= short and round(side * ratio) >= long
     )
     height, width = (side, other) if pixels.shape[0] <= pixels.shape[1] else (other, side)
-    return np.pad(pixels, ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)), "edge")
+    return np.pad(
+        pixels, ((0, height - pixels.shape[0]), (0, width - pixels.shape[1]), (0, 0)), "edge"
+    )
 
 
 def values(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
@@ -95,7 +107,10 @@ def values(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
 
 
 def window(
-    image: Image.Image, landmarks: Float[np.ndarray, "5 2"], template: Float[np.ndarray, "5 2"], side: int
+    image: Image.Image,
+    landmarks: Float[np.ndarray, "5 2"],
+    template: Float[np.ndarray, "5 2"],
+    side: int,
 ) -> tuple[Float[np.ndarray, "side side 3"], Float[np.ndarray, "5 2"]]:
     """A square of a photo around its face, and the landmarks in it; black beyond the border.
 
@@ -107,12 +122,15 @@ def window(
       side: of the square; four times that of the crop holds any turn.
     """
     p, q = (points - points.mean(0) for points in (template, landmarks))
-    growth = math.sqrt(float((q**2).sum() / (p**2).sum()))      # photo pixels per pixel of the crop
+    growth = math.sqrt(float((q**2).sum() / (p**2).sum()))  # photo pixels per pixel of the crop
     halvings = max(math.floor(math.log2(max(growth, 1.0))), 0)
     level = shrunk(image, max(min(image.size) >> halvings, 1))
     points, size = level.place(landmarks), level.pixels.shape[1::-1]
     corner = [
-        0 if size[axis] <= side else int(np.clip(round(points[:, axis].mean()) - side // 2, 0, size[axis] - side)) for axis in (0, 1)
+        0
+        if size[axis] <= side
+        else int(np.clip(round(points[:, axis].mean()) - side // 2, 0, size[axis] - side))
+        for axis in (0, 1)
     ]
     part = level.pixels[corner[1] : corner[1] + side, corner[0] : corner[0] + side]
     picture = np.full((side, side, 3), -1, np.float32)
@@ -125,7 +143,9 @@ def _crop(picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]) -> Flo
     return photo_crops(picture[None], landmarks[None])[0]
 
 
-def photo_crop(image: Image.Image, landmarks: Float[np.ndarray, "5 2"]) -> Float[np.ndarray, "S S 3"]:
+def photo_crop(
+    image: Image.Image, landmarks: Float[np.ndarray, "5 2"]
+) -> Float[np.ndarray, "S S 3"]:
     """The crop of a photo's face, for `photo_copy`; one program for photos of all sizes."""
     return np.asarray(_crop(*window(image, landmarks, PHOTO_TEMPLATE, 4 * PHOTO_SIDE)))
 
@@ -147,7 +167,10 @@ class PhotoEncoder:
           UserError: a photo shows no face.
         """
         rows = [
-            [self._face(photo, f"reference photo {m} of the prompt {text!r}") for m, photo in enumerate(row, 1)]
+            [
+                self._face(photo, f"reference photo {m} of the prompt {text!r}")
+                for m, photo in enumerate(row, 1)
+            ]
             for row, text in zip(references.photos, prompts, strict=True)
         ]
         first = next(face for row in rows for face in row)
@@ -163,9 +186,13 @@ class PhotoEncoder:
         if photo.key not in self._found:
             face, name = self._look(photo.open()), photo.name or otherwise
             if face is None:
-                raise UserError(f"{name}: no face is found; use a photo that shows one face, large and clear")
+                raise UserError(
+                    f"{name}: no face is found; use a photo that shows one face, large and clear"
+                )
             if face.faces > 1:
-                warnings.warn(f"{name}: shows {face.faces} faces; the largest is taken", stacklevel=2)
+                warnings.warn(
+                    f"{name}: shows {face.faces} faces; the largest is taken", stacklevel=2
+                )
             self._found[photo.key] = face
         return self._found[photo.key]
 
@@ -180,7 +207,17 @@ def largest(
     areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
     kept: list[int] = []
     for number in np.argsort(-scores, kind="stable"):
-        both = [np.maximum(np.minimum(boxes[number, 2:], boxes[k, 2:]) - np.maximum(boxes[number, :2], boxes[k, :2]), 0) for k in kept]
-        if all(np.prod(common) < overlap * min(areas[number], areas[k]) for common, k in zip(both, kept, strict=True)):
+        both = [
+            np.maximum(
+                np.minimum(boxes[number, 2:], boxes[k, 2:])
+                - np.maximum(boxes[number, :2], boxes[k, :2]),
+                0,
+            )
+            for k in kept
+        ]
+        if all(
+            np.prod(common) < overlap * min(areas[number], areas[k])
+            for common, k in zip(both, kept, strict=True)
+        ):
             kept.append(int(number))
     return sorted(kept, key=lambda number: -areas[number])

@@ -51,7 +51,10 @@ def overlap(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, 
 
 
 def link(
-    boxes: Float[Array, "B T K 4"], embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"], least: float
+    boxes: Float[Array, "B T K 4"],
+    embeddings: Float[Array, "B T K E"],
+    face_mask: Bool[Array, "B T K"],
+    least: float,
 ) -> Int[Array, "B T K"]:
     """The track of every face, 2 K where there is none. A track that lost its face waits for it, and ends when all others are taken."""
     batch, _, faces = face_mask.shape
@@ -64,21 +67,27 @@ def link(
         box, embedding, seen = frame
         alike = jnp.einsum("bne,bke->bnk", last_embedding, embedding, precision="highest")
         near = overlap(last_box[:, :, None], box[:, None])
-        face = match(alike + 2 * near, begun, seen, least)                              # of each track
-        joined = jax.nn.one_hot(face, faces, dtype=bool, axis=-1)                   # [B, tracks, faces]
+        face = match(alike + 2 * near, begun, seen, least)  # of each track
+        joined = jax.nn.one_hot(face, faces, dtype=bool, axis=-1)  # [B, tracks, faces]
         new = seen & ~jnp.any(joined, axis=1)
         taken = jnp.any(joined, axis=-1)
-        free = jnp.argsort(2 * taken + begun, axis=-1)                              # unused tracks first, then those that wait
+        free = jnp.argsort(2 * taken + begun, axis=-1)  # unused tracks first, then those that wait
         slot = jnp.take_along_axis(free, jnp.maximum(jnp.cumsum(new, -1) - 1, 0), axis=-1)
         joined |= (jax.nn.one_hot(slot, count, dtype=bool) & new[..., None]).swapaxes(1, 2)
         has = jnp.any(joined, axis=-1)
         which = jnp.argmax(joined, axis=-1)[..., None]
         last_box = jnp.where(has[..., None], jnp.take_along_axis(box, which, axis=1), last_box)
-        last_embedding = jnp.where(has[..., None], jnp.take_along_axis(embedding, which, axis=1), last_embedding)
+        last_embedding = jnp.where(
+            has[..., None], jnp.take_along_axis(embedding, which, axis=1), last_embedding
+        )
         track = jnp.where(seen, jnp.argmax(joined, axis=1), count)
         return (last_box, last_embedding, begun | has), track
 
-    start = (jnp.zeros((batch, count, 4)), jnp.zeros((batch, count, embeddings.shape[-1])), jnp.zeros((batch, count), bool))
+    start = (
+        jnp.zeros((batch, count, 4)),
+        jnp.zeros((batch, count, embeddings.shape[-1])),
+        jnp.zeros((batch, count), bool),
+    )
     frames = tuple(jnp.moveaxis(leaf, 1, 0) for leaf in (boxes, embeddings, face_mask))
     return jnp.moveaxis(jax.lax.scan(follow, start, frames)[1], 0, 1)
 
@@ -96,10 +105,23 @@ def tracks(
     frame for a reference without a track."""
     frames, faces = face_mask.shape[1:]
     found = link(boxes, embeddings, face_mask, config.link)
-    alike = jnp.einsum("btke,bme->btkm", embeddings, references, precision="highest") - null_similarity
+    alike = (
+        jnp.einsum("btke,bme->btkm", embeddings, references, precision="highest") - null_similarity
+    )
     of_track = jax.nn.one_hot(found, 2 * faces)
-    total = jnp.einsum("btkn,btkm->bmn", of_track, jnp.where(face_mask[..., None], alike, 0.0), precision="highest") / frames
-    return Tracks(track=found, of_reference=match(total, reference_mask, jnp.any(of_track > 0, axis=(1, 2)), 0.0))
+    total = (
+        jnp.einsum(
+            "btkn,btkm->bmn",
+            of_track,
+            jnp.where(face_mask[..., None], alike, 0.0),
+            precision="highest",
+        )
+        / frames
+    )
+    return Tracks(
+        track=found,
+        of_reference=match(total, reference_mask, jnp.any(of_track > 0, axis=(1, 2)), 0.0),
+    )
 
 
 def penalties(
@@ -121,7 +143,9 @@ def penalties(
     `blend`. area: how far matched faces leave the band of sizes.
     """
     frames, faces = face_mask.shape[1:]
-    found = tracks(boxes, embeddings, face_mask, references, reference_mask, null_similarity, config)
+    found = tracks(
+        boxes, embeddings, face_mask, references, reference_mask, null_similarity, config
+    )
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
 
@@ -129,18 +153,26 @@ def penalties(
     duplicated = jnp.mean(jax.nn.relu(most - config.duplicate), axis=1) / (1 - config.duplicate)
 
     padded = jnp.pad(found.track, ((0, 0), (0, 0), (0, 1)), constant_values=2 * faces)
-    here = jnp.take_along_axis(padded, matches.face, axis=-1)                               # [B,T,M] the track of the matched face
+    here = jnp.take_along_axis(
+        padded, matches.face, axis=-1
+    )  # [B,T,M] the track of the matched face
     others = jnp.where(reference_mask, found.of_reference, -1)
-    foreign = jnp.any(here[..., None] == others[:, None, None, :], axis=-1) & (here != found.of_reference[:, None])
+    foreign = jnp.any(here[..., None] == others[:, None, None, :], axis=-1) & (
+        here != found.of_reference[:, None]
+    )
     swapped = jnp.sum(foreign & matched, (1, 2)) / count
     changes = (here[:, 1:] != here[:, :-1]) & matched[:, 1:] & matched[:, :-1]
     switched = masked_mean(jnp.sum(changes, 1) / max(frames - 1, 1), reference_mask)
 
     similar = cosines(embeddings, references)
-    of_face = jnp.take_along_axis(jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1)   # [B,T,j,i]
+    of_face = jnp.take_along_axis(
+        jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1
+    )  # [B,T,j,i]
     mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
     beyond = jnp.where(
-        (reference_mask[:, :, None] & ~jnp.eye(references.shape[1], dtype=bool))[:, None], of_face - mutual[:, None], -jnp.inf
+        (reference_mask[:, :, None] & ~jnp.eye(references.shape[1], dtype=bool))[:, None],
+        of_face - mutual[:, None],
+        -jnp.inf,
     )
     excess = jax.nn.relu(jnp.max(beyond, axis=2, initial=-1.0) - config.blend)
     blended = jnp.sum(jnp.where(matched, jnp.minimum(excess, 1.0), 0.0), (1, 2)) / count
@@ -152,5 +184,12 @@ def penalties(
     area = jnp.sum(jnp.where(matched, small + large, 0.0), (1, 2)) / count
 
     missing = 1 - masked_mean(jnp.mean(matched, 1), reference_mask)
-    named = dict(missing=missing, duplicated=duplicated, swapped=swapped, switched=switched, blended=blended, area=area)
+    named = dict(
+        missing=missing,
+        duplicated=duplicated,
+        swapped=swapped,
+        switched=switched,
+        blended=blended,
+        area=area,
+    )
     return {name: value.astype(jnp.float32) for name, value in named.items()}

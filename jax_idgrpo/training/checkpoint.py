@@ -59,7 +59,11 @@ _NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUO
 def _fields(config_json: str) -> dict[str, Any]:
     """Return the values of a stored configuration by `section.field`."""
     sections = json.loads(config_json).items()
-    return {f"{section}.{field}": value for section, fields in sections for field, value in fields.items()}
+    return {
+        f"{section}.{field}": value
+        for section, fields in sections
+        for field, value in fields.items()
+    }
 
 
 def check_resume(

@@ -32,7 +32,13 @@ from jax_idgrpo.training.task import Task, make_task
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, decay: float, seed: int) -> Step:
+def make_step(
+    task: Task,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    decay: float,
+    seed: int,
+) -> Step:
     """The training step as one program: (state, what is frozen, batch) -> (state, scalars). The state is donated."""
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -46,7 +52,11 @@ def make_step(task: Task, graphdef: nnx.GraphDef, optimizer: optax.GradientTrans
 
         (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
-        return dataclasses.replace(state, step=state.step + 1, rest=rest), {"loss": value, **norms, **scalars}
+        return dataclasses.replace(state, step=state.step + 1, rest=rest), {
+            "loss": value,
+            **norms,
+            **scalars,
+        }
 
     return step
 
@@ -68,8 +78,15 @@ def finetune(config: Config, workdir: Path) -> None:
     optimizer = make_optimizer(config.optimizer, last)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.finetune.batch, "finetune.batch")
-    assert_same_across_hosts(config, task.rows, workdir=workdir / "checkpoints", start=Path(config.finetune.start or workdir / "none"))
-    graphdef, params, frozen, rest = nnx.split(task.init(rng.key(seed, "init")), task.trained, task.frozen, ...)
+    assert_same_across_hosts(
+        config,
+        task.rows,
+        workdir=workdir / "checkpoints",
+        start=Path(config.finetune.start or workdir / "none"),
+    )
+    graphdef, params, frozen, rest = nnx.split(
+        task.init(rng.key(seed, "init")), task.trained, task.frozen, ...
+    )
     frozen, parts = sharding.shard_params(mesh, frozen), (params, rest)
     del params, rest
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
@@ -77,25 +94,37 @@ def finetune(config: Config, workdir: Path) -> None:
     def batch(number: int) -> Any:
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         made = task.batch(seed, number)
-        return sharding.device_put_global(made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made))
+        return sharding.device_put_global(
+            made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made)
+        )
 
     def averaged(state: TrainState) -> nnx.Module:
         average, kept, rest = to_device((state.ema, frozen, state.rest))
-        ema = jax.tree.map(lambda average, value: average.astype(value.dtype), average, state.params)
+        ema = jax.tree.map(
+            lambda average, value: average.astype(value.dtype), average, state.params
+        )
         return nnx.merge(graphdef, ema, kept, rest, copy=True)
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = functools.partial(start, optimizer)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
-    state = resume(workdir, config, manager, jax.jit(fresh, out_shardings=shardings)(*sharding.shard_params(mesh, parts)), task.rows)
+    state = resume(
+        workdir,
+        config,
+        manager,
+        jax.jit(fresh, out_shardings=shardings)(*sharding.shard_params(mesh, parts)),
+        task.rows,
+    )
     del parts
     done = int(state.step)
 
     # ---- train -----------------------------------------------------------------------------------------------------------
     with (
         manager,
-        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        MetricsWriter(
+            workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()
+        ) as writer,
         progress(f"finetune {config.finetune.task}", last, done) as update,
         stop_on_signals() as stopping,
     ):
@@ -106,9 +135,14 @@ def finetune(config: Config, workdir: Path) -> None:
             state, scalars = step(state, frozen, upcoming)
             pending.append(scalars)
             done += 1
-            saving, stop = done % config.run.save_every == 0 or done == last, any_process(stopping() != 0)
+            saving, stop = (
+                done % config.run.save_every == 0 or done == last,
+                any_process(stopping() != 0),
+            )
             upcoming = batch(done) if done < last else None  # made while the device works
-            jax.block_until_ready(pending[-2:][0])  # one step in flight: batches do not pile up on the device
+            jax.block_until_ready(
+                pending[-2:][0]
+            )  # one step in flight: batches do not pile up on the device
 
             # A row closes at every checkpoint, so that a resumed run groups the steps as an undisturbed one does.
             closing = done % config.finetune.log_every == 0 or saving or stop
@@ -128,7 +162,11 @@ def finetune(config: Config, workdir: Path) -> None:
                 update(done)
             if saving or stop:
                 save(manager, done, state)
-            if task.preview is not None and config.run.sample_every and done % config.run.sample_every == 0:
+            if (
+                task.preview is not None
+                and config.run.sample_every
+                and done % config.run.sample_every == 0
+            ):
                 folder = workdir / "samples" / f"{done:06d}"
                 network = averaged(state)
                 if jax.process_index() == 0:
@@ -137,7 +175,9 @@ def finetune(config: Config, workdir: Path) -> None:
             if closing:
                 pending, began = [], time.monotonic()
             if stop and done < last:
-                raise SystemExit(stopping() or TERMINATED)     # of another process's signal nothing more is known
+                raise SystemExit(
+                    stopping() or TERMINATED
+                )  # of another process's signal nothing more is known
 
     # ---- store -----------------------------------------------------------------------------------------------------------
     network = averaged(state)

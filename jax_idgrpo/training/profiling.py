@@ -52,7 +52,11 @@ class Profile:
 
 def phase_table(rows: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:
     """Mean seconds of each phase over the rows, and its share of their sum, as a Markdown table."""
-    seconds = {name.removeprefix("seconds_"): sum(row[name] for row in rows) / len(rows) for name in phases}
+    seconds = {
+        name.removeprefix("seconds_"): sum(row[name] for row in rows) / len(rows) for name in phases
+    }
     total = sum(seconds.values())
     lines = [f"| {name} | {value:.3f} | {value / total:.0%} |" for name, value in seconds.items()]
-    return "\n".join(["| phase | seconds | share |", "|---|---|---|", *lines, f"| step | {total:.3f} | 100% |"])
+    return "\n".join(
+        ["| phase | seconds | share |", "|---|---|---|", *lines, f"| step | {total:.3f} | 100% |"]
+    )

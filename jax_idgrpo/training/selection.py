@@ -59,7 +59,11 @@ def choose(
     def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
         groups = np.repeat(np.arange(len(values)), values.shape[1])
         found = grpo.advantages(
-            values.ravel(), groups, eps=config.advantage_eps, clip=config.advantage_clip, global_std=config.global_std
+            values.ravel(),
+            groups,
+            eps=config.advantage_eps,
+            clip=config.advantage_clip,
+            global_std=config.global_std,
         )
         return np.asarray(found).reshape(values.shape)
 
@@ -73,7 +77,9 @@ def choose(
         weight &= np.any(advantage != 0, axis=1, keepdims=True)
     if config.best + config.worst == 0:
         return advantage, weight.astype(np.float32), None
-    members = np.asarray(grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst))
+    members = np.asarray(
+        grpo.best_and_worst(np.where(weight, advantage, np.nan), config.best, config.worst)
+    )
     if pairs:
         weight &= np.take_along_axis(weight, members, axis=1).all(axis=1, keepdims=True)
     rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
@@ -89,7 +95,9 @@ def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> N
     for name in mixture:
         if name not in names:
             known = ", ".join(sorted(names))
-            raise UserError(f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})")
+            raise UserError(
+                f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})"
+            )
 
 
 def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
@@ -99,4 +107,6 @@ def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
 
 def constant_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
     """How many of the last rows of metrics are of steps in which the rewards of every group were equal."""
-    return sum(1 for _ in itertools.takewhile(lambda row: row.get("zero_std_groups") == 1, reversed(rows)))
+    return sum(
+        1 for _ in itertools.takewhile(lambda row: row.get("zero_std_groups") == 1, reversed(rows))
+    )

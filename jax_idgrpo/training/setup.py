@@ -18,7 +18,13 @@ from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import planned_reward
 from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.pipeline import Architecture, Pipeline, load_pipeline, pipeline_shapes, read_architecture
+from jax_idgrpo.sampling.pipeline import (
+    Architecture,
+    Pipeline,
+    load_pipeline,
+    pipeline_shapes,
+    read_architecture,
+)
 from jax_idgrpo.training.selection import check_mixture
 from jax_idgrpo.training.state import make_optimizer, start
 from jax_idgrpo.training.update import UpdateRule
@@ -48,7 +54,9 @@ class Run:
     passes: Mapping[str, float]
 
 
-def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Architecture | None = None) -> Run:
+def build(
+    config: Config, mesh: Mesh, abstract: bool = False, architecture: Architecture | None = None
+) -> Run:
     """Read or describe everything that a run needs before its first step.
 
     Args:
@@ -64,10 +72,18 @@ def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Arch
     place: Callable[[Any, Any], Any] = sharding.shapes if abstract else sharding.device_put_global
     if abstract:
         found = architecture or read_architecture(model.folder())
-        running: dict[str, Any] = dict(rank=model.rank, alpha=model.alpha, remat=model.remat, unroll=model.unroll)
-        found = dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **running))
-        pipe = pipeline_shapes(found, model.dtype, model.kind, mesh=mesh, text_memory=model.text_memory)
-        negative = jax.ShapeDtypeStruct((config.data.text_length, found.text_encoder.d_model), jnp.float32)
+        running: dict[str, Any] = dict(
+            rank=model.rank, alpha=model.alpha, remat=model.remat, unroll=model.unroll
+        )
+        found = dataclasses.replace(
+            found, transformer=dataclasses.replace(found.transformer, **running)
+        )
+        pipe = pipeline_shapes(
+            found, model.dtype, model.kind, mesh=mesh, text_memory=model.text_memory
+        )
+        negative = jax.ShapeDtypeStruct(
+            (config.data.text_length, found.text_encoder.d_model), jnp.float32
+        )
     else:
         pipe = load(config, mesh)
         negative = conditioning.encode_negative(pipe, config.data)
@@ -77,7 +93,9 @@ def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Arch
     state = jax.eval_shape(first, lora) if abstract else first(lora)
     reward = _reward(config, mesh, abstract)
     through = config.grpo.through_reward
-    schedule = rollout.Schedule.make(sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level)
+    schedule = rollout.Schedule.make(
+        sampling.steps, sampling.shift or pipe.shift, sampling.sampler, sampling.noise_level
+    )
     return Run(
         config=config,
         mesh=mesh,
@@ -94,7 +112,11 @@ def build(config: Config, mesh: Mesh, abstract: bool = False, architecture: Arch
             grpo=config.grpo,
             optimizer=optimizer,
             ema_decay=config.optimizer.ema_decay,
-            score=functools.partial(score_latents, differentiable(reward).apply, config.data.max_people) if through else None,
+            score=functools.partial(
+                score_latents, differentiable(reward).apply, config.data.max_people
+            )
+            if through
+            else None,
         ),
         passes=forward_passes(config, actor.branches),
     )
@@ -174,8 +196,16 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
     model = config.model
     pipe = load_pipeline(
-        model.folder(), model.dtype, model.kind, model.rank, model.alpha,
-        seed=config.run.seed, remat=model.remat, unroll=model.unroll, mesh=mesh, text_memory=model.text_memory,
+        model.folder(),
+        model.dtype,
+        model.kind,
+        model.rank,
+        model.alpha,
+        seed=config.run.seed,
+        remat=model.remat,
+        unroll=model.unroll,
+        mesh=mesh,
+        text_memory=model.text_memory,
     )
     if model.adapter:
         pipe.load_lora(model.adapter)

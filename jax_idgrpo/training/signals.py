@@ -35,10 +35,17 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
                 if interrupts > 1:
                     _end_now()
                 how = ", Ctrl-C again stops without saving" if number == signal.SIGINT else ""
-                print(f"{signal.Signals(number).name}: stopping at the next safe point{how}", file=sys.stderr, flush=True)
+                print(
+                    f"{signal.Signals(number).name}: stopping at the next safe point{how}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         os.close(reading)
 
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in SIGNALS
+    }
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=read, name="signals", daemon=True).start()
     try:
@@ -52,6 +59,6 @@ def stop_on_signals() -> Iterator[Callable[[], int]]:
 
 def _end_now() -> None:
     if sys.stderr.isatty():
-        sys.stderr.write("\x1b[?25h\n")     # the progress bar hides the cursor
+        sys.stderr.write("\x1b[?25h\n")  # the progress bar hides the cursor
         sys.stderr.flush()
     os._exit(128 + signal.SIGINT)

@@ -33,7 +33,9 @@ class TrainState:
     rest: Parameters = ()
 
 
-def start(optimizer: optax.GradientTransformation, params: Parameters, rest: Parameters = ()) -> TrainState:
+def start(
+    optimizer: optax.GradientTransformation, params: Parameters, rest: Parameters = ()
+) -> TrainState:
     """The state before the first step; it shares no buffer with its arguments, so that it can be donated."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -49,7 +51,11 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     peak = config.learning_rate
     warm = optax.linear_schedule(peak / (config.warmup + 1), peak, config.warmup)
     rest = max(total_steps - config.warmup, 1)
-    then = optax.cosine_decay_schedule(peak, rest) if config.schedule == "cosine" else optax.constant_schedule(peak)
+    then = (
+        optax.cosine_decay_schedule(peak, rest)
+        if config.schedule == "cosine"
+        else optax.constant_schedule(peak)
+    )
     return optax.join_schedules([warm, then], [config.warmup]) if config.warmup else then
 
 
@@ -57,8 +63,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """Clipping to a global norm of `max_norm`, then AdamW (eps outside the root, decay decoupled and scaled by the learning rate)."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_norm),
-        optax.adamw(learning_rate(config, total_steps), config.beta1, config.beta2, config.eps, mu_dtype=jnp.float32,
-                    weight_decay=config.weight_decay),
+        optax.adamw(
+            learning_rate(config, total_steps),
+            config.beta1,
+            config.beta2,
+            config.eps,
+            mu_dtype=jnp.float32,
+            weight_decay=config.weight_decay,
+        ),
     )
 
 
@@ -67,14 +79,22 @@ def ema_decay(step: int | Int[Array, ""], decay: float) -> Float[Array, ""]:
     return jnp.minimum((1.0 + step) / (10.0 + step), decay).astype(jnp.float32)
 
 
-def ema_update(ema: Parameters, params: Parameters, step: int | Int[Array, ""], decay: float) -> Parameters:
+def ema_update(
+    ema: Parameters, params: Parameters, step: int | Int[Array, ""], decay: float
+) -> Parameters:
     """The average after optimizer step number `step` (0, 1, ...), float32."""
     share = 1.0 - ema_decay(step, decay)
-    return jax.tree.map(lambda average, value: average + share * (value.astype(jnp.float32) - average), ema, params)
+    return jax.tree.map(
+        lambda average, value: average + share * (value.astype(jnp.float32) - average), ema, params
+    )
 
 
 def apply_gradients(
-    state: TrainState, gradients: Parameters, optimizer: optax.GradientTransformation, optimizer_step: int | Int[Array, ""], decay: float
+    state: TrainState,
+    gradients: Parameters,
+    optimizer: optax.GradientTransformation,
+    optimizer_step: int | Int[Array, ""],
+    decay: float,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step and one step of the average; gradients that are not finite change neither. `state.step` is the caller's.
 
@@ -89,6 +109,11 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
     updates, moments = optimizer.update(gradients, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    stepped = dataclasses.replace(state, params=params, ema=ema_update(state.ema, params, optimizer_step, decay), optimizer=moments)
+    stepped = dataclasses.replace(
+        state,
+        params=params,
+        ema=ema_update(state.ema, params, optimizer_step, decay),
+        optimizer=moments,
+    )
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
     return state, {"gradient_norm": norm, "skipped": 1.0 - finite}

@@ -64,5 +64,7 @@ def make_task(config: Config) -> Task:
     name = config.finetune.task
     if name not in TASKS:
         match = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-        raise UserError(f"finetune.task is {name!r}; did you mean {match}? The tasks are {', '.join(TASKS)}")
+        raise UserError(
+            f"finetune.task is {name!r}; did you mean {match}? The tasks are {', '.join(TASKS)}"
+        )
     return importlib.import_module(TASKS[name]).make(config)

@@ -52,7 +52,9 @@ from jax_idgrpo.training.update import Networks, Rollout, select_rows, store, up
 SHOWN = 4  # videos kept of a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
 """Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
-CONSTANT = 10  # training steps in a row with nothing but constant groups, after which a warning is due
+CONSTANT = (
+    10  # training steps in a row with nothing but constant groups, after which a warning is due
+)
 
 LeaveIfAsked = Callable[[Callable[[], TrainState]], None]
 """Called at moments at which a run may stop, with what returns the state of the last finished step."""
@@ -79,15 +81,25 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
 
     # ---- what is trained, on what, by what -------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh, policy_devices(config))
-    sharding.check_rows(mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)")
+    sharding.check_rows(
+        mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
+    )
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
     listed = row_digests(prompts)
-    assert_same_across_hosts(config, listed, workdir=workdir / "checkpoints", adapter=Path(config.model.adapter or workdir / "none"))
+    assert_same_across_hosts(
+        config,
+        listed,
+        workdir=workdir / "checkpoints",
+        adapter=Path(config.model.adapter or workdir / "none"),
+    )
     run = build(config, mesh)
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
     check_references(run.reward, prompts)
-    run, fresh = dataclasses.replace(run, state=None), run.state        # the first update takes the arrays of the state over
+    run, fresh = (
+        dataclasses.replace(run, state=None),
+        run.state,
+    )  # the first update takes the arrays of the state over
     cache = conditioning.Cache()
 
     # ---- where it stands -------------------------------------------------------------------------------------------------
@@ -105,7 +117,9 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     # ---- train -----------------------------------------------------------------------------------------------------------
     with (
         manager,
-        MetricsWriter(workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()) as writer,
+        MetricsWriter(
+            workdir, step=done, wandb=config.run.wandb, config_json=config.to_json()
+        ) as writer,
         progress("train", last, done) as show,
         stop_on_signals() as stopping,
     ):
@@ -113,7 +127,9 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         def leave_if_asked(finished: Callable[[], TrainState]) -> None:
             if any_process(stopping() != 0):
                 keeper.keep(finished(), done)
-                raise SystemExit(stopping() or TERMINATED)      # no more is known of a signal to another process
+                raise SystemExit(
+                    stopping() or TERMINATED
+                )  # no more is known of a signal to another process
 
         while done < last:
             leave_if_asked(lambda: state)
@@ -122,15 +138,27 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             batch = prepare(run, prompts, done, cache)
             clock.append(time.monotonic())
 
-            shown = SHOWN if config.run.sample_every and ((done + 1) % config.run.sample_every == 0 or done == 0) else 0
+            shown = (
+                SHOWN
+                if config.run.sample_every
+                and ((done + 1) % config.run.sample_every == 0 or done == 0)
+                else 0
+            )
             sampled, terms, videos = roll_out(run, state, batch, shown, leave_if_asked)
             clock.append(time.monotonic())
             values = collect_all(terms)
             rewards = values.pop("reward")
             clock.append(time.monotonic())
 
-            grouped = {name: value.reshape(-1, config.rollout.group) for name, value in values.items()}
-            advantage, weight, picks = choose(config.grpo, rewards.reshape(-1, config.rollout.group), grouped, config.reward.mixture)
+            grouped = {
+                name: value.reshape(-1, config.rollout.group) for name, value in values.items()
+            }
+            advantage, weight, picks = choose(
+                config.grpo,
+                rewards.reshape(-1, config.rollout.group),
+                grouped,
+                config.reward.mixture,
+            )
             sampled = trained_part(run, sampled, advantage, weight, picks)
             state, scalars = train_on(run, state, sampled, done, leave_if_asked)
             chosen = batch.prompts
@@ -138,33 +166,48 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             clock.append(time.monotonic())
 
             seconds = np.diff(clock)
-            row = group_statistics(rewards, config.rollout.group) | {name: mean_of_numbers(value) for name, value in values.items()}
+            row = group_statistics(rewards, config.rollout.group) | {
+                name: mean_of_numbers(value) for name, value in values.items()
+            }
             row |= scalars | {"advantage_std": float(advantage.std())} | dict(run.passes)
-            row |= dict(zip(PHASES, seconds, strict=True)) | {"videos_per_hour": 3600 * config.rollout.rows / float(seconds.sum())}
+            row |= dict(zip(PHASES, seconds, strict=True)) | {
+                "videos_per_hour": 3600 * config.rollout.rows / float(seconds.sum())
+            }
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(state.ema, done + 1)
             writer.write(done, row)
             traced.end(done, row, PHASES)
             done += 1
-            show(done, {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]})
+            show(
+                done,
+                {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]},
+            )
             if videos and jax.process_index() == 0:
-                write_samples(workdir / "samples" / f"{done:06d}", np.concatenate(videos), chosen, config)
+                write_samples(
+                    workdir / "samples" / f"{done:06d}", np.concatenate(videos), chosen, config
+                )
             del videos
 
             failed = failed + 1 if row["skipped"] == 1 else 0
             constant = constant + 1 if row["zero_std_groups"] == 1 else 0
             warn_if_constant(constant, done)
-            keeper.judge(row, nothing_to_train=bool(np.isfinite(rewards).all() and not weight.any()))
+            keeper.judge(
+                row, nothing_to_train=bool(np.isfinite(rewards).all() and not weight.any())
+            )
             if failed == config.run.give_up_after:
                 raise UserError(
                     f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; {keeper.advice(failed, done)}"
                 )
             keeper.keep_if_due(state, done)
         if keeper.doubtful:
-            raise UserError(f"train: step {done}, the last, had no finite gradient, so that it is not saved; {keeper.advice(failed, done)}")
+            raise UserError(
+                f"train: step {done}, the last, had no finite gradient, so that it is not saved; {keeper.advice(failed, done)}"
+            )
 
 
-def begin_watch(run: Run, start: nnx.State, folder: Path) -> Callable[[nnx.State, int], dict[str, float]]:
+def begin_watch(
+    run: Run, start: nnx.State, folder: Path
+) -> Callable[[nnx.State, int], dict[str, float]]:
     """Score held-out prompts before training, unless an earlier part of the run did.
 
     Args:
@@ -177,7 +220,9 @@ def begin_watch(run: Run, start: nnx.State, folder: Path) -> Callable[[nnx.State
     """
     config, base = run.config, run.base
     guidance = config.evaluate.guidance or config.rollout.guidance
-    watched = dataclasses.replace(run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True))
+    watched = dataclasses.replace(
+        run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
+    )
     watch = Watch.make(config, run.pipe, folder)
     watch.begin(Model(watched, start, base))
     return lambda ema, step: watch(Model(watched, ema, base), step)
@@ -235,7 +280,9 @@ def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.
         people=jax.tree.map(lambda leaf: leaf[of_row], people),
         starts=row_keys(root, first if sampling.start_noise == "shared" else numbers),
         noise=row_keys(root, numbers),
-        again=row_keys(rng.key(seed, "forward"), first if "pairs" in config.grpo.needs else numbers),
+        again=row_keys(
+            rng.key(seed, "forward"), first if "pairs" in config.grpo.needs else numbers
+        ),
         window=rollout.Window(
             start=rollout.window_starts(sampling, seed, step)[of_row],
             size=sampling.trained_steps,
@@ -262,7 +309,11 @@ def roll_out(
     Returns:
       The rollout, the terms of each chunk's reward, which may still be computed, and the first `shown` videos on the host.
     """
-    size, whole, rows = run.config.rows_per_call, sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)
+    size, whole, rows = (
+        run.config.rows_per_call,
+        sharding.replicated(run.mesh),
+        sharding.batch_sharding(run.mesh),
+    )
     through, sampled, ahead = run.config.grpo.through_reward, None, None
     terms: list[Terms | Pending] = []
     videos: list[np.ndarray] = []
@@ -272,8 +323,12 @@ def roll_out(
             leave_if_asked(lambda: state)
         chunk = slice(number * size, (number + 1) * size)
         leaves = (batch.starts, batch.noise, batch.again, batch.window, batch.people)
-        starts, noise, again, window, people = sharding.device_put_global(jax.tree.map(lambda leaf: leaf[chunk], leaves), rows)
-        condition = sharding.device_put_global(conditioning.select(batch.conditioning, batch.of_row[chunk]), rows)
+        starts, noise, again, window, people = sharding.device_put_global(
+            jax.tree.map(lambda leaf: leaf[chunk], leaves), rows
+        )
+        condition = sharding.device_put_global(
+            conditioning.select(batch.conditioning, batch.of_row[chunk]), rows
+        )
         place = sharding.device_put_global(jnp.int32(number), whole)
         with jax.transfer_guard("disallow"):
             given = (run.policy, state.params, run.base, condition, run.negative)
@@ -281,7 +336,11 @@ def roll_out(
             frames = condition.video_frames(run.config.data.max_people)
             video = rollout.decode(run.vae, trajectory.latents, condition.video_start, frames)
             part = Rollout(
-                trajectory=trajectory, conditioning=condition, start=window.start, noise=again, people=people if through else None
+                trajectory=trajectory,
+                conditioning=condition,
+                start=window.start,
+                noise=again,
+                people=people if through else None,
             )
             sampled = store(sampled, part, place, chunks)
             del part
@@ -299,7 +358,12 @@ def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray,
     """The terms of all chunks on the host, once they are there; a chunk without some term has NaN in its place."""
     collected = [collect(term) for term in terms]
     names = dict.fromkeys(name for term in collected for name in term)
-    return {name: np.concatenate([term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]) for name in names}
+    return {
+        name: np.concatenate(
+            [term.get(name, np.full_like(term["reward"], np.nan)) for term in collected]
+        )
+        for name in names
+    }
 
 
 # ---- update --------------------------------------------------------------------------------------------------------------
@@ -314,8 +378,12 @@ def trained_part(
 ) -> Rollout:
     """Complete a rollout by what its scores decide, and reduce it to the rows `picks`; None keeps all."""
     shape, rows = sampled.start.shape, sharding.batch_sharding(run.mesh, 1)
-    advantage, weight = sharding.device_put_global((advantage.reshape(shape), weight.reshape(shape)), rows)
-    sampled = sharding.device_put_global(dataclasses.replace(sampled, advantage=advantage, weight=weight), rows)
+    advantage, weight = sharding.device_put_global(
+        (advantage.reshape(shape), weight.reshape(shape)), rows
+    )
+    sampled = sharding.device_put_global(
+        dataclasses.replace(sampled, advantage=advantage, weight=weight), rows
+    )
     if picks is None:
         return sampled
     chosen = sharding.device_put_global(picks, sharding.replicated(run.mesh))
@@ -344,13 +412,19 @@ def train_on(
         old=None if wanted.replays or wanted.on_policy else jax.tree.map(jnp.copy, state.params),
         scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
     )
-    finished = None if wanted.on_policy else sharding.device_put_global(state, sharding.in_host_memory(on_mesh))
+    finished = (
+        None
+        if wanted.on_policy
+        else sharding.device_put_global(state, sharding.in_host_memory(on_mesh))
+    )
     logged: list[dict[str, Array]] = []
     for number in range(wanted.optimizer_steps):
         if number:
             jax.block_until_ready(logged)
             leave_if_asked(lambda: sharding.device_put_global(finished, on_mesh))
-        step = sharding.device_put_global(jnp.int32(done * wanted.optimizer_steps + number), sharding.replicated(run.mesh))
+        step = sharding.device_put_global(
+            jnp.int32(done * wanted.optimizer_steps + number), sharding.replicated(run.mesh)
+        )
         with jax.transfer_guard("disallow"):
             state, scalars = update(run.rule, state, networks, sampled, run.schedule, step)
         logged.append(scalars)
@@ -382,7 +456,9 @@ def warn_if_constant(constant: int, done: int) -> None:
         )
 
 
-def write_samples(folder: Path, videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt], config: Config) -> None:
+def write_samples(
+    folder: Path, videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt], config: Config
+) -> None:
     """Write videos as mp4 at the model's frame rate, named by prompt and member."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, video in enumerate(videos):

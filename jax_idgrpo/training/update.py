@@ -85,7 +85,10 @@ def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
     """
     shards, count = sharding.batch_shards(mesh), rollout.start.shape[1]
     if shards == 1:
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows].reshape(-1, *leaf.shape[1:]), rollout)
+        return jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[rows].reshape(-1, *leaf.shape[1:]),
+            rollout,
+        )
     own = count // shards
 
     def exchange(leaf: Array, places: tuple[Array, ...]) -> Array:
@@ -104,14 +107,20 @@ def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
         return jax.lax.map(one, places)
 
     def local(tree: Rollout, rows: Array) -> Rollout:
-        place = rows.reshape(-1, shards, own).swapaxes(1, 2).reshape(-1, shards)       # [places of one device, devices]
+        place = (
+            rows.reshape(-1, shards, own).swapaxes(1, 2).reshape(-1, shards)
+        )  # [places of one device, devices]
         places = place // count, place % count // own, place % own
         return jax.tree.map(lambda leaf: exchange(leaf, places).reshape(-1, *leaf.shape[1:]), tree)
 
     bits = dataclasses.replace(rollout, noise=jax.random.key_data(rollout.noise))
     spec = PartitionSpec(None, sharding.ROWS)
-    taken = jax.shard_map(local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False)(bits, rows)
-    return dataclasses.replace(taken, noise=jax.random.wrap_key_data(taken.noise, impl=jax.random.key_impl(rollout.noise)))
+    taken = jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec, check_vma=False
+    )(bits, rows)
+    return dataclasses.replace(
+        taken, noise=jax.random.wrap_key_data(taken.noise, impl=jax.random.key_impl(rollout.noise))
+    )
 
 
 LARGE = 6
@@ -154,19 +163,35 @@ class Networks:
 
 
 def replayed_loss(
-    rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule, number: Int[Array, ""]
+    rule: UpdateRule,
+    lora: nnx.State,
+    networks: Networks,
+    chunk: Rollout,
+    schedule: Schedule,
+    number: Int[Array, ""],
 ) -> Rows:
     """The objective at step `number` of the rows' windows: policy_loss, ratio and what else is logged, per row."""
     wanted, trajectory, mask = rule.grpo, chunk.trajectory, chunk.conditioning.frame_mask
     x, x_next, v_old = (
         jax.lax.dynamic_index_in_dim(array, n, axis=1, keepdims=False)
-        for array, n in ((trajectory.x, number), (trajectory.x, number + 1), (trajectory.velocity, number))
+        for array, n in (
+            (trajectory.x, number),
+            (trajectory.x, number + 1),
+            (trajectory.velocity, number),
+        )
     )
     index = chunk.start + number
     transition = schedule.transition.at(index)
 
     def velocity(adapter: nnx.State | None) -> Array:
-        return rule.policy.velocity(adapter, networks.base, x, schedule.timestep[index], chunk.conditioning, networks.negative)
+        return rule.policy.velocity(
+            adapter,
+            networks.base,
+            x,
+            schedule.timestep[index],
+            chunk.conditioning,
+            networks.negative,
+        )
 
     v = velocity(lora)
     step = grpo.Replayed(
@@ -182,7 +207,11 @@ def replayed_loss(
     if wanted.kl > 0:
         reference = jax.lax.stop_gradient(velocity(None))
         in_std = wanted.kl_units == "std"
-        rows["kl"] = flow.divergence(transition, v, reference, mask) if in_std else grpo.matching_error(v, reference, mask)
+        rows["kl"] = (
+            flow.divergence(transition, v, reference, mask)
+            if in_std
+            else grpo.matching_error(v, reference, mask)
+        )
     return rows
 
 
@@ -211,25 +240,41 @@ def matched_loss(
     """The objective at the `number`-th of `times` noise levels of the rows' final latents: policy_loss and what else is logged."""
     wanted, mask, x0 = rule.grpo, chunk.conditioning.frame_mask, chunk.trajectory.latents
     draw = optimizer_step * wanted.times + number
-    sigma, timestep = _noise_level(wanted.levels, (number + rng.step_uniform(chunk.noise, draw)) / wanted.times, schedule)
+    sigma, timestep = _noise_level(
+        wanted.levels, (number + rng.step_uniform(chunk.noise, draw)) / wanted.times, schedule
+    )
     noise = rng.step_noise(chunk.noise, draw, x0.shape[1:])
     along = sigma[:, None, None, None, None]
     x, target = (1 - along) * x0 + along * noise, noise - x0
 
     def velocity(adapter: nnx.State | None) -> Array:
-        return rule.policy.velocity(adapter, networks.base, x, timestep, chunk.conditioning, networks.negative)
+        return rule.policy.velocity(
+            adapter, networks.base, x, timestep, chunk.conditioning, networks.negative
+        )
 
     v = velocity(lora)
     v_old = jax.lax.stop_gradient(v if networks.old is None else velocity(networks.old))
-    base = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 or "base" in wanted.needs else None
-    level = grpo.Noised(v=v, v_old=v_old, base=base, target=target, sigma=sigma, advantage=chunk.advantage, mask=mask)
+    base = (
+        jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 or "base" in wanted.needs else None
+    )
+    level = grpo.Noised(
+        v=v,
+        v_old=v_old,
+        base=base,
+        target=target,
+        sigma=sigma,
+        advantage=chunk.advantage,
+        mask=mask,
+    )
     rows = wanted.definition.function(level, wanted)
     if wanted.kl > 0:
         rows["kl"] = grpo.matching_error(v, base, mask)
     return rows
 
 
-def rewarded_loss(rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule) -> Rows:
+def rewarded_loss(
+    rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule
+) -> Rows:
     """Minus the reward of the video that the last `gradient_steps` Euler steps lead to, and the distance from the base summed over them.
 
     DRaFT-K (arXiv 2309.17400); with the distance from the base, IPRO. The backward pass computes denoising steps, the chunks of the
@@ -244,11 +289,15 @@ def rewarded_loss(rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: 
         timestep, sigma, sigma_next = step
 
         def velocity(adapter: nnx.State | None) -> Array:
-            return rule.policy.velocity(adapter, networks.base, x, timestep, conditioning, networks.negative)
+            return rule.policy.velocity(
+                adapter, networks.base, x, timestep, conditioning, networks.negative
+            )
 
         v = velocity(lora)
         reference = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 else v
-        return flow.ode_step(x, v, sigma, sigma_next), grpo.matching_error(v, reference, conditioning.frame_mask)
+        return flow.ode_step(x, v, sigma, sigma_next), grpo.matching_error(
+            v, reference, conditioning.frame_mask
+        )
 
     begin = jnp.squeeze(chunk.trajectory.x, axis=1)
     latents, away = jax.lax.scan(body, begin, (last.timestep, last.sigma[:-1], last.sigma[1:]))
@@ -270,7 +319,9 @@ def gradients(
 
     With no row left to count the mean is 0 / 0: such an update is not finite, and changes nothing.
     """
-    return _gradients(rule, lora, networks, rollout, jnp.arange(len(rollout.start)), schedule, optimizer_step)
+    return _gradients(
+        rule, lora, networks, rollout, jnp.arange(len(rollout.start)), schedule, optimizer_step
+    )
 
 
 def _gradients(
@@ -292,7 +343,9 @@ def _gradients(
         steps = rollout.start[chunks][:, None] + jnp.arange(levels)[:, None]
         scale = grpo.time_weights(schedule.transition.at(steps).weight, weight)
 
-    def loss(lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array) -> tuple[Array, Rows]:
+    def loss(
+        lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array
+    ) -> tuple[Array, Rows]:
         if wanted.replays:
             rows = replayed_loss(rule, lora, networks, chunk, schedule, number)
         elif wanted.through_reward:
@@ -304,7 +357,9 @@ def _gradients(
 
     def body(total: nnx.State, position: tuple[Array, ...]) -> tuple[nnx.State, Rows]:
         c, number, weight, scale = position
-        chunk = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c, keepdims=False), rollout)
+        chunk = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c, keepdims=False), rollout
+        )
         gradient, rows = jax.grad(loss, has_aux=True)(lora, chunk, number, weight, scale)
         return jax.tree.map(lambda sum_, leaf: sum_ + leaf / count, total, gradient), rows
 
@@ -339,11 +394,16 @@ def update(
     optimizer_step: optimizer steps done before this one; it says whose turn it is among the shares. `state.step` is the caller's.
     """
     chunks = share(optimizer_step, len(rollout.start), rule.grpo.updates)
-    gradient, rows = _gradients(rule, state.params, networks, rollout, chunks, schedule, optimizer_step)
+    gradient, rows = _gradients(
+        rule, state.params, networks, rollout, chunks, schedule, optimizer_step
+    )
     state, norms = apply_gradients(state, gradient, rule.optimizer, optimizer_step, rule.ema_decay)
     counted = rollout.weight[chunks][:, None] > 0
     ratio = rows.pop("ratio", None)
     scalars = {name: jnp.mean(value, where=counted) for name, value in rows.items()}
     if ratio is not None:
-        scalars |= {"ratio_min": jnp.min(ratio, where=counted, initial=jnp.inf), "ratio_max": jnp.max(ratio, where=counted, initial=0.0)}
+        scalars |= {
+            "ratio_min": jnp.min(ratio, where=counted, initial=jnp.inf),
+            "ratio_max": jnp.max(ratio, where=counted, initial=0.0),
+        }
     return state, {**scalars, **norms}

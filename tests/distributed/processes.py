@@ -18,7 +18,11 @@ def free_port() -> int:
 
 
 def start(
-    words: Sequence[str | Path], processes: int, devices: int, folder: Path, own: Mapping[int, Sequence[str]] | None = None
+    words: Sequence[str | Path],
+    processes: int,
+    devices: int,
+    folder: Path,
+    own: Mapping[int, Sequence[str]] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """`python words...` in `processes` processes of `devices` CPU devices each; programs are compiled once for all of them.
 
@@ -37,15 +41,28 @@ def start(
         }
         if processes > 1:
             environment |= {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number),
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(number),
             }
         command = [sys.executable, *map(str, words), *(own or {}).get(number, ())]
-        started.append(subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ))
+        started.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     return started
 
 
 def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 900) -> list[tuple[int, str]]:
     """Exit status and output of each."""
-    return [(process.returncode, printed) for process in started for printed in (process.communicate(timeout=timeout)[0],)]
+    return [
+        (process.returncode, printed)
+        for process in started
+        for printed in (process.communicate(timeout=timeout)[0],)
+    ]

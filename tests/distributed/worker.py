@@ -1,6 +1,6 @@
 """Run by test_processes.py in several processes: what crosses them, and what they must agree on. Prints one JSON line.
 
-    python -m tests.distributed.worker FACT_OF_PROCESS_0 FACT_OF_PROCESS_1
+python -m tests.distributed.worker FACT_OF_PROCESS_0 FACT_OF_PROCESS_1
 """
 
 import json
@@ -25,7 +25,9 @@ divided, numbers = sharding.device_put_global((rows, keys_of_rows), sharding.bat
 moved = sharding.device_put_global(divided, sharding.replicated(mesh))
 doubled = jax.jit(lambda x: (2 * x, jnp.sum(x)))(divided)
 try:
-    hosts.assert_facts_match({"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]})
+    hosts.assert_facts_match(
+        {"the library": "1", "the configuration": sys.argv[1 + jax.process_index()]}
+    )
     answer = ""
 except UserError as error:
     answer = str(error)
@@ -55,7 +57,9 @@ found = {
     "doubled": hosts.to_host(doubled[0]).tolist(),
     "sum": float(hosts.to_host(doubled[1])),
     "moved": hosts.to_host(moved).tolist(),
-    "noise": hosts.to_host(jax.jit(lambda keys: jax.vmap(jax.random.uniform)(keys))(numbers)).tolist(),
+    "noise": hosts.to_host(
+        jax.jit(lambda keys: jax.vmap(jax.random.uniform)(keys))(numbers)
+    ).tolist(),
     "marks": [hosts.any_process(jax.process_index() == 1), hosts.any_process(False)],
     "answer": answer,
 }

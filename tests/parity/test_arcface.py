@@ -22,12 +22,18 @@ def abstract(config):
 
 
 def parameters(config):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(nnx.merge(*abstract(config)), nnx.Param)))
+    return sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(nnx.state(nnx.merge(*abstract(config)), nnx.Param))
+    )
 
 
 def load(tensors):
     graph, state = abstract(arcface.ARCFACE_R34)
-    return nnx.merge(graph, rules.to_jax(faces.arcface(arcface.ARCFACE_R34), faces.without_counters(tensors), state))
+    return nnx.merge(
+        graph,
+        rules.to_jax(faces.arcface(arcface.ARCFACE_R34), faces.without_counters(tensors), state),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,9 @@ def test_equals_deepface_and_the_reference_arrays(deepface_model):
     import torch
 
     state = recipe(deepface_model)
-    deepface_model.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()}, strict=False)
+    deepface_model.load_state_dict(
+        {name: torch.from_numpy(value) for name, value in state.items()}, strict=False
+    )
     network = load(deepface_model.state_dict())
     golden = np.load(GOLDEN)
     images = golden["images"].astype(np.float32) / 255

@@ -39,14 +39,22 @@ class Parts:
 @pytest.fixture(scope="module")
 def theirs():
     sizes = dict(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1)
-    statistics = dict(latents_mean=np.linspace(-1, 1, 16).tolist(), latents_std=np.linspace(0.5, 2, 16).tolist())
+    statistics = dict(
+        latents_mean=np.linspace(-1, 1, 16).tolist(), latents_std=np.linspace(0.5, 2, 16).tolist()
+    )
     vae = torch_models.vae(**sizes, **statistics)
 
     class Transformer:
         class config:  # noqa: N801
             patch_size = (1, 2, 2)
 
-    pipe = WanVACEPipeline(tokenizer=None, text_encoder=None, vae=vae, scheduler=UniPCMultistepScheduler(), transformer=None)
+    pipe = WanVACEPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(),
+        transformer=None,
+    )
     pipe.transformer = Transformer
     return pipe
 
@@ -67,7 +75,9 @@ def smooth(size, seed):
 
 def their_control(pipe, images):
     with torch.no_grad():
-        video, mask, references = pipe.preprocess_conditions(None, None, images, 1, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu")
+        video, mask, references = pipe.preprocess_conditions(
+            None, None, images, 1, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu"
+        )
         latents = pipe.prepare_video_latents(video, mask, references, None, "cpu")
         masks = pipe.prepare_masks(mask, references)
     canvases = np.stack([image.permute(1, 2, 0).numpy() for image in references[0]])
@@ -85,11 +95,20 @@ def test_canvas_and_control_equal_diffusers(theirs, ours, tmp_path, people, firs
     for image, canvas in zip(images, canvases, strict=True):
         np.testing.assert_allclose(conditioning.canvas(image, HEIGHT, WIDTH), canvas, atol=5e-6)
 
-    config = Config(data=DataConfig(max_people=3, text_length=4), video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH))
-    got = np.asarray(conditioning.encode(ours, [Prompt(0, "", tuple(paths))], config, conditioning.Cache()).control[0])
+    config = Config(
+        data=DataConfig(max_people=3, text_length=4),
+        video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH),
+    )
+    got = np.asarray(
+        conditioning.encode(
+            ours, [Prompt(0, "", tuple(paths))], config, conditioning.Cache()
+        ).control[0]
+    )
     frames = people + 3
     assert want.shape == got[:frames].shape
     assert np.linalg.norm(got[:frames] - want) <= 1e-6 * np.linalg.norm(want)
     assert not got[frames:].any()
     if people > 1:  # the order matters, so a wrong one would be seen
-        assert np.linalg.norm(got[:people][::-1] - want[:people]) > 0.05 * np.linalg.norm(want[:people])
+        assert np.linalg.norm(got[:people][::-1] - want[:people]) > 0.05 * np.linalg.norm(
+            want[:people]
+        )

@@ -19,7 +19,11 @@ from tests.test_convert_layouts import TEXT_FILE, VAE_FILE, WAN, original, recas
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 1e-5  # the limit asked for is 1e-4
-CLASSES = {"transformer": WanVACETransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
+CLASSES = {
+    "transformer": WanVACETransformer3DModel,
+    "vae": AutoencoderKLWan,
+    "text_encoder": UMT5EncoderModel,
+}
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -43,7 +47,10 @@ def velocity(model, given: dict[str, np.ndarray]) -> np.ndarray:
 
 def same_bits(ours, theirs: torch.Tensor) -> bool:
     bytes_of = theirs.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return tuple(theirs.shape) == ours.shape and np.ascontiguousarray(np.asarray(ours)).tobytes() == bytes_of
+    return (
+        tuple(theirs.shape) == ours.shape
+        and np.ascontiguousarray(np.asarray(ours)).tobytes() == bytes_of
+    )
 
 
 # ---- .pth ------------------------------------------------------------------------------------------------------------
@@ -54,9 +61,20 @@ def test_files_of_torch_save_are_read_whatever_their_strides(tmp_path, legacy):
     """Every dtype, views into a shared storage, transposed and expanded tensors, parameters, the metadata of a state dict."""
     torch.manual_seed(0)
     base = torch.randn(6, 8)
-    values = collections.OrderedDict((str(dtype), (torch.randn(3, 5) * 9).to(dtype)) for dtype in DTYPES)
-    values |= {"rows": base[2:4], "column": base[:, 3], "transposed": base.T, "expanded": base[:1].expand(4, 8)}
-    values |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "parameter": torch.nn.Parameter(base[0])}
+    values = collections.OrderedDict(
+        (str(dtype), (torch.randn(3, 5) * 9).to(dtype)) for dtype in DTYPES
+    )
+    values |= {
+        "rows": base[2:4],
+        "column": base[:, 3],
+        "transposed": base.T,
+        "expanded": base[:1].expand(4, 8),
+    }
+    values |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(base[0]),
+    }
     values._metadata = {"": {"version": 1}}
     torch.save(values, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
     tensors, _ = store.open_file(tmp_path / "x.pth")
@@ -77,10 +95,15 @@ def test_torch_loads_our_pth_files_weights_only(tmp_path, how):
     assert run("export", tmp_path / "store", tmp_path / "out", "--format", "original") == 0
     for name in (VAE_FILE, TEXT_FILE):
         for options in ({}, {"mmap": True}):
-            loaded = torch.load(tmp_path / "out" / name, weights_only=True, map_location="cpu", **options)
+            loaded = torch.load(
+                tmp_path / "out" / name, weights_only=True, map_location="cpu", **options
+            )
             before, _ = store.open_file(source / name)
             assert set(loaded) == set(before)
-            assert all(same_bits(before[key], value) and value.is_contiguous() for key, value in loaded.items())
+            assert all(
+                same_bits(before[key], value) and value.is_contiguous()
+                for key, value in loaded.items()
+            )
 
 
 # ---- diffusers and transformers --------------------------------------------------------------------------------------
@@ -94,8 +117,12 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
     writing.write_diffusers(found, tmp_path / "out", "card", shard=300_000)
     assert len(list((tmp_path / "out" / "vae").glob("*.safetensors"))) > 1
     for part, model_class in CLASSES.items():
-        loaded, info = model_class.from_pretrained(tmp_path / "out" / part, output_loading_info=True, torch_dtype=torch.float32)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        loaded, info = model_class.from_pretrained(
+            tmp_path / "out" / part, output_loading_info=True, torch_dtype=torch.float32
+        )
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        ), info
         state = loaded.state_dict()
         for name, value in network.published(found.networks[part], rules_of(found, part)).items():
             assert np.array_equal(state[name].numpy(), np.asarray(value).astype(np.float32)), name
@@ -103,7 +130,12 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
     assert pipe.scheduler.config.flow_shift == 3.0 and pipe.tokenizer("a man smiles").input_ids
     if how == "float32":
         given = arrays()
-        assert relative_error(velocity(pipe.transformer.eval(), given), given["velocity_without_adapter"]) < BOUND
+        assert (
+            relative_error(
+                velocity(pipe.transformer.eval(), given), given["velocity_without_adapter"]
+            )
+            < BOUND
+        )
 
 
 def rules_of(found: checkpoint.Checkpoint, part: str) -> list[rules.Rule]:
@@ -118,10 +150,15 @@ def test_phantom_becomes_a_plain_wan_pipeline_of_diffusers(tmp_path):
     assert pipe.scheduler.config.flow_shift == 5.0
     given = dict(np.load(GOLDEN / "wan_original_tiny.npz"))
     got = pipe.transformer.eval()(
-        hidden_states=channels_first(given["latents"]), timestep=torch.tensor(given["timesteps"]),
-        encoder_hidden_states=torch.tensor(given["text"]), return_dict=False,
+        hidden_states=channels_first(given["latents"]),
+        timestep=torch.tensor(given["timesteps"]),
+        encoder_hidden_states=torch.tensor(given["text"]),
+        return_dict=False,
     )[0]
-    assert relative_error(channels_last(got), given["velocity"].reshape(channels_last(got).shape)) < BOUND
+    assert (
+        relative_error(channels_last(got), given["velocity"].reshape(channels_last(got).shape))
+        < BOUND
+    )
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -134,15 +171,26 @@ def test_every_form_of_an_adapter_gives_the_golden_velocity(tmp_path):
     assert relative_error(want, plain) > 0.05
     for form in ("peft", "diffusers-lora"):
         assert run("export", ADAPTER, tmp_path / form, "--format", form) == 0
-    assert run("export", ADAPTER, tmp_path / "merged", "--format", "merged", "--base", PIPELINE) == 0
+    assert (
+        run("export", ADAPTER, tmp_path / "merged", "--format", "merged", "--base", PIPELINE) == 0
+    )
 
     base = WanVACETransformer3DModel.from_pretrained(PIPELINE / "transformer").eval()
-    assert relative_error(velocity(PeftModel.from_pretrained(base, tmp_path / "peft").eval(), given), want) < BOUND
+    assert (
+        relative_error(
+            velocity(PeftModel.from_pretrained(base, tmp_path / "peft").eval(), given), want
+        )
+        < BOUND
+    )
     pipe = WanVACEPipeline.from_pretrained(PIPELINE)
     pipe.load_lora_weights(tmp_path / "diffusers-lora")
     assert relative_error(velocity(pipe.transformer.eval(), given), want) < BOUND
-    loaded, info = WanVACETransformer3DModel.from_pretrained(tmp_path / "merged" / "transformer", output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    loaded, info = WanVACETransformer3DModel.from_pretrained(
+        tmp_path / "merged" / "transformer", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     assert relative_error(velocity(loaded.eval(), given), want) < BOUND
 
 
@@ -150,14 +198,24 @@ def test_merging_into_bfloat16_is_what_peft_merges_in_float32(tmp_path):
     base = shutil.copytree(PIPELINE, tmp_path / "base")
     recast(base, "bfloat16")
     assert run("export", ADAPTER, tmp_path / "merged", "--format", "merged", "--base", base) == 0
-    model = WanVACETransformer3DModel.from_pretrained(base / "transformer", torch_dtype=torch.float32)
+    model = WanVACETransformer3DModel.from_pretrained(
+        base / "transformer", torch_dtype=torch.float32
+    )
     peft = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().state_dict()
     ours = store.open_tensors(tmp_path / "merged" / "transformer")
-    adapted = {name.removeprefix(lora.PEFT_PREFIX).rpartition(".lora_")[0] + ".weight" for name in store.open_tensors(ADAPTER)}
+    adapted = {
+        name.removeprefix(lora.PEFT_PREFIX).rpartition(".lora_")[0] + ".weight"
+        for name in store.open_tensors(ADAPTER)
+    }
     assert adapted <= set(ours) and len(adapted) == 2 * 8 + 4 * 8 == 8 * (4 + 2)
     for name, value in peft.items():
-        got, want = np.asarray(ours[name]).astype(np.float32), value.to(torch.bfloat16).float().numpy()
-        close = np.abs(got - want) <= np.abs(want) * 2.0**-7  # one step of bfloat16 where the float32 sums round apart
+        got, want = (
+            np.asarray(ours[name]).astype(np.float32),
+            value.to(torch.bfloat16).float().numpy(),
+        )
+        close = (
+            np.abs(got - want) <= np.abs(want) * 2.0**-7
+        )  # one step of bfloat16 where the float32 sums round apart
         assert close.all() and np.mean(got == want) > 0.999, name
 
 

@@ -74,7 +74,13 @@ def folder(originals, tmp_path_factory):
     place = tmp_path_factory.mktemp("faces")
     torch.save(originals["detector"].state_dict(), place / "retinaface.pth")
     torch.save(originals["embedder"].state_dict(), place / "facenet512_weights.pth")
-    words = ["faces", str(place / "made"), "--detector", str(place / "retinaface.pth"), "--embedder"]
+    words = [
+        "faces",
+        str(place / "made"),
+        "--detector",
+        str(place / "retinaface.pth"),
+        "--embedder",
+    ]
     assert run([*words, str(place / "facenet512_weights.pth")]) == 0
     with pytest.raises(UserError, match=r"--embedder .*RetinaFace-R50; give an embedder"):
         run(["faces", str(place / "other"), *words[2:], str(place / "retinaface.pth")])
@@ -86,7 +92,11 @@ def folder(originals, tmp_path_factory):
 def maps(folder):
     network, _ = load_network(folder / "detector")
     golden = np.load(GOLDEN.parent / "faces_retinaface.npz")
-    return network, golden, nnx.jit(lambda m, x: m(x))(network, jnp.asarray(golden["images"], jnp.float32))
+    return (
+        network,
+        golden,
+        nnx.jit(lambda m, x: m(x))(network, jnp.asarray(golden["images"], jnp.float32)),
+    )
 
 
 def test_retinaface_equals_the_original(maps, originals):
@@ -94,7 +104,11 @@ def test_retinaface_equals_the_original(maps, originals):
     with torch.no_grad():
         theirs = originals["detector"](torch.from_numpy(golden["images"].astype(np.float32)))
     flat = [leaf for level in ours for leaf in level]
-    names = [f"{kind}_stride{stride}" for stride in (32, 16, 8) for kind in ("probability", "box", "landmark")]
+    names = [
+        f"{kind}_stride{stride}"
+        for stride in (32, 16, 8)
+        for kind in ("probability", "box", "landmark")
+    ]
     for name, leaf, other in zip(names, flat, theirs, strict=True):
         assert relative(leaf, other.numpy()) < TOLERANCE, name
         assert relative(leaf, golden[name]) < TOLERANCE, name
@@ -108,23 +122,35 @@ def test_detections_equal_the_original(maps):
     for picture in range(2):
         count = int(found.mask[picture].sum())
         assert count == len(golden[f"detections{picture}_score"])
-        np.testing.assert_allclose(found.scores[picture, :count], golden[f"detections{picture}_score"], atol=1e-5)
+        np.testing.assert_allclose(
+            found.scores[picture, :count], golden[f"detections{picture}_score"], atol=1e-5
+        )
         boxes = np.asarray(found.boxes[picture, :count])
         below = golden[f"detections{picture}_box"]
         assert np.all((boxes >= below - 1e-3) & (boxes < below + 1 + 1e-3))
-        np.testing.assert_allclose(found.landmarks[picture, :count], golden[f"detections{picture}_landmarks"], atol=2e-2)
+        np.testing.assert_allclose(
+            found.landmarks[picture, :count], golden[f"detections{picture}_landmarks"], atol=2e-2
+        )
 
 
 @pytest.mark.parametrize(("height", "width"), [(240, 416), (1080, 1920), (832, 480), (100, 1000)])
 def test_pictures_grow_as_in_the_original(height, width):
     from retinaface.commons.preprocess import resize_image
 
-    picture = cv2.GaussianBlur(np.random.default_rng(0).uniform(0, 255, (height, width, 3)).astype(np.float32), (0, 0), 1.0)
+    picture = cv2.GaussianBlur(
+        np.random.default_rng(0).uniform(0, 255, (height, width, 3)).astype(np.float32), (0, 0), 1.0
+    )
     theirs, scale = resize_image(picture, [1024, 1980], True)
     ours = retinaface.resize_scale(height, width, retinaface.RetinaFaceConfig())
     assert ours == pytest.approx(scale)
     assert theirs.shape[:2] == (round(height * ours), round(width * ours))
-    assert np.abs(np.asarray(retinaface.resized(jnp.asarray(picture)[None], theirs.shape[:2], ours)[0]) - theirs).max() < 0.05
+    assert (
+        np.abs(
+            np.asarray(retinaface.resized(jnp.asarray(picture)[None], theirs.shape[:2], ours)[0])
+            - theirs
+        ).max()
+        < 0.05
+    )
 
 
 def test_facenet_equals_the_original(folder, originals):
@@ -143,7 +169,9 @@ def test_facenet_equals_the_original(folder, originals):
 def test_the_folder_is_a_stack(folder):
     """Shapes of detect, align, embed; nothing is computed."""
     stack = load_stack(folder, "embedder")
-    seen = nnx.eval_shape(lambda m, x: m(x), stack, jax.ShapeDtypeStruct((1, 2, 60, 90, 3), jnp.float32))
+    seen = nnx.eval_shape(
+        lambda m, x: m(x), stack, jax.ShapeDtypeStruct((1, 2, 60, 90, 3), jnp.float32)
+    )
     assert seen.embeddings.shape == (1, 2, 8, 512)
     assert seen.landmarks.shape == (1, 2, 8, 5, 2)
 
@@ -151,7 +179,16 @@ def test_the_folder_is_a_stack(folder):
 def test_another_file_is_refused(tmp_path):
     store.write_file(tmp_path / "other.safetensors", {"a.weight": np.ones(3, np.float32)})
     with pytest.raises(UserError, match="holds none of the face networks"):
-        run(["faces", str(tmp_path / "out"), *(f"--{part}={tmp_path / 'other.safetensors'}" for part in ("detector", "embedder"))])
+        run(
+            [
+                "faces",
+                str(tmp_path / "out"),
+                *(
+                    f"--{part}={tmp_path / 'other.safetensors'}"
+                    for part in ("detector", "embedder")
+                ),
+            ]
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +204,9 @@ class InsightUnit(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         if stride == 2:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, 2, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x):
         out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
@@ -177,14 +216,24 @@ class InsightUnit(nn.Module):
 class InsightFace(nn.Module):
     def __init__(self, units, widths, stem, size, grid):
         super().__init__()
-        self.conv1, self.bn1, self.prelu = nn.Conv2d(3, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem)
+        self.conv1, self.bn1, self.prelu = (
+            nn.Conv2d(3, stem, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(stem),
+            nn.PReLU(stem),
+        )
         self.layers = []
         for number, (count, width) in enumerate(zip(units, widths, strict=True)):
-            layer = nn.Sequential(*(InsightUnit(width if k else stem, width, 1 if k else 2) for k in range(count)))
+            layer = nn.Sequential(
+                *(InsightUnit(width if k else stem, width, 1 if k else 2) for k in range(count))
+            )
             setattr(self, f"layer{number + 1}", layer)
             self.layers.append(f"layer{number + 1}")
             stem = width
-        self.bn2, self.fc, self.features = nn.BatchNorm2d(stem), nn.Linear(stem * grid**2, size), nn.BatchNorm1d(size)
+        self.bn2, self.fc, self.features = (
+            nn.BatchNorm2d(stem),
+            nn.Linear(stem * grid**2, size),
+            nn.BatchNorm1d(size),
+        )
 
     def forward(self, x):
         x = self.prelu(self.bn1(self.conv1(x)))
@@ -209,7 +258,9 @@ class CurricularUnit(nn.Module):
         if inputs == width:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
         else:
-            self.shortcut_layer = nn.Sequential(nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            self.shortcut_layer = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
 
     def forward(self, x):
         return self.res_layer(x) + self.shortcut_layer(x)
@@ -218,24 +269,37 @@ class CurricularUnit(nn.Module):
 class CurricularFace(nn.Module):
     def __init__(self, units, widths, stem, size, grid):
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(3, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem))
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.PReLU(stem)
+        )
         body = []
         for count, width in zip(units, widths, strict=True):
-            body += [CurricularUnit(width if k else stem, width, 1 if k else 2) for k in range(count)]
+            body += [
+                CurricularUnit(width if k else stem, width, 1 if k else 2) for k in range(count)
+            ]
             stem = width
         self.body = nn.Sequential(*body)
         self.output_layer = nn.Sequential(
-            nn.BatchNorm2d(stem), nn.Dropout(0.4), nn.Flatten(), nn.Linear(stem * grid**2, size), nn.BatchNorm1d(size, affine=False)
+            nn.BatchNorm2d(stem),
+            nn.Dropout(0.4),
+            nn.Flatten(),
+            nn.Linear(stem * grid**2, size),
+            nn.BatchNorm1d(size, affine=False),
         )
 
     def forward(self, x):
         return self.output_layer(self.body(self.input_layer(x)))
 
 
-@pytest.mark.parametrize(("published", "original"), [(arcface.IRESNET_100, InsightFace), (arcface.IR_101, CurricularFace)])
+@pytest.mark.parametrize(
+    ("published", "original"),
+    [(arcface.IRESNET_100, InsightFace), (arcface.IR_101, CurricularFace)],
+)
 def test_the_residual_family_equals_its_originals(published, original):
     """Structure and table at small widths; the input is stretched as the network wants it."""
-    config = dataclasses.replace(published, units=(2, 3), widths=(8, 12), stem=8, input_size=28, embedding_size=10)
+    config = dataclasses.replace(
+        published, units=(2, 3), widths=(8, 12), stem=8, input_size=28, embedding_size=10
+    )
     model = random_state(original(config.units, config.widths, 8, 10, config.grid), 7)
     state = faces.without_counters(model.state_dict())
     if original is InsightFace:
@@ -251,7 +315,11 @@ def test_the_residual_family_equals_its_originals(published, original):
 
 @pytest.mark.parametrize(
     ("config", "original", "count"),
-    [(arcface.IRESNET_50, InsightFace, 475), (arcface.IRESNET_100, InsightFace, 925), (arcface.IR_101, CurricularFace, 917)],
+    [
+        (arcface.IRESNET_50, InsightFace, 475),
+        (arcface.IRESNET_100, InsightFace, 925),
+        (arcface.IR_101, CurricularFace, 917),
+    ],
 )
 def test_published_files_are_recognised(config, original, count):
     """The names of a whole file, in full size and without memory, are those of its network and of no other."""
@@ -271,7 +339,13 @@ def straight_crop(picture, points, size):
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1)
     places = (grid - template.mean(0)) @ np.linalg.inv(matrix).T + points.mean(0)
     rows_and_columns = places[..., ::-1].transpose(2, 0, 1)
-    return np.stack([map_coordinates(picture[..., c], rows_and_columns, order=1, mode="grid-constant") for c in range(3)], -1)
+    return np.stack(
+        [
+            map_coordinates(picture[..., c], rows_and_columns, order=1, mode="grid-constant")
+            for c in range(3)
+        ],
+        -1,
+    )
 
 
 def give_landmarks_of_faces(original, ours):
@@ -279,7 +353,10 @@ def give_landmarks_of_faces(original, ours):
     shape = np.tile((np.array(faces.ARCFACE_TEMPLATE) - 56).ravel() / 80, 2).astype(np.float32)
     original = copy.deepcopy(original)
     for stride in retinaface.STRIDES:
-        theirs, mine = (getattr(network, f"face_rpn_stride{stride}").landmark_pred for network in (original, ours))
+        theirs, mine = (
+            getattr(network, f"face_rpn_stride{stride}").landmark_pred
+            for network in (original, ours)
+        )
         with torch.no_grad():
             theirs.weight.mul_(0.02)
             theirs.bias.copy_(torch.from_numpy(shape))
@@ -294,7 +371,9 @@ def chain_equals(folder, originals, picture, monkeypatch, sides, threshold):
     from retinaface.commons import preprocess
 
     resize = preprocess.resize_image
-    monkeypatch.setattr(preprocess, "resize_image", lambda image, _, enlarge: resize(image, list(sides), enlarge))
+    monkeypatch.setattr(
+        preprocess, "resize_image", lambda image, _, enlarge: resize(image, list(sides), enlarge)
+    )
     stack = load_stack(folder, "embedder")
     detector = give_landmarks_of_faces(originals["detector"], stack.detector)
     with torch.no_grad():
@@ -302,21 +381,29 @@ def chain_equals(folder, originals, picture, monkeypatch, sides, threshold):
     theirs = np.array([[face["landmarks"][name] for name in LANDMARKS] for face in found])
 
     stack.threshold = threshold
-    stack.detector.config = dataclasses.replace(stack.detector.config, short_side=sides[0], long_side=sides[1])
+    stack.detector.config = dataclasses.replace(
+        stack.detector.config, short_side=sides[0], long_side=sides[1]
+    )
     ours = nnx.jit(lambda m, x: m(x))(stack, jnp.asarray(picture / 127.5 - 1)[None, None])
     count = int(ours.mask.sum())
     assert count == len(found)
-    np.testing.assert_allclose(ours.scores[0, 0, :count], [face["score"] for face in found], atol=1e-4)
+    np.testing.assert_allclose(
+        ours.scores[0, 0, :count], [face["score"] for face in found], atol=1e-4
+    )
     boxes = np.asarray(ours.boxes[0, 0, :count])
-    below = np.array([face["facial_area"] for face in found])       # cut to whole pixels
+    below = np.array([face["facial_area"] for face in found])  # cut to whole pixels
     assert np.all((boxes > below - 0.01) & (boxes < below + 1.01))
     np.testing.assert_allclose(ours.landmarks[0, 0, :count], theirs, atol=2e-2)
 
     crops = np.stack([straight_crop(picture, points.astype(np.float64), 160) for points in theirs])
-    mine = align(jnp.asarray(picture / 127.5 - 1)[None], ours.landmarks[0, :, :count], stack.template, 160)[0]
+    mine = align(
+        jnp.asarray(picture / 127.5 - 1)[None], ours.landmarks[0, :, :count], stack.template, 160
+    )[0]
     assert np.abs((np.asarray(mine) + 1) * 127.5 - crops).max() < 1.0
     with torch.no_grad():
-        wanted = originals["embedder"](channels_first((crops[..., ::-1] / 255).astype(np.float32))).numpy()
+        wanted = originals["embedder"](
+            channels_first((crops[..., ::-1] / 255).astype(np.float32))
+        ).numpy()
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     assert np.min(np.sum(wanted * np.asarray(ours.embeddings[0, 0, :count]), 1)) > 0.9999
     return count

@@ -38,7 +38,11 @@ def velocity(model, latents, timesteps, text, control) -> jax.Array:
 
 
 def ours(model: WanTransformer, arrays) -> np.ndarray:
-    return np.asarray(velocity(model, *(jnp.asarray(arrays[k]) for k in ("latents", "timesteps", "text", "control"))))
+    return np.asarray(
+        velocity(
+            model, *(jnp.asarray(arrays[k]) for k in ("latents", "timesteps", "text", "control"))
+        )
+    )
 
 
 def theirs(model, arrays) -> np.ndarray:
@@ -58,7 +62,10 @@ def adapted(base: WanTransformer, rank: int, alpha: float) -> WanTransformer:
     rng = np.random.default_rng(7)
     nnx.update(
         model,
-        jax.tree.map(lambda a: jnp.asarray(rng.normal(scale=0.3, size=a.shape), a.dtype), nnx.state(model, LoRAParam)),
+        jax.tree.map(
+            lambda a: jnp.asarray(rng.normal(scale=0.3, size=a.shape), a.dtype),
+            nnx.state(model, LoRAParam),
+        ),
     )
     return model
 
@@ -106,10 +113,18 @@ def test_our_folder_loads_strictly_in_diffusers_and_transformers(tmp_path, array
     pipe.transformer = adapted(pipe.transformer, 2, 2.0)  # which the folder must not hold
     pipeline.save_pipeline(pipe, tmp_path / "ours")
 
-    classes = {"transformer": WanVACETransformer3DModel, "vae": AutoencoderKLWan, "text_encoder": UMT5EncoderModel}
+    classes = {
+        "transformer": WanVACETransformer3DModel,
+        "vae": AutoencoderKLWan,
+        "text_encoder": UMT5EncoderModel,
+    }
     for part, model_class in classes.items():
-        loaded, info = model_class.from_pretrained(tmp_path / "ours" / part, output_loading_info=True)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        loaded, info = model_class.from_pretrained(
+            tmp_path / "ours" / part, output_loading_info=True
+        )
+        assert not any(
+            info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        ), info
         for name, value in sources[part].state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
     whole = WanVACEPipeline.from_pretrained(tmp_path / "ours")

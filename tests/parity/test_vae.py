@@ -18,7 +18,10 @@ from tests.parity import torch_models
 
 BOUND = 1e-5
 COMPILER = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
-SIZES = {"two blocks": dict(num_res_blocks=2), "one block": dict(num_res_blocks=1, dim_mult=[1, 2, 3, 5])}
+SIZES = {
+    "two blocks": dict(num_res_blocks=2),
+    "one block": dict(num_res_blocks=1, dim_mult=[1, 2, 3, 5]),
+}
 
 
 def abstract(config):
@@ -36,19 +39,29 @@ def pair(name):
 
 @cache
 def program(graph, method):
-    return jax.jit(lambda state, x: getattr(nnx.merge(graph, state), method)(x), compiler_options=COMPILER)
+    return jax.jit(
+        lambda state, x: getattr(nnx.merge(graph, state), method)(x), compiler_options=COMPILER
+    )
 
 
 def moving_video(frames, rows=2):
     """[B,F,32,48,3] in [-1, 1]: a pattern that travels, and noise, so that no two frames are alike."""
     rng = np.random.default_rng(frames)
-    x, y, t = np.arange(48) / 48, np.arange(32)[:, None] / 32, np.arange(frames)[:, None, None, None]
+    x, y, t = (
+        np.arange(48) / 48,
+        np.arange(32)[:, None] / 32,
+        np.arange(frames)[:, None, None, None],
+    )
     phase = 2 * np.pi * rng.uniform(size=(rows, 1, 1, 1, 3))
     pattern = np.sin(6 * (x + y)[..., None] - 0.7 * t + phase)
-    return np.clip(0.7 * pattern + 0.3 * rng.normal(size=(rows, frames, 32, 48, 3)), -1, 1).astype(np.float32)
+    return np.clip(0.7 * pattern + 0.3 * rng.normal(size=(rows, frames, 32, 48, 3)), -1, 1).astype(
+        np.float32
+    )
 
 
-@pytest.mark.parametrize("name, frames", [("two blocks", 1), ("two blocks", 17), ("one block", 5), ("one block", 9)])
+@pytest.mark.parametrize(
+    "name, frames", [("two blocks", 1), ("two blocks", 17), ("one block", 5), ("one block", 9)]
+)
 def test_posterior_equals_diffusers(name, frames):
     theirs, graph, state = pair(name)
     video = moving_video(frames)
@@ -59,7 +72,9 @@ def test_posterior_equals_diffusers(name, frames):
     assert torch_models.relative_error(logvar, torch_models.channels_last(want.logvar)) < BOUND
 
 
-@pytest.mark.parametrize("name, latents", [("two blocks", 1), ("two blocks", 5), ("one block", 2), ("one block", 3)])
+@pytest.mark.parametrize(
+    "name, latents", [("two blocks", 1), ("two blocks", 5), ("one block", 2), ("one block", 3)]
+)
 def test_decode_equals_diffusers_frame_by_frame(name, latents):
     theirs, graph, state = pair(name)
     mean, std = np.asarray(theirs.config.latents_mean), np.asarray(theirs.config.latents_std)
@@ -69,7 +84,9 @@ def test_decode_equals_diffusers_frame_by_frame(name, latents):
     want = torch_models.channels_last(want)
     assert got.shape == want.shape == (2, 4 * latents - 3, 32, 48, 3)
     assert float(jnp.max(jnp.abs(got))) <= 1.0
-    assert all(torch_models.relative_error(got[:, f], want[:, f]) < BOUND for f in range(got.shape[1]))
+    assert all(
+        torch_models.relative_error(got[:, f], want[:, f]) < BOUND for f in range(got.shape[1])
+    )
 
 
 def test_a_swapped_pair_of_weights_is_seen():
@@ -89,9 +106,13 @@ def test_export_is_the_file_that_was_read(name):
     theirs, graph, state = pair(name)
     config = nnx.merge(graph, state).config
     exported = to_torch(table.rules(config), state)
-    assert all(np.array_equal(exported[key], value) for key, value in torch_models.tensors(theirs).items())
+    assert all(
+        np.array_equal(exported[key], value) for key, value in torch_models.tensors(theirs).items()
+    )
     again = AutoencoderKLWan.from_config(table.config_to_json(config))
-    again.load_state_dict({key: torch.from_numpy(value.copy()) for key, value in exported.items()}, strict=True)
+    again.load_state_dict(
+        {key: torch.from_numpy(value.copy()) for key, value in exported.items()}, strict=True
+    )
 
 
 def test_published_size_has_diffusers_tensors():

@@ -23,13 +23,18 @@ MISTAKE = 1e-2  # what any wrong input must at least change
 
 def load(config: WanConfig, tensors, layout="diffusers") -> WanTransformer:
     """Our model with torch weights, through the real table."""
-    model = nnx.eval_shape(lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
+    )
     graph, abstract = nnx.split(model)
     return nnx.merge(graph, rules.to_jax(table.rules(config, layout), tensors, abstract))
 
 
 def converted(torch_model) -> WanTransformer:
-    return load(table.config_from_json(json.loads(torch_model.to_json_string())), torch_models.tensors(torch_model))
+    return load(
+        table.config_from_json(json.loads(torch_model.to_json_string())),
+        torch_models.tensors(torch_model),
+    )
 
 
 def inputs():
@@ -43,7 +48,10 @@ def inputs():
 
 
 def torch_velocity(model, latents, timesteps, text, control=None, scale=None):
-    arguments = {"timestep": torch.from_numpy(timesteps), "encoder_hidden_states": torch.from_numpy(text)}
+    arguments = {
+        "timestep": torch.from_numpy(timesteps),
+        "encoder_hidden_states": torch.from_numpy(text),
+    }
     if control is not None:
         arguments["control_hidden_states"] = channels_first(control)
         arguments["control_hidden_states_scale"] = torch.from_numpy(scale)
@@ -68,7 +76,8 @@ def test_wan_equals_diffusers():
 
 
 @pytest.mark.parametrize(
-    ("vace_layers", "num_layers", "eps"), [((0, 2), 4, 1e-6), ((0, 5), 6, 1e-2), ((0, 2, 4), 5, 1e-6)]
+    ("vace_layers", "num_layers", "eps"),
+    [((0, 2), 4, 1e-6), ((0, 5), 6, 1e-2), ((0, 2, 4), 5, 1e-6)],
 )
 def test_vace_equals_diffusers(vace_layers, num_layers, eps):
     """Even and uneven groups; the large epsilon shows a norm that forgot its own."""
@@ -79,7 +88,11 @@ def test_vace_equals_diffusers(vace_layers, num_layers, eps):
     ours = jax.jit(converted(model))
     assert relative_error(ours(*arrays, scale), want) < BOUND
     *others, control = arrays
-    for wrong in ((control, 0 * scale), (control, scale[::-1].copy()), (control[:, ::-1].copy(), scale)):
+    for wrong in (
+        (control, 0 * scale),
+        (control, scale[::-1].copy()),
+        (control[:, ::-1].copy(), scale),
+    ):
         assert relative_error(ours(*others, *wrong), want) > MISTAKE
 
 
@@ -117,5 +130,7 @@ def test_original_vace_golden():
     model = jax.jit(load(config, load_file(folder / "diffusion_pytorch_model.safetensors")))
     arrays = np.load(GOLDEN / "vace_original_tiny.npz")
     for scale, want in zip(arrays["control_scales"], arrays["velocity"], strict=True):
-        got = model(*(arrays[name] for name in ("latents", "timesteps", "text", "control")), float(scale))
+        got = model(
+            *(arrays[name] for name in ("latents", "timesteps", "text", "control")), float(scale)
+        )
         assert relative_error(got, want) < GOLDEN_BOUND

@@ -51,7 +51,9 @@ def wan(seed: int = 0, **changes) -> WanTransformer3DModel:
     return randomise(WanTransformer3DModel(**(WAN | changes)), seed)
 
 
-def vace(vace_layers: tuple[int, ...] = (0, 2), seed: int = 0, **changes) -> WanVACETransformer3DModel:
+def vace(
+    vace_layers: tuple[int, ...] = (0, 2), seed: int = 0, **changes
+) -> WanVACETransformer3DModel:
     sizes = WAN | {"vace_layers": list(vace_layers), "vace_in_channels": 96} | changes
     return randomise(WanVACETransformer3DModel(**sizes), seed)
 
@@ -61,8 +63,18 @@ def vae(seed: int = 0, **changes) -> AutoencoderKLWan:
 
 
 def umt5(seed: int = 0, **changes) -> UMT5EncoderModel:
-    sizes = {"d_model": 32, "d_kv": 12, "num_heads": 4, "d_ff": 48, "num_layers": 3, "vocab_size": 97}
-    return randomise(UMT5EncoderModel(UMT5Config(**(sizes | {"feed_forward_proj": "gated-gelu"} | changes))), seed)
+    sizes = {
+        "d_model": 32,
+        "d_kv": 12,
+        "num_heads": 4,
+        "d_ff": 48,
+        "num_layers": 3,
+        "vocab_size": 97,
+    }
+    return randomise(
+        UMT5EncoderModel(UMT5Config(**(sizes | {"feed_forward_proj": "gated-gelu"} | changes))),
+        seed,
+    )
 
 
 def tensors(model: torch.nn.Module) -> dict[str, np.ndarray]:

@@ -34,7 +34,13 @@ def get_config():
         run=c.RunConfig(steps={steps}, save_every=2, sample_every=5),
     )
 """
-TIMING = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update", "videos_per_hour")
+TIMING = (
+    "seconds_prepare",
+    "seconds_rollout",
+    "seconds_reward",
+    "seconds_update",
+    "videos_per_hour",
+)
 
 
 class Runs:
@@ -53,8 +59,23 @@ class Runs:
         }
 
     def start(self, name: str, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jax_idgrpo", "train", str(self.config), "--workdir", str(self.folder / name), *words]
-        return subprocess.Popen(command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "jax_idgrpo",
+            "train",
+            str(self.config),
+            "--workdir",
+            str(self.folder / name),
+            *words,
+        ]
+        return subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def finish(self, name: str, *words: str) -> str:
         """Run to the end; -> what it printed."""
@@ -64,7 +85,10 @@ class Runs:
         return printed
 
     def rows(self, name: str) -> list[dict[str, float]]:
-        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
         return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
     def wait_for(self, name: str, steps: int, process: subprocess.Popen[str]) -> None:
@@ -76,7 +100,10 @@ class Runs:
 
     def assert_equal(self, name: str, other: str) -> None:
         """Adapter and metrics of two runs, bit for bit."""
-        left, right = (load_file(self.folder / run / "export" / "adapter_model.safetensors") for run in (name, other))
+        left, right = (
+            load_file(self.folder / run / "export" / "adapter_model.safetensors")
+            for run in (name, other)
+        )
         assert left.keys() == right.keys()
         for tensor, value in left.items():
             np.testing.assert_array_equal(right[tensor], value, err_msg=tensor)
@@ -98,7 +125,9 @@ def test_twenty_kills_change_nothing(tmp_path):
     while kills < 20:
         process = runs.start("killed")
         before = time.monotonic()
-        while time.monotonic() - before < 1.0:      # the interpreter alone takes this long: a kill there disturbs nothing
+        while (
+            time.monotonic() - before < 1.0
+        ):  # the interpreter alone takes this long: a kill there disturbs nothing
             time.sleep(0.01)
         try:
             process.wait(draw.uniform(0, 16))
@@ -122,7 +151,9 @@ def test_sigterm_leaves_a_checkpoint_and_changes_nothing(short):
     printed = process.communicate()[0]
     assert process.returncode == 128 + signal.SIGTERM, printed
     logged = len(short.rows("terminated"))
-    assert str(logged) in {path.name for path in (short.folder / "terminated" / "checkpoints").iterdir()}
+    assert str(logged) in {
+        path.name for path in (short.folder / "terminated" / "checkpoints").iterdir()
+    }
     short.finish("terminated")
     short.assert_equal("straight", "terminated")
 
@@ -131,7 +162,9 @@ def test_sigterm_leaves_a_checkpoint_and_changes_nothing(short):
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(short):
     short.finish("damaged", "--run.steps", "4")
     newest = short.folder / "damaged" / "checkpoints" / "4"
-    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     printed = short.finish("damaged")
     assert "is damaged" in printed and "trying the one before" in printed
@@ -160,7 +193,9 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_loses_nothing(short)
     """A file system of less than a megabyte, where this machine allows one to be mounted."""
     small = short.folder / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("no file system can be mounted here")
     try:
@@ -168,7 +203,9 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_loses_nothing(short)
         printed = process.communicate()[0]
         assert process.returncode == 2 and "Traceback" not in printed, printed
         assert "disk" in printed or "space" in printed
-        shutil.copytree(small / "run", short.folder / "moved")      # what the user does: find room, and go on
+        shutil.copytree(
+            small / "run", short.folder / "moved"
+        )  # what the user does: find room, and go on
     finally:
         subprocess.run(["umount", str(small)], check=True)
     short.finish("moved")

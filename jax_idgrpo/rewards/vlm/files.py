@@ -32,7 +32,12 @@ from jax_idgrpo.models.qwen_vl import QwenConfig, QwenReward
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.pipeline import read_tokenizer
 
-MODEL_CONFIG, CONFIG, TOKENIZER, PROMPT = "model_config.json", "config.json", "tokenizer_config.json", "prompt.txt"
+MODEL_CONFIG, CONFIG, TOKENIZER, PROMPT = (
+    "model_config.json",
+    "config.json",
+    "tokenizer_config.json",
+    "prompt.txt",
+)
 ADAPTER, TRAINED, WHOLE = "adapter_model.safetensors", "non_lora_state_dict.pth", "model.pth"
 EMBEDDING = "model.embed_tokens.weight"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -66,7 +71,11 @@ class Settings:
     @property
     def tokens(self) -> tuple[str, ...]:
         """The tokens that the scores are read at, one for each dimension; none unless the pooling is special."""
-        return tuple(f"<|{name}_reward|>" for name in self.dimensions) if self.pooling == "special" else ()
+        return (
+            tuple(f"<|{name}_reward|>" for name in self.dimensions)
+            if self.pooling == "special"
+            else ()
+        )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: Path) -> "Settings":
@@ -76,8 +85,14 @@ class Settings:
           UserError: an entry is missing or cannot be used.
         """
         try:
-            data, model, peft = values["data_config"], values["model_config"], values["peft_lora_config"]
-            names = tuple([data["eval_dim"]] if isinstance(data["eval_dim"], str) else data["eval_dim"])
+            data, model, peft = (
+                values["data_config"],
+                values["model_config"],
+                values["peft_lora_config"],
+            )
+            names = tuple(
+                [data["eval_dim"]] if isinstance(data["eval_dim"], str) else data["eval_dim"]
+            )
             pooling = "special" if model["use_special_tokens"] else model["reward_token"]
             normal = values.get("inference_config") or {}
             found = cls(
@@ -94,23 +109,41 @@ class Settings:
                 rank=int(peft["lora_r"]) if peft["lora_enable"] else 0,
                 alpha=float(peft["lora_alpha"]) if peft["lora_enable"] else 0.0,
             )
-            outputs, other = int(model["output_dim"]), bool(peft["use_rslora"] or peft["vision_lora"])
+            outputs, other = (
+                int(model["output_dim"]),
+                bool(peft["use_rslora"] or peft["vision_lora"]),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{source}: does not describe a reward ({type(error).__name__}: {error}); get the file again") from None
+            raise UserError(
+                f"{source}: does not describe a reward ({type(error).__name__}: {error}); get the file again"
+            ) from None
         if pooling not in POOLINGS:
-            raise UserError(f"{source}: reward_token is {pooling!r}; {', '.join(POOLINGS)} are supported")
+            raise UserError(
+                f"{source}: reward_token is {pooling!r}; {', '.join(POOLINGS)} are supported"
+            )
         if outputs != len(names):
-            raise UserError(f"{source}: output_dim is {outputs}, but eval_dim names {len(names)} scores ({', '.join(names)})")
+            raise UserError(
+                f"{source}: output_dim is {outputs}, but eval_dim names {len(names)} scores ({', '.join(names)})"
+            )
         if other:
-            raise UserError(f"{source}: use_rslora or vision_lora is true; only plain LoRA on the language model is supported")
+            raise UserError(
+                f"{source}: use_rslora or vision_lora is true; only plain LoRA on the language model is supported"
+            )
         if min(found.deviation) <= 0:
-            raise UserError(f"{source}: a standard deviation of inference_config is not positive; get the file again")
+            raise UserError(
+                f"{source}: a standard deviation of inference_config is not positive; get the file again"
+            )
         return found
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` and the published code read."""
-        normal = {f"{name}_mean": value for name, value in zip(self.dimensions, self.mean, strict=True)}
-        normal |= {f"{name}_std": value for name, value in zip(self.dimensions, self.deviation, strict=True)}
+        normal = {
+            f"{name}_mean": value for name, value in zip(self.dimensions, self.mean, strict=True)
+        }
+        normal |= {
+            f"{name}_std": value
+            for name, value in zip(self.dimensions, self.deviation, strict=True)
+        }
         plain = set(self.mean) == {0.0} and set(self.deviation) == {1.0}
         return {
             "data_config": {
@@ -192,7 +225,9 @@ def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
     tokenizer = read_tokenizer(folder)
     known = tokenizer.get_vocab()
     if missing := [token for token in VISION_TOKENS if token not in known]:
-        raise UserError(f"{folder}: the tokenizer does not know {missing[0]}; use that of a Qwen2.5-VL model")
+        raise UserError(
+            f"{folder}: the tokenizer does not know {missing[0]}; use that of a Qwen2.5-VL model"
+        )
     tokenizer.add_tokens([token for token in tokens if token not in known], special_tokens=True)
     return tokenizer
 
@@ -203,9 +238,15 @@ def newest(folder: Path) -> Path:
     Raises:
       UserError: there is none.
     """
-    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    found = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
     if not found:
-        raise UserError(f"{folder}: holds no checkpoint-N folder; unpack the whole archive of the reward")
+        raise UserError(
+            f"{folder}: holds no checkpoint-N folder; unpack the whole archive of the reward"
+        )
     return found[max(found)]
 
 
@@ -218,14 +259,22 @@ def _named(path: Path) -> dict[str, Any]:
 
 def _base(base: Path | None, settings: Settings, reason: str) -> Path:
     if base is None:
-        raise UserError(f"{reason} needs the files of {settings.base}: get that model's folder and name it in reward.vlm_base")
+        raise UserError(
+            f"{reason} needs the files of {settings.base}: get that model's folder and name it in reward.vlm_base"
+        )
     if not base.is_dir():
-        raise UserError(f"reward.vlm_base {base}: no such folder; get the folder of {settings.base}")
+        raise UserError(
+            f"reward.vlm_base {base}: no such folder; get the folder of {settings.base}"
+        )
     return base
 
 
 def load(
-    folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", merge: bool = True, mesh: Any = None
+    folder: str | Path,
+    base: str | Path | None = None,
+    dtype: str = "bfloat16",
+    merge: bool = True,
+    mesh: Any = None,
 ) -> RewardModel:
     """Read a reward folder.
 
@@ -237,24 +286,36 @@ def load(
     """
     folder, base = Path(folder), Path(base) if base else None
     if not folder.is_dir():
-        raise UserError(f"reward.vlm {folder}: no such folder; pass the unpacked reward, which holds {MODEL_CONFIG}")
+        raise UserError(
+            f"reward.vlm {folder}: no such folder; pass the unpacked reward, which holds {MODEL_CONFIG}"
+        )
     described = store.read_json(folder / MODEL_CONFIG)
     settings = Settings.from_json(described, folder / MODEL_CONFIG)
     checkpoint = newest(folder)
     if (checkpoint / WHOLE).is_file():
         tensors = _named(checkpoint / WHOLE)
     else:
-        tensors = _named(_base(base, settings, str(checkpoint / ADAPTER))) | _named(checkpoint / TRAINED)
+        tensors = _named(_base(base, settings, str(checkpoint / ADAPTER))) | _named(
+            checkpoint / TRAINED
+        )
         if settings.rank or (checkpoint / ADAPTER).is_file():
             tensors |= _named(checkpoint / ADAPTER)
-    holder = folder if (folder / TOKENIZER).is_file() else _base(base, settings, f"{folder}, which has no tokenizer,")
+    holder = (
+        folder
+        if (folder / TOKENIZER).is_file()
+        else _base(base, settings, f"{folder}, which has no tokenizer,")
+    )
     tokenizer = load_tokenizer(holder, settings.tokens)
-    sizes = store.read_json((folder if (folder / CONFIG).is_file() else _base(base, settings, str(folder))) / CONFIG)
+    sizes = store.read_json(
+        (folder if (folder / CONFIG).is_file() else _base(base, settings, str(folder))) / CONFIG
+    )
     network = _fill(sizes, settings, tensors, tokenizer, dtype, merge, mesh, str(checkpoint))
     return RewardModel(network, tokenizer, settings, described, sizes)
 
 
-def describe(folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", mesh: Any = None) -> RewardModel:
+def describe(
+    folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", mesh: Any = None
+) -> RewardModel:
     """Describe a reward folder for a plan: the network that `load` makes, of shapes, without tokenizer and without reading a tensor.
 
     Where the configuration files are not on this machine, the published sizes are described, with a warning.
@@ -276,14 +337,33 @@ def describe(folder: str | Path, base: str | Path | None = None, dtype: str = "b
     sizes = table.config_to_json(QwenConfig()) if source is None else store.read_json(source)
     if source is None or not stated.is_file():
         lacking = MODEL_CONFIG if source else CONFIG
-        warnings.warn(f"reward.vlm {folder}: has no {lacking} on this machine; planned with the published one", stacklevel=2)
-    config = _config(sizes, settings, sizes.get("text_config", sizes)["vocab_size"], True, source or stated)
-    network = nnx.eval_shape(lambda: QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+        warnings.warn(
+            f"reward.vlm {folder}: has no {lacking} on this machine; planned with the published one",
+            stacklevel=2,
+        )
+    config = _config(
+        sizes, settings, sizes.get("text_config", sizes)["vocab_size"], True, source or stated
+    )
+    network = nnx.eval_shape(
+        lambda: QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
+    )
     graph, state = nnx.split(network)
-    return RewardModel(nnx.merge(graph, state if mesh is None else _placed(state, mesh)), None, settings, described, sizes)
+    return RewardModel(
+        nnx.merge(graph, state if mesh is None else _placed(state, mesh)),
+        None,
+        settings,
+        described,
+        sizes,
+    )
 
 
-def start(base: str | Path, settings: Settings, key: Key[Array, ""], dtype: str = "bfloat16", mesh: Any = None) -> RewardModel:
+def start(
+    base: str | Path,
+    settings: Settings,
+    key: Key[Array, ""],
+    dtype: str = "bfloat16",
+    mesh: Any = None,
+) -> RewardModel:
     """A reward before its training: the model of the folder `base`, a fresh adapter, and a random head.
 
     The embedding table is cut to the tokens that the tokenizer knows, the reward tokens last.
@@ -300,7 +380,9 @@ def start(base: str | Path, settings: Settings, key: Key[Array, ""], dtype: str 
     config = _config(sizes, settings, len(tokenizer), False, base / CONFIG)
 
     @jax.jit
-    def fresh() -> tuple[nnx.State, nnx.State]:     # the rest of the network, which nobody asks for here, is not computed
+    def fresh() -> tuple[
+        nnx.State, nnx.State
+    ]:  # the rest of the network, which nobody asks for here, is not computed
         drawn = QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(key))
         return nnx.state(drawn.rm_head), nnx.state(drawn, LoRAParam)
 
@@ -310,27 +392,43 @@ def start(base: str | Path, settings: Settings, key: Key[Array, ""], dtype: str 
         tensors |= rules.to_torch(table.lora_rules("model."), adapter)
     described = settings.to_json()
     network = _fill(sizes, settings, tensors, tokenizer, dtype, False, mesh, str(base))
-    return RewardModel(network, tokenizer, settings, described, sizes | {"vocab_size": len(tokenizer)})
+    return RewardModel(
+        network, tokenizer, settings, described, sizes | {"vocab_size": len(tokenizer)}
+    )
 
 
-def _config(sizes: Mapping[str, Any], settings: Settings, vocabulary: int, merge: bool, source: Path) -> Any:
+def _config(
+    sizes: Mapping[str, Any], settings: Settings, vocabulary: int, merge: bool, source: Path
+) -> Any:
     try:
         config = table.config_from_json(dict(sizes))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: does not describe a Qwen2.5-VL ({type(error).__name__}: {error}); get the file again") from None
+        raise UserError(
+            f"{source}: does not describe a Qwen2.5-VL ({type(error).__name__}: {error}); get the file again"
+        ) from None
     rank, alpha = (0, 0.0) if merge else (settings.rank, settings.alpha)
-    return dataclasses.replace(config, vocabulary=vocabulary, outputs=len(settings.dimensions), rank=rank, alpha=alpha)
+    count = len(settings.dimensions)
+    return dataclasses.replace(config, vocabulary=vocabulary, outputs=count, rank=rank, alpha=alpha)
 
 
 def _fill(
-    sizes: Mapping[str, Any], settings: Settings, tensors: dict[str, Any], tokenizer: Any, dtype: str, merge: bool, mesh: Any, source: str
+    sizes: Mapping[str, Any],
+    settings: Settings,
+    tensors: dict[str, Any],
+    tokenizer: Any,
+    dtype: str,
+    merge: bool,
+    mesh: Any,
+    source: str,
 ) -> QwenReward:
-    """The network of the tensors, after a look at whether table and tokenizer are of one another."""
+    """Build the network of the tensors and check that the tokenizer fits the embedding table."""
     if EMBEDDING not in tensors:
         raise UserError(f"{source}: the tensors do not fit the network; 1 missing: {EMBEDDING}")
     vocabulary = int(tensors[EMBEDDING].shape[0])
     ids = [tokenizer.convert_tokens_to_ids(token) for token in settings.tokens]
-    if settings.tokens and (len(tokenizer) != vocabulary or ids != list(range(vocabulary - len(ids), vocabulary))):
+    if settings.tokens and (
+        len(tokenizer) != vocabulary or ids != list(range(vocabulary - len(ids), vocabulary))
+    ):
         raise UserError(
             f"{source}: the embedding table has {vocabulary} rows, {', '.join(settings.tokens)} last, but the tokenizer knows "
             f"{len(tokenizer)} tokens with {', '.join(settings.tokens)} at {', '.join(map(str, ids))}; use the tokenizer of {settings.base}"
@@ -340,7 +438,8 @@ def _fill(
         tensors = merged(tensors, settings.alpha / settings.rank)
     adapter = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     rest = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-    network = nnx.eval_shape(lambda: QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)))
+    dtypes = Dtypes.named(dtype)
+    network = nnx.eval_shape(lambda: QwenReward(config, dtypes=dtypes, rngs=nnx.Rngs(0)))
     graph, lora, weights = nnx.split(network, LoRAParam, ...)
     if mesh is not None:
         lora, weights = (_placed(state, mesh) for state in (lora, weights))
@@ -348,14 +447,20 @@ def _fill(
     if config.rank:
         filled.append(rules.to_jax(table.lora_rules("model."), adapter, lora, source))
     elif adapter:
-        raise UserError(f"{source}: holds the adapter tensor {next(iter(adapter))}, but {MODEL_CONFIG} says lora_enable false")
+        raise UserError(
+            f"{source}: holds the adapter tensor {next(iter(adapter))}, but {MODEL_CONFIG} says lora_enable false"
+        )
     return nnx.merge(graph, *filled)
 
 
 def _placed(state: nnx.State, mesh: Any) -> nnx.State:
     """Shapes with the sharding of the table."""
     shardings = sharding.state_shardings(mesh, state)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        shardings,
+    )
 
 
 def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
@@ -384,14 +489,27 @@ def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = ""
     config = model.network.config
     _, lora, rest = nnx.split(model.network, LoRAParam, ...)
     weights = _narrowed(rules.to_torch(table.rules(config), rest), model.settings.dtype)
-    described = {**model.described, "peft_lora_config": {**model.described["peft_lora_config"], "lora_enable": config.rank > 0}}
+    described = {
+        **model.described,
+        "peft_lora_config": {**model.described["peft_lora_config"], "lora_enable": config.rank > 0},
+    }
     with store.atomic_path(folder, MODEL_CONFIG) as new:
         checkpoint = new / f"checkpoint-{number}"
         checkpoint.mkdir(parents=True)
         if config.rank:
-            trained = {name: tensor for name, tensor in weights.items() if not name.startswith(("model.layers.", "model.norm."))}
-            store.write_file(checkpoint / TRAINED, {table.PEFT_PREFIX + name: tensor for name, tensor in trained.items()})
-            store.write_file(checkpoint / ADAPTER, _narrowed(rules.to_torch(table.lora_rules(), lora), model.settings.dtype))
+            trained = {
+                name: tensor
+                for name, tensor in weights.items()
+                if not name.startswith(("model.layers.", "model.norm."))
+            }
+            store.write_file(
+                checkpoint / TRAINED,
+                {table.PEFT_PREFIX + name: tensor for name, tensor in trained.items()},
+            )
+            store.write_file(
+                checkpoint / ADAPTER,
+                _narrowed(rules.to_torch(table.lora_rules(), lora), model.settings.dtype),
+            )
         else:
             store.write_file(checkpoint / WHOLE, weights | {table.TIED: weights[EMBEDDING]})
         model.tokenizer.save_pretrained(new)
@@ -407,6 +525,10 @@ def _narrowed(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.nda
 
     def one(tensor: np.ndarray) -> np.ndarray:
         narrow = tensor.astype(wanted)
-        return narrow if np.array_equal(narrow.astype(np.float32), tensor.astype(np.float32)) else tensor.astype(np.float32)
+        return (
+            narrow
+            if np.array_equal(narrow.astype(np.float32), tensor.astype(np.float32))
+            else tensor.astype(np.float32)
+        )
 
     return {name: one(tensor) for name, tensor in tensors.items()}

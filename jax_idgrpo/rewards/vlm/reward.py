@@ -32,21 +32,35 @@ from jax_idgrpo.sampling import conditioning
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
     """The value of every dimension: at special tokens the n-th output at the n-th token; normalised."""
-    values = jnp.diagonal(scores, axis1=1, axis2=2) if settings.pooling == "special" else scores[:, 0]
+    values = (
+        jnp.diagonal(scores, axis1=1, axis2=2) if settings.pooling == "special" else scores[:, 0]
+    )
     return (values - jnp.asarray(settings.mean)) / jnp.asarray(settings.deviation)
 
 
 def _score(
-    graph: nnx.GraphDef, settings: Settings, fps: float, state: nnx.State, videos: Array, asked: Asked
+    graph: nnx.GraphDef,
+    settings: Settings,
+    fps: float,
+    state: nnx.State,
+    videos: Array,
+    asked: Asked,
 ) -> Terms:
     network = nnx.merge(graph, state)
     videos = videos.astype(jnp.float32)
     chosen = inputs.frame_indices(videos.shape[1], settings.frames, settings.fps, fps)
     frames = inputs.frames_of(videos, chosen, network.config.vision, settings.pixels)
-    values = dimension_scores(network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings)
+    values = dimension_scores(
+        network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings
+    )
     named = {name: values[:, n] for n, name in enumerate(settings.dimensions)}
     motion = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), axis=(1, 2, 3, 4))
-    terms = {"reward": jnp.sum(values, axis=1), **named, "motion": motion, "faces_asked": asked.people()}
+    terms = {
+        "reward": jnp.sum(values, axis=1),
+        **named,
+        "motion": motion,
+        "faces_asked": asked.people(),
+    }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 
@@ -81,7 +95,10 @@ class VlmReward:
         self._cache = conditioning.Cache()
 
     def encode_references(
-        self, references: References, prompts: Sequence[str], video: tuple[int, int, int] | None = None
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
     ) -> Asked:
         """What the rows ask, on the host, for videos of `video` frames, height and width.
 
@@ -97,7 +114,12 @@ class VlmReward:
         for row, shown, text in zip(references.photos, photos, prompts, strict=True):
             name = (text, tuple(photo.key for photo in row), grid, seconds)
             questions.append(
-                self._kept(name, lambda: inputs.question(shown, text, grid, seconds, self.prompting, self.vision))  # noqa: B023
+                self._kept(
+                    name,
+                    lambda: inputs.question(
+                        shown, text, grid, seconds, self.prompting, self.vision
+                    ),
+                )  # noqa: B023
             )
         return inputs.ask(photos, questions, self.vision)
 
@@ -108,7 +130,11 @@ class VlmReward:
             try:
                 return inputs.picture(photo.open(), self.vision, self.settings.pixels)
             except UserError as error:
-                raise UserError(f"{photo.name}: {error}" if photo.name and not str(error).startswith("image") else str(error)) from None
+                raise UserError(
+                    f"{photo.name}: {error}"
+                    if photo.name and not str(error).startswith("image")
+                    else str(error)
+                ) from None
 
         return self._kept(photo.key, read)
 
@@ -146,9 +172,13 @@ class VlmReward:
         rows = np.shape(videos)[0]
         step = self.rows or rows
         parts = [
-            self._placed(jax.tree.map(lambda leaf: leaf[first : first + step], (videos, encoded))) for first in range(0, rows, step)
+            self._placed(jax.tree.map(lambda leaf: leaf[first : first + step], (videos, encoded)))
+            for first in range(0, rows, step)
         ]
-        found = [{name: value[:count] for name, value in self._apply(self.state, *part).items()} for count, part in parts]
+        found = [
+            {name: value[:count] for name, value in self._apply(self.state, *part).items()}
+            for count, part in parts
+        ]
         return {name: jnp.concatenate([terms[name] for terms in found]) for name in found[0]}
 
     def _placed(self, tree: Any) -> tuple[int, Any]:
@@ -162,7 +192,9 @@ class VlmReward:
         return count, sharding.device_put_global(tree, sharding.batch_sharding(self.mesh))
 
 
-def load_vlm(config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None) -> VlmReward:
+def load_vlm(
+    config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None
+) -> VlmReward:
     """The reward of the folder `config.vlm`. video: frames, height and width to prepare for. mesh: where it lies and runs.
 
     Raises:
