@@ -153,8 +153,8 @@ def finetune(config: Config, workdir: Path) -> None:
             # At most one step is in flight, so that batches do not accumulate on the device.
             jax.block_until_ready(pending[-2:][0])
 
-            # A checkpoint ends a row of metrics, so that a resumed run averages the same steps as an
-            # uninterrupted one.
+            # A checkpoint ends a row of metrics, so that a resumed run averages the same steps as
+            # an uninterrupted one.
             closing = done % config.finetune.log_every == 0 or saving or stop
             if closing:
                 rows = to_host(pending)

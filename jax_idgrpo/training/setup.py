@@ -165,7 +165,7 @@ def score_latents(
 
 
 Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
-"""Inputs of a velocity besides its latents: policy, adapter, base, conditioning, negative prompt."""
+"""Inputs of a velocity besides latents: policy, adapter, base, conditioning, negative prompt."""
 
 
 def sample(

@@ -58,7 +58,7 @@ reward: scoring that remains after all videos are sampled. update: selection and
 CONSTANT = 10  # consecutive steps with only constant groups, after which a warning is printed
 
 LeaveIfAsked = Callable[[Callable[[], TrainState]], None]
-"""Called wherever a run may stop, with a function that returns the state of the last finished step."""
+"""Called wherever a run may stop, with a function that returns the last finished state."""
 
 
 @exclusive

@@ -8,8 +8,8 @@ The update is one program. `config.objectives.OBJECTIVES` assigns each objective
     reward   recomputes the last denoising steps, decodes and scores the video, and differentiates
              through all of it.
 
-The devices store a rollout only once. Chunks are written in place as they are sampled (`store`), and
-an update reads its share in place. If only some rows are trained, only those are moved
+The devices store a rollout only once. Chunks are written in place as they are sampled (`store`),
+and an update reads its share in place. If only some rows are trained, only those are moved
 (`select_rows`).
 """
 
@@ -39,7 +39,7 @@ Rows = dict[str, Float[Array, "R"]]
 
 @flax.struct.dataclass
 class Rollout:
-    """Data of an update: C chunks of R rows, each sampled by one program call. Leaves are [C,R,...].
+    """Data of an update: C chunks of R rows, one program call each. Leaves are [C,R,...].
 
     Attributes:
       trajectory: sampled latents and velocities.
