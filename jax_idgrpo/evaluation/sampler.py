@@ -1,6 +1,7 @@
 """Sample the videos of an evaluation deterministically.
 
-The noise is a function of (seed, prompt, member). Every model starts a video from the same noise, so differences between models are paired.
+The noise is a pure function of (seed, prompt, member). Every model starts a video from the same
+noise, so differences between models are paired.
 """
 
 import dataclasses
@@ -64,7 +65,7 @@ class Sampler:
     """Makes videos from prompts.
 
     Attributes:
-      config: the configuration, with the video size of the evaluation.
+      config: configuration with the video size to sample.
       pipe: networks of the video model.
       batch: rows per program call: `evaluate.batch`, rounded up to a multiple of the mesh.
       schedule: noise schedule.
