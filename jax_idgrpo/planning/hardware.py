@@ -47,7 +47,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Figures of a GPU that its compiler needs in addition to those of `Chip`. Sizes are in bytes."""
+    """Figures of a GPU that the compiler needs in addition to those of `Chip`. Sizes are in bytes."""
 
     device: str  # JAX's device kind
     capability: str
@@ -96,8 +96,8 @@ def _target(gpu: Gpu) -> str:
 def devices(topology: str) -> list[jax.Device]:
     """Return the devices of a topology.
 
-    Examples are "v5p:4x4x4" for TPUs, "h200:8" for 8 GPUs, "h200:4x8" for 4 hosts of 8 GPUs, "cpu:8"
-    for virtual CPU devices, and "gpu" for the GPUs of this machine.
+    Examples are "v5p:4x4x4" for TPUs, "h200:8" for 8 GPUs, "h200:4x8" for 4 hosts of 8 GPUs,
+    "cpu:8" for 8 virtual CPU devices, and "gpu" for the GPUs of this machine.
 
     Raises:
       UserError: the topology is unknown, or its compiler or devices are not available.

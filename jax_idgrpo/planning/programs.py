@@ -1,4 +1,4 @@
-"""Describe the programs of a training step and of the evaluation, with the shapes of their arguments.
+"""Describe the programs of a training step and of the evaluation by the shapes of their arguments.
 
 The shapes of networks and state come from `training.setup.build`, which also sets up real runs.
 """
