@@ -47,7 +47,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Figures of a GPU that the compiler needs in addition to those of `Chip`. Sizes are in bytes."""
+    """Figures of a GPU that its compiler needs in addition to `Chip`. Sizes are in bytes."""
 
     device: str  # JAX's device kind
     capability: str

@@ -78,7 +78,10 @@ class Keeper:
             self._export(state, self.kept)
 
     def advice(self, failed: int, done: int) -> str:
-        """Return advice, as the end of a message, if the last `failed` of `done` steps failed."""
+        """Return the end of an error message: advice after `failed` steps without finite update.
+
+        `done` is the number of all training steps done.
+        """
         again = "start again in another --workdir with a lower --optimizer.learning_rate"
         if 0 < self.kept < done - failed:
             again += f", from this run's adapter of step {self.kept} with --model.adapter {self.export} or without"

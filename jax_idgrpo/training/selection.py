@@ -15,7 +15,7 @@ from jax_idgrpo.errors import UserError, closest
 
 
 def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
-    """Number the videos of each prompt.
+    """Number the videos of each prompt, P prompts with `group` videos each.
 
     If a prompt occurs twice in a step, numbering continues, so that no two videos have the same
     noise.

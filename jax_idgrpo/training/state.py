@@ -1,4 +1,4 @@
-"""Training state (the content of a checkpoint), optimizer, and moving average."""
+"""Define the training state (the content of a checkpoint), optimizer and moving average."""
 
 import dataclasses
 from typing import Any
