@@ -1,1 +1,1 @@
-"""Scores of videos, comparisons of adapters, and the report of a run."""
+"""Sample and score videos, compare adapters, and report on a run."""

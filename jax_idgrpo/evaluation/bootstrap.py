@@ -1,8 +1,10 @@
-"""Base against adapters on the same prompts and noise: bootstrap intervals, paired differences, and the table that is printed.
+"""Compare adapters with the base: bootstrap intervals, paired differences, and printed tables.
 
-Videos of one prompt are not independent, so prompts are resampled, not videos (a cluster bootstrap): with s_k the sum and n_k the number
-of a prompt's values, one resample of prompts k gives sum(s_k) / sum(n_k), and the interval lies between the 2.5th and 97.5th percentile.
-Source: Davison and Hinkley, Bootstrap Methods and their Application, section 2.4 and 3.8.
+All models use the same prompts and noise. Videos of one prompt are not independent, so prompts are
+resampled instead of videos (cluster bootstrap). With s_k the sum and n_k the number of the values
+of prompt k, one resample of prompts has the mean sum(s_k) / sum(n_k). The interval is between the
+2.5th and the 97.5th percentile of these means. See Davison and Hinkley, Bootstrap Methods and their
+Application, sections 2.4 and 3.8.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from jaxtyping import Float, Int
 
 from jax_idgrpo import rng
 
-# Metrics of the table: name of a video's value -> label.
+# Metrics of the table: metric -> label.
 LABELS = {
     "reward": "training reward",
     "judge_identity": "judge identity",
@@ -30,7 +32,7 @@ LABELS = {
     "duplicated": "duplicated (less)",
     "blended": "blended (less)",
 }
-LESS = ("swapped", "duplicated", "blended")  # metrics of which less is better
+LESS = ("swapped", "duplicated", "blended")  # metrics for which lower is better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Interval:
     high: float
 
     def text(self, sign: bool = False) -> str:
-        """`0.123 [0.100, 0.150]`, with a sign for differences."""
+        """Format as `0.123 [0.100, 0.150]`; `sign` adds a plus sign for differences."""
         form = "{:+.3f}" if sign else "{:.3f}"
         return f"{form.format(self.mean)} [{form.format(self.low)}, {form.format(self.high)}]"
 
@@ -57,7 +59,14 @@ Intervals = dict[str, dict[str, Interval]]
 def bootstrap(
     values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
 ) -> Interval:
-    """Mean of `values` and its 95 % interval, resampling clusters (prompts) with replacement. Work: resamples x clusters."""
+    """Compute a mean and its 95 % interval by resampling clusters (prompts) with replacement.
+
+    Args:
+      values: one value per video.
+      clusters: prompt of each video.
+      seed: seed of the resampling.
+      resamples: number of resamples.
+    """
     _, index = np.unique(clusters, return_inverse=True)
     count = int(index.max()) + 1
     sums, sizes = np.bincount(index, values), np.bincount(index).astype(float)
@@ -70,14 +79,17 @@ def bootstrap(
 def summarise(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
 ) -> tuple[Intervals, Intervals]:
-    """Means of every model, and paired differences of every adapter from "base".
+    """Compute means of every model, and paired differences of every adapter from "base".
 
     Args:
-      scores: model -> metric -> one value per video; row n of every model has the same prompt and noise.
-      clusters: the prompt of each row.
+      scores: model -> metric -> one value per video. Video n of every model has the same prompt and
+        noise.
+      clusters: prompt of each video.
+      seed: seed of the resampling.
+      resamples: number of resamples.
 
     Returns:
-      The means of every model; the means of adapter minus base.
+      The means of every model, and the means of adapter minus base.
     """
     means = {
         model: {
@@ -98,20 +110,32 @@ def summarise(
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two models on the same videos: by how much the first is better, and in which share of them (equal videos count half)."""
+    """Comparison of two models on the same prompts and noise.
+
+    Attributes:
+      difference: first model minus second model.
+      wins: share of videos for which the first model is better; ties count one half.
+    """
 
     difference: Interval
     wins: Interval
 
 
 Pairs = dict[tuple[str, str], dict[str, Pair]]
-"""(model, another before it) -> metric -> how the first compares."""
+"""(model, earlier model) -> metric -> comparison of the first with the second."""
 
 
 def pairs(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
 ) -> Pairs:
-    """Every model against every one before it; rows are paired as in `summarise`."""
+    """Compare every model with every earlier model.
+
+    Args:
+      scores: model -> metric -> one value per video, paired as in `summarise`.
+      clusters: prompt of each video.
+      seed: seed of the resampling.
+      resamples: number of resamples.
+    """
 
     def compare(name: str, left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
         better = np.sign(right - left if name in LESS else left - right)
@@ -130,17 +154,23 @@ def pairs(
 
 
 def relative(change: Interval, base: Interval) -> float:
-    """The change as a share of the base; 0 when the base is 0."""
+    """Return the change relative to the base, or 0 if the base is 0."""
     return change.mean / abs(base.mean) if base.mean else 0.0
 
 
 def labels(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The labels of those metrics that were measured."""
+    """Return the labels of the given metrics, in the order of the table."""
     return {name: label for name, label in LABELS.items() if name in metrics}
 
 
 def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, Any]:
-    """What `metrics.json` keeps of a comparison: labels, models, differences with their share of the base, and every two models."""
+    """Convert a comparison to the content of `metrics.json`.
+
+    Args:
+      means: means of every model.
+      changes: paired differences of every adapter from the base.
+      compared: comparisons of every two models.
+    """
     return {
         "labels": labels(means["base"]),
         "less": LESS,
@@ -169,7 +199,7 @@ def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str,
 def per_video(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]
 ) -> list[dict[str, Any]]:
-    """One entry per video: its prompt, and every model's values."""
+    """List the prompt and every model's values of each video."""
     return [
         {"prompt": int(prompt)}
         | {
@@ -181,7 +211,7 @@ def per_video(
 
 
 def markdown(means: Intervals, changes: Intervals) -> str:
-    """The comparison as a Markdown table whose columns line up in plain text too."""
+    """Format the comparison as a Markdown table with padded columns."""
     header = [
         "",
         "base",
@@ -201,7 +231,7 @@ def markdown(means: Intervals, changes: Intervals) -> str:
 
 
 def pairs_markdown(compared: Pairs) -> str:
-    """Win rates of every pair as a Markdown table, one metric per row; differences of two adapters with them."""
+    """Format win rates of all pairs, and differences between adapters, as a Markdown table."""
     rows = [
         ["share of videos that are better", *(f"{model} over {other}" for model, other in compared)]
     ]
@@ -219,7 +249,7 @@ def pairs_markdown(compared: Pairs) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the first the header, as a padded Markdown table."""
+    """Format rows of cells as a padded Markdown table. The first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"

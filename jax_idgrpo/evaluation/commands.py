@@ -1,11 +1,11 @@
-"""Videos from prompts, scores of videos, and base against adapters on held-out prompts.
+"""Sample videos, score videos, and compare adapters with the base on held-out prompts.
 
-Sampling is deterministic from noise that is a pure function of (seed, prompt, member), so every
-model starts a video from the same noise and differences are paired. Identity is judged by an
-embedder that never serves as reward.
+Sampling is deterministic. Its noise is a pure function of (seed, prompt, member), so every model
+starts a video from the same noise and differences are paired. Identity is judged by an embedder
+that is never used as reward.
 
-Video files are named `NUMBER-MEMBER.mp4`: NUMBER counts the rows of the prompts CSV from 0, MEMBER
-the videos of a prompt. A command that was stopped continues when it is run again (see `journal`).
+Video files are named `NUMBER-MEMBER.mp4`. NUMBER is the row of the prompts CSV and MEMBER the video
+of the prompt, both from 0. An interrupted command continues when it is run again (see `journal`).
 """
 
 import json
@@ -48,7 +48,7 @@ from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
 SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
-SHOWN = 8  # prompts whose videos are kept for the report
+SHOWN = 8  # number of prompts whose videos are written for the report
 SCORES = "scores.jsonl"
 
 
@@ -58,11 +58,17 @@ SCORES = "scores.jsonl"
 def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """Write `evaluate.videos` videos per row of the CSV, and `samples.jsonl`, one line per video.
 
-    Videos that an earlier run of the same command left are kept.
+    Videos from an earlier run of the same command are kept.
+
+    Args:
+      config: model and sampling settings.
+      prompts: the prompts CSV.
+      out: output folder.
+      lora: adapter; None samples from the base.
 
     Raises:
-      UserError: the CSV, a photo, the checkpoint or the adapter cannot be used, or the folder holds
-        videos of something else.
+      UserError: the CSV, a photo, the checkpoint or the adapter cannot be used, or the folder
+        contains videos of other prompts, settings or weights.
       Failure: a video is not finite.
     """
     config = evaluated(config)
@@ -88,7 +94,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
         for batch, videos in sampler.batches(model, missing, f"sampling {name}"):
             for number, row in enumerate(batch):
                 pixels = fetch(videos, number)
-                # The line comes before the video: a video without a line is nobody's.
+                # The line is written first, because a video without a line is refused on resume.
                 written.add([lines[row.name]])
                 run_once(write_video, out / lines[row.name]["file"], pixels, config.video.fps)
     run_once(write_text, out / SAMPLES, journal.text_of(lines.values()))
@@ -106,10 +112,10 @@ def _sample_line(row: Row, config: Config, lora: Path | None) -> dict[str, Any]:
 
 
 def _kept_videos(out: Path, lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of the videos of a folder that this command made.
+    """List the names of the videos in a folder, all of which this command must have written.
 
     Raises:
-      UserError: there are others.
+      UserError: the folder contains other videos.
     """
     if not out.is_dir():
         return []
@@ -135,12 +141,17 @@ def _kept_videos(out: Path, lines: Mapping[str, Mapping[str, Any]]) -> list[str]
 def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     """Score videos against the CSV and write one JSON line per video, in the order of their names.
 
-    Which row a video belongs to is found as `listing` says. A video that cannot be scored gets a
-    null reward and the reason; the others are scored all the same. Until the end the scores are in
-    `OUT.part`, line by line.
+    `listing` finds the row of each video. A video that cannot be scored gets a null reward and the
+    reason. Unfinished scores are written to `OUT.part`.
+
+    Args:
+      config: settings of the reward.
+      videos: a folder of videos, or one video file.
+      prompts: the prompts CSV.
+      out: output file.
 
     Raises:
-      UserError: no video is found, or the row of one is not known.
+      UserError: no video is found, or the row of a video is unknown.
       Failure: videos could not be scored.
     """
     listed = load_prompts(prompts, config.data.max_people)
@@ -200,7 +211,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
 
 
 def _scored(scorer: FileScorer, key: str, file: Path, prompt: Prompt) -> dict[str, Any]:
-    """The line of a video: its values, or a null reward and the error."""
+    """Score a video and return its line: its values, or a null reward and the error."""
     line = {"key": key, "file": file.name, "prompt": prompt.text}
     try:
         values = scorer(Clip.open(file), prompt)
@@ -212,7 +223,7 @@ def _scored(scorer: FileScorer, key: str, file: Path, prompt: Prompt) -> dict[st
 
 
 def _complain(text: str) -> None:
-    """Print what went wrong, once, while the command goes on."""
+    """Print an error in process 0 without ending the command."""
     run_once(print, text, file=sys.stderr)
 
 
@@ -222,9 +233,15 @@ def _complain(text: str) -> None:
 def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]) -> None:
     """Compare the base with adapters on the CSV's prompts.
 
-    Leaves `metrics.json`, `table.md` (also printed), `scores.jsonl`, one line per model and video,
-    and `videos/` for the report. Scores that an earlier run left are kept where all that decides
-    them is the same.
+    Writes `metrics.json`, `table.md` (also printed), `scores.jsonl`, one line per model and video,
+    and `videos/` for the report. Scores from an earlier run are kept if all their inputs are
+    unchanged.
+
+    Args:
+      config: model, sampling and reward settings.
+      prompts: the prompts CSV.
+      out: output folder.
+      loras: adapters by name.
 
     Raises:
       UserError: the CSV, a photo, the checkpoint or an adapter cannot be used.
@@ -275,7 +292,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
 
 
 def _keep_shown(videos: Array, rows: Sequence[Row], model: str, fps: int, out: Path) -> None:
-    """Write the videos of a batch that the report shows; all processes call it together."""
+    """Write those videos of a batch that the report shows (collective)."""
     for number, row in enumerate(rows):
         if _is_shown(row):
             pixels = fetch(videos, number)
@@ -291,7 +308,7 @@ def _shown_path(row: Row, model: str) -> str:
 
 
 def _known_scores(out: Path, keys: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The lines of an earlier run that count, and whose videos for the report are there."""
+    """Read the valid lines of an earlier run, except those whose video for the report is absent."""
     kept = {}
     for line in journal.read_lines(out / SCORES):
         model, video = str(line.get("model")), str(line.get("video"))
@@ -312,7 +329,15 @@ def _conclude(
     found: Mapping[str, Mapping[str, Mapping[str, float]]],
     out: Path,
 ) -> None:
-    """Write and print the comparison. found: model -> name of a video -> its values."""
+    """Write and print the comparison.
+
+    Args:
+      config: model, sampling and reward settings.
+      listed: prompts of the CSV.
+      rows: all videos of a model.
+      found: model -> name of the video -> metric -> value.
+      out: output folder.
+    """
     metrics = [metric for metric in bootstrap.LABELS if metric in found["base"][rows[0].name]]
     scores: dict[str, bootstrap.Scores] = {
         name: {metric: np.asarray([values[row.name][metric] for row in rows]) for metric in metrics}
@@ -345,7 +370,7 @@ def _conclude(
 
 
 def _guidance_note(config: Config) -> str:
-    """What to keep in mind where a model that is made for guidance is measured without."""
+    """Return a caveat for the table if a published model is sampled without guidance."""
     guidance = config.evaluate.guidance or config.rollout.guidance
     if guidance != 1 or config.model.path == "embedded":
         return ""
@@ -357,7 +382,7 @@ def _guidance_note(config: Config) -> str:
 
 
 def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:
-    """The report's entry of a prompt, its photos stored beside the videos."""
+    """Write the photos of a prompt beside its videos, and return its entry for the report."""
     paths = []
     for m, path in enumerate(prompt.references):
         photo = conditioning.canvas(load_reference(path), config.video.height, config.video.width)

@@ -1,8 +1,8 @@
-"""What a command has finished, so that the same command continues where it stopped.
+"""Record finished videos, so that an interrupted command continues when it is run again.
 
-Every finished video has a JSON line with a key: a hash of all that decides it. A line counts if its
-key is that of the current command; so a changed adapter, photo or setting is never taken for the
-same, and the number of devices or the batch size, which decide nothing, may change.
+Every finished video has a JSON line with a key, which is a hash of all inputs of the video. A line
+is valid if its key equals that of the current command. A changed adapter, photo or setting
+therefore invalidates it. The number of devices and the batch size are not part of the key.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from jax_idgrpo.workdir import write_text
 
 
 def digest(*parts: Any) -> str:
-    """A short hash of values that JSON can hold."""
+    """Return a short hash of values that are serialisable as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
 def prompt_facts(prompt: Prompt) -> list[Any]:
-    """Number of a prompt, and a hash of its text and photos."""
+    """Return the number of a prompt, and a hash of its text and photos."""
     return [prompt.id, *row_digests([prompt])]
 
 
 def video_facts(config: Config, adapter: Path | None) -> list[Any]:
-    """All that decides a video beside its prompt: model, adapter, size, schedule, seed."""
+    """Return all inputs of a video besides its prompt: model, adapter, size, schedule, seed."""
     model, wanted = config.model, config.evaluate
     return [
         version("jax-idgrpo"),
@@ -46,7 +46,7 @@ def video_facts(config: Config, adapter: Path | None) -> list[Any]:
 
 
 def reward_facts(config: Config) -> list[Any]:
-    """All that decides the scores of a video: the configuration of the reward, and its files."""
+    """Return all inputs of a score besides the video: the configuration and files of the reward."""
     wanted = config.reward
     named = [wanted.folder()] if wanted.faces else []
     named += [Path(name) for name in (wanted.head, wanted.vlm, wanted.vlm_base) if name]
@@ -55,7 +55,7 @@ def reward_facts(config: Config) -> list[Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may be missing; one that was cut off by a kill is no line."""
+    """Read JSON lines from a file that may be missing; lines truncated by a kill are skipped."""
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -68,33 +68,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
-    """JSON lines."""
+    """Format as JSON lines."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 class Journal:
-    """A file of JSON lines that grows by what is finished. Only process 0 touches it."""
+    """A file of JSON lines to which finished work is appended. Only process 0 accesses it."""
 
     def __init__(self, path: Path, lines: Sequence[Mapping[str, Any]]):
-        """Begin with `lines`, those of the file that still count."""
+        """Replace the content of the file by `lines`, its valid lines."""
         self._path = path
         if jax.process_index() == 0:
             write_text(path, text_of(lines))
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines, and hand them to the system at once."""
+        """Append lines and flush them to the operating system."""
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(text_of(lines))
 
 
 def decided(function: Callable[[], Any]) -> Any:
-    """What a function says in process 0, where the files are; all processes call it together.
+    """Call a function in process 0 and return its result in all processes (collective).
 
-    The result is one that JSON can hold.
+    The result must be serialisable as JSON.
 
     Raises:
-      UserError: the function raised it.
+      UserError: raised by the function.
     """
     answer: list[Any] = [None, ""]
     if jax.process_index() == 0:

@@ -1,8 +1,12 @@
-"""Which row of the prompts CSV each video of a folder belongs to.
+"""Find the row of the prompts CSV of each video in a folder.
 
-In this order: the column `video` of the CSV, whose cells name files joined by `;`; a file
-`samples.jsonl` beside the videos, as `idgrpo sample` writes it; names of the form NUMBER-MEMBER,
-NUMBER being the row, counted from 0. Any other name says nothing, and is refused.
+The first of these sources that exists is used:
+
+    1. the column `video` of the CSV, whose cells contain file names joined by `;`
+    2. a file `samples.jsonl` beside the videos, as written by `idgrpo sample`
+    3. file names of the form NUMBER-MEMBER, where NUMBER is the row, from 0
+
+Without a column or `samples.jsonl`, a file with any other name is refused.
 """
 
 import json
@@ -21,22 +25,22 @@ NAME = re.compile(r"(\d+)-(\d+)")
 
 
 class Listing(NamedTuple):
-    """Videos with their prompts, by name, and what else lies in the folder."""
+    """Videos in order of their names, with their prompts, and the names of all other files."""
 
     rows: list[tuple[Path, Prompt]]
     passed_over: list[str]
 
 
 def list_rows(videos: Path, prompts: Path, listed: Sequence[Prompt]) -> Listing:
-    """Find the videos of a folder, or one file, and the prompt of each.
+    """Find the prompt of each video of a folder.
 
     Args:
-      videos: a folder or a file.
-      prompts: the CSV that `listed` was read from.
-      listed: its rows.
+      videos: a folder of videos, or one video file.
+      prompts: the prompts CSV.
+      listed: the prompts of the CSV.
 
     Raises:
-      UserError: there is no video, or the row of one is not known.
+      UserError: there is no video, or the row of a video is unknown.
     """
     if videos.is_dir():
         files, others = list_videos(videos)
@@ -81,7 +85,7 @@ def _number(file: Path, rows: int) -> int:
 
 
 def _column(prompts: Path, listed: Sequence[Prompt]) -> dict[str, int]:
-    """File -> row, from the CSV's own column; nothing where it has none."""
+    """Map file names to rows by the column of the CSV; empty if there is no such column."""
     if not prompts.is_file():
         return {}
     named: dict[str, int] = {}
@@ -96,7 +100,7 @@ def _column(prompts: Path, listed: Sequence[Prompt]) -> dict[str, int]:
 
 
 def _samples(path: Path, listed: Sequence[Prompt]) -> dict[str, int]:
-    """File -> row, from the file that `idgrpo sample` leaves."""
+    """Map file names to rows by the `samples.jsonl` of `idgrpo sample`."""
     named = {}
     for number, text in enumerate(path.read_text().splitlines(), 1):
         where = f"{path}, line {number}"

@@ -1,4 +1,4 @@
-"""Scores of a few held-out prompts while training runs."""
+"""Score a few held-out prompts during training."""
 
 import dataclasses
 import json
@@ -17,14 +17,17 @@ from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.sampling.pipeline import Pipeline
 from jax_idgrpo.workdir import write_text
 
-# ---- while training goes on ----------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """A few held-out prompts, one video each from fixed noise, scored by reward and judge every now and then.
+    """Score held-out prompts by reward and judge, with one video per prompt from fixed noise.
 
-    folder: gets one JSON file per time, named by the training step, with the values of every video; 0 is the start of the run.
+    Attributes:
+      sampler: makes the videos.
+      scorer: scores the videos.
+      rows: the videos to make.
+      folder: output folder, with one JSON file of all videos' values per call. Files are named by
+        the training step; 0 is the start of the run.
     """
 
     sampler: Sampler
@@ -34,7 +37,12 @@ class Watch:
 
     @classmethod
     def make(cls, config: Config, pipe: Pipeline, folder: Path) -> "Watch":
-        """The first `run.watch_prompts` of `evaluate.prompts`, at the size of the training videos.
+        """Use the first `run.watch_prompts` of `evaluate.prompts`, at the training video size.
+
+        Args:
+          config: the run.
+          pipe: networks of the video model.
+          folder: output folder of the scores.
 
         Raises:
           UserError: the prompts or their photos cannot be used.
@@ -51,7 +59,7 @@ class Watch:
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> bootstrap.Scores:
-        """Every video's values, which are also stored."""
+        """Sample and score all videos, and write their values to a file."""
         size = self.sampler.batch
         batches = [self.rows[first : first + size] for first in range(0, len(self.rows), size)]
         parts = [
@@ -68,12 +76,16 @@ class Watch:
         return found
 
     def begin(self, model: Model) -> None:
-        """Score what the run starts from, unless an earlier part of the run did."""
+        """Score the initial model, unless its scores exist from before a resume."""
         if not self._file(0).exists():
             self.scores(model, 0)
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
-        """Means to log after `step` training steps, with a warning where the reward rose and the judge fell, each beyond doubt."""
+        """Score a model after `step` training steps and return means to log.
+
+        Warns if the reward rose and the judge's identity fell, each with its 95 % interval on one
+        side of 0.
+        """
         now, evaluation = self.scores(model, step), self.sampler.config.evaluate
         first = {
             name: np.asarray(values)

@@ -1,8 +1,8 @@
-"""One HTML page of a run, with everything inside it: curves, videos of base and tuned side by side, the table, the configuration.
+"""Write one self-contained HTML page of a run: curves, comparison, videos and configuration.
 
-It reads what other commands left in the workdir (`metrics.jsonl`, `config.json`, `evaluation/`) and shows what is there; a part whose
-files are missing says which command makes them. Pictures, videos and curves are embedded, so the page opens with no network and can be
-sent as one file.
+The input is the output of other commands in the workdir: `metrics.jsonl`, `config.json` and
+`evaluation/`. If files of a section are missing, the section names the command that writes them.
+Pictures, videos and curves are embedded, so the page needs no network and can be sent as one file.
 """
 
 import base64
@@ -19,7 +19,14 @@ from jax_idgrpo.workdir import write_text
 
 
 class Curve(NamedTuple):
-    """One figure: metrics of `metrics.jsonl`, and whether the first is noisy, so that its running mean is drawn over it."""
+    """One figure.
+
+    Attributes:
+      title: heading.
+      note: text below the heading.
+      names: plotted metrics of `metrics.jsonl`.
+      noisy: whether to draw the running mean over the first metric.
+    """
 
     title: str
     note: str
@@ -103,13 +110,13 @@ figcaption small { display: block; } svg { width: 100%; height: auto; display: b
 .sections tr th:first-child { color: var(--soft); padding-right: 12px; width: 1%; }
 """
 EMBEDDED = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
-"""Kinds of files that the page holds."""
-CARDS = 4  # metrics in large print
+"""Suffix -> media type of embedded files."""
+CARDS = 4  # number of metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
 
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of one metric; of a step that was run twice (a resumed run) the last counts."""
+    """Return steps and finite values of a metric. The last row of a repeated step is used."""
     points = {
         row["step"]: row[name]
         for row in rows
@@ -120,7 +127,7 @@ def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean, unbiased at the start."""
+    """Compute the exponential moving average with bias correction."""
     mean, total, out = 0.0, 0.0, []
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
@@ -129,7 +136,13 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers within [low, high]."""
+    """Choose about `count` round numbers within [low, high].
+
+    Args:
+      low: lower end of the axis.
+      high: upper end of the axis.
+      count: approximate number of ticks.
+    """
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * min((m for m in (1, 2, 5, 10) if m * power >= raw), default=10)
@@ -140,14 +153,21 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Four significant digits, short."""
+    """Format with four significant digits."""
     return f"{value:.4g}"
 
 
 def curve(
     title: str, note: str, lines: dict[str, tuple[list[float], list[float]]], trend: bool
 ) -> str:
-    """One figure as inline SVG. lines: name -> (steps, values); `trend` draws the first line faint below its running mean."""
+    """Draw one figure as inline SVG.
+
+    Args:
+      title: heading.
+      note: text below the heading.
+      lines: name -> (steps, values).
+      trend: draw every line faint, with its running mean on top.
+    """
     steps = [x for xs, _ in lines.values() for x in xs]
     values = [y for _, ys in lines.values() for y in ys]
     low, high = min(values), max(values)
@@ -197,15 +217,17 @@ def curve(
 
 
 def data_uri(path: Path) -> str:
-    """The file inside a URL."""
+    """Encode a file as a data URL."""
     return f"data:{EMBEDDED[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A picture or video that an evaluation names; it must be in its folder, as pages are shared.
+    """Return the path of a picture or video of an evaluation.
+
+    Pages are shared, so only files within the folder are embedded.
 
     Raises:
-      UserError: it lies elsewhere, is missing, or is of another kind.
+      UserError: the file is outside the folder, is missing, or has another type.
     """
     path, where = folder / name, f"{folder / 'metrics.json'}: names {name}"
     if not path.resolve().is_relative_to(folder.resolve()) or path.suffix not in EMBEDDED:
@@ -219,7 +241,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def without_places(value: Any) -> Any:
-    """A value of the configuration with paths cut to their last part, as the page is shared."""
+    """Shorten paths in a configuration value to their last part, because the page is shared."""
     if isinstance(value, dict):
         return {name: without_places(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -232,7 +254,7 @@ def without_places(value: Any) -> Any:
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures of the metrics that a run has."""
+    """Draw the figures of all metrics that the run has."""
     figures = []
     for one in CURVES:
         lines = {name: line for name in one.names if (line := series(rows, name))[0]}
@@ -244,19 +266,23 @@ def curves(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def interval(value: dict[str, float], sign: bool = False) -> str:
-    """A mean and its 95 % interval, in HTML."""
+    """Format a mean and its 95 % interval as HTML."""
     form = "{:+.3f}" if sign else "{:.3f}"
     return f"{form.format(value['mean'])} <small>[{form.format(value['low'])}, {form.format(value['high'])}]</small>"
 
 
 def judged(change: dict[str, float], less: bool) -> str:
-    """How a change is shown: "up" where it is beyond doubt for the better, "down" for the worse. less: less is better."""
+    """Return the style class of a change.
+
+    The class is "up" if the 95 % interval contains only improvements, "down" if it contains only
+    deteriorations, and "same" otherwise. `less` means that lower is better.
+    """
     low, high = (-change["high"], -change["low"]) if less else (change["low"], change["high"])
     return "up" if low > 0 else "down" if high < 0 else "same"
 
 
 def table(evaluation: dict[str, Any]) -> str:
-    """The comparison as an HTML table: base, then each adapter with its paired difference."""
+    """Format the comparison as an HTML table: base, then each adapter with paired differences."""
     adapters = list(evaluation["differences"])
     head = "".join(
         f"<th>{html.escape(name)}</th><th>change</th><th>relative</th>" for name in adapters
@@ -274,7 +300,7 @@ def table(evaluation: dict[str, Any]) -> str:
 
 
 def headline(evaluation: dict[str, Any]) -> str:
-    """The first figures of the first adapter in large print."""
+    """Format the first metrics of the first adapter in large print."""
     adapter = next(iter(evaluation["differences"]), None)
     if adapter is None:
         return ""
@@ -291,7 +317,7 @@ def headline(evaluation: dict[str, Any]) -> str:
 
 
 def _told(video: dict[str, Any]) -> str:
-    """The judge's value of a video, or the reward's where there was no judge."""
+    """Format the judge's value of a video, or the reward if there is no judge."""
     return (
         f"judge {video['judge_identity']:.2f}"
         if "judge_identity" in video
@@ -300,7 +326,7 @@ def _told(video: dict[str, Any]) -> str:
 
 
 def gallery(evaluation: dict[str, Any], folder: Path) -> str:
-    """The shown prompts: reference photos, then every model's video from the same noise."""
+    """Format the reference photos and every model's video of the shown prompts."""
 
     def source(name: str) -> str:
         return data_uri(inside(folder, name))
@@ -323,7 +349,7 @@ def gallery(evaluation: dict[str, Any], folder: Path) -> str:
 
 
 def configuration(path: Path) -> str:
-    """The configuration, one table per section."""
+    """Format the configuration with one table per section."""
     if not path.is_file():
         return '<p class="absent">No config.json: <code>idgrpo train</code> writes it.</p>'
     sections = []
@@ -340,10 +366,11 @@ def configuration(path: Path) -> str:
 
 
 def page(workdir: Path) -> str:
-    """The whole page.
+    """Return the HTML of the whole page.
 
     Raises:
-      UserError: the folder holds neither metrics nor an evaluation, or the evaluation is not whole.
+      UserError: the folder contains neither metrics nor an evaluation, or the evaluation is
+        incomplete.
     """
     rows = read_metrics(workdir / "metrics.jsonl")
     results = workdir / "evaluation" / "metrics.json"
@@ -376,7 +403,8 @@ def report(workdir: Path) -> Path:
     """Write `workdir/report.html` and return its path.
 
     Raises:
-      UserError: the folder holds neither metrics nor an evaluation.
+      UserError: the folder contains neither metrics nor an evaluation, or the evaluation is
+        incomplete.
     """
     path = workdir / "report.html"
     write_text(path, page(workdir))

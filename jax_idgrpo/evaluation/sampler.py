@@ -1,6 +1,7 @@
-"""Videos of an evaluation: deterministic sampling from noise that depends on (seed, prompt, member) only.
+"""Sample the videos of an evaluation deterministically.
 
-Every model starts a video from the same noise, so differences between models are paired.
+The noise is a pure function of (seed, prompt, member). Every model starts a video from the same
+noise, so differences between models are paired.
 """
 
 import dataclasses
@@ -31,28 +32,28 @@ from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A video that is asked for: its prompt, and its number among the prompt's."""
+    """A video to sample: its prompt, and its number among the videos of the prompt."""
 
     prompt: Prompt
     member: int
 
     @property
     def name(self) -> str:
-        """What its file is called, without the ending: NUMBER-MEMBER."""
+        """File name without suffix: NUMBER-MEMBER."""
         return f"{self.prompt.id:04d}-{self.member}"
 
 
 def all_rows(prompts: Sequence[Prompt], videos: int) -> list[Row]:
-    """`videos` videos of each prompt, those of one prompt together."""
+    """List `videos` rows per prompt; the rows of a prompt are consecutive."""
     return [Row(prompt, member) for prompt in prompts for member in range(videos)]
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One of the compared models: the policy with its adapter's and its base's arrays."""
+    """One of the compared models: the policy, and the arrays of its adapter and its base."""
 
     policy: policy.Policy
     lora: nnx.State
@@ -61,9 +62,15 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """What turns prompts into videos: the networks, the schedule, the encoded negative prompt, and what was encoded so far.
+    """Makes videos from prompts.
 
-    batch: rows per program call, `evaluate.batch` or the next number that the mesh divides.
+    Attributes:
+      config: configuration with the video size to sample.
+      pipe: networks of the video model.
+      batch: rows per program call: `evaluate.batch`, rounded up to a multiple of the mesh.
+      schedule: noise schedule.
+      negative: encoded negative prompt.
+      cache: encoded prompts.
     """
 
     config: Config
@@ -74,9 +81,9 @@ class Sampler:
     cache: conditioning.Cache
 
     def videos(self, model: Model, rows: Sequence[Row]) -> Float[Array, "B F H W 3"]:
-        """Make one video in [-1, 1] per row; they stay on the devices, divided over the mesh by rows.
+        """Make one video in [-1, 1] per row. The videos are sharded over the devices by rows.
 
-        Few rows are filled up to `batch`, so that one program serves all.
+        Rows are padded to `batch`, so that only one program is compiled.
         """
         filled = [rows[min(n, len(rows) - 1)] for n in range(self.batch)]
         asked = conditioning.encode(
@@ -96,7 +103,15 @@ class Sampler:
     def batches(
         self, model: Model, rows: Sequence[Row], label: str
     ) -> Iterator[tuple[Sequence[Row], Float[Array, "B F H W 3"]]]:
-        """Make `videos` of many rows, batch by batch, with a progress bar.
+        """Make videos of many rows, batch by batch, with a progress bar.
+
+        Args:
+          model: the model to sample from.
+          rows: the videos to make.
+          label: text of the progress bar and prefix of errors.
+
+        Yields:
+          The rows of a batch, and their videos in [-1, 1]. Padding follows the rows' videos.
 
         Raises:
           Failure: a video has values that are NaN or infinite.
@@ -116,12 +131,17 @@ def _finite(videos: Float[Array, "B F H W 3"]) -> Bool[Array, "B"]:
 
 
 def require_finite(videos: Float[Array, "B F H W 3"], rows: Sequence[Row], label: str) -> None:
-    """Refuse videos that are no pictures; all processes call it together.
+    """Check that all values of videos are finite (collective).
+
+    Args:
+      videos: a padded batch of videos.
+      rows: rows of the videos, without padding.
+      label: prefix of the error.
 
     Raises:
-      Failure: the first video with a value that is NaN or infinite.
+      Failure: a video has values that are NaN or infinite.
     """
-    # What fills the batch up has no row.
+    # Padding has no row.
     for row, finite in zip(rows, to_host(_finite(videos)), strict=False):
         if not finite:
             raise Failure(
@@ -132,7 +152,7 @@ def require_finite(videos: Float[Array, "B F H W 3"], rows: Sequence[Row], label
 
 @functools.lru_cache(maxsize=8)
 def _pixels(where: NamedSharding | None) -> Callable[[Array, int], Array]:
-    """A program that takes one video out of a batch, as bytes."""
+    """Compile a program that extracts one video of a batch as bytes."""
 
     def one(videos: Float[Array, "B F H W 3"], number: Int[Array, ""]) -> UInt8[Array, "F H W 3"]:
         clipped = jnp.clip(videos.astype(jnp.float32), -1, 1)
@@ -145,13 +165,13 @@ def _pixels(where: NamedSharding | None) -> Callable[[Array, int], Array]:
 
 
 def fetch(videos: Float[Array, "B F H W 3"], number: int) -> UInt8[np.ndarray, "F H W 3"]:
-    """One video of a batch on the host, as bytes; all processes call it together."""
+    """Copy one video of a batch to the host as bytes (collective)."""
     mesh = getattr(videos.sharding, "mesh", None)
     return to_host(_pixels(None if mesh is None else sharding.replicated(mesh))(videos, number))
 
 
 def evaluated(config: Config) -> Config:
-    """The configuration with the video size of the evaluation."""
+    """Return the configuration with the video size of the evaluation."""
     chosen = {
         name: value
         for name in ("frames", "height", "width")
@@ -161,7 +181,7 @@ def evaluated(config: Config) -> Config:
 
 
 def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
-    """The sampler of a configuration; reads the checkpoint unless it is given."""
+    """Make the sampler of a configuration; loads the checkpoint unless `pipe` is given."""
     model = config.model
     if pipe is None:
         mesh = sharding.make_mesh(config.mesh, policy_devices(config))
@@ -196,7 +216,9 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
 
 
 def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
-    """ "base" and the adapters. The base is held as an adapter whose output is zero, so that one program runs them all.
+    """Load the base and the adapters by name; the base has the name "base".
+
+    The base gets an adapter whose output is zero, so that one program runs all models.
 
     Raises:
       UserError: an adapter does not fit the checkpoint.

@@ -1,7 +1,7 @@
-"""Values of videos in an evaluation: the training reward, the judge, motion and counts.
+"""Score videos of an evaluation: the training reward, the judge, motion and counts.
 
-The judge is an embedder that never serves as reward. Sampled videos are scored where they are,
-their rows divided over the mesh, and only their values are fetched.
+The judge is an embedder that is never used as reward. Sampled videos are scored on the devices,
+sharded over the mesh by rows. Only their values are copied to the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,26 +35,32 @@ JUDGED = {
     "duplicated": "duplicated",
     "blended": "blended",
 }
-"""Value of a video -> the judge's term."""
+"""Metric -> term of the judge."""
 REPORTED = {"similarity": "embedder_identity"}
-"""Term of the reward -> value of a video, where the names differ."""
+"""Term of the reward -> metric, where the names differ."""
 
 
 def values(reward: Reward, terms: dict[str, Any], judged: dict[str, Any] | None) -> dict[str, Any]:
-    """Choose the values of videos from the terms of the reward and of the judge, None without one.
+    """Select the metrics of videos from the terms of the reward and of the judge.
 
-    reward: the training reward.
-    judge_identity: cosine between the judge's embeddings of photo and matched face, mean over
-        frames and people; a missing person counts 0.
-    judge_minimum: that of the least alike person.
-    judge_largest: that of the largest face alone, as papers with one person measure.
-    embedder_identity: as the judge's, by the embedder of the reward.
-    faces: detected faces per person asked for, at most 1.
-    count: share of frames with the right number of faces.
-    motion: mean change between neighbouring frames outside the faces.
+    The metrics are:
 
-    Only a face reward has an embedder. Other terms that a reward reports, such as each of several
-    dimensions, keep their names.
+        reward             the training reward
+        judge_identity     cosine between the judge's embeddings of photo and matched face, mean
+                           over frames and people; a missing person counts as 0
+        judge_minimum      judge_identity of the person with the lowest value
+        judge_largest      judge_identity of the largest face only, as in single-person papers
+        embedder_identity  judge_identity by the embedder of the reward; face rewards only
+        faces              detected faces per requested person, at most 1
+        count              share of frames with the right number of faces
+        motion             mean change between neighbouring frames outside the faces
+
+    Other terms that a reward reports, such as its separate dimensions, keep their names.
+
+    Args:
+      reward: the training reward.
+      terms: terms of the reward by name.
+      judged: terms of the judge by name; None without a judge.
     """
     reported = ("reward", "motion", *reward.reported)
     found = {REPORTED.get(name, name): terms[name] for name in reported if name in terms}
@@ -64,7 +70,7 @@ def values(reward: Reward, terms: dict[str, Any], judged: dict[str, Any] | None)
 
 
 def check_photos(rewards: Sequence[Reward | None], prompts: Sequence[Prompt]) -> None:
-    """Let every reward look at the photos of some prompts.
+    """Check that every reward can encode the photos of the prompts.
 
     Raises:
       UserError: a photo cannot be used.
@@ -75,19 +81,19 @@ def check_photos(rewards: Sequence[Reward | None], prompts: Sequence[Prompt]) ->
 
 
 class BatchScorer:
-    """Scores batches of sampled videos by the reward and the judge of a configuration.
+    """Score batches of sampled videos by the reward and the judge of a configuration.
 
-    Without `reward.faces` there is no judge, and what it measures is left out (see `values`).
+    Without `reward.faces` there is no judge, and its metrics are absent (see `values`).
     """
 
     def __init__(self, config: Config, batch: int, mesh: Mesh | None, prompts: Sequence[Prompt]):
-        """Load the networks, and look at the photos of the prompts before any video is made.
+        """Load the networks, and check the photos of the prompts before any video is made.
 
         Args:
-          config: names the reward and the face networks.
-          batch: videos of one program call; a number that the mesh divides.
-          mesh: where the videos are; the networks are on each of its devices.
-          prompts: those of the videos.
+          config: settings of the reward and the face networks.
+          batch: videos per program call, a multiple of the mesh's batch shards.
+          mesh: devices of the videos; the networks are replicated over them.
+          prompts: prompts of the videos.
 
         Raises:
           UserError: a network or a photo cannot be used.
@@ -99,7 +105,13 @@ class BatchScorer:
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
     ) -> Terms | Pending:
-        """Score a whole batch by one reward; the terms stay on the devices."""
+        """Score a whole batch by one reward. The terms stay on the devices.
+
+        Args:
+          reward: the reward or the judge.
+          videos: videos in [-1, 1].
+          prompts: one prompt per video.
+        """
         shown = {prompt.id: prompt for prompt in prompts}
         numbers = {name: number for number, name in enumerate(shown)}
         of_row = np.array([numbers[prompt.id] for prompt in prompts])
@@ -112,7 +124,7 @@ class BatchScorer:
     def __call__(
         self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
     ) -> bootstrap.Scores:
-        """Score the first videos of a batch, one for each prompt; all processes call it together.
+        """Score the first videos of a batch, one per prompt (collective).
 
         Raises:
           UserError: a reference photo cannot be used.
@@ -136,5 +148,15 @@ class BatchScorer:
 def make_scorer(
     config: Config, batch: int, mesh: Mesh | None = None, prompts: Sequence[Prompt] = ()
 ) -> Scorer:
-    """Make the scorer of a configuration; arguments and errors are those of `BatchScorer`."""
+    """Make the scorer of a configuration.
+
+    Args:
+      config: settings of the reward and the face networks.
+      batch: videos per program call, a multiple of the mesh's batch shards.
+      mesh: devices of the videos; None uses the default device.
+      prompts: prompts of the videos, whose photos are checked.
+
+    Raises:
+      UserError: a network or a photo cannot be used.
+    """
     return BatchScorer(config, batch, mesh, prompts)

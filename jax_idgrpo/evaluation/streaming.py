@@ -1,9 +1,9 @@
-"""Values of a video file of any length: frames are read in blocks, and one block is held at a time.
+"""Score video files of any length, with only one block of frames in memory.
 
-The judge looks at every frame. It finds the faces of a block and measures its pixels; what is kept
-of a frame are its faces and a few numbers (`identity.Pixels`), from which the terms of the whole video
-follow. The training reward gets the frames that it looks at, and no others. Only a reward that does
-not say which frames it looks at gets the whole video in memory.
+The judge processes every frame, block by block. It keeps the faces of a frame and a few pixel
+statistics (`identity.Pixels`), and computes the terms of the video from these at the end. The
+training reward gets only the frames that it reads (`frames_read`). A reward that does not define
+these frames gets the whole video in memory.
 """
 
 import functools
@@ -33,15 +33,15 @@ from jax_idgrpo.rewards.identity import (
     terms_of_faces,
 )
 
-BLOCK = 32  # frames of a block, at most
-BLOCK_PIXELS = 2**23  # of all frames of a block: 100 MB as float32
+BLOCK = 32  # maximum number of frames of a block
+BLOCK_PIXELS = 2**23  # maximum number of pixels of a block; 100 MB as float32
 
 FileScorer = Callable[[Clip, Prompt], dict[str, float]]
 
 
 @flax.struct.dataclass
 class Seen:
-    """What is kept of the frames of a block."""
+    """Faces and pixel statistics of the frames of a block."""
 
     boxes: Float[Array, "B T K 4"]
     embeddings: Float[Array, "B T K E"]
@@ -57,7 +57,7 @@ def _look(
     frames: UInt8[Array, "t H W 3"],
     people: ReferenceFaces,
 ) -> Seen:
-    """Find the faces of some frames of one video, and measure their pixels."""
+    """Detect the faces of frames of one video, and compute their pixel statistics."""
     videos = (frames.astype(jnp.float32) / 127.5 - 1)[None]
     faces = nnx.merge(graph, state)[0](videos)
     references = people.embeddings, people.mask
@@ -71,58 +71,57 @@ def _look(
 def _conclude(
     config: IdentityConfig, size: tuple[int, int], seen: Seen, people: ReferenceFaces
 ) -> dict[str, Float[Array, "B"]]:
-    """Compute the terms of a video from what was seen of all its frames."""
+    """Compute the terms of a video from the faces and pixel statistics of all its frames."""
     faces = seen.embeddings, seen.mask, people.embeddings, people.mask
     matches = match_videos(*faces, config.null_similarity)
     return terms_of_faces(seen.pixels, matches, seen.boxes, *faces, size, config)
 
 
 class Stream:
-    """A face reward without a head that is shown a video block by block."""
+    """Score one video block by block by a face reward without a learned head."""
 
     def __init__(self, reward: FaceReward, people: ReferenceFaces, block: int, total: int):
-        """Begin a video.
+        """Start a video.
 
         Args:
-          reward: looks at all frames, whatever its own number of them is.
+          reward: the face reward. It processes all frames, regardless of its own frame count.
           people: encoded references of one prompt.
-          block: frames that are shown at a time.
-          total: frames of the video.
+          block: maximum number of frames per call of `show`.
+          total: number of frames of the video.
         """
         self._reward, self._people = reward, people
-        self._room = block + (total > block)  # a block begins with the last frame of the one before
+        self._room = block + (total > block)  # one more frame: the last of the previous block
         self._seen: list[Seen] = []
         self._last: list[UInt8[np.ndarray, "1 H W 3"]] = []
 
     def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
-        """Look at the next frames, at most as many as a block has."""
+        """Process the next frames, at most one block."""
         again = len(self._last)
         shown = np.concatenate([*self._last, frames])
-        filled = shown[
-            np.minimum(np.arange(self._room), len(shown) - 1)
-        ]  # one program for all blocks
+        # Blocks are padded, so that only one program is compiled.
+        filled = shown[np.minimum(np.arange(self._room), len(shown) - 1)]
         given = self._reward.state, filled, self._people
         seen = jax.device_get(_look(self._reward.graph, self._reward.config, *given))
         self._seen.append(jax.tree.map(lambda leaf: leaf[:, again : len(shown)], seen))
         self._last = [frames[-1:]]
 
     def terms(self) -> dict[str, float]:
-        """Compute every term of the frames that were shown."""
+        """Compute the terms of all processed frames."""
         seen = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *self._seen)
         height, width = self._last[0].shape[1:3]
         return first_row(_conclude(self._reward.config, (height, width), seen, self._people))
 
 
 def first_row(terms: Terms | Pending) -> dict[str, float]:
-    """The terms of the first video."""
+    """Return the terms of the first video of a batch."""
     return {name: float(value[0]) for name, value in collect(terms).items()}
 
 
 class ClipScorer:
-    """Scores video files by the reward and the judge of a configuration."""
+    """Score video files by the reward and the judge of a configuration."""
 
     def __init__(self, config: Config, prompts: Sequence[Prompt]):
-        """Load the networks, and look at the photos of the prompts of the videos.
+        """Load the networks, and check the photos of the prompts.
 
         Raises:
           UserError: a network or a photo cannot be used.
@@ -167,9 +166,9 @@ class ClipScorer:
 
 
 class Changes:
-    """Mean absolute difference of neighbouring frames of a video that is shown block by block.
+    """Mean absolute difference of neighbouring frames of a video, computed block by block.
 
-    In units of [-1, 1].
+    Pixel values are in [-1, 1].
     """
 
     def __init__(self) -> None:
@@ -177,7 +176,7 @@ class Changes:
         self._sum, self._count = 0.0, 0
 
     def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
-        """Look at the next frames."""
+        """Process the next frames."""
         for frame in frames:
             for last in self._last:
                 self._sum += float(np.abs(frame.astype(np.float32) - last).mean()) / 127.5
@@ -185,10 +184,10 @@ class Changes:
             self._last = [frame]
 
     def mean(self) -> float:
-        """The mean so far; 0 for one frame."""
+        """Return the mean over the processed frames, or 0 if there is only one."""
         return self._sum / max(self._count, 1)
 
 
 def make_clip_scorer(config: Config, prompts: Sequence[Prompt] = ()) -> FileScorer:
-    """Make the scorer of a configuration; arguments and errors are those of `ClipScorer`."""
+    """Make the scorer of a configuration. Arguments and errors are those of `ClipScorer`."""
     return ClipScorer(config, prompts)

@@ -1,1 +1,1 @@
-"""Memory, arithmetic and step time of every program, from the compiler."""
+"""Estimate memory, FLOPs and step time of every program with the compiler."""

@@ -1,4 +1,4 @@
-"""Shapes of what the programs of a run are called with, and the memory that they take on a chip."""
+"""Describe the arguments of a run's programs by shapes, and compute their memory per chip."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ LATENT_CHANNELS = 16
 
 
 def chip_bytes(*trees: Any) -> float:
-    """Bytes per chip of shapes with shardings."""
+    """Return the bytes per chip of shapes with shardings."""
 
     def one(leaf: Any) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -29,29 +29,47 @@ def chip_bytes(*trees: Any) -> float:
 
 
 def rows_of(run: Run, tree: Any) -> Any:
-    """The shapes of a tree with its rows divided over the mesh."""
+    """Return the shapes of a tree whose rows are sharded over the mesh."""
     return shapes(tree, sharding.batch_sharding(run.mesh))
 
 
 def whole(run: Run, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """The shape of an array that every device holds."""
+    """Return the shape of an array that is replicated over the mesh.
+
+    Args:
+      run: the run.
+      *shape: sizes of the axes.
+      dtype: data type.
+    """
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(run.mesh))
 
 
 def video_of(run: Run, size: VideoConfig, rows: int) -> Any:
-    """The shape of `rows` videos."""
+    """Return the shape of videos, [B,F,H,W,3].
+
+    Args:
+      run: the run.
+      size: frames, height and width.
+      rows: number of videos.
+    """
     shape = (rows, size.frames, size.height, size.width, 3)
     return rows_of(run, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def keys_of(run: Run, rows: int) -> Any:
-    """The shape of the keys of `rows` rows."""
+    """Return the shape of the random keys of `rows` rows."""
     number = jnp.zeros(rows, int)
     return rows_of(run, jax.eval_shape(lambda: rng.row_keys(rng.key(0, "noise"), number, number)))
 
 
 def conditioning_of(run: Run, config: Config, rows: int) -> Conditioning:
-    """What `rows` rows of a run are conditioned on, at the video size of a configuration."""
+    """Return the shapes of the conditioning of some rows.
+
+    Args:
+      run: the run.
+      config: configuration with the video size.
+      rows: number of rows.
+    """
     video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
     frames = flow.latent_frames(video.frames) + (people if vace else 0)
 
@@ -70,13 +88,25 @@ def conditioning_of(run: Run, config: Config, rows: int) -> Conditioning:
 
 
 def stacked(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
-    """The shapes of `number` chunks as they are stored."""
+    """Return the shapes of the stored chunks of a rollout.
+
+    Args:
+      run: the run.
+      chunk: shapes of one chunk, [R,...].
+      number: number of chunks.
+    """
     many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype), chunk)
     return shapes(many, sharding.batch_sharding(run.mesh, 1))
 
 
 def scored(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
-    """`number` chunks with what their scores decide."""
+    """Return the shapes of the stored chunks of a rollout with advantages and weights.
+
+    Args:
+      run: the run.
+      chunk: shapes of one chunk, [R,...].
+      number: number of chunks.
+    """
     values = jax.ShapeDtypeStruct((number, run.config.rows_per_call), jnp.float32)
     values = shapes(values, sharding.batch_sharding(run.mesh, 1))
     return dataclasses.replace(stacked(run, chunk, number), advantage=values, weight=values)

@@ -1,6 +1,6 @@
-"""What a program costs, counted: arithmetic from its jaxpr, traffic from its compiled text.
+"""Count the cost of a program: FLOPs from its jaxpr, traffic from its compiled text.
 
-The compiler's own analysis counts a loop body once; here it counts as often as the loop runs.
+The compiler's own analysis counts a loop body once. Here it is multiplied by the trip count.
 """
 
 import dataclasses
@@ -12,19 +12,21 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-# ---- arithmetic ----------------------------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------
 
 
-# Products of cuDNN's flash attention: q k and weights v; backwards q k again, and those that make the gradients of v, weights, q and k.
+# Number of matrix products in cuDNN's flash attention. Forward: q k and weights v. Backward: q k
+# again, and the products for the gradients of v, weights, q and k.
 FLASH = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def flops(jaxpr: ClosedJaxpr) -> float:
-    """Floating-point operations of the products and convolutions of a jaxpr, on all devices together.
+    """Count the FLOPs of the matrix products and convolutions of a jaxpr, summed over all devices.
 
-    Loops count as often as they run, of a choice the dearest branch; a kernel counts once per point of its grid. A loop whose end is
-    not known counts once. What no output depends on does not count: a traced backward pass holds the gradients of frozen weights, and no
-    compiler keeps them.
+    Loop bodies are multiplied by their trip count, or counted once if it is unknown. `cond` counts
+    its most expensive branch. A Pallas kernel is multiplied by the size of its grid. Dead code is
+    excluded: a traced backward pass contains the gradients of frozen weights, which every compiler
+    removes.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return _count(needed)
@@ -70,7 +72,7 @@ def _bodies(value: Any) -> Iterator[Any]:
             yield from _bodies(part)
 
 
-# ---- traffic -------------------------------------------------------------------------------------------------------------
+# ---- traffic -------------------------------------------------------------------------------------
 
 BYTES = {
     "pred": 1,
@@ -118,7 +120,12 @@ COLLECTIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes per device: `moved` to and from its memory, `received` from other devices (what is reduced travels twice)."""
+    """Traffic per device.
+
+    Attributes:
+      moved: bytes read from and written to the device's memory.
+      received: bytes received from other devices. An all-reduce counts twice.
+    """
 
     moved: float = 0.0
     received: float = 0.0
@@ -127,7 +134,7 @@ class Traffic:
         return Traffic(self.moved + other.moved, self.received + other.received)
 
     def times(self, count: int) -> "Traffic":
-        """The traffic of `count` runs."""
+        """Return the traffic of `count` runs."""
         return Traffic(self.moved * count, self.received * count)
 
 
@@ -144,7 +151,10 @@ class Instruction:
 
 
 def traffic(text: str) -> Traffic:
-    """Count the compiled program `text` (of `Compiled.as_text()`). A slice of a large array counts as the slice."""
+    """Count the traffic of a compiled program.
+
+    A slice of a large array counts only the slice. `text` is the result of `Compiled.as_text()`.
+    """
     computations, entry = _parse(text)
     known: dict[str, Traffic] = {}
 
@@ -191,7 +201,10 @@ def traffic(text: str) -> Traffic:
 
 
 def _fusion(line: Instruction, operands: list[str], body: list[Instruction]) -> float:
-    """Bytes that a fusion reads and writes: of operands that it only slices, and of results that it only updates, the slice."""
+    """Count the bytes that a fusion reads and writes.
+
+    Operands that are only sliced, and results that are only updated in part, count as the slice.
+    """
     shapes = {inner.name: inner.shape for inner in body}
     total, written = 0.0, _size(line.shape)
     for inner in body:
@@ -213,7 +226,10 @@ def _fusion(line: Instruction, operands: list[str], body: list[Instruction]) -> 
 
 
 def _size(shape: str) -> float:
-    """Bytes of a shape, or of the parts of a tuple, that lie in the device's main memory (other memory spaces are marked S(n))."""
+    """Count the bytes of a shape, or of a tuple of shapes, in the device's main memory.
+
+    Arrays in other memory spaces are marked S(n) and excluded.
+    """
     total = 0.0
     for kind, axes, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
         if kind in BYTES and "S(" not in layout:
@@ -228,7 +244,11 @@ def _called(line: Instruction, word: str) -> str:
 
 
 def _trips(line: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: said by the compiler, or the number that its counter is compared with; 1 where neither is."""
+    """Return the trip count of a loop.
+
+    It is the compiler's annotation, else the largest integer constant of the loop condition, else
+    1.
+    """
     if said := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
         return int(said[1])
     bounds: list[int] = []
@@ -249,7 +269,7 @@ def _trips(line: Instruction, computations: dict[str, list[Instruction]]) -> int
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """-> (computation -> its lines, name of the entry)"""
+    """Parse a compiled program into instructions by computation, and the name of the entry."""
     computations: dict[str, list[Instruction]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -268,7 +288,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """The part of `text` up to the parenthesis that closes its first one, and the rest."""
+    """Split `text` after the parenthesis that closes its first one."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

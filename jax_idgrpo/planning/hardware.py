@@ -1,4 +1,4 @@
-"""Chips that programs are planned for, and their devices without the machine."""
+"""Describe chips, and make devices of absent machines for compilation."""
 
 import contextlib
 import dataclasses
@@ -12,12 +12,19 @@ import jax.numpy as jnp
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import fused
 
-# ---- the machine ---------------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip has: bytes of memory, bfloat16 FLOP/s, bytes/s of its memory and of its links together."""
+    """Figures of a chip.
+
+    Attributes:
+      memory: bytes of memory.
+      flops: peak bfloat16 FLOP/s.
+      bandwidth: memory bandwidth in bytes/s.
+      links: total bandwidth of its links in bytes/s.
+    """
 
     memory: float
     flops: float
@@ -25,7 +32,8 @@ class Chip:
     links: float
 
 
-# By JAX's name of the device. Published figures: cloud.google.com/tpu/docs/system-architecture-tpu-vm, NVIDIA's data sheets.
+# JAX's device kind -> chip. Published figures:
+# cloud.google.com/tpu/docs/system-architecture-tpu-vm, NVIDIA's data sheets.
 CHIPS = {
     "TPU v4": Chip(32e9, 275e12, 1.23e12, 300e9),
     "TPU v5 lite": Chip(16e9, 197e12, 0.82e12, 200e9),
@@ -39,9 +47,9 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the GPU compiler asks of a device that is not here, beside what its `Chip` says; sizes in bytes."""
+    """Figures of a GPU that its compiler needs in addition to `Chip`. Sizes are in bytes."""
 
-    device: str  # JAX's name of it
+    device: str  # JAX's device kind
     capability: str
     cores: int
     fpus_per_core: int
@@ -58,12 +66,13 @@ GPUS = {
     "h200": Gpu("NVIDIA H200", *HOPPER),
 }
 
-# The compiler times its own kernels for a product against cuBLAS's on the device; without one, cuBLAS's are taken.
+# Options to compile for an absent GPU. The compiler selects between its own kernels and cuBLAS by
+# timing them on the device. Without a device, only cuBLAS is used.
 ABSENT_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 def _target(gpu: Gpu) -> str:
-    """The GPU compiler's description of a device (a text of its `GpuTargetConfigProto`)."""
+    """Return the description of a GPU for the compiler (text format of `GpuTargetConfigProto`)."""
     chip = CHIPS[gpu.device]
     return f"""
         gpu_device_info {{
@@ -85,11 +94,13 @@ def _target(gpu: Gpu) -> str:
 
 
 def devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology: "v5p:4x4x4" and the like for TPUs, "h200:8" or "h200:4x8" for 8 GPUs or 4 hosts of 8, "cpu:8" for
-    virtual CPU devices, "gpu" for this machine's.
+    """Return the devices of a topology.
+
+    Examples are "v5p:4x4x4" for TPUs, "h200:8" for 8 GPUs, "h200:4x8" for 4 hosts of 8 GPUs,
+    "cpu:8" for 8 virtual CPU devices, and "gpu" for the GPUs of this machine.
 
     Raises:
-      UserError: there is no such topology, or what it needs is not here.
+      UserError: the topology is unknown, or its compiler or devices are not available.
     """
     name, _, shape = topology.partition(":")
     if name == "cpu":
@@ -109,7 +120,7 @@ def devices(topology: str) -> list[jax.Device]:
 def _cpus(topology: str, shape: str) -> list[jax.Device]:
     if not re.fullmatch(r"[1-9]\d*", shape):
         raise UserError(f"--topology {topology}: cpu takes a number of devices, as in cpu:8")
-    with contextlib.suppress(RuntimeError):  # JAX has started: it has the devices that it has
+    with contextlib.suppress(RuntimeError):  # JAX is initialised already
         jax.config.update("jax_num_cpu_devices", int(shape))
     here = jax.devices("cpu")
     if len(here) < int(shape):
@@ -126,12 +137,10 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
         )
     from jax.experimental import topologies
 
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "1"
-    )  # else the compiler says several times that there is no driver
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # with this the plugin does not look for a GPU before it compiles
+    # Suppress repeated warnings of the compiler about the missing driver.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # Keep the plugin from searching for a GPU before it compiles.
+    jax.config.update("jax_platforms", "cpu")
     try:
         found = topologies.get_topology_desc(
             platform="cuda",
@@ -139,9 +148,10 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
             topology=f"1x{shape}" if "x" in shape else f"1x1x{shape}",
         ).devices
         tokens = jax.ShapeDtypeStruct((1, 8, 1, 64), jnp.bfloat16)
+        # Raises an error if cuDNN is missing.
         jax.eval_shape(
             functools.partial(fused, lengths=None, implementation="cudnn"), tokens, tokens, tokens
-        )  # wants cuDNN
+        )
     except RuntimeError as error:
         raise UserError(
             f"--topology {topology}: no GPU compiler with cuDNN is installed; pip install 'jax-idgrpo[cuda]' (JAX says: {error})"
@@ -149,17 +159,16 @@ def _gpus(topology: str, gpu: Gpu, shape: str) -> list[jax.Device]:
     return found
 
 
-# Where libtpu would run, if it ran; it complains when it finds none.
+# Placeholder environment: libtpu warns if these variables are unset.
 NOWHERE = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 def _tpus(topology: str) -> list[jax.Device]:
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # this machine need not be a TPU's
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # this machine may have no TPU
     for name, value in NOWHERE.items():
         os.environ.setdefault(name, value)
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = (
-        "1"  # only one process may hold a TPU, but several may compile
-    )
+    # Only one process may use a TPU, but several may compile.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     from jax.experimental import topologies
 
     try:

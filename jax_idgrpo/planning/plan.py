@@ -1,16 +1,21 @@
-"""What a run needs on a machine that one does not have: its programs, compiled by the real compiler for a named topology.
+"""Plan a run for an absent machine by compiling its programs for a named topology.
 
-Every program of a training step (from encoding prompts and photos to the update) and of the evaluation is lowered from shapes alone on a
-mesh of the topology's devices and compiled; nothing is allocated or run. Reported per program:
+Every program of a training step (from encoding prompts and photos to the update) and of the
+evaluation is lowered from shapes only, on a mesh of the topology's devices, and compiled. Nothing
+is allocated or executed. Each program is reported with these figures per chip:
 
-    memory        the compiler's: arguments, results that take no argument's place, and temporaries, per chip; and what else lies there
-    FLOPs         of the traced program: products and convolutions, loop bodies times their trips, recomputation included, over the chips
-    bytes moved   of the compiled program: what every instruction reads and writes in HBM, loop bodies times their trips
-    collectives   of the compiled program: bytes that the collectives bring to a chip
-    time          max(FLOPs / peak, bytes / HBM bandwidth) + collectives / link bandwidth; a bound from below, which assumes kernels
-                  at the chip's peak, arithmetic and HBM at the same time, and collectives with nothing beside them
+    memory        from the compiler: arguments, results that do not alias an argument, and
+                  temporaries; plus other arrays that are in memory at the same time
+    FLOPs         of the traced program: matrix products and convolutions, including
+                  rematerialisation, with loop bodies multiplied by their trip count
+    bytes moved   of the compiled program: reads and writes of every instruction in HBM, with loop
+                  bodies multiplied by their trip count
+    collectives   of the compiled program: bytes that the chip receives by collectives
+    time          max(FLOPs / peak, bytes / HBM bandwidth) + collectives / link bandwidth
 
-The compiler's own cost analysis counts a loop body once, which is why programs are counted here.
+The time is a lower bound. It assumes kernels at the chip's peak, full overlap of arithmetic with
+HBM traffic, and no overlap with collectives. The compiler's own cost analysis is not used, because
+it counts a loop body once.
 """
 
 import dataclasses
@@ -36,17 +41,29 @@ from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling.pipeline import Architecture
 from jax_idgrpo.workdir import write_text
 
-SPARE = 0.1  # of a chip's memory that a program should leave
+SPARE = 0.1  # share of a chip's memory that a program should leave free
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A program on a chip: bytes of memory at its peak (None where the compiler found no room), and what it does per call.
+    """Cost of a program per chip and call. The module's docstring describes the estimates.
 
-    seconds and utilisation are None on machines whose speed is not known; see the module's docstring for how they are estimated.
+    Attributes:
+      program: name of the program.
+      calls: calls per training step.
+      peak: bytes of memory at the peak; None if the compiler ran out of memory.
+      fits: whether the peak leaves `SPARE` of the memory free.
+      flops: floating-point operations.
+      moved: bytes read from and written to HBM.
+      received: bytes received by collectives.
+      seconds: estimated time; None if the chip's speed is unknown.
+      utilisation: share of the chip's peak FLOP/s at that time; None if its speed is unknown.
+      compile_seconds: time of tracing and compilation.
+      program_bytes: size of the lowered program's text.
+      note: the compiler's report if it ran out of memory.
     """
 
     program: str
@@ -64,7 +81,13 @@ class Cost:
 
 
 def measure(program: Program, chip: Chip | None, options: dict[str, Any] | None = None) -> Cost:
-    """Compile one program, with the compiler's `options`, and count it."""
+    """Compile one program and count its cost.
+
+    Args:
+      program: the program.
+      chip: figures of the chip; None if they are unknown.
+      options: compiler options.
+    """
     began = time.monotonic()
     traced = program.function.trace(*program.arguments, **program.options)
     arithmetic = flops(traced.jaxpr) / program.devices
@@ -124,9 +147,15 @@ def measure(program: Program, chip: Chip | None, options: dict[str, Any] | None 
 
 
 def meshes(count: int, parts: Architecture, share: int) -> Iterator[tuple[MeshConfig, int]]:
-    """Meshes of `count` devices with rows per call that fit a `share` of rows and the network, the simplest first.
+    """Iterate over valid meshes and rows per call, the simplest first.
 
-    Simple is: few devices on one row, whole heads, and few rows at a time.
+    Meshes are ordered by few devices per row, then small `tensor` and `data` axes, then few rows
+    per call.
+
+    Args:
+      count: number of devices.
+      parts: networks of the video model.
+      share: rows per optimizer step, a multiple of the rows per call.
     """
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
     found = []
@@ -159,13 +188,22 @@ def plan(
     wanted: Sequence[str] = (),
     search: int = 0,
 ) -> bool:
-    """Compile the programs (all, or those `wanted`), print them as a table, and write `plan.json` and `table.md` into `out`.
+    """Compile the programs of a run, print their costs, and write `plan.json` and `table.md`.
 
-    search: how many meshes and micro-batches to try on rollout and update before the rest is compiled on the fastest that fits.
-    Returns whether every program leaves a tenth of the memory free.
+    Args:
+      config: the run.
+      topology: devices to plan for, as in `hardware.devices`.
+      sizes: published sizes of the networks; None reads the checkpoint's configuration.
+      out: output folder.
+      wanted: names of the programs to compile; empty compiles all.
+      search: number of meshes and micro-batches to try first, with rollout and update only. The
+        fastest one that fits is then used. 0 uses the mesh of `config`.
+
+    Returns:
+      Whether every program leaves `SPARE` of the memory free.
 
     Raises:
-      UserError: the topology, the sizes or the mesh cannot be.
+      UserError: the topology, the sizes or the mesh is invalid, or no mesh of the search fits.
     """
     found = policy_devices(config, devices(topology))
     parts = networks(config, sizes)
@@ -245,7 +283,7 @@ HEADER = (
 
 
 def row(cost: Cost) -> str:
-    """One line of the table."""
+    """Format one row of the table."""
     peak = (
         cost.note
         if cost.peak is None
@@ -268,7 +306,13 @@ def row(cost: Cost) -> str:
 
 
 def summary(config: Config, costs: Sequence[Cost], chip: Chip | None) -> list[str]:
-    """What the table says about a training step, and what it assumes."""
+    """Summarise the table: assumptions, and time of a training step.
+
+    Args:
+      config: the run.
+      costs: costs of the programs.
+      chip: figures of the chip; None if they are unknown.
+    """
     own = config.reward
     absent = [
         f"The reward, {name} {value}, runs on the host: it has no program here, and its time is not counted."

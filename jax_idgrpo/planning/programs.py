@@ -1,7 +1,6 @@
-"""The programs of a step and of the evaluation, as functions of shapes.
+"""Describe the programs of a training step and of the evaluation by the shapes of their arguments.
 
-What a run holds comes from `training.setup.build`, which describes a run by the lines that make
-one.
+The shapes of networks and state come from `training.setup.build`, which also sets up real runs.
 """
 
 import dataclasses
@@ -64,11 +63,10 @@ PUBLISHED_TEXT_ENCODER = UMT5Config(
 
 
 def networks(config: Config, sizes: str | None) -> Architecture:
-    """The networks of the checkpoint that the configuration names, or, where it is not on this
-    machine, of published `sizes`.
+    """Return the architecture of published `sizes`, or of the checkpoint if `sizes` is None.
 
     Raises:
-      UserError: there is no checkpoint and no sizes, or the sizes are unknown.
+      UserError: the sizes are unknown, or there are neither sizes nor a checkpoint.
     """
     folder, model = config.model.folder(), config.model
     run: dict[str, Any] = {
@@ -98,11 +96,17 @@ def networks(config: Config, sizes: str | None) -> Architecture:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with the shapes that it is called with.
+    """A jitted function with the shapes of its arguments.
 
-    devices: how many share its work. beside: bytes per chip that are in memory while it runs and
-    are none of its arguments. calls: in one training step, with nothing encoded before; 0 for
-    programs of the evaluation and for those that run once.
+    Attributes:
+      name: name in the table.
+      function: the jitted function.
+      arguments: shapes of the positional arguments.
+      devices: number of devices that share the work.
+      beside: bytes per chip in memory during a call, besides the arguments.
+      calls: calls per training step with empty caches; 0 for programs of the evaluation and for
+        programs that run once.
+      options: keyword arguments.
     """
 
     name: str
@@ -115,12 +119,12 @@ class Program:
 
 
 def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Program]:
-    """The programs of a training step and of the evaluation, in the order in which they run.
+    """Iterate over the programs of a training step and of the evaluation, in order of execution.
 
     Args:
       config: the run.
-      parts: the networks of the video model.
-      mesh: the devices of the video model, which need not exist here.
+      parts: networks of the video model.
+      mesh: devices of the video model, which need not exist on this machine.
 
     Raises:
       UserError: the configuration does not fit the mesh, or a network cannot be used.
@@ -140,7 +144,7 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     chunk, video = _chunk(run, sampling), video_of(run, config.video, config.rows_per_call)
     count = config.rollout.rows // config.rows_per_call
     stored = stacked(run, chunk, count)
-    # The previous chunk waits for its reward while the next one is sampled.
+    # The previous chunk is in memory until it is scored, while the next one is sampled.
     beside = held + chip_bytes(chunk, video, stored)
     own = chip_bytes(run.state.params, run.base)
     yield dataclasses.replace(sampling, beside=beside - own, calls=count)
@@ -160,10 +164,10 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
 
 
 def resident(run: Run, judge: FaceReward | None = None) -> float:
-    """Bytes per chip that stay in memory during a whole training: all networks, and the adapter
-    with its average and its optimizer.
+    """Return the bytes per chip in memory during a whole training run.
 
-    judge: where `run.watch_every` is set it is loaded too, and the reward a second time.
+    These are all networks, and the adapter with its moving average and optimizer. If
+    `run.watch_every` is set, the judge and a second copy of the reward are included.
     """
     own = (run.state, run.base, run.vae, run.negative, run.schedule)
     encoder = (
@@ -176,12 +180,12 @@ def resident(run: Run, judge: FaceReward | None = None) -> float:
 
 
 def _shares(run: Run, reward: Any) -> bool:
-    """Whether a reward lies on the devices of the video model."""
+    """Return whether a reward is on the devices of the video model."""
     return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices
 
 
 def _chunk(run: Run, sampling: Program) -> update.Rollout:
-    """What a training step keeps of one call of its rollout."""
+    """Return the shapes that a training step stores of one call of its rollout."""
     config, (_, _, asked, *_) = run.config, sampling.arguments
     trajectory = rows_of(run, jax.eval_shape(sampling.function, *sampling.arguments))
     people, count, size = None, config.rows_per_call, config.video
@@ -206,7 +210,7 @@ def _chunk(run: Run, sampling: Program) -> update.Rollout:
 
 
 def _text_encoder(run: Run, held: float) -> Program:
-    """Encode one prompt; the encoder is on the devices while it runs, wherever it waits."""
+    """Encode one prompt. The encoder is on the devices for the call, wherever it is stored."""
     graph, state = nnx.split(run.pipe.text_encoder)
     state = shapes(state, sharding.fully_shard(run.mesh, state))
     waiting = chip_bytes(state) if run.config.model.text_memory == "device" else 0.0
@@ -223,7 +227,7 @@ def _text_encoder(run: Run, held: float) -> Program:
 
 
 def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[Program]:
-    """Encode one photo, and for VACE the blank video; every device does it."""
+    """Encode one photo, and for VACE the blank video, on every device."""
     graph, state = run.vae
 
     def encode(state: nnx.State, video: jax.Array) -> jax.Array:
@@ -247,7 +251,7 @@ def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[P
 
 
 def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[Program]:
-    """Find and embed the face of one reference photo; every device does it."""
+    """Detect and embed the face of one reference photo, on every device."""
     if not isinstance(reward, FaceReward):
         return
     photos = (
@@ -262,7 +266,7 @@ def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[
 
 
 def _sampling(run: Run) -> Program:
-    """Roll out one chunk, as the objective needs it."""
+    """Sample one chunk of the rollout for the objective."""
     config, count = run.config, run.config.rows_per_call
     asked, keys = conditioning_of(run, config, count), keys_of(run, count)
     start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
@@ -308,7 +312,7 @@ def _decoding(
 def _storing(
     run: Run, stored: update.Rollout, chunk: update.Rollout, beside: float, calls: int
 ) -> Program:
-    """Write a chunk into its place among those of the step."""
+    """Write a chunk into the stored rollout."""
     write = jax.jit(functools.partial(update.store, chunks=calls), donate_argnums=0)
     return Program(
         "store", write, (stored, chunk, whole(run, dtype=jnp.int32)), run.mesh.size, beside, calls
@@ -318,9 +322,9 @@ def _storing(
 def _scoring(
     run: Run, reward: Any, name: str, video: Any, beside: float, calls: int
 ) -> Iterator[Program]:
-    """Score one batch by the reward or the judge; nothing for a reward on the host.
+    """Score one batch by the reward or the judge. A reward on the host has no program.
 
-    beside: bytes per chip, the networks of `reward` and the video among them.
+    `beside` is in bytes per chip, and includes the networks of `reward` and the video.
     """
     if isinstance(reward, HostReward):
         return
@@ -339,7 +343,7 @@ def _scoring(
 
 
 def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
-    """Move the trained rows of a rollout that is trained in part."""
+    """Select the trained rows of a rollout if not all rows are trained."""
     number = len(stored.start)
     sampled = scored(
         run,
@@ -353,7 +357,7 @@ def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
 
 
 def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]:
-    """One optimizer step."""
+    """Take one optimizer step."""
     wanted = run.config.grpo
     networks = update.Networks(
         base=run.base,
@@ -368,11 +372,10 @@ def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]
 
 
 def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Program]:
-    """What `evaluate` runs for one batch.
+    """Sample, decode and score one batch of `evaluate`.
 
-    The videos of the previous batch are still in memory while the next one is made.
-
-    held: bytes per chip, those of the judge among them.
+    The videos of the previous batch are still in memory during sampling. `held` is in bytes per
+    chip, and includes the judge.
     """
     config = evaluated(run.config)
     size, count = config.video, sharding.rows_for(run.mesh, config.evaluate.batch)

@@ -1,1 +1,1 @@
-"""GRPO and supervised training."""
+"""Train with GRPO or with supervision."""

@@ -1,13 +1,15 @@
-"""Checkpoints of a run. A kill loses only the steps since the last one; restoring is bitwise exact.
+"""Save and restore checkpoints of a run.
+
+A killed run loses only the steps since its last checkpoint. Restoring is bitwise exact.
 
 A checkpoint is a flat mapping from names to arrays, independent of the classes that hold them. It
 stores a checksum of every array, since orbax does not detect every flipped bit. A workdir holds
 `checkpoints/<step>/` (orbax), `config.json`, the configuration of the run, and `rows.json`, digests
 of the rows that the run reads.
 
-Several processes share one checkpoint, and each reads only the part that its devices hold. A file
-may be damaged that only one process reads. Therefore all processes decide together which steps
-exist and whether one of them is readable. Functions marked "(collective)" must be called by all.
+Several processes share one checkpoint, and each reads only the part that its devices hold. A
+damaged file may be read by one process only. Therefore all processes decide together which steps
+exist and whether a step is readable. Functions marked "(collective)" must be called by all.
 """
 
 import dataclasses
@@ -48,8 +50,9 @@ MAY_CHANGE = (
     "finetune.out",
     "finetune.log_every",
 )
-"""Fields that may differ on resume. They set length, intervals and places, and change no result of
-a step, except that another mesh changes rounding."""
+"""Fields that may differ on resume: lengths, intervals, paths and the mesh.
+
+They change no result of a step, except that another mesh changes rounding."""
 
 _CHECKSUMS = "checksums"
 _ITEM = "default"  # orbax's folder for the arrays of a step
@@ -71,7 +74,8 @@ def check_resume(
 ) -> None:
     """Refuse to resume a run with a configuration that would change its results.
 
-    A field that the run's version did not have counts as its default, under which nothing changes.
+    A field that is absent from the stored configuration counts as its default, which keeps the
+    earlier behaviour.
 
     Args:
       old_config_json: `Config.to_json()` of the run in the workdir.
@@ -91,7 +95,7 @@ def check_resume(
     if any(old.get(f"reward.{name}") != new.get(f"reward.{name}") for name in cosines):
         left_out: dict[str, Any] = dict.fromkeys(cosines)
         networks = reward_settings(dataclasses.replace(new_config.reward, **left_out))
-        for values in (old, new):  # left out, or written out as the networks have it, is the same
+        for values in (old, new):  # an empty field equals the networks' own value
             for name in cosines:
                 if values.get(f"reward.{name}") is None:
                     values[f"reward.{name}"] = getattr(networks, name)
@@ -116,9 +120,9 @@ def check_resume(
 
 
 def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
-    """Open `workdir/checkpoints`, which keeps the newest `keep` steps (collective).
+    """Open `workdir/checkpoints` and keep only the newest `keep` steps (collective).
 
-    Close the manager when done, or use it as a context.
+    Close the manager after use, or use it as a context.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
@@ -131,7 +135,7 @@ def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    """Map the path of each leaf to the leaf. Random keys become their bits."""
+    """Map the path of each leaf to the leaf. Random keys are converted to their bits."""
 
     def name(path: Any) -> str:
         return re.sub(
@@ -149,7 +153,7 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _rebuild(target: T, named: dict[str, jax.Array]) -> T:
-    """Replace the leaves of `target` by the values of `named`, which has the same order."""
+    """Replace the leaves of `target` by the values of `named`, which are in the same order."""
     leaves = [
         jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -163,8 +167,8 @@ def _rebuild(target: T, named: dict[str, jax.Array]) -> T:
 def _checksums(named: dict[str, jax.Array]) -> jax.Array:
     """Compute one checksum per array, uint32 [leaves].
 
-    It is the sum of the array's bits times odd weights by position, modulo 2^32: exact in any order
-    of summation and under any sharding.
+    A checksum is the sum of the array's bits, weighted by odd numbers that depend on the position,
+    modulo 2^32. It is exact in any order of summation and under any sharding.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -201,6 +205,11 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
     Does nothing for a step that is already stored.
 
+    Args:
+      manager: checkpoint manager of the workdir.
+      step: training steps done.
+      state: any pytree of arrays.
+
     Raises:
       UserError: the disk is full. Earlier checkpoints are untouched.
     """
@@ -223,10 +232,10 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 def _read(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Read this process's part of one checkpoint. Not collective: it may fail in one process alone.
+    """Read this process's part of one checkpoint. Not collective: it may fail in only one process.
 
     Args:
-      folder: the arrays of one step, as orbax stores them.
+      folder: folder of one step's arrays, in orbax's format.
       wanted: shapes, dtypes and shardings by name.
 
     Returns:
@@ -234,7 +243,7 @@ def _read(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
     Raises:
       UserError: names, shapes or dtypes differ from `wanted`.
-      Exception: of many types, if a file is damaged.
+      Exception: a file is damaged; the type varies.
     """
     handler = ocp.StandardCheckpointHandler()
     found = {
@@ -269,10 +278,10 @@ def _read_together(
     """Read one checkpoint in all processes (collective).
 
     Returns:
-      The arrays and "", or no arrays and a description of the damage, the same in all processes.
+      The arrays and "", or no arrays and a description of the damage. The same in all processes.
 
     Raises:
-      UserError: names, shapes or dtypes differ from `wanted`. Raised in all processes if in one.
+      UserError: names, shapes or dtypes differ from `wanted`. If one process raises it, all do.
     """
     restored, refusal, damage = {}, "", ""
     try:
@@ -293,7 +302,7 @@ def _read_together(
 
 
 def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Replicate over the devices of `sharding`."""
+    """Return the sharding that replicates over the devices of `sharding`."""
     return (
         jax.NamedSharding(sharding.mesh, jax.P())
         if isinstance(sharding, jax.NamedSharding)
@@ -304,11 +313,15 @@ def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
 def restore(manager: ocp.CheckpointManager, target: T) -> T | None:
     """Read the newest intact checkpoint, with the dtypes and shardings of `target` (collective).
 
-    A damaged checkpoint is moved to `checkpoints-damaged/` with a warning, and the one before it is
-    read. Returns None if there is no checkpoint.
+    A damaged checkpoint is moved to `checkpoints-damaged/` with a warning, and the previous one is
+    read instead.
+
+    Returns:
+      The restored tree, or None if there is no checkpoint.
 
     Raises:
-      UserError: names, shapes or dtypes differ from the target's, or no checkpoint is intact.
+      UserError: names, shapes or dtypes differ from those of the target, or no checkpoint is
+        intact.
     """
     named = _named(target)
     wanted = {
@@ -345,7 +358,7 @@ def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
             shutil.move(Path(manager.directory) / str(step), place)
-    barrier("damaged checkpoints are moved")  # before any process lists the folder anew
+    barrier("damaged checkpoints are moved")  # before any process lists the folder again
     manager.reload()
 
 
@@ -353,11 +366,12 @@ def check_rows(path: Path, rows: Sequence[str]) -> None:
     """Refuse to resume a run on other data.
 
     Args:
-      path: file with the digests of the run's rows. Runs of earlier versions have none and resume.
+      path: file with the digests of the run's rows. Not compared if the file is missing, as in
+        runs of earlier versions.
       rows: digests of the present rows.
 
     Raises:
-      UserError: says which rows changed.
+      UserError: names the rows that changed.
     """
     if path.exists() and (change := describe_change(json.loads(path.read_text()), rows)):
         raise UserError(
@@ -380,7 +394,7 @@ def resume(
     Args:
       workdir: folder of the run.
       config: the present configuration.
-      manager: of the workdir's checkpoints.
+      manager: checkpoint manager of the workdir.
       state: initial state, with the shapes, dtypes and shardings to restore to.
       rows: digests of the rows that the run reads, by `row_digests`. Not compared if empty.
 

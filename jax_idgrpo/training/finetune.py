@@ -1,7 +1,7 @@
-"""Supervised training of any `Task`, from its first batch to the stored network.
+"""Train any `Task` with supervision and store the network.
 
-A step is a pure function of (state, seed, step): the batch and every key come from the two numbers, so a run that was stopped
-anywhere goes on to the same bits as one that was not.
+A step is a pure function of (state, seed, step). The batch and every random key derive from the
+last two, so an interrupted and resumed run is bitwise equal to an uninterrupted one.
 """
 
 import dataclasses
@@ -39,7 +39,17 @@ def make_step(
     decay: float,
     seed: int,
 ) -> Step:
-    """The training step as one program: (state, what is frozen, batch) -> (state, scalars). The state is donated."""
+    """Compile the training step: (state, frozen variables, batch) -> (state, scalars to log).
+
+    The step donates its state.
+
+    Args:
+      task: the task to train.
+      graphdef: graph of the network.
+      optimizer: as made by `make_optimizer`.
+      decay: decay of the moving average after its warm-up, in [0, 1).
+      seed: seed of the run.
+    """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -63,16 +73,16 @@ def make_step(
 
 @exclusive
 def finetune(config: Config, workdir: Path) -> None:
-    """Train `config.finetune.task` for `config.run.steps` steps, continuing what the workdir holds.
+    """Train `config.finetune.task` for `config.run.steps` steps; resume if the workdir has a run.
 
-    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is of the averaged weights and is
-    also written to `finetune.out`. On SIGTERM, SIGHUP or Ctrl-C it writes a checkpoint and exits with status 128 plus the signal's
-    number.
+    Writes `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`. The export
+    contains the averaged weights and is also written to `finetune.out`. On SIGTERM, SIGHUP or
+    Ctrl-C, a checkpoint is written and the process exits with status 128 plus the signal's number.
 
     Raises:
-      UserError: the workdir or the configuration cannot be used, or the loss is no longer a number.
+      UserError: the workdir or the configuration cannot be used, or the loss is not finite.
     """
-    # ---- what is trained -------------------------------------------------------------------------------------------------
+    # ---- set up ----------------------------------------------------------------------------------
     seed, last = config.run.seed, config.run.steps
     task = make_task(config)
     optimizer = make_optimizer(config.optimizer, last)
@@ -105,7 +115,7 @@ def finetune(config: Config, workdir: Path) -> None:
         )
         return nnx.merge(graphdef, ema, kept, rest, copy=True)
 
-    # ---- where it stands -------------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     fresh = functools.partial(start, optimizer)
     shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
@@ -119,7 +129,7 @@ def finetune(config: Config, workdir: Path) -> None:
     del parts
     done = int(state.step)
 
-    # ---- train -----------------------------------------------------------------------------------------------------------
+    # ---- train -----------------------------------------------------------------------------------
     with (
         manager,
         MetricsWriter(
@@ -139,12 +149,12 @@ def finetune(config: Config, workdir: Path) -> None:
                 done % config.run.save_every == 0 or done == last,
                 any_process(stopping() != 0),
             )
-            upcoming = batch(done) if done < last else None  # made while the device works
-            jax.block_until_ready(
-                pending[-2:][0]
-            )  # one step in flight: batches do not pile up on the device
+            upcoming = batch(done) if done < last else None  # overlaps with the device's work
+            # At most one step is in flight, so that batches do not accumulate on the device.
+            jax.block_until_ready(pending[-2:][0])
 
-            # A row closes at every checkpoint, so that a resumed run groups the steps as an undisturbed one does.
+            # A checkpoint ends a row of metrics, so that a resumed run averages the same steps as
+            # an uninterrupted one.
             closing = done % config.finetune.log_every == 0 or saving or stop
             if closing:
                 rows = to_host(pending)
@@ -175,11 +185,10 @@ def finetune(config: Config, workdir: Path) -> None:
             if closing:
                 pending, began = [], time.monotonic()
             if stop and done < last:
-                raise SystemExit(
-                    stopping() or TERMINATED
-                )  # of another process's signal nothing more is known
+                # The number of a signal that another process received is unknown.
+                raise SystemExit(stopping() or TERMINATED)
 
-    # ---- store -----------------------------------------------------------------------------------------------------------
+    # ---- store -----------------------------------------------------------------------------------
     network = averaged(state)
     for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints and the exported adapter, never those of an adapter that has diverged over good ones."""
+"""Write checkpoints and the exported adapter, but never those of a diverged adapter."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,13 +17,20 @@ from jax_idgrpo.training.state import TrainState
 
 @dataclasses.dataclass
 class Keeper:
-    """Writes checkpoints with their exports, and leaves out the states of which no update was finite.
+    """Write checkpoints with their exports, except after a step without a finite update.
 
-    A diverged adapter shows in the step after it, whose gradient is not finite. Such a step changes nothing and is `doubtful`: it is
-    not saved, and a checkpoint that was due is written after the next step that works.
+    Divergence of the adapter is detected in the following step, whose gradient is not finite. Such
+    a step changes nothing and is `doubtful`. It is not saved. A checkpoint that was due is written
+    after the next step with a finite gradient.
 
-    manager: of the checkpoints. export: folder of the adapter. config: the run. transformer: the policy's, with its adapter.
-    kept: step of the newest checkpoint and its export. postponed: whether a checkpoint is due that could not be written.
+    Attributes:
+      manager: checkpoint manager of the workdir.
+      export: folder of the exported adapter.
+      config: the run.
+      transformer: architecture of the policy, including its adapter.
+      kept: step of the newest checkpoint and its export.
+      doubtful: whether the last step had no finite update.
+      postponed: whether a checkpoint is due that was not written because of a doubtful step.
     """
 
     manager: Any
@@ -35,16 +42,17 @@ class Keeper:
     postponed: bool = False
 
     def judge(self, row: Mapping[str, float], nothing_to_train: bool) -> None:
-        """Note whether a step worked.
+        """Record whether a step had a finite update.
 
         Args:
-          row: what it logged.
-          nothing_to_train: whether the step was skipped because no video was left to train on, which says nothing of the adapter.
+          row: logged values of the step.
+          nothing_to_train: whether the step was skipped because no video was left to train on,
+            which is no sign of divergence.
         """
         self.doubtful = row["skipped"] == 1 and not nothing_to_train
 
     def keep_if_due(self, state: TrainState, done: int) -> None:
-        """Write a checkpoint with its export when `done` steps are a multiple of `run.save_every`, or all."""
+        """Write checkpoint and export every `run.save_every` steps and after the last step."""
         settings = self.config.run
         due = self.postponed or done % settings.save_every == 0 or done == settings.steps
         self.postponed = due and self.doubtful
@@ -52,19 +60,28 @@ class Keeper:
             self.keep(state, done)
 
     def keep(self, state: TrainState, done: int) -> None:
-        """Write the checkpoint and the export after `done` steps, unless they are there, nothing was done, or the step is doubtful."""
+        """Write checkpoint and export after `done` steps.
+
+        Does nothing if they exist already, if no step was done, or if the last step is doubtful.
+        """
         if done != self.kept and not self.doubtful:
             save(self.manager, done, state)
             self._export(state, done)
 
     def begin(self, state: TrainState) -> None:
-        """Take up a run at its first or its resumed state; a process that was killed before an export left that to be done."""
+        """Start from the initial or the restored state.
+
+        Writes the export if an earlier process was killed between checkpoint and export.
+        """
         self.kept = int(state.step)
         if any_process(self.kept > 0 and saved_step(self.export) != self.kept):
             self._export(state, self.kept)
 
     def advice(self, failed: int, done: int) -> str:
-        """What to do when the last `failed` of `done` steps had no finite update, as the end of a message."""
+        """Return the end of an error message: advice after `failed` steps without finite update.
+
+        `done` is the number of all training steps done.
+        """
         again = "start again in another --workdir with a lower --optimizer.learning_rate"
         if 0 < self.kept < done - failed:
             again += f", from this run's adapter of step {self.kept} with --model.adapter {self.export} or without"

@@ -1,4 +1,4 @@
-"""One training run per workdir at a time."""
+"""Lock a workdir, so that only one training run uses it at a time."""
 
 import contextlib
 import errno
@@ -54,18 +54,18 @@ def _lock(path: Path) -> IO[str]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             return file
-        file.close()  # its holder removed it between our opening and locking
+        file.close()  # the previous holder removed the file between `open` and `flock`
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Make a workdir and lock it against other runs inside the context (collective).
+    """Create a workdir and lock it against other runs inside the context (collective).
 
     Process 0 holds the lock.
 
     Raises:
-      UserError: the folder is not writable, or another process is training there. Raised in all
-        processes of this run if in one.
+      UserError: the folder is not writable, or another process is training there. If one process
+        of this run raises it, all do.
     """
     lock, refusal = None, ""
     try:
@@ -87,7 +87,7 @@ def locked(workdir: Path) -> Iterator[None]:
 def exclusive(
     run: Callable[Concatenate[Any, Path, P], None],
 ) -> Callable[Concatenate[Any, Path, P], None]:
-    """Decorate a command `run(config, workdir, ...)` so that it holds its workdir `locked`."""
+    """Decorate a command `run(config, workdir, ...)` to run with its workdir `locked`."""
 
     @functools.wraps(run)
     def alone(config: Any, workdir: Path, *args: P.args, **kwargs: P.kwargs) -> None:

@@ -1,4 +1,4 @@
-"""A profile of a few training steps: the profiler's trace of the devices, and a table of seconds by phase."""
+"""Profile two training steps: a device trace, and a table of seconds per phase."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,21 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import print_once
 from jax_idgrpo.workdir import write_text
 
-STEPS = 2  # that are traced
+STEPS = 2  # number of traced steps
 
 
 @dataclasses.dataclass
 class Profile:
-    """Traces steps `first + 1` and the one after it into `folder`; the first step of a process compiles, and is left out.
+    """Trace two steps of a run into `folder`.
 
-    Leaves the trace, which TensorBoard and Perfetto read, and `phases.md`. folder None: nothing is traced.
+    The first step of a process is not traced, because it includes compilation. Writes a trace for
+    TensorBoard or Perfetto, and `phases.md`.
+
+    Attributes:
+      folder: output folder; None disables profiling.
+      first: training steps done at the start of the process. Tracing starts one step later.
+      last: total number of training steps.
+      rows: logged values of the traced steps.
     """
 
     folder: Path | None
@@ -33,12 +40,18 @@ class Profile:
             )
 
     def begin(self, step: int) -> None:
-        """Call before a step."""
+        """Start the trace if it begins with this step. Call before every step."""
         if self.folder is not None and step == self.first + 1:
             jax.profiler.start_trace(self.folder)
 
     def end(self, step: int, row: Mapping[str, float], phases: Sequence[str]) -> None:
-        """Call after a step with what it logged; the names of its phases are columns of it."""
+        """Record a step, and finish the trace after the last one. Call after every step.
+
+        Args:
+          step: number of the step, from 0.
+          row: logged values of the step.
+          phases: names of the values in `row` that are seconds of a phase.
+        """
         if self.folder is None or not self.first < step <= self.first + STEPS:
             return
         self.rows.append(row)
@@ -51,7 +64,7 @@ class Profile:
 
 
 def phase_table(rows: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:
-    """Mean seconds of each phase over the rows, and its share of their sum, as a Markdown table."""
+    """Format mean seconds and share of the total of each phase as a Markdown table."""
     seconds = {
         name.removeprefix("seconds_"): sum(row[name] for row in rows) / len(rows) for name in phases
     }

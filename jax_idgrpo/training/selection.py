@@ -1,4 +1,4 @@
-"""Which videos a step trains on, their advantages, and statistics of their rewards."""
+"""Select the videos that a step trains on; compute advantages and reward statistics."""
 
 import collections
 import itertools
@@ -15,7 +15,11 @@ from jax_idgrpo.errors import UserError, closest
 
 
 def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
-    """Numbers of the videos of each prompt; a prompt that comes twice in a step goes on counting, so that no two videos are the same."""
+    """Number the videos of each prompt, P prompts with `group` videos each.
+
+    If a prompt occurs twice in a step, numbering continues, so that no two videos have the same
+    noise.
+    """
     seen: collections.Counter[int] = collections.Counter()
     numbers = []
     for prompt in ids:
@@ -25,8 +29,12 @@ def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
 
 
 def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
-    """What the rewards of a step (groups one after another) say: mean, spread within groups, the share of groups without any, and
-    how many rewards are no numbers (they count in nothing else)."""
+    """Compute statistics of the rewards of a step, whose groups are consecutive.
+
+    Returns:
+      The mean, the mean standard deviation within groups, the share of groups with zero standard
+      deviation, and the number of non-finite rewards, which are excluded from the other statistics.
+    """
     seen = np.isfinite(rewards)
     groups = zip(rewards.reshape(-1, group), seen.reshape(-1, group), strict=True)
     spread = np.array([members[real].std() for members, real in groups if real.any()] or [math.nan])
@@ -39,7 +47,7 @@ def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, f
 
 
 def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
-    """The mean of the values that are numbers; NaN without any."""
+    """Return the mean of the finite values, or NaN if there are none."""
     seen = np.isfinite(values)
     return float(values[seen].mean()) if seen.any() else math.nan
 
@@ -50,10 +58,21 @@ def choose(
     terms: Mapping[str, Float[np.ndarray, "P G"]],
     mixture: Mapping[str, int | float],
 ) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
-    """What a step is trained on: the advantage of every video, its weight (0 leaves it out), and the rows to take (None for all).
+    """Compute the advantages and select the videos that a step trains on.
 
-    The advantage is that of the reward and, times their weights in `reward.mixture`, those of other terms, each in units of its own spread.
-    Decided on all groups at once. Left out: rewards that are no numbers, constant groups if so configured, and pairs without a winner.
+    The advantage is a weighted sum over the reward and the other terms of `mixture`. Each term is
+    normalised by its own standard deviation first. Excluded are non-finite rewards, constant groups
+    if `drop_constant` is set, and pairs without a winner.
+
+    Args:
+      config: settings of the objective.
+      rewards: rewards of P prompts with G videos each.
+      terms: values of the other terms by name.
+      mixture: weights of the terms by name; "reward" has weight 1 by default.
+
+    Returns:
+      The advantage of every video; its weight, 0 or 1; and the indices of the selected rows, or
+      None for all.
     """
 
     def advantages(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
@@ -87,10 +106,10 @@ def choose(
 
 
 def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
-    """Refuse a mixture of other terms than the reward has.
+    """Check that the reward has every term of a mixture.
 
     Raises:
-      UserError: it names another.
+      UserError: the mixture names an unknown term.
     """
     for name in mixture:
         if name not in names:
@@ -101,12 +120,12 @@ def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> N
 
 
 def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
-    """How many of the last rows of metrics are of steps in which no update could be used."""
+    """Count the consecutive steps without a finite update at the end of the metrics."""
     return sum(1 for _ in itertools.takewhile(lambda row: row.get("skipped") == 1, reversed(rows)))
 
 
 def constant_in_a_row(rows: Sequence[dict[str, Any]]) -> int:
-    """How many of the last rows of metrics are of steps in which the rewards of every group were equal."""
+    """Count the consecutive steps with only constant groups at the end of the metrics."""
     return sum(
         1 for _ in itertools.takewhile(lambda row: row.get("zero_std_groups") == 1, reversed(rows))
     )

@@ -1,4 +1,4 @@
-"""Parts of a training run: what is trained and what it is trained with, the rollout of an objective, and its cost."""
+"""Set up a training run: networks, state, reward, schedule, rollout and pass counts."""
 
 import dataclasses
 import functools
@@ -32,12 +32,21 @@ from jax_idgrpo.training.update import UpdateRule
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run trains, on what, and by what rule; arrays, or shapes with shardings where a run is planned.
+    """Everything that a training run needs, as arrays, or as shapes with shardings for planning.
 
-    mesh: where everything lies. pipe: the networks of the video model. policy: structure of the transformer, without arrays.
-    state: `TrainState` before the first step; None once training has taken it over. base: the frozen weights.
-    negative: [L,D] the encoded negative prompt. vae: graph and state. reward: what scores videos, or, where a run is planned, what stands
-    for it (`rewards.planned`). schedule: of the rollout. rule: of the update. passes: transformer passes of a step, to log.
+    Attributes:
+      config: the run's configuration.
+      mesh: devices of the video model.
+      pipe: networks of the video model.
+      policy: structure of the transformer, without arrays.
+      state: `TrainState` before the first step; None after training has taken it over.
+      base: frozen weights of the transformer.
+      negative: [L,D] encoded negative prompt.
+      vae: graph and state of the VAE.
+      reward: scores videos; for planning, its substitute of `rewards.planned`.
+      schedule: noise schedule of the rollout.
+      rule: static part of the update.
+      passes: transformer passes of a step by phase, to log.
     """
 
     config: Config
@@ -57,13 +66,14 @@ class Run:
 def build(
     config: Config, mesh: Mesh, abstract: bool = False, architecture: Architecture | None = None
 ) -> Run:
-    """Read or describe everything that a run needs before its first step.
+    """Load, or describe by shapes, everything that a run needs before its first step.
 
     Args:
       config: the run.
-      mesh: its devices; with `abstract` they need not exist here.
-      abstract: make shapes with shardings in place of arrays; of the checkpoint its configuration alone is read.
-      architecture: with `abstract`, the networks to describe in place of the checkpoint's.
+      mesh: devices of the video model. With `abstract` they need not exist on this machine.
+      abstract: make shapes with shardings instead of arrays. Only the configuration of the
+        checkpoint is read.
+      architecture: with `abstract`, networks to describe instead of the checkpoint's.
 
     Raises:
       UserError: the checkpoint, the adapter or the reward cannot be used.
@@ -123,7 +133,7 @@ def build(
 
 
 def _reward(config: Config, mesh: Mesh, abstract: bool) -> Any:
-    """The reward, on the mesh or with shapes as its state."""
+    """Make the reward on the mesh, or with shapes as its state."""
     if abstract:
         return planned_reward(config, mesh)
     reward = make_reward(config, mesh)
@@ -139,15 +149,23 @@ def score_latents(
     condition: conditioning.Conditioning,
     people: Any,
 ) -> Float[Array, "B"]:
-    """The reward of final latents as a function of arrays: `scorer` holds the VAE and the state of the reward's networks,
-    `people` the encoded references."""
+    """Decode final latents and return their reward, as a pure function of arrays.
+
+    Args:
+      function: `apply` of a differentiable reward.
+      max_people: maximum number of reference photos per prompt.
+      scorer: the VAE, and the state of the reward's networks.
+      latents: clean latents.
+      condition: conditioning of the rows.
+      people: encoded references of the rows.
+    """
     vae, state = scorer
     video = rollout.decode(vae, latents, condition.video_start, condition.video_frames(max_people))
     return function(state, video, people)["reward"]
 
 
 Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
-"""What a velocity depends on beside its latents: policy, adapter, base, conditioning, negative prompt."""
+"""Inputs of a velocity besides latents: policy, adapter, base, conditioning, negative prompt."""
 
 
 def sample(
@@ -158,7 +176,19 @@ def sample(
     noise_keys: Key[Array, "B"],
     window: rollout.Window,
 ) -> rollout.Trajectory:
-    """What the objective trains on, of one chunk: trained steps, or where reward gradients begin, or final latents alone."""
+    """Sample one chunk of videos and keep what the objective trains on.
+
+    An objective that replays steps gets the trained steps. Reward gradients get the latents before
+    the differentiated steps. Every other objective gets the final latents only.
+
+    Args:
+      config: the run.
+      given: inputs of the velocity besides its latents.
+      schedule: noise schedule of the rollout.
+      start_keys: random keys of the start noise.
+      noise_keys: random keys of the noise of stochastic steps.
+      window: trained steps of each row.
+    """
     if config.grpo.replays:
         return rollout.sample(*given, schedule, start_keys, noise_keys, window)
     if config.grpo.through_reward:
@@ -170,10 +200,15 @@ def sample(
 
 
 def forward_passes(config: Config, branches: int) -> dict[str, float]:
-    """Transformer passes of one training step by phase, each of one video at one noise level: a measure of cost that no machine changes.
+    """Count the transformer passes of one training step by phase, independent of the hardware.
 
-    branches: passes per guided velocity. update: every velocity that an update evaluates, those of the frozen base and of the old
-    policy among them. backward: those of them that a gradient runs back through.
+    One pass is one video at one noise level. The update counts every velocity that it evaluates,
+    including those of the frozen base and of the old policy. The backward count includes only
+    velocities with a gradient.
+
+    Args:
+      config: the run.
+      branches: passes per guided velocity.
     """
     sampling, wanted = config.rollout, config.grpo
     if wanted.through_reward:
@@ -193,7 +228,11 @@ def forward_passes(config: Config, branches: int) -> dict[str, float]:
 
 
 def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
-    """The pipeline of `config.model` on a mesh, with a fresh adapter or the one it names."""
+    """Load the pipeline of `config.model` on a mesh, with a new adapter or `model.adapter`.
+
+    Raises:
+      UserError: the checkpoint or the adapter cannot be used.
+    """
     model = config.model
     pipe = load_pipeline(
         model.folder(),

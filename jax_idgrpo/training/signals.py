@@ -1,4 +1,4 @@
-"""Requests to stop a run: SIGTERM, as schedulers send it, SIGHUP of a lost terminal, and Ctrl-C."""
+"""Stop a run on SIGTERM (sent by schedulers), SIGHUP (lost terminal) or Ctrl-C."""
 
 import contextlib
 import os
@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as a shell gives it; that of another signal is 128 plus its number."""
+"""Exit status after SIGTERM. As in a shell, it is 128 plus the signal's number."""
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Defer the signals of `SIGNALS` inside the context, and make a second Ctrl-C end the process at once with status 130.
+    """Defer `SIGNALS` inside the context; a second Ctrl-C exits at once with status 130.
 
-    Yields a function that returns the exit status that the first signal asks for, and 0 while none was received. The loop saves and
-    exits with that status. A second Ctrl-C acts even while the main thread waits for a device or a compiler, because a thread of its
-    own reads the signals. Call it in the main thread.
+    Enter the context in the main thread. A separate thread reads the signals, so a second Ctrl-C
+    works even while the main thread waits for a device or a compiler.
+
+    Yields:
+      A function that returns the exit status for the first received signal, or 0 if there was none.
+      The caller should save and exit with this status.
     """
     received: list[int] = []
     reading, writing = os.pipe()

@@ -1,4 +1,4 @@
-"""What training changes, and all that a checkpoint holds."""
+"""Define the training state (the content of a checkpoint), optimizer and moving average."""
 
 import dataclasses
 from typing import Any
@@ -12,18 +12,21 @@ from jaxtyping import Array, Float, Int
 from jax_idgrpo.config import OptimizerConfig
 
 Parameters = Any
-"""A nested state of arrays, as `flax.nnx.split` gives it; also of shapes or shardings, where a state describes one."""
+"""A nested state of arrays, as returned by `flax.nnx.split`; or of their shapes or shardings."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything else of a run (prompts, batches, noise, keys) is a function of the seed and of `step`.
+    """Complete state of a run. Prompts, batches, noise and keys are functions of seed and `step`.
 
-    step: int32 [], training steps done; the number of the step that comes next.
-    params: what is trained: the adapter in reinforcement learning, the whole network in supervised training.
-    ema: float32 moving average of `params`, the weights that are evaluated, exported and released.
-    optimizer: the optimizer's moments and counters.
-    rest: variables of the network that are not parameters but change with it, such as running means; an adapter has none.
+    Attributes:
+      step: int32 [], training steps done, which is the number of the next step.
+      params: trained parameters: the adapter in reinforcement learning, the whole network in
+        supervised training.
+      ema: float32 moving average of `params`; these weights are evaluated and exported.
+      optimizer: moments and counters of the optimizer.
+      rest: variables of the network that change but are not parameters, such as running means.
+        Empty for an adapter.
     """
 
     step: Any
@@ -36,7 +39,15 @@ class TrainState:
 def start(
     optimizer: optax.GradientTransformation, params: Parameters, rest: Parameters = ()
 ) -> TrainState:
-    """The state before the first step; it shares no buffer with its arguments, so that it can be donated."""
+    """Make the state before the first step.
+
+    It shares no buffer with the arguments, so that it can be donated.
+
+    Args:
+      optimizer: as made by `make_optimizer`.
+      params: initial trained parameters.
+      rest: variables that change but are not parameters.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(jnp.copy, params),
@@ -47,7 +58,11 @@ def start(
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: `warmup` linear steps up to the peak, then constant, or a cosine that is 0 at `total_steps`."""
+    """Make the schedule of the learning rate by optimizer step.
+
+    The rate rises linearly for `warmup` steps. Then it is constant, or decays as a cosine to 0 at
+    `total_steps`.
+    """
     peak = config.learning_rate
     warm = optax.linear_schedule(peak / (config.warmup + 1), peak, config.warmup)
     rest = max(total_steps - config.warmup, 1)
@@ -60,7 +75,11 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping to a global norm of `max_norm`, then AdamW (eps outside the root, decay decoupled and scaled by the learning rate)."""
+    """Make AdamW with gradient clipping to a global norm of `max_norm`.
+
+    `eps` is added outside the square root. Weight decay is decoupled and scaled by the learning
+    rate.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.max_norm),
         optax.adamw(
@@ -75,14 +94,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def ema_decay(step: int | Int[Array, ""], decay: float) -> Float[Array, ""]:
-    """Share of the old average that is kept, when `step` optimizer steps were done before this one."""
+    """Return the decay of the moving average after `step` optimizer steps, with warm-up."""
     return jnp.minimum((1.0 + step) / (10.0 + step), decay).astype(jnp.float32)
 
 
 def ema_update(
     ema: Parameters, params: Parameters, step: int | Int[Array, ""], decay: float
 ) -> Parameters:
-    """The average after optimizer step number `step` (0, 1, ...), float32."""
+    """Update the moving average in float32.
+
+    Args:
+      ema: average before the step.
+      params: parameters after the step.
+      step: number of the optimizer step, from 0.
+      decay: decay after the warm-up, in [0, 1).
+    """
     share = 1.0 - ema_decay(step, decay)
     return jax.tree.map(
         lambda average, value: average + share * (value.astype(jnp.float32) - average), ema, params
@@ -96,14 +122,20 @@ def apply_gradients(
     optimizer_step: int | Int[Array, ""],
     decay: float,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step and one step of the average; gradients that are not finite change neither. `state.step` is the caller's.
+    """Update parameters and moving average by one optimizer step.
+
+    Non-finite gradients change nothing. The caller increments `state.step`.
 
     Args:
+      state: state before the step.
+      gradients: gradients of `state.params`.
+      optimizer: as made by `make_optimizer`.
       optimizer_step: optimizer steps done before this one.
-      decay: the average's decay after its warm-up.
+      decay: decay of the moving average after its warm-up, in [0, 1).
 
     Returns:
-      The state, and `gradient_norm` (global, before clipping) and `skipped` (1 if nothing was changed) to log.
+      The new state, and values to log: `gradient_norm` (global, before clipping) and `skipped` (1
+      if the gradients were not finite, else 0).
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(norm)

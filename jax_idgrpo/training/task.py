@@ -1,6 +1,6 @@
-"""What supervised training trains: a `Task` names a network, its batches, its loss and how it is stored.
+"""Define supervised tasks: network, batches, loss and storage.
 
-`jax_idgrpo.training.finetune` runs any of them. One module per task, each with `make(config) -> Task`.
+`jax_idgrpo.training.finetune` trains any task. Each task is a module with `make(config) -> Task`.
 """
 
 import dataclasses
@@ -25,24 +25,30 @@ TASKS = {
     "reward_face": "jax_idgrpo.preferences.train_head",
     "reward_vlm": "jax_idgrpo.preferences.train_vlm",
 }
-"""Task -> module with its `make(config)`. Modules are loaded by name, since they stand above this one."""
+"""Task -> module with `make(config)`.
+
+Modules are imported by name, because their packages depend on this one."""
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One supervised problem.
+    """One supervised task.
 
-    init: key -> the network at its start, from random weights or from `finetune.start`; called once, outside `jax.jit`.
-    batch: (seed, step) -> the step's batch, a pytree of arrays; a pure function of its two arguments, so that a resumed run
-        sees what an undisturbed one saw.
-    loss: (network, batch, key) -> (scalar float32 loss, scalars to log); traced, pure but for the network's own variables.
-    save: writes the network in its published layout into a folder.
-    preview: writes pictures of what the network does into a folder, or None.
-    trained, frozen: filters of the network's variables: what the optimizer moves, and what stays as it is and is in no checkpoint.
-        Everything else changes with the network, such as running means.
-    rows: digests of the user's rows that the batches are made of, so that a run is not continued on others.
+    Attributes:
+      init: key -> initial network, from random weights or from `finetune.start`. Called once,
+        outside `jax.jit`.
+      batch: (seed, step) -> batch, a pytree of arrays. Must be a pure function, so that a resumed
+        run gets the same batches as an uninterrupted one.
+      loss: (network, batch, key) -> (scalar float32 loss, scalars to log). Traced; pure except for
+        the network's own variables.
+      save: writes the network in its published layout into a folder.
+      preview: writes example outputs of the network into a folder; None writes nothing.
+      trained: filter of the variables that the optimizer updates.
+      frozen: filter of the variables that never change and are in no checkpoint. Variables that
+        match neither filter, such as running means, change with the network.
+      rows: digests of the user's rows in the batches. A run resumes only on the same rows.
     """
 
     init: Callable[[jax.Array], nnx.Module]
@@ -56,10 +62,10 @@ class Task:
 
 
 def make_task(config: Config) -> Task:
-    """The task that `config.finetune.task` names.
+    """Make the task with the name `config.finetune.task`.
 
     Raises:
-      UserError: there is no task of that name.
+      UserError: no task has this name.
     """
     name = config.finetune.task
     if name not in TASKS:

@@ -1,8 +1,8 @@
-"""GRPO: sample groups of videos, score them, move the adapter. Reads from top to bottom.
+"""Train with GRPO: sample groups of videos, score them, update the adapter.
 
-Step k's prompts, noise and window are functions of (seed, k), so a run that was stopped anywhere goes on to the same adapter as
-one that was not. Everything between prompt and updated weights stays on the device: the programs of a step run under a guard
-that refuses transfers. After a step nothing of it stays there.
+Prompts, noise and window of step k are functions of (seed, k), so an interrupted and resumed run
+yields the same adapter as an uninterrupted one. All data between prompts and updated weights stays
+on the devices: the programs of a step run under a transfer guard. After a step its data is freed.
 """
 
 import dataclasses
@@ -49,37 +49,39 @@ from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState
 from jax_idgrpo.training.update import Networks, Rollout, select_rows, store, update
 
-SHOWN = 4  # videos kept of a step that writes samples
+SHOWN = 4  # number of videos written by a step that writes samples
 PHASES = ("seconds_prepare", "seconds_rollout", "seconds_reward", "seconds_update")
-"""Seconds of a step: conditioning and photos; sampling, with decoding and scoring beside it; scoring left when all is sampled; update."""
-CONSTANT = (
-    10  # training steps in a row with nothing but constant groups, after which a warning is due
-)
+"""Metrics with the seconds of each phase of a step.
+
+prepare: encoding prompts and photos. rollout: sampling, and concurrent decoding and scoring.
+reward: scoring that remains after all videos are sampled. update: selection and optimizer steps."""
+CONSTANT = 10  # consecutive steps with only constant groups, after which a warning is printed
 
 LeaveIfAsked = Callable[[Callable[[], TrainState]], None]
-"""Called at moments at which a run may stop, with what returns the state of the last finished step."""
+"""Called wherever a run may stop, with a function that returns the last finished state."""
 
 
 @exclusive
 def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
-    """Train the adapter for `config.run.steps` steps, continuing what the workdir holds.
+    """Train the adapter for `config.run.steps` steps; resume if the workdir has a run.
 
-    Leaves `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`; the export is a PEFT adapter of the averaged
-    weights, written with every checkpoint. SIGTERM, SIGHUP and Ctrl-C are looked at between the chunks of a rollout and between
-    updates: the last finished step is then saved, and the process exits with status 128 plus the signal's number.
+    Writes `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`. The export is a
+    PEFT adapter of the averaged weights, written with every checkpoint. SIGTERM, SIGHUP and Ctrl-C
+    take effect between the chunks of a rollout and between updates: the last finished step is
+    saved, and the process exits with status 128 plus the signal's number.
 
     Args:
       config: the run.
-      workdir: its folder.
-      profile: a folder for a profile of the second and third step.
+      workdir: folder of the run.
+      profile: output folder for a profile of the second and third step; None disables profiling.
 
     Raises:
-      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used, the updates are not finite, or
-        another process trains in the workdir.
+      UserError: the workdir, the configuration, the prompts or the checkpoint cannot be used, the
+        updates are not finite, or another process trains in the workdir.
     """
     last = config.run.steps
 
-    # ---- what is trained, on what, by what -------------------------------------------------------------------------------
+    # ---- set up ----------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh, policy_devices(config))
     sharding.check_rows(
         mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
@@ -96,13 +98,11 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
     check_references(run.reward, prompts)
-    run, fresh = (
-        dataclasses.replace(run, state=None),
-        run.state,
-    )  # the first update takes the arrays of the state over
+    # The first update donates the arrays of the state.
+    run, fresh = dataclasses.replace(run, state=None), run.state
     cache = conditioning.Cache()
 
-    # ---- where it stands -------------------------------------------------------------------------------------------------
+    # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
     state = resume(workdir, config, manager, fresh, listed)
     done = int(state.step)
@@ -114,7 +114,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     watch = begin_watch(run, fresh.ema, workdir / "watch") if config.run.watch_every else None
     del fresh
 
-    # ---- train -----------------------------------------------------------------------------------------------------------
+    # ---- train -----------------------------------------------------------------------------------
     with (
         manager,
         MetricsWriter(
@@ -127,9 +127,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         def leave_if_asked(finished: Callable[[], TrainState]) -> None:
             if any_process(stopping() != 0):
                 keeper.keep(finished(), done)
-                raise SystemExit(
-                    stopping() or TERMINATED
-                )  # no more is known of a signal to another process
+                # The number of a signal that another process received is unknown.
+                raise SystemExit(stopping() or TERMINATED)
 
         while done < last:
             leave_if_asked(lambda: state)
@@ -208,15 +207,15 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
 def begin_watch(
     run: Run, start: nnx.State, folder: Path
 ) -> Callable[[nnx.State, int], dict[str, float]]:
-    """Score held-out prompts before training, unless an earlier part of the run did.
+    """Score held-out prompts before training, unless the scores exist from before a resume.
 
     Args:
       run: the run.
-      start: the adapter that it starts from.
-      folder: gets the scores.
+      start: initial adapter of the run.
+      folder: output folder of the scores.
 
     Returns:
-      What scores an adapter after some steps: values to log.
+      A function (adapter, training steps done) -> values to log.
     """
     config, base = run.config, run.base
     guidance = config.evaluate.guidance or config.rollout.guidance
@@ -228,16 +227,22 @@ def begin_watch(
     return lambda ema, step: watch(Model(watched, ema, base), step)
 
 
-# ---- prepare -------------------------------------------------------------------------------------------------------------
+# ---- prepare -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one training step samples, B rows: P prompts with G videos each, those of a prompt one after another.
+    """Inputs of one rollout: B rows, namely P prompts with G consecutive videos each.
 
-    of_row: [B] which of the prompts a row belongs to. conditioning: [P,...] of the prompts, on the host. people: of each row, what the
-    reward compares its video with. starts, noise, again: [B] keys of the start noise, of the noise
-    along the way, and of the noise that objectives on final latents add again. window: of each row.
+    Attributes:
+      prompts: the P prompts.
+      of_row: [B] index of each row's prompt.
+      conditioning: [P,...] conditioning of the prompts, on the host.
+      people: [B,...] encoded references of each row.
+      starts: [B] random keys of the start noise.
+      noise: [B] random keys of the noise of stochastic steps.
+      again: [B] random keys of the noise added to final latents by objectives of kind "latents".
+      window: trained steps of each row.
     """
 
     prompts: Sequence[Prompt]
@@ -251,13 +256,13 @@ class Batch:
 
 
 def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.Cache) -> Batch:
-    """Choose the prompts, the noise and the window of training step `step`, and encode what is not in the cache.
+    """Choose prompts, noise and window of a training step, and encode prompts missing in the cache.
 
     Args:
       run: the run.
-      prompts: all of the run.
+      prompts: all prompts of the run.
       step: training steps done.
-      cache: encoded prompts, kept for the whole run.
+      cache: encoded prompts of the whole run.
     """
     config, sampling, seed = run.config, run.config.rollout, run.config.run.seed
     chosen = [prompts[index] for index in prompt_batch(prompts, seed, step, sampling.prompts)]
@@ -291,23 +296,26 @@ def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.
     )
 
 
-# ---- roll out ------------------------------------------------------------------------------------------------------------
+# ---- roll out ------------------------------------------------------------------------------------
 
 
 def roll_out(
     run: Run, state: TrainState, batch: Batch, shown: int, leave_if_asked: LeaveIfAsked
 ) -> tuple[Rollout, list[Terms | Pending], list[np.ndarray]]:
-    """Sample and score a step's videos, chunk by chunk; one chunk waits on the devices while one is computed.
+    """Sample and score the videos of a step, chunk by chunk.
+
+    At most two chunks are in flight.
 
     Args:
       run: the run.
-      state: of the last finished step.
-      batch: what to sample.
-      shown: how many videos to keep.
+      state: state after the last finished step.
+      batch: inputs of the rollout.
+      shown: number of videos to copy to the host.
       leave_if_asked: called between chunks.
 
     Returns:
-      The rollout, the terms of each chunk's reward, which may still be computed, and the first `shown` videos on the host.
+      The rollout; the reward terms of each chunk, which may be pending; and the first `shown`
+      videos on the host.
     """
     size, whole, rows = (
         run.config.rows_per_call,
@@ -355,7 +363,7 @@ def roll_out(
 
 
 def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray, "rows"]]:
-    """The terms of all chunks on the host, once they are there; a chunk without some term has NaN in its place."""
+    """Wait for the terms of all chunks and concatenate them; absent terms become NaN."""
     collected = [collect(term) for term in terms]
     names = dict.fromkeys(name for term in collected for name in term)
     return {
@@ -366,7 +374,7 @@ def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray,
     }
 
 
-# ---- update --------------------------------------------------------------------------------------------------------------
+# ---- update --------------------------------------------------------------------------------------
 
 
 def trained_part(
@@ -376,7 +384,15 @@ def trained_part(
     weight: Float[np.ndarray, "P G"],
     picks: Int[np.ndarray, "n"] | None,
 ) -> Rollout:
-    """Complete a rollout by what its scores decide, and reduce it to the rows `picks`; None keeps all."""
+    """Add advantages and weights to a rollout, and select its trained rows.
+
+    Args:
+      run: the run.
+      sampled: rollout without advantages and weights.
+      advantage: advantage of every video, for P prompts with G videos each.
+      weight: weight of every video, 0 or 1.
+      picks: indices of the trained rows; None keeps all.
+    """
     shape, rows = sampled.start.shape, sharding.batch_sharding(run.mesh, 1)
     advantage, weight = sharding.device_put_global(
         (advantage.reshape(shape), weight.reshape(shape)), rows
@@ -393,14 +409,14 @@ def trained_part(
 def train_on(
     run: Run, state: TrainState, sampled: Rollout, done: int, leave_if_asked: LeaveIfAsked
 ) -> tuple[TrainState, dict[str, float]]:
-    """Take the optimizer steps of a training step; the state is donated.
+    """Take the optimizer steps of a training step. The state is donated.
 
     Args:
       run: the run.
-      state: of the last finished step.
-      sampled: what is trained on.
+      state: state after the last finished step.
+      sampled: rollout to train on.
       done: training steps done.
-      leave_if_asked: called between updates; a copy of `state` waits for it in the memory of the hosts.
+      leave_if_asked: called between updates. A copy of `state` is kept in host memory for it.
 
     Returns:
       The state after the step, and the values to log.
@@ -432,7 +448,11 @@ def train_on(
 
 
 def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The values of a step's updates: means, but the ratio of the first, which is on-policy, and that of the last if there are several."""
+    """Summarise the logged values of a step's updates by their means.
+
+    Ratios are not averaged: those of the first update, which is on-policy, are logged, and those of
+    the last one if there are several.
+    """
     first, *rest = logged
     row = {name: float(np.mean([first[name], *(other[name] for other in rest)])) for name in first}
     for name in ("ratio_min", "ratio_max"):
@@ -442,11 +462,14 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
     return row
 
 
-# ---- log -----------------------------------------------------------------------------------------------------------------
+# ---- log -----------------------------------------------------------------------------------------
 
 
 def warn_if_constant(constant: int, done: int) -> None:
-    """Warn when `constant` steps in a row, up to step `done`, had rewards that were equal within every group; once in a row."""
+    """Warn once when all rewards were equal within every group for `CONSTANT` consecutive steps.
+
+    `constant` is the number of such steps up to step `done`.
+    """
     if constant == CONSTANT and jax.process_index() == 0:
         warnings.warn(
             f"step {done}: in each of the last {CONSTANT} steps the rewards of every group were all equal, so that nothing is learned; "
@@ -459,7 +482,14 @@ def warn_if_constant(constant: int, done: int) -> None:
 def write_samples(
     folder: Path, videos: Float[np.ndarray, "B F H W 3"], prompts: Sequence[Prompt], config: Config
 ) -> None:
-    """Write videos as mp4 at the model's frame rate, named by prompt and member."""
+    """Write videos as mp4 at the model's frame rate, named by prompt and member.
+
+    Args:
+      folder: output folder.
+      videos: videos in [-1, 1]; the videos of a prompt are consecutive.
+      prompts: prompts in the order of the groups.
+      config: the run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for index, video in enumerate(videos):
         number, member = divmod(index, config.rollout.group)

@@ -1,12 +1,16 @@
-"""The update: sum the gradients of an objective over micro-batches and noise levels, take one optimizer step. One program.
+"""Update the adapter: accumulate gradients over micro-batches and noise levels, step the optimizer.
 
-An objective's entry in `config.objectives.OBJECTIVES` says which of three kinds it is. "replay" runs the trained steps of the rollout
-again; the velocity is the function that sampled them, at the same dtypes and the same batch shape, so the ratio of the first update after a
-rollout is exactly 1. "latents" noises the final latents again, with noise that is a function of the row and of the optimizer step.
-"reward" runs the last denoising steps again, decodes the video and scores it, all under the gradient.
+The update is one program. `config.objectives.OBJECTIVES` assigns each objective one of three kinds:
 
-A rollout lies on the devices once: its chunks are written into place as they are sampled (`store`), an update reads its share of them
-there, and of a rollout that is trained in part the trained rows alone are moved (`select_rows`).
+    replay   recomputes the trained steps of the rollout, by the same velocity function at the same
+             dtypes and batch shape. The ratio of the first update after a rollout is exactly 1.
+    latents  adds noise to the final latents. The noise is a function of row and optimizer step.
+    reward   recomputes the last denoising steps, decodes and scores the video, and differentiates
+             through all of it.
+
+The devices store a rollout only once. Chunks are written in place as they are sampled (`store`),
+and an update reads its share in place. If only some rows are trained, only those are moved
+(`select_rows`).
 """
 
 import dataclasses
@@ -35,11 +39,16 @@ Rows = dict[str, Float[Array, "R"]]
 
 @flax.struct.dataclass
 class Rollout:
-    """What an update trains on: C chunks of R rows, as they were sampled by one program call each; every leaf is [C,R,...].
+    """Data of an update: C chunks of R rows, one program call each. Leaves are [C,R,...].
 
-    trajectory, conditioning: as sampled. start: first denoising step of the row's window. noise: the row's key, for noising its
-    latents; the rows of a pair have one. people: what the reward compares videos with, where its gradient is trained. advantage: of
-    the row. weight: 0 leaves the row out. The last two are known when all rows are scored, and None before.
+    Attributes:
+      trajectory: sampled latents and velocities.
+      conditioning: conditioning of the rows.
+      start: first denoising step of the row's window.
+      noise: random key for adding noise to the row's latents. Both rows of a pair have the same.
+      people: encoded references, if the reward is differentiated; else None.
+      advantage: advantage of the row; None before all rows are scored.
+      weight: 1, or 0 to exclude the row; None before all rows are scored.
     """
 
     trajectory: Trajectory
@@ -65,23 +74,32 @@ def _write(stored: Rollout, chunk: Rollout, number: Int[Array, ""]) -> Rollout:
 
 
 def store(stored: Rollout | None, chunk: Rollout, number: Int[Array, ""], chunks: int) -> Rollout:
-    """Write a chunk into its place of a rollout; no second copy of the rollout is made, and `stored` is donated.
+    """Write a chunk into a rollout without copying the rollout; `stored` is donated.
 
     Args:
-      stored: the rollout so far; None makes room for all of it.
-      chunk: rows [R,...] as sampled.
-      number: place of the chunk.
-      chunks: how many the rollout has.
+      stored: the rollout so far; None allocates it.
+      chunk: sampled rows, [R,...].
+      number: index of the chunk, in [0, chunks).
+      chunks: number of chunks of the rollout.
     """
     return _room(chunk, chunks) if stored is None else _write(stored, chunk, number)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
-    """Take some rows of a rollout, counted through its chunks, as chunks of as many rows; every device ends with its share of them.
+    """Select rows of a rollout; the result is sharded over the devices like the rollout.
 
-    Where rows lie on several devices, each sends one row at a time to every other, which keeps those that are its own: a plain index
-    would first gather the whole rollout on every device. Of large leaves one frame or denoising step travels at a time.
+    On several devices, rows are exchanged one at a time by all-to-all. Plain indexing would gather
+    the whole rollout on every device first. Large leaves are exchanged one frame or denoising step
+    at a time.
+
+    Args:
+      rollout: C chunks of R rows.
+      rows: indices in [0, C R). Their number is a multiple of R.
+      mesh: devices of the rollout.
+
+    Returns:
+      The selected rows as chunks of R rows.
     """
     shards, count = sharding.batch_shards(mesh), rollout.start.shape[1]
     if shards == 1:
@@ -92,7 +110,7 @@ def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
     own = count // shards
 
     def exchange(leaf: Array, places: tuple[Array, ...]) -> Array:
-        """Rows [places,...] of a leaf [C,R/shards,...] that is divided over the devices; each place names a row for every device."""
+        """Exchange rows of a sharded leaf [C,R/shards,...]; a place has one row per device."""
         here = jax.lax.axis_index(sharding.ROWS)
 
         def one(place: tuple[Array, ...]) -> Array:
@@ -107,9 +125,8 @@ def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
         return jax.lax.map(one, places)
 
     def local(tree: Rollout, rows: Array) -> Rollout:
-        place = (
-            rows.reshape(-1, shards, own).swapaxes(1, 2).reshape(-1, shards)
-        )  # [places of one device, devices]
+        # [places of one device, devices]
+        place = rows.reshape(-1, shards, own).swapaxes(1, 2).reshape(-1, shards)
         places = place // count, place % count // own, place % own
         return jax.tree.map(lambda leaf: exchange(leaf, places).reshape(-1, *leaf.shape[1:]), tree)
 
@@ -124,14 +141,20 @@ def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
 
 
 LARGE = 6
-"""Axes of the leaves of a rollout that are large: chunks, rows, frames or denoising steps, and the latents of one of them."""
+"""Number of axes of large leaves: chunks, rows, frames or denoising steps, and three or more."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateRule:
-    """Everything about an update that is fixed for a run (hashable: one program per value).
+    """Static part of an update, fixed for a run. Hashable: one program is compiled per value.
 
-    score: (Networks.scorer, latents, conditioning, people) -> reward [R], for the gradient of the reward.
+    Attributes:
+      policy: structure of the transformer.
+      grpo: settings of the objective.
+      optimizer: as made by `make_optimizer`.
+      ema_decay: decay of the moving average after its warm-up, in [0, 1).
+      score: (Networks.scorer, latents, conditioning, people) -> reward [R]; None unless the reward
+        is differentiated.
     """
 
     policy: Policy
@@ -141,7 +164,7 @@ class UpdateRule:
     score: Callable[..., Float[Array, "R"]] | None = None
 
     def noise_levels(self, rollout: Rollout) -> int:
-        """Steps or noise levels that each row is trained at."""
+        """Return the number of steps or noise levels at which each row is trained."""
         velocity = rollout.trajectory.velocity
         if velocity is not None:
             return velocity.shape[2]
@@ -150,10 +173,15 @@ class UpdateRule:
 
 @flax.struct.dataclass
 class Networks:
-    """What does not change in an update: the frozen base, the encoded negative prompt, the adapter that sampled the rollout, and the
-    arrays that the reward runs on.
+    """Arrays that an update does not change.
 
-    old is None where it is the trained adapter itself, or where the rollout kept its velocities; scorer where no gradient runs through it.
+    Attributes:
+      base: frozen weights of the transformer.
+      negative: encoded negative prompt.
+      old: adapter that sampled the rollout; None if it equals the trained adapter, or if the
+        rollout stores its velocities.
+      scorer: the VAE, and the state of the reward's networks; None unless the reward is
+        differentiated.
     """
 
     base: nnx.State
@@ -170,7 +198,19 @@ def replayed_loss(
     schedule: Schedule,
     number: Int[Array, ""],
 ) -> Rows:
-    """The objective at step `number` of the rows' windows: policy_loss, ratio and what else is logged, per row."""
+    """Compute the objective of kind "replay" at one step of the rows' windows.
+
+    Args:
+      rule: static part of the update.
+      lora: adapter to differentiate.
+      networks: arrays that do not change.
+      chunk: R rows of the rollout.
+      schedule: noise schedule of the rollout.
+      number: step within the window, from 0.
+
+    Returns:
+      `policy_loss`, `ratio` and other logged values, per row.
+    """
     wanted, trajectory, mask = rule.grpo, chunk.trajectory, chunk.conditioning.frame_mask
     x, x_next, v_old = (
         jax.lax.dynamic_index_in_dim(array, n, axis=1, keepdims=False)
@@ -218,7 +258,7 @@ def replayed_loss(
 def _noise_level(
     levels: str, u: Float[Array, "R"], schedule: Schedule
 ) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
-    """sigma and timestep of each row from a number in [0, 1)."""
+    """Map a number in [0, 1) per row to sigma and timestep."""
     if levels == "grid":
         noisiest = int(0.9 * schedule.timestep.shape[0])
         index = (u * noisiest).astype(jnp.int32)
@@ -237,7 +277,20 @@ def matched_loss(
     number: Int[Array, ""],
     optimizer_step: Int[Array, ""],
 ) -> Rows:
-    """The objective at the `number`-th of `times` noise levels of the rows' final latents: policy_loss and what else is logged."""
+    """Compute the objective of kind "latents" at one noise level of the rows' final latents.
+
+    Args:
+      rule: static part of the update.
+      lora: adapter to differentiate.
+      networks: arrays that do not change.
+      chunk: R rows of the rollout.
+      schedule: noise schedule of the rollout.
+      number: index of the noise level, in [0, times).
+      optimizer_step: optimizer steps done before this one; varies the noise.
+
+    Returns:
+      `policy_loss` and other logged values, per row.
+    """
     wanted, mask, x0 = rule.grpo, chunk.conditioning.frame_mask, chunk.trajectory.latents
     draw = optimizer_step * wanted.times + number
     sigma, timestep = _noise_level(
@@ -275,10 +328,22 @@ def matched_loss(
 def rewarded_loss(
     rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule
 ) -> Rows:
-    """Minus the reward of the video that the last `gradient_steps` Euler steps lead to, and the distance from the base summed over them.
+    """Compute the objective of kind "reward": minus the reward after `gradient_steps` Euler steps.
 
-    DRaFT-K (arXiv 2309.17400); with the distance from the base, IPRO. The backward pass computes denoising steps, the chunks of the
-    decode and the reward again, one at a time; the most memory goes to the activations of one chunk of the decode.
+    The distance from the base is summed over these steps. The method is DRaFT-K (arXiv 2309.17400),
+    and IPRO with the distance from the base. The backward pass rematerialises the denoising steps,
+    the chunks of the decoder and the reward one at a time. The activations of one decoder chunk
+    dominate the memory.
+
+    Args:
+      rule: static part of the update.
+      lora: adapter to differentiate.
+      networks: arrays that do not change.
+      chunk: R rows of the rollout.
+      schedule: noise schedule of the rollout.
+
+    Returns:
+      `policy_loss` and other logged values, per row.
     """
     wanted, conditioning = rule.grpo, chunk.conditioning
     steps = schedule.timestep.shape[0]
@@ -315,9 +380,20 @@ def gradients(
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
 ) -> tuple[nnx.State, dict[str, Float[Array, "C K R"]]]:
-    """Gradient of the mean loss over all rows that count and their K noise levels, and the rows' values to log.
+    """Compute the gradient of the mean loss over all rows with weight 1 and their K noise levels.
 
-    With no row left to count the mean is 0 / 0: such an update is not finite, and changes nothing.
+    If no row has weight 1, the mean is 0 / 0. Such an update is not finite and changes nothing.
+
+    Args:
+      rule: static part of the update.
+      lora: adapter to differentiate.
+      networks: arrays that do not change.
+      rollout: C chunks of R rows, with advantages and weights.
+      schedule: noise schedule of the rollout.
+      optimizer_step: optimizer steps done before this one.
+
+    Returns:
+      The gradient, and the logged values per row and noise level.
     """
     return _gradients(
         rule, lora, networks, rollout, jnp.arange(len(rollout.start)), schedule, optimizer_step
@@ -333,7 +409,7 @@ def _gradients(
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
 ) -> tuple[nnx.State, dict[str, Float[Array, "c K R"]]]:
-    """`gradients` over some chunks of a rollout, which are read where they lie."""
+    """Compute `gradients` over some chunks of a rollout, which are read in place."""
     wanted, levels = rule.grpo, rule.noise_levels(rollout)
     weight = rollout.weight[chunks]
     weight = jnp.broadcast_to(weight[:, None], (len(chunks), levels, weight.shape[1]))
@@ -374,7 +450,13 @@ def _gradients(
 
 
 def share(optimizer_step: int | Int[Array, ""], chunks: int, shares: int) -> Int[Array, "c"]:
-    """Numbers of the chunks of an update: of `shares` equal parts of the `chunks` of a rollout, the one whose turn it is."""
+    """Return the indices of the chunks of an update; updates cycle through equal shares.
+
+    Args:
+      optimizer_step: optimizer steps done before this one; selects the share.
+      chunks: number of chunks of the rollout.
+      shares: number of equal shares.
+    """
     size = chunks // shares
     return optimizer_step % shares * size + jnp.arange(size)
 
@@ -388,10 +470,21 @@ def update(
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step on a rollout, or on one of its `grpo.updates` equal shares; a gradient that is not finite changes nothing and
-    is counted.
+    """Take one optimizer step on one of the `grpo.updates` equal shares of a rollout.
 
-    optimizer_step: optimizer steps done before this one; it says whose turn it is among the shares. `state.step` is the caller's.
+    A non-finite gradient changes nothing and is logged as `skipped`. The caller increments
+    `state.step`.
+
+    Args:
+      rule: static part of the update.
+      state: state before the step, donated.
+      networks: arrays that do not change.
+      rollout: C chunks of R rows, with advantages and weights.
+      schedule: noise schedule of the rollout.
+      optimizer_step: optimizer steps done before this one; selects the share.
+
+    Returns:
+      The new state, and the values to log.
     """
     chunks = share(optimizer_step, len(rollout.start), rule.grpo.updates)
     gradient, rows = _gradients(
