@@ -38,9 +38,7 @@ P = ParamSpec("P")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
-HEARTBEAT = (
-    30  # seconds without a sign of life after which a process counts as lost, and the run ends
-)
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost and the run ends
 SAMPLE = 2**20  # bytes of a large file that are compared at its beginning, middle and end
 
 
@@ -90,7 +88,7 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
                 "leave it out"
             )
         return {}
-    # srun starts a step; the batch script itself is a process alone.
+    # srun starts a step; the batch script itself is a single process.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return {}
     return None

@@ -213,7 +213,7 @@ class Merged:
         return np.asarray(merged.astype(self.dtype), dtype=dtype)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
@@ -474,7 +474,7 @@ def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return found
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = "") -> None:

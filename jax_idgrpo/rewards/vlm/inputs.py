@@ -170,7 +170,7 @@ def capacity(needed: int, steps: Sequence[int]) -> int:
     return next((step for step in steps if step >= needed), -(-needed // steps[-1]) * steps[-1])
 
 
-# ---- the prompt ----------------------------------------------------------------------------------------------------------
+# ---- the prompt ----------------------------------------------------------------------------------
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -288,7 +288,7 @@ class Prompting:
         return ids[:last], kinds[:last], places
 
 
-# ---- a batch -------------------------------------------------------------------------------------------------------------
+# ---- a batch -------------------------------------------------------------------------------------
 
 
 @struct.dataclass
