@@ -6,10 +6,10 @@ All faces are scored by `identity.reward_terms`. The backend differs from the fa
 
     detection   the detector's own threshold decides; the largest 8 faces of a frame are kept,
                 largest first
-    pixels      whole grey levels, RGB, at the size of the video; monochrome has three equal channels
+    pixels      whole grey levels, RGB, at the size of the video; monochrome has equal channels
     crops       a model of deepface gets deepface's own crop (rotated by the eyes, letterboxed);
-                the embedder of `reward.faces` gets the similarity from the detector's landmarks to
-                its template, or from the box if the detector gives fewer than two landmarks
+                the embedder of `reward.faces` gets the similarity from the detector's landmarks
+                to its template, or from the box if there are fewer than two landmarks
     gradients   none
 
 "opencv" is the only detector that works without a download (Haar cascades, which come with OpenCV).

@@ -81,7 +81,7 @@ TERMS = (
     "detail",
 )
 VIDEO = (*TERMS, "apart_log", "still", "twins", "twins_most", "people")
-"""Features of a video, in order: terms of `identity.reward_terms`, and further ones (see `tokens`)."""
+"""Features of a video, in order: `TERMS` of `identity.reward_terms` and others (see `tokens`)."""
 
 
 @flax.struct.dataclass
@@ -137,7 +137,7 @@ def tokens(
     size: tuple[int, int],
     config: IdentityConfig,
 ) -> Tokens:
-    """Compute the features of the head from faces and the terms of `reward_terms` on the same faces.
+    """Compute the features of the head from faces and their `reward_terms`.
 
     Features of a person, over frames (0 without a face; s is the cosine of the matched face, g as
     in `identity`):
@@ -147,12 +147,12 @@ def tokens(
       steady, kept: minimum cosine of neighbouring faces, and of any two faces, on that track.
       kept_last: mean cosine of the last face on that track to all of its faces.
       lead, lead_least: s minus the cosine of the next best face, mean and minimum.
-      rival, rival_most: excess of the matched face's cosine to another reference over the cosine of the
-        two references, mean and maximum.
+      rival, rival_most: excess of the matched face's cosine to another reference over the cosine
+        of the two references, mean and maximum.
       presence: share of frames with a matched face.
       size: side of the matched face as a share of the frame's, mean.
-      yaw, turned: standard deviation and mean absolute value of the nose's position between the eyes,
-        in eye distances.
+      yaw, turned: standard deviation and mean absolute value of the nose's position between the
+        eyes, in eye distances.
       quality: the detector's score, mean.
 
     Features of a video:

@@ -85,7 +85,7 @@ def cosines(
 def most_alike(
     embeddings: Float[ArrayLike, "B T K E"], face_mask: Bool[ArrayLike, "B T K"]
 ) -> Float[ArrayLike, "B T"]:
-    """Return the maximum cosine of two faces of a frame; -1 for a frame with fewer than two faces."""
+    """Return the maximum cosine of two faces of a frame; -1 for fewer than two faces."""
     alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
     pair = (
         face_mask[..., :, None]
