@@ -110,7 +110,10 @@ def soft_minimum(
 def extra_faces(
     face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]
 ) -> Float[ArrayLike, " B"]:
-    """Average the number of surplus faces over frames, as a share of the requested people, at most 1."""
+    """Average the share of surplus faces over frames.
+
+    The share is relative to the requested people, at most 1.
+    """
     asked = jnp.maximum(jnp.sum(reference_mask, -1), 1)[:, None]
     surplus = jnp.maximum(jnp.sum(face_mask, -1) - asked, 0)
     return jnp.mean(jnp.minimum(surplus / asked, 1.0), axis=1)
@@ -449,7 +452,7 @@ def multi_identity_matching(
     face_mask: Bool[Array, "B T K"],
     reference_mask: Bool[Array, "B M"],
 ) -> Float[Array, "B"]:
-    """Compute MIMR, a signed mean of the cosines of all pairs of reference and face, in [-1, 1].
+    """Compute MIMR, a signed mean of the cosines of all reference-face pairs, in [-1, 1].
 
     Pairs of the best assignment count +1, other pairs -1; a frame without a face counts 0. The
     assignment has as many pairs as possible, regardless of similarity. The metric separates

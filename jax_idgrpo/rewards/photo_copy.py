@@ -46,7 +46,7 @@ _MIDDLE, _HALF = ((56.0, 55.0), 50.0)
 # Half width of the ellipse, whose height is the crop's, and the share over which its edge fades.
 _WIDTH, _EDGE = (0.72, 0.1)
 
-# Side of a photo's face in pixels at which the crop resolves all details.
+# Side of a photo's face in pixels; the finer details of a larger face do not change its crop.
 PHOTO_SIDE = SIDE * _PHOTO_SAMPLES // 2
 PHOTO_TEMPLATE = ((np.asarray(ARCFACE_TEMPLATE) - _MIDDLE) / _HALF + 1) * PHOTO_SIDE / 2
 
@@ -219,7 +219,10 @@ def copies(
 
 
 def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
-    """Compute the share of a crop's variance over the ellipse that a blur by `_SHARP` pixels removes."""
+    """Compute the share of a crop's variance over the ellipse that is detail.
+
+    Detail is what a blur by `_SHARP` pixels removes.
+    """
     plain, fine = crop - _weighted(crop), crop - _blurred(crop, _SHARP)
     return (jnp.sum(_weighted(fine * fine)) + 1e-6) / (jnp.sum(_weighted(plain * plain)) + 1e-4)
 

@@ -109,7 +109,7 @@ def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
 
 
 def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Extend a picture at its right and lower border to one of a few sizes, by repeating the edge."""
+    """Extend a picture right and below to one of a few sizes, by repeating the edge."""
     short, long = sorted(pixels.shape[:2])
     side, other = next(
         (side, round(side * ratio))
