@@ -1,4 +1,4 @@
-"""Define what rewards share: their protocol, reference photos, and the selection of scored frames.
+"""Define the protocol of rewards, reference photos, and the selection of scored frames.
 
 A reward encodes the photos of some prompts once (`encode_references`), and then scores videos
 against the encoded references (`score`). Only `factory` names the reward classes; all other modules

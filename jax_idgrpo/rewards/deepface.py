@@ -48,7 +48,7 @@ from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, levels, padded, photo_crop
 
 OWN = "embedder"
-# Sides are the person's, so left in the picture comes first.
+# Left and right are the person's, so the left of the picture comes first.
 LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")
 # Corners of a detector's box whose landmarks coincide with ARCFACE_TEMPLATE.
 TEMPLATE_BOX = np.array([[16.0, 22.0], [96.0, 102.0]])

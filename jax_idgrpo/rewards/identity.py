@@ -364,7 +364,7 @@ def terms_of_faces(
       reward: the objective of training.
       identity_mean, identity_soft_min, extra, motion: terms of the reward.
       costs: sum of the weighted penalties, which is subtracted.
-      similarity, similarity_min: raw cosine of the matched faces, missing = 0, averaged over frames;
+      similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames;
         mean (or minimum) over people.
       faces_found: matched people, mean over frames.
       faces_seen: detected faces, mean over frames.

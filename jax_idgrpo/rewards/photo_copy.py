@@ -221,7 +221,7 @@ def copies(
 def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
     """Compute the share of a crop's variance over the ellipse that is detail.
 
-    Detail is what a blur by `_SHARP` pixels removes.
+    A blur by `_SHARP` pixels removes the detail.
     """
     plain, fine = crop - _weighted(crop), crop - _blurred(crop, _SHARP)
     return (jnp.sum(_weighted(fine * fine)) + 1e-6) / (jnp.sum(_weighted(plain * plain)) + 1e-4)

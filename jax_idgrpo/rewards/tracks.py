@@ -90,7 +90,7 @@ def link(
         box, embedding, seen = frame
         alike = jnp.einsum("bne,bke->bnk", last_embedding, embedding, precision="highest")
         near = overlap(last_box[:, :, None], box[:, None])
-        face = match(alike + 2 * near, begun, seen, least)  # of each track
+        face = match(alike + 2 * near, begun, seen, least)  # index of the face of each track
         joined = jax.nn.one_hot(face, faces, dtype=bool, axis=-1)  # [B, tracks, faces]
         new = seen & ~jnp.any(joined, axis=1)
         taken = jnp.any(joined, axis=-1)

@@ -81,7 +81,7 @@ class Settings:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """Tokens at which the scores are read, one per dimension; empty unless the pooling is special."""
+        """Tokens at which the scores are read, one per dimension; empty for other poolings."""
         return (
             tuple(f"<|{name}_reward|>" for name in self.dimensions)
             if self.pooling == "special"
@@ -410,8 +410,8 @@ def start(
         tensors[EMBEDDING] = np.asarray(tensors[EMBEDDING])[: len(tokenizer)]
     config = _config(sizes, settings, len(tokenizer), False, base / CONFIG)
 
-    @jax.jit
     # Compiled, so that unused parts of the network are not computed.
+    @jax.jit
     def fresh() -> tuple[nnx.State, nnx.State]:
         drawn = QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(key))
         return nnx.state(drawn.rm_head), nnx.state(drawn, LoRAParam)

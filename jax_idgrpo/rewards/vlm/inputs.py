@@ -199,7 +199,10 @@ def resized_frames(
 
 
 def capacity(needed: int, steps: Sequence[int]) -> int:
-    """Return the smallest of `steps` that is at least `needed`, or the next multiple of the largest."""
+    """Return the smallest of `steps` that is at least `needed`.
+
+    Beyond the largest step, returns the next multiple of the largest step.
+    """
     return next((step for step in steps if step >= needed), -(-needed // steps[-1]) * steps[-1])
 
 
