@@ -248,8 +248,9 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
 
 
 def frame_numbers(frames: int, wanted: int) -> np.ndarray:
-    """Return `wanted` evenly spaced frame indices of `frames`, including first and last; 0 selects
-    all.
+    """Return `wanted` evenly spaced indices of `frames` frames, first and last included.
+
+    All frames are selected if `wanted` is 0 or not less than `frames`.
     """
     if wanted == 0 or wanted >= frames:
         return np.arange(frames)

@@ -1,5 +1,6 @@
-"""Compute a reward with a user's function: `reward.custom` "package.module:function" or
-"file.py:function".
+"""Compute a reward with a user's function.
+
+`reward.custom` names the function as "package.module:function" or "file.py:function":
 
     function(videos, prompts, references) -> rewards
 

@@ -300,8 +300,7 @@ class HostFaceReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
-        """Encode the largest face of each photo, once per photo, independent of the size of the
-        videos.
+        """Encode the largest face of each photo, once per photo, for videos of any size.
 
         Args:
           references: the photos of the prompts.

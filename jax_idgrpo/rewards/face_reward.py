@@ -138,9 +138,7 @@ class FaceReward:
     def photo_shapes(
         self,
     ) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
-        """Return the shapes of the largest photo for `find`, and of the window and landmarks for
-        `embed`.
-        """
+        """Return the shapes of the largest photo for `find`, and of the arguments of `embed`."""
         side, places = 4 * self._crop_side, jax.ShapeDtypeStruct((5, 2), jnp.float32)
         largest = jax.ShapeDtypeStruct((SHORT, int(max(RATIOS) * SHORT), 3), jnp.float32)
         return largest, (jax.ShapeDtypeStruct((side, side, 3), jnp.float32), places)
@@ -160,8 +158,7 @@ class FaceReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
-        """Encode the largest face of each photo, once per photo, independent of the size of the
-        videos.
+        """Encode the largest face of each photo, once per photo, for videos of any size.
 
         Args:
           references: the photos of the prompts.
@@ -218,8 +215,7 @@ class FaceReward:
     def apply(
         self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces
     ) -> Terms:
-        """Score videos with the networks' arrays as an argument, so that programs can differentiate
-        it.
+        """Score videos with the networks' arrays as an argument, for differentiation.
 
         Args:
           state: arrays of the face stack and the head.

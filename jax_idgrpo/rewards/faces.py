@@ -178,12 +178,9 @@ class FaceStack(nnx.Module):
     def best(
         self, pictures: Float[Array, "B h w 3"]
     ) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
-        """Return the embedding of the best face of each picture, whether there is one, and its
-        landmarks.
-        """
-        faces = self(
-            pictures[None]
-        )  # as frames of one video, so that photos are searched one by one
+        """Find the best face of each picture: its embedding, whether it exists, its landmarks."""
+        # As frames of one video, so that photos are searched one by one.
+        faces = self(pictures[None])
         return faces.embeddings[0, :, 0], faces.mask[0, :, 0], faces.landmarks[0, :, 0]
 
 

@@ -1,6 +1,6 @@
-"""Compute the learned reward: a small network on matched and tracked faces, trained on preference
-pairs.
+"""Compute the learned reward from matched and tracked faces.
 
+The reward is a small network, trained on preference pairs.
 Every requested person becomes a feature vector, and every video a row of terms that do not depend
 on identities (`tokens`). Then, all in float32,
 
@@ -179,9 +179,10 @@ def tokens(
     cosine = cosines(embeddings, references)
     matched = matches.matched & reference_mask[:, None]
 
+    # [B,T,M,K]
     placed = (followed.track[:, :, None] == followed.of_reference[:, None, :, None]) & shown[
         :, :, None
-    ]  # [B,T,M,K]
+    ]
     in_place = jnp.any(placed, -1)
     of_place = jnp.einsum(
         "btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest"

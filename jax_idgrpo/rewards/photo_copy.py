@@ -83,9 +83,7 @@ def _weighted(values: Float[Array, "S S *c"]) -> Float[Array, "*c"]:
 
 
 def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-    """Compute the similarity a g + t from the crop to a picture that maps the template to the
-    landmarks.
-    """
+    """Compute the similarity a g + t, from crop to picture, that maps template to landmarks."""
     template = (np.asarray(ARCFACE_TEMPLATE, np.float32) - _MIDDLE) / _HALF
     a, t = similarity(landmarks, jnp.asarray(template, jnp.float32))
     inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)

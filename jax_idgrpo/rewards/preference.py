@@ -1,5 +1,4 @@
-"""Compute the Bradley-Terry loss with ties (Rao-Kupper), which trains reward models on preference
-pairs.
+"""Compute the Bradley-Terry loss with ties (Rao-Kupper) of reward models on preference pairs.
 
 With d = score_a - score_b:
 

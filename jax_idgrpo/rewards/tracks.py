@@ -212,9 +212,10 @@ def penalties(
     switched = masked_mean(jnp.sum(changes, 1) / max(frames - 1, 1), reference_mask)
 
     similar = cosines(embeddings, references)
+    # [B,T,j,i]: cosine of the face matched to i with reference j
     of_face = jnp.take_along_axis(
         jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1
-    )  # [B,T,j,i]
+    )
     mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
     beyond = jnp.where(
         (reference_mask[:, :, None] & ~jnp.eye(references.shape[1], dtype=bool))[:, None],
