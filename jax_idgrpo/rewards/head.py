@@ -1,6 +1,7 @@
 """Compute the learned reward from matched and tracked faces.
 
 The reward is a small network, trained on preference pairs.
+
 Every requested person becomes a feature vector, and every video a row of terms that do not depend
 on identities (`tokens`). Then, all in float32,
 
