@@ -1,1 +1,1 @@
-"""The device mesh, its table of shardings, and several processes as one run."""
+"""Build the device mesh, shard arrays, and coordinate the processes of a run."""

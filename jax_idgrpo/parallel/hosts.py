@@ -1,15 +1,15 @@
-"""Several processes as one run: connecting them, comparing their inputs, moving values across them.
+"""Run several processes as one: connect them, compare their inputs, and move values across them.
 
-There is one process per host, or one per GPU under Slurm. They are connected by one of
+There is one process per host, or one per GPU under Slurm. One of the following connects them:
 
     JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i
                                explicitly, as launch/local_multiprocess.sh does
     Slurm's own variables      under srun
     IDGRPO_DISTRIBUTED=auto    on TPU slices, whose metadata JAX reads
 
-Without any of these a process runs alone. Every process runs the same programs in the same order. A
-function marked "(collective)" waits for all processes, so all must call it. Only work outside of
-programs, such as writing files, may differ.
+Without any of these a process runs by itself. Every process runs the same programs in the same
+order. A function marked "(collective)" waits for all processes, so all must call it. Only work
+outside of programs, such as writing files, may differ.
 """
 
 import ctypes
@@ -38,9 +38,7 @@ P = ParamSpec("P")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
-HEARTBEAT = (
-    30  # seconds without a sign of life after which a process counts as lost, and the run ends
-)
+HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as lost and the run ends
 SAMPLE = 2**20  # bytes of a large file that are compared at its beginning, middle and end
 
 
@@ -55,9 +53,10 @@ def _number(name: str, environment: Mapping[str, str], low: int) -> int:
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Derive the arguments of `jax.distributed.initialize`, or None for a process that runs alone.
+    """Derive the arguments of `jax.distributed.initialize`.
 
-    The arguments are {} if JAX detects the cluster by itself.
+    Returns:
+      The arguments; {} if JAX detects the cluster by itself, None for a single process.
 
     Raises:
       UserError: the explicit variables are incomplete or contradict one another.
@@ -90,7 +89,7 @@ def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
                 "leave it out"
             )
         return {}
-    # srun starts a step; the batch script itself is a process alone.
+    # srun starts a step; the batch script itself is a single process.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return {}
     return None
@@ -102,8 +101,8 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
     Must run before the first JAX call.
 
     Raises:
-      UserError: the variables are unusable, the processes cannot meet at the address, or not all
-        of them connect within five minutes.
+      UserError: the variables are unusable, the processes cannot connect at the address, or not all
+        of them connect within five minutes (`IDGRPO_PATIENCE` seconds).
     """
     wanted = arguments(environment)
     if wanted is None or wanted.get("num_processes") == 1:
@@ -132,7 +131,9 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_address(address: str, listens: bool) -> None:
-    """Refuse an address at which the processes cannot meet. JAX would wait for minutes, or crash.
+    """Refuse an address at which the processes cannot connect.
+
+    JAX would wait for minutes, or crash.
 
     Args:
       address: "host:port" of process 0.
@@ -155,10 +156,10 @@ def check_address(address: str, listens: bool) -> None:
 
 
 def _check_port(port: int, address: str) -> None:
-    """Bind the port as JAX will: at all addresses of this machine, IPv6 and IPv4.
+    """Bind the port as JAX does: at all addresses of this machine, IPv6 and IPv4.
 
     Raises:
-      UserError: another program uses the port, or this user may not.
+      UserError: another program uses the port, or this user lacks the permission.
     """
     for family in (socket.AF_INET6, socket.AF_INET):
         try:
@@ -187,8 +188,8 @@ def _within(seconds: float, function: Callable[[], None]) -> None:
     """Call a function in a thread of its own.
 
     Raises:
-      TimeoutError: the call takes longer than `seconds`. Its thread goes on.
-      Exception: whatever the call raises.
+      TimeoutError: the call takes longer than `seconds`; its thread continues.
+      Exception: any exception of the call.
     """
     failures: list[Exception] = []
 
@@ -213,7 +214,7 @@ def is_distributed() -> bool:
 
 
 def _patience(environment: Mapping[str, str]) -> int:
-    """Seconds to wait for the other processes at the start."""
+    """Return the seconds to wait for the other processes at the start."""
     return _number("IDGRPO_PATIENCE", environment, 1) if environment.get("IDGRPO_PATIENCE") else 300
 
 
@@ -229,10 +230,10 @@ def versions() -> dict[str, str]:
 
 
 def _fingerprint(file: Path) -> str:
-    """Return size and hash of a file: of all its bytes, or of three samples if it is large.
+    """Return size and hash of a file; a large file is hashed by three samples.
 
-    Adapters, reward heads and whole models of one shape have files of one size, so the size alone
-    does not tell them apart.
+    Adapters, reward heads and whole models of one shape have files of equal size, so the size does
+    not distinguish them.
     """
     size = file.stat().st_size
     if size <= 3 * SAMPLE:
@@ -256,13 +257,16 @@ def folder_facts(folder: Path) -> str:
 
 
 def assert_facts_match(facts: Mapping[str, str]) -> None:
-    """Compare the hashes of values across processes (collective; all pass the same names).
+    """Compare the hashes of values across processes (collective).
+
+    All processes must pass the same names.
 
     Args:
-      facts: values by the name that an error message gives them.
+      facts: values by their names in error messages.
 
     Raises:
-      UserError: names the facts that differ from those of process 0, and the processes.
+      UserError: facts differ from those of process 0; the message names the facts and the
+        processes.
     """
     if jax.process_count() == 1:
         return
@@ -292,7 +296,7 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
       config: the configuration.
       rows: digests of the rows that the command reads, such as those of prompts by
         `data.prompts.row_digests`.
-      **folders: further files and folders to compare, by the name that an error message gives them.
+      **folders: further files and folders to compare, by their names in error messages.
 
     Raises:
       UserError: the processes differ.
@@ -349,7 +353,7 @@ def to_device(tree: Any) -> Any:
 
 
 def any_process(flag: bool) -> bool:
-    """Logical OR of `flag` across processes (collective)."""
+    """Compute the logical OR of `flag` across processes (collective)."""
     return (
         flag
         if jax.process_count() == 1
@@ -386,7 +390,7 @@ def local_process_count() -> int:
 
 
 def memory_share(budget: int) -> int:
-    """Divide `budget` bytes of a machine's memory among this run's processes there.
+    """Divide `budget` bytes of a machine's memory among this run's processes on that machine.
 
     Collective at the first call.
     """
@@ -394,13 +398,19 @@ def memory_share(budget: int) -> int:
 
 
 def run_once(write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-    """Call `write(*args, **kwargs)`, which only writes files, in process 0 and nowhere else."""
+    """Call `write(*args, **kwargs)` in process 0 only.
+
+    Args:
+      write: a function that only writes files or output.
+      *args: its positional arguments.
+      **kwargs: its keyword arguments.
+    """
     if jax.process_index() == 0:
         write(*args, **kwargs)
 
 
 def print_once(text: str) -> None:
-    """Print a result in process 0 and nowhere else."""
+    """Print a result in process 0 only."""
     run_once(print, text)
 
 
@@ -411,11 +421,12 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def trim_heap_after_compile(least: float = 1.0) -> None:
     """Return freed heap memory to the OS (`malloc_trim`) after every XLA compilation.
 
-    XLA frees hundreds of megabytes after a large program. glibc keeps them, so that they add to the
-    process's peak once the program allocates its arrays. Does nothing without glibc.
+    XLA frees hundreds of megabytes after a large program. glibc keeps this memory, which adds to
+    the process's peak once the program allocates its arrays. Without glibc the function has no
+    effect.
 
     Args:
-      least: seconds; shorter compilations are not followed by a trim, which takes up to 0.1 s.
+      least: minimum seconds of a compilation to trim after; a trim takes up to 0.1 s.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

@@ -1,14 +1,16 @@
-"""The mesh, the one table that says how parameters lie on it, and how sequences are divided.
+"""Build the device mesh, shard parameters by one table, and shard sequences.
 
     data     rows of a batch
     fsdp     rows of a batch, and the weights, which are gathered where a block needs them
-    seq      tokens; attention exchanges tokens for heads, so that every device sees whole sequences of some heads
+    seq      tokens; attention exchanges tokens for heads, so that every device computes some heads
+             over whole sequences
     tensor   heads and hidden features of a block, with its weights
 
-Models call `shard_tokens`, `unshard_fsdp` and `attend` with the mesh that they were given and use no axis name. Without a
-mesh, or on one device, these functions do nothing.
+Models call `shard_tokens`, `unshard_fsdp` and `attend` with the mesh that they receive and use no
+axis name. Without a mesh, or on one device, these functions do nothing.
 
-Sources: ZeRO, arXiv 1910.02054 (fsdp); DeepSpeed-Ulysses, arXiv 2309.14509 (seq); Megatron-LM, arXiv 1909.08053 (tensor).
+Sources: ZeRO, arXiv 1910.02054 (fsdp); DeepSpeed-Ulysses, arXiv 2309.14509 (seq); Megatron-LM,
+arXiv 1909.08053 (tensor).
 """
 
 import functools
@@ -34,8 +36,9 @@ AXES = ("data", "fsdp", "seq", "tensor")
 ROWS = ("data", "fsdp")
 BATCH = PartitionSpec(ROWS)
 
-# First match wins: the path of a leaf -> where its last axes lie. Adapters, their averages and their optimizer moments follow the same
-# table; what is small stays whole. An axis that does not divide stays whole too.
+# Maps the path of a leaf to the mesh axes of its last dimensions; the first match wins. Adapters,
+# their averages and their optimizer moments use the same table. Small leaves, and axes that do not
+# divide evenly, stay whole.
 TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"lora_a$", ("fsdp", None)),
     (r"lora_b$", (None, "fsdp")),
@@ -52,11 +55,11 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-# ---- the mesh ------------------------------------------------------------------------------------------------------------
+# ---- the mesh ------------------------------------------------------------------------------------
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `AXES`; an axis of -1 takes the devices that are left.
+    """Make the mesh of `AXES`; an axis of -1 takes the remaining devices.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -78,12 +81,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts into which the rows of a batch are divided."""
+    """Return the number of parts into which the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_rows(mesh: Mesh, rows: int, what: str) -> None:
     """Refuse a batch that the mesh cannot split evenly.
+
+    Args:
+      mesh: the device mesh.
+      rows: number of rows of the batch.
+      what: name of the batch in the error message.
 
     Raises:
       UserError: `rows` is no multiple of the number of batch shards.
@@ -96,16 +104,23 @@ def check_rows(mesh: Mesh, rows: int, what: str) -> None:
 
 
 def rows_for(mesh: Mesh | None, rows: int) -> int:
-    """`rows`, or the next number that the batch shards divide."""
+    """Round `rows` up to a multiple of the number of batch shards."""
     shards = 1 if mesh is None else batch_shards(mesh)
     return -(-rows // shards) * shards
 
 
 def check_heads(mesh: Mesh, heads: int, ffn_dim: int) -> None:
-    """Refuse a network whose heads or hidden features the `tensor` axis cannot split evenly; `seq` pads and takes any.
+    """Refuse a network whose heads or hidden features the `tensor` axis cannot split evenly.
+
+    The `seq` axis pads and takes any number of heads.
+
+    Args:
+      mesh: the device mesh.
+      heads: attention heads of a block.
+      ffn_dim: hidden features of a block.
 
     Raises:
-      UserError: as said.
+      UserError: one of the numbers is no multiple of the size of `tensor`.
     """
     shards = mesh.shape["tensor"]
     for what, size in (("attention heads", heads), ("feed-forward features", ffn_dim)):
@@ -116,25 +131,31 @@ def check_heads(mesh: Mesh, heads: int, ffn_dim: int) -> None:
 
 
 def platform(mesh: Mesh | None) -> str:
-    """What a program runs on: "cpu", "gpu" or "tpu"; without a mesh, JAX's default."""
+    """Return the platform of the mesh: "cpu", "gpu" or "tpu"; without a mesh, JAX's default."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-# ---- whole arrays --------------------------------------------------------------------------------------------------------
+# ---- whole arrays --------------------------------------------------------------------------------
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Sharding of an array whose batch axis comes after `leading` other axes."""
+    """Return the sharding of an array whose batch axis comes after `leading` other axes."""
     return NamedSharding(mesh, PartitionSpec(*([None] * leading), *BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Return the sharding with which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Where the table puts a leaf; leading axes, such as that of layers, stay whole."""
+    """Look up the partition of a leaf in `TABLE`; leading axes, such as that of layers, stay whole.
+
+    Args:
+      path: path of the leaf, as `leaf_name` writes it.
+      shape: shape of the leaf.
+      mesh: the device mesh.
+    """
     last = next(axes for pattern, axes in TABLE if re.search(pattern, path))
     axes = (None,) * (len(shape) - len(last)) + last
     used = [
@@ -145,7 +166,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The path of a leaf as the table reads it: its keys with a slash between."""
+    """Join the keys of a leaf's path with slashes, as `TABLE` expects."""
     name = "/".join(
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
     )
@@ -153,19 +174,19 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The sharding of every leaf of a pytree of arrays or shapes, from the table."""
+    """Look up the sharding of every leaf of a pytree of arrays or shapes in `TABLE`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state
     )
 
 
 def shard_params(mesh: Mesh, state: Any) -> Any:
-    """Put the arrays of `state` on the mesh, sharded as `TABLE` says (collective)."""
+    """Put the arrays of `state` on the mesh, sharded by `TABLE` (collective)."""
     return device_put_global(state, state_shardings(mesh, state))
 
 
 def shapes(tree: Any, shardings: Any) -> Any:
-    """The shapes of a tree of arrays or shapes, with shardings: one for all leaves, or a tree of them."""
+    """Describe a tree of arrays or shapes with shardings: one for all leaves, or a tree of them."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(
@@ -182,7 +203,7 @@ def _reshard(sharding: NamedSharding) -> Callable[[Array], Array]:
 
 
 def device_put_global(tree: Any, shardings: Any) -> Any:
-    """Put a tree on the devices of its shardings, which may belong to several processes (collective).
+    """Put a tree on the devices of its shardings (collective if they span processes).
 
     Every process passes the same values and transfers only the shards of its own devices.
 
@@ -208,7 +229,10 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
 
 
 def fully_shard(mesh: Mesh, state: Any) -> Any:
-    """Shard each leaf over all devices, along its largest axis that divides; for a network that seldom runs."""
+    """Shard each leaf over all devices along its largest axis that divides evenly.
+
+    Suits a network that seldom runs.
+    """
 
     def one(leaf: Any) -> NamedSharding:
         shape = np.shape(leaf)
@@ -225,12 +249,18 @@ def fully_shard(mesh: Mesh, state: Any) -> Any:
 
 
 def in_host_memory(shardings: Any) -> Any:
-    """The same shardings in the memory of the hosts, from which an array must be fetched before it is of use (see `on_devices`)."""
+    """Return the same shardings in pinned host memory.
+
+    Arrays there must be fetched before use (see `on_devices`).
+    """
     return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
 
 
 def on_devices(network: Network) -> Network:
-    """The network with its arrays in the memory of the devices that they belong to; itself where they are there."""
+    """Copy the arrays of a network from host memory to its devices.
+
+    Returns the network itself if its arrays are there already.
+    """
     graph, state = nnx.split(network)
     leaves = jax.tree.leaves(state)
     if all(leaf.sharding.memory_kind != "pinned_host" for leaf in leaves):
@@ -239,11 +269,14 @@ def on_devices(network: Network) -> Network:
     return nnx.merge(graph, device_put_global(state, there))
 
 
-# ---- inside a program ----------------------------------------------------------------------------------------------------
+# ---- inside a program ----------------------------------------------------------------------------
 
 
 def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
-    """Gather the parameters of a block over `fsdp` before its matrix products; they stay sharded over `tensor`."""
+    """Gather the parameters of a block over `fsdp` before its matrix products.
+
+    The parameters stay sharded over `tensor`.
+    """
     if mesh is None or mesh.size == 1:
         return state
 
@@ -257,7 +290,7 @@ def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
 
 
 def padded(mesh: Mesh | None, tokens: int) -> int:
-    """`tokens`, or the next number that the `seq` axis divides."""
+    """Round `tokens` up to a multiple of the size of the `seq` axis."""
     shards = 1 if mesh is None else mesh.shape["seq"]
     return -(-tokens // shards) * shards
 
@@ -279,7 +312,10 @@ def shard_batch(mesh: Mesh | None, x: Array) -> Array:
 
 
 def shard_heads(mesh: Mesh | None, x: Float[Array, "B M K d"]) -> Float[Array, "B M K d"]:
-    """Shard keys or values of a short text for `attend` without `split_keys`: rows over the batch axes, heads over `tensor`."""
+    """Shard keys or values of a short text for `attend` without `split_keys`.
+
+    Rows are sharded over the batch axes, heads over `tensor`.
+    """
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(
@@ -296,11 +332,24 @@ def attend(
     lengths: Int[Array, "B"] | None,
     split_keys: bool,
 ) -> Float[Array, "B N K d"]:
-    """`kernel(q, k, v, lengths)` on every device for its rows and its heads, as one `shard_map`.
+    """Apply an attention kernel on every device to its rows and heads, as one `shard_map`.
 
-    Heads lie over `tensor`, tokens over `seq`. split_keys: k and v are divided like q (self-attention), so tokens are exchanged for
-    heads before the kernel and back after it, with heads of zeros where their number does not divide. Otherwise k and v are whole on
-    every device of `seq` (a short text), and each device attends from its own tokens.
+    Heads are sharded over `tensor`, tokens over `seq`. With `split_keys` (self-attention), tokens
+    are exchanged for heads before the kernel and back after it. Heads are padded with zeros to a
+    multiple of `seq`. Without `split_keys` (a short text), every device of `seq` holds k and v
+    whole and attends from its own tokens.
+
+    Args:
+      mesh: the device mesh; without one the kernel is called directly.
+      kernel: computes attention from (q, k, v, lengths).
+      q: queries.
+      k: keys.
+      v: values.
+      lengths: valid keys of each row; None if all are.
+      split_keys: whether k and v are sharded over `seq` like q.
+
+    Returns:
+      The attention output, sharded like q.
     """
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, lengths)

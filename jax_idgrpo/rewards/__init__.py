@@ -1,5 +1,4 @@
-"""Rewards: how well every person in a video is the person in the reference photos; higher is better."""
+"""Score how closely each person in a video resembles the reference photos; higher is better."""
 
-from jax_idgrpo.rewards import (
-    preference as preference,
-)  # `rewards.preference` is part of the interface
+# `rewards.preference` is public API.
+from jax_idgrpo.rewards import preference as preference

@@ -1,7 +1,8 @@
-"""What rewards share: the protocol that they follow, reference photos, and the frames that are scored.
+"""Define the protocol of rewards, reference photos, and the selection of scored frames.
 
-A reward looks at the photos of some prompts once (`encode_references`), and then scores videos against what it found (`score`).
-Only `factory` knows which rewards there are; everybody else goes by the protocol.
+A reward encodes the photos of some prompts once (`encode_references`), and then scores videos
+against the encoded references (`score`). Only `factory` names the reward classes; all other modules
+use the protocol.
 """
 
 import dataclasses
@@ -22,16 +23,18 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 
 Terms = dict[str, Float[Array, "B"]]
-LISTED = 5  # photos that an error names
+LISTED = 5  # photos that an error message names
 
 # ---- reference photos ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Photo:
-    """A reference photo, opened when it is needed.
+    """A reference photo that is opened on demand.
 
-    source: the file, or the picture itself. where: the place that names it, such as a line of a CSV, for messages.
+    Attributes:
+      source: the file, or the picture itself.
+      where: origin of the photo for messages, such as a line of a CSV.
     """
 
     source: File | Image.Image
@@ -47,14 +50,14 @@ class Photo:
 
     @functools.cached_property
     def key(self) -> Hashable:
-        """What the photo is known by during a run: the file, or for a picture a hash of its pixels."""
+        """Key of the photo within a run: the file, or a hash of the pixels of a picture."""
         if not isinstance(self.source, Image.Image):
             return self.source
         return self.source.size, hashlib.sha256(self.source.tobytes()).digest()
 
     @property
     def name(self) -> str:
-        """What a message calls the photo; "" for a picture that came from no file."""
+        """Name of the photo in messages; "" for a picture without a file."""
         file = "" if isinstance(self.source, Image.Image) else f"image {self.source}"
         return f"{self.where}: {file}" if self.where and file else file
 
@@ -63,7 +66,9 @@ class Photo:
 class References:
     """The reference photos of P prompts, on the host.
 
-    photos: those of each prompt, in its order. people: slots per prompt in encoded arrays; a prompt with fewer photos is padded.
+    Attributes:
+      photos: the photos of each prompt, in its order.
+      people: slots per prompt in encoded arrays; a prompt with fewer photos is padded.
     """
 
     photos: tuple[tuple[Photo, ...], ...]
@@ -71,12 +76,12 @@ class References:
 
     @property
     def mask(self) -> Bool[np.ndarray, "P M"]:
-        """True where there is a photo, False on the padding."""
+        """True on photos, False on padding."""
         return np.arange(self.people) < np.array([[len(row)] for row in self.photos])
 
     @classmethod
     def of_prompts(cls, prompts: Sequence[Prompt], people: int) -> "References":
-        """Name the photos of prompts; none is opened."""
+        """List the photos of prompts without opening them."""
         return cls(
             tuple(
                 tuple(Photo(file, prompt.where) for file in prompt.references) for prompt in prompts
@@ -88,7 +93,12 @@ class References:
     def of_pixels(
         cls, images: Float[ArrayLike, "P M h w 3"], mask: Bool[ArrayLike, "P M"]
     ) -> "References":
-        """Take photos from pixels in [-1, 1], rounded to 8 bits; mask is True on photos, which come first in their row."""
+        """Take photos from pixels, rounded to 8 bits.
+
+        Args:
+          images: pixels in [-1, 1].
+          mask: True on photos, which come first in their row.
+        """
         rows = [
             tuple(Photo(Image.fromarray(to_uint8(image))) for image in row[shown])
             for row, shown in zip(np.asarray(images), np.asarray(mask, bool), strict=True)
@@ -100,7 +110,10 @@ class References:
 class ReferenceFaces:
     """The faces of P prompts' reference photos, zero on padding.
 
-    embeddings: unit vectors. crops: see `photo_copy`. mask: True where there is a person.
+    Attributes:
+      embeddings: unit vectors.
+      crops: crops of the faces (see `photo_copy`).
+      mask: True where there is a person.
     """
 
     embeddings: Float[Array, "P M E"]
@@ -113,11 +126,11 @@ class ReferenceFaces:
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score of videos against reference photos and prompts; higher is better."""
+    """Score videos against reference photos and prompts; higher is better."""
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms that every video gets, "reward" among them."""
+        """Names of the terms of every video; "reward" is among them."""
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -129,52 +142,70 @@ class Reward(Protocol):
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> Any:
-        """Turn photos and texts into a pytree of arrays with leading axis P; each photo is looked at once in a run.
+        """Encode photos and texts as a pytree of arrays with leading axis P.
+
+        Each photo is encoded once in a run.
 
         Args:
           references: the photos of the prompts.
-          prompts: their texts.
-          video: frames, height and width of the videos that will be scored, if not those of the configuration.
+          prompts: the texts of the prompts.
+          video: frames, height and width of the scored videos, if they differ from the
+            configuration.
 
         Raises:
-          UserError: a photo cannot be used; the message names it.
+          UserError: a photo cannot be used; the message names the photo.
         """
 
     @property
     def motion_of_all_frames(self) -> bool:
-        """Whether `motion` is that of all frames, also of those that `frames_read` leaves out."""
+        """Whether `motion` covers all frames, including those that `frames_read` omits."""
 
     def frames_read(self, total: int) -> np.ndarray | None:
-        """Numbers of the frames, of a video of so many, that the reward depends on; None if on all.
+        """Return the indices of the frames that the reward depends on; None for all frames.
 
-        Videos of these frames alone have the same terms, except for `motion`.
+        A video reduced to these frames has the same terms, except for `motion`.
+
+        Args:
+          total: number of frames of the video.
         """
 
     def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Any) -> Terms | Pending:
-        """Score videos in [-1, 1] against encoded references, a row for each video; does not wait for the result."""
+        """Score videos against encoded references without waiting for the result.
+
+        Args:
+          videos: pixels in [-1, 1].
+          encoded: encoded references, one row per video.
+        """
 
 
 @runtime_checkable
 class DifferentiableReward(Reward, Protocol):
     """A reward that is a function of arrays.
 
-    state: arrays of its networks.
+    Attributes:
+      state: arrays of its networks.
     """
 
     state: Any
 
     def apply(self, state: Any, videos: Float[ArrayLike, "B F H W 3"], encoded: Any) -> Terms:
-        """Score videos as `score` does, with the networks' arrays as an argument."""
+        """Score videos as `score` does, with the networks' arrays as an argument.
+
+        Args:
+          state: arrays of the networks.
+          videos: pixels in [-1, 1].
+          encoded: encoded references, one row per video.
+        """
 
     def shapes(self, rows: int, people: int) -> Any:
-        """Shapes of the encoded references of `rows` videos with room for so many people."""
+        """Return the shapes of encoded references for `rows` videos with `people` slots each."""
 
 
 def differentiable(reward: Reward) -> DifferentiableReward:
-    """Return the reward as one that gradients can run through.
+    """Return the reward as one that gradients can flow through.
 
     Raises:
-      UserError: it runs on the host.
+      UserError: the reward runs on the host.
     """
     if not isinstance(reward, DifferentiableReward):
         raise UserError(
@@ -184,10 +215,11 @@ def differentiable(reward: Reward) -> DifferentiableReward:
 
 
 def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Look at all photos of some prompts, each once, before work is spent on any of them.
+    """Check all photos of some prompts, each once, before any expensive work.
 
     Raises:
-      UserError: photos cannot be used; the one line names the first of them, each with its line in the CSV, and how many there are.
+      UserError: photos cannot be used. The message lists the first of them with their lines in the
+        CSV, and their number.
     """
     photos: dict[Hashable, tuple[Photo, str]] = {}
     for prompt, row in zip(prompts, References.of_prompts(prompts, 1).photos, strict=True):
@@ -204,7 +236,7 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
     if len(refused) == 1:
         raise UserError(refused[0])
     if refused:
-        reasons = [message.rpartition("; ") for message in refused]  # each ends in what to do
+        reasons = [message.rpartition("; ") for message in refused]  # each ends in a remedy
         more = f" and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
         shown = ", ".join(reason for reason, _, _ in reasons[:LISTED])
         raise UserError(
@@ -216,7 +248,10 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
 
 
 def frame_numbers(frames: int, wanted: int) -> np.ndarray:
-    """`wanted` evenly spaced frame numbers of `frames`, first and last among them; all of them for 0."""
+    """Return `wanted` evenly spaced indices of `frames` frames, first and last included.
+
+    All frames are selected if `wanted` is 0 or not less than `frames`.
+    """
     if wanted == 0 or wanted >= frames:
         return np.arange(frames)
     return np.round(np.linspace(0, frames - 1, wanted)).astype(int)

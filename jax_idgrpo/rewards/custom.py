@@ -1,16 +1,24 @@
-"""A reward of your own: one function, named by `reward.custom` as "package.module:function" or "file.py:function".
+"""Compute a reward with a user's function.
+
+`reward.custom` names the function as "package.module:function" or "file.py:function":
 
     function(videos, prompts, references) -> rewards
 
     videos       float32 [B, F, H, W, 3] in [-1, 1]
     prompts      B texts
-    references   for each video the photos of its people, upright RGB `PIL.Image`s at their own size, in the order of the prompt
-    rewards      [B] numbers, higher is better; or a dict of [B] with the key "reward", whose other values are logged by their names
+    references   for each video the photos of its people in the order of the prompt, as upright RGB
+                 `PIL.Image`s at their own size
+    rewards      [B] numbers, higher is better; or a dict of [B] with the key "reward", whose other
+                 values are logged under their names
 
-Arrays of numpy, JAX or PyTorch will do. The function runs on the host, in a thread beside the accelerator, one call at a time, with the
-videos of one program call that this process holds. What it raises costs the videos that it cannot score: a call that fails is made again
-for each video alone. A call that does not end within `reward.custom_timeout` seconds, and a result of another shape, cost all videos of
-the call; NaN costs its own. The reward of such a video is NaN, and the video is excluded from the update.
+Arrays of numpy, JAX or PyTorch are accepted. The function runs on the host in a thread beside the
+accelerator. It receives the videos of one program call that this process holds. Calls do not
+overlap.
+
+A call that raises is repeated for each video separately, so an exception affects only the videos
+that cannot be scored. A call that takes longer than `reward.custom_timeout` seconds, or returns
+another shape, fails all videos of the call. NaN fails only its own video. The reward of a failed
+video is NaN, and the video is excluded from the update.
 """
 
 import concurrent.futures
@@ -35,7 +43,7 @@ Function = Callable[[np.ndarray, list[str], list[list[Image.Image]]], Any]
 
 
 class Unusable(Exception):
-    """The function returned something that is no reward of the videos."""
+    """The function returned something that is not a reward of the videos."""
 
 
 class Row(NamedTuple):
@@ -46,16 +54,23 @@ class Row(NamedTuple):
 
 
 class CustomReward:
-    """The reward that a function computes on the host.
+    """Compute the reward with a function on the host.
 
-    timeout: seconds after which a call is given up; its thread goes on without anybody listening.
-    reported: names of the terms that the function has returned so far, but for the reward.
+    Attributes:
+      reported: names of the terms that the function has returned so far, without the reward.
     """
 
     term_names = ("reward",)
     motion_of_all_frames = False
 
     def __init__(self, function: Function, timeout: float = 600.0):
+        """Wrap a function as a reward.
+
+        Args:
+          function: the user's function (see the module).
+          timeout: seconds after which a call is abandoned; its thread continues, and its result is
+            discarded.
+        """
         self._function, self._timeout = function, timeout
         self.reported: tuple[str, ...] = ()
         self._pool = HostPool(workers=1)
@@ -69,7 +84,13 @@ class CustomReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> Int[np.ndarray, "P"]:
-        """Numbers under which texts and photos are remembered; no photo is opened."""
+        """Return indices under which texts and photos are stored; no photo is opened.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+          video: unused.
+        """
         rows = [Row(text, photos) for text, photos in zip(prompts, references.photos, strict=True)]
         numbers = []
         for row in rows:
@@ -81,17 +102,17 @@ class CustomReward:
         return np.asarray(numbers, np.int32)
 
     def frames_read(self, total: int) -> np.ndarray | None:
-        """None: the function gets all frames."""
+        """Return None: the function receives all frames."""
         return None
 
     def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, "B"]) -> Pending:
-        """Hand over videos, and do not wait for their rewards."""
+        """Submit videos for scoring without waiting for their rewards."""
         return self._pool.submit_together(self._scores, (videos, encoded), "reward.custom")
 
     def _scores(
         self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]
     ) -> list[Scored]:
-        """The terms of every video, or why it has none."""
+        """Return the terms of every video, or the reason why it has none."""
         try:
             return self._call(videos, numbers)
         except (Unusable, TimeoutError) as error:
@@ -139,17 +160,17 @@ class CustomReward:
 
 
 def in_time(function: Callable[[], Any], seconds: float) -> Any:
-    """Call a function in a thread of its own, which does not keep the process alive.
+    """Call a function in a daemon thread of its own.
 
     Raises:
-      TimeoutError: it has not returned in time.
+      TimeoutError: the function has not returned within `seconds`.
     """
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # also SystemExit, which would end this thread alone
+        except BaseException as error:  # SystemExit would end only this thread
             future.set_exception(error)
 
     threading.Thread(target=run, name="reward.custom", daemon=True).start()
@@ -163,10 +184,12 @@ def in_time(function: Callable[[], Any], seconds: float) -> Any:
 
 
 def load_function(name: str) -> Function:
-    """Import the function that `reward.custom` names; a module is looked for in the current folder, too.
+    """Import the function that `reward.custom` names.
+
+    Modules are also searched in the current folder.
 
     Raises:
-      UserError: there is none, or the file cannot be imported.
+      UserError: the function does not exist, or the file cannot be imported.
     """
     where, _, attribute = name.rpartition(":")
     what = f"reward.custom {name}"
@@ -195,7 +218,7 @@ def _import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))  # for its neighbours
+    sys.path.insert(0, str(path.parent.absolute()))  # so that it can import files beside it
     try:
         spec.loader.exec_module(module)
     finally:

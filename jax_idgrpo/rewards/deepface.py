@@ -1,21 +1,26 @@
-"""deepface as a backend of the face reward: any of its detectors, with one of its models or with our embedder, on the host.
+"""Find faces on the host with deepface, as a backend of the face reward.
 
-`reward.backend` "deepface:DETECTOR/MODEL" names both as deepface does ("deepface:retinaface/ArcFace"), and "embedder" for the one in the
-folder `reward.faces`. The faces go through the same `identity.reward_terms` as those of our own stack; what differs is
+`reward.backend` "deepface:DETECTOR/MODEL" names detector and model as deepface does
+("deepface:retinaface/ArcFace"). The model "embedder" is the embedder in the folder `reward.faces`.
+All faces are scored by `identity.reward_terms`. The backend differs from the face stack in
 
-    who is a face    whatever the detector says, by its own threshold; the largest 8 of a frame are kept, largest first
-    pixels           whole grey levels, RGB, in the size of the video; black and white is three channels alike
-    crops            a model of deepface gets deepface's own crop (turned by the eyes, letterboxed); our embedder gets the similarity from
-                     the landmarks to its template, from those that the detector gives, or from its box where they are fewer than two
-    gradients        none
+    detection   the detector's own threshold decides; the largest 8 faces of a frame are kept,
+                largest first
+    pixels      whole grey levels, RGB, at the size of the video; monochrome has equal channels
+    crops       a model of deepface gets deepface's own crop (rotated by the eyes, letterboxed);
+                the embedder of `reward.faces` gets the similarity from the detector's landmarks
+                to its template, or from the box if there are fewer than two landmarks
+    gradients   none
 
-What to expect of "opencv", the one detector that works without a download (Haar cascades, which come with OpenCV): frontal upright faces of
-30 pixels or more; smaller ones, profiles and turned pictures show nobody. Photos are turned upright by their EXIF orientation when
-they are read (`data.prompts.load_reference`). A frame without a face has no faces, it is never embedded whole.
+"opencv" is the only detector that works without a download (Haar cascades, which come with OpenCV).
+It finds frontal upright faces of 30 pixels or more, and misses smaller faces, profiles and rotated
+pictures. Photos are rotated upright by their EXIF orientation when they are read
+(`data.prompts.load_reference`). A frame without a face has no faces; it is never embedded whole.
 
-deepface's models are shared by all threads and not made for that (OpenCV's cascades break), so one thread at a time is in it; its libraries
-use the cores themselves. Weights come from `$DEEPFACE_HOME/.deepface/weights` (default: the home folder) and are downloaded there
-when they lack; "deepface:opencv/embedder" reads and writes nothing there. Source: PyPI deepface 0.0.103, MIT.
+All threads share deepface's models, which are not thread-safe (OpenCV's cascades fail), so a lock
+admits one thread at a time. deepface's libraries use several cores by themselves. Missing weights
+are downloaded to `$DEEPFACE_HOME/.deepface/weights` (default: the home folder).
+"deepface:opencv/embedder" reads and writes nothing there. Source: PyPI deepface 0.0.103, MIT.
 """
 
 import contextlib
@@ -43,21 +48,21 @@ from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, levels, padded, photo_crop
 
 OWN = "embedder"
-LANDMARKS = (
-    "right_eye",
-    "left_eye",
-    "nose",
-    "mouth_right",
-    "mouth_left",
-)  # of the person, so left in the picture first
-TEMPLATE_BOX = np.array(
-    [[16.0, 22.0], [96.0, 102.0]]
-)  # corners of a detector's box where its landmarks lie on ARCFACE_TEMPLATE
+# Left and right are the person's, so the left of the picture comes first.
+LANDMARKS = ("right_eye", "left_eye", "nose", "mouth_right", "mouth_left")
+# Corners of a detector's box whose landmarks coincide with ARCFACE_TEMPLATE.
+TEMPLATE_BOX = np.array([[16.0, 22.0], [96.0, 102.0]])
 _ONE_AT_A_TIME = threading.Lock()
 
 
 class Face(NamedTuple):
-    """A face that deepface found. box: x0 y0 x1 y1 in pixels. crop: deepface's own, RGB in [0, 1]."""
+    """A face that deepface found.
+
+    Attributes:
+      box: x0 y0 x1 y1 in pixels.
+      landmarks: x, y in pixels, in the order of `LANDMARKS`.
+      crop: deepface's own crop, RGB in [0, 1].
+    """
 
     box: Float[np.ndarray, "4"]
     landmarks: Float[np.ndarray, "5 2"]
@@ -68,15 +73,20 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Embed = Callable[
     [UInt8[np.ndarray, "T H W 3"], Sequence[int], Sequence[Face]], Float[np.ndarray, "N E"]
 ]
-"""Embeddings of faces, given the frames, the frame of each face, and the faces."""
+"""Embeds faces, given the frames, the frame index of each face, and the faces."""
 
 
 def complete(
     box: Float[np.ndarray, "4"], known: Mapping[int, tuple[float, float]]
 ) -> Float[np.ndarray, "5 2"]:
-    """Five landmarks: those that are known, by number, and the others where the template puts them.
+    """Complete five landmarks: missing ones are placed by the template.
 
-    The template is laid on by the least-squares similarity to the known ones, or to the box where they are fewer than two.
+    The template is fitted to the known landmarks by a least-squares similarity, or to the box if
+    fewer than two are known.
+
+    Args:
+      box: x0 y0 x1 y1 in pixels.
+      known: x, y of the known landmarks by index in `LANDMARKS`.
     """
     template = np.asarray(ARCFACE_TEMPLATE)
     few = len(known) < 2
@@ -91,7 +101,7 @@ def complete(
 
 
 def find(picture: UInt8[np.ndarray, "H W 3"], detector: str) -> list[Face]:
-    """The faces of an RGB picture, the largest 8, largest first."""
+    """Find the faces of an RGB picture: the largest 8, largest first."""
     from deepface.modules.detection import extract_faces
     from deepface.modules.exceptions import FaceNotDetected
 
@@ -114,7 +124,7 @@ def find(picture: UInt8[np.ndarray, "H W 3"], detector: str) -> list[Face]:
 
 
 def their_embeddings(model: str) -> Embed:
-    """A model of deepface on deepface's crops, as `DeepFace.represent` does it."""
+    """Embed deepface's crops with a model of deepface, as `DeepFace.represent` does."""
     from deepface.modules.representation import represent
 
     def embed(
@@ -127,7 +137,10 @@ def their_embeddings(model: str) -> Embed:
 
 
 def our_embeddings(folder: Path) -> Embed:
-    """The embedder of a folder on crops by the landmarks, on the host's cores; compiled for 1, 2, 4, ... faces."""
+    """Embed crops aligned by the landmarks with the embedder of a folder, on the host's cores.
+
+    Programs are compiled for 1, 2, 4, ... faces.
+    """
     network, template = load_embedder(folder, OWN)
     graph, state = nnx.split(network)
     state = jax.device_put(state, host_device())
@@ -152,10 +165,10 @@ def our_embeddings(folder: Path) -> Embed:
 
 
 def host_device() -> jax.Device:
-    """The host's own cores as a device of JAX, which never waits for the accelerator.
+    """Return the host's CPU as a device of JAX, which never waits for the accelerator.
 
     Raises:
-      UserError: JAX was told to leave them out.
+      UserError: JAX is configured without the CPU backend.
     """
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -167,7 +180,7 @@ def host_device() -> jax.Device:
 
 @contextlib.contextmanager
 def _deepface(backend: str):
-    """deepface's warnings filters, which would hide ours, and its complaints, as one line."""
+    """Restore the warning filters that deepface changes, and report its errors in one line."""
     try:
         with warnings.catch_warnings():
             yield
@@ -177,7 +190,8 @@ def _deepface(backend: str):
         ) from None
     except UserError:
         raise
-    except Exception as error:  # of many types: no network, a damaged file, a package that one of its detectors needs
+    # The type varies: no network, a damaged file, a missing package of a detector.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"reward.backend {backend}: deepface cannot make it ({reason}); install or download what it asks for"
@@ -192,13 +206,18 @@ def _checked(backend: str, what: str, name: str, names: Sequence[str]) -> None:
 
 
 class DeepFace:
-    """Faces of the frames of a video: boxes [T, K, 4], landmarks [T, K, 5, 2], unit embeddings [T, K, E], mask [T, K]."""
+    """Find the faces of the frames of a video with deepface."""
 
     def __init__(self, backend: str, folder: Path):
-        """backend: as in the configuration. folder: with our embedder, where that is asked for.
+        """Build the detector and the model.
+
+        Args:
+          backend: "deepface:DETECTOR/MODEL", as in the configuration.
+          folder: folder of the embedder, read if the model is "embedder".
 
         Raises:
-          UserError: deepface or a part of it is not installed, or a network is unknown or cannot be loaded.
+          UserError: deepface or a part of it is not installed, or a network is unknown or cannot be
+            loaded.
         """
         self.detector, _, model = backend.removeprefix("deepface:").partition("/")
         with _deepface(backend):
@@ -217,6 +236,7 @@ class DeepFace:
                 self.embed = their_embeddings(model)
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Found:
+        """Find boxes [T, K, 4], landmarks [T, K, 5, 2], unit embeddings [T, K, E], mask [T, K]."""
         with _ONE_AT_A_TIME:
             found = [find(frame, self.detector) for frame in frames]
             places = [(t, k) for t, faces in enumerate(found) for k in range(len(faces))]
@@ -244,7 +264,7 @@ class DeepFace:
 
 
 class HostFaceReward:
-    """The identity reward on faces that a function finds on the host. Nothing flows back through it."""
+    """Compute the identity reward on faces that a function finds on the host; has no gradient."""
 
     reported = ("similarity",)
     motion_of_all_frames = False
@@ -256,7 +276,14 @@ class HostFaceReward:
         frames: int = 0,
         pool: HostPool | None = None,
     ):
-        """faces: boxes, landmarks, embeddings and mask of a video, as `DeepFace` finds them. frames: how many are looked at, 0 = all."""
+        """Set up the reward and its threads.
+
+        Args:
+          faces: finds boxes, landmarks, embeddings and mask of a video, as `DeepFace` does.
+          config: constants of the identity reward.
+          frames: number of evenly spaced frames to score; 0 scores all.
+          pool: threads that score the videos; a new pool by default.
+        """
         self.faces, self.frames, self.config = faces, frames, config
         self._pool, self._device = pool or HostPool(), host_device()
         self._reward = jax.jit(functools.partial(reward_terms, config=config))
@@ -273,15 +300,20 @@ class HostFaceReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
-        """The largest face of each photo; each photo is looked at once, whatever the size of the videos.
+        """Encode the largest face of each photo, once per photo, for videos of any size.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+          video: unused.
 
         Raises:
-          UserError: a photo shows no face; the message names it.
+          UserError: a photo shows no face; the message names the photo.
         """
         return self._encode(references, prompts)
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
-        """The largest face of a photo; None if it shows none."""
+        """Return the largest face of a photo; None if the photo shows none."""
         (level,) = levels(image, pyramid=False)
         _, landmarks, embeddings, mask = (
             leaf[0] for leaf in self.faces(padded(level.pixels)[None])
@@ -300,7 +332,7 @@ class HostFaceReward:
         asked: np.ndarray,
     ) -> dict[str, float]:
         boxes, landmarks, embeddings, mask = self.faces(frames)
-        if not mask.any():  # nobody says how long an embedding is
+        if not mask.any():  # the embedding size is unknown without a face
             embeddings = np.zeros((*mask.shape, references.shape[-1]), np.float32)
         with jax.default_device(self._device):
             given = (
@@ -317,17 +349,17 @@ class HostFaceReward:
         return {name: float(value[0]) for name, value in terms.items()}
 
     def frames_read(self, total: int) -> np.ndarray | None:
-        """Numbers of the frames, of so many, that are looked at; None for all."""
+        """Return the indices of the scored frames of a video of `total` frames; None for all."""
         return frame_numbers(total, self.frames) if self.frames else None
 
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Pending:
-        """Every term (see `identity.reward_terms`), the reward among them; does not wait for them."""
+        """Start computing every term (see `identity.reward_terms`) without waiting for them."""
         batch = (_pixels(self.frames, videos), encoded.embeddings, encoded.crops, encoded.mask)
         return self._pool.submit(self._score, batch, "face reward")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pixels(frames: int, videos: Float[Array, "B T H W 3"]) -> UInt8[Array, "B t H W 3"]:
-    """The frames that are looked at, as bytes: made where the videos are, so that a quarter is copied."""
+    """Return the scored frames as bytes, converted on the device so that a quarter is copied."""
     chosen = videos[:, frame_numbers(videos.shape[1], frames)].astype(jnp.float32)
     return jnp.round((jnp.clip(chosen, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

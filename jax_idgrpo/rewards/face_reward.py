@@ -1,8 +1,8 @@
-"""The face reward: detect, align, embed, match and score, as one program on the device.
+"""Detect, align, embed, match and score faces as one program on the device.
 
-Every face is detected, aligned and embedded; reference people are matched to faces frame by frame, and their similarity is scored
-(`identity`), or a trained network scores what was found (`head`). Reference photos are looked at once each, at their own size
-(`photo_faces`).
+Reference people are matched to faces frame by frame. Their similarity is the reward (`identity`),
+or a trained network scores the matched and tracked faces (`head`). Each reference photo is encoded
+once, at its own size (`photo_faces`).
 """
 
 import functools
@@ -40,7 +40,7 @@ from jax_idgrpo.rewards.photo_faces import (
 
 
 def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
-    """The terms, and what makes the tokens of the same faces."""
+    """Return the terms, and a function that makes the tokens of the same faces."""
     numbers = frame_numbers(videos.shape[1], frames)
     chosen = (videos if len(numbers) == videos.shape[1] else videos[:, numbers]).astype(jnp.float32)
     faces = stack(chosen)
@@ -82,16 +82,22 @@ def _embed(
     return normalise(stack.embedder(crop[0]))[0]
 
 
-SURE = 0.8  # least score of a face that the small detector looks at as large as in a portrait; hair and ears come to 0.79
+# Minimum score of a face in a close-up for the small detector; hair and ears reach 0.79.
+SURE = 0.8
 
 
 class FaceReward:
-    """A face stack with an identity reward on top, a `DifferentiableReward`.
+    """A face stack with an identity reward, as a `DifferentiableReward`.
 
-    find, embed: of a picture, its faces, and of a window of it and the landmarks there, the embedding; for reference photos.
-    read: of the arguments of `apply`, the terms without a head's, and the tokens that a head looks at.
-    graph, state: the face stack and the head, split.
-    frames: evenly spaced frames that are looked at; 0 means all.
+    Attributes:
+      find: jitted; the faces of a reference photo.
+      embed: jitted; the embedding of a face, from a window of a reference photo and the landmarks
+        in it.
+      read: jitted; from the arguments of `apply`, the terms without the head's and the tokens for a
+        head.
+      graph: graph of the face stack and the head.
+      state: arrays of the face stack and the head.
+      frames: number of evenly spaced frames that are scored; 0 means all.
     """
 
     reported = ("similarity",)
@@ -100,7 +106,14 @@ class FaceReward:
     def __init__(
         self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None
     ):
-        """frames: how many evenly spaced frames are looked at; 0 means all. head: what it says, less the costs, is the reward."""
+        """Split the networks and compile the programs lazily.
+
+        Args:
+          stack: detector, alignment and embedder.
+          config: constants of the identity reward.
+          frames: number of evenly spaced frames to score; 0 means all.
+          head: optional learned head; if given, reward = head score - penalties.
+        """
         self.graph, self.state = nnx.split((stack, head))
         graph = self.graph
         self.config, self.frames, self.has_head = config, frames, head is not None
@@ -109,9 +122,8 @@ class FaceReward:
         self.find, self.embed = (
             jax.jit(functools.partial(function, graph)) for function in (_find, _embed)
         )
-        self._pyramid = isinstance(
-            stack.detector, Detector
-        )  # it finds faces of 8 to 64 pixels alone; others resize by themselves
+        # The small detector finds only faces of 8 to 64 pixels; the others resize by themselves.
+        self._pyramid = isinstance(stack.detector, Detector)
         self._template, self._crop_side = (
             np.asarray(stack.template, np.float32),
             stack.embedder.config.input_size,
@@ -126,13 +138,13 @@ class FaceReward:
     def photo_shapes(
         self,
     ) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
-        """Shapes of the largest photo that `find` is given, and of the window and the landmarks that `embed` is given."""
+        """Return the shapes of the largest photo for `find`, and of the arguments of `embed`."""
         side, places = 4 * self._crop_side, jax.ShapeDtypeStruct((5, 2), jnp.float32)
         largest = jax.ShapeDtypeStruct((SHORT, int(max(RATIOS) * SHORT), 3), jnp.float32)
         return largest, (jax.ShapeDtypeStruct((side, side, 3), jnp.float32), places)
 
     def shapes(self, rows: int, people: int) -> ReferenceFaces:
-        """Shapes of the encoded references of `rows` videos with room for so many people."""
+        """Return the shapes of encoded references for `rows` videos with `people` slots each."""
         one = jax.eval_shape(self.embed, self.state, *self.photo_shapes()[1])
         return ReferenceFaces(
             embeddings=jax.ShapeDtypeStruct((rows, people, *one.shape), jnp.float32),
@@ -146,21 +158,25 @@ class FaceReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> ReferenceFaces:
-        """The largest face of each photo; each photo is looked at once, whatever the size of the videos.
+        """Encode the largest face of each photo, once per photo, for videos of any size.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+          video: unused.
 
         Raises:
-          UserError: a photo shows no face; the message names it.
+          UserError: a photo shows no face; the message names the photo.
         """
         return self._encode(references, prompts)
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
-        """The largest face of a photo; None if it shows none."""
+        """Return the largest face of a photo; None if the photo shows none."""
         sizes = levels(image, self._pyramid)
         boxes, landmarks = self._search(sizes)
         if len(sizes) > 1:
-            for _ in range(
-                2
-            ):  # the small detector is exact, and sure, where a face is as large as in a portrait
+            # The small detector is accurate and confident on close-ups.
+            for _ in range(2):
                 boxes, landmarks = self._search([closer(image, box) for box in boxes], SURE)
         if not len(boxes):
             return None
@@ -171,7 +187,15 @@ class FaceReward:
     def _search(
         self, pictures: Sequence[Level], least: float = 0.0
     ) -> tuple[Float[np.ndarray, "N 4"], Float[np.ndarray, "N 5 2"]]:
-        """Boxes and landmarks, in the photo, of the faces that its pictures show together, largest first. least: of their scores."""
+        """Find the faces in several pictures of one photo.
+
+        Args:
+          pictures: the photo or parts of it, at several sizes.
+          least: minimum detector score, in [0, 1].
+
+        Returns:
+          Boxes and landmarks in pixels of the photo, largest face first.
+        """
         boxes, landmarks, scores = np.zeros((0, 4)), np.zeros((0, 5, 2)), np.zeros(0)
         for level in pictures:
             found = jax.device_get(self.find(self.state, values(padded(level.pixels))))
@@ -185,17 +209,23 @@ class FaceReward:
         return boxes[faces], landmarks[faces]
 
     def frames_read(self, total: int) -> np.ndarray | None:
-        """Numbers of the frames, of so many, that are looked at; None for all."""
+        """Return the indices of the scored frames of a video of `total` frames; None for all."""
         return frame_numbers(total, self.frames) if self.frames else None
 
     def apply(
         self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces
     ) -> Terms:
-        """Score videos with the networks' arrays as an argument, for programs that differentiate it."""
+        """Score videos with the networks' arrays as an argument, for differentiation.
+
+        Args:
+          state: arrays of the face stack and the head.
+          videos: pixels in [-1, 1].
+          encoded: encoded references, one row per video.
+        """
         return self._apply(state, videos, encoded)
 
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Terms:
-        """Every term (see `identity.reward_terms`), the reward among them; stays on the device."""
+        """Compute every term (see `identity.reward_terms`); the result stays on the device."""
         return self._apply(self.state, videos, encoded)
 
 
@@ -205,7 +235,13 @@ def load_reward(
     frames: int = 0,
     config: IdentityConfig | None = None,
 ) -> FaceReward:
-    """The reward of a folder with `detector` and the embedder `name`; "judge" is the one that only measures.
+    """Load the face reward of a folder.
+
+    Args:
+      folder: holds `detector` and the embedder.
+      name: name of the embedder: "embedder", or "judge", which serves for evaluation only.
+      frames: number of evenly spaced frames to score; 0 means all.
+      config: constants of the identity reward; the defaults if None.
 
     Raises:
       UserError: a file is missing or damaged.

@@ -1,12 +1,15 @@
-"""Faces of a video as one function of its pixels: detect, align by five landmarks, embed.
+"""Detect, align by five landmarks, and embed the faces of a video, as one function of its pixels.
 
-Alignment is the least-squares similarity from the landmarks to a template, and a bilinear warp by its inverse with a black
-border. With points as complex numbers, p and q centred, the similarity q = a p + t is a linear regression:
+Alignment is the least-squares similarity from the landmarks to a template, and a bilinear warp by
+its inverse with a black border. With points as complex numbers, p and q centred, the similarity q =
+a p + t is a linear regression:
 
     a = sum conj(p) q / sum |p|^2,   t = mean q - a mean p
 
-which in the plane is the same as Umeyama's solution without reflection. Gradients reach the pixels through the warp; boxes and
-landmarks carry none. Coordinates are pixels, with integers at the pixel centres.
+In the plane this equals Umeyama's solution without reflection. Gradients reach the pixels through
+the warp; boxes and landmarks carry none. Coordinates are pixels, with integers at the pixel
+centres.
+
 Source of the template and procedure: insightface `face_align.py`; Umeyama, TPAMI 1991.
 """
 
@@ -40,10 +43,14 @@ ARCFACE_TEMPLATE: Points = tables.ARCFACE_TEMPLATE
 
 @struct.dataclass
 class Faces:
-    """The faces of videos, best first in each frame, padded to K. Padding has mask False and zero embeddings.
+    """The faces of videos, best first in each frame, padded to K.
 
-    boxes: x0 y0 x1 y1 in pixels. landmarks: x, y of both eyes, nose, both mouth corners, left in the picture first.
-    scores: the detector's, in [0, 1]. embeddings: unit vectors.
+    Attributes:
+      boxes: x0 y0 x1 y1 in pixels.
+      landmarks: x, y of both eyes, nose, both mouth corners, left in the picture first, in pixels.
+      scores: scores of the detector, in [0, 1].
+      mask: False on padding.
+      embeddings: unit vectors, zero on padding.
     """
 
     boxes: Float[Array, "B T K 4"]
@@ -56,7 +63,11 @@ class Faces:
 def similarity(
     points: Float[Array, "*n 5 2"], template: Float[Array, "5 2"]
 ) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-    """Least-squares similarity from points to the template: (real and imaginary part of a, translation t)."""
+    """Fit the least-squares similarity from points to the template.
+
+    Returns:
+      Real and imaginary part of a, and the translation t.
+    """
     mean_p, mean_q = jnp.mean(points, -2, keepdims=True), jnp.mean(template, -2, keepdims=True)
     p, q = points - mean_p, template - mean_q
     power = jnp.maximum(jnp.sum(p * p, (-2, -1)), 1e-6)
@@ -67,13 +78,13 @@ def similarity(
 
 
 def multiply(a: Float[Array, "*n 2"], b: Float[Array, "*m 2"]) -> Float[Array, "*k 2"]:
-    """Product of complex numbers held as (real, imaginary)."""
+    """Multiply complex numbers stored as (real, imaginary)."""
     real = a[..., 0] * b[..., 0] - a[..., 1] * b[..., 1]
     return jnp.stack([real, a[..., 0] * b[..., 1] + a[..., 1] * b[..., 0]], -1)
 
 
 def warp(picture: Float[Array, "H W 3"], places: Float[Array, "*n 2"]) -> Float[Array, "*n 3"]:
-    """Bilinear samples of a picture in [-1, 1] at x, y; black outside."""
+    """Sample a picture in [-1, 1] bilinearly at x, y in pixels; black outside."""
     height, width = picture.shape[:2]
     corner = jnp.floor(places)
     share = places - corner
@@ -97,7 +108,14 @@ def align(
     template: Points,
     size: int,
 ) -> Float[Array, "B K {size} {size} 3"]:
-    """Crops of `size` pixels in which the landmarks lie on the template."""
+    """Warp faces to crops in which the landmarks coincide with the template.
+
+    Args:
+      pictures: values in [-1, 1].
+      landmarks: x, y in pixels of the pictures; K faces each.
+      template: x, y of the landmarks in pixels of the crop.
+      size: side of the crop in pixels.
+    """
     a, t = similarity(jax.lax.stop_gradient(landmarks), jnp.asarray(template))
     inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)
     x, y = jnp.meshgrid(jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32))
@@ -107,15 +125,12 @@ def align(
 
 
 def normalise(embeddings: Float[Array, "*n E"]) -> Float[Array, "*n E"]:
-    """Unit vectors, with a finite gradient at zero."""
+    """Scale embeddings to unit vectors, with a finite gradient at zero."""
     return embeddings * jax.lax.rsqrt(jnp.sum(embeddings * embeddings, -1, keepdims=True) + 1e-12)
 
 
 class FaceStack(nnx.Module):
-    """Detector, alignment and embedder as one function of the pixels.
-
-    template, crop size: where the landmarks lie in the embedder's crop. max_faces: K. threshold: of the detector's score.
-    """
+    """Detect, align and embed faces as one function of the pixels."""
 
     def __init__(
         self,
@@ -125,6 +140,15 @@ class FaceStack(nnx.Module):
         max_faces: int,
         threshold: float,
     ):
+        """Assemble the networks.
+
+        Args:
+          detector: finds boxes and landmarks.
+          embedder: embeds aligned crops.
+          template: x, y of the landmarks in pixels of the embedder's crop.
+          max_faces: K, faces per frame.
+          threshold: minimum detector score, in [0, 1].
+        """
         self.detector = detector
         self.embedder = embedder
         self.template = template
@@ -132,10 +156,10 @@ class FaceStack(nnx.Module):
         self.threshold = threshold
 
     def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
-        """Find the faces of videos in [-1, 1]; H and W are multiples of 4 for the small detector.
+        """Find the faces of videos in [-1, 1].
 
-        Frames are taken one after the other, each of all videos. The maps and crops of one frame
-        are all that is held of them.
+        The small detector needs H and W to be multiples of 4. Frames are processed one after the
+        other, each for all videos, so that memory holds the maps and crops of one frame only.
         """
         videos = videos.astype(jnp.float32)
 
@@ -154,13 +178,13 @@ class FaceStack(nnx.Module):
     def best(
         self, pictures: Float[Array, "B h w 3"]
     ) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
-        """Embedding of the best face of each picture, whether there is one, and its landmarks."""
-        faces = self(pictures[None])  # as the frames of one video: photos are searched one by one
+        """Find the best face of each picture: its embedding, whether it exists, its landmarks."""
+        # As frames of one video, so that photos are searched one by one.
+        faces = self(pictures[None])
         return faces.embeddings[0, :, 0], faces.mask[0, :, 0], faces.landmarks[0, :, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stored networks: NAME.safetensors beside NAME.json, which says what the network is.
+# ---- stored networks: NAME.safetensors beside NAME.json, which describes the network -------------
 
 _KINDS: dict[str, tuple[Any, Any]] = {
     "detector": (Detector, DetectorConfig),
@@ -170,7 +194,13 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
-    """Write `path`.safetensors and `path`.json, which holds the network's configuration and the given values."""
+    """Write `path`.safetensors and `path`.json.
+
+    Args:
+      network: the network to store.
+      path: path of both files without suffix.
+      **values: further entries of the JSON, beside architecture and configuration.
+    """
     kind = next(name for name, (cls, _) in _KINDS.items() if type(network) is cls)
     state = nnx.state(network)
     store.write_file(
@@ -184,7 +214,12 @@ def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    """The JSON of a network; UserError with the command that makes the networks for photographs where they are not there yet."""
+    """Read the JSON of a network.
+
+    Raises:
+      UserError: the file is missing. For missing networks for photographs the message gives the
+        command that makes them.
+    """
     path = path.with_suffix(".json")
     if path.parent == photographs_folder() and not path.is_file():
         raise UserError(
@@ -194,7 +229,10 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Read what `save_network` wrote -> (network, values of its JSON).
+    """Read the files of `save_network`.
+
+    Returns:
+      The network and the values of its JSON.
 
     Raises:
       UserError: a file is missing, damaged, or holds another network.
@@ -224,7 +262,7 @@ def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def load_stack(folder: Path, embedder: str) -> FaceStack:
-    """The face stack of a folder: its `detector` and the embedder of the given name ("embedder" or "judge").
+    """Load the face stack of a folder: its `detector` and an embedder ("embedder" or "judge").
 
     Raises:
       UserError: a file is missing or damaged.
@@ -236,7 +274,7 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
 
 
 def load_embedder(folder: Path, name: str) -> tuple[Embedder, Points]:
-    """A network of a folder that embeds faces, and where the landmarks lie in its crops.
+    """Load an embedder of a folder, and the positions of the landmarks in its crops.
 
     Raises:
       UserError: a file is missing or damaged.
@@ -247,7 +285,15 @@ def load_embedder(folder: Path, name: str) -> tuple[Embedder, Points]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Cosines of an embedder, as in `RewardConfig`; the defaults hold for networks that were stored without any, and for deepface's."""
+    """Cosines of an embedder, as in `RewardConfig`.
+
+    The defaults apply to networks stored without them, and to deepface's models.
+
+    Attributes:
+      similarity_low: cosine with score 0.
+      similarity_high: cosine with score 1.
+      missing: minimum cosine for a match.
+    """
 
     similarity_low: float = 0.0
     similarity_high: float = 0.9
@@ -255,10 +301,10 @@ class Settings:
 
 
 def load_settings(folder: Path, name: str) -> Settings:
-    """Read which cosines the embedder `name` of a folder is to be used with.
+    """Read the cosines of the embedder `name` of a folder.
 
     Raises:
-      UserError: its JSON file is missing or damaged, or a value is no number.
+      UserError: its JSON file is missing or damaged, or a value is not a number.
     """
     path = Path(folder) / f"{name}.json"
     stored = _read_values(path)
@@ -271,10 +317,11 @@ def load_settings(folder: Path, name: str) -> Settings:
 
 
 def reward_settings(config: RewardConfig) -> Settings:
-    """The cosines that the reward of a configuration uses: its own, and where it has none those of the embedder.
+    """Return the cosines of the configuration, with missing ones from the embedder.
 
     Raises:
-      UserError: the embedder's JSON file is missing or damaged, or the cosines are in the wrong order.
+      UserError: the embedder's JSON file is missing or damaged, or the cosines are in the wrong
+        order.
     """
     chosen = {field.name: getattr(config, field.name) for field in dataclasses.fields(Settings)}
     if None in chosen.values():

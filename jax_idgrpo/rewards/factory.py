@@ -1,4 +1,4 @@
-"""Selection of the reward that a configuration names."""
+"""Create the reward that a configuration selects."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,12 +21,15 @@ from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 
 
 def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
-    """The reward that a configuration names.
+    """Create the reward that a configuration selects.
 
-    mesh: where the videos will be; networks that run in JAX are then on each of its devices.
+    Args:
+      config: the configuration.
+      mesh: devices of the videos; networks that run in JAX are replicated on it.
 
     Raises:
-      UserError: a network is missing or damaged, the backend is not installed, or the custom function cannot be imported.
+      UserError: a network is missing or damaged, the backend is not installed, or the custom
+        function cannot be imported.
     """
     wanted = config.reward
     if wanted.custom:
@@ -43,10 +46,17 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
 
 
 def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
-    """The measure of identity that never serves as reward; None without face networks for what the model shows, with a warning.
+    """Create the judge, the face reward that measures identity and never serves as reward.
 
-    It looks at all frames, by the networks of `reward.faces`, whatever the reward is. Its cosines are those of its own network, also
-    where the configuration sets those of the reward: they are on another scale. mesh: as for `make_reward`.
+    The judge scores all frames with the networks of `reward.faces`, whatever the reward is. It uses
+    the cosines stored with its own network, because the cosines of the reward are on another scale.
+
+    Args:
+      config: the configuration.
+      mesh: as for `make_reward`.
+
+    Returns:
+      The judge; None, with a warning, if no face networks fit the videos of the model.
 
     Raises:
       UserError: a network is missing or damaged.
@@ -65,7 +75,7 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
-    """The face reward by the networks of `reward.faces`, with the head that the configuration names.
+    """Create the face reward from the networks of `reward.faces`, with the configured head if any.
 
     Raises:
       UserError: a network is missing or damaged, or the head was trained on others.
@@ -79,7 +89,7 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
 
 
 def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfig:
-    """The constants of the identity reward that a configuration sets, with the cosines of a network."""
+    """Combine the identity constants of a configuration with the cosines of a network."""
     return IdentityConfig(
         null_similarity=cosines.missing,
         low=cosines.similarity_low,
@@ -90,19 +100,21 @@ def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfi
 
 
 def _on_mesh(reward: FaceReward, mesh: Mesh | None) -> FaceReward:
-    """The reward with its networks on every device of the mesh."""
+    """Replicate the networks of the reward on the mesh."""
     if mesh is not None:
         reward.state = sharding.device_put_global(reward.state, sharding.replicated(mesh))
     return reward
 
 
 def policy_devices(config: Config, devices: Sequence[jax.Device] | None = None) -> list[jax.Device]:
-    """The devices of the video model: all but those that the reward has for itself.
+    """Return the devices of the video model: all except those reserved for the reward.
 
-    devices: all there are; by default those of this run.
+    Args:
+      config: the configuration.
+      devices: the available devices; by default those of this run.
 
     Raises:
-      UserError: the reward would have them all, or devices of other processes.
+      UserError: the reward would take all devices, or devices of other processes.
     """
     found, own = list(jax.devices() if devices is None else devices), config.reward.vlm_devices
     if own >= len(found):
@@ -117,7 +129,10 @@ def policy_devices(config: Config, devices: Sequence[jax.Device] | None = None) 
 
 
 def make_vlm(config: Config, mesh: Mesh | None) -> VlmReward:
-    """The vision-language reward, for videos of the configuration's size, on its own devices or on `mesh`."""
+    """Create the vision-language reward for videos of the configured size.
+
+    The reward runs on its own devices if `reward.vlm_devices` is set, and on `mesh` otherwise.
+    """
     own, video = config.reward.vlm_devices, config.video
     if own:
         policy_devices(config)

@@ -1,17 +1,24 @@
-"""The learned reward: a small network on what the matched and followed faces of a video say, trained on preference pairs.
+"""Compute the learned reward from matched and tracked faces.
 
-Every person asked for becomes a token, every video a row of terms that know no person (`tokens`). Then, all in float32,
+The reward is a small network, trained on preference pairs.
 
-    score = f(mean_i phi(x_i), min_i phi(x_i), max_i phi(x_i), z),   f = LayerNorm -> 64 -> 64 -> 1
+Every requested person becomes a feature vector, and every video a row of terms that do not depend
+on identities (`tokens`). Then, all in float32,
 
-over the people i, with x the tokens and z the video's terms, each clipped to the range that training saw and mapped to [-1, 1]: a network
-extrapolates, and a policy finds where. So the order of people and of faces and padding change nothing by construction. Only differences
-of scores mean something; they are log-odds (see `preference`).
+    score = f(mean_i phi(x_i), min_i phi(x_i), max_i phi(x_i), z)
+    f = LayerNorm -> 64 -> 64 -> 1
 
-A face is judged twice: as the face that is most like the person, wherever it is, and as the face in the person's place, along the track
-that is the person's over the whole video. Two people who exchange faces look well to the first and badly to the second.
-Gradients reach the embeddings through cosines; assignments, boxes and landmarks carry none. Sources: deep sets (arXiv 1703.06114); the
-choice of tokens is ours.
+over the people i, with x the people's features and z the video's terms. Each feature is clipped to
+its range in training and mapped to [-1, 1], because a network extrapolates and a policy would
+exploit that. By construction, the score does not depend on the order of people or faces, nor on
+padding. Only differences of scores are meaningful; they are log-odds (see `preference`).
+
+A person is compared with two faces: the matched face, which is most like the person, and the face
+on the person's track over the whole video. If two people exchange faces, the matched faces score
+high and the tracked faces low.
+
+Gradients reach the embeddings through cosines; assignments, boxes and landmarks carry none. Source:
+deep sets (arXiv 1703.06114); the choice of features is ours.
 """
 
 import dataclasses
@@ -55,7 +62,7 @@ PEOPLE = (
     "turned",
     "quality",
 )
-"""What a person's token holds, in its order (see `tokens`)."""
+"""Features of a person, in order (see `tokens`)."""
 TERMS = (
     "identity_mean",
     "identity_soft_min",
@@ -75,12 +82,18 @@ TERMS = (
     "detail",
 )
 VIDEO = (*TERMS, "apart_log", "still", "twins", "twins_most", "people")
-"""What a video's row holds, in its order: terms of `identity.reward_terms`, and further ones (see `tokens`)."""
+"""Features of a video, in order: `TERMS` of `identity.reward_terms` and others (see `tokens`)."""
 
 
 @flax.struct.dataclass
 class Tokens:
-    """people: one token per person asked for, padding where mask is False. video: one row per video."""
+    """Features of people and videos.
+
+    Attributes:
+      people: one feature vector per requested person.
+      mask: False on padding of `people`.
+      video: one row per video.
+    """
 
     people: Float[Array, "B M P"]
     mask: Bool[Array, "B M"]
@@ -88,7 +101,7 @@ class Tokens:
 
 
 def _of_face(values: Float[Array, "B T K"], face: Any) -> Float[Array, "B T M"]:
-    """The value of every person's face, 0 for nobody's."""
+    """Select the value of every person's face; 0 without a face."""
     return jnp.take_along_axis(jnp.pad(values, ((0, 0), (0, 0), (0, 1))), face, axis=-1)
 
 
@@ -97,12 +110,15 @@ def _mean(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float[A
 
 
 def _spread(values: Float[Array, "B T M"], where: Bool[Array, "B T M"]) -> Float[Array, "B M"]:
-    """Standard deviation over frames, with a finite gradient at 0."""
+    """Compute the standard deviation over frames, with a finite gradient at 0."""
     return jnp.sqrt(_mean((values - _mean(values, where)[:, None]) ** 2, where) + 1e-8)
 
 
 def _course(values: Float[Array, "B T M"]) -> list[Float[Array, "B M"]]:
-    """Mean, least, spread and change of what is known in every frame: how much a straight line through it rises from first to last."""
+    """Compute mean, minimum, standard deviation and change of a value over all frames.
+
+    The change is the rise of the least-squares line from the first to the last frame.
+    """
     time = jnp.linspace(-1.0, 1.0, values.shape[1])[:, None]
     time = time - jnp.mean(time)  # 0 for one frame
     change = 2 * jnp.sum(time * values, 1) / jnp.maximum(jnp.sum(time * time), 1.0)
@@ -122,19 +138,40 @@ def tokens(
     size: tuple[int, int],
     config: IdentityConfig,
 ) -> Tokens:
-    """What the head looks at, of faces in frames of `size` (height, width) and the terms of `reward_terms` on the same faces.
+    """Compute the features of the head from faces and their `reward_terms`.
 
-    Of a person, over frames (0 where there is no face, g as in `identity`):
-    alike: mean, least, standard deviation and change of g(s), s the cosine of the matched face. placed: the same of the face on the
-    person's track. steady, kept: least cosine of neighbouring faces, and of any two, on that track; kept_last: mean of the last with all.
-    lead, lead_least: s less the cosine of the next best face, mean and least. rival, rival_most: by how much the matched face resembles
-    another reference more than their own resembles that one, mean and greatest. presence: share of frames with a matched face. size: its
-    side as a share of the frame's, mean. yaw, turned: standard deviation and mean size of the nose's place between the eyes, in eye
-    distances. quality: the detector's score, mean.
+    Features of a person, over frames (0 without a face; s is the cosine of the matched face, g as
+    in `identity`):
 
-    Of a video: `TERMS`; apart_log: of `apart`, since near a copy little is much; still: how far `motion` is below its floor; twins,
-    twins_most: by how much the most alike faces of a frame are more alike than the most alike references, mean and greatest; people: asked
-    for, in units of 4.
+      alike: mean, minimum, standard deviation and change of g(s).
+      placed: the same for the face on the person's track.
+      steady, kept: minimum cosine of neighbouring faces, and of any two faces, on that track.
+      kept_last: mean cosine of the last face on that track to all of its faces.
+      lead, lead_least: s minus the cosine of the next best face, mean and minimum.
+      rival, rival_most: excess of the matched face's cosine to another reference over the cosine
+        of the two references, mean and maximum.
+      presence: share of frames with a matched face.
+      size: side of the matched face as a share of the frame's, mean.
+      yaw, turned: standard deviation and mean absolute value of the nose's position between the
+        eyes, in eye distances.
+      quality: the detector's score, mean.
+
+    Features of a video:
+
+      `TERMS`: terms of `reward_terms`.
+      apart_log: logarithm of `apart`, which resolves small displacements near a copy.
+      still: relative shortfall of `motion` below its floor.
+      twins, twins_most: excess cosine of the most alike faces of a frame over the most alike
+        references, mean and maximum.
+      people: number of requested people, in units of 4.
+
+    Args:
+      terms: terms of `reward_terms`.
+      faces: faces of the frames.
+      references: unit embeddings of the references.
+      reference_mask: False on padding.
+      size: height and width of the frames in pixels.
+      config: constants of the identity reward.
     """
     embeddings, shown = faces.embeddings, faces.mask
     everyone = (embeddings, shown, references, reference_mask)
@@ -143,9 +180,10 @@ def tokens(
     cosine = cosines(embeddings, references)
     matched = matches.matched & reference_mask[:, None]
 
+    # [B,T,M,K]
     placed = (followed.track[:, :, None] == followed.of_reference[:, None, :, None]) & shown[
         :, :, None
-    ]  # [B,T,M,K]
+    ]
     in_place = jnp.any(placed, -1)
     of_place = jnp.einsum(
         "btmk,btke->btme", placed.astype(jnp.float32), embeddings, precision="highest"
@@ -218,16 +256,16 @@ def tokens(
 
 
 class Seen(nnx.Variable):
-    """Least and greatest value of every entry of a token in training, [2, P]; not trained."""
+    """Minimum and maximum of every feature in training, [2, P]; not trained."""
 
 
 def seen(values: Float[np.ndarray, "N P"]) -> Float[np.ndarray, "2 P"]:
-    """The range of some tokens."""
+    """Compute the range of every feature."""
     return np.stack([values.min(0), values.max(0)])
 
 
 def _within(values: Float[Array, "*n P"], seen: Float[Array, "2 P"]) -> Float[Array, "*n P"]:
-    """Clipped to the range, which becomes [-1, 1]; 0 where there is none."""
+    """Clip features to the range and map it to [-1, 1]; an empty range maps to 0."""
     low, high = seen
     middle, half = (low + high) / 2, (high - low) / 2
     return jnp.where(
@@ -240,11 +278,18 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 class Head(nnx.Module):
-    """Tokens to a score. people, video: the ranges that training saw, [2, P] and [2, G]."""
+    """Map the features of a video to a score."""
 
     def __init__(
         self, people: Float[np.ndarray, "2 P"], video: Float[np.ndarray, "2 G"], *, rngs: nnx.Rngs
     ):
+        """Initialise the network.
+
+        Args:
+          people: minimum and maximum of the people's features in training.
+          video: minimum and maximum of the video's features in training.
+          rngs: random keys of the weights.
+        """
         self.people, self.video = Seen(jnp.asarray(people)), Seen(jnp.asarray(video))
         self.phi = nnx.List([_linear(people.shape[1], WIDTH, rngs), _linear(WIDTH, WIDTH, rngs)])
         pooled = 3 * WIDTH + video.shape[1]
@@ -254,7 +299,7 @@ class Head(nnx.Module):
         )
 
     def __call__(self, given: Tokens) -> Float[Array, "B"]:
-        """The score of every video, in log-odds, higher is better."""
+        """Return the score of every video, in log-odds; higher is better."""
         x = _within(given.people, self.people[...])
         for layer in self.phi:
             x = jax.nn.gelu(layer(x))
@@ -271,11 +316,11 @@ class Head(nnx.Module):
         return self.layers[-1](x)[..., 0]
 
 
-# ---- stored heads --------------------------------------------------------------------------------------------------------
+# ---- stored heads --------------------------------------------------------------------------------
 
 
 def fingerprint(networks: Any) -> str:
-    """What tells face networks from others: a hash of their arrays, given as a module or a state."""
+    """Hash the arrays of face networks, given as a module or a state, to identify them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(
         nnx.state(networks) if isinstance(networks, nnx.Module) else networks
@@ -285,14 +330,21 @@ def fingerprint(networks: Any) -> str:
 
 
 def reading(config: RewardConfig) -> dict[str, int | float]:
-    """The fields of the configuration that tokens depend on, beside the face networks; those left to the networks as these say."""
+    """Return the configuration values that the features depend on, beside the face networks.
+
+    Values missing from the configuration come from the networks.
+    """
     return {"frames": config.frames, **dataclasses.asdict(reward_settings(config))}
 
 
 def save_head(head: Head, folder: Path, networks: str, config: RewardConfig) -> None:
     """Write `head.safetensors` and `head.json` into a folder.
 
-    networks: `fingerprint` of the face networks whose tokens it was trained on. config: under which they were made.
+    Args:
+      head: the trained head.
+      folder: destination.
+      networks: `fingerprint` of the face networks behind the training features.
+      config: configuration of the training features.
     """
     state = nnx.state(head)
     store.write_file(folder / f"{NAME}.safetensors", rules.to_torch(tables.plain(state), state))
@@ -301,10 +353,16 @@ def save_head(head: Head, folder: Path, networks: str, config: RewardConfig) -> 
 
 
 def load_head(folder: Path, networks: str, config: RewardConfig) -> Head:
-    """Read what `save_head` wrote.
+    """Read the files of `save_head`.
+
+    Args:
+      folder: holds the files.
+      networks: `fingerprint` of the current face networks.
+      config: current configuration.
 
     Raises:
-      UserError: a file is missing or damaged, or the head was trained on tokens of other networks, settings or a version with others.
+      UserError: a file is missing or damaged, or the head was trained with other networks, settings
+        or features.
     """
     values, what = store.read_json(folder / f"{NAME}.json"), f"reward head {folder}"
     if [values.get("people"), values.get("video")] != [list(PEOPLE), list(VIDEO)]:

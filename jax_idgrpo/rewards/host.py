@@ -1,8 +1,10 @@
-"""Rewards that run on the host, beside the accelerator: a bounded pool of threads, one video at a time.
+"""Score videos on the host, beside the accelerator, in a bounded pool of threads.
 
-A batch is handed over without waiting, so that the next one samples while this one is scored; at most `in_flight` batches are held, and
-handing over another waits for the oldest. A video whose scoring raises costs that video only: its terms are no numbers, and a warning says
-which video and why. Where the arrays span several processes, each scores the rows that it holds, and the result is that of all.
+A batch is submitted without waiting, so that the next batch is sampled while this one is scored. At
+most `in_flight` batches are pending; submitting another waits for the oldest. An exception fails
+only its own video: the terms of the video are NaN, and a warning gives its number and the reason.
+If the arrays span several processes, each process scores its own rows, and the results are
+gathered.
 """
 
 import collections
@@ -23,27 +25,34 @@ Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
 
 
 Scored = Mapping[str, float] | Exception
-"""The terms of one video, or why it has none."""
+"""The terms of one video, or the reason why it has none."""
 
 
 class Pending:
-    """Terms that are being computed, by the number of the video. shared: other processes compute those of other videos of the batch."""
+    """Terms that are being computed."""
 
     def __init__(self, rows: Mapping[int, Future[Mapping[str, float]]], label: str, shared: bool):
+        """Collect the futures of a batch.
+
+        Args:
+          rows: the future of each video of this process, by the number of the video in the batch.
+          label: name of the reward in warnings.
+          shared: whether other processes score further videos of the batch.
+        """
         self._rows, self._label, self._shared = rows, label, shared
 
     def done(self) -> bool:
-        """Whether every video of this process is scored, or has failed."""
+        """Return whether every video of this process is scored or has failed."""
         return all(row.done() for row in self._rows.values())
 
     def wait(self) -> None:
-        """Until every video of this process is scored, or has failed."""
+        """Wait until every video of this process is scored or has failed."""
         wait(self._rows.values())
 
     def result(self) -> Terms:
-        """The terms, float32; those of a video that could not be scored are NaN, and so is a term that a video has not.
+        """Return the terms as float32; failed videos and absent terms are NaN.
 
-        Of a batch that spans processes all of them call it together, and all get the whole.
+        Collective for a batch that spans processes; every process gets the terms of all videos.
         """
         found: list[tuple[int, dict[str, float]]] = []
         failed: dict[str, list[int]] = {}
@@ -85,7 +94,7 @@ def _spans(array: Any) -> bool:
 
 
 def _together(batch: Sequence[Any]) -> Sequence[Any]:
-    """The arrays, divided alike by rows if any of them spans processes."""
+    """Shard all arrays by rows if any of them spans processes."""
     spanning = [array for array in batch if _spans(array)]
     return (
         sharding.device_put_global(list(batch), sharding.batch_sharding(spanning[0].sharding.mesh))
@@ -95,7 +104,10 @@ def _together(batch: Sequence[Any]) -> Sequence[Any]:
 
 
 def _parts(array: Any) -> list[tuple[range, Any]]:
-    """The rows that this process scores and where they lie: all, or of an array that spans processes those whose first copy it holds."""
+    """List the rows that this process scores, with their arrays.
+
+    Of an array that spans processes, a process scores the rows whose first replica it holds.
+    """
     count = len(array)
     if not _spans(array):
         return [(range(count), array)]
@@ -115,9 +127,15 @@ def _rows(array: Any) -> dict[int, Any]:
 
 
 class HostPool:
-    """Threads that score videos, and how many batches may wait for them."""
+    """Score videos in threads, with a limit on pending batches."""
 
     def __init__(self, workers: int = 2, in_flight: int = 2):
+        """Start the threads.
+
+        Args:
+          workers: number of threads.
+          in_flight: number of pending batches from which on a submission waits for the oldest.
+        """
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
         self._in_flight = in_flight
         self._held: collections.deque[Pending] = collections.deque()
@@ -128,10 +146,16 @@ class HostPool:
         batch: Sequence[Any],
         label: str = "reward",
     ) -> Pending:
-        """Score every row of `batch` (arrays with the batch first, of the host or of a device) by `function(*row)`; does not wait for it.
+        """Score every row of `batch` by `function(*row)` without waiting.
 
-        The copy from the device is made by the first thread that needs it, which waits for the device in the place of the caller.
-        Arrays that span processes lie on a mesh with the axes of `parallel.sharding`; all processes hand over the same batches.
+        The first thread that needs the rows copies them from the device, so that the caller does
+        not wait for the device. Arrays that span processes use a mesh with the axes of
+        `parallel.sharding`, and all processes submit the same batches.
+
+        Args:
+          function: scores one video and returns its terms.
+          batch: arrays on the host or on devices, with the batch axis first.
+          label: name of the reward in warnings.
         """
         numbers, copied, shared = self._hand_over(batch)
 
@@ -147,7 +171,13 @@ class HostPool:
     def submit_together(
         self, function: Callable[..., Sequence[Scored]], batch: Sequence[Any], label: str = "reward"
     ) -> Pending:
-        """As `submit`, but by one call `function(*arrays)` for all rows of this process, which says of each what it is worth."""
+        """Score all rows of this process by one call `function(*arrays)` without waiting.
+
+        Args:
+          function: scores all videos; for each it returns terms or an exception.
+          batch: as for `submit`.
+          label: name of the reward in warnings.
+        """
         numbers, copied, shared = self._hand_over(batch)
         rows: dict[int, Future[Mapping[str, float]]] = {number: Future() for number in numbers}
 
@@ -170,7 +200,12 @@ class HostPool:
     def _hand_over(
         self, batch: Sequence[Any]
     ) -> tuple[list[int], Future[list[dict[int, Any]]], bool]:
-        """Wait until there is room -> numbers of the rows of this process, the rows on the host, whether processes share the batch."""
+        """Wait for a free slot, then start copying the rows to the host.
+
+        Returns:
+          The numbers of the rows of this process, the rows on the host, and whether processes share
+            the batch.
+        """
         while len(self._held) >= self._in_flight:
             self._held.popleft().wait()
         arrays = _together(batch)
@@ -187,6 +222,6 @@ class HostPool:
 
 
 def collect(scored: Terms | Pending) -> dict[str, Float[np.ndarray, "B"]]:
-    """The terms on the host, once they are there."""
+    """Wait for the terms and copy them to the host."""
     terms = scored.result() if isinstance(scored, Pending) else scored
     return to_host(dict(terms))

@@ -1,15 +1,21 @@
-"""Who is who in a video, and how alike: exact matching of references to faces, identity terms, evaluation metrics.
+"""Match references to faces, and compute identity terms and evaluation metrics.
 
-Everything here takes boxes, embeddings and masks, so it is pure, static in shape and needs no weights.
-Per frame the best partial one-to-one map from references to faces is found by dynamic programming over sets of faces (exact,
-and of fixed size); a reference may also stay unmatched, which is worth `null_similarity`. Then
+All functions take boxes, embeddings and masks. They are pure, static in shape and need no weights.
+In each frame, the best partial one-to-one map from references to faces is found exactly, by dynamic
+programming over sets of faces. A reference may also stay unmatched, with value `null_similarity`.
+Then
 
-    c_i  = (1/T) sum_t m_ti g(s_ti),   g(s) = clip((s - low) / (high - low), 0, 1),   a missing person counts 0
-    mean = avg_i c_i                   soft = -(1/b) log(avg_i exp(-b c_i))           between the minimum and the mean
-    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness - sum of weighted penalties (see `tracks`, `photo_copy`)
+    c_i  = (1/T) sum_t m_ti g(s_ti)
+    g(s) = clip((s - low) / (high - low), 0, 1), and 0 for a missing person
+    mean = avg_i c_i
+    soft = -(1/b) log(avg_i exp(-b c_i)), between the minimum and the mean
+    reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness
+             - sum of weighted penalties (see `tracks`, `photo_copy`)
 
-Gradients reach the embeddings through the similarities s, not through the assignment. Sources: optimal assignment as in UMO
-(bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the soft minimum and the penalties are ours.
+Gradients reach the embeddings through the similarities s, not through the assignment.
+
+Sources: optimal assignment as in UMO (bytedance/UMO), missing = 0 as in MultiHuman-TestBench; the
+soft minimum and the penalties are ours.
 """
 
 import dataclasses
@@ -36,11 +42,20 @@ from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 class IdentityConfig:
     """Constants of the identity reward; similarities are cosines in [-1, 1].
 
-    null_similarity: a face below it is not the person, however lonely both are.
-    low, high: similarity that earns 0, and that earns 1 (two photos of one person: a copy earns no more).
-    softness: b of the soft minimum. mean_weight: w. extra_weight: price of faces nobody asked for.
-    motion_weight, motion_floor: price of a frozen video, whose mean absolute frame difference lies below the floor.
-    penalties: prices by name of the penalties of `tracks` and of "copied"; those without one are logged alone. tracks: their thresholds.
+    Attributes:
+      null_similarity: minimum cosine for a match; below it the reference stays unmatched even if no
+        other face is left.
+      low: similarity with score 0.
+      high: similarity with score 1. Two photos of one person reach it, and a copy scores no higher.
+      softness: b of the soft minimum.
+      mean_weight: w, in [0, 1].
+      extra_weight: penalty weight of surplus faces.
+      motion_weight: penalty weight of a frozen video.
+      motion_floor: mean absolute frame difference below which a video counts as frozen, in units of
+        [-1, 1].
+      penalties: weights by name of the penalties of `tracks` and of "copied"; penalties without a
+        weight are only logged.
+      tracks: thresholds of the penalties.
     """
 
     null_similarity: float = 0.15
@@ -56,19 +71,37 @@ class IdentityConfig:
 
 
 def level(similarity: Float[ArrayLike, "*n"], low: float, high: float) -> Float[ArrayLike, "*n"]:
-    """g(s): the similarity mapped from [low, high] to [0, 1]."""
+    """Compute g(s): map the similarity from [low, high] to [0, 1].
+
+    Args:
+      similarity: cosines in [-1, 1].
+      low: similarity mapped to 0.
+      high: similarity mapped to 1.
+    """
     return jnp.clip((similarity - low) / (high - low), 0.0, 1.0)
 
 
 def person_scores(matches: Matches, low: float, high: float) -> Float[ArrayLike, "B M"]:
-    """c_i: mean over frames of the similarity mapped from [low, high] to [0, 1]; a missing person counts 0."""
+    """Compute c_i: the mean over frames of g(s); a missing person counts 0.
+
+    Args:
+      matches: references matched to the faces.
+      low: similarity mapped to 0.
+      high: similarity mapped to 1.
+    """
     return jnp.mean(jnp.where(matches.matched, level(matches.similarity, low, high), 0.0), axis=1)
 
 
 def soft_minimum(
     values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"], softness: float
 ) -> Float[ArrayLike, " B"]:
-    """-(1/b) log(avg exp(-b c)) over the people asked for: between their minimum and their mean."""
+    """Compute -(1/b) log(avg exp(-b c)) over people, between minimum and mean.
+
+    Args:
+      values: c, one per person.
+      mask: False on padding.
+      softness: b, positive; larger is closer to the minimum.
+    """
     exponents = jnp.where(mask, -softness * values, -jnp.inf)
     count = jnp.maximum(jnp.sum(mask, -1), 1)
     return -(jax.nn.logsumexp(exponents, axis=-1) - jnp.log(count)) / softness
@@ -77,7 +110,10 @@ def soft_minimum(
 def extra_faces(
     face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]
 ) -> Float[ArrayLike, " B"]:
-    """Faces beyond the people asked for, as a share of them, at most 1, mean over frames."""
+    """Average the share of surplus faces over frames.
+
+    The share is relative to the requested people, at most 1.
+    """
     asked = jnp.maximum(jnp.sum(reference_mask, -1), 1)[:, None]
     surplus = jnp.maximum(jnp.sum(face_mask, -1) - asked, 0)
     return jnp.mean(jnp.minimum(surplus / asked, 1.0), axis=1)
@@ -86,7 +122,7 @@ def extra_faces(
 def count_accuracy(
     face_mask: Bool[ArrayLike, "B T K"], reference_mask: Bool[ArrayLike, "B M"]
 ) -> Float[ArrayLike, " B"]:
-    """Share of frames that show as many faces as people were asked for."""
+    """Return the share of frames with as many faces as requested people."""
     return jnp.mean(jnp.sum(face_mask, -1) == jnp.sum(reference_mask, -1)[:, None], axis=1)
 
 
@@ -97,11 +133,20 @@ def largest_face_similarity(
     references: Float[ArrayLike, "B M E"],
     reference_mask: Bool[ArrayLike, "B M"],
 ) -> Float[ArrayLike, " B"]:
-    """How papers with one person measure: the largest face of a frame against the reference it is most like, at least 0, mean over the
-    frames that show a face; 0 without any.
+    """Compare the largest face of a frame with its most similar reference.
 
-    It sees one person of several, and a frame without a face costs nothing: read it beside `similarity`, which counts everybody.
+    This is the metric of papers with one person: the cosine, at least 0, averaged over frames that
+    show a face; 0 without any. It covers one person of several, and frames without a face do not
+    lower it. Report it beside `similarity`, which covers every person.
+
     Source: FaceSim of OpenS2V (PKU-YuanGroup/OpenS2V-Nexus).
+
+    Args:
+      boxes: x0 y0 x1 y1 in pixels.
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      reference_mask: False on padding.
     """
     area = jnp.where(
         face_mask, (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]), -1.0
@@ -122,12 +167,15 @@ def largest_face_similarity(
 
 @flax.struct.dataclass
 class Pixels:
-    """What the terms need of the pixels, frame by frame.
+    """Measurements of the pixels that the terms need, frame by frame.
 
-    changed: absolute difference from the frame before, mean over colours, summed outside the faces
-        of both; 0 for the first frame.
-    outside: how many pixels that sum has.
-    copied, apart, detail: of the face that every person is matched to (see `photo_copy`).
+    Attributes:
+      changed: absolute difference from the previous frame, averaged over colours and summed outside
+        the faces of both; 0 for the first frame.
+      outside: number of pixels in that sum.
+      copied: photo-copy score of the face matched to every person (see `photo_copy`).
+      apart: displacement of that face from the photo.
+      detail: sharpness of that face relative to the photo.
     """
 
     changed: Float[ArrayLike, "B T"]
@@ -140,7 +188,7 @@ class Pixels:
 def _in_faces(
     boxes: Float[ArrayLike, "B K 4"], face_mask: Bool[ArrayLike, "B K"], height: int, width: int
 ) -> Bool[ArrayLike, "B H W"]:
-    """True inside the faces of a frame."""
+    """Return a mask that is True inside the faces of a frame."""
     rows, columns = jnp.arange(height), jnp.arange(width)
     inside_x = (columns >= boxes[..., 0:1]) & (columns <= boxes[..., 2:3])
     inside_y = (rows >= boxes[..., 1:2]) & (rows <= boxes[..., 3:4]) & face_mask[..., None]
@@ -153,7 +201,13 @@ def changes(
     boxes: Float[ArrayLike, "B T K 4"],
     face_mask: Bool[ArrayLike, "B T K"],
 ) -> tuple[Float[ArrayLike, "B T"], Float[ArrayLike, "B T"]]:
-    """Compute `changed` and `outside` of `Pixels`, one frame after the other."""
+    """Compute `changed` and `outside` of `Pixels`, one frame after the other.
+
+    Args:
+      videos: values in [-1, 1].
+      boxes: x0 y0 x1 y1 in pixels.
+      face_mask: False on padding.
+    """
     height, width = videos.shape[2:4]
 
     def one(frame: Int[Array, ""]) -> tuple[Array, Array]:
@@ -177,9 +231,10 @@ def changes(
 def motion(
     changed: Float[ArrayLike, "B T"], outside: Float[ArrayLike, "B T"]
 ) -> Float[ArrayLike, " B"]:
-    """Mean absolute difference of neighbouring frames outside the faces of both.
+    """Compute the mean absolute difference of neighbouring frames outside the faces of both.
 
-    In units of [-1, 1]; 0 for one frame. changed, outside: as `changes` computes them.
+    Returns:
+      The difference in units of [-1, 1]; 0 for one frame.
     """
     return jnp.sum(changed, 1) / jnp.maximum(jnp.sum(outside, 1), 1.0)
 
@@ -187,15 +242,15 @@ def motion(
 def stalled(
     changed: Float[ArrayLike, "B T"], outside: Float[ArrayLike, "B T"], floor: float
 ) -> Float[ArrayLike, " B"]:
-    """Share of the steps from frame to frame in which nothing moves, in [0, 1]; 0 for one frame.
+    """Compute the share of frame-to-frame steps without motion, in [0, 1]; 0 for one frame.
 
-    A step counts by how far its `motion` is below the floor, as a share of the floor. A video that
-    comes to a standstill late has a `motion` like another's, but not this.
+    A step counts by its relative shortfall of `motion` below the floor. Unlike `motion`, this term
+    detects a video that stops moving late.
 
     Args:
       changed: as `changes` computes it.
       outside: as `changes` computes it.
-      floor: motion from which on a step counts nothing.
+      floor: motion from which on a step does not count.
     """
     moved = changed[:, 1:] / jnp.maximum(outside[:, 1:], 1.0)
     return jnp.sum(jax.nn.relu(1.0 - moved / floor), 1) / max(moved.shape[1], 1)
@@ -213,8 +268,8 @@ def read_pixels(
 
     Args:
       videos: values in [-1, 1].
-      boxes: of the faces, in pixels.
-      landmarks: of the faces, in pixels.
+      boxes: x0 y0 x1 y1 of the faces in pixels.
+      landmarks: x, y of the faces' landmarks in pixels.
       face_mask: False on padding.
       matches: references matched to the faces.
       photos: `photo_copy.photo_crops` of the references.
@@ -238,12 +293,18 @@ def read_pixels(
 def of_photos(
     pixels: Pixels, matches: Matches, reference_mask: Bool[ArrayLike, "B M"]
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """What the matched faces have of the person's photo (see `photo_copy`); 0 without any.
+    """Compare the matched faces with the person's photo (see `photo_copy`).
 
-    Each is the mean over the matched faces.
-    copied: share of them that are a copy of the photo, in [0, 1].
-    apart: how far eyes, nose and mouth are from where they are in the photo, as a share of the face.
-    detail: how sharp they are, 1 as the photo, 0 without any detail.
+    Each term is the mean over the matched faces, 0 without any.
+
+      copied: share of faces that are a copy of the photo, in [0, 1].
+      apart: displacement of eyes, nose and mouth from the photo, as a share of the face.
+      detail: sharpness relative to the photo: 1 as the photo, 0 without any detail.
+
+    Args:
+      pixels: measurements of `read_pixels`.
+      matches: references matched to the faces.
+      reference_mask: False on padding.
     """
     matched = matches.matched & reference_mask[:, None]
     count = jnp.maximum(jnp.sum(matched, (1, 2)), 1)
@@ -265,9 +326,20 @@ def reward_terms(
     reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """Every term of the reward and the metrics that share its matching, each [B] in fp32.
+    """Compute every term of the reward and the metrics that share its matching, each [B] in fp32.
 
-    The terms are listed at `terms_of_faces`. photos: `photo_copy.photo_crops` of the references.
+    `terms_of_faces` lists the terms.
+
+    Args:
+      videos: values in [-1, 1].
+      boxes: x0 y0 x1 y1 of the faces in pixels.
+      landmarks: x, y of the faces' landmarks in pixels.
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      photos: `photo_copy.photo_crops` of the references.
+      reference_mask: False on padding.
+      config: constants of the reward.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     matches = match_videos(*faces, config.null_similarity)
@@ -287,18 +359,34 @@ def terms_of_faces(
     size: tuple[int, int],
     config: IdentityConfig,
 ) -> dict[str, Float[ArrayLike, " B"]]:
-    """Compute the terms from what `read_pixels` measured and from the faces, each [B] in fp32.
+    """Compute the terms from faces and the measurements of `read_pixels`, each [B] in fp32.
 
-    size: height and width of the frames.
+      reward: the objective of training.
+      identity_mean, identity_soft_min, extra, motion: terms of the reward.
+      costs: sum of the weighted penalties, which is subtracted.
+      similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames;
+        mean (or minimum) over people.
+      faces_found: matched people, mean over frames.
+      faces_seen: detected faces, mean over frames.
+      faces_asked: requested people.
+      faces_share: detected faces per requested person, at most 1, mean over frames.
+      count_accuracy, stalled, unique_faces: see the functions of these names.
+      largest_face: see `largest_face_similarity`.
+      mimr: see `multi_identity_matching`.
+      id_conf: see `identity_confidence`.
+      missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
+      copied, apart, detail: see `of_photos`.
 
-    reward: what training maximises. identity_mean, identity_soft_min, extra, motion: its terms. costs: all that is subtracted.
-    similarity, similarity_min: raw cosine of the matched faces, missing = 0, mean over frames, mean (or min) over people.
-    faces_found: people matched, mean over frames. faces_seen: faces detected, mean over frames. faces_asked: people asked for.
-    faces_share: faces detected, whosever they are, per person asked for, at most 1, mean over frames.
-    count_accuracy, largest_face: see the functions of these names. mimr, id_conf, unique_faces: see
-        multi_identity_matching, identity_confidence, unique_faces.
-    missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`. stalled: see the function.
-    copied, apart, detail: see `of_photos`.
+    Args:
+      pixels: measurements of `read_pixels`.
+      matches: references matched to the faces.
+      boxes: x0 y0 x1 y1 of the faces in pixels.
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      reference_mask: False on padding.
+      size: height and width of the frames in pixels.
+      config: constants of the reward.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
@@ -344,7 +432,7 @@ def terms_of_faces(
 
 
 def term_names(config: IdentityConfig) -> tuple[str, ...]:
-    """Names of what `reward_terms` says, from shapes alone."""
+    """Return the names of the terms of `reward_terms`, derived from shapes only."""
 
     def zeros(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -355,7 +443,8 @@ def term_names(config: IdentityConfig) -> tuple[str, ...]:
     return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))
 
 
-ALWAYS = -50.0  # worth of a reference without a face: far less than any exchange of cosines among a dozen people can win
+# Value of an unmatched reference: lower than any gain from exchanging cosines among a dozen people.
+ALWAYS = -50.0
 
 
 def multi_identity_matching(
@@ -363,11 +452,18 @@ def multi_identity_matching(
     face_mask: Bool[Array, "B T K"],
     reference_mask: Bool[Array, "B M"],
 ) -> Float[Array, "B"]:
-    """MIMR: the mean over all pairs of reference and face of their cosine, counted +1 for the pairs of the best assignment and -1 for
-    the others; 0 for a frame without a face. In [-1, 1].
+    """Compute MIMR, a signed mean of the cosines of all reference-face pairs, in [-1, 1].
 
-    As many pairs are assigned as there can be, however unlike. It pushes identities apart; a missing person enters through the mean alone.
+    Pairs of the best assignment count +1, other pairs -1; a frame without a face counts 0. The
+    assignment has as many pairs as possible, regardless of similarity. The metric separates
+    identities; a missing person changes only the mean.
+
     Source: UMO, arXiv 2509.06818 (bytedance/UMO).
+
+    Args:
+      cosine: cosines of references and faces.
+      face_mask: False on padding.
+      reference_mask: False on padding.
     """
     people = jnp.broadcast_to(reference_mask[:, None], cosine.shape[:-1])
     face = match(cosine, people, face_mask, ALWAYS)
@@ -382,9 +478,18 @@ def identity_confidence(
     face_mask: Bool[Array, "B T K"],
     reference_mask: Bool[Array, "B M"],
 ) -> Float[Array, "B"]:
-    """ID-Conf: clip(1 - second / first, 0, 1) of the two largest cosines of a reference to the faces of a frame, mean over people.
+    """Compute ID-Conf, the mean over people of clip(1 - second / first, 0, 1).
 
-    With one face the second is 0; where the first is not positive nobody is found, and the confidence is 0. Source: UMO, arXiv 2509.06818.
+    First and second are the two largest cosines of a reference to the faces of a frame. With one
+    face, the second is 0. If the first is not positive, the person is absent and the confidence is
+    0.
+
+    Source: UMO, arXiv 2509.06818.
+
+    Args:
+      cosine: cosines of references and faces.
+      face_mask: False on padding.
+      reference_mask: False on padding.
     """
     cosine = jnp.where(face_mask[:, :, None], cosine, 0.0)
     ranked = jnp.sort(jnp.pad(cosine, ((0, 0), (0, 0), (0, 0), (0, 2))), axis=-1)
@@ -399,9 +504,12 @@ def identity_confidence(
 def unique_faces(
     embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"]
 ) -> Float[Array, "B"]:
-    """1 - the greatest cosine of two faces of a frame, 0.5 for a frame with fewer than two. In [0, 2]; no reference is looked at.
+    """Compute 1 - the maximum cosine of two faces of a frame, in [0, 2], without references.
 
-    Source: the term within one image of DisCo, arXiv 2510.01399; its terms across images are about diversity, which references forbid.
+    A frame with fewer than two faces counts 0.5.
+
+    Source: the term within one image of DisCo, arXiv 2510.01399. DisCo's terms across images reward
+    diversity, which contradicts fixed references.
     """
     several = jnp.sum(face_mask, -1) > 1
     return jnp.mean(jnp.where(several, 1 - most_alike(embeddings, face_mask), 0.5), axis=1)

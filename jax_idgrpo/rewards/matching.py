@@ -1,6 +1,7 @@
-"""Exact assignment of references to faces, of static shape: by dynamic programming over sets of faces, with a way to stay without one.
+"""Assign references to faces exactly, with static shapes and an option to stay unmatched.
 
-Source: optimal assignment as in UMO (bytedance/UMO).
+The assignment uses dynamic programming over sets of faces. Source: optimal assignment as in UMO
+(bytedance/UMO).
 """
 
 import flax.struct
@@ -16,10 +17,24 @@ def match(
     face_mask: Bool[ArrayLike, "*batch K"],
     null_similarity: float,
 ) -> Int[ArrayLike, "*batch M"]:
-    """Exact assignment: for each reference the index of its face, or K when it has none. Carries no gradient.
+    """Compute the exact assignment of references to faces; carries no gradient.
 
-    value[i, S] = max(value[i-1, S] + null, max over faces k in S of value[i-1, S without k] + similarity[i, k]) for every
-    set S of faces, then the choices are read back from the full set. Work grows as M K 2^K: meant for K up to about 12.
+    For every set S of faces,
+
+        value[i, S] = max(value[i-1, S] + null,
+                          max over k in S of value[i-1, S without k] + similarity[i, k])
+
+    and the choices are then read back from the full set. Work grows as M K 2^K, so K should not
+    exceed about 12.
+
+    Args:
+      similarity: similarity of every reference and face.
+      reference_mask: False on padding.
+      face_mask: False on padding.
+      null_similarity: value of an unmatched reference, in the units of `similarity`.
+
+    Returns:
+      The index of each reference's face, or K if it has none.
     """
     people, faces = similarity.shape[-2:]
     batch = similarity.shape[:-2]
@@ -47,7 +62,13 @@ def match(
 
 @flax.struct.dataclass
 class Matches:
-    """References matched to faces. face: index, K for none; similarity: raw cosine, 0 where nothing is matched."""
+    """References matched to faces.
+
+    Attributes:
+      face: index of the face, K for none.
+      matched: whether the reference has a face.
+      similarity: raw cosine, 0 without a match.
+    """
 
     face: Int[ArrayLike, "B T M"]
     matched: Bool[ArrayLike, "B T M"]
@@ -57,14 +78,14 @@ class Matches:
 def cosines(
     embeddings: Float[ArrayLike, "B T K E"], references: Float[ArrayLike, "B M E"]
 ) -> Float[ArrayLike, "B T M K"]:
-    """Cosine of every reference and every face of a frame; both are unit vectors."""
+    """Compute the cosine of every reference and every face of a frame; both are unit vectors."""
     return jnp.einsum("btke,bme->btmk", embeddings, references, precision="highest")
 
 
 def most_alike(
     embeddings: Float[ArrayLike, "B T K E"], face_mask: Bool[ArrayLike, "B T K"]
 ) -> Float[ArrayLike, "B T"]:
-    """The greatest cosine of two faces of a frame; -1 for a frame with fewer than two."""
+    """Return the maximum cosine of two faces of a frame; -1 for fewer than two faces."""
     alike = jnp.einsum("btke,btle->btkl", embeddings, embeddings, precision="highest")
     pair = (
         face_mask[..., :, None]
@@ -81,7 +102,15 @@ def match_videos(
     reference_mask: Bool[ArrayLike, "B M"],
     null_similarity: float,
 ) -> Matches:
-    """Match every frame by itself. Embeddings and references are unit vectors."""
+    """Match references to faces in every frame independently.
+
+    Args:
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      reference_mask: False on padding.
+      null_similarity: minimum cosine of a match.
+    """
     similarity = cosines(embeddings, references)
     people = jnp.broadcast_to(reference_mask[:, None], similarity.shape[:-1])
     face = match(similarity, people, face_mask, null_similarity)
@@ -93,5 +122,5 @@ def match_videos(
 def masked_mean(
     values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]
 ) -> Float[ArrayLike, " B"]:
-    """Mean over the people asked for."""
+    """Average over the people of a row, without padding."""
     return jnp.sum(jnp.where(mask, values, 0.0), -1) / jnp.maximum(jnp.sum(mask, -1), 1)

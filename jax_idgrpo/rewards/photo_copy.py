@@ -1,18 +1,27 @@
-"""Is a face of a video the reference photo itself? A pasted photo is registered onto the face, and no part of it then stands elsewhere.
+"""Detect faces that are pasted copies of the reference photo.
 
-The photo's face is a small crop P in which the landmarks lie on a template. The frame is sampled on the same grid g through a similarity
-that starts from its landmarks, F(g) = frame(a g + t), and a, t are refined by Gauss-Newton steps on
+The photo is registered onto the face, and the residual displacement of its parts is measured.
+
+The photo's face is a small crop P in which the landmarks coincide with a template. The frame is
+sampled on the same grid g through a similarity that starts from its landmarks, F(g) = frame(a g +
+t). Gauss-Newton steps refine a, t on
 
     e = F - fit,   fit = b0 + b1 P + b2 (P - blur P) per colour channel
     d, s = argmin |e - grad(fit) . (d g + s)|^2,   a -= a d,   t -= a s
 
-inside an ellipse, points as complex numbers: b0, b1 take up the light, b2 what scaling and compression did to the sharpness. What is left
-is looked at in small windows, each with a displacement of its own (Lucas-Kanade). In an honest video the head turns, speaks and blinks, so
-that eyes, nose and mouth stand a percent of the crop and more from where they are in the photo; in a copy they stand there to a few
-tenths of a percent. Correlation tells the two worse apart: a codec takes away more of it than an expression does.
+inside an ellipse, with points as complex numbers. b0 and b1 model the light, and b2 models the
+change of sharpness by scaling and compression. The residual is then evaluated in small windows,
+each with its own displacement (Lucas-Kanade).
 
-The registration carries no gradient; the last look at the pixels does. Sources: B. Lucas and T. Kanade, IJCAI 1981; S. Baker and
-I. Matthews, IJCV 2004; the measure is ours.
+In a genuine video the head turns, speaks and blinks, so that eyes, nose and mouth are displaced
+from the photo by one percent of the crop or more. In a copy they are displaced by a few tenths of a
+percent. Correlation separates the two less well, because a codec lowers it more than an expression
+does.
+
+The registration carries no gradient; the final measurement does.
+
+Sources: B. Lucas and T. Kanade, IJCAI 1981; S. Baker and I. Matthews, IJCV 2004; the measure is
+ours.
 """
 
 import jax
@@ -22,40 +31,28 @@ from jaxtyping import Array, Float
 
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, multiply, similarity, warp
 
-SIDE = 28  # S, of a crop in pixels
-APART = (
-    0.004,
-    0.005,
-)  # displacement as a share of the crop's side: a copy up to the first, none from the second on
-FAR = 0.05  # displacement that says no more than that the faces are not in one pose
-ALIKE = 0.8  # least share of the face's variance that a copy explains
+SIDE = 28  # S, side of a crop in pixels
+# Displacement as a share of the crop's side: a copy up to the first, none from the second on.
+APART = (0.004, 0.005)
+FAR = 0.05  # maximum displacement; beyond it the faces differ in pose and the value is arbitrary
+ALIKE = 0.8  # minimum share of the face's variance that a copy explains
 _STEPS = 8
-_PHOTO_SAMPLES, _FRAME_SAMPLES = (
-    8,
-    1,
-)  # per pixel of the crop and axis: photos are large, and looked at once
-_SHARP, _WINDOW = (
-    1.0,
-    2.0,
-)  # widths of Gaussians in pixels: of the blur in the fit, and of the windows
-_MIDDLE, _HALF = (
-    (56.0, 55.0),
-    50.0,
-)  # of the crop, where ARCFACE_TEMPLATE's coordinates hold: hairline to chin
-_WIDTH, _EDGE = (
-    0.72,
-    0.1,
-)  # the ellipse: half its width, its height being the crop's, and the share over which it fades
+# Samples per pixel of the crop and axis: photos are large, and sampled only once.
+_PHOTO_SAMPLES, _FRAME_SAMPLES = (8, 1)
+# Widths of Gaussians in pixels: of the blur in the fit, and of the windows.
+_SHARP, _WINDOW = (1.0, 2.0)
+# Centre and half side of the crop in ARCFACE_TEMPLATE's coordinates: hairline to chin.
+_MIDDLE, _HALF = ((56.0, 55.0), 50.0)
+# Half width of the ellipse, whose height is the crop's, and the share over which its edge fades.
+_WIDTH, _EDGE = (0.72, 0.1)
 
-
-PHOTO_SIDE = (
-    SIDE * _PHOTO_SAMPLES // 2
-)  # of a photo's face in pixels, from which on smaller details do not show in its crop
+# Side of a photo's face in pixels; the finer details of a larger face do not change its crop.
+PHOTO_SIDE = SIDE * _PHOTO_SAMPLES // 2
 PHOTO_TEMPLATE = ((np.asarray(ARCFACE_TEMPLATE) - _MIDDLE) / _HALF + 1) * PHOTO_SIDE / 2
 
 
 def _grid(samples: int) -> Float[np.ndarray, "S S n 2"]:
-    """x, y of the samples of every pixel of the crop, whose sides are -1 and 1."""
+    """Return x, y of the samples of every pixel of the crop, in [-1, 1]."""
     centres, parts = ((np.arange(count) + 0.5) * 2 / count - 1 for count in (SIDE, samples))
     x, y = np.meshgrid(centres, centres)
     dx, dy = np.meshgrid(parts / SIDE, parts / SIDE)
@@ -63,7 +60,7 @@ def _grid(samples: int) -> Float[np.ndarray, "S S n 2"]:
 
 
 def _gaussian(width: float) -> Float[np.ndarray, "S S"]:
-    """Matrix that blurs along an axis; the edge counts what there is."""
+    """Return the matrix that blurs along an axis; weights are normalised at the edge."""
     distance = np.subtract.outer(np.arange(SIDE), np.arange(SIDE))
     weights = np.exp(-0.5 * (distance / width) ** 2)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
@@ -81,12 +78,12 @@ def _blurred(values: Float[Array, "S S *c"], width: float) -> Float[Array, "S S 
 
 
 def _weighted(values: Float[Array, "S S *c"]) -> Float[Array, "*c"]:
-    """Mean over the ellipse."""
+    """Average over the ellipse."""
     return jnp.einsum("ij,ij...->...", WEIGHTS, values, precision="highest")
 
 
 def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-    """The similarity a g + t from the crop to a picture in which the landmarks lie on the template."""
+    """Compute the similarity a g + t, from crop to picture, that maps template to landmarks."""
     template = (np.asarray(ARCFACE_TEMPLATE, np.float32) - _MIDDLE) / _HALF
     a, t = similarity(landmarks, jnp.asarray(template, jnp.float32))
     inverse = a * jnp.array([1.0, -1.0]) / jnp.maximum(jnp.sum(a * a, -1, keepdims=True), 1e-6)
@@ -96,21 +93,31 @@ def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Floa
 def sampled(
     picture: Float[Array, "H W 3"], a: Float[Array, "2"], t: Float[Array, "2"], samples: int
 ) -> Float[Array, "S S 3"]:
-    """The crop of a picture under a g + t."""
+    """Sample the crop of a picture under a g + t.
+
+    Args:
+      picture: values in [-1, 1].
+      a: real and imaginary part of the scaled rotation, in pixels.
+      t: translation, in pixels.
+      samples: samples per pixel of the crop and axis.
+    """
     return jnp.mean(warp(picture, multiply(a, jnp.asarray(_grid(samples))) + t), axis=2)
 
 
 def photo_crops(
     photos: Float[Array, "N h w 3"], landmarks: Float[Array, "N 5 2"]
 ) -> Float[Array, "N S S 3"]:
-    """The faces of photos, for `apart`."""
+    """Crop the faces of photos, for `apart`."""
     return jax.vmap(lambda photo, a, t: sampled(photo, a, t, _PHOTO_SAMPLES))(
         photos, *start(landmarks)
     )
 
 
 def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
-    """What a photo's face may look like in a frame: itself and its details, of mean 0, norm 1 and orthogonal over the ellipse."""
+    """Compute the basis of the fit: the photo's face and its details.
+
+    Both have mean 0 and norm 1 and are orthogonal over the ellipse.
+    """
     plain = photo - _weighted(photo)
     plain = plain * jax.lax.rsqrt(_weighted(plain * plain) + 1e-6)
     sharp = photo - _blurred(photo, _SHARP)
@@ -122,7 +129,7 @@ def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
 def _fitted(
     crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]
 ) -> tuple[Float[Array, "S S 3"], Float[Array, "S S 3"]]:
-    """(the fit less its mean, what it leaves of the crop)."""
+    """Return the fit without its mean, and the residual of the crop."""
     crop = crop - _weighted(crop)
     fit = sum(shape * _weighted(shape * crop) for shape in shapes)
     return fit, crop - fit
@@ -134,7 +141,7 @@ def _register(
     a: Float[Array, "2"],
     t: Float[Array, "2"],
 ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
-    """a, t refined."""
+    """Refine a, t."""
     x, y = _POINTS[..., None, 0], _POINTS[..., None, 1]
 
     def step(place: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
@@ -156,8 +163,17 @@ def _register(
 def apart(
     frame: Float[Array, "H W 3"], landmarks: Float[Array, "5 2"], photo: Float[Array, "S S 3"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How far the parts of a face of a frame stand from where they stand in a photo's crop, root mean square as a share of the crop's side;
-    and the share of the face's variance that the photo explains, in [0, 1]."""
+    """Measure the displacement of a face in a frame from a photo's crop.
+
+    Args:
+      frame: values in [-1, 1].
+      landmarks: x, y of the face's landmarks in pixels.
+      photo: crop of the photo, from `photo_crops`.
+
+    Returns:
+      The root mean square displacement as a share of the crop's side, and the share of the face's
+        variance that the photo explains, at most 1.
+    """
     shapes = _shapes(photo)
     place = _register(*jax.lax.stop_gradient((frame, shapes, *start(landmarks))))
     fit, left = _fitted(sampled(frame, *place, _FRAME_SAMPLES), shapes)
@@ -180,8 +196,17 @@ def copies(
     landmarks: Float[Array, "B T M 5 2"],
     photos: Float[Array, "B M S S 3"],
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
-    """How much of a copy of their photo every person's face is, the one with these landmarks: 0 no copy, 1 a copy; and how far its parts
-    stand from the photo's, at most `FAR` of the crop's side."""
+    """Compute the photo-copy score and the displacement of every person's face.
+
+    Args:
+      videos: values in [-1, 1].
+      landmarks: x, y in pixels of the face of every person.
+      photos: crops of the persons' photos.
+
+    Returns:
+      The score, from 0 (no copy) to 1 (copy), and the displacement as a share of the crop's side,
+        at most `FAR`.
+    """
     of_people = jax.vmap(apart, (None, 0, 0))
     of_frames = jax.vmap(of_people, (0, 0, None))
     moved, alike = jax.vmap(of_frames)(videos, jax.lax.stop_gradient(landmarks), photos)
@@ -192,7 +217,10 @@ def copies(
 
 
 def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
-    """How much of a crop's variance over the ellipse is detail: what a blur by `_SHARP` pixels takes away."""
+    """Compute the share of a crop's variance over the ellipse that is detail.
+
+    A blur by `_SHARP` pixels removes the detail.
+    """
     plain, fine = crop - _weighted(crop), crop - _blurred(crop, _SHARP)
     return (jnp.sum(_weighted(fine * fine)) + 1e-6) / (jnp.sum(_weighted(plain * plain)) + 1e-4)
 
@@ -202,9 +230,18 @@ def detail(
     landmarks: Float[Array, "B T M 5 2"],
     photos: Float[Array, "B M S S 3"],
 ) -> Float[Array, "B T M"]:
-    """How sharp every person's face is against their photo, the face with these landmarks: 0 no detail, 1 as much as the photo, at most 2.
+    """Compute the sharpness of every person's face relative to their photo.
 
-    The amplitude of what lies between a blur by one pixel of the crop and the crop itself, of both as a share of their contrast.
+    The sharpness is the amplitude that a blur by one pixel of the crop removes, relative to the
+    contrast.
+
+    Args:
+      videos: values in [-1, 1].
+      landmarks: x, y in pixels of the face of every person.
+      photos: crops of the persons' photos.
+
+    Returns:
+      0 for no detail, 1 for as much as the photo; at most 2.
     """
     of_frame = jax.vmap(
         lambda frame, places: _texture(

@@ -1,10 +1,11 @@
-"""Faces of reference photos, found and embedded at the photo's own size, each photo once in a run.
+"""Find and embed the faces of reference photos at the photo's own size, each photo once in a run.
 
-A photo whose shorter side exceeds `SHORT` pixels is shrunk to it, with smoothing. Programs are compiled for a few sizes only: a photo is
-continued beyond its right and lower border up to the next of `SIDES`, and its face is looked at in a window of fixed size. Where the
-face is larger than the network's crop, the window is taken from a photo shrunk by powers of two, so that no pixel is skipped.
+A photo whose shorter side exceeds `SHORT` pixels is shrunk to it, with smoothing. To limit the
+number of compiled programs, a photo is extended at its right and lower border to the next of
+`SIDES`, and its face is cropped in a window of fixed size. If the face is larger than the network's
+crop, the window is taken from a photo shrunk by powers of two, so that no pixel is skipped.
 
-Of several faces the largest is taken, as insightface and deepface do, and a warning names the photo.
+Of several faces the largest is used, as in insightface and deepface, and a warning names the photo.
 """
 
 import math
@@ -21,14 +22,20 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.base import Photo, ReferenceFaces, References
 from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crops
 
-SHORT = 1024  # of the shorter side in pixels, beyond which a face gains nothing
-SIDES = (64, 128, 256, 512, SHORT)  # of the shorter side of a padded picture
+SHORT = 1024  # maximum of the shorter side in pixels; more does not improve an embedding
+SIDES = (64, 128, 256, 512, SHORT)  # shorter sides of a padded picture, in pixels
 CLOSER = 1.8  # side of a portrait, in units of its face
-RATIOS = (1.0, 1.5, 2.0)  # of the longer to the shorter side of a padded picture
+RATIOS = (1.0, 1.5, 2.0)  # ratios of the longer to the shorter side of a padded picture
 
 
 class PhotoFace(NamedTuple):
-    """The largest face of a photo. faces: how many there are."""
+    """The largest face of a photo.
+
+    Attributes:
+      embedding: unit vector.
+      crop: crop of the face for `photo_copy`.
+      faces: number of faces in the photo.
+    """
 
     embedding: Float[np.ndarray, "E"]
     crop: Float[np.ndarray, "S S 3"]
@@ -38,7 +45,10 @@ class PhotoFace(NamedTuple):
 class Level(NamedTuple):
     """A photo, or a part of it, at one size.
 
-    scale: its pixels per pixel of the photo, along x and y. corner: where the part begins in the photo.
+    Attributes:
+      pixels: RGB in 0 .. 255.
+      scale: pixels per pixel of the photo, along x and y.
+      corner: x, y of the part's corner in the photo.
     """
 
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -46,16 +56,22 @@ class Level(NamedTuple):
     corner: Float[np.ndarray, "2"] = np.zeros(2)
 
     def place(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
-        """Take points of the photo to this size; integers are pixel centres."""
+        """Map points of the photo to this size; integers are pixel centres."""
         return ((points - self.corner + 0.5) * self.scale - 0.5).astype(np.float32)
 
     def photo(self, points: Float[np.ndarray, "*n 2"]) -> Float[np.ndarray, "*n 2"]:
-        """Take points of this size back to the photo."""
+        """Map points of this size back to the photo."""
         return (points + 0.5) / self.scale - 0.5 + self.corner
 
 
 def shrunk(image: Image.Image, short: int, long: int = 10**6) -> Level:
-    """Shrink a photo, with smoothing, until its sides are at most `short` and `long`; it is never enlarged."""
+    """Shrink a photo, with smoothing, to the given sides; a photo is never enlarged.
+
+    Args:
+      image: the photo.
+      short: maximum of the shorter side in pixels.
+      long: maximum of the longer side in pixels.
+    """
     factor = min(short / min(image.size), long / max(image.size), 1.0)
     size = max(round(image.width * factor), 1), max(round(image.height * factor), 1)
     small = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
@@ -63,7 +79,10 @@ def shrunk(image: Image.Image, short: int, long: int = 10**6) -> Level:
 
 
 def levels(image: Image.Image, pyramid: bool) -> list[Level]:
-    """The sizes at which a photo is searched: its own, and for a pyramid each of `SIDES` below it."""
+    """Resize a photo to the sizes at which it is searched.
+
+    These are the photo's own size and, for a pyramid, each of `SIDES` below it.
+    """
     most = int(max(RATIOS))
     own = shrunk(image, SHORT, most * SHORT)
     short = min(own.pixels.shape[:2])
@@ -74,7 +93,10 @@ def levels(image: Image.Image, pyramid: bool) -> list[Level]:
 
 
 def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
-    """The square of a photo around a face that fills it as a portrait does, `SIDES[0]` pixels wide, within the photo."""
+    """Crop the square around a face that fills it as in a portrait, within the photo.
+
+    The crop is `SIDES[0]` pixels wide.
+    """
     size = np.array(image.size, float)
     side = min(CLOSER * math.sqrt(float(np.prod(np.maximum(box[2:] - box[:2], 1)))), *image.size)
     corner = np.clip((box[:2] + box[2:] + 1) / 2 - side / 2, 0, size - side)
@@ -87,7 +109,7 @@ def closer(image: Image.Image, box: Float[np.ndarray, "4"]) -> Level:
 
 
 def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Continue a picture beyond its border, right and below, up to one of a few sizes."""
+    """Extend a picture right and below to one of a few sizes, by repeating the edge."""
     short, long = sorted(pixels.shape[:2])
     side, other = next(
         (side, round(side * ratio))
@@ -102,7 +124,7 @@ def padded(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def values(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
-    """Pixels in [-1, 1]."""
+    """Map pixels from 0 .. 255 to [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(255) * 2 - 1
 
 
@@ -112,14 +134,19 @@ def window(
     template: Float[np.ndarray, "5 2"],
     side: int,
 ) -> tuple[Float[np.ndarray, "side side 3"], Float[np.ndarray, "5 2"]]:
-    """A square of a photo around its face, and the landmarks in it; black beyond the border.
+    """Crop a square of a photo around its face; black beyond the border.
+
+    One pixel of the embedder's crop covers at most 2 pixels of the square along each axis; a larger
+    photo is smoothed and shrunk first.
 
     Args:
       image: the photo.
-      landmarks: those of the face.
-      template: where they will lie in the crop, in pixels of the crop. A pixel of the square is at most 2 pixels of the photo's
-        picture there, more being smoothed away.
-      side: of the square; four times that of the crop holds any turn.
+      landmarks: x, y of the face's landmarks in pixels of the photo.
+      template: x, y of the landmarks in the embedder's crop, in its pixels.
+      side: side of the square in pixels; four times that of the crop covers any rotation.
+
+    Returns:
+      The square, and the landmarks in it.
     """
     p, q = (points - points.mean(0) for points in (template, landmarks))
     growth = math.sqrt(float((q**2).sum() / (p**2).sum()))  # photo pixels per pixel of the crop
@@ -146,17 +173,19 @@ def _crop(picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]) -> Flo
 def photo_crop(
     image: Image.Image, landmarks: Float[np.ndarray, "5 2"]
 ) -> Float[np.ndarray, "S S 3"]:
-    """The crop of a photo's face, for `photo_copy`; one program for photos of all sizes."""
+    """Crop a photo's face for `photo_copy`; one program serves photos of all sizes."""
     return np.asarray(_crop(*window(image, landmarks, PHOTO_TEMPLATE, 4 * PHOTO_SIDE)))
 
 
 class PhotoEncoder:
-    """Looks at every photo once, and lays out by prompt what was found.
-
-    look: finds the largest face of a photo; None if it shows none.
-    """
+    """Encode every photo once, and arrange the results by prompt."""
 
     def __init__(self, look: Callable[[Image.Image], PhotoFace | None]):
+        """Start with an empty cache.
+
+        Args:
+          look: finds the largest face of a photo; returns None if the photo shows none.
+        """
         self._look = look
         self._found: dict[Hashable, PhotoFace] = {}
 
@@ -182,7 +211,7 @@ class PhotoEncoder:
         return ReferenceFaces(embeddings, crops, references.mask)
 
     def _face(self, photo: Photo, otherwise: str) -> PhotoFace:
-        """The face of a photo. otherwise: what a message calls a photo that has no name."""
+        """Return the face of a photo; `otherwise` names a photo without a name in messages."""
         if photo.key not in self._found:
             face, name = self._look(photo.open()), photo.name or otherwise
             if face is None:
@@ -200,9 +229,14 @@ class PhotoEncoder:
 def largest(
     boxes: Float[np.ndarray, "K 4"], scores: Float[np.ndarray, "K"], overlap: float = 0.4
 ) -> list[int]:
-    """Numbers of the faces that are not the same as a surer one, largest first.
+    """Return the indices of distinct faces, largest first.
 
-    overlap: share of the smaller box from which two boxes are one face.
+    Of overlapping faces, the one with the highest score is kept.
+
+    Args:
+      boxes: x0 y0 x1 y1 in pixels.
+      scores: detector scores, in [0, 1].
+      overlap: share of the smaller box, in [0, 1], from which on two boxes are one face.
     """
     areas = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
     kept: list[int] = []

@@ -1,8 +1,8 @@
-"""Rewards of a plan: the networks that a configuration names, as shapes on a mesh, whether or not
-their files are on this machine.
+"""Describe the reward of a plan: its networks as shapes on a mesh, with or without their files.
 
-Networks that are not here are planned with published sizes: RetinaFace-R50 with ArcFace-R34 as
-embedder and Facenet512 as judge, and the Qwen2.5-VL of 3 billion parameters. A warning says so.
+Networks without files on this machine are planned with published sizes, with a warning:
+RetinaFace-R50 with ArcFace-R34 as embedder and Facenet512 as judge, and Qwen2.5-VL with 3 billion
+parameters.
 """
 
 import dataclasses
@@ -28,15 +28,17 @@ from jax_idgrpo.rewards.factory import identity_constants, make_face_reward, mak
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
-WORDS = 1024  # tokens of text that a planned question has beside its photos and frames
-THRESHOLD = 0.9  # of RetinaFace's scores, as published
+WORDS = 1024  # text tokens of a planned question, beside its photos and frames
+THRESHOLD = 0.9  # minimum score of RetinaFace, as published
 
 
 @dataclasses.dataclass(frozen=True)
 class HostReward:
-    """Stands for a reward that runs on the host: no program and no network of it is on the devices.
+    """A reward that runs on the host, with no program and no network on the devices.
 
-    option: the configuration field and value that name it.
+    Attributes:
+      option: the configuration field and value that select the reward.
+      state: empty.
     """
 
     option: str
@@ -44,13 +46,15 @@ class HostReward:
 
 
 def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostReward:
-    """Describe the reward that a configuration names.
+    """Describe the reward that a configuration selects.
 
-    mesh: the devices of the video model, which need not exist here.
+    Args:
+      config: the configuration.
+      mesh: the devices of the video model, which need not exist here.
 
     Raises:
-      UserError: a file that is here is damaged, or the reward has more devices for itself than the
-        video model.
+      UserError: a file on this machine is damaged, or the reward reserves more devices than the
+        video model has.
     """
     wanted = config.reward
     for name in ("custom", "backend"):
@@ -66,11 +70,13 @@ def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostR
 
 
 def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:
-    """Describe the measure of identity that never serves as reward; None without face networks for
-    what the model shows.
+    """Describe the judge, the face reward that measures identity and never serves as reward.
+
+    Returns:
+      The judge; None if no face networks fit the videos of the model.
 
     Raises:
-      UserError: a file that is here is damaged.
+      UserError: a file on this machine is damaged.
     """
     if not config.judged or config.reward.folder().is_dir():
         judge = make_judge(config)
@@ -89,7 +95,7 @@ def _warn_of_absent(config: RewardConfig) -> None:
 
 
 def _published_faces(name: str) -> FaceStack:
-    """The shapes of published face networks with the embedder called `name`."""
+    """Describe published face networks with the embedder `name`, as shapes."""
 
     def make() -> FaceStack:
         rngs = nnx.Rngs(0)
@@ -108,7 +114,7 @@ def _published_faces(name: str) -> FaceStack:
 
 
 def _described(reward: FaceReward, mesh: Mesh) -> FaceReward:
-    """The reward with shapes on every device of the mesh as its state."""
+    """Replace the reward's arrays by shapes on every device of the mesh."""
     reward.state = sharding.shapes(reward.state, sharding.replicated(mesh))
     return reward
 
@@ -120,7 +126,7 @@ def _vlm(config: Config, mesh: Mesh) -> VlmReward:
             f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video "
             "model; give the reward fewer"
         )
-    if own:  # those of the video model stand for them: they are alike
+    if own:  # the video model's devices serve as placeholders, as all devices are equal
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), list(mesh.devices.flat)[:own])
     model = files.describe(wanted.vlm, wanted.vlm_base or None, wanted.vlm_dtype, mesh)
     text, video = inputs.own_text(model.settings.tokens), config.video
@@ -134,13 +140,13 @@ def _vlm(config: Config, mesh: Mesh) -> VlmReward:
 def encoded_shapes(
     reward: FaceReward | VlmReward, rows: int, people: int, video: tuple[int, int, int]
 ) -> Any:
-    """Shapes of the encoded references of some rows, each with as many people as it may have.
+    """Describe the encoded references of some rows.
 
     Args:
-      reward: what encodes them.
-      rows: how many.
-      people: of each row.
-      video: frames, height and width of the videos that are scored.
+      reward: the reward that encodes them.
+      rows: number of rows.
+      people: maximum number of people in a row.
+      video: frames, height and width of the scored videos.
 
     Raises:
       UserError: a video has too few frames for the reward.
@@ -154,7 +160,7 @@ def encoded_shapes(
 
 
 def _longest_question(reward: VlmReward, people: int, video: tuple[int, int, int]) -> inputs.Asked:
-    """What one row asks with the largest photos and `WORDS` tokens of text; values mean nothing."""
+    """Encode one row with the largest photos and `WORDS` tokens of text; values are arbitrary."""
     settings, vision = reward.settings, reward.vision
     total, height, width = video
     count = len(inputs.frame_indices(total, settings.frames, settings.fps, reward.fps))

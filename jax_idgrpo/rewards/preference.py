@@ -1,8 +1,10 @@
-"""Bradley-Terry with ties (Rao-Kupper): the loss that reward models are trained with on preference pairs.
+"""Compute the Bradley-Terry loss with ties (Rao-Kupper) of reward models on preference pairs.
 
 With d = score_a - score_b:
 
-    P(A) = sigmoid(d - log theta),   P(B) = sigmoid(-d - log theta),   P(tie) = (theta^2 - 1) P(A) P(B)
+    P(A) = sigmoid(d - log theta)
+    P(B) = sigmoid(-d - log theta)
+    P(tie) = (theta^2 - 1) P(A) P(B)
 
 Source: KwaiVGI/VideoAlign, `loss_type = "btt"`.
 """
@@ -18,7 +20,14 @@ def btt_losses(
     label: Int[Array, "B"],
     theta: float = 5.0,
 ) -> Float[Array, "B"]:
-    """Negative log-likelihood of each pair. label: 1 A wins, -1 B wins, 0 tie; any other label is invalid and costs 0."""
+    """Compute the negative log-likelihood of each pair.
+
+    Args:
+      score_a: scores of the videos A.
+      score_b: scores of the videos B.
+      label: 1 if A wins, -1 if B wins, 0 for a tie; any other label is invalid and has loss 0.
+      theta: tie parameter, greater than 1; a larger value makes ties more likely.
+    """
     difference = score_a.astype(jnp.float32) - score_b.astype(jnp.float32)
     win_a, win_b = (-jax.nn.log_sigmoid(d - jnp.log(theta)) for d in (difference, -difference))
     tie = win_a + win_b - jnp.log(theta**2 - 1)
@@ -31,5 +40,12 @@ def btt_loss(
     label: Int[Array, "B"],
     theta: float = 5.0,
 ) -> Float[Array, ""]:
-    """Mean of `btt_losses` over all pairs; invalid ones stay in the denominator, as published."""
+    """Average `btt_losses` over all pairs; invalid pairs stay in the denominator, as published.
+
+    Args:
+      score_a: scores of the videos A.
+      score_b: scores of the videos B.
+      label: as for `btt_losses`.
+      theta: tie parameter, greater than 1.
+    """
     return jnp.mean(btt_losses(score_a, score_b, label, theta))

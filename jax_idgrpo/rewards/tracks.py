@@ -1,11 +1,14 @@
-"""Faces followed through a video, and what that says about who is who: swapped, switched, duplicated, blended, missing, too small or large.
+"""Track faces through a video, and compute penalties on identity and framing.
 
-A face of a frame joins the track whose last face it overlaps and resembles (2 intersection over union + cosine, assigned exactly: where a
-face stays in its place the place decides, or no exchange of identities would be seen); others begin tracks. References are then assigned
-to tracks once for the whole video, so that the total similarity is greatest, and a frame whose own assignment says otherwise shows an
-exchange. Static shapes: K faces per frame, 2 K tracks. No gradient runs through.
+A face of a frame joins the track whose last face it overlaps and resembles. The assignment is exact
+and maximises 2 intersection over union + cosine: position must outweigh resemblance, or an exchange
+of identities would go unnoticed. Other faces begin tracks. References are then assigned to tracks
+once for the whole video, so that the total similarity is maximal. A frame whose own assignment
+differs shows an exchange. Shapes are static: K faces per frame, 2 K tracks. No gradient flows
+through.
 
-Every penalty is 0 for the video that was asked for, at most 1, and a share of frames, people or similarity; the definitions are ours.
+Every penalty is 0 for a perfect video and at most 1. It is a share of frames, people or similarity.
+The definitions are ours.
 """
 
 import dataclasses
@@ -20,11 +23,14 @@ from jax_idgrpo.rewards.matching import Matches, cosines, masked_mean, match, mo
 
 @dataclasses.dataclass(frozen=True)
 class TrackConfig:
-    """Thresholds; similarities are cosines in [-1, 1], areas shares of the frame.
+    """Thresholds; similarities are cosines in [-1, 1], areas are shares of the frame.
 
-    link: 2 overlap + cosine below which a face begins a track of its own. duplicate: cosine of two faces of one frame above which they
-    are one person's. blend: how much more a face may resemble another reference than its own resembles that one. area_low, area_high:
-    size of a face below and above which it is no face to look at.
+    Attributes:
+      link: 2 overlap + cosine below which a face begins a new track.
+      duplicate: cosine of two faces of one frame above which they count as one person.
+      blend: margin by which a face may resemble another reference more than its own reference does.
+      area_low: area of a face below which it is too small.
+      area_high: area of a face above which it is too large.
     """
 
     link: float = 0.5
@@ -36,14 +42,19 @@ class TrackConfig:
 
 @flax.struct.dataclass
 class Tracks:
-    """track: the track of every face, 2 K for no face. of_reference: the track of every reference, 2 K for none."""
+    """Tracks of faces and references.
+
+    Attributes:
+      track: track of every face, 2 K for no face.
+      of_reference: track of every reference, 2 K for none.
+    """
 
     track: Int[Array, "B T K"]
     of_reference: Int[Array, "B M"]
 
 
 def overlap(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
-    """Intersection over union of boxes left, top, right, bottom; the leading axes are broadcast."""
+    """Compute the intersection over union of boxes x0 y0 x1 y1; leading axes are broadcast."""
     low, high = jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])
     shared = jnp.prod(jnp.maximum(high - low, 0), -1)
     areas = [jnp.prod(jnp.maximum(box[..., 2:] - box[..., :2], 0), -1) for box in (a, b)]
@@ -56,7 +67,19 @@ def link(
     face_mask: Bool[Array, "B T K"],
     least: float,
 ) -> Int[Array, "B T K"]:
-    """The track of every face, 2 K where there is none. A track that lost its face waits for it, and ends when all others are taken."""
+    """Link the faces of frames to tracks.
+
+    A track without a face in a frame stays open, and ends when a new track needs its slot.
+
+    Args:
+      boxes: x0 y0 x1 y1 in pixels.
+      embeddings: unit vectors.
+      face_mask: False on padding.
+      least: 2 overlap + cosine below which a face begins a new track.
+
+    Returns:
+      The track of every face, 2 K on padding.
+    """
     batch, _, faces = face_mask.shape
     count = 2 * faces
 
@@ -67,11 +90,11 @@ def link(
         box, embedding, seen = frame
         alike = jnp.einsum("bne,bke->bnk", last_embedding, embedding, precision="highest")
         near = overlap(last_box[:, :, None], box[:, None])
-        face = match(alike + 2 * near, begun, seen, least)  # of each track
+        face = match(alike + 2 * near, begun, seen, least)  # index of the face of each track
         joined = jax.nn.one_hot(face, faces, dtype=bool, axis=-1)  # [B, tracks, faces]
         new = seen & ~jnp.any(joined, axis=1)
         taken = jnp.any(joined, axis=-1)
-        free = jnp.argsort(2 * taken + begun, axis=-1)  # unused tracks first, then those that wait
+        free = jnp.argsort(2 * taken + begun, axis=-1)  # unused slots, then open ones
         slot = jnp.take_along_axis(free, jnp.maximum(jnp.cumsum(new, -1) - 1, 0), axis=-1)
         joined |= (jax.nn.one_hot(slot, count, dtype=bool) & new[..., None]).swapaxes(1, 2)
         has = jnp.any(joined, axis=-1)
@@ -101,8 +124,20 @@ def tracks(
     null_similarity: float,
     config: TrackConfig,
 ) -> Tracks:
-    """Faces linked to tracks, and references to them: the assignment with the greatest similarity summed over frames, null_similarity a
-    frame for a reference without a track."""
+    """Link faces to tracks, and assign references to tracks.
+
+    The assignment maximises the similarity summed over frames. A reference without a track counts
+    `null_similarity` per frame.
+
+    Args:
+      boxes: x0 y0 x1 y1 in pixels.
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      reference_mask: False on padding.
+      null_similarity: minimum cosine for a match.
+      config: thresholds.
+    """
     frames, faces = face_mask.shape[1:]
     found = link(boxes, embeddings, face_mask, config.link)
     alike = (
@@ -135,12 +170,25 @@ def penalties(
     null_similarity: float,
     config: TrackConfig,
 ) -> dict[str, Float[Array, "B"]]:
-    """Each [B] in [0, 1]. boxes in pixels of frames of `size` (height, width).
+    """Compute penalties on identity and framing, each [B] in [0, 1].
 
-    missing: share of people and frames without the person. duplicated: mean over frames of how far the most alike two faces of a frame
-    exceed `duplicate`. swapped: share of matched people and frames whose face lies on the track of another reference. switched: changes of
-    a reference's track from frame to frame. blended: by how much matched faces resemble another reference more than their own does, beyond
-    `blend`. area: how far matched faces leave the band of sizes.
+      missing: share of people and frames without the person.
+      duplicated: excess cosine over `duplicate` of the most alike two faces, mean over frames.
+      swapped: share of matched people and frames whose face is on the track of another reference.
+      switched: share of steps in which a reference's track changes.
+      blended: excess resemblance of matched faces to another reference, beyond `blend`.
+      area: relative distance of the area of matched faces from its allowed range.
+
+    Args:
+      boxes: x0 y0 x1 y1 in pixels.
+      embeddings: unit vectors of the faces.
+      face_mask: False on padding.
+      references: unit vectors of the references.
+      reference_mask: False on padding.
+      matches: references matched to the faces.
+      size: height and width of the frames in pixels.
+      null_similarity: minimum cosine for a match.
+      config: thresholds.
     """
     frames, faces = face_mask.shape[1:]
     found = tracks(
@@ -153,9 +201,8 @@ def penalties(
     duplicated = jnp.mean(jax.nn.relu(most - config.duplicate), axis=1) / (1 - config.duplicate)
 
     padded = jnp.pad(found.track, ((0, 0), (0, 0), (0, 1)), constant_values=2 * faces)
-    here = jnp.take_along_axis(
-        padded, matches.face, axis=-1
-    )  # [B,T,M] the track of the matched face
+    # [B,T,M] the track of the matched face
+    here = jnp.take_along_axis(padded, matches.face, axis=-1)
     others = jnp.where(reference_mask, found.of_reference, -1)
     foreign = jnp.any(here[..., None] == others[:, None, None, :], axis=-1) & (
         here != found.of_reference[:, None]
@@ -165,9 +212,10 @@ def penalties(
     switched = masked_mean(jnp.sum(changes, 1) / max(frames - 1, 1), reference_mask)
 
     similar = cosines(embeddings, references)
+    # [B,T,j,i]: cosine of the face matched to i with reference j
     of_face = jnp.take_along_axis(
         jnp.pad(similar, ((0, 0), (0, 0), (0, 0), (0, 1))), matches.face[:, :, None], axis=-1
-    )  # [B,T,j,i]
+    )
     mutual = jnp.einsum("bme,bne->bmn", references, references, precision="highest")
     beyond = jnp.where(
         (reference_mask[:, :, None] & ~jnp.eye(references.shape[1], dtype=bool))[:, None],

@@ -1,1 +1,1 @@
-"""The vision-language reward."""
+"""Score videos with a vision-language model."""

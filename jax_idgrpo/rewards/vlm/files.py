@@ -1,15 +1,18 @@
-"""The vision-language reward on disk: the released folder, and the Qwen2.5-VL folder that it stands on.
+"""Read and write the vision-language reward: the released folder, and its base Qwen2.5-VL folder.
 
-    FOLDER/model_config.json         what is scored and how (`Settings`)
+    FOLDER/model_config.json         the scores and how they are computed (`Settings`)
     FOLDER/config.json               sizes of the network, as transformers writes them
     FOLDER/checkpoint-N/             the highest N is read; either
         adapter_model.safetensors      the adapter of the language model, and
-        non_lora_state_dict.pth        everything else that was trained: vision tower, token embeddings, head
+        non_lora_state_dict.pth        the other trained tensors: vision tower, token embeddings,
+                                       head
       or
         model.pth                      the whole network
 
-Folders that are written here also hold the tokenizer and `prompt.txt`, what is asked. The first form needs the weights of the model that
-it was trained from. Source: `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`, `utils.py` and `train_reward.py`.
+Folders written here also hold the tokenizer and the text of the prompt, `prompt.txt`. The first
+form needs the weights of the base model.
+
+Source: `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`, `utils.py` and `train_reward.py`.
 """
 
 import dataclasses
@@ -46,13 +49,21 @@ POOLINGS = ("special", "last", "mean")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What `model_config.json` says beside the sizes.
+    """Contents of `model_config.json`, without the sizes.
 
-    dimensions: names of the scores, such as SA, or VQ, MQ and TA. pooling: where the state is read, "special", "last" or "mean".
-    frames: frames asked for (0: by `fps`). fps: frames per second asked for (0: by `frames`). pixels: most pixels of a picture or frame.
-    template: name of the prompt. base: name of the model that was trained. dtype: of the stored tensors.
-    mean, deviation: of each dimension, by which its scores are normalised (0 and 1 where the file has none).
-    rank, alpha: of the adapter on the language model; rank 0 is none.
+    Attributes:
+      dimensions: names of the scores, such as SA, or VQ, MQ and TA.
+      pooling: position of the scored state, "special", "last" or "mean".
+      frames: frames to sample (0: by `fps`).
+      fps: frames per second to sample (0: by `frames`).
+      pixels: maximum pixels of a picture or frame.
+      template: name of the prompt.
+      base: name of the base model.
+      dtype: dtype of the stored tensors.
+      mean: mean of each dimension, for normalisation (0 if the file has none).
+      deviation: standard deviation of each dimension (1 if the file has none).
+      rank: rank of the adapter on the language model; 0 means no adapter.
+      alpha: LoRA alpha of the adapter.
     """
 
     dimensions: tuple[str, ...] = ("SA",)
@@ -70,7 +81,7 @@ class Settings:
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """The tokens that the scores are read at, one for each dimension; none unless the pooling is special."""
+        """Tokens at which the scores are read, one per dimension; empty for other poolings."""
         return (
             tuple(f"<|{name}_reward|>" for name in self.dimensions)
             if self.pooling == "special"
@@ -79,7 +90,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: Path) -> "Settings":
-        """From the object in `model_config.json`.
+        """Parse the object in `model_config.json`.
 
         Raises:
           UserError: an entry is missing or cannot be used.
@@ -136,7 +147,7 @@ class Settings:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` and the published code read."""
+        """Return the object that `from_json` and the published code read."""
         normal = {
             f"{name}_mean": value for name, value in zip(self.dimensions, self.mean, strict=True)
         }
@@ -178,9 +189,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """A network with what its words and its scores mean.
+    """A network with its tokenizer and settings.
 
-    described, sizes: what `model_config.json` and `config.json` hold, kept so that an export has them too.
+    Attributes:
+      network: the network.
+      tokenizer: tokenizer of transformers; None in a plan.
+      settings: parsed `model_config.json`.
+      described: contents of `model_config.json`, kept for exports.
+      sizes: contents of `config.json`, kept for exports.
     """
 
     network: QwenReward
@@ -192,7 +208,7 @@ class RewardModel:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """W + (alpha / R) B A, computed when it is read, in W's dtype."""
+    """W + (alpha / R) B A in the dtype of W, computed on reading."""
 
     weight: Any
     down: Any
@@ -213,11 +229,11 @@ class Merged:
         return np.asarray(merged.astype(self.dtype), dtype=dtype)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
-    """The tokenizer of a folder with the reward tokens added to it; nothing is fetched.
+    """Load the tokenizer of a folder and add the reward tokens; nothing is downloaded.
 
     Raises:
       UserError: a file is missing or cannot be read, or the tokenizer is not of a Qwen2.5-VL.
@@ -233,10 +249,10 @@ def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
 
 
 def newest(folder: Path) -> Path:
-    """The checkpoint of the highest number in a reward folder.
+    """Return the checkpoint with the highest number in a reward folder.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder has no checkpoint.
     """
     found = {
         int(match[1]): path
@@ -251,7 +267,10 @@ def newest(folder: Path) -> Path:
 
 
 def _named(path: Path) -> dict[str, Any]:
-    """The tensors of a file or folder by the names of transformers 4; the tied output layer, which no reward reads, is left out."""
+    """Open the tensors of a file or folder under the names of transformers 4.
+
+    The tied output layer is omitted, because no reward reads it.
+    """
     found = {table.canonical(name): tensor for name, tensor in store.open_tensors(path).items()}
     found.pop(table.TIED, None)
     return found
@@ -278,8 +297,12 @@ def load(
 ) -> RewardModel:
     """Read a reward folder.
 
-    base: folder of the Qwen2.5-VL model that it was trained from, for the weights and the tokenizer that the folder does not hold.
-    merge: add the adapter to the weights, rather than keep it beside them. mesh: places the weights by the table of `parallel.sharding`.
+    Args:
+      folder: the reward.
+      base: base Qwen2.5-VL folder; supplies weights and tokenizer missing from `folder`.
+      dtype: dtype of the weights.
+      merge: whether to add the adapter to the weights instead of keeping both.
+      mesh: shards the weights by the table of `parallel.sharding`.
 
     Raises:
       UserError: a file is missing or damaged, or does not fit the others.
@@ -316,18 +339,19 @@ def load(
 def describe(
     folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", mesh: Any = None
 ) -> RewardModel:
-    """Describe a reward folder for a plan: the network that `load` makes, of shapes, without tokenizer and without reading a tensor.
+    """Describe a reward folder for a plan, without tokenizer and without reading a tensor.
 
-    Where the configuration files are not on this machine, the published sizes are described, with a warning.
+    The network is that of `load`, as shapes. If the configuration files are not on this machine,
+    the published sizes are used, with a warning.
 
     Args:
       folder: the reward.
-      base: folder of the Qwen2.5-VL model that it was trained from.
-      dtype: of its weights.
-      mesh: places the weights by the table of `parallel.sharding`.
+      base: base Qwen2.5-VL folder.
+      dtype: dtype of the weights.
+      mesh: shards the weights by the table of `parallel.sharding`.
 
     Raises:
-      UserError: a file that is here cannot be used.
+      UserError: a file on this machine cannot be used.
     """
     holders = [Path(place) for place in (folder, base) if place]
     stated = Path(folder) / MODEL_CONFIG
@@ -364,9 +388,16 @@ def start(
     dtype: str = "bfloat16",
     mesh: Any = None,
 ) -> RewardModel:
-    """A reward before its training: the model of the folder `base`, a fresh adapter, and a random head.
+    """Create a reward before training: the base model, a fresh adapter, and a random head.
 
-    The embedding table is cut to the tokens that the tokenizer knows, the reward tokens last.
+    The embedding table is cut to the tokenizer's vocabulary, with the reward tokens last.
+
+    Args:
+      base: base Qwen2.5-VL folder.
+      settings: settings of the reward.
+      key: random key of adapter and head.
+      dtype: dtype of the weights.
+      mesh: shards the weights by the table of `parallel.sharding`.
 
     Raises:
       UserError: a file is missing or damaged, or is of another model.
@@ -379,10 +410,9 @@ def start(
         tensors[EMBEDDING] = np.asarray(tensors[EMBEDDING])[: len(tokenizer)]
     config = _config(sizes, settings, len(tokenizer), False, base / CONFIG)
 
+    # Compiled, so that unused parts of the network are not computed.
     @jax.jit
-    def fresh() -> tuple[
-        nnx.State, nnx.State
-    ]:  # the rest of the network, which nobody asks for here, is not computed
+    def fresh() -> tuple[nnx.State, nnx.State]:
         drawn = QwenReward(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(key))
         return nnx.state(drawn.rm_head), nnx.state(drawn, LoRAParam)
 
@@ -421,7 +451,7 @@ def _fill(
     mesh: Any,
     source: str,
 ) -> QwenReward:
-    """Build the network of the tensors and check that the tokenizer fits the embedding table."""
+    """Build the network from the tensors, and check that the tokenizer fits the embedding table."""
     if EMBEDDING not in tensors:
         raise UserError(f"{source}: the tensors do not fit the network; 1 missing: {EMBEDDING}")
     vocabulary = int(tensors[EMBEDDING].shape[0])
@@ -454,7 +484,7 @@ def _fill(
 
 
 def _placed(state: nnx.State, mesh: Any) -> nnx.State:
-    """Shapes with the sharding of the table."""
+    """Attach the shardings of the table to shapes."""
     shardings = sharding.state_shardings(mesh, state)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -464,7 +494,10 @@ def _placed(state: nnx.State, mesh: Any) -> nnx.State:
 
 
 def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """The tensors (names of transformers 4) with every adapter added to its weight. A missing half is left for the table to report."""
+    """Add every adapter to its weight; names are those of transformers 4.
+
+    An incomplete adapter is left as it is, so that the table reports it.
+    """
     found = dict(tensors)
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
@@ -474,17 +507,24 @@ def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return found
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = "") -> None:
-    """Write a reward folder with one checkpoint, of the form that its network has: adapter and the rest, or the whole.
+    """Write a reward folder with one checkpoint.
 
-    Tensors have the dtype that the settings name where that loses nothing, float32 otherwise. The tokenizer goes with them, and `text`,
-    what is asked, if it is given. A folder that is there is replaced if it is a reward or empty.
+    The checkpoint has the form of the network: adapter and other trained tensors, or the whole.
+    Tensors are stored in the dtype of the settings if that is lossless, and in float32 otherwise.
+    The tokenizer is stored too. An existing folder is replaced if it is a reward or empty.
+
+    Args:
+      model: the reward.
+      folder: destination.
+      number: number of the checkpoint.
+      text: text of the prompt; stored if not empty.
 
     Raises:
-      UserError: it is something else, or cannot be written.
+      UserError: the destination is something else, or cannot be written.
     """
     config = model.network.config
     _, lora, rest = nnx.split(model.network, LoRAParam, ...)
@@ -520,7 +560,7 @@ def save(model: RewardModel, folder: str | Path, number: int = 1, text: str = ""
 
 
 def _narrowed(tensors: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """Each tensor in `dtype` where that loses nothing, in float32 otherwise."""
+    """Cast each tensor to `dtype` if that is lossless, to float32 otherwise."""
     wanted = np.dtype(jax.numpy.dtype(dtype))
 
     def one(tensor: np.ndarray) -> np.ndarray:

@@ -1,10 +1,14 @@
-"""What the vision-language reward is shown: photos and frames as patches, the prompt as tokens. Sizes and order as in the published code.
+"""Prepare the model's inputs: photos and frames as patches, the prompt as tokens.
 
-    <system> <user> Picture 1: [photo] Picture 2: [photo] ... Video 1: [frames] TEXT with the reward tokens ...
+    <system> <user> Picture 1: [photo] Picture 2: [photo] ... Video 1: [frames] TEXT with the
+    reward tokens ...
 
-What stands behind the last reward token cannot change a score and is left out. Photos are resized by PIL, frames on the device, both
-bicubic with antialiasing and rounded to whole grey levels, as the original does. Sources: `alibaba/identity-grpo` `vace_reward`,
-`KwaiVGI/VideoAlign`, transformers' Qwen2-VL processors.
+Sizes and order are those of the published code. Tokens after the last reward token cannot change a
+score and are omitted. Photos are resized by PIL, frames on the device. Both use bicubic
+interpolation with antialiasing and are rounded to whole grey levels, as in the original.
+
+Sources: `alibaba/identity-grpo` `vace_reward`, `KwaiVGI/VideoAlign`, transformers' Qwen2-VL
+processors.
 """
 
 import ast
@@ -29,30 +33,26 @@ from jax_idgrpo.models.qwen_vl import Grids, Sequences, VisionConfig, grid_table
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-LEAST_PICTURE, LEAST_FRAME, MOST_FRAME = (
-    4 * 28**2,
-    128 * 28**2,
-    768 * 28**2,
-)  # pixels, whatever a configuration asks for
-FRAMES_BY_RATE = (4, 10)  # fewest and most frames where a frame rate is asked for
+# Limits in pixels that override the configuration.
+LEAST_PICTURE, LEAST_FRAME, MOST_FRAME = (4 * 28**2, 128 * 28**2, 768 * 28**2)
+FRAMES_BY_RATE = (4, 10)  # minimum and maximum number of frames if selected by frame rate
 TOKENS_PER_SECOND = 2
-PATCHES = (
-    256,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-)  # capacities, so that a run compiles a handful of programs
+# Capacities in patches and windows; few steps limit the number of compiled programs.
+PATCHES = (256, 512, 768, 1024, 1536, 2048, 3072)
 WINDOWS = (16, 32, 64, 128, 256, 512)
-TOKENS = 128  # sequences are padded to a multiple of it
+TOKENS = 128  # sequences are padded to a multiple of this
 
 
 def smart_resize(
     height: int, width: int, pixels: tuple[int, int], factor: int = 28
 ) -> tuple[int, int]:
-    """Height and width as multiples of `factor` near the given ones, their product within `pixels`, the aspect ratio kept.
+    """Round height and width to multiples of `factor`, keeping the aspect ratio.
+
+    Args:
+      height: height in pixels.
+      width: width in pixels.
+      pixels: minimum and maximum of the product of the results.
+      factor: divisor of both results.
 
     Raises:
       UserError: one side is more than 200 times the other.
@@ -75,12 +75,16 @@ def smart_resize(
 
 
 def frame_indices(total: int, wanted: float, rate: float = 0.0, fps: float = 10.0) -> np.ndarray:
-    """Which frames of `total` are looked at, evenly spaced, first and last among them: an even number of them.
+    """Select an even number of evenly spaced frames, including first and last.
 
-    wanted: how many, rounded to an even number (5 asks for 4); 0 asks for `rate` frames per second of a video of `fps`.
+    Args:
+      total: number of frames of the video.
+      wanted: number of frames, rounded to an even number (5 gives 4); 0 selects by `rate`.
+      rate: frames per second to select.
+      fps: frame rate of the video.
 
     Raises:
-      UserError: fewer than 2 frames, or more than there are.
+      UserError: fewer than 2 frames would be selected, or more than there are.
     """
     if wanted:
         count = 2 * round(wanted / 2)
@@ -95,14 +99,25 @@ def frame_indices(total: int, wanted: float, rate: float = 0.0, fps: float = 10.
 
 
 def seconds_per_grid(total: int, fps: float, count: int) -> float:
-    """Seconds of video that a temporal grid (two of `count` sampled frames) stands for. fps: that of the video."""
+    """Return the seconds of video that a temporal grid (two of `count` sampled frames) covers.
+
+    Args:
+      total: number of frames of the video.
+      fps: frame rate of the video.
+      count: number of sampled frames.
+    """
     return 2 / (count / total * fps)
 
 
 def patches(
     pictures: Float[ArrayLike, "n H W 3"], config: VisionConfig
 ) -> Float[ArrayLike, "t P F"]:
-    """Grey levels 0 .. 255 of pictures of equal size, taken `config.frames` at a time -> their normalised patches, in merge order."""
+    """Cut pictures of equal size into normalised patches, in merge order.
+
+    Args:
+      pictures: grey levels 0 .. 255; `config.frames` consecutive pictures share their patches.
+      config: sizes of the patches.
+    """
     n, height, width, _ = pictures.shape
     merge, patch, frames = config.merge, config.patch, config.frames
     x = (pictures / 255 - MEAN) / STD
@@ -122,17 +137,27 @@ def patches(
 
 
 class Picture(NamedTuple):
-    """A photo as patches, standing for all frames of a temporal patch. grid: its height and width in patches."""
+    """A photo as patches, repeated over all frames of a temporal patch.
+
+    Attributes:
+      patches: normalised patches, in merge order.
+      grid: height and width in patches.
+    """
 
     patches: Float[np.ndarray, "P F"]
     grid: Int[np.ndarray, "2"]
 
 
 def picture(image: Image.Image, config: VisionConfig, pixels: int) -> Picture:
-    """Cut a photo into patches. pixels: at most.
+    """Cut a photo into patches.
+
+    Args:
+      image: the photo.
+      config: sizes of the patches.
+      pixels: maximum number of pixels.
 
     Raises:
-      UserError: it is too long and thin.
+      UserError: the aspect ratio exceeds 200.
     """
     height, width = smart_resize(
         image.height, image.width, (LEAST_PICTURE, pixels), config.patch * config.merge
@@ -145,7 +170,14 @@ def picture(image: Image.Image, config: VisionConfig, pixels: int) -> Picture:
 
 
 def frame_size(height: int, width: int, config: VisionConfig, pixels: int) -> tuple[int, int]:
-    """Height and width to which the frames of a video are resized. pixels: at most."""
+    """Return the height and width to which the frames of a video are resized.
+
+    Args:
+      height: height of the video in pixels.
+      width: width of the video in pixels.
+      config: sizes of the patches.
+      pixels: maximum number of pixels of a frame.
+    """
     return smart_resize(
         height, width, (LEAST_FRAME, min(pixels, MOST_FRAME)), config.patch * config.merge
     )
@@ -154,9 +186,10 @@ def frame_size(height: int, width: int, config: VisionConfig, pixels: int) -> tu
 def resized_frames(
     videos: Float[Array, "B T H W 3"], size: tuple[int, int]
 ) -> Float[Array, "B T h w 3"]:
-    """Frames in [-1, 1] -> whole grey levels 0 .. 255 at `size`; cut to whole levels before and rounded after resizing.
+    """Resize frames in [-1, 1] to whole grey levels 0 .. 255 at `size` (height, width).
 
-    Levels that were whole, as those of a file, stay what they are: rounding errors of the range [-1, 1] do not cut them.
+    Levels are truncated before resizing and rounded after it. Whole levels, as those of a file, are
+    preserved: a small offset compensates rounding errors of the range [-1, 1].
     """
     levels = jnp.floor(jnp.clip((videos.astype(jnp.float32) + 1) * 127.5, 0, 255) + 1e-3)
     shape = (*levels.shape[:2], *size, 3)
@@ -166,31 +199,36 @@ def resized_frames(
 
 
 def capacity(needed: int, steps: Sequence[int]) -> int:
-    """The smallest of `steps` that holds so many, or the next multiple of the largest."""
+    """Return the smallest of `steps` that is at least `needed`.
+
+    Beyond the largest step, returns the next multiple of the largest step.
+    """
     return next((step for step in steps if step >= needed), -(-needed // steps[-1]) * steps[-1])
 
 
-# ---- the prompt ----------------------------------------------------------------------------------------------------------
+# ---- the prompt ----------------------------------------------------------------------------------
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 BLOCK = "<|vision_start|><|{kind}_pad|><|vision_end|>"
-BEHIND = "<|im_end|>\n<|im_start|>assistant\n"  # read by other poolings than that at special tokens
-CAPTION = "{text_prompt}"  # stands for the video's own prompt in texts that are not blind to it
-CONSTANTS = {  # in the published `prompt_template.py`, by the name of the template
+BEHIND = "<|im_end|>\n<|im_start|>assistant\n"  # used by poolings other than "special"
+CAPTION = "{text_prompt}"  # placeholder of the video's own prompt
+CONSTANTS = {  # names in the published `prompt_template.py`, by template
     "subject_alignment_special": "SUBJECT_ALIGNMENT_PROMPT_WITH_SPECIAL_TOKEN",
     "detailed_special": "DETAILED_PROMPT_WITH_SPECIAL_TOKEN",
     "detailed": "DETAILED_PROMPT",
 }
 DIGESTS = {
     "subject_alignment_special": "afe13a75fd89e39d841913f31ee02f0df832f8bbf20e17420449d2c3fcb8d894"
-}  # SHA-256 of the text
+}  # SHA-256 of the published texts
 
 
 def read_text(path: Path, template: str) -> str:
-    """What is asked: a text file as it is, or the constant of the template in the published `prompt_template.py`, which is not run.
+    """Read the text of the prompt.
 
-    A text that is not the published one of this template is used, with a warning.
+    A text file is used as it is. From the published `prompt_template.py`, which is not executed,
+    the constant of the template is used. Other texts than the published one are used with a
+    warning.
 
     Raises:
       UserError: the file cannot be read, or does not hold the constant.
@@ -233,7 +271,7 @@ def _constant(path: Path, source: str, template: str) -> str:
 
 
 def own_text(tokens: Sequence[str]) -> str:
-    """A text of this project, for rewards that are trained here."""
+    """Write a prompt of this project, for rewards that are trained here."""
     places = "".join(f"{token}\n" for token in tokens)
     return (
         "\nLook at every reference picture, then at the video. Does each person of the pictures appear in the video, and does the face "
@@ -244,10 +282,12 @@ def own_text(tokens: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """The words around the pictures.
+    """The text around the pictures.
 
-    tokenizer: of transformers, which knows the reward tokens. text: what is asked, with the reward tokens in it; `CAPTION` in it stands
-    for a row's prompt. rewards: the tokens; without any the whole turn is read.
+    Attributes:
+      tokenizer: tokenizer of transformers, with the reward tokens.
+      text: the prompt, with the reward tokens in it; `CAPTION` in it is replaced by a row's prompt.
+      rewards: the reward tokens; without any, the whole turn is used.
     """
 
     tokenizer: Any
@@ -264,9 +304,15 @@ class Prompting:
     def tokens(
         self, counts: Sequence[int], video: int, caption: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and kinds (0 text, 1 picture, 2 video) up to the last reward token, and where the reward tokens are.
+        """Tokenise the prompt up to the last reward token.
 
-        counts: vision tokens of each photo. video: those of the video. caption: the row's prompt.
+        Args:
+          counts: vision tokens of each photo.
+          video: vision tokens of the video.
+          caption: the row's prompt.
+
+        Returns:
+          Ids, kinds (0 text, 1 picture, 2 video), and positions of the reward tokens.
         """
         pictures = "".join(
             f"Picture {n}: {BLOCK.format(kind='image')}" for n in range(1, len(counts) + 1)
@@ -288,14 +334,16 @@ class Prompting:
         return ids[:last], kinds[:last], places
 
 
-# ---- a batch -------------------------------------------------------------------------------------------------------------
+# ---- a batch -------------------------------------------------------------------------------------
 
 
 @struct.dataclass
 class Asked:
-    """What B rows ask about, host arrays with the batch first: the photos (M slots a row, of one capacity) and the sequence.
+    """Inputs of B rows as host arrays: M photo slots of one capacity per row, and the sequence.
 
-    patches place mask window back: of `Grids`, [B,M,...]. ids vision position token tokens: of `Sequences`, position as [B,3,L].
+    The fields `patches`, `place`, `mask`, `window` and `back` are those of `Grids`, as [B,M,...].
+    The fields `ids`, `vision`, `position`, `token` and `tokens` (the mask) are those of
+    `Sequences`, with position as [B,3,L].
     """
 
     patches: np.ndarray
@@ -310,18 +358,18 @@ class Asked:
     tokens: np.ndarray
 
     def pictures(self) -> Grids:
-        """The photos of all rows, one grid after another."""
+        """Return the photos of all rows, one grid after another."""
         parts = {
             name: getattr(self, name) for name in ("patches", "place", "mask", "window", "back")
         }
         return Grids(**{name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()})
 
     def people(self) -> Int[Array, "B"]:
-        """How many photos each row has."""
+        """Count the photos of each row."""
         return jnp.sum(jnp.any(self.mask, axis=2), axis=1)
 
     def sequences(self) -> Sequences:
-        """The sequences of all rows."""
+        """Return the sequences of all rows."""
         return Sequences(
             ids=self.ids,
             vision=self.vision,
@@ -334,16 +382,28 @@ class Asked:
 def video_grid(
     frames: int, height: int, width: int, config: VisionConfig, pixels: int
 ) -> tuple[int, int, int]:
-    """(t, h, w) in patches of a video of which `frames` frames are looked at. pixels: of a frame, at most."""
+    """Return the grid (t, h, w) in patches of a video with `frames` sampled frames.
+
+    Args:
+      frames: number of sampled frames.
+      height: height of the video in pixels.
+      width: width of the video in pixels.
+      config: sizes of the patches.
+      pixels: maximum number of pixels of a frame.
+    """
     rows, columns = frame_size(height, width, config, pixels)
     return frames // config.frames, rows // config.patch, columns // config.patch
 
 
 class Question(NamedTuple):
-    """The sequence of one row, without the padding that its batch decides.
+    """The sequence of one row, without padding.
 
-    ids, position [3, L]: of the tokens. order: number of each token among the vision tokens of the row, -1 for text. token: places of the
-    reward tokens. video: grid of the video.
+    Attributes:
+      ids: token ids, [L].
+      position: positions of the tokens, [3, L].
+      order: index of each token among the vision tokens of the row, -1 for text, [L].
+      token: positions of the reward tokens.
+      video: grid of the video.
     """
 
     ids: np.ndarray
@@ -361,15 +421,15 @@ def question(
     prompting: Prompting,
     config: VisionConfig,
 ) -> Question:
-    """Write the sequence of one row.
+    """Build the sequence of one row.
 
     Args:
       shown: the row's photos.
-      caption: its prompt.
-      video: the grid of its video.
-      seconds: of `seconds_per_grid`.
-      prompting: the words around them.
-      config: how pictures are cut.
+      caption: the row's prompt.
+      video: grid of the row's video.
+      seconds: seconds of video per temporal grid, from `seconds_per_grid`.
+      prompting: the text around the pictures.
+      config: sizes of the patches.
     """
     grids = [tuple(picture.grid.tolist()) for picture in shown]
     ids, kinds, token = prompting.tokens(
@@ -383,7 +443,13 @@ def question(
 def ask(
     photos: Sequence[Sequence[Picture]], questions: Sequence[Question], config: VisionConfig
 ) -> Asked:
-    """The photos and the sequence of each row, padded to common capacities. The videos are equally long in time."""
+    """Pad the photos and the sequence of each row to common capacities.
+
+    Args:
+      photos: photos of each row.
+      questions: sequence of each row; the videos have the same number of temporal grids.
+      config: sizes of the patches.
+    """
     group = config.merge**2
     grids = [picture.grid.tolist() for row in photos for picture in row]
     slots = max(len(row) for row in photos)
@@ -448,7 +514,15 @@ def padded_grid(
     room: int,
     count: int,
 ) -> dict[str, np.ndarray]:
-    """The leaves of `Grids` for one grid, padded to `room` patches and `count` windows."""
+    """Compute the leaves of `Grids` for one grid, padded to common capacities.
+
+    Args:
+      values: patches of the grid.
+      grid: height and width in patches.
+      config: sizes of the patches.
+      room: patches after padding.
+      count: windows after padding.
+    """
     return grid_tables(*grid, config, room, count) | {
         "patches": np.pad(values, ((0, room - len(values)), (0, 0)))
     }
@@ -460,7 +534,13 @@ _resized = jax.jit(resized_frames, static_argnames="size")
 def frame_grids(
     videos: Sequence[Float[np.ndarray, "T H W 3"]], config: VisionConfig, pixels: int
 ) -> Grids:
-    """The grids of already chosen frames of videos in [-1, 1] of any sizes, row by row, on the host."""
+    """Compute the grids of selected frames on the host, row by row; videos may differ in size.
+
+    Args:
+      videos: selected frames of each video, in [-1, 1].
+      config: sizes of the patches.
+      pixels: maximum number of pixels of a frame.
+    """
     sizes = [frame_size(video.shape[1], video.shape[2], config, pixels) for video in videos]
     grids = [(height // config.patch, width // config.patch) for height, width in sizes]
     room = capacity(max(h * w for h, w in grids), PATCHES)
@@ -476,7 +556,14 @@ def frame_grids(
 def frames_of(
     videos: Float[Array, "B T H W 3"], chosen: np.ndarray, config: VisionConfig, pixels: int
 ) -> Grids:
-    """The grids of the chosen frames of videos in [-1, 1], row by row; on the device, with tables that their size decides."""
+    """Compute the grids of the selected frames on the device, row by row.
+
+    Args:
+      videos: values in [-1, 1].
+      chosen: indices of the selected frames.
+      config: sizes of the patches.
+      pixels: maximum number of pixels of a frame.
+    """
     size = frame_size(videos.shape[2], videos.shape[3], config, pixels)
     grid = size[0] // config.patch, size[1] // config.patch
     levels = resized_frames(videos[:, chosen], size)

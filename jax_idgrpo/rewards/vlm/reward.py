@@ -1,9 +1,11 @@
-"""The vision-language reward: how alike the people of the photos and of the video are, as a Qwen2.5-VL with a reward head sees it.
+"""Score the likeness of people in photos and video with a Qwen2.5-VL and a reward head.
 
-The score is the state after the last norm at the reward token times a linear head, raw or, where the reward's folder has statistics,
-normalised per dimension and summed. Photos and words are made ready on the host, once per prompt as far as the memory set aside for
-them goes; frames are chosen, resized and cut into patches on the device, in the program that scores them. One program serves all
-prompts of one bucket: most photos in a row, their largest size, the length of the sequence in steps of 128 tokens.
+The score is the state after the last norm at the reward token times a linear head. If the reward's
+folder has statistics, scores are normalised per dimension and summed; otherwise they are raw.
+Photos and text are prepared on the host and cached by prompt within a memory limit. Frames are
+selected, resized and cut into patches on the device, in the scoring program. One program serves all
+prompts of one bucket: most photos in a row, their largest size, and the length of the sequence in
+steps of 128 tokens.
 
 Sources: `alibaba/identity-grpo` `vace_reward`; `KwaiVGI/VideoAlign`.
 """
@@ -31,7 +33,10 @@ from jax_idgrpo.sampling import conditioning
 
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
-    """The value of every dimension: at special tokens the n-th output at the n-th token; normalised."""
+    """Return the normalised score of every dimension.
+
+    With special tokens, dimension n is the n-th output at the n-th token.
+    """
     values = (
         jnp.diagonal(scores, axis1=1, axis2=2) if settings.pooling == "special" else scores[:, 0]
     )
@@ -65,7 +70,10 @@ def _score(
 
 
 class VlmReward:
-    """A reward model with its words. The terms are the reward, every dimension, and the motion of the video."""
+    """Score videos with a vision-language model.
+
+    The terms are the reward, every dimension, and the motion of the video.
+    """
 
     motion_of_all_frames = True
 
@@ -79,10 +87,15 @@ class VlmReward:
         rows: int = 0,
         mesh: Mesh | None = None,
     ):
-        """
-        text: what is asked. fps: frames per second that videos are taken to have; the published files say 10, whatever made them.
-        video: frames, height and width of the videos that `encode_references` prepares for. rows: of one program call, 0 = all.
-        mesh: where the scores are computed; the weights lie there already.
+        """Set up the scoring program.
+
+        Args:
+          model: network, tokenizer and settings.
+          text: text of the prompt.
+          fps: frame rate reported to the model; the published scores use 10.
+          video: frames, height and width of the videos that `encode_references` prepares for.
+          rows: videos per program call; 0 means all.
+          mesh: devices of the computation, which hold the weights already.
         """
         graph, self.state = nnx.split(model.network)
         self.settings, self.vision = model.settings, model.network.config.vision
@@ -100,10 +113,16 @@ class VlmReward:
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
     ) -> Asked:
-        """What the rows ask, on the host, for videos of `video` frames, height and width.
+        """Build the inputs of the rows on the host.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+          video: frames, height and width of the scored videos, if they differ from the
+            configuration.
 
         Raises:
-          UserError: a video has too few frames, or a photo is too long and thin.
+          UserError: a video has too few frames, or the aspect ratio of a photo exceeds 200.
         """
         total, height, width = video or self._video()
         count = len(inputs.frame_indices(total, self.settings.frames, self.settings.fps, self.fps))
@@ -124,7 +143,7 @@ class VlmReward:
         return inputs.ask(photos, questions, self.vision)
 
     def _picture(self, photo: Photo) -> Picture:
-        """A photo as patches."""
+        """Cut a photo into patches."""
 
         def read() -> Picture:
             try:
@@ -139,7 +158,7 @@ class VlmReward:
         return self._kept(photo.key, read)
 
     def _kept(self, name: Any, make: Callable[[], Any]) -> Any:
-        """What was made under a name, made now if it was not or did not fit."""
+        """Return a value from the cache, or make it."""
         if name in self._cache:
             return self._cache[name]
         made = make()
@@ -152,23 +171,29 @@ class VlmReward:
         return self.video
 
     def frames_read(self, total: int) -> np.ndarray | None:
-        """Numbers of the frames, of so many, that are looked at.
+        """Return the indices of the scored frames of a video of `total` frames.
 
-        None if a video of these alone would be thinned out again.
+        Returns None if a video of these frames would be subsampled again.
 
         Raises:
-          UserError: a video of so few frames cannot be scored.
+          UserError: the video has too few frames.
         """
         rates = self.settings.frames, self.settings.fps, self.fps
         chosen = inputs.frame_indices(total, *rates)
         return chosen if len(inputs.frame_indices(len(chosen), *rates)) == len(chosen) else None
 
     def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
-        """Score videos with the network's arrays as an argument."""
+        """Score videos with the network's arrays as an argument.
+
+        Args:
+          state: arrays of the network.
+          videos: values in [-1, 1].
+          encoded: encoded references, one row per video.
+        """
         return self._apply(state, videos, encoded)
 
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
-        """Every term, the reward among them; stays on the device, and does not wait for it."""
+        """Compute every term without waiting; the result stays on the device."""
         rows = np.shape(videos)[0]
         step = self.rows or rows
         parts = [
@@ -182,7 +207,10 @@ class VlmReward:
         return {name: jnp.concatenate([terms[name] for terms in found]) for name in found[0]}
 
     def _placed(self, tree: Any) -> tuple[int, Any]:
-        """Rows on the reward's devices, the last repeated until they divide, and how many there were."""
+        """Put rows on the reward's devices, and return their number.
+
+        The last row is repeated until the number of rows divides evenly.
+        """
         count = np.shape(tree[0])[0]
         if self.mesh is None:
             return count, tree
@@ -195,7 +223,12 @@ class VlmReward:
 def load_vlm(
     config: RewardConfig, video: tuple[int, int, int] | None = None, mesh: Mesh | None = None
 ) -> VlmReward:
-    """The reward of the folder `config.vlm`. video: frames, height and width to prepare for. mesh: where it lies and runs.
+    """Load the reward of the folder `config.vlm`.
+
+    Args:
+      config: configuration of the reward.
+      video: frames, height and width of the videos to prepare for.
+      mesh: devices of the weights and the computation.
 
     Raises:
       UserError: a file is missing or damaged, or does not fit the others.
