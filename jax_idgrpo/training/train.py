@@ -137,26 +137,17 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             batch = prepare(run, prompts, done, cache)
             clock.append(time.monotonic())
 
-            shown = (
-                SHOWN
-                if config.run.sample_every
-                and ((done + 1) % config.run.sample_every == 0 or done == 0)
-                else 0
-            )
+            shown = samples_due(config, done)
             sampled, terms, videos = roll_out(run, state, batch, shown, leave_if_asked)
             clock.append(time.monotonic())
             values = collect_all(terms)
             rewards = values.pop("reward")
             clock.append(time.monotonic())
 
-            grouped = {
-                name: value.reshape(-1, config.rollout.group) for name, value in values.items()
-            }
+            group, mixture = config.rollout.group, config.reward.mixture
+            grouped = {name: value.reshape(-1, group) for name, value in values.items()}
             advantage, weight, picks = choose(
-                config.grpo,
-                rewards.reshape(-1, config.rollout.group),
-                grouped,
-                config.reward.mixture,
+                config.grpo, rewards.reshape(-1, group), grouped, mixture
             )
             sampled = trained_part(run, sampled, advantage, weight, picks)
             state, scalars = train_on(run, state, sampled, done, leave_if_asked)
@@ -164,35 +155,22 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             del sampled, terms, batch
             clock.append(time.monotonic())
 
-            seconds = np.diff(clock)
-            row = group_statistics(rewards, config.rollout.group) | {
-                name: mean_of_numbers(value) for name, value in values.items()
-            }
-            row |= scalars | {"advantage_std": float(advantage.std())} | dict(run.passes)
-            row |= dict(zip(PHASES, seconds, strict=True)) | {
-                "videos_per_hour": 3600 * config.rollout.rows / float(seconds.sum())
-            }
+            row = step_metrics(run, rewards, values, advantage, scalars, np.diff(clock))
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(state.ema, done + 1)
             writer.write(done, row)
             traced.end(done, row, PHASES)
             done += 1
-            show(
-                done,
-                {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]},
-            )
+            show(done, headline(row))
             if videos and jax.process_index() == 0:
-                write_samples(
-                    workdir / "samples" / f"{done:06d}", np.concatenate(videos), chosen, config
-                )
+                folder = workdir / "samples" / f"{done:06d}"
+                write_samples(folder, np.concatenate(videos), chosen, config)
             del videos
 
             failed = failed + 1 if row["skipped"] == 1 else 0
             constant = constant + 1 if row["zero_std_groups"] == 1 else 0
             warn_if_constant(constant, done)
-            keeper.judge(
-                row, nothing_to_train=bool(np.isfinite(rewards).all() and not weight.any())
-            )
+            keeper.judge(row, bool(np.isfinite(rewards).all() and not weight.any()))
             if failed == config.run.give_up_after:
                 raise UserError(
                     f"train: no update of the last {failed} steps, up to step {done}, had a finite gradient; {keeper.advice(failed, done)}"
@@ -463,6 +441,42 @@ def summary(logged: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 # ---- log -----------------------------------------------------------------------------------------
+
+
+def samples_due(config: Config, done: int) -> int:
+    """Return how many videos of the step after `done` steps are written."""
+    every = config.run.sample_every
+    return SHOWN if every and ((done + 1) % every == 0 or done == 0) else 0
+
+
+def step_metrics(
+    run: Run,
+    rewards: Float[np.ndarray, "B"],
+    terms: dict[str, Float[np.ndarray, "B"]],
+    advantage: Float[np.ndarray, "P G"],
+    scalars: dict[str, float],
+    seconds: Float[np.ndarray, "phases"],
+) -> dict[str, float]:
+    """Return the metrics of a training step.
+
+    Args:
+      run: the run.
+      rewards: rewards of the step's videos, NaN where one failed.
+      terms: terms of the rewards by name.
+      advantage: advantages of the videos.
+      scalars: metrics of the updates.
+      seconds: seconds of each of `PHASES`.
+    """
+    row = group_statistics(rewards, run.config.rollout.group)
+    row |= {name: mean_of_numbers(value) for name, value in terms.items()}
+    row |= scalars | {"advantage_std": float(advantage.std())} | dict(run.passes)
+    row |= dict(zip(PHASES, map(float, seconds), strict=True))
+    return row | {"videos_per_hour": 3600 * run.config.rollout.rows / float(seconds.sum())}
+
+
+def headline(row: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that the progress bar shows."""
+    return {"reward": row["reward"], "kl": row.get("kl", 0.0), "loss": row["policy_loss"]}
 
 
 def warn_if_constant(constant: int, done: int) -> None:
