@@ -33,7 +33,15 @@ def measure(root: Path) -> dict[str, str]:
         text = file.read_text()
         lines += text.count("\n")
         long += sum(len(line) > 100 for line in text.splitlines())
-        for node in ast.walk(ast.parse(text)):
+        tree = ast.parse(text)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        nested = {
+            id(inner)
+            for outer in functions
+            for inner in ast.walk(outer)
+            if inner is not outer and isinstance(inner, ast.FunctionDef)
+        }
+        for node in ast.walk(tree):
             if (
                 isinstance(node, ast.ImportFrom)
                 and node.module
@@ -44,7 +52,7 @@ def measure(root: Path) -> dict[str, str]:
                     target = folder_of(name if name in modules else node.module)
                     if target and folder_of(module) and target != folder_of(module):
                         edges[folder_of(module), target] += 1
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and id(node) not in nested:
                 lengths[f"{module}.{node.name}"] = (node.end_lineno or 0) - node.lineno + 1
                 arguments = [*node.args.args, *node.args.kwonlyargs]
                 given = [argument for argument in arguments if argument.arg not in ("self", "cls")]

@@ -184,7 +184,15 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, heads: int, queries: int, keys: int, max_logits: int, concurrent: int) -> "Tiling":
-        """Choose the tiles of `heads` heads, those of all rows counted."""
+        """Choose the tiles of an attention.
+
+        Args:
+          heads: number of heads, counted over all rows.
+          queries: number of queries per head.
+          keys: number of keys per head.
+          max_logits: largest number of logits of one tile.
+          concurrent: largest number of head groups evaluated at once.
+        """
         together = _largest_divisor(heads, max_logits // (queries * keys))
         parts = min(queries, -(-queries * keys * together // max_logits))
         return cls(

@@ -59,7 +59,16 @@ def precision(*operands: Array) -> jax.lax.Precision:
 
 
 def product(x: Array, y: Array, axes: int | tuple = 1) -> Array:
-    """Compute `jnp.tensordot` at the full precision of its operands; the result is float32."""
+    """Compute `jnp.tensordot` at the full precision of its operands.
+
+    Args:
+      x: left operand.
+      y: right operand.
+      axes: axes to sum over, as in `jnp.tensordot`.
+
+    Returns:
+      The product in float32.
+    """
     return jnp.tensordot(x, y, axes, precision=precision(x, y), preferred_element_type=jnp.float32)
 
 

@@ -117,7 +117,13 @@ def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditionin
 def video_latents(
     x: Float[Array, "B frames H W C"], start: Int[Array, "B"], frames: int
 ) -> Float[Array, "B T H W C"]:
-    """Slice the T = `frames` video frames of each row, from the row's `start` on."""
+    """Slice the latent frames of the video out of each row.
+
+    Args:
+      x: latents with photos before or after the video.
+      start: first frame of the video, per row.
+      frames: number T of frames to take.
+    """
     return jax.vmap(partial(jax.lax.dynamic_slice_in_dim, slice_size=frames, axis=0))(x, start)
 
 

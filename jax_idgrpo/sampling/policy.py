@@ -159,7 +159,13 @@ def _together(branches: Sequence[Array]) -> Array:
 def split(
     transformer: WanTransformer, guidance: float, image_guidance: float | None = None
 ) -> tuple[Policy, nnx.State, nnx.State]:
-    """Split a transformer with adapters into (policy, adapter state, base state)."""
+    """Split a transformer with adapters into (policy, adapter state, base state).
+
+    Args:
+      transformer: transformer with adapters.
+      guidance: guidance scale of the prompt; 1 has no negative branch.
+      image_guidance: guidance scale of the photos; None for a model without that branch.
+    """
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(

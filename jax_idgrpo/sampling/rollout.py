@@ -118,7 +118,13 @@ class Trajectory:
 
 
 def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, "P"]:
-    """Return the first denoising step of the window in training step `step`, per prompt."""
+    """Return the first denoising step of the window, per prompt.
+
+    Args:
+      config: kind and size of the window.
+      seed: seed of the run.
+      step: number of the training step.
+    """
     first, last = config.window_start, config.steps - 1 - config.window_size
     root = rng.fold(rng.key(seed, "window"), step)
     start: Any = 0
