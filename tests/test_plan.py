@@ -1,6 +1,7 @@
 """The plan: what is counted is what runs, and what cannot be planned says why."""
 
 import dataclasses
+import gc
 import json
 
 import jax
@@ -300,28 +301,22 @@ def compiled_memory(program):
     return traced.lower().compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("watch_every", [0, 1])
-def test_what_is_resident_is_what_a_run_holds(watch_every):
-    """Every array that a run makes before its first step, counted once; a watched run loads its scorers as well."""
-    wanted = dataclasses.replace(tiny(2), run=config.RunConfig(watch_every=watch_every))
-    mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-    run = setup.build(wanted, mesh)
-    judge = planned_judge(wanted, mesh)
-    arrays = (
-        run.state,
-        run.base,
-        run.vae,
-        run.pipe.text_encoder,
-        run.negative,
-        run.schedule,
-        run.reward.state,
-    )
-    scorers = (run.reward.state, judge.state) if watch_every else ()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + sum(
-        leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(scorers)
-    )
+def test_what_is_resident_is_what_a_run_holds():
+    """Every array that is alive once a run is built; a watched run loads its scorers as well."""
+    wanted, mesh = tiny(2), sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     described = setup.build(wanted, mesh, abstract=True)
+    judge = planned_judge(wanted, mesh)
+    gc.collect()
+    before = jax.live_arrays()
+    run = setup.build(wanted, mesh)
+    gc.collect()
+    known = {id(array) for array in before}
+    held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
     assert programs.resident(described, judge) == held
+    watching = dataclasses.replace(wanted, run=config.RunConfig(watch_every=1))
+    watched = dataclasses.replace(described, config=watching)
+    scorers = programs.chip_bytes(run.reward.state, judge.state)
+    assert programs.resident(watched, judge) == held + scorers
 
 
 def test_no_program_leaves_out_what_stays_on_the_device():

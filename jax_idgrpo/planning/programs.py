@@ -17,6 +17,7 @@ from jax_idgrpo import flow
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
+from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig
 from jax_idgrpo.models.wan import WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
@@ -166,10 +167,11 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
 def resident(run: Run, judge: FaceReward | None = None) -> float:
     """Return the bytes per chip in memory during a whole training run.
 
-    These are all networks, and the adapter with its moving average and optimizer. If
-    `run.watch_every` is set, the judge and a second copy of the reward are included.
+    These are all networks, the adapter with its moving average and optimizer, and the adapter as it
+    was read. If `run.watch_every` is set, the judge and a second copy of the reward are included.
     """
-    own = (run.state, run.base, run.vae, run.negative, run.schedule)
+    read = nnx.state(run.pipe.transformer, LoRAParam)
+    own = (run.state, run.base, read, run.vae, run.negative, run.schedule)
     encoder = (
         nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
     )
