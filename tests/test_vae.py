@@ -119,6 +119,21 @@ def test_a_decode_without_options_takes_the_memory_of_a_few_frames(monkeypatch):
     )
 
 
+def test_an_encode_without_options_takes_the_memory_of_a_few_frames(monkeypatch):
+    monkeypatch.setattr(vae, "LARGEST_ACTIVATION", 2**17)
+    graph, state = tiny_vae()
+
+    def memory(frames, *chunk):
+        video = jax.ShapeDtypeStruct((1, frames, 64, 64, 3), jnp.float32)
+        program = jax.jit(lambda video: nnx.merge(graph, state).encode(video, *chunk))
+        return program.lower(video).compile(COMPILER).memory_analysis().temp_size_in_bytes
+
+    assert memory(81) < memory(81, None) / 3
+    video = np.random.default_rng(4).uniform(-1, 1, (1, 17, 64, 64, 3)).astype(np.float32)
+    network = nnx.merge(graph, state)
+    assert error(network.encode(video), network.encode(video, None)) < 1e-5
+
+
 def test_the_published_autoencoder_decodes_a_large_video_one_latent_frame_at_a_time():
     network = nnx.eval_shape(lambda: WanVAE(PUBLISHED_VAE, rngs=nnx.Rngs(0)))
     assert network.chunk(21, 60, 104) == 1 and network.chunk(1, 8, 8) is None

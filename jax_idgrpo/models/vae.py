@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
+from jax_idgrpo import flow
 from jax_idgrpo.flow import FRAMES_PER_LATENT
 
 PIXELS_PER_LATENT = 8
@@ -438,17 +439,22 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def encode(
-        self, video: Float[ArrayLike, "B F H W 3"], chunk: int | None = None
+        self, video: Float[ArrayLike, "B F H W 3"], chunk: int | Literal["auto"] | None = "auto"
     ) -> Float[Array, "B T H/8 W/8 z"]:
         """Encode to normalised latents, (posterior mean - latents_mean) / latents_std.
 
         Args:
           video: in [-1, 1].
-          chunk: latent frames (of 4 video frames) per chunk; None runs the whole video at once.
+          chunk: latent frames (of 4 video frames) per chunk; None runs the whole video at once,
+            "auto" decides by its size (see `chunk`).
 
         Raises:
           ValueError: F is not 1 + 4n, or height or width is not a multiple of 8.
         """
+        if chunk == "auto":
+            frames, height, width = jnp.shape(video)[1:4]
+            cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
+            chunk = self.chunk(flow.latent_frames(frames), *cells)
         mean, _ = self.posterior(video, chunk)
         return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
