@@ -320,7 +320,7 @@ def test_written_prompts_are_read_back(tmp_path):
 
 
 def test_takes_share_people_photos_and_prompts_and_nothing_else():
-    one, other, again = (scenes.batch(1, 0, 12, "eval", take=take) for take in (0, 1, 1))
+    one, other, again = (scenes.batch(1, 0, 12, "eval", variant=variant) for variant in (0, 1, 1))
     assert captions.prompts(one) == captions.prompts(other)
     for name in ("portraits", "portrait_boxes", "ids", "mask"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
