@@ -135,9 +135,7 @@ def main() -> None:
     run_measured("report", *program, "report", str(run))
     planned = json.loads((folder / "plan" / "plan.json").read_text())
     largest = max(
-        program["peak"]
-        for program in planned["programs"]
-        if "evaluation" not in program["program"]
+        program["peak"] for program in planned["programs"] if "evaluation" not in program["program"]
     )
     print(
         f"training: planned {largest / 1e9:.1f} GB, measured {peak:.1f} GB "
