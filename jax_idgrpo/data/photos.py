@@ -34,7 +34,6 @@ PICTURES = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA
 """Pillow's names of the formats that are read. For EPS, Pillow would run another program."""
 
 SMALLEST = 16  # pixels of the shorter side
-LARGE = 1024  # pixels of the shorter side; more do not help face recognition
 ROOM = 2 * 2**30  # bytes of host memory for the photos of a run
 
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -243,9 +242,9 @@ def _brightest(image: Image.Image) -> int:
 
 
 class PhotoCache:
-    """Cache of the photos of a run, so that each file is opened once.
+    """Cache of the canvases of a run's photos, so that each file is opened once per canvas size.
 
-    The cache holds at most `room` bytes. Photos that do not fit are read again whenever they are
+    The cache holds at most `room` bytes. Canvases that do not fit are made again whenever they are
     needed, so results never depend on the room. Files are identified by their paths and must not
     change during the run.
     """
@@ -253,19 +252,6 @@ class PhotoCache:
     def __init__(self, room: int = ROOM):
         self.room = room
         self._kept: dict[Hashable, np.ndarray] = {}
-        self._whole: set[Hashable] = set()
-
-    def photo(self, file: File) -> Image.Image:
-        """Return the photo as upright RGB, its shorter side at most `LARGE` pixels.
-
-        Raises:
-          UserError: as `load_reference`.
-        """
-        if file not in self._kept:
-            whole = self._read(file)
-            if file not in self._kept:
-                return _shrunk(whole)
-        return Image.fromarray(self._kept[file])
 
     def fitted(
         self, file: File, fit: Fit, height: int, width: int
@@ -285,40 +271,14 @@ class PhotoCache:
           UserError: as `load_reference`.
         """
         name = (file, fit, height, width)
-        if name not in self._kept:
-            whole = self.photo(file) if file in self._whole else self._read(file)
-            canvas = fit(whole, height, width)
-            self._keep(name, _levels(canvas))
-            return canvas
-        return _values(self._kept[name])
-
-    def _read(self, file: File) -> Image.Image:
-        """Read the full-size photo, and cache it at a size of at most `LARGE` if it fits."""
-        whole = load_reference(file)
-        width, height = _size(whole)
-        if file not in self._kept and 3 * width * height <= self.room:
-            self._keep(file, np.asarray(_shrunk(whole)))
-            if whole.size == (width, height):
-                self._whole.add(file)
-        return whole
-
-    def _keep(self, name: Hashable, made: np.ndarray) -> None:
-        """Cache an array if it fits."""
-        if made.nbytes <= self.room:
-            self.room -= made.nbytes
-            self._kept[name] = made
-
-
-def _size(image: Image.Image) -> tuple[int, int]:
-    """Return the width and height of a photo once its shorter side is at most `LARGE`."""
-    scale = min(LARGE / min(image.size), 1)
-    return round(image.width * scale), round(image.height * scale)
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    """Return the photo, scaled down if its shorter side exceeds `LARGE`."""
-    size = _size(image)
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+        if name in self._kept:
+            return _values(self._kept[name])
+        canvas = fit(load_reference(file), height, width)
+        levels = _levels(canvas)
+        if levels.nbytes <= self.room:
+            self.room -= levels.nbytes
+            self._kept[name] = levels
+        return canvas
 
 
 def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
