@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoints_convert.file_types import read_face_file
 from jax_idgrpo.errors import UserError
 
-FILE_LIMIT = 1 << 28  # bytes; the published network has 22 million
 LAYER_LIMIT = 10_000
 TEXT_LIMIT = 100  # characters of the name of a kind of layer
 TAG, LAYER, FIRST = 1, 2, 3  # versions: of a tag or skip, of a layer, of the layer at the input
@@ -70,15 +70,7 @@ def open_file(path: Path) -> Network:
     Raises:
       UserError: the file cannot be read, is damaged, or has layers that no face network here has.
     """
-    try:
-        size = path.stat().st_size
-        if size > FILE_LIMIT:
-            raise UserError(
-                f"{path}: has {size:,} bytes, more than any face network; give the published file"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    data = read_face_file(path)
     try:
         return _Reader(data).network()
     except _Damaged as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jax_idgrpo.errors import UserError
 
 START = 512  # bytes that are examined
+FACE_FILE_LIMIT = 1 << 28  # bytes; the largest published face network has 39 million
 READ = "get its safetensors or .pth file"
 FACE_FILES = (
     "face networks are read from deepface's .pth files and insightface's or CurricularFace's "
@@ -122,3 +123,20 @@ def refuse_others(path: Path) -> None:
     """Raise a UserError for a file that holds no readable weights."""
     if (what := complaint(path)) is not None:
         raise UserError(f"{path}: {what}")
+
+
+def read_face_file(path: Path) -> bytes:
+    """Read a whole file that should be a face network.
+
+    Raises:
+      UserError: the file cannot be read, or is larger than any face network.
+    """
+    try:
+        size = path.stat().st_size
+        if size > FACE_FILE_LIMIT:
+            raise UserError(
+                f"{path}: has {size:,} bytes, more than any face network; give the published file"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error

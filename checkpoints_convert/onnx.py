@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert.file_types import read_face_file
 from jax_idgrpo.errors import UserError
 
-FILE_LIMIT = 1 << 28  # bytes; the largest published face network has 39 million
 FIELD_LIMIT = 1_000_000  # fields in a file; the published files have some ten thousand
 AXES_LIMIT = 8
 # ONNX's numbers of the types that are read.
@@ -68,15 +68,7 @@ def open_file(path: Path) -> Graph:
       UserError: the file cannot be read, is damaged, or has types and operations that no face
       network here has.
     """
-    try:
-        size = path.stat().st_size
-        if size > FILE_LIMIT:
-            raise UserError(
-                f"{path}: has {size:,} bytes, more than any face network; give the published file"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    data = read_face_file(path)
     try:
         return _Reader(data).graph()
     except _Damaged as error:
