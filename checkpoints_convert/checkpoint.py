@@ -174,10 +174,10 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
     stored = rules.is_stored(tensors) and beside.is_file()
     if stored:
         values = store.read_json(beside)
-        if values.get("architecture") not in faces.CLASSES:
+        if values.get("architecture") not in faces.NETWORKS:
             return None
         with naming(beside):
-            config = faces.config_from_json(faces.CLASSES[values["architecture"]][1], values)
+            config = faces.config_from_json(faces.NETWORKS[values["architecture"]].config, values)
     else:
         known = faces.known(tensors)
         if known is None:

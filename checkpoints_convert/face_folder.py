@@ -14,19 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert import dlib_dat, faces, file_types, onnx, rules, store
+from checkpoints_convert import arcface, dlib_dat, faces, file_types, onnx, rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.dlib_resnet import MEAN, DlibResNetConfig
 from jax_idgrpo.models.faces.sface import EPSILON, TAIL_EPSILON, SFaceConfig
 from jax_idgrpo.models.faces.yunet import YuNetConfig
 
-THRESHOLDS = {"retinaface": 0.9, "yunet": 0.6}  # of a detector's score, as published
-DLIB_TEMPLATE = ((47.34, 44.33), (99.85, 44.33), (73.60, 76.83), (50.54, 101.78), (96.65, 101.78))
-SETTINGS = {  # similarity_low, similarity_high and missing of networks that differ from others
-    "sface": (0.25, 0.8, 0.3),
-    "dlib_resnet": (0.55, 0.85, 0.6),
-}
-OTHER_SETTINGS = (0.0, 0.9, 0.15)
 WEIGHTED = ("Conv", "BatchNormalization", "PRelu", "Gemm")  # operations with weights
 WITHOUT_EFFECT = ("Reshape", "Transpose", "Flatten", "Dropout", "Constant")
 GRAPHS = {  # how often an operation is in a published graph
@@ -215,25 +208,6 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
     return name, architecture, config, tensors
 
 
-def _settings(architecture: str, config: Any) -> dict[str, Any]:
-    """Return the fields of a published network's JSON other than its configuration."""
-    if architecture in faces.DETECTORS:
-        return {"max_faces": faces.FACES, "threshold": THRESHOLDS[architecture]}
-    template = [
-        [config.input_size / faces.TEMPLATE_SIZE * side for side in point]
-        for point in faces.ARCFACE_TEMPLATE
-    ]
-    if architecture == "dlib_resnet":
-        template = [list(point) for point in DLIB_TEMPLATE]
-    low, high, missing = SETTINGS.get(architecture, OTHER_SETTINGS)
-    return {
-        "template": template,
-        "similarity_low": low,
-        "similarity_high": high,
-        "missing": missing,
-    }
-
-
 def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
     """Read a downloaded file.
 
@@ -241,10 +215,10 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
       (name for messages, content of the JSON file, checked tensors).
     """
     name, architecture, config, tensors = _open(path)
-    unit = tensors.pop(faces.UNIT_SCALE, None)
+    unit = tensors.pop(arcface.UNIT_SCALE, None)
     if unit is not None and not np.all(np.asarray(unit) == 1.0):
         raise UserError(
-            f"{path}: {faces.UNIT_SCALE} is not all ones as in the published networks; give the "
+            f"{path}: {arcface.UNIT_SCALE} is not all ones as in the published networks; give the "
             "published file"
         )
     parameters = faces.abstract(architecture, config)
@@ -256,7 +230,7 @@ def _published(path: Path) -> tuple[str, dict[str, Any], dict[str, np.ndarray]]:
         "config": dataclasses.asdict(config),
         "source": path.name,
     }
-    values |= _settings(architecture, config)
+    values |= faces.NETWORKS[architecture].settings(config)
     return name, values, {key: np.asarray(tensor, np.float32) for key, tensor in matched.items()}
 
 
@@ -292,7 +266,7 @@ def write_folder(
         new.mkdir()
         for part, path in parts.items():
             names[part], values, tensors = _published(path)
-            if (values["architecture"] in faces.DETECTORS) != (part == "detector"):
+            if faces.NETWORKS[values["architecture"]].is_detector != (part == "detector"):
                 kind = "a detector" if part == "detector" else "an embedder"
                 raise UserError(f"--{part} {path}: holds {names[part]}; give {kind}")
             if not all(np.isfinite(tensor).all() for tensor in tensors.values()):

@@ -1,8 +1,6 @@
 """Define the tables of names of the face networks.
 
-The IR residual family has three sets of names (`arcface`): those of deepface's
-`arcface_weights.pth`, which our small embedder also uses, of insightface and of CurricularFace. The
-configuration selects one, since no two of them build the same network. RetinaFace and Facenet name
+The IR residual family has its own module (`arcface`). RetinaFace and Facenet name
 their modules as the published files do, so only the leaves are renamed (`torch_names`). YuNet and
 SFace have the names of the graphs in their ONNX files, dlib's ResNet the names of `dlib_dat`.
 Bundled networks keep our names (`plain`). The counters `num_batches_tracked` of a PyTorch file have
@@ -15,29 +13,22 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from checkpoints_convert import arcface
 from checkpoints_convert.rules import (
     CONV2D,
     GAMMA2D,
     POINTWISE2D,
     TRANSPOSE,
     VECTOR,
+    FlattenedDense,
     Op,
     Rule,
     leaves,
 )
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.faces.arcface import (
-    ARCFACE_R34,
-    IR_101,
-    IRESNET_34,
-    IRESNET_50,
-    IRESNET_100,
-    ArcFace,
-    ArcFaceConfig,
-)
+from jax_idgrpo.models.faces.arcface import ArcFace, ArcFaceConfig
 from jax_idgrpo.models.faces.dlib_resnet import DlibResNet, DlibResNetConfig
 from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
@@ -58,127 +49,9 @@ ARCFACE_TEMPLATE = (
     (41.5493, 92.3655),
     (70.7299, 92.2041),
 )
-TEMPLATE_SIZE = 112  # pixels of the template's crop
+DLIB_TEMPLATE = ((47.34, 44.33), (99.85, 44.33), (73.60, 76.83), (50.54, 101.78), (96.65, 101.78))
 FACES = 8  # largest number of faces per frame
-COUNTER, UNIT_SCALE = "num_batches_tracked", "features.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class FlattenedDense(Op):
-    """Convert a Linear [E, C h w] after a channels-first flatten to a kernel [h w C, E].
-
-    The kernel follows a channels-last flatten.
-    """
-
-    channels: int = 0
-
-    def apply(self, tensor: np.ndarray) -> np.ndarray:
-        size, inputs = tensor.shape
-        return (
-            tensor.reshape(size, self.channels, inputs // self.channels)
-            .transpose(2, 1, 0)
-            .reshape(inputs, size)
-        )
-
-    def invert(self, array: np.ndarray) -> np.ndarray:
-        inputs, size = array.shape
-        return (
-            array.reshape(inputs // self.channels, self.channels, size)
-            .transpose(2, 1, 0)
-            .reshape(size, inputs)
-        )
-
-
-def _batch_norm(torch: str, jax: str, norm: str = "affine") -> list[Rule]:
-    pairs = (
-        ("weight", "scale"),
-        ("bias", "bias"),
-        ("running_mean", "mean"),
-        ("running_var", "var"),
-    )
-    return [
-        Rule(f"{torch}.{theirs}", f"{jax}.{ours}", VECTOR)
-        for theirs, ours in pairs[{"affine": 0, "bias": 1, "plain": 2}[norm] :]
-    ]
-
-
-def _conv(torch: str, jax: str) -> Rule:
-    return Rule(f"{torch}.weight", f"{jax}.kernel", CONV2D)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Names:
-    """Names of the parts of an ArcFace network in one family of files."""
-
-    stem: tuple[str, str, str]  # convolution, norm, PReLU
-    unit: str  # with {stage} from 1, {k} within the stage, {n} over all stages
-    parts: tuple[str, ...]  # of a unit: norm, convolution, norm, PReLU, convolution, norm
-    shortcut: tuple[str, str]  # of a unit: convolution, norm
-    tail: tuple[str, str, str]  # norm, dense, norm of the embedding
-
-
-_DEEPFACE = _Names(
-    ("backbone.conv1_conv", "backbone.conv1_bn", "backbone.conv1_prelu"),
-    "backbone.conv{stage1}.{k}",
-    ("bn_1", "conv_1", "bn_2", "prelu_1", "conv_2", "bn_3"),
-    ("conv_0", "bn_0"),
-    ("bn", "dense", "embedding"),
-)
-_INSIGHTFACE = _Names(
-    ("conv1", "bn1", "prelu"),
-    "layer{stage}.{k}",
-    ("bn1", "conv1", "bn2", "prelu", "conv2", "bn3"),
-    ("downsample.0", "downsample.1"),
-    ("bn2", "fc", "features"),
-)
-_CURRICULARFACE = _Names(
-    ("input_layer.0", "input_layer.1", "input_layer.2"),
-    "body.{n}",
-    tuple(f"res_layer.{k}" for k in range(6)),
-    ("shortcut_layer.0", "shortcut_layer.1"),
-    ("output_layer.0", "output_layer.3", "output_layer.4"),
-)
-_BY_NORM = {"affine": _DEEPFACE, "bias": _INSIGHTFACE, "plain": _CURRICULARFACE}
-
-
-def arcface(config: ArcFaceConfig) -> list[Rule]:
-    """List the rules of an ArcFace network; its last norm selects the family of names."""
-    names = _BY_NORM[config.embedding_norm]
-    rules = [_conv(names.stem[0], "conv"), *_batch_norm(names.stem[1], "norm")]
-    rules += [Rule(f"{names.stem[2]}.weight", "prelu.slope", VECTOR)]
-    number = 0
-    for stage, units in enumerate(config.units):
-        for k in range(units):
-            torch = names.unit.format(stage=stage + 1, stage1=stage + 2, k=k, n=number)
-            jax = f"stages.{stage}.{k}"
-            number += 1
-            if k == 0 and (stage or config.first_shortcut == "conv"):
-                conv, norm = (f"{torch}.{part}" for part in names.shortcut)
-                rules += [
-                    _conv(conv, f"{jax}.shortcut.conv"),
-                    *_batch_norm(norm, f"{jax}.shortcut.norm"),
-                ]
-            norm1, conv1, norm2, prelu, conv2, norm3 = (f"{torch}.{part}" for part in names.parts)
-            rules += [
-                _conv(conv1, f"{jax}.conv1"),
-                _conv(conv2, f"{jax}.conv2"),
-                Rule(f"{prelu}.weight", f"{jax}.prelu.slope", VECTOR),
-            ]
-            for part, norm in ((1, norm1), (2, norm2), (3, norm3)):
-                rules += _batch_norm(norm, f"{jax}.norm{part}")
-    norm, dense, embedding = names.tail
-    flattened = FlattenedDense(
-        TRANSPOSE.permutation, TRANSPOSE.groups, TRANSPOSE.sizes, channels=config.widths[-1]
-    )
-    rules += [
-        Rule(f"{dense}.weight", "dense.kernel", flattened),
-        Rule(f"{dense}.bias", "dense.bias", VECTOR),
-    ]
-    return [
-        *rules,
-        *_batch_norm(norm, "tail_norm"),
-        *_batch_norm(embedding, "embedding_norm", config.embedding_norm),
-    ]
+COUNTER = "num_batches_tracked"
 
 
 def torch_names(state: Any) -> list[Rule]:
@@ -299,55 +172,138 @@ def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
 
-# ---- identification of a file --------------------------------------------------------------------
+# ---- the networks ---------------------------------------------------------------------------------
 
-_EMBEDDERS: dict[str, tuple[str, ArcFaceConfig]] = {
-    "ArcFace-R34 of deepface": ("backbone.conv1_conv.weight", ARCFACE_R34),
-    "IResNet-34": ("layer1.0.bn1.weight", IRESNET_34),
-    "IResNet-50": ("layer1.0.bn1.weight", IRESNET_50),
-    "IResNet-100": ("layer1.0.bn1.weight", IRESNET_100),
-    "IR-101 of CurricularFace": ("input_layer.0.weight", IR_101),
+Points = tuple[tuple[float, float], ...]
+Tensors = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FaceNetwork:
+    """One architecture: its classes, its published files, and what a reward needs to know of it.
+
+    Attributes:
+      network: module class; `network(config, rngs=rngs)` builds it.
+      config: frozen dataclass of its configuration, with the published values as defaults.
+      names: names of its published networks, for messages.
+      signs: tensors that all its published files hold.
+      file_name: name of the published file of a configuration.
+      rules: lists its table of names; None if its modules are named as in the PyTorch file.
+      threshold: minimum score of a detector, as published; None for an embedder.
+      template: x, y of the landmarks in an embedder's crop with a side of `template_size` pixels.
+      template_size: see `template`.
+      cosines: similarity_low, similarity_high and missing of an embedder.
+    """
+
+    network: Any
+    config: Any
+    names: tuple[str, ...]
+    signs: tuple[str, ...]
+    file_name: Callable[[Any], str]
+    rules: Callable[[Any], list[Rule]] | None = None
+    threshold: float | None = None
+    template: Points = ARCFACE_TEMPLATE
+    template_size: int = 112
+    cosines: tuple[float, float, float] = (0.0, 0.9, 0.15)
+
+    @property
+    def is_detector(self) -> bool:
+        """Whether the network detects faces; otherwise it embeds them."""
+        return self.threshold is not None
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """Return the fields of the network's JSON file beside architecture and configuration."""
+        if self.is_detector:
+            return {"max_faces": FACES, "threshold": self.threshold}
+        scale = config.input_size / self.template_size
+        low, high, missing = self.cosines
+        return {
+            "template": [[scale * x, scale * y] for x, y in self.template],
+            "similarity_low": low,
+            "similarity_high": high,
+            "missing": missing,
+        }
+
+
+# To add a network, add its rules above and one entry here.
+NETWORKS: dict[str, FaceNetwork] = {
+    "retinaface": FaceNetwork(
+        RetinaFace,
+        RetinaFaceConfig,
+        ("RetinaFace-R50",),
+        ("face_rpn_stride32.cls_score.weight",),
+        lambda config: "retinaface.pth",
+        threshold=0.9,
+    ),
+    "yunet": FaceNetwork(
+        YuNet,
+        YuNetConfig,
+        ("YuNet",),
+        ("neck.lateral_convs.0.conv1.weight", "420"),
+        lambda config: "yunet.safetensors",
+        yunet,
+        threshold=0.6,
+    ),
+    "facenet": FaceNetwork(
+        Facenet,
+        FacenetConfig,
+        ("Facenet",),
+        ("block35.0.up.weight", "bottleneck.weight"),
+        lambda config: f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth",
+    ),
+    "sface": FaceNetwork(
+        SFace,
+        SFaceConfig,
+        ("SFace",),
+        ("pre_fc1_weight", "conv_2_dw_conv2d_weight"),
+        lambda config: "sface.safetensors",
+        sface,
+        cosines=(0.25, 0.8, 0.3),
+    ),
+    "dlib_resnet": FaceNetwork(
+        DlibResNet,
+        DlibResNetConfig,
+        ("ResNet of dlib",),
+        ("fc.0.weights", "con.0.filters"),
+        lambda config: "dlib_resnet.safetensors",
+        dlib_resnet,
+        template=DLIB_TEMPLATE,
+        template_size=150,
+        cosines=(0.55, 0.85, 0.6),
+    ),
+    "arcface": FaceNetwork(
+        ArcFace,
+        ArcFaceConfig,
+        tuple(arcface.NETWORKS),
+        (),  # `arcface.nearest` decides
+        lambda config: arcface.FILES[config.embedding_norm],
+        arcface.names,
+    ),
 }
 
 
-def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+def known(tensors: Tensors) -> tuple[str, str, Any] | None:
     """Identify the network of a file of face weights.
 
     Returns:
       (name for messages, architecture, configuration); None for any other file.
     """
     tensors = without_counters(tensors)
-    if "face_rpn_stride32.cls_score.weight" in tensors:
-        return "RetinaFace-R50", "retinaface", RetinaFaceConfig()
-    if "block35.0.up.weight" in tensors and "bottleneck.weight" in tensors:
-        size = tensors["bottleneck.weight"].shape[0]
-        return f"Facenet, {size} numbers", "facenet", FacenetConfig(embedding_size=size)
-    if "neck.lateral_convs.0.conv1.weight" in tensors and "420" in tensors:
-        return "YuNet", "yunet", YuNetConfig()
-    if "pre_fc1_weight" in tensors and "conv_2_dw_conv2d_weight" in tensors:
-        return "SFace", "sface", SFaceConfig()
-    if "fc.0.weights" in tensors and "con.0.filters" in tensors:
-        return "ResNet of dlib", "dlib_resnet", DlibResNetConfig()
-    there = set(tensors) - {UNIT_SCALE}
-    names = {
-        name: {rule.torch for rule in arcface(config)}
-        for name, (example, config) in _EMBEDDERS.items()
-        if example in there
-    }
-    if not names:
-        return None
-    # `rules.match` then reports missing and unexpected tensors.
-    nearest = min(names, key=lambda name: len(names[name] ^ there))
-    return nearest, "arcface", _EMBEDDERS[nearest][1]
+    for architecture, entry in NETWORKS.items():
+        if entry.signs and all(name in tensors for name in entry.signs):
+            if architecture == "facenet":  # Facenet and Facenet512 differ in one size
+                size = tensors["bottleneck.weight"].shape[0]
+                return f"Facenet, {size} numbers", architecture, FacenetConfig(embedding_size=size)
+            return entry.names[0], architecture, entry.config()
+    nearest = arcface.nearest(tensors)
+    return nearest and (nearest[0], "arcface", nearest[1])
 
 
-def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
+def recognise(tensors: Tensors, source: str) -> tuple[str, str, Any]:
     """Do the same as `known`, but raise a UserError that lists the networks for any other file."""
     if (identified := known(tensors)) is not None:
         return identified
-    networks = ", ".join(
-        ["RetinaFace-R50", "YuNet", "Facenet", "SFace", "ResNet of dlib", *_EMBEDDERS]
-    )
+    networks = ", ".join(name for entry in NETWORKS.values() for name in entry.names)
     raise UserError(
         f"{source}: holds none of the face networks that can be read ({networks}); give the file "
         "that the library downloads"
@@ -358,50 +314,14 @@ def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     """List the rules of a face network.
 
     Args:
-      architecture: name of the architecture.
+      architecture: name of the architecture; names that are not in `NETWORKS` are bundled networks.
       config: configuration of the network.
       state: abstract parameters of the network.
     """
-    named: dict[str, Callable[[Any], list[Rule]]] = {
-        "arcface": arcface,
-        "yunet": yunet,
-        "sface": sface,
-        "dlib_resnet": dlib_resnet,
-    }
-    if architecture in named:
-        return named[architecture](config)
-    return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
-
-
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "retinaface": (RetinaFace, RetinaFaceConfig),
-    "arcface": (ArcFace, ArcFaceConfig),
-    "facenet": (Facenet, FacenetConfig),
-    "yunet": (YuNet, YuNetConfig),
-    "sface": (SFace, SFaceConfig),
-    "dlib_resnet": (DlibResNet, DlibResNetConfig),
-}
-DETECTORS = ("retinaface", "yunet")
-
-
-def file_name(architecture: str, config: Any) -> str:
-    """Return the name of a face network's published file.
-
-    YuNet, SFace and dlib's ResNet are written as safetensors with the names of their tensors.
-    """
-    if architecture in ("yunet", "sface", "dlib_resnet"):
-        return f"{architecture}.safetensors"
-    if architecture == "arcface":
-        return {
-            "affine": "arcface_weights.pth",
-            "bias": "backbone.pth",
-            "plain": "CurricularFace_Backbone.pth",
-        }[config.embedding_norm]
-    return (
-        "retinaface.pth"
-        if architecture == "retinaface"
-        else f"facenet{'512' if config.embedding_size == 512 else ''}_weights.pth"
-    )
+    if architecture not in NETWORKS:
+        return plain(state)
+    named = NETWORKS[architecture].rules
+    return torch_names(state) if named is None else named(config)
 
 
 def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> Any:
@@ -421,7 +341,9 @@ def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> A
 @functools.lru_cache(maxsize=8)
 def abstract(architecture: str, config: Any) -> nnx.State:
     """Return the abstract parameters of a face network. The result is shared: do not change it."""
-    return nnx.state(nnx.eval_shape(lambda: CLASSES[architecture][0](config, rngs=nnx.Rngs(0))))
+    return nnx.state(
+        nnx.eval_shape(lambda: NETWORKS[architecture].network(config, rngs=nnx.Rngs(0)))
+    )
 
 
 def with_unused_tensors(
@@ -441,7 +363,7 @@ def with_unused_tensors(
     beside = {
         name: tensor
         for name, tensor in tensors.items()
-        if name == UNIT_SCALE or name.endswith(COUNTER)
+        if name == arcface.UNIT_SCALE or name.endswith(COUNTER)
     }
     shapes = {
         name: jax.ShapeDtypeStruct(tuple(tensor.shape), tensor.dtype)

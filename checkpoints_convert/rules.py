@@ -102,6 +102,32 @@ class Op:
         return tuple(int(size) for size in sizes if size is not None)
 
 
+@dataclasses.dataclass(frozen=True)
+class FlattenedDense(Op):
+    """Convert a Linear [E, C h w] after a channels-first flatten to a kernel [h w C, E].
+
+    The kernel follows a channels-last flatten.
+    """
+
+    channels: int = 0
+
+    def apply(self, tensor: np.ndarray) -> np.ndarray:
+        size, inputs = tensor.shape
+        return (
+            tensor.reshape(size, self.channels, inputs // self.channels)
+            .transpose(2, 1, 0)
+            .reshape(inputs, size)
+        )
+
+    def invert(self, array: np.ndarray) -> np.ndarray:
+        inputs, size = array.shape
+        return (
+            array.reshape(inputs // self.channels, self.channels, size)
+            .transpose(2, 1, 0)
+            .reshape(size, inputs)
+        )
+
+
 VECTOR = Op((0,), (1,), (None,))  # biases, norm weights
 MATRIX = Op((0, 1), (1, 1), (None, None))  # embeddings: as they are
 TRANSPOSE = Op((1, 0), (1, 1), (None, None))  # Linear [out, in] -> [in, out]

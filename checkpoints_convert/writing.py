@@ -167,7 +167,7 @@ def write_original(
             files.append(
                 Files(
                     "",
-                    faces.file_name(network.values["architecture"], network.config),
+                    faces.NETWORKS[network.values["architecture"]].file_name(network.config),
                     published(network),
                 )
             )

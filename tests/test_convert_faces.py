@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from checkpoints_convert import checkpoint, faces, identify, network, rules, store
+from checkpoints_convert import arcface, checkpoint, faces, identify, network, rules, store
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, IR_101, IRESNET_34, IRESNET_50
 from jax_idgrpo.models.faces.facenet import FacenetConfig
@@ -37,7 +37,7 @@ def published(architecture: str, config, seed: int = 0) -> dict[str, np.ndarray]
                 rng.integers(1, 10**6), np.int64
             )
     if architecture == "arcface" and config.embedding_norm == "bias":
-        tensors[faces.UNIT_SCALE] = np.ones(config.embedding_size, np.float32)
+        tensors[arcface.UNIT_SCALE] = np.ones(config.embedding_size, np.float32)
     return tensors
 
 
@@ -131,8 +131,8 @@ def test_depths_of_one_family_are_told_apart():
     for config in (IRESNET_34, IRESNET_50):
         assert (
             faces.known(
-                {rule.torch: np.empty(1) for rule in faces.arcface(config)}
-                | {faces.UNIT_SCALE: np.ones(1)}
+                {rule.torch: np.empty(1) for rule in arcface.names(config)}
+                | {arcface.UNIT_SCALE: np.ones(1)}
             )[2]
             == config
         )

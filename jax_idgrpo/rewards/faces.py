@@ -15,7 +15,7 @@ Source of the template and procedure: insightface `face_align.py`; Umeyama, TPAM
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,10 @@ from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
 from jax_idgrpo.config import RewardConfig, photographs_folder
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.faces.arcface import ArcFace
-from jax_idgrpo.models.faces.bundled_detector import Detector, DetectorConfig
+from jax_idgrpo.models.faces.bundled_detector import Detections, Detector, DetectorConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
-from jax_idgrpo.models.faces.dlib_resnet import DlibResNet
-from jax_idgrpo.models.faces.facenet import Facenet
-from jax_idgrpo.models.faces.retinaface import RetinaFace
-from jax_idgrpo.models.faces.sface import SFace
-from jax_idgrpo.models.faces.yunet import YuNet
 
-Points = tuple[tuple[float, float], ...]
-Embedder = ArcFace | Facenet | Judge | SFace | DlibResNet
-
+Points = tables.Points
 ARCFACE_TEMPLATE: Points = tables.ARCFACE_TEMPLATE
 
 
@@ -58,6 +50,30 @@ class Faces:
     scores: Float[Array, "B T K"]
     mask: Bool[Array, "B T K"]
     embeddings: Float[Array, "B T K E"]
+
+
+class HasInputSize(Protocol):
+    """Configuration of an embedder: `input_size` is the side of its crops in pixels."""
+
+    input_size: int
+
+
+@runtime_checkable
+class FaceDetector(Protocol):
+    """A network that finds faces in pictures [B, H, W, 3] with values in [-1, 1]."""
+
+    def find(
+        self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float
+    ) -> Detections: ...
+
+
+@runtime_checkable
+class FaceEmbedder(Protocol):
+    """A network that embeds aligned crops [N, S, S, 3] with values in [-1, 1], as [N, E]."""
+
+    config: HasInputSize
+
+    def __call__(self, crops: Float[Array, "N S S 3"]) -> Float[Array, "N E"]: ...
 
 
 def similarity(
@@ -134,8 +150,8 @@ class FaceStack(nnx.Module):
 
     def __init__(
         self,
-        detector: Detector | RetinaFace | YuNet,
-        embedder: Embedder,
+        detector: FaceDetector,
+        embedder: FaceEmbedder,
         template: Points,
         max_faces: int,
         threshold: float,
@@ -189,7 +205,7 @@ class FaceStack(nnx.Module):
 _KINDS: dict[str, tuple[Any, Any]] = {
     "detector": (Detector, DetectorConfig),
     "judge": (Judge, JudgeConfig),
-    **tables.CLASSES,
+    **{name: (entry.network, entry.config) for name, entry in tables.NETWORKS.items()},
 }
 
 
@@ -273,7 +289,7 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
     )
 
 
-def load_embedder(folder: Path, name: str) -> tuple[Embedder, Points]:
+def load_embedder(folder: Path, name: str) -> tuple[FaceEmbedder, Points]:
     """Load an embedder of a folder, and the positions of the landmarks in its crops.
 
     Raises:

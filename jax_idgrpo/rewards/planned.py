@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES, TEMPLATE_SIZE
+from checkpoints_convert.faces import NETWORKS
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, ArcFace
@@ -29,7 +29,6 @@ from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
 WORDS = 1024  # text tokens of a planned question, beside its photos and frames
-THRESHOLD = 0.9  # minimum score of RetinaFace, as published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +103,10 @@ def _published_faces(name: str) -> FaceStack:
             if name == "embedder"
             else Facenet(FacenetConfig(), rngs=rngs)
         )
-        scale = embedder.config.input_size / TEMPLATE_SIZE
-        template = tuple((scale * x, scale * y) for x, y in ARCFACE_TEMPLATE)
-        return FaceStack(
-            RetinaFace(RetinaFaceConfig(), rngs=rngs), embedder, template, FACES, THRESHOLD
-        )
+        places = NETWORKS["arcface"].settings(embedder.config)["template"]
+        detector = RetinaFace(RetinaFaceConfig(), rngs=rngs)
+        settings = NETWORKS["retinaface"].settings(detector.config)
+        return FaceStack(detector, embedder, tuple((x, y) for x, y in places), **settings)
 
     return nnx.eval_shape(make)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from checkpoints_convert import arcface as arcface_names
 from checkpoints_convert import faces, rules
 from jax_idgrpo.models.faces import arcface
 
@@ -32,7 +33,9 @@ def load(tensors):
     graph, state = abstract(arcface.ARCFACE_R34)
     return nnx.merge(
         graph,
-        rules.to_jax(faces.arcface(arcface.ARCFACE_R34), faces.without_counters(tensors), state),
+        rules.to_jax(
+            arcface_names.names(arcface.ARCFACE_R34), faces.without_counters(tensors), state
+        ),
     )
 
 
@@ -83,7 +86,7 @@ def test_equals_deepface_and_the_reference_arrays(deepface_model):
     ours = nnx.jit(lambda m, x: m(x))(network, jnp.asarray(images[..., ::-1] * 2 - 1))
     assert relative(ours, theirs) < 1e-4
     assert relative(ours, golden["embeddings"]) < 1e-4
-    back = rules.to_torch(faces.arcface(arcface.ARCFACE_R34), nnx.state(network))
+    back = rules.to_torch(arcface_names.names(arcface.ARCFACE_R34), nnx.state(network))
     assert back.keys() == state.keys()
     assert all(np.array_equal(back[name], state[name]) for name in state)
 

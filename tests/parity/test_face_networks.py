@@ -15,6 +15,7 @@ from scipy.ndimage import map_coordinates
 from skimage import data
 from torch import nn
 
+from checkpoints_convert import arcface as arcface_names
 from checkpoints_convert import faces, rules, store
 from checkpoints_convert.__main__ import run
 from jax_idgrpo.errors import UserError
@@ -306,7 +307,7 @@ def test_the_residual_family_equals_its_originals(published, original):
         model.features.weight.data.fill_(1.0)
         del state["features.weight"]
     graph, abstract = nnx.split(nnx.eval_shape(lambda: arcface.ArcFace(config, rngs=nnx.Rngs(0))))
-    network = nnx.merge(graph, rules.to_jax(faces.arcface(config), state, abstract))
+    network = nnx.merge(graph, rules.to_jax(arcface_names.names(config), state, abstract))
     crops = np.random.default_rng(0).uniform(-1, 1, (3, 28, 28, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = model(channels_first(crops)).numpy()

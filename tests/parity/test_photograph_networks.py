@@ -183,7 +183,7 @@ def test_integers_in_blocks_become_what_onnx_runtime_makes_of_them():
 
 @pytest.mark.parametrize("architecture", ["yunet", "sface", "dlib_resnet"])
 def test_tables_are_inverses(architecture):
-    config = faces.CLASSES[architecture][1]()
+    config = faces.NETWORKS[architecture].config()
     tensors, abstract = (
         face_files.random_tensors(architecture, config),
         faces.abstract(architecture, config),
