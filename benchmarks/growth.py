@@ -44,7 +44,7 @@ from jax_idgrpo.planning import hardware, plan, programs
 from jax_idgrpo.sampling import rollout
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 PLANNED: dict[str, Any] = dict(
     num_layers=4, num_heads=4, head_dim=128, ffn_dim=2048, text_dim=512, rank=32, alpha=32.0

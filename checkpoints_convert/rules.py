@@ -342,11 +342,11 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
         used.update(present)
         if not present:
             missing.append(slot.torch)
-        for name in present:
-            if tuple(tensors[name].shape) != slot.torch_shape:
-                shapes.append(
-                    f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}"
-                )
+        shapes.extend(
+            f"{name} {list(tensors[name].shape)} instead of {list(slot.torch_shape)}"
+            for name in present
+            if tuple(tensors[name].shape) != slot.torch_shape
+        )
         if present:
             matched[slot.torch] = tensors[present[0]]
     problems = [

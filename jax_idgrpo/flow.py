@@ -101,8 +101,8 @@ def timesteps(num_steps: int, shift: float) -> np.ndarray:
 
 
 def row_mean(
-    values: Float[ArrayLike, "B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
-) -> Float[ArrayLike, "B"]:
+    values: Float[ArrayLike, " B *shape"], mask: Bool[ArrayLike, "B T"] | None = None
+) -> Float[ArrayLike, " B"]:
     """Average each row over all its elements, or over the frames that `mask` [B,T] marks."""
     axes = tuple(range(1, values.ndim))
     if mask is None:
@@ -262,7 +262,7 @@ SAMPLERS: dict[str, Callable[..., Transition]] = {
 
 
 def _along(
-    value: Float[ArrayLike, "..."], x: Float[ArrayLike, "B *shape"]
+    value: Float[ArrayLike, "..."], x: Float[ArrayLike, " B *shape"]
 ) -> Float[ArrayLike, "..."]:
     """Reshape a scalar or a value per row [B] to broadcast against x [B,...].
 
@@ -283,18 +283,18 @@ class Step:
       std: standard deviation of the step's Gaussian; [] or the shape of the transition.
     """
 
-    x_next: Float[ArrayLike, "B *shape"]
-    log_prob: Float[ArrayLike, "B"]
-    mean: Float[ArrayLike, "B *shape"]
+    x_next: Float[ArrayLike, " B *shape"]
+    log_prob: Float[ArrayLike, " B"]
+    mean: Float[ArrayLike, " B *shape"]
     std: Float[ArrayLike, "..."]
 
 
 def step(
     transition: Transition,
-    x: Float[ArrayLike, "B *shape"],
-    v: Float[ArrayLike, "B *shape"],
-    noise: Float[ArrayLike, "B *shape"] | None = None,
-    x_next: Float[ArrayLike, "B *shape"] | None = None,
+    x: Float[ArrayLike, " B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    noise: Float[ArrayLike, " B *shape"] | None = None,
+    x_next: Float[ArrayLike, " B *shape"] | None = None,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
     """Take one step of any sampler, drawn from `noise` or scored at a given `x_next`.
@@ -334,13 +334,13 @@ def step(
 
 
 def sde_step(
-    x: Float[ArrayLike, "B *shape"],
-    v: Float[ArrayLike, "B *shape"],
+    x: Float[ArrayLike, " B *shape"],
+    v: Float[ArrayLike, " B *shape"],
     sigma: Sigma,
     sigma_next: Sigma,
     sigma_max: Sigma,
-    noise: Float[ArrayLike, "B *shape"] | None = None,
-    x_next: Float[ArrayLike, "B *shape"] | None = None,
+    noise: Float[ArrayLike, " B *shape"] | None = None,
+    x_next: Float[ArrayLike, " B *shape"] | None = None,
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Step:
     """Take one step of the Identity SDE, drawn from `noise` or scored at a given `x_next`.
@@ -380,16 +380,16 @@ class Change:
         -mean((mean - mean_old)^2) / (2 std^2).
     """
 
-    log_ratio: Float[ArrayLike, "B"]
-    guarded: Float[ArrayLike, "B"]
+    log_ratio: Float[ArrayLike, " B"]
+    guarded: Float[ArrayLike, " B"]
 
 
 def change(
     transition: Transition,
-    x: Float[ArrayLike, "B *shape"],
-    v: Float[ArrayLike, "B *shape"],
-    v_old: Float[ArrayLike, "B *shape"],
-    x_next: Float[ArrayLike, "B *shape"],
+    x: Float[ArrayLike, " B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    v_old: Float[ArrayLike, " B *shape"],
+    x_next: Float[ArrayLike, " B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
 ) -> Change:
     """Compare two velocities at a step from x to x_next by the difference d = b (v - v_old).
@@ -424,10 +424,10 @@ def change(
 
 def divergence(
     transition: Transition,
-    v: Float[ArrayLike, "B *shape"],
-    v_other: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    v_other: Float[ArrayLike, " B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Return the KL divergence of two steps from one x, per row.
 
     For Gaussians of one std, it is exactly the mean of (mean - mean_other)^2 / (2 std^2). Where the
@@ -450,11 +450,11 @@ def divergence(
 
 
 def ode_step(
-    x: Float[ArrayLike, "B *shape"],
-    v: Float[ArrayLike, "B *shape"],
+    x: Float[ArrayLike, " B *shape"],
+    v: Float[ArrayLike, " B *shape"],
     sigma: Sigma,
     sigma_next: Sigma,
-) -> Float[ArrayLike, "B *shape"]:
+) -> Float[ArrayLike, " B *shape"]:
     """Take the deterministic Euler step x + v (sigma_next - sigma).
 
     The step to sigma_next = 0 gives the prediction of x0.
@@ -484,7 +484,7 @@ class Solver:
     predictor: Float[ArrayLike, "*steps 3"]
 
 
-def euler(sigma: Float[ArrayLike, "levels"]) -> Solver:
+def euler(sigma: Float[ArrayLike, " levels"]) -> Solver:
     """Return Euler's method, x + v (sigma_next - sigma): first order, one evaluation per step."""
     sigma = np.asarray(sigma, np.float64)
     slope = np.diff(sigma) / sigma[:-1]
@@ -494,7 +494,7 @@ def euler(sigma: Float[ArrayLike, "levels"]) -> Solver:
     return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
 
 
-def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
+def unipc(sigma: Float[ArrayLike, " levels"]) -> Solver:
     """Return UniPC of order 2 with B(h) = e^h - 1 on predictions of x0.
 
     The first and the last step are of first order. With l = log((1 - sigma) / sigma),
@@ -535,7 +535,7 @@ def unipc(sigma: Float[ArrayLike, "levels"]) -> Solver:
     return Solver(corrector=corrector.astype(np.float32), predictor=predictor.astype(np.float32))
 
 
-SOLVERS: dict[str, Callable[[Float[ArrayLike, "levels"]], Solver]] = {
+SOLVERS: dict[str, Callable[[Float[ArrayLike, " levels"]], Solver]] = {
     "euler": euler,
     "unipc": unipc,
 }
@@ -553,20 +553,20 @@ class SolverState:
       newer: prediction of x0 one step ago.
     """
 
-    x: Float[ArrayLike, "B *shape"]
-    corrected: Float[ArrayLike, "B *shape"]
-    older: Float[ArrayLike, "B *shape"]
-    newer: Float[ArrayLike, "B *shape"]
+    x: Float[ArrayLike, " B *shape"]
+    corrected: Float[ArrayLike, " B *shape"]
+    older: Float[ArrayLike, " B *shape"]
+    newer: Float[ArrayLike, " B *shape"]
 
     @classmethod
-    def start(cls, x: Float[ArrayLike, "B *shape"]) -> "SolverState":
+    def start(cls, x: Float[ArrayLike, " B *shape"]) -> "SolverState":
         """Return the state before the first step."""
         zero = jnp.zeros_like(x)
         return cls(x=x, corrected=zero, older=zero, newer=zero)
 
 
 def solver_step(
-    solver: Solver, state: SolverState, v: Float[ArrayLike, "B *shape"], sigma: Sigma
+    solver: Solver, state: SolverState, v: Float[ArrayLike, " B *shape"], sigma: Sigma
 ) -> SolverState:
     """Take one step of the ODE.
 
@@ -579,8 +579,8 @@ def solver_step(
     m = state.x - sigma * v.astype(jnp.float32)
 
     def combine(
-        weights: Float[ArrayLike, "terms"], *terms: Float[ArrayLike, "B *shape"]
-    ) -> Float[ArrayLike, "B *shape"]:
+        weights: Float[ArrayLike, " terms"], *terms: Float[ArrayLike, " B *shape"]
+    ) -> Float[ArrayLike, " B *shape"]:
         return sum(weights[n] * term for n, term in enumerate(terms))
 
     corrected = combine(solver.corrector, state.x, state.corrected, state.older, state.newer, m)

@@ -37,13 +37,13 @@ from jax_idgrpo.flow import row_mean
 
 
 def advantages(
-    rewards: Float[ArrayLike, "B"],
-    groups: Int[ArrayLike, "B"],
+    rewards: Float[ArrayLike, " B"],
+    groups: Int[ArrayLike, " B"],
     *,
     eps: float = 1e-4,
     clip: float = 5.0,
     global_std: bool = False,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Compare each reward with its group: (r - mean) / (std + eps), clipped to [-clip, clip].
 
     The standard deviation is the population one (ddof 0). One member of the group is subtracted
@@ -115,13 +115,13 @@ class Surrogate:
       stopped: [B] whether the loss has no gradient.
     """
 
-    loss: Float[ArrayLike, "B"]
-    ratio: Float[ArrayLike, "B"]
-    stopped: Bool[ArrayLike, "B"]
+    loss: Float[ArrayLike, " B"]
+    ratio: Float[ArrayLike, " B"]
+    stopped: Bool[ArrayLike, " B"]
 
 
 def clipped_loss(
-    log_ratio: Float[ArrayLike, "B"], advantage: Float[ArrayLike, "B"], *, clip: float
+    log_ratio: Float[ArrayLike, " B"], advantage: Float[ArrayLike, " B"], *, clip: float
 ) -> Surrogate:
     """Return max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)) with ratio = exp(log_ratio).
 
@@ -136,8 +136,8 @@ def clipped_loss(
 
 
 def guarded_loss(
-    guarded: Float[ArrayLike, "B"],
-    advantage: Float[ArrayLike, "B"],
+    guarded: Float[ArrayLike, " B"],
+    advantage: Float[ArrayLike, " B"],
     dt: Float[ArrayLike, "..."],
     *,
     clip: float,
@@ -160,9 +160,9 @@ def guarded_loss(
 
 
 def masked_loss(
-    log_ratio: Float[ArrayLike, "B"],
-    divergence: Float[ArrayLike, "B"],
-    advantage: Float[ArrayLike, "B"],
+    log_ratio: Float[ArrayLike, " B"],
+    divergence: Float[ArrayLike, " B"],
+    advantage: Float[ArrayLike, " B"],
     *,
     limit: float,
 ) -> Surrogate:
@@ -199,10 +199,10 @@ def time_weights(
 
 
 def matching_error(
-    v: Float[ArrayLike, "B *shape"],
-    target: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    target: Float[ArrayLike, " B *shape"],
     mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Return the error of supervised flow matching per row, the mean of (v - target)^2.
 
     With the velocity of the base as the target, it is the velocity KL.
@@ -216,27 +216,27 @@ def matching_error(
 
 
 def _error_change(
-    v: Float[ArrayLike, "B *shape"],
-    v_other: Float[ArrayLike, "B *shape"],
-    target: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    v_other: Float[ArrayLike, " B *shape"],
+    target: Float[ArrayLike, " B *shape"],
     mask: Bool[ArrayLike, "B T"] | None,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Return matching_error(v) - matching_error(v_other), exactly 0 for equal velocities."""
     return row_mean((v - v_other) * (v + v_other - 2 * target), mask)
 
 
 def nft_loss(
-    v: Float[ArrayLike, "B *shape"],
-    v_old: Float[ArrayLike, "B *shape"],
-    target: Float[ArrayLike, "B *shape"],
-    sigma: Float[ArrayLike, "B"],
-    advantage: Float[ArrayLike, "B"],
+    v: Float[ArrayLike, " B *shape"],
+    v_old: Float[ArrayLike, " B *shape"],
+    target: Float[ArrayLike, " B *shape"],
+    sigma: Float[ArrayLike, " B"],
+    advantage: Float[ArrayLike, " B"],
     *,
     beta: float,
     advantage_clip: float,
     normalise: bool = True,
     mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Return the DiffusionNFT loss per row.
 
     The loss pulls the velocity towards the sample with weight r, its optimality, and the velocity's
@@ -264,7 +264,7 @@ def nft_loss(
     v_old = jax.lax.stop_gradient(v_old)
     moved = beta * (v - v_old)
 
-    def error(velocity: Float[ArrayLike, "B *shape"]) -> Float[ArrayLike, "B"]:
+    def error(velocity: Float[ArrayLike, " B *shape"]) -> Float[ArrayLike, " B"]:
         square = row_mean((velocity - target) ** 2, mask)
         if not normalise:
             return square
@@ -283,8 +283,8 @@ AWM_WEIGHTINGS = ("uniform", "sigma", "sigma2", "huber", "ghuber")
 
 
 def _matching_log_prob(
-    error: Float[ArrayLike, "B"], sigma: Float[ArrayLike, "B"], weighting: str
-) -> Float[ArrayLike, "B"]:
+    error: Float[ArrayLike, " B"], sigma: Float[ArrayLike, " B"], weighting: str
+) -> Float[ArrayLike, " B"]:
     if weighting == "huber":
         return -(jnp.sqrt(error + 1e-10) - 1e-5) * sigma
     if weighting == "ghuber":
@@ -293,11 +293,11 @@ def _matching_log_prob(
 
 
 def awm_loss(
-    v: Float[ArrayLike, "B *shape"],
-    v_old: Float[ArrayLike, "B *shape"],
-    target: Float[ArrayLike, "B *shape"],
-    sigma: Float[ArrayLike, "B"],
-    advantage: Float[ArrayLike, "B"],
+    v: Float[ArrayLike, " B *shape"],
+    v_old: Float[ArrayLike, " B *shape"],
+    target: Float[ArrayLike, " B *shape"],
+    sigma: Float[ArrayLike, " B"],
+    advantage: Float[ArrayLike, " B"],
     *,
     clip: float,
     weighting: str = "ghuber",
@@ -329,13 +329,13 @@ def awm_loss(
 
 
 def dpo_loss(
-    v: Float[ArrayLike, "B *shape"],
-    v_reference: Float[ArrayLike, "B *shape"],
-    target: Float[ArrayLike, "B *shape"],
+    v: Float[ArrayLike, " B *shape"],
+    v_reference: Float[ArrayLike, " B *shape"],
+    target: Float[ArrayLike, " B *shape"],
     *,
     beta: float,
     mask: Bool[ArrayLike, "B T"] | None = None,
-) -> Float[ArrayLike, "B"]:
+) -> Float[ArrayLike, " B"]:
     """Return the diffusion DPO loss of pairs: rows 0, 2, ... are preferred to rows 1, 3, ...
 
         change = error(v) - error(v_reference)
@@ -357,7 +357,7 @@ def dpo_loss(
 
 # ---- the functions of the table ------------------------------------------------------------------
 
-Rows = dict[str, Float[ArrayLike, "B"]]
+Rows = dict[str, Float[ArrayLike, " B"]]
 """Values per row by name: `policy_loss` and the other logged values."""
 
 
@@ -376,11 +376,11 @@ class Replayed:
     """
 
     transition: flow.Transition
-    dt: Float[ArrayLike, "B"]
-    v: Float[ArrayLike, "B *shape"]
-    v_old: Float[ArrayLike, "B *shape"]
+    dt: Float[ArrayLike, " B"]
+    v: Float[ArrayLike, " B *shape"]
+    v_old: Float[ArrayLike, " B *shape"]
     change: flow.Change
-    advantage: Float[ArrayLike, "B"]
+    advantage: Float[ArrayLike, " B"]
     mask: Bool[ArrayLike, "B T"] | None
 
 
@@ -398,12 +398,12 @@ class Noised:
       mask: [B,T] frames that count; None for all.
     """
 
-    v: Float[ArrayLike, "B *shape"]
-    v_old: Float[ArrayLike, "B *shape"]
-    base: Float[ArrayLike, "B *shape"] | None
-    target: Float[ArrayLike, "B *shape"]
-    sigma: Float[ArrayLike, "B"]
-    advantage: Float[ArrayLike, "B"]
+    v: Float[ArrayLike, " B *shape"]
+    v_old: Float[ArrayLike, " B *shape"]
+    base: Float[ArrayLike, " B *shape"] | None
+    target: Float[ArrayLike, " B *shape"]
+    sigma: Float[ArrayLike, " B"]
+    advantage: Float[ArrayLike, " B"]
     mask: Bool[ArrayLike, "B T"] | None
 
 
@@ -487,6 +487,6 @@ def sft_rows(level: Noised, settings: Any) -> Rows:
     return {"policy_loss": matching_error(level.v, level.target, level.mask)}
 
 
-def reward_rows(reward: Float[ArrayLike, "B"], settings: Any) -> Rows:
+def reward_rows(reward: Float[ArrayLike, " B"], settings: Any) -> Rows:
     """Evaluate "reward_gradient"."""
     return {"policy_loss": -reward}

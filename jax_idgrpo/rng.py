@@ -25,8 +25,8 @@ def fold(root: Key[Array, ""], *numbers: int | Int[Array, ""]) -> Key[Array, ""]
 
 
 def row_keys(
-    root: Key[Array, ""], prompts: Int[Array, "B"], members: Int[Array, "B"]
-) -> Key[Array, "B"]:
+    root: Key[Array, ""], prompts: Int[Array, " B"], members: Int[Array, " B"]
+) -> Key[Array, " B"]:
     """Make one key per video.
 
     Args:
@@ -38,7 +38,7 @@ def row_keys(
 
 
 def step_noise(
-    rows: Key[Array, "B"], step: int | Int[Array, ""], shape: tuple[int, ...]
+    rows: Key[Array, " B"], step: int | Int[Array, ""], shape: tuple[int, ...]
 ) -> Float[Array, "B ..."]:
     """Draw standard normal noise [B, *shape] of a denoising step.
 
@@ -54,6 +54,6 @@ def step_noise(
     )(rows)
 
 
-def step_uniform(rows: Key[Array, "B"], step: int | Int[Array, ""]) -> Float[Array, "B"]:
+def step_uniform(rows: Key[Array, " B"], step: int | Int[Array, ""]) -> Float[Array, " B"]:
     """Draw one number in [0, 1) per row at step `step` (0, 1, ...), independent of `step_noise`."""
     return jax.vmap(lambda row: jax.random.uniform(fold(row, 2**31 - 1, step)))(rows)

@@ -285,7 +285,7 @@ def test_every_word_can_be_said():
     mask = scenes.sample_mask(key, 400)
     several = jax.jit(jax.vmap(scenes.sample_scene))(jax.random.split(key, 400), mask)
     told = jax.device_get((several, identity(scenes.sample_ids(key, 400, "train")), mask))
-    texts = [captions.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]  # noqa: B023
+    texts = [captions.prompt(*jax.tree.map(lambda leaf: leaf[k], told)) for k in range(400)]
     assert set(re.findall("[a-z]+", " ".join(texts))) == set(captions.vocabulary())
 
 

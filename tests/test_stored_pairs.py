@@ -142,15 +142,13 @@ def test_what_steps_are_drawn_by_is_known_without_reading_a_record(written):
 def test_shards_are_neighbours_and_no_larger_than_asked():
     sizes = [3, 4, 2, 9, 1, 1, 7, 0]
     assert tfds_builder.shards(sizes, 7) == [
-        range(0, 2),
+        range(2),
         range(2, 3),
         range(3, 4),
         range(4, 6),
         range(6, 8),
     ]
-    assert tfds_builder.shards([5], 7) == [range(0, 1)] and tfds_builder.shards([50], 7) == [
-        range(0, 1)
-    ]
+    assert tfds_builder.shards([5], 7) == [range(1)] and tfds_builder.shards([50], 7) == [range(1)]
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------

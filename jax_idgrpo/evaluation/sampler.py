@@ -126,7 +126,7 @@ class Sampler:
 
 
 @jax.jit
-def _finite(videos: Float[Array, "B F H W 3"]) -> Bool[Array, "B"]:
+def _finite(videos: Float[Array, "B F H W 3"]) -> Bool[Array, " B"]:
     return jnp.all(jnp.isfinite(videos), axis=(1, 2, 3, 4))
 
 

@@ -70,7 +70,7 @@ def _look(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _conclude(
     config: IdentityConfig, size: tuple[int, int], seen: Seen, people: ReferenceFaces
-) -> dict[str, Float[Array, "B"]]:
+) -> dict[str, Float[Array, " B"]]:
     """Compute the terms of a video from the faces and pixel statistics of all its frames."""
     faces = seen.embeddings, seen.mask, people.embeddings, people.mask
     matches = match_videos(*faces, config.null_similarity)

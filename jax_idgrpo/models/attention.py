@@ -59,7 +59,7 @@ def attention(
     q: Float[Array, "B N heads d"],
     k: Float[Array, "B keys heads d"],
     v: Float[Array, "B keys heads d"],
-    lengths: Int[Array, "B"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
     *,
     mesh: Mesh | None = None,
     split_keys: bool = False,
@@ -99,7 +99,7 @@ def fused(
     q: Float[Array, "B N heads d"],
     k: Float[Array, "B keys heads d"],
     v: Float[Array, "B keys heads d"],
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     implementation: str,
 ) -> Float[Array, "B N heads d"]:
     """Compute attention with JAX's own function; "cudnn" is the flash kernel of NVIDIA's library.
@@ -141,7 +141,7 @@ def exact(
     q: Float[Array, "B N heads d"],
     k: Float[Array, "B keys heads d"],
     v: Float[Array, "B keys heads d"],
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     max_logits: int,
     concurrent: int = 1,
 ) -> Float[Array, "B N heads d"]:
@@ -367,7 +367,7 @@ def splash(
     q: Float[Array, "B N heads d"],
     k: Float[Array, "B keys heads d"],
     v: Float[Array, "B keys heads d"],
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     interpret: bool = False,
 ) -> Float[Array, "B N heads d"]:
     """Compute attention with the TPU kernel; tokens are padded to whole blocks and masked.

@@ -264,7 +264,7 @@ def apply_rotary(
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def timestep_embedding(timesteps: Int[Array, "B"], features: int) -> Float[Array, "B features"]:
+def timestep_embedding(timesteps: Int[Array, " B"], features: int) -> Float[Array, "B features"]:
     """Compute [cos(t f), sin(t f)], float32, with f_i = 10000^(-i / half), half = features / 2.
 
     `timesteps` are integers 0 .. 999.

@@ -251,7 +251,7 @@ def vision_rotary(
 
 
 def text_rotary(
-    position: Int[Array, "3 *batch"], config: QwenConfig
+    position: Int[Array, " 3 *batch"], config: QwenConfig
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
     """Compute cos and sin of M-RoPE: consecutive chunks of frequencies for time, row and column."""
     frequency = (
@@ -659,7 +659,7 @@ def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "patches
     )
 
 
-def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, "n"]]:
+def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, " n"]]:
     """Return the cells of each window, row by row; windows at the edge have fewer.
 
     Args:
@@ -711,12 +711,12 @@ def grid_tables(
 
 
 def layout(
-    ids: Int[np.ndarray, "L"],
-    kinds: Int[np.ndarray, "L"],
+    ids: Int[np.ndarray, " L"],
+    kinds: Int[np.ndarray, " L"],
     shapes: Sequence[tuple[int, int, int]],
     step: float,
     merge: int,
-) -> tuple[Int[np.ndarray, "3 L"], Int[np.ndarray, "L"]]:
+) -> tuple[Int[np.ndarray, "3 L"], Int[np.ndarray, " L"]]:
     """Return time, row and column of tokens, and their number among vision tokens (-1 for text).
 
     The positions of text continue after the larger side of the preceding picture or video.

@@ -195,7 +195,7 @@ class Conditions(NamedTuple):
 
     modulation: Float[Array, "B 6 D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
-    lengths: Int[Array, "B"] | None
+    lengths: Int[Array, " B"] | None
 
 
 KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
@@ -248,7 +248,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B N D"],
         key_value: KeyValue,
         rotary: tuple[Array, Array] | None = None,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Attend from the tokens x to keys and values.
 
@@ -380,7 +380,7 @@ class ConditionEmbedder(nnx.Module):
         self.freq_dim = config.freq_dim
 
     def __call__(
-        self, timesteps: Int[Array, "B"]
+        self, timesteps: Int[Array, " B"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
         """Return the modulations of the head and of the blocks."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
@@ -614,7 +614,7 @@ class WanTransformer(nnx.Module):
         policy = REMAT[self.config.remat]
         return function if policy is None else jax.checkpoint(function, policy=policy)
 
-    def _scale(self, control_scale: float | Array) -> Float[Array, "blocks"]:
+    def _scale(self, control_scale: float | Array) -> Float[Array, " blocks"]:
         """Broadcast to one scale per VACE block, in the stream's dtype so that hints keep it."""
         scale, count = (
             jnp.asarray(control_scale, self.dtypes.residual),

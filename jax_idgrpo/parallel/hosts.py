@@ -326,13 +326,13 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
 
 def to_host(tree: Any) -> Any:
     """Fetch arrays of any sharding as whole numpy arrays in every process (collective)."""
-    gather = {}
     leaves, structure = jax.tree.flatten(tree)
-    for place, leaf in enumerate(leaves):
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
-            gather[place] = leaf
+    gather = {
+        place: leaf
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, jax.Array)
+        and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    }
     found = multihost_utils.process_allgather(gather, tiled=True) if gather else {}
     whole = [found[place] if place in found else _local(leaf) for place, leaf in enumerate(leaves)]
     return jax.tree.unflatten(structure, whole)

@@ -329,7 +329,7 @@ def attend(
     q: Float[Array, "B N K d"],
     k: Float[Array, "B M K d"],
     v: Float[Array, "B M K d"],
-    lengths: Int[Array, "B"] | None,
+    lengths: Int[Array, " B"] | None,
     split_keys: bool,
 ) -> Float[Array, "B N K d"]:
     """Apply an attention kernel on every device to its rows and heads, as one `shard_map`.

@@ -170,9 +170,9 @@ def meshes(count: int, parts: Architecture, share: int) -> Iterator[tuple[MeshCo
             or seq * tensor > heads
         ):
             continue
-        for rows in (data * fsdp, 2 * data * fsdp, 4 * data * fsdp):
-            if share % rows == 0:
-                found.append((MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor), rows))
+        mesh = MeshConfig(data=data, fsdp=fsdp, seq=seq, tensor=tensor)
+        sizes = (data * fsdp, 2 * data * fsdp, 4 * data * fsdp)
+        found.extend((mesh, rows) for rows in sizes if share % rows == 0)
     order = sorted(
         found,
         key=lambda pair: (pair[0].seq * pair[0].tensor, pair[0].tensor, pair[0].data, pair[1]),

@@ -169,7 +169,7 @@ def pair_loss(
 
 
 def accuracy(
-    difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"], seed: int
+    difference: Float[np.ndarray, " N"], label: Int[np.ndarray, " N"], seed: int
 ) -> dict[str, Any]:
     """Compute the agreement of scores with labels, without and with ties.
 
@@ -196,7 +196,7 @@ def accuracy(
     return found
 
 
-def _with_ties(difference: Float[np.ndarray, "N"], label: Int[np.ndarray, "N"]) -> float:
+def _with_ties(difference: Float[np.ndarray, " N"], label: Int[np.ndarray, " N"]) -> float:
     """Return the best accuracy over all thresholds of |difference| for predicting a tie."""
     size = np.abs(difference)
     order = np.argsort(size, kind="stable")

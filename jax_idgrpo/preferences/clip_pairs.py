@@ -97,7 +97,7 @@ def from_synthetic(seed: int, split: str, shape: Shape = Shape()) -> Iterator[Cl
         seen = np.all([(batch.visible > SEEN).all(1) for batch in both], 0)
         for n in np.flatnonzero((seen & found | ~first.mask).all(1)).tolist():
             one, other = (_synthetic_clip(batch, n) for batch in both)
-            scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))  # noqa: B023
+            scene, people = jax.tree.map(lambda leaf: leaf[n], (first.scene, first.people))
             photos = tuple(Image.fromarray(to_uint8(one.photos[m])) for m in one.people)
             yield ClipPair((one, other), captions.prompt(scene, people, first.mask[n]), photos)
         step += 1
@@ -127,7 +127,7 @@ def _synthetic_clip(batch: scenes.Batch, n: int) -> AnnotatedClip:
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _render(
     people: Identity,
-    mask: Bool[Array, "M"],
+    mask: Bool[Array, " M"],
     scene: scenes.Scene,
     frames: int,
     size: tuple[int, int],
@@ -169,8 +169,8 @@ def locate(stack: FaceStack, missing: float) -> Callable[..., tuple[Array, Array
         state: nnx.State,
         video: Float[Array, "F H W 3"],
         photos: Float[Array, "M H W 3"],
-        present: Bool[Array, "M"],
-    ) -> tuple[Float[Array, "F M 4"], Float[Array, "M 4"], Bool[Array, "M"]]:
+        present: Bool[Array, " M"],
+    ) -> tuple[Float[Array, "F M 4"], Float[Array, "M 4"], Bool[Array, " M"]]:
         stack = nnx.merge(graph, state)
         of_photos = jax.tree.map(lambda leaf: leaf[0, :, 0], stack(photos[None]))
         faces = stack(video[None])
@@ -197,7 +197,7 @@ def locate(stack: FaceStack, missing: float) -> Callable[..., tuple[Array, Array
 
 def _canvases(
     clip: Clip, shape: Shape
-) -> tuple[Float[np.ndarray, "M H W 3"], Bool[np.ndarray, "M"]]:
+) -> tuple[Float[np.ndarray, "M H W 3"], Bool[np.ndarray, " M"]]:
     """Return the photos at the video's size, padded with white, and the mask of real photos."""
     photos = np.ones((video_clips.MOST, *shape.size, 3), np.float32)
     for m, path in enumerate(clip.references):

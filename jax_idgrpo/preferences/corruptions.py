@@ -39,7 +39,7 @@ class AnnotatedClip:
 
     video: Float[np.ndarray, "F H W 3"]
     boxes: Float[np.ndarray, "F M 4"]
-    mask: Bool[np.ndarray, "M"]
+    mask: Bool[np.ndarray, " M"]
     photos: Float[np.ndarray, "M h w 3"]
     photo_boxes: Float[np.ndarray, "M 4"]
     swap_faces: Callable[[Mapping[int, int]], Float[np.ndarray, "F H W 3"]] = flax.struct.field(
@@ -182,13 +182,13 @@ def _changed(
     return video
 
 
-def _last(frames: int, share: float) -> Float[np.ndarray, "F"]:
+def _last(frames: int, share: float) -> Float[np.ndarray, " F"]:
     """Return 1 for the last `share` of the frames, rounded up, and 0 for the others."""
     return (np.arange(frames) >= frames - math.ceil(round(share * frames, 6))).astype(np.float32)
 
 
 def _with_swapped_faces(
-    clip: AnnotatedClip, faces: Mapping[int, int], opacity: Float[np.ndarray, "F"]
+    clip: AnnotatedClip, faces: Mapping[int, int], opacity: Float[np.ndarray, " F"]
 ) -> Float[np.ndarray, "F H W 3"]:
     """Swap faces with a given opacity for every frame."""
     video = np.array(clip.video, np.float32)

@@ -228,8 +228,8 @@ class Mixture:
     """Pairs, and the indices of the trusted and of the automatic ones."""
 
     pairs: Sequence[Pair]
-    trusted: Int[np.ndarray, "T"]
-    automatic: Int[np.ndarray, "U"]
+    trusted: Int[np.ndarray, " T"]
+    automatic: Int[np.ndarray, " U"]
 
 
 def by_source(pairs: Sequence[Pair]) -> Mixture:

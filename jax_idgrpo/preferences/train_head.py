@@ -144,7 +144,7 @@ def read_tokens(
                 if (pair.references, path) not in known:
                     known[pair.references, path] = tokens_of(
                         pair, path, lambda: read_one(reward, pair, path, config)[1]
-                    )  # noqa: B023
+                    )
             found[pair] = (
                 known[pair.references, pair.videos[0]],
                 known[pair.references, pair.videos[1]],

@@ -22,7 +22,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 
-Terms = dict[str, Float[Array, "B"]]
+Terms = dict[str, Float[Array, " B"]]
 LISTED = 5  # photos that an error message names
 
 # ---- reference photos ----------------------------------------------------------------------------

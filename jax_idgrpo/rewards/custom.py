@@ -83,7 +83,7 @@ class CustomReward:
         references: References,
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
-    ) -> Int[np.ndarray, "P"]:
+    ) -> Int[np.ndarray, " P"]:
         """Return indices under which texts and photos are stored; no photo is opened.
 
         Args:
@@ -105,12 +105,14 @@ class CustomReward:
         """Return None: the function receives all frames."""
         return None
 
-    def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, "B"]) -> Pending:
+    def score(
+        self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, " B"]
+    ) -> Pending:
         """Submit videos for scoring without waiting for their rewards."""
         return self._pool.submit_together(self._scores, (videos, encoded), "reward.custom")
 
     def _scores(
-        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]
+        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, " B"]
     ) -> list[Scored]:
         """Return the terms of every video, or the reason why it has none."""
         try:
@@ -125,7 +127,7 @@ class CustomReward:
             ]
 
     def _call(
-        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, "B"]
+        self, videos: Float[np.ndarray, "B F H W 3"], numbers: Int[np.ndarray, " B"]
     ) -> list[Scored]:
         rows = [self._rows[number] for number in numbers]
         photos = [[self._open(photo) for photo in row.photos] for row in rows]

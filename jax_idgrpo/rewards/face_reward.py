@@ -74,7 +74,7 @@ def _find(graph, state, picture: Float[Array, "H W 3"]) -> Detections:
 
 def _embed(
     graph, state, picture: Float[Array, "h w 3"], landmarks: Float[Array, "5 2"]
-) -> Float[Array, "E"]:
+) -> Float[Array, " E"]:
     stack = nnx.merge(graph, state)[0]
     crop = align(
         picture[None], landmarks[None, None], stack.template, stack.embedder.config.input_size

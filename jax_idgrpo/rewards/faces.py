@@ -193,7 +193,7 @@ class FaceStack(nnx.Module):
 
     def best(
         self, pictures: Float[Array, "B h w 3"]
-    ) -> tuple[Float[Array, "B E"], Bool[Array, "B"], Float[Array, "B 5 2"]]:
+    ) -> tuple[Float[Array, "B E"], Bool[Array, " B"], Float[Array, "B 5 2"]]:
         """Find the best face of each picture: its embedding, whether it exists, its landmarks."""
         # As frames of one video, so that photos are searched one by one.
         faces = self(pictures[None])

@@ -131,7 +131,7 @@ def _course(values: Float[Array, "B T M"]) -> list[Float[Array, "B M"]]:
 
 
 def tokens(
-    terms: Mapping[str, Float[Array, "B"]],
+    terms: Mapping[str, Float[Array, " B"]],
     faces: Faces,
     references: Float[Array, "B M E"],
     reference_mask: Bool[Array, "B M"],
@@ -298,7 +298,7 @@ class Head(nnx.Module):
             [_linear(pooled, WIDTH, rngs), _linear(WIDTH, WIDTH, rngs), _linear(WIDTH, 1, rngs)]
         )
 
-    def __call__(self, given: Tokens) -> Float[Array, "B"]:
+    def __call__(self, given: Tokens) -> Float[Array, " B"]:
         """Return the score of every video, in log-odds; higher is better."""
         x = _within(given.people, self.people[...])
         for layer in self.phi:

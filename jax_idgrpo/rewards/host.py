@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import gather_objects, to_host
 
-Terms = Mapping[str, Float[np.ndarray, "B"] | Float[Array, "B"]]
+Terms = Mapping[str, Float[np.ndarray, " B"] | Float[Array, " B"]]
 """Name of a term -> one value per video; "reward" is among them."""
 
 
@@ -221,7 +221,7 @@ class HostPool:
         return pending
 
 
-def collect(scored: Terms | Pending) -> dict[str, Float[np.ndarray, "B"]]:
+def collect(scored: Terms | Pending) -> dict[str, Float[np.ndarray, " B"]]:
     """Wait for the terms and copy them to the host."""
     terms = scored.result() if isinstance(scored, Pending) else scored
     return to_host(dict(terms))

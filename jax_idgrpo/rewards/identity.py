@@ -451,7 +451,7 @@ def multi_identity_matching(
     cosine: Float[Array, "B T M K"],
     face_mask: Bool[Array, "B T K"],
     reference_mask: Bool[Array, "B M"],
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Compute MIMR, a signed mean of the cosines of all reference-face pairs, in [-1, 1].
 
     Pairs of the best assignment count +1, other pairs -1; a frame without a face counts 0. The
@@ -477,7 +477,7 @@ def identity_confidence(
     cosine: Float[Array, "B T M K"],
     face_mask: Bool[Array, "B T K"],
     reference_mask: Bool[Array, "B M"],
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Compute ID-Conf, the mean over people of clip(1 - second / first, 0, 1).
 
     First and second are the two largest cosines of a reference to the faces of a frame. With one
@@ -503,7 +503,7 @@ def identity_confidence(
 
 def unique_faces(
     embeddings: Float[Array, "B T K E"], face_mask: Bool[Array, "B T K"]
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Compute 1 - the maximum cosine of two faces of a frame, in [0, 2], without references.
 
     A frame with fewer than two faces counts 0.5.

@@ -37,7 +37,7 @@ class PhotoFace(NamedTuple):
       faces: number of faces in the photo.
     """
 
-    embedding: Float[np.ndarray, "E"]
+    embedding: Float[np.ndarray, " E"]
     crop: Float[np.ndarray, "S S 3"]
     faces: int
 
@@ -227,7 +227,7 @@ class PhotoEncoder:
 
 
 def largest(
-    boxes: Float[np.ndarray, "K 4"], scores: Float[np.ndarray, "K"], overlap: float = 0.4
+    boxes: Float[np.ndarray, "K 4"], scores: Float[np.ndarray, " K"], overlap: float = 0.4
 ) -> list[int]:
     """Return the indices of distinct faces, largest first.
 

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 
 
 def btt_losses(
-    score_a: Float[Array, "B"],
-    score_b: Float[Array, "B"],
-    label: Int[Array, "B"],
+    score_a: Float[Array, " B"],
+    score_b: Float[Array, " B"],
+    label: Int[Array, " B"],
     theta: float = 5.0,
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Compute the negative log-likelihood of each pair.
 
     Args:
@@ -35,9 +35,9 @@ def btt_losses(
 
 
 def btt_loss(
-    score_a: Float[Array, "B"],
-    score_b: Float[Array, "B"],
-    label: Int[Array, "B"],
+    score_a: Float[Array, " B"],
+    score_b: Float[Array, " B"],
+    label: Int[Array, " B"],
     theta: float = 5.0,
 ) -> Float[Array, ""]:
     """Average `btt_losses` over all pairs; invalid pairs stay in the denominator, as published.

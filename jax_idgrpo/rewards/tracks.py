@@ -169,7 +169,7 @@ def penalties(
     size: tuple[int, int],
     null_similarity: float,
     config: TrackConfig,
-) -> dict[str, Float[Array, "B"]]:
+) -> dict[str, Float[Array, " B"]]:
     """Compute penalties on identity and framing, each [B] in [0, 1].
 
       missing: share of people and frames without the person.

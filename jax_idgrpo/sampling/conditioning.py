@@ -79,7 +79,7 @@ class Conditioning:
     text: Float[Values, "P L D"]
     control: Float[Values, "P frames H W 96"] | None
     frame_mask: Bool[Values, "P frames"]
-    references: Int[Values, "P"]
+    references: Int[Values, " P"]
     reference_latents: Float[Values, "P M H W C"] | None = None
 
     @property
@@ -97,7 +97,7 @@ class Conditioning:
         return jnp.arange(self.reference_latents.shape[1]) < self.references[:, None]
 
     @property
-    def video_start(self) -> Int[Values, "P"]:
+    def video_start(self) -> Int[Values, " P"]:
         """Index of the first video frame, per row."""
         # The difference makes zeros on the devices; a constant would be transferred from the host.
         return (
@@ -109,13 +109,13 @@ class Conditioning:
         return self.frame_mask.shape[1] - (max_people if self.reference_latents is None else 0)
 
 
-def select(conditioning: Conditioning, rows: Int[ArrayLike, "B"]) -> Conditioning:
+def select(conditioning: Conditioning, rows: Int[ArrayLike, " B"]) -> Conditioning:
     """Select rows, which may repeat: `np.repeat(np.arange(P), G)` makes groups of G."""
     return jax.tree.map(lambda leaf: leaf[rows], conditioning)
 
 
 def video_latents(
-    x: Float[Array, "B frames H W C"], start: Int[Array, "B"], frames: int
+    x: Float[Array, "B frames H W C"], start: Int[Array, " B"], frames: int
 ) -> Float[Array, "B T H W C"]:
     """Slice the latent frames of the video out of each row.
 
@@ -128,7 +128,7 @@ def video_latents(
 
 
 def frame_mask(
-    references: Int[Values, "B"], frames: int, max_people: int
+    references: Int[Values, " B"], frames: int, max_people: int
 ) -> Bool[Array, "B frames"]:
     """Return True on the references and the video of each row, False on the padding after them.
 

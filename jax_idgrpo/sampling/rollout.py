@@ -31,8 +31,8 @@ class Schedule:
       solver: coefficients of the deterministic step, every leaf [S,...].
     """
 
-    sigma: Float[Array, "S+1"]
-    timestep: Int[Array, "S"]
+    sigma: Float[Array, " S+1"]
+    timestep: Int[Array, " S"]
     shift: Float[Array, ""]
     transition: flow.Transition
     solver: flow.Solver
@@ -94,7 +94,7 @@ class Window:
       final_noise: whether the last step of the schedule draws noise too; it is never trained.
     """
 
-    start: Int[Array, "B"]
+    start: Int[Array, " B"]
     size: int = flax.struct.field(pytree_node=False)
     final_noise: bool = flax.struct.field(pytree_node=False)
 
@@ -117,7 +117,7 @@ class Trajectory:
     log_prob: Float[Array, "B K"] | None = None
 
 
-def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, "P"]:
+def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, " P"]:
     """Return the first denoising step of the window, per prompt.
 
     Args:
@@ -142,12 +142,12 @@ def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray
 
 
 @jax.jit
-def _start(rows: Key[Array, "B"], conditioning: Conditioning) -> Float[Array, "B frames H W C"]:
+def _start(rows: Key[Array, " B"], conditioning: Conditioning) -> Float[Array, "B frames H W C"]:
     return rng.step_noise(rows, -1, conditioning.latent_shape)
 
 
 def _write(
-    record: Float[Array, "B n *shape"], index: Int[Array, "B"], value: Float[Array, "B *shape"]
+    record: Float[Array, "B n *shape"], index: Int[Array, " B"], value: Float[Array, " B *shape"]
 ) -> Float[Array, "B n *shape"]:
     """Write each row's value at the row's index; an index out of range writes nothing."""
     here = index[:, None] == jnp.arange(record.shape[1])
@@ -167,8 +167,8 @@ def sample(
     conditioning: Conditioning,
     negative: Float[Array, "L D"],
     schedule: Schedule,
-    starts: Key[Array, "B"],
-    rows: Key[Array, "B"],
+    starts: Key[Array, " B"],
+    rows: Key[Array, " B"],
     window: Window,
 ) -> Trajectory:
     """Sample one batch and store the steps of its window.
@@ -275,7 +275,7 @@ def generate(
     conditioning: Conditioning,
     negative: Float[Array, "L D"],
     schedule: Schedule,
-    rows: Key[Array, "B"],
+    rows: Key[Array, " B"],
 ) -> Float[Array, "B frames H W C"]:
     """Sample one batch deterministically, as evaluation does; return the final latents.
 
@@ -295,7 +295,7 @@ def generate(
 def decode(
     vae: tuple[nnx.GraphDef, nnx.State],
     latents: Float[Array, "B frames h w C"],
-    start: Int[Array, "B"],
+    start: Int[Array, " B"],
     frames: int,
 ) -> Float[Array, "B F H W 3"]:
     """Decode the video frames of final latents, without the references, to videos in [-1, 1].

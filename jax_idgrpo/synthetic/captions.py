@@ -70,7 +70,7 @@ def _person_phrase(labels: np.ndarray) -> str:
     return "with " + ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, "M"]) -> str:
+def prompt(scene: Scene, people: Identity, mask: Bool[Array | np.ndarray, " M"]) -> str:
     """Describe one clip in English, on the host.
 
     Args:
@@ -163,7 +163,7 @@ def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
                 names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
                 for slot, name in enumerate(names):
                     Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
-                scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))  # noqa: B023
+                scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))
                 rows.writerow((";".join(names), prompt(scene, who, mask[k])))
 
 

@@ -87,7 +87,7 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
 
 
 def sample_scene(
-    key: PRNGKeyArray, mask: Bool[Array, "M"], variant: int | Int[Array, ""] = 0
+    key: PRNGKeyArray, mask: Bool[Array, " M"], variant: int | Int[Array, ""] = 0
 ) -> Scene:
     """Sample a scene: positions in random order, actions, light and background.
 
@@ -269,7 +269,7 @@ class Clip:
 
 def render_clip(
     people: Identity,
-    mask: Bool[Array, "M"],
+    mask: Bool[Array, " M"],
     scene: Scene,
     frames: int = 9,
     size: tuple[int, int] = (64, 64),
@@ -324,7 +324,7 @@ def render_clip(
     )
 
 
-def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, "M"]:
+def _oval_area(shape: Float[Array, "M 24"]) -> Float[Array, " M"]:
     """Integrate the area of the face oval in square head units by the trapezoid rule."""
     width, height, taper, square = (shape[:, k, None] for k in range(4))
     w = jnp.linspace(-1.0, 1.0, 65)

@@ -28,7 +28,7 @@ def members(ids: Sequence[int], group: int) -> Int[np.ndarray, "P G"]:
     return np.stack(numbers)
 
 
-def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, float]:
+def group_statistics(rewards: Float[np.ndarray, " B"], group: int) -> dict[str, float]:
     """Compute statistics of the rewards of a step, whose groups are consecutive.
 
     Returns:
@@ -46,7 +46,7 @@ def group_statistics(rewards: Float[np.ndarray, "B"], group: int) -> dict[str, f
     }
 
 
-def mean_of_numbers(values: Float[np.ndarray, "B"]) -> float:
+def mean_of_numbers(values: Float[np.ndarray, " B"]) -> float:
     """Return the mean of the finite values, or NaN if there are none."""
     seen = np.isfinite(values)
     return float(values[seen].mean()) if seen.any() else math.nan
@@ -57,7 +57,7 @@ def choose(
     rewards: Float[np.ndarray, "P G"],
     terms: Mapping[str, Float[np.ndarray, "P G"]],
     mixture: Mapping[str, int | float],
-) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, "n"] | None]:
+) -> tuple[Float[np.ndarray, "P G"], Float[np.ndarray, "P G"], Int[np.ndarray, " n"] | None]:
     """Compute the advantages and select the videos that a step trains on.
 
     The advantage is a weighted sum over the reward and the other terms of `mixture`. Each term is

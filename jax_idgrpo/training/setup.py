@@ -148,7 +148,7 @@ def score_latents(
     latents: Float[Array, "B N h w C"],
     condition: conditioning.Conditioning,
     people: Any,
-) -> Float[Array, "B"]:
+) -> Float[Array, " B"]:
     """Decode final latents and return their reward, as a pure function of arrays.
 
     Args:
@@ -172,8 +172,8 @@ def sample(
     config: Config,
     given: Given,
     schedule: rollout.Schedule,
-    start_keys: Key[Array, "B"],
-    noise_keys: Key[Array, "B"],
+    start_keys: Key[Array, " B"],
+    noise_keys: Key[Array, " B"],
     window: rollout.Window,
 ) -> rollout.Trajectory:
     """Sample one chunk of videos and keep what the objective trains on.

@@ -224,12 +224,12 @@ class Batch:
     """
 
     prompts: Sequence[Prompt]
-    of_row: Int[np.ndarray, "B"]
+    of_row: Int[np.ndarray, " B"]
     conditioning: conditioning.Conditioning
     people: Any
-    starts: Key[Array, "B"]
-    noise: Key[Array, "B"]
-    again: Key[Array, "B"]
+    starts: Key[Array, " B"]
+    noise: Key[Array, " B"]
+    again: Key[Array, " B"]
     window: rollout.Window
 
 
@@ -252,7 +252,7 @@ def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.
     numbers = members(ids, sampling.group)
     first = np.repeat(numbers[:, :1], sampling.group, axis=1)
 
-    def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, "B"]:
+    def row_keys(root: Key[Array, ""], numbers: Int[np.ndarray, "P G"]) -> Key[Array, " B"]:
         return rng.row_keys(root, jnp.asarray(ids)[of_row], jnp.asarray(numbers.ravel()))
 
     root = rng.fold(rng.key(seed, "noise"), step)
@@ -340,7 +340,7 @@ def roll_out(
     return sampled, terms, videos
 
 
-def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray, "rows"]]:
+def collect_all(terms: Sequence[Terms | Pending]) -> dict[str, Float[np.ndarray, " rows"]]:
     """Wait for the terms of all chunks and concatenate them; absent terms become NaN."""
     collected = [collect(term) for term in terms]
     names = dict.fromkeys(name for term in collected for name in term)
@@ -360,7 +360,7 @@ def trained_part(
     sampled: Rollout,
     advantage: Float[np.ndarray, "P G"],
     weight: Float[np.ndarray, "P G"],
-    picks: Int[np.ndarray, "n"] | None,
+    picks: Int[np.ndarray, " n"] | None,
 ) -> Rollout:
     """Add advantages and weights to a rollout, and select its trained rows.
 
@@ -451,11 +451,11 @@ def samples_due(config: Config, done: int) -> int:
 
 def step_metrics(
     run: Run,
-    rewards: Float[np.ndarray, "B"],
-    terms: dict[str, Float[np.ndarray, "B"]],
+    rewards: Float[np.ndarray, " B"],
+    terms: dict[str, Float[np.ndarray, " B"]],
     advantage: Float[np.ndarray, "P G"],
     scalars: dict[str, float],
-    seconds: Float[np.ndarray, "phases"],
+    seconds: Float[np.ndarray, " phases"],
 ) -> dict[str, float]:
     """Return the metrics of a training step.
 

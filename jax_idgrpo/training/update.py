@@ -34,7 +34,7 @@ from jax_idgrpo.sampling.policy import Policy
 from jax_idgrpo.sampling.rollout import Schedule, Trajectory
 from jax_idgrpo.training.state import TrainState, apply_gradients
 
-Rows = dict[str, Float[Array, "R"]]
+Rows = dict[str, Float[Array, " R"]]
 
 
 @flax.struct.dataclass
@@ -86,7 +86,7 @@ def store(stored: Rollout | None, chunk: Rollout, number: Int[Array, ""], chunks
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def select_rows(rollout: Rollout, rows: Int[Array, "n"], mesh: Mesh) -> Rollout:
+def select_rows(rollout: Rollout, rows: Int[Array, " n"], mesh: Mesh) -> Rollout:
     """Select rows of a rollout; the result is sharded over the devices like the rollout.
 
     On several devices, rows are exchanged one at a time by all-to-all. Plain indexing would gather
@@ -161,7 +161,7 @@ class UpdateRule:
     grpo: GrpoConfig
     optimizer: optax.GradientTransformation
     ema_decay: float
-    score: Callable[..., Float[Array, "R"]] | None = None
+    score: Callable[..., Float[Array, " R"]] | None = None
 
     def noise_levels(self, rollout: Rollout) -> int:
         """Return the number of steps or noise levels at which each row is trained."""
@@ -256,8 +256,8 @@ def replayed_loss(
 
 
 def _noise_level(
-    levels: str, u: Float[Array, "R"], schedule: Schedule
-) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
+    levels: str, u: Float[Array, " R"], schedule: Schedule
+) -> tuple[Float[Array, " R"], Int[Array, " R"]]:
     """Map a number in [0, 1) per row to sigma and timestep."""
     if levels == "grid":
         noisiest = int(0.9 * schedule.timestep.shape[0])
@@ -405,7 +405,7 @@ def _gradients(
     lora: nnx.State,
     networks: Networks,
     rollout: Rollout,
-    chunks: Int[Array, "c"],
+    chunks: Int[Array, " c"],
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
 ) -> tuple[nnx.State, dict[str, Float[Array, "c K R"]]]:
@@ -449,7 +449,7 @@ def _gradients(
     return total, {name: value.reshape(len(chunks), levels, -1) for name, value in rows.items()}
 
 
-def share(optimizer_step: int | Int[Array, ""], chunks: int, shares: int) -> Int[Array, "c"]:
+def share(optimizer_step: int | Int[Array, ""], chunks: int, shares: int) -> Int[Array, " c"]:
     """Return the indices of the chunks of an update; updates cycle through equal shares.
 
     Args:

@@ -45,7 +45,7 @@ def theirs():
     vae = torch_models.vae(**sizes, **statistics)
 
     class Transformer:
-        class config:  # noqa: N801
+        class config:
             patch_size = (1, 2, 2)
 
     pipe = WanVACEPipeline(

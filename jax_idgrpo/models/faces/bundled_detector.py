@@ -144,8 +144,8 @@ def intersection_over_union(a: Float[Array, "*m 4"], b: Float[Array, "*n 4"]) ->
 
 
 def suppress(
-    boxes: Float[Array, "boxes 4"], mask: Bool[Array, "boxes"], overlap: float
-) -> Bool[Array, "boxes"]:
+    boxes: Float[Array, "boxes 4"], mask: Bool[Array, " boxes"], overlap: float
+) -> Bool[Array, " boxes"]:
     """Suppress overlapping boxes greedily: a box survives if no better survivor overlaps it.
 
     Args:

@@ -364,7 +364,7 @@ class Asked:
         }
         return Grids(**{name: value.reshape(-1, *value.shape[2:]) for name, value in parts.items()})
 
-    def people(self) -> Int[Array, "B"]:
+    def people(self) -> Int[Array, " B"]:
         """Count the photos of each row."""
         return jnp.sum(jnp.any(self.mask, axis=2), axis=1)
 

@@ -138,7 +138,7 @@ class VlmReward:
                     lambda: inputs.question(
                         shown, text, grid, seconds, self.prompting, self.vision
                     ),
-                )  # noqa: B023
+                )
             )
         return inputs.ask(photos, questions, self.vision)
 

@@ -67,8 +67,8 @@ class Classifier(nnx.Module):
 
 def arcface_loss(
     cosines: Float[Array, "N P"],
-    person: Int[Array, "N"],
-    weight: Float[Array, "N"],
+    person: Int[Array, " N"],
+    weight: Float[Array, " N"],
     margin: float,
     scale: float,
 ) -> tuple[Array, dict[str, Array]]:
@@ -124,7 +124,7 @@ def draw(
 
 def crops_of(
     key: Array, truth: FacePictures, points: Points, size: int, blur: float | None
-) -> tuple[Float[Array, "N S S 3"], Int[Array, "N"], Bool[Array, "N"]]:
+) -> tuple[Float[Array, "N S S 3"], Int[Array, " N"], Bool[Array, " N"]]:
     """Align the crops of a `draw`: the three slots of each frame, then the portraits.
 
     A slot without a visible face is filled with the row's portrait, so that batch statistics are
@@ -161,7 +161,7 @@ def crops_of(
 
 
 def embed_portraits(
-    embedder: nnx.Module, points: Points, ids: Int[Array, "N"], chunk: int = 50
+    embedder: nnx.Module, points: Points, ids: Int[Array, " N"], chunk: int = 50
 ) -> Float[Array, "N E"]:
     """Embed one portrait of each person: initial class centres for a trained embedder.
 

@@ -56,7 +56,7 @@ def draw_frames(
     )
 
 
-def draw_portraits(key: PRNGKeyArray, ids: Int[Array, "N"]) -> FacePictures:
+def draw_portraits(key: PRNGKeyArray, ids: Int[Array, " N"]) -> FacePictures:
     """Render the reference photo of each person; M = 1."""
     people, keys = identity(ids), jax.random.split(key, ids.shape[0])
     boxes, landmarks = jax.vmap(renderer.portrait_truth)(people, keys)
@@ -89,7 +89,7 @@ def join(a: FacePictures, b: FacePictures) -> FacePictures:
     )
 
 
-def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, "N"]) -> Float[Array, "N H W 3"]:
+def _blur(pictures: Float[Array, "N H W 3"], sigma: Float[Array, " N"]) -> Float[Array, "N H W 3"]:
     """Blur every picture with a 7-tap Gaussian of its own width in pixels."""
     reach = 3
     weights = jnp.exp(

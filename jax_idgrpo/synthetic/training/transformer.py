@@ -109,7 +109,7 @@ class Pool(NamedTuple):
     photos: Float[np.ndarray, "n M h w C"]
     text: Float[np.ndarray, "n L D"]
     weight: Float[np.ndarray, "n T h w"]
-    people: Int[np.ndarray, "n"]
+    people: Int[np.ndarray, " n"]
     grey: Float[np.ndarray, "T h w C"]
     negative: Float[np.ndarray, "L D"]
 
