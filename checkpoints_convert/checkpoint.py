@@ -363,7 +363,7 @@ def _stated_kind(path: Path, stated: str | None) -> str | None:
 
 def _kind(transformer: Network, stated: str | None) -> str:
     """Return vace, wan or phantom; only the stated kind distinguishes phantom from wan."""
-    detected = "wan" if transformer.config.vace_layers is None else "vace"
+    detected = "wan" if transformer.config.vace is None else "vace"
     if stated is not None and (stated == "vace") != (detected == "vace"):
         raise UserError(
             f"{transformer.source}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}"

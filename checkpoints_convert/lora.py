@@ -85,7 +85,9 @@ FOREIGN = (
     ),
 )
 
-UNSUPPORTED = {  # fields of adapter_config.json for variants of LoRA, with the accepted values
+UNSUPPORTED: dict[
+    str, tuple[object, ...]
+] = {  # fields of adapter_config.json for variants of LoRA, with the accepted values
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_rslora": (False, None),
@@ -187,7 +189,7 @@ def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
 def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
     """Explain why a readable adapter does not fit this transformer; None if the sizes agree."""
     widths, heights = sizes(tensors)
-    vace = len(config.vace_layers or ())
+    vace = len(config.vace_layers)
     if widths != {config.width}:
         return f"made for width {_listed(sorted(widths))}, this model has {config.width}"
     if heights["vace_blocks"] and not vace:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from checkpoints_convert.rules import TABLE, VECTOR, Rule, linear, patch
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.wan import WanConfig
+from jax_idgrpo.models.wan import VaceConfig, WanConfig
 
 Layout = Literal["diffusers", "original"]
 
@@ -87,13 +87,13 @@ VACE_OUT = ("proj_out", "proj_out", "after_proj")
 
 def block_stacks(config: WanConfig) -> tuple[str, ...]:
     """Return the stacks of transformer blocks, which have the same names in all layouts."""
-    return ("blocks",) if config.vace_layers is None else ("blocks", "vace_blocks")
+    return ("blocks",) if config.vace is None else ("blocks", "vace_blocks")
 
 
 def rules(config: WanConfig, layout: Layout = "diffusers") -> list[Rule]:
     """List the rules of all tensors of the transformer in a layout; adapters are in `lora`."""
     column = 1 if layout == "diffusers" else 2
-    vace = config.vace_layers is not None
+    vace = config.vace is not None
     table = [Rule(HEAD_TABLE[column], HEAD_TABLE[0], TABLE)]
     for name in ("patch_embedding", "vace_patch_embedding") if vace else ("patch_embedding",):
         table += [
@@ -138,7 +138,7 @@ def config_from_json(values: dict[str, Any]) -> WanConfig:
     for name, value in FIXED.items():
         if values.get(name, value) != value:
             raise ValueError(f"{name} is {values[name]!r}, only {value!r} is supported")
-    vace = values.get("vace_layers") is not None
+    layers = values.get("vace_layers")
     return WanConfig(
         num_layers=values["num_layers"],
         num_heads=values["num_attention_heads"],
@@ -150,14 +150,13 @@ def config_from_json(values: dict[str, Any]) -> WanConfig:
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
         rope_max_seq_len=values["rope_max_seq_len"],
-        vace_layers=tuple(values["vace_layers"]) if vace else None,
-        **({"vace_in_channels": values["vace_in_channels"]} if vace else {}),
+        vace=None if layers is None else VaceConfig(tuple(layers), values["vace_in_channels"]),
     )
 
 
 def config_to_json(config: WanConfig) -> dict[str, Any]:
     """Make the config for `from_pretrained` of diffusers' `Wan(VACE)Transformer3DModel`."""
-    vace = config.vace_layers is not None
+    vace = config.vace
     values = {
         "_class_name": "WanVACETransformer3DModel" if vace else "WanTransformer3DModel",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -174,10 +173,7 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
         "text_dim": config.text_dim,
     }
     if vace:
-        values |= {
-            "vace_in_channels": config.vace_in_channels,
-            "vace_layers": list(config.vace_layers),
-        }
+        values |= {"vace_in_channels": vace.in_channels, "vace_layers": list(vace.layers)}
     return values
 
 
@@ -245,15 +241,16 @@ def config_from_shapes(
         eps=values["eps"],
         in_channels=axis("patch_embedding.weight", 1),
         out_channels=axis(rows["proj_out"], 0) // (PATCH[0] * PATCH[1] * PATCH[2]),
-        vace_layers=tuple(values["vace_layers"]) if hints else None,
-        **({"vace_in_channels": axis("vace_patch_embedding.weight", 1)} if hints else {}),
+        vace=VaceConfig(tuple(values["vace_layers"]), axis("vace_patch_embedding.weight", 1))
+        if hints
+        else None,
     )
 
 
 def config_to_original(config: WanConfig) -> dict[str, Any]:
     """Make the `config.json` of the original repository's folder."""
-    vace = config.vace_layers is not None
-    values = {
+    vace = config.vace
+    values: dict[str, Any] = {
         "_class_name": "VaceWanModel" if vace else "WanModel",
         "_diffusers_version": "0.30.0",
         "dim": config.width,
@@ -267,11 +264,9 @@ def config_to_original(config: WanConfig) -> dict[str, Any]:
         "out_dim": config.out_channels,
         "text_len": TEXT_LENGTH,
     }
-    return (
-        values | {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_channels}
-        if vace
-        else values
-    )
+    if vace:
+        values |= {"vace_layers": list(vace.layers), "vace_in_dim": vace.in_channels}
+    return values
 
 
 def scheduler_to_json(shift: float) -> dict[str, Any]:

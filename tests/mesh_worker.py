@@ -19,7 +19,7 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig, MeshConfig
 from jax_idgrpo.models import vae
 from jax_idgrpo.models.layers import FLOAT32
-from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
@@ -34,7 +34,7 @@ SIZES = dict(
     ffn_dim=40,
     text_dim=16,
     freq_dim=16,
-    vace_layers=(0, 2),
+    vace=VaceConfig((0, 2)),
     rank=2,
     alpha=2.0,
     remat="full",

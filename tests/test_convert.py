@@ -23,7 +23,15 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder, umt5_xxl
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
-from jax_idgrpo.models.wan import WanConfig, WanTransformer, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from jax_idgrpo.models.wan import (
+    VaceConfig,
+    WanConfig,
+    WanTransformer,
+    vace_1_3b,
+    vace_14b,
+    wan_1_3b,
+    wan_14b,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 PIPELINE = GOLDEN / "tiny_vace"
@@ -32,7 +40,13 @@ OPS = {name: op for name, op in vars(rules).items() if isinstance(op, Op)} | {
     "PATCH": rules.patch((1, 2, 2))
 }
 TINY = WanConfig(
-    num_layers=3, num_heads=2, head_dim=6, ffn_dim=20, text_dim=8, freq_dim=16, vace_layers=(0, 2)
+    num_layers=3,
+    num_heads=2,
+    head_dim=6,
+    ffn_dim=20,
+    text_dim=8,
+    freq_dim=16,
+    vace=VaceConfig((0, 2)),
 )
 TINY_TEXT = UMT5Config(vocab_size=11, d_model=8, d_kv=3, num_heads=2, d_ff=10, num_layers=2)
 PUBLISHED_VAE = VAEConfig(

@@ -28,7 +28,7 @@ from jax_idgrpo.evaluation.sampler import all_rows, evaluated, make_models, make
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
-from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.sampling import pipeline, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, save_lora
@@ -109,7 +109,7 @@ def pipe(tmp_path_factory):
         ffn_dim=32,
         text_dim=TEXT_WIDTH,
         freq_dim=16,
-        vace_layers=(0,),
+        vace=VaceConfig((0,)),
         unroll=True,
     )
     transformer = drawn(

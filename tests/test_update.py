@@ -14,7 +14,7 @@ from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import Config, GrpoConfig, MeshConfig, RolloutConfig, objectives
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
-from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model
 from jax_idgrpo.sampling import policy, rollout
@@ -30,7 +30,7 @@ CONFIG = WanConfig(
     ffn_dim=32,
     text_dim=WIDTH,
     freq_dim=16,
-    vace_layers=(0,),
+    vace=VaceConfig((0,)),
     rank=2,
     alpha=2.0,
     unroll=True,

@@ -13,6 +13,7 @@ from flax import nnx
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.wan import (
+    VaceConfig,
     WanConfig,
     WanTransformer,
     group_sizes,
@@ -31,7 +32,7 @@ TINY = WanConfig(
     ffn_dim=40,
     text_dim=8,
     freq_dim=16,
-    vace_layers=(0, 2, 4),
+    vace=VaceConfig((0, 2, 4)),
 )
 SCALE = jnp.array([0.7, 1.0, 1.3])
 
@@ -107,7 +108,7 @@ def test_published_sizes(preset, parameters, tensors, adapted, adapter):
     config = preset(rank=32, alpha=64.0)
     adapters, base = nnx.state(abstract(config, "bfloat16"), LoRAParam, ...)
     flat = nnx.to_flat_state(base)
-    stacked = {"blocks": config.num_layers, "vace_blocks": len(config.vace_layers or ())}
+    stacked = {"blocks": config.num_layers, "vace_blocks": len(config.vace_layers)}
     if parameters is not None:
         assert sum(leaf.get_value().size for _, leaf in flat) == parameters
     if tensors is not None:
@@ -126,11 +127,12 @@ def test_groups():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"vace_layers": (1, 2)}, "first hint belongs to block 0"),
-        ({"vace_layers": (0, 5)}, "reaches block 5"),
-        ({"vace_layers": (0, 2, 2)}, "must rise"),
-        ({"vace_layers": ()}, "empty"),
-        ({"num_layers": 0, "vace_layers": None}, "num_layers"),
+        ({"layers": (1, 2)}, "first hint belongs to block 0"),
+        ({"layers": (0, 5)}, "reaches block 5"),
+        ({"layers": (0, 2, 2)}, "must rise"),
+        ({"layers": ()}, "empty"),
+        ({"in_channels": 0}, "vace_in_channels"),
+        ({"num_layers": 0, "vace": None}, "num_layers"),
         ({"head_dim": 13}, "even"),
         ({"head_dim": 4}, "at least 6"),
         ({"freq_dim": 15}, "even"),
@@ -142,6 +144,8 @@ def test_groups():
 )
 def test_impossible_configurations_say_why(change, reason):
     with pytest.raises(UserError, match=reason):
+        if change.keys() <= {"layers", "in_channels"}:
+            change = {"vace": dataclasses.replace(TINY.vace, **change)}
         dataclasses.replace(TINY, **change)
 
 
@@ -265,7 +269,9 @@ def test_program_does_not_grow_with_depth():
     sizes = {
         depth: len(
             program(
-                dataclasses.replace(TINY, num_layers=depth, vace_layers=tuple(range(0, depth, 2)))
+                dataclasses.replace(
+                    TINY, num_layers=depth, vace=VaceConfig(tuple(range(0, depth, 2)))
+                )
             )
         )
         for depth in (4, 12)
@@ -428,7 +434,7 @@ def test_inputs_that_do_not_fit_say_why(change, reason):
 
 
 def test_plain_wan_refuses_control():
-    plain = dataclasses.replace(TINY, vace_layers=None)
+    plain = dataclasses.replace(TINY, vace=None)
     graph, state = nnx.split(abstract(plain))
     with pytest.raises(UserError, match="no VACE blocks"):
         jax.eval_shape(lambda state: nnx.merge(graph, state)(*inputs()), state)

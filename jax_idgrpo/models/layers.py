@@ -235,7 +235,8 @@ def rotary_tables(
       width: extent of the grid, tokens.
     """
     part = 2 * (head_dim // 6)
-    grid, tables = (frames, height, width), ([], [])
+    grid = (frames, height, width)
+    tables: tuple[list[Array], list[Array]] = ([], [])
     for axis, size in enumerate((head_dim - 2 * part, part, part)):
         shape = [grid[axis] if i == axis else 1 for i in range(3)] + [size // 2]
         for table, values in zip(tables, _rotary_axis(size, grid[axis]), strict=True):

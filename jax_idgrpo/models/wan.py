@@ -4,7 +4,7 @@ velocity = f(noisy latents, timestep, text, control), velocity = noise - clean l
 2 x 2 patches of latent frames. Each block is self-attention with three-axis rotary positions,
 cross-attention to the text, and a feed-forward layer, modulated by the timestep. VACE runs a
 second, shorter stack on the control latents. The output of its block g, through a linear layer, is
-the hint added to the stream after main block `vace_layers[g]`.
+the hint added to the stream after main block `vace.layers[g]`.
 
 All blocks of a stack are one module whose leaves have a leading layer axis, and which is scanned. A
 hint depends only on the control stream, so it is computed immediately before the main block that
@@ -53,6 +53,37 @@ REMAT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class VaceConfig:
+    """Sizes of the control branch.
+
+    Attributes:
+      layers: main blocks that receive a hint, in rising order from 0.
+      in_channels: channels of the control.
+    """
+
+    layers: tuple[int, ...]
+    in_channels: int = 96
+
+    def __post_init__(self):
+        layers = self.layers
+        _require(
+            isinstance(layers, tuple), f"vace_layers is a {type(layers).__name__}; make it a tuple"
+        )
+        _require(len(layers) > 0, "vace_layers is empty; a model without control has none")
+        _require(
+            layers[0] == 0,
+            f"vace_layers starts at {layers[0]}; the first hint belongs to block 0",
+        )
+        _require(
+            all(a < b for a, b in itertools.pairwise(layers)), f"vace_layers {layers} must rise"
+        )
+        _require(
+            self.in_channels >= 1,
+            f"vace_in_channels is {self.in_channels}; it must be at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class WanConfig:
     """Sizes of the network and the execution of its blocks.
 
@@ -67,8 +98,7 @@ class WanConfig:
       in_channels: latent channels.
       out_channels: velocity channels.
       rope_max_seq_len: largest extent of the token grid on any axis.
-      vace_layers: main blocks that receive a hint, in rising order from 0; None is plain Wan.
-      vace_in_channels: channels of the control.
+      vace: sizes of the control branch; None is plain Wan.
       rank: of the LoRA on the attention projections of all blocks; 0 is none.
       alpha: the LoRA is scaled by alpha / rank.
       remat: what a block saves for the backward pass. "none" recomputes nothing, "full" saves only
@@ -88,8 +118,7 @@ class WanConfig:
     in_channels: int = 16
     out_channels: int = 16
     rope_max_seq_len: int = 1024
-    vace_layers: tuple[int, ...] | None = None
-    vace_in_channels: int = 96
+    vace: VaceConfig | None = None
     rank: int = 0
     alpha: float = 0.0
     remat: str = "none"
@@ -107,7 +136,7 @@ class WanConfig:
             "in_channels",
             "out_channels",
         )
-        for name in (*sizes, "rope_max_seq_len", "vace_in_channels"):
+        for name in (*sizes, "rope_max_seq_len"):
             _require(
                 getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1"
             )
@@ -131,30 +160,22 @@ class WanConfig:
         _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.mesh is not None:
             sharding.check_heads(self.mesh, self.num_heads, self.ffn_dim)
-        if self.vace_layers is not None:
-            layers = self.vace_layers
-            _require(
-                isinstance(layers, tuple),
-                f"vace_layers is a {type(layers).__name__}; make it a tuple",
-            )
-            _require(len(layers) > 0, "vace_layers is empty; use None for a model without control")
-            _require(
-                layers[0] == 0,
-                f"vace_layers starts at {layers[0]}; the first hint belongs to block 0",
-            )
-            _require(
-                all(a < b for a, b in itertools.pairwise(layers)), f"vace_layers {layers} must rise"
-            )
-            _require(
-                layers[-1] < self.num_layers,
-                f"vace_layers reaches block {layers[-1]} but num_layers is {self.num_layers}; "
-                "blocks count from 0",
-            )
+        last = max(self.vace_layers, default=-1)
+        _require(
+            last < self.num_layers,
+            f"vace_layers reaches block {last} but num_layers is {self.num_layers}; "
+            "blocks count from 0",
+        )
 
     @property
     def width(self) -> int:
         """D, the width of the stream."""
         return self.num_heads * self.head_dim
+
+    @property
+    def vace_layers(self) -> tuple[int, ...]:
+        """Main blocks that receive a hint; none in plain Wan."""
+        return () if self.vace is None else self.vace.layers
 
 
 def _require(condition: bool, message: str) -> None:
@@ -170,7 +191,7 @@ def wan_1_3b(**changes) -> WanConfig:
 
 def vace_1_3b(**changes) -> WanConfig:
     """Return the configuration of Wan2.1-VACE-1.3B."""
-    return wan_1_3b(**({"vace_layers": tuple(range(0, 30, 2))} | changes))
+    return wan_1_3b(**({"vace": VaceConfig(tuple(range(0, 30, 2)))} | changes))
 
 
 def wan_14b(**changes) -> WanConfig:
@@ -181,7 +202,7 @@ def wan_14b(**changes) -> WanConfig:
 
 def vace_14b(**changes) -> WanConfig:
     """Return the configuration of Wan2.1-VACE-14B."""
-    return wan_14b(**({"vace_layers": tuple(range(0, 40, 5))} | changes))
+    return wan_14b(**({"vace": VaceConfig(tuple(range(0, 40, 5)))} | changes))
 
 
 class Conditions(NamedTuple):
@@ -400,12 +421,12 @@ class WanTransformer(nnx.Module):
         self.patch_embedding = Linear(patch * config.in_channels, width, dtypes=dtypes, rngs=rngs)
         self.condition_embedder = ConditionEmbedder(config, dtypes=dtypes, rngs=rngs)
         self.blocks = _stack(Block, config.num_layers, config, dtypes, rngs)
-        if config.vace_layers is not None:
+        if config.vace is not None:
             self.vace_patch_embedding = Linear(
-                patch * config.vace_in_channels, width, dtypes=dtypes, rngs=rngs
+                patch * config.vace.in_channels, width, dtypes=dtypes, rngs=rngs
             )
             self.vace_proj_in = Linear(width, width, dtypes=dtypes, rngs=rngs)
-            self.vace_blocks = _stack(ControlBlock, len(config.vace_layers), config, dtypes, rngs)
+            self.vace_blocks = _stack(ControlBlock, len(config.vace.layers), config, dtypes, rngs)
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5
         )
@@ -452,7 +473,7 @@ class WanTransformer(nnx.Module):
         context = sharding.shard_batch(
             config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute))
         )
-        if config.vace_layers is None:
+        if control is None:
             return PromptCache(self._key_values(self.blocks, context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._shard_patches(control)))
         return PromptCache(
@@ -616,10 +637,8 @@ class WanTransformer(nnx.Module):
 
     def _scale(self, control_scale: float | Array) -> Float[Array, " blocks"]:
         """Broadcast to one scale per VACE block, in the stream's dtype so that hints keep it."""
-        scale, count = (
-            jnp.asarray(control_scale, self.dtypes.residual),
-            len(self.config.vace_layers),
-        )
+        scale = jnp.asarray(control_scale, self.dtypes.residual)
+        count = len(self.config.vace_layers)
         _require(
             scale.shape in ((), (count,)),
             f"control_scale has shape {scale.shape}; give a number or {count} of them",
@@ -632,14 +651,17 @@ class WanTransformer(nnx.Module):
             text.ndim == 3 and text.shape[2] == config.text_dim,
             f"text has shape {text.shape}; expected [B,L,{config.text_dim}]",
         )
-        if config.vace_layers is None:
-            _require(control is None, "control was given, but this model has no VACE blocks")
-            return
-        _require(control is not None, "this is a VACE model; give control")
         _require(
-            control.ndim == 5 and control.shape[-1] == config.vace_in_channels,
-            f"control has shape {control.shape}; expected [B,T,H,W,{config.vace_in_channels}]",
+            control is None or config.vace is not None,
+            "control was given, but this model has no VACE blocks",
         )
+        _require(control is not None or config.vace is None, "this is a VACE model; give control")
+        if control is not None and config.vace is not None:
+            channels = config.vace.in_channels
+            _require(
+                control.ndim == 5 and control.shape[-1] == channels,
+                f"control has shape {control.shape}; expected [B,T,H,W,{channels}]",
+            )
 
     def _check(
         self, latents: Array, timesteps: Array, cache: PromptCache, frame_mask: Array | None

@@ -158,7 +158,7 @@ def meshes(count: int, parts: Architecture, share: int) -> Iterator[tuple[MeshCo
       share: rows per optimizer step, a multiple of the rows per call.
     """
     powers = [2**n for n in range(count.bit_length()) if count % 2**n == 0]
-    found = []
+    found: list[tuple[MeshConfig, int]] = []
     for seq, tensor, data in itertools.product(powers, powers, powers):
         fsdp, rest = divmod(count, seq * tensor * data)
         heads = parts.transformer.num_heads

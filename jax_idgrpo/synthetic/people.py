@@ -144,32 +144,32 @@ class Identity:
 
 
 class _Shape(NamedTuple):
-    """(Lowest, highest) value of each measure of a head, in the order of `Identity.shape`."""
+    """Measures of a head, in the order of `Identity.shape`."""
 
-    width: tuple = (0.66, 0.90)
-    height: tuple = (0.94, 1.08)
-    taper: tuple = (0.00, 0.34)
-    square: tuple = (0.00, 0.75)
-    eye_spacing: tuple = (0.30, 0.43)
-    eye_height: tuple = (-0.16, 0.06)
-    eye_width: tuple = (0.145, 0.235)
-    eye_open: tuple = (0.10, 0.18)
-    brow_thickness: tuple = (0.025, 0.085)
-    brow_tilt: tuple = (-0.32, 0.32)
-    brow_lift: tuple = (0.20, 0.33)
-    nose_width: tuple = (0.08, 0.20)
-    nose_height: tuple = (0.22, 0.40)
-    mouth_width: tuple = (0.19, 0.40)
-    mouth_full: tuple = (0.05, 0.125)
-    mouth_height: tuple = (0.54, 0.70)
-    ear: tuple = (0.09, 0.21)
-    blush: tuple = (-0.20, 0.35)
-    neck: tuple = (0.30, 0.52)
-    shoulders: tuple = (1.15, 1.65)
-    glasses: tuple = (0.0, 0.0)  # the last four are switches, set by the labels
-    beard: tuple = (0.0, 0.0)
-    beard_width: tuple = (0.0, 0.0)
-    moustache: tuple = (0.0, 0.0)
+    width: Array
+    height: Array
+    taper: Array
+    square: Array
+    eye_spacing: Array
+    eye_height: Array
+    eye_width: Array
+    eye_open: Array
+    brow_thickness: Array
+    brow_tilt: Array
+    brow_lift: Array
+    nose_width: Array
+    nose_height: Array
+    mouth_width: Array
+    mouth_full: Array
+    mouth_height: Array
+    ear: Array
+    blush: Array
+    neck: Array
+    shoulders: Array
+    glasses: Array  # the last four are switches, set by the labels
+    beard: Array
+    beard_width: Array
+    moustache: Array
 
 
 class _Labels(NamedTuple):
@@ -185,7 +185,33 @@ class _Labels(NamedTuple):
     beard: Array
 
 
-_MEASURES = np.array(_Shape(), np.float32)
+_RANGES = _Shape(  # (lowest, highest) value of each measure
+    width=(0.66, 0.90),
+    height=(0.94, 1.08),
+    taper=(0.00, 0.34),
+    square=(0.00, 0.75),
+    eye_spacing=(0.30, 0.43),
+    eye_height=(-0.16, 0.06),
+    eye_width=(0.145, 0.235),
+    eye_open=(0.10, 0.18),
+    brow_thickness=(0.025, 0.085),
+    brow_tilt=(-0.32, 0.32),
+    brow_lift=(0.20, 0.33),
+    nose_width=(0.08, 0.20),
+    nose_height=(0.22, 0.40),
+    mouth_width=(0.19, 0.40),
+    mouth_full=(0.05, 0.125),
+    mouth_height=(0.54, 0.70),
+    ear=(0.09, 0.21),
+    blush=(-0.20, 0.35),
+    neck=(0.30, 0.52),
+    shoulders=(1.15, 1.65),
+    glasses=(0.0, 0.0),
+    beard=(0.0, 0.0),
+    beard_width=(0.0, 0.0),
+    moustache=(0.0, 0.0),
+)
+_MEASURES = np.array(_RANGES, np.float32)
 
 
 def _pick(u: Float[Array, ""], shares) -> Int[Array, ""]:

@@ -40,7 +40,7 @@ from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT
-from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.pipeline import (
     Pipeline,
@@ -423,10 +423,11 @@ def make(config: Config) -> Task:
     )
     sizes = {
         name: getattr(options, name)
-        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "vace_layers")
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim")
     }
     shape = WanConfig(
         **sizes,
+        vace=VaceConfig(tuple(options.vace_layers)),
         text_dim=text_encoder.config.d_model,
         remat=config.model.remat,
         unroll=config.model.unroll,
