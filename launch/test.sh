@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Create .venv if it is missing, install the package with its test requirements, and run the tests.
-# Arguments are passed to pytest: `launch/test.sh -m slow`, `launch/test.sh tests/test_cli.py`.
+# Arguments are passed to pytest: `launch/test.sh -m slow`, `launch/test.sh tests/unit`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh test

@@ -1,4 +1,7 @@
-"""Shared by all tests: one CPU device, and shape annotations checked at run time.
+"""Shared by all tests: one CPU device, shape annotations checked at run time, and the tiers.
+
+A test's tier is its directory: `unit` (no training run, no process, no download), `integration` (runs, commands and processes), `parity`
+(against the published code in PyTorch) and `slow` (minutes; marked `slow` here). Code that several test files share is in `helpers`.
 
 Tests that need several devices start their own process: the number of devices is fixed when JAX starts.
 """
@@ -34,7 +37,17 @@ def _struct(cls=None, **options):
 
 
 flax.struct.dataclass = _struct
+pytest.register_assert_rewrite("tests.helpers")
 install_import_hook(["jax_idgrpo", "checkpoints_convert"], "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
+def pytest_collection_modifyitems(items):
+    """Mark every test in tests/slow as slow."""
+    slow = Path(__file__).parent / "slow"
+    for item in items:
+        if slow in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)

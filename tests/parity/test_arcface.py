@@ -2,7 +2,6 @@
 
 import math
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ from flax import nnx
 from checkpoints_convert import arcface as arcface_names
 from checkpoints_convert import faces, rules
 from jax_idgrpo.models.faces import arcface
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "faces_arcface.npz"
+from tests.helpers.comparison import largest_relative_error
+from tests.helpers.paths import GOLDEN
 
 
 def abstract(config):
@@ -67,10 +66,6 @@ def recipe(model, seed=1122):
     return state
 
 
-def relative(ours, theirs):
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-
-
 def test_equals_deepface_and_the_reference_arrays(deepface_model):
     import torch
 
@@ -79,13 +74,13 @@ def test_equals_deepface_and_the_reference_arrays(deepface_model):
         {name: torch.from_numpy(value) for name, value in state.items()}, strict=False
     )
     network = load(deepface_model.state_dict())
-    golden = np.load(GOLDEN)
+    golden = np.load(GOLDEN / "faces_arcface.npz")
     images = golden["images"].astype(np.float32) / 255
     with torch.no_grad():
         theirs = deepface_model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     ours = nnx.jit(lambda m, x: m(x))(network, jnp.asarray(images[..., ::-1] * 2 - 1))
-    assert relative(ours, theirs) < 1e-4
-    assert relative(ours, golden["embeddings"]) < 1e-4
+    assert largest_relative_error(ours, theirs) < 1e-4
+    assert largest_relative_error(ours, golden["embeddings"]) < 1e-4
     back = rules.to_torch(arcface_names.names(arcface.ARCFACE_R34), nnx.state(network))
     assert back.keys() == state.keys()
     assert all(np.array_equal(back[name], state[name]) for name in state)

@@ -12,7 +12,7 @@ from jax_idgrpo.config import Config, DataConfig, VideoConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.sampling.pipeline import load_vae
-from tests.parity import torch_models
+from tests.helpers import torch_models
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 9  # diffusers builds no mask for more photos than latent frames
 SIZES = [(211, 300), (37, 50), (500, 100), (WIDTH, HEIGHT)]

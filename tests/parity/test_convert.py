@@ -2,7 +2,6 @@
 
 import collections
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,12 @@ from transformers import UMT5EncoderModel
 
 from checkpoints_convert import checkpoint, identify, lora, network, rules, store, wan, writing
 from jax_idgrpo.errors import UserError
-from tests.parity.torch_models import channels_first, channels_last, relative_error
-from tests.test_convert import ADAPTER, PIPELINE, run
-from tests.test_convert_layouts import TEXT_FILE, VAE_FILE, WAN, original, recast
+from tests.helpers.comparison import relative_error
+from tests.helpers.convert import ADAPTER, PIPELINE, run
+from tests.helpers.layouts import TEXT_FILE, VAE_FILE, WAN, original, recast
+from tests.helpers.paths import GOLDEN
+from tests.helpers.torch_models import channels_first, channels_last
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 BOUND = 1e-5  # the limit asked for is 1e-4
 CLASSES = {
     "transformer": WanVACETransformer3DModel,

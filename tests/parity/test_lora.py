@@ -1,7 +1,5 @@
 """Our adapters and folders in the libraries people use: peft, diffusers, transformers."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +14,12 @@ from checkpoints_convert import lora, rules, wan
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.sampling import adapters, pipeline
-from tests.parity import torch_models
-from tests.parity.torch_models import channels_first, channels_last, relative_error
+from tests.helpers import torch_models
+from tests.helpers.comparison import relative_error
+from tests.helpers.paths import GOLDEN
+from tests.helpers.torch_models import channels_first, channels_last
 
-TOKENIZER = Path(__file__).parents[1] / "golden" / "tiny_vace"
+TOKENIZER = GOLDEN / "tiny_vace"
 BOUND = 1e-5  # the limit asked for is 1e-4
 
 

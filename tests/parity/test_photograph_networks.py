@@ -15,8 +15,8 @@ from jax_idgrpo.models.faces.dlib_resnet import MEAN, DlibResNetConfig
 from jax_idgrpo.models.faces.sface import SFaceConfig
 from jax_idgrpo.models.faces.yunet import STRIDES, YuNetConfig
 from jax_idgrpo.rewards.faces import load_network, load_stack
-from tests import face_files
-from tests.parity.test_arcface import relative
+from tests.helpers import face_files
+from tests.helpers.comparison import largest_relative_error
 
 TOLERANCE = 1e-5
 
@@ -84,7 +84,9 @@ def test_yunet_equals_onnx_runtime(folder, files):
         for name, maps in level.items():
             maps = jax.nn.sigmoid(maps) if name in ("cls", "obj") else maps
             assert (
-                relative(maps.reshape(1, -1, maps.shape[-1]), theirs[f"{name}_{stride}"])
+                largest_relative_error(
+                    maps.reshape(1, -1, maps.shape[-1]), theirs[f"{name}_{stride}"]
+                )
                 < TOLERANCE
             ), (name, stride)
 
@@ -101,7 +103,7 @@ def test_sface_equals_onnx_runtime(folder, files):
         None, {"data": crops.transpose(0, 3, 1, 2)}
     )
     ours = nnx.jit(lambda m, x: m(x))(network, jnp.asarray(crops / 127.5 - 1))
-    assert relative(ours, theirs) < TOLERANCE
+    assert largest_relative_error(ours, theirs) < TOLERANCE
 
 
 def dlib_reference(tensors, crops, config):
@@ -150,7 +152,9 @@ def test_dlib_resnet_equals_a_reference(folder, weights):
         weights["judge"], crops.transpose(0, 3, 1, 2), network.config
     ) - np.asarray(face_folder.DLIB_CENTRE)
     assert (
-        relative(nnx.jit(lambda m, x: m(x))(network, jnp.asarray(crops / 127.5 - 1)), theirs)
+        largest_relative_error(
+            nnx.jit(lambda m, x: m(x))(network, jnp.asarray(crops / 127.5 - 1)), theirs
+        )
         < TOLERANCE
     )
 

@@ -15,7 +15,7 @@ from checkpoints_convert import qwen_vl as table
 from checkpoints_convert import rules
 from jax_idgrpo.models import qwen_vl
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
-from tests.parity.torch_models import relative_error
+from tests.helpers.comparison import relative_error
 
 BOUND = 1e-5
 IMAGE, VIDEO, START, END = 500, 501, 502, 503

@@ -11,8 +11,8 @@ from checkpoints_convert import rules
 from checkpoints_convert import umt5 as table
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Encoder
-from tests.parity import torch_models
-from tests.parity.torch_models import relative_error
+from tests.helpers import torch_models
+from tests.helpers.comparison import relative_error
 
 BOUND = 1e-5
 

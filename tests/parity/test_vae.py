@@ -14,7 +14,8 @@ from flax import nnx
 from checkpoints_convert import vae as table
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.models.vae import WanVAE
-from tests.parity import torch_models
+from tests.helpers import torch_models
+from tests.helpers.comparison import relative_error
 
 BOUND = 1e-5
 COMPILER = {"xla_backend_optimization_level": 0}  # compiling is what takes the time here
@@ -68,8 +69,8 @@ def test_posterior_equals_diffusers(name, frames):
     mean, logvar = program(graph, "posterior")(state, video)
     want = theirs.encode(torch_models.channels_first(video)).latent_dist
     assert mean.shape == (2, (frames - 1) // 4 + 1, 4, 6, 16)
-    assert torch_models.relative_error(mean, torch_models.channels_last(want.mode())) < BOUND
-    assert torch_models.relative_error(logvar, torch_models.channels_last(want.logvar)) < BOUND
+    assert relative_error(mean, torch_models.channels_last(want.mode())) < BOUND
+    assert relative_error(logvar, torch_models.channels_last(want.logvar)) < BOUND
 
 
 @pytest.mark.parametrize(
@@ -84,9 +85,7 @@ def test_decode_equals_diffusers_frame_by_frame(name, latents):
     want = torch_models.channels_last(want)
     assert got.shape == want.shape == (2, 4 * latents - 3, 32, 48, 3)
     assert float(jnp.max(jnp.abs(got))) <= 1.0
-    assert all(
-        torch_models.relative_error(got[:, f], want[:, f]) < BOUND for f in range(got.shape[1])
-    )
+    assert all(relative_error(got[:, f], want[:, f]) < BOUND for f in range(got.shape[1]))
 
 
 def test_a_swapped_pair_of_weights_is_seen():
@@ -98,7 +97,7 @@ def test_a_swapped_pair_of_weights_is_seen():
     kernel[...] = kept[::-1]  # the order of time
     wrong, _ = program(graph, "posterior")(state, video)
     kernel[...] = kept
-    assert torch_models.relative_error(wrong, right) > 1e-2
+    assert relative_error(wrong, right) > 1e-2
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -13,8 +13,10 @@ from checkpoints_convert import rules
 from checkpoints_convert import wan as table
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
-from tests.parity import torch_models
-from tests.parity.torch_models import GOLDEN, channels_first, channels_last, relative_error
+from tests.helpers import torch_models
+from tests.helpers.comparison import relative_error
+from tests.helpers.paths import GOLDEN
+from tests.helpers.torch_models import channels_first, channels_last
 
 BOUND = 1e-5  # ||got - want|| / ||want|| against code that rounds like ours
 GOLDEN_BOUND = 1e-4  # against the original code, whose timestep sinusoid is float64

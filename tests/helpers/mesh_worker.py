@@ -1,0 +1,141 @@
+"""Run by test_parallel.py in a process of its own: one rollout, decode, reward and gradient on each mesh given, stored as arrays.
+
+python -m tests.helpers.mesh_worker OUT '{"data": 2, "seq": 4}' ...
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jax_idgrpo import rng
+from jax_idgrpo.config import GrpoConfig, MeshConfig
+from jax_idgrpo.models import vae
+from jax_idgrpo.models.layers import FLOAT32
+from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.sampling import policy, rollout
+from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
+from jax_idgrpo.training import update
+from jax_idgrpo.training.state import start
+
+ROWS, STEPS, FRAMES, PEOPLE = 4, 3, 3, 2
+SIZES = dict(
+    num_layers=4,
+    num_heads=6,
+    head_dim=8,
+    ffn_dim=40,
+    text_dim=16,
+    freq_dim=16,
+    vace=VaceConfig((0, 2)),
+    rank=2,
+    alpha=2.0,
+    remat="full",
+)
+
+
+def random(state: nnx.State) -> nnx.State:
+    """The state with every leaf random, also those that start at zero."""
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(1)
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    )
+
+
+def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+    random_numbers = np.random.default_rng(2)
+    references = jnp.asarray([1, 2, 2, 1])
+    condition = Conditioning(
+        text=jnp.asarray(random_numbers.normal(size=(ROWS, 5, 16)), jnp.float32),
+        control=jnp.asarray(
+            random_numbers.normal(size=(ROWS, FRAMES + PEOPLE, 4, 6, 96)), jnp.float32
+        ),
+        frame_mask=frame_mask(references, FRAMES, PEOPLE),
+        references=references,
+    )
+    negative = jnp.asarray(random_numbers.normal(size=(5, 16)), jnp.float32)
+    transformer = WanTransformer(WanConfig(**SIZES, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
+    nnx.update(transformer, random(nnx.state(transformer)))
+    actor, lora, base = policy.split(transformer, 3.0)
+    state = sharding.shard_params(mesh, start(optax.adam(1e-3), lora))
+    base = sharding.shard_params(mesh, base)
+    vae_config = vae.VAEConfig(
+        base_dim=4,
+        dim_mult=(1, 1, 1, 1),
+        num_res_blocks=1,
+        temporal_downsample=(False, True, True),
+        latents_mean=(0.0,) * 16,
+        latents_std=(1.0,) * 16,
+    )
+    graph, weights = nnx.split(vae.WanVAE(vae_config, rngs=nnx.Rngs(0)))
+
+    def on_mesh(tree):
+        return jax.device_put(tree, sharding.batch_sharding(mesh))
+
+    schedule = rollout.Schedule.make(STEPS, 3.0)
+    noise = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
+    window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
+    condition, noise, window = on_mesh((condition, noise, window))
+    trajectory = rollout.sample(
+        actor, state.params, base, condition, negative, schedule, noise, noise, window
+    )
+    whole = sharding.device_put_global(random(weights), sharding.replicated(mesh))
+    decoded = (graph, whole), trajectory.latents, condition.references, FRAMES
+    video = rollout.decode(*decoded)
+    exchanges = re.findall(
+        r" (all-[\w-]+|collective-\w+|reduce-scatter)(?:-start)?\(",
+        rollout.decode.lower(*decoded).compile().as_text(),
+    )
+    rewards = np.asarray(jnp.mean(jnp.sin(3 * video), axis=(1, 2, 3, 4)))
+
+    advantage = (rewards - rewards.mean())[None] / rewards.std()
+    chunk = update.Rollout(
+        trajectory=trajectory, conditioning=condition, start=window.start, noise=noise
+    )
+    batch = update.store(None, chunk, jnp.int32(0), 1)
+    batch = dataclasses.replace(batch, advantage=advantage, weight=np.ones_like(advantage))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
+    objective = update.UpdateRule(
+        policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9
+    )
+    networks = update.Networks(base=base, negative=negative)
+    gradient, rows = jax.jit(update.gradients, static_argnums=0)(
+        objective, state.params, networks, batch, schedule, jnp.int32(0)
+    )
+    flat = {
+        sharding.leaf_name(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+    }
+    return {
+        "start": np.asarray(rollout._start(noise, condition)),
+        "latents": np.asarray(trajectory.latents),
+        "log_prob": np.asarray(trajectory.log_prob),
+        "rewards": rewards,
+        "exchanges": np.asarray(exchanges),
+        "ratio": np.asarray(rows["ratio"]),
+        "loss": np.asarray(rows["policy_loss"] + 0.1 * rows["kl"]),
+        "gradient": np.concatenate([flat[name].ravel() for name in sorted(flat)]),
+    }
+
+
+def main(out: str, *meshes: str) -> None:
+    vae.ATTENTION_LOGITS = 1  # as of a large video: its frames attend one after the other
+    for number, text in enumerate(meshes):
+        sizes = {"data": 1} | json.loads(text)
+        count = int(np.prod(list(sizes.values())))
+        np.savez(
+            Path(out) / f"{number}.npz",
+            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])),
+        )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,43 @@
+"""A run that is planned is the run that is trained: the same structure, shapes, dtypes and places, without reading a tensor."""
+
+import jax
+import pytest
+
+from jax_idgrpo import config as c
+from jax_idgrpo.parallel import sharding
+from jax_idgrpo.training import setup
+from tests.helpers.tiny_run import tiny
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(),
+        dict(
+            grpo=dict(objective="nft", kl_units="velocity", updates=2), window="none", guidance=3.0
+        ),
+    ],
+    ids=["clip", "nft"],
+)
+def test_shapes_are_those_of_the_arrays(values):
+    config = tiny(2, **values)
+    mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
+    real, planned = setup.build(config, mesh), setup.build(config, mesh, abstract=True)
+
+    def parts(run):
+        networks = (jax.tree.map(lambda x: x, part) for part in (run.base, run.vae[1]))
+        return run.state, *networks, run.negative, run.schedule, run.reward.state
+
+    leaves, shapes = (jax.tree_util.tree_leaves_with_path(parts(run)) for run in (real, planned))
+    assert len(leaves) > 300 and [path for path, _ in leaves] == [path for path, _ in shapes]
+    for (path, leaf), (_, shape) in zip(leaves, shapes, strict=True):
+        name = jax.tree_util.keystr(path)
+        assert isinstance(leaf, jax.Array) and isinstance(shape, jax.ShapeDtypeStruct), name
+        assert (leaf.shape, leaf.dtype, leaf.weak_type) == (
+            shape.shape,
+            shape.dtype,
+            shape.weak_type,
+        ), name
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), name
+    assert planned.policy == real.policy and planned.passes == real.passes
+    assert planned.rule.policy == real.rule.policy and planned.rule.grpo == real.rule.grpo
