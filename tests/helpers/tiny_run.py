@@ -10,6 +10,13 @@ from jax_idgrpo.training import setup
 
 
 def tiny(steps, grpo=None, **rollout):
+    """Return the configuration of a run of `steps` steps on the bundled models.
+
+    Args:
+      steps: optimizer steps of the run.
+      grpo: fields of the GRPO configuration.
+      **rollout: fields of the rollout configuration.
+    """
     values = (
         dict(
             prompts=2, group=2, steps=3, guidance=1.0, window="fixed", window_start=0, window_size=1
@@ -29,6 +36,7 @@ def tiny(steps, grpo=None, **rollout):
 
 
 def rows(workdir):
+    """Return the rows of a run's metrics, one dictionary per step."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -54,4 +62,5 @@ def failing(monkeypatch, broken):
 
 
 def adapters(*folders):
+    """Return the tensors of the adapter that each run exported."""
     return [load_file(folder / "export" / "adapter_model.safetensors") for folder in folders]

@@ -34,9 +34,10 @@ SCHEDULE = rollout.Schedule.make(STEPS, 3.0)
 
 
 @functools.cache
-def model(dtype="float32", guidance=3.0):
-    """A policy whose adapter and zero-initialised layers are all random."""
-    transformer = WanTransformer(CONFIG, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
+def model(dtype="float32", guidance=3.0, remat="none"):
+    """Return a policy whose adapter and zero-initialised layers are all random."""
+    config = dataclasses.replace(CONFIG, remat=remat)
+    transformer = WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
     leaves, tree = jax.tree.flatten(nnx.state(transformer))
     rng = np.random.default_rng(1)
     noisy = [leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
@@ -46,6 +47,7 @@ def model(dtype="float32", guidance=3.0):
 
 @functools.cache
 def asked():
+    """Return the conditioning of four rows: one or two photos each."""
     rng = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
     frames = FRAMES + PEOPLE
@@ -106,6 +108,7 @@ def chunked(chunks, advantage, weight=None):
 
 
 def objective(actor, **changes):
+    """Return an objective; `changes` are fields of the GRPO configuration."""
     return update.UpdateRule(
         policy=actor, grpo=GrpoConfig(**changes), optimizer=optax.sgd(1.0), ema_decay=0.9
     )
@@ -118,6 +121,7 @@ def gradients(fixed, lora, base, batch, schedule=SCHEDULE, old=None, step=0):
 
 
 def vector(state):
+    """Return all numbers of a state in one array."""
     return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(state)])
 
 
@@ -132,6 +136,7 @@ OBJECTIVES = [
 
 
 def named(wanted):
+    """Return the name of an entry of OBJECTIVES."""
     return "-".join(map(str, wanted.values()))
 
 

@@ -1,7 +1,6 @@
 """Phantom as a policy: three branches with the photos behind the video, only the video is the state, and the same loop as VACE."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -21,88 +20,24 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer, wan_1_3b, wan_14b
-from jax_idgrpo.sampling import adapters, conditioning, policy, rollout
+from jax_idgrpo.sampling import adapters, conditioning, policy
 from jax_idgrpo.sampling.conditioning import Conditioning
-from jax_idgrpo.training import setup, update
+from jax_idgrpo.training import setup
 from tests.helpers.comparison import relative_error
 from tests.helpers.paths import GOLDEN
 from tests.helpers.phantom import (
-    CONFIG,
     FRAMES,
-    LENGTH,
-    PEOPLE,
     ROWS,
     STEPS,
-    WIDTH,
+    asked,
+    chunked,
+    gradients,
     make_checkpoint,
+    model,
+    objective,
+    sampled,
     short,
 )
-
-SCHEDULE = rollout.Schedule.make(STEPS, 5.0)
-NEGATIVE = jnp.asarray(np.random.default_rng(3).normal(size=(LENGTH, WIDTH)), jnp.float32)
-NOISE = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
-ADVANTAGE = jnp.asarray([1.3, -0.7, 0.2, -0.9])
-FIRST = jnp.zeros(ROWS, jnp.int32)
-WINDOW = rollout.Window(start=FIRST, size=STEPS - 1, final_noise=False)
-
-
-@functools.cache
-def model(guidance=7.5, image_guidance=5.0):
-    """A policy whose every parameter is random."""
-    transformer = WanTransformer(CONFIG, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(transformer))
-    rng = np.random.default_rng(1)
-    noisy = [leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
-    nnx.update(transformer, jax.tree.unflatten(tree, noisy))
-    return policy.split(transformer, guidance, image_guidance)
-
-
-@functools.cache
-def asked():
-    rng = np.random.default_rng(2)
-    references = jnp.asarray([1, 2, 2, 1])
-    return Conditioning(
-        text=jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32),
-        control=None,
-        frame_mask=jnp.ones((ROWS, FRAMES), bool),
-        references=references,
-        # Not zero in the padding, which must not change the velocity.
-        reference_latents=jnp.asarray(rng.normal(size=(ROWS, PEOPLE, 4, 6, 16)), jnp.float32),
-    )
-
-
-def sampled(parts, rows=slice(None), given=None):
-    actor, lora, base = parts
-    given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
-    window = jax.tree.map(lambda leaf: leaf[rows], WINDOW)
-    trajectory = rollout.sample(
-        actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], window
-    )
-    return update.Rollout(
-        trajectory=trajectory, conditioning=given, start=window.start, noise=NOISE[rows]
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def gradients(fixed, lora, base, batch):
-    return update.gradients(
-        fixed, lora, update.Networks(base=base, negative=NEGATIVE), batch, SCHEDULE, jnp.int32(0)
-    )
-
-
-def objective(actor):
-    return update.UpdateRule(
-        policy=actor, grpo=c.GrpoConfig(), optimizer=optax.sgd(1.0), ema_decay=0.9
-    )
-
-
-def chunked(chunks):
-    whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chunks)
-    return dataclasses.replace(
-        whole,
-        advantage=ADVANTAGE.reshape(len(chunks), -1),
-        weight=jnp.ones((len(chunks), ROWS // len(chunks))),
-    )
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])

@@ -319,16 +319,6 @@ def test_written_prompts_are_read_back(tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_takes_share_people_photos_and_prompts_and_nothing_else():
-    one, other, again = (scenes.batch(1, 0, 12, "eval", variant=variant) for variant in (0, 1, 1))
-    assert captions.prompts(one) == captions.prompts(other)
-    for name in ("portraits", "portrait_boxes", "ids", "mask"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    np.testing.assert_array_equal(other.video, again.video)
-    np.testing.assert_array_equal(one.video, scenes.batch(1, 0, 12, "eval").video)
-    assert (np.abs(one.video - other.video).mean((1, 2, 3, 4)) > 0.02).all()
-
-
 def test_mistakes_get_one_line(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):

@@ -281,62 +281,6 @@ def test_divergence_is_the_kl_of_the_two_gaussians():
     np.testing.assert_allclose(flow.divergence(step, v, other), want, rtol=1e-4)
 
 
-class Denoiser:
-    """The exact velocity for data of several Gaussian bumps: smooth, not linear in x, cheap."""
-
-    centres = np.random.default_rng(5).normal(size=(4, 6))
-    width = 0.4
-
-    def __call__(self, x, sigma):
-        variance = (1 - sigma) ** 2 * self.width**2 + sigma**2
-        away = x[:, None] - (1 - sigma) * self.centres
-        weight = jax.nn.softmax(-(away**2).sum(-1) / (2 * variance), axis=-1)[..., None]
-        x0 = (weight * (self.centres + (1 - sigma) * self.width**2 / variance * away)).sum(1)
-        return (x - x0) / sigma
-
-
-def solve(name, s, x, denoiser):
-    solver, state = flow.SOLVERS[name](s), flow.SolverState.start(x)
-    for i in range(len(s) - 1):
-        step = jax.tree.map(lambda leaf: leaf[i], solver)
-        state = flow.solver_step(step, state, denoiser(state.x, s[i]), s[i])
-    return state.x
-
-
-@pytest.mark.parametrize("steps, shift", [(12, 3.0), (50, 5.0), (2, 3.0), (1, 3.0)])
-def test_unipc_equals_diffusers(steps, shift):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    s = flow.sigmas(steps, shift)
-    original = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=1.0,
-        solver_order=2,
-        solver_type="bh2",
-    )
-    original.set_timesteps(sigmas=s[:-1].astype(np.float64))
-    original.sigmas = torch.from_numpy(s)
-    x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    want = torch.from_numpy(x)
-    for i, timestep in enumerate(original.timesteps):
-        velocity = torch.tensor(np.array(Denoiser()(jnp.asarray(want.numpy()), s[i])))
-        want = original.step(velocity, timestep, want).prev_sample
-    assert relative_error(solve("unipc", s, jnp.asarray(x), Denoiser()), want.numpy()) < 1e-4
-
-
-def test_euler_is_the_ode_step_and_unipc_is_closer_to_the_solution():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(8, 6)), jnp.float32)
-    s = flow.sigmas(16, 3.0)
-    want = x
-    for i in range(16):
-        want = flow.ode_step(want, Denoiser()(want, s[i]), s[i], s[i + 1])
-    np.testing.assert_allclose(solve("euler", s, x, Denoiser()), want, atol=1e-5)
-    exact = solve("euler", flow.sigmas(2000, 3.0), x, Denoiser())
-    error = {name: relative_error(solve(name, s, x, Denoiser()), exact) for name in flow.SOLVERS}
-    assert error["unipc"] < error["euler"], error
-
-
 def test_masked_frames_change_nothing():
     rng = np.random.default_rng(0)
     x, v, noise = (rng.normal(size=(2, 4, 2, 3, 5)).astype(np.float32) for _ in range(3))
