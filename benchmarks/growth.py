@@ -164,7 +164,8 @@ def planned(case: Case) -> dict[str, float]:
     program = case.program(devices)
     mesh = jax.tree.leaves(program.arguments[1])[0].sharding.mesh
     cost = plan.measure(program, mesh, hardware.CHIPS[CHIP])
-    assert cost.peak is not None and cost.seconds is not None
+    assert cost.peak is not None
+    assert cost.seconds is not None
     return dict(
         memory=cost.peak - program.beside,
         flops=cost.flops * case.devices,

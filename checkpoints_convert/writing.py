@@ -211,7 +211,8 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     texts: dict[str, Any] = {
         f"{part}/config.json": dict(network.values) for part, network in networks.items()
     }
-    assert checkpoint.kind is not None and checkpoint.tokenizer is not None
+    assert checkpoint.kind is not None
+    assert checkpoint.tokenizer is not None
     if checkpoint.scheduler is None:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(SHIFTS[checkpoint.kind])
     else:

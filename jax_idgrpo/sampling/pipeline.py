@@ -143,7 +143,8 @@ def load_pipeline(
     )
     if rank:
         transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
-    assert source.tokenizer is not None and source.kind is not None
+    assert source.tokenizer is not None
+    assert source.kind is not None
     return Pipeline(
         transformer=transformer,
         vae=_load_vae(source.networks["vae"], mesh),

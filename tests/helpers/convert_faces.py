@@ -53,7 +53,8 @@ def assert_every_bit_comes_back(tmp_path, capsys, name):
     store.write_file(tmp_path / "download.pth", published(architecture, config))
     assert run("inspect", tmp_path / "download.pth") == 0
     said = capsys.readouterr().out
-    assert f"face: {what}, original layout" in said and "not here" not in said
+    assert f"face: {what}, original layout" in said
+    assert "not here" not in said
     assert run("import", tmp_path / "download.pth", tmp_path / "store") == 0
     assert run("inspect", tmp_path / "store") == 0
     assert f"face: {what}, store layout" in capsys.readouterr().out
@@ -61,4 +62,6 @@ def assert_every_bit_comes_back(tmp_path, capsys, name):
     assert run("export", tmp_path / "store", tmp_path / "out", "--format", "original") == 0
     assert bits(tmp_path / "out" / name) == bits(tmp_path / "download.pth")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"# {what}" in card and 'license: "other"' in card and "video" not in card
+    assert f"# {what}" in card
+    assert 'license: "other"' in card
+    assert "video" not in card

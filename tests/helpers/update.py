@@ -175,7 +175,8 @@ def assert_descends_without_a_trajectory(wanted):
     """No trajectory is stored, a step along the gradient lowers the loss, and each optimizer step has noise of its own."""
     actor, lora, base = model(guidance=1.0)
     chunk = generated((actor, lora, base))
-    assert chunk.trajectory.x is None and chunk.trajectory.velocity is None
+    assert chunk.trajectory.x is None
+    assert chunk.trajectory.velocity is None
     batch = chunked([chunk], ADVANTAGE)
     fixed = objective(actor, **{**wanted, "kl": 0.0})
     gradient, rows = gradients(fixed, lora, base, batch, old=lora)

@@ -102,7 +102,7 @@ def test_memory_is_bounded():
     assert gradient.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes < 12 << 20
 
 
-@pytest.mark.parametrize("keys, lengths", [(130, None), (77, [5, 77])])
+@pytest.mark.parametrize(("keys", "lengths"), [(130, None), (77, [5, 77])])
 def test_the_kernels_agree(keys, lengths):
     """cuDNN's call in its plain form, and the TPU kernel's instructions run one by one: no multiple of a block, short heads."""
     q, k, v = (
@@ -129,7 +129,7 @@ def test_the_kernels_agree(keys, lengths):
 
 
 @pytest.mark.parametrize(
-    "tokens, keys, lengths, d",
+    ("tokens", "keys", "lengths", "d"),
     [(5, 4, None, 8), (4, 5, None, 8), (5, 5, [2, 5], 12), (4, 4, None, 128)],
 )
 def test_cudnn_takes_every_shape(tokens, keys, lengths, d, monkeypatch):
@@ -147,7 +147,8 @@ def test_cudnn_takes_every_shape(tokens, keys, lengths, d, monkeypatch):
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 512, 4290, 5070, 35_880])
 def test_blocks_of_the_kernel_leave_little_padding(length):
     size = block(length)
-    assert size % LANES == 0 and LANES <= size <= LARGEST_BLOCK
+    assert size % LANES == 0
+    assert LANES <= size <= LARGEST_BLOCK
     assert -(-length // size) * size < max(1.06 * length, length + LANES)
 
 

@@ -62,12 +62,11 @@ def test_people_of_one_split_are_in_no_other_whatever_else_is_in_the_folder(tmp_
         split: {person for clip in found for person in clip.people}
         for split, found in listed.items()
     }
-    assert sum(map(len, listed.values())) == 60 and all(people.values())
-    assert not (
-        people["train"] & people["eval"]
-        or people["train"] & people["rl"]
-        or people["rl"] & people["eval"]
-    )
+    assert sum(map(len, listed.values())) == 60
+    assert all(people.values())
+    assert not (people["train"] & people["eval"])
+    assert not (people["train"] & people["rl"])
+    assert not (people["rl"] & people["eval"])
     (tmp_path / "copy.png").write_bytes(
         (tmp_path / rows[0][1][0]).read_bytes()
     )  # the same person under another name
@@ -127,7 +126,8 @@ def test_pairs_are_of_one_prompt_and_distractors_are_other_people(folder):
         one, other = clip_pair.clips
         assert one.video.shape == other.video.shape == (5, 64, 64, 3)
         different.append(np.abs(one.video - other.video).mean() > 0.02)
-        assert np.array_equal(one.photos, other.photos) and len(clip_pair.photos) == len(one.people)
+        assert np.array_equal(one.photos, other.photos)
+        assert len(clip_pair.photos) == len(one.people)
         for clip in (one, other):
             strange = clip.swap_faces(dict.fromkeys(clip.people, DISTRACTOR))
             boxes = np.maximum(clip.boxes[0, clip.people], 0).astype(int)
@@ -163,7 +163,8 @@ def test_the_folder_is_what_training_reads_and_the_truth_is_what_was_done(writte
     read = load_pairs(written / "pairs.csv", ("SA",))
     with (written / "pairs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == synthesis.COLUMNS and len(read) == len(rows) == 12
+    assert tuple(rows[0]) == synthesis.COLUMNS
+    assert len(read) == len(rows) == 12
     for pair, row in zip(read, rows, strict=True):
         a, b = float(row["strength_A"]), float(row["strength_B"])
         assert (

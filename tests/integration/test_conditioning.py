@@ -187,16 +187,17 @@ def test_what_a_prompt_loses_is_told_once_with_its_line():
         3, "one two three four five sixth seventh", (Path("a.png"),), where="prompts p.csv, line 5"
     )
     fits = Prompt(4, "one two three four five", (Path("a.png"),), where="prompts p.csv, line 6")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="the prompt has 8 tokens") as told:
         conditioning.warn_of_cut(tokenizer, [long, fits], 6)
     (line,) = [str(warning.message) for warning in told]
     assert line.startswith(
         "prompts p.csv, line 5: the prompt has 8 tokens, and data.text_length keeps 6"
     )
     assert line.endswith("cut off: xxxxx xxxxxxx")
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="15 more prompts") as told:
         conditioning.warn_of_cut(tokenizer, [long] * 25, 6)
-    assert len(told) == conditioning.CUT_SHOWN + 1 and "15 more prompts" in str(told[-1].message)
+    assert len(told) == conditioning.CUT_SHOWN + 1
+    assert "15 more prompts" in str(told[-1].message)
 
 
 def test_a_cut_negative_prompt_is_told(pipe):
@@ -221,8 +222,10 @@ def test_room_for_people_that_no_prompt_has_is_told(prompts, recwarn):
 
 def test_text_is_cut_padded_and_float32(pipe, prompts, config):
     text = conditioning.encode(pipe, prompts, config, conditioning.Cache()).text
-    assert text.shape == (3, 6, 8) and text.dtype == jnp.float32
-    assert not text[0, 4:].any() and text[0, :4].any(axis=-1).all()
+    assert text.shape == (3, 6, 8)
+    assert text.dtype == jnp.float32
+    assert not text[0, 4:].any()
+    assert text[0, :4].any(axis=-1).all()
 
 
 def test_groups_and_video_frames(pipe, prompts, config):
@@ -246,8 +249,10 @@ def test_too_many_people_is_one_line(pipe, prompts, config):
 @pytest.mark.parametrize("size", [(3, 500), (700, 5), (1, 1), (9, 9)])
 def test_canvas_of_odd_sizes(size):
     got = conditioning.canvas(Image.new("L", size, 0), HEIGHT, WIDTH)
-    assert got.shape == (HEIGHT, WIDTH, 3) and got.dtype == np.float32
-    assert got.min() == -1 and got.max() <= 1
+    assert got.shape == (HEIGHT, WIDTH, 3)
+    assert got.dtype == np.float32
+    assert got.min() == -1
+    assert got.max() <= 1
 
 
 def test_negative_prompt_from_a_file(tmp_path):
@@ -272,7 +277,8 @@ def test_a_text_encoder_that_waits_in_the_hosts_memory_says_the_same():
         return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(pipe.text_encoder))}
 
     texts = ["a person waves", "two people , one nods"]
-    assert kinds(ready) == {"device"} and kinds(waiting) == {"pinned_host"}
+    assert kinds(ready) == {"device"}
+    assert kinds(waiting) == {"pinned_host"}
     got, want = (conditioning.encode_texts(pipe, texts, 20) for pipe in (waiting, ready))
     assert all(len(text) < 20 and text.any(-1).all() for text in want)
     jax.tree.map(np.testing.assert_array_equal, got, want)

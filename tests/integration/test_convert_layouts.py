@@ -93,11 +93,9 @@ def test_the_original_folder_goes_in_and_out_with_every_bit(tmp_path, capsys, wh
     capsys.readouterr()
     assert run("inspect", source) == 0
     told = capsys.readouterr().out
-    assert (
-        f"kind: {which}" in told
-        and "transformer: original layout" in told
-        and "complete: every tensor of the 3" in told
-    )
+    assert f"kind: {which}" in told
+    assert "transformer: original layout" in told
+    assert "complete: every tensor of the 3" in told
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "mixed"])
@@ -170,9 +168,8 @@ def test_phantom_goes_in_with_the_rest_of_wan_and_out_with_every_bit(tmp_path, c
     )
     assert run("verify", tmp_path / "out", tmp_path / "store", "--as", "phantom") == 0
     got = again.networks["transformer"].tensors
-    assert set(got) == set(tensors) and all(
-        same_bits(np.asarray(got[name]), tensors[name]) for name in tensors
-    )
+    assert set(got) == set(tensors)
+    assert all(same_bits(np.asarray(got[name]), tensors[name]) for name in tensors)
 
 
 def partial(tmp_path: Path) -> Path:
@@ -276,10 +273,8 @@ def test_the_vae_table_of_the_original_is_a_bijection(blocks):
         assert sum(math.prod(slot.torch_shape) for slot in slots) == 126_892_531
         theirs = {slot.torch for slot in slots}
         diffusers = {slot.torch for slot in rules.expand(vae.rules(config), vae_shapes(config))}
-        assert (
-            "decoder.upsamples.7.time_conv.weight" in theirs
-            and "decoder.up_blocks.1.upsamplers.0.time_conv.weight" in diffusers
-        )
+        assert "decoder.upsamples.7.time_conv.weight" in theirs
+        assert "decoder.up_blocks.1.upsamplers.0.time_conv.weight" in diffusers
         assert not {name for name in theirs & diffusers if "conv1" not in name}
 
 
@@ -305,13 +300,15 @@ def test_sizes_come_back_from_shapes_alone(layout):
         PUBLISHED_VAE, latents_mean=vae.LATENTS_MEAN, latents_std=vae.LATENTS_STD
     )
     tensors = shapes(vae.rules(config, layout), vae_shapes(config))
-    assert vae.config_from_shapes(tensors, layout) == config and identify.identify(tensors) == (
+    assert vae.config_from_shapes(tensors, layout) == config
+    assert identify.identify(tensors) == (
         "vae",
         layout,
     )
     named = "transformers" if layout == "diffusers" else layout
     tensors = shapes(umt5.rules(umt5_xxl(), named), text_shapes(umt5_xxl()))
-    assert umt5.config_from_shapes(tensors, named) == umt5_xxl() and identify.identify(tensors) == (
+    assert umt5.config_from_shapes(tensors, named) == umt5_xxl()
+    assert identify.identify(tensors) == (
         "text_encoder",
         named,
     )
@@ -323,7 +320,8 @@ def test_sizes_come_back_from_shapes_alone(layout):
 def test_the_original_folder_runs_as_the_public_code_does(tmp_path):
     arrays = dict(np.load(GOLDEN / "wan_original_tiny.npz"))
     pipe = pipeline.load_pipeline(WAN)
-    assert pipe.kind == "wan" and pipe.shift == 3.0
+    assert pipe.kind == "wan"
+    assert pipe.shift == 3.0
     got = nnx.jit(lambda model, *inputs: model(*inputs))(
         pipe.transformer, arrays["latents"], arrays["timesteps"], arrays["text"]
     )
@@ -453,11 +451,9 @@ def test_merged_weights_are_the_sum_in_float32_stored_as_the_base_is(tmp_path, h
         assert after[name].dtype == tensor.dtype
     assert changed == len(adapter) // 2
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        'base_model: "me/base"' in card
-        and "rank 4, alpha 8, merged in float32" in card
-        and "license:" in card
-    )
+    assert 'base_model: "me/base"' in card
+    assert "rank 4, alpha 8, merged in float32" in card
+    assert "license:" in card
 
 
 def test_another_models_adapter_is_not_merged(tmp_path):
@@ -483,9 +479,8 @@ def test_the_card_holds_the_runs_configuration_base_and_licence(tmp_path):
         assert run("export", work, tmp_path / form, "--format", form, "--license", "cc-by-4.0") == 0
         text = (tmp_path / form / "README.md").read_text()
         head = dict(line.split(": ", 1) for line in text.split("---")[1].strip().splitlines())
-        assert json.loads(head["license"]) == "cc-by-4.0" and json.loads(head["base_model"]) == str(
-            PIPELINE
-        )
+        assert json.loads(head["license"]) == "cc-by-4.0"
+        assert json.loads(head["base_model"]) == str(PIPELINE)
         assert json.loads(text.split("```json\n")[1].split("```")[0]) == configuration
     assert store.read_json(tmp_path / "peft" / "adapter_config.json")[
         "base_model_name_or_path"
@@ -538,7 +533,8 @@ def test_code_in_a_pickle_does_not_run(tmp_path, where):
         UserError, match=r"w\.pth: its pickle asks for (posix|nt)\.system, which no weights need"
     ) as caught:
         run("inspect", file)
-    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["w.pth"]
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pth"]
 
 
 def described(
@@ -606,7 +602,8 @@ def test_forged_pickles_are_refused(tmp_path, data, match):
         return
     with pytest.raises(UserError, match=match) as caught:
         store.open_file(file)
-    assert "w.pth" in str(caught.value) and "\n" not in str(caught.value)
+    assert "w.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_damaged_archives_are_refused(tmp_path):
@@ -750,11 +747,11 @@ def test_a_disk_that_fills_up_is_one_line_that_names_tensor_and_file(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert (
-        "parameters.safetensors: cannot be written after tensor " in done.stderr
-        and "free space" in done.stderr
-    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "parameters.safetensors: cannot be written after tensor " in done.stderr
+    assert "free space" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -892,7 +889,8 @@ def test_the_progress_bar_counts_every_byte(tmp_path):
         return writing.nullcontext(lambda name, count: counts.append(-count))
 
     writing.write_store(checkpoint.open_checkpoint(WAN), tmp_path / "out", watch)
-    assert counts[0] > 0 and sum(counts) == 0
+    assert counts[0] > 0
+    assert sum(counts) == 0
 
 
 # ---- streaming -------------------------------------------------------------------------------------------------------
@@ -922,7 +920,9 @@ def test_every_value_that_is_no_number_is_found(dtype):
         ],
         dtype,
     )
-    assert lazy.finite(values) and lazy.finite(np.arange(3)) and lazy.finite(values[:0])
+    assert lazy.finite(values)
+    assert lazy.finite(np.arange(3))
+    assert lazy.finite(values[:0])
     for bad, index in itertools.product((np.nan, np.inf, -np.inf), range(len(values))):
         spoilt = values.copy()
         spoilt[index] = bad

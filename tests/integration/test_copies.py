@@ -56,12 +56,14 @@ def pasted():
 
 def test_a_pasted_photo_is_seen_and_an_honest_face_is_not():
     assert honest()["copied"].mean() < 0.02
-    assert pasted()["copied"].mean() > 0.5 and (pasted()["copied"] > 0.1).all()
+    assert pasted()["copied"].mean() > 0.5
+    assert (pasted()["copied"] > 0.1).all()
 
 
 def test_pasting_loses_where_it_would_gain_without_a_price():
     gain = pasted()["reward"] - honest()["reward"]
-    assert gain.mean() < -0.2 and (gain < 0).mean() > 0.9
+    assert gain.mean() < -0.2
+    assert (gain < 0).mean() > 0.9
     assert (
         gain + c.PENALTY_WEIGHTS["copied"] * (pasted()["copied"] - honest()["copied"])
     ).mean() > 0.02
@@ -86,12 +88,10 @@ def test_a_blurred_face_has_lost_detail_by_how_much_it_is_blurred_whatever_the_l
     little, much = (
         terms([blur(clip, strength) for clip in clips()])["detail"] for strength in (0.4, 1.0)
     )
-    assert (
-        (much < little).all()
-        and (little < sharp).mean() > 0.9
-        and 0.6 < sharp.mean() < 1.2
-        and much.mean() < 0.6 * sharp.mean()
-    )
+    assert (much < little).all()
+    assert (little < sharp).mean() > 0.9
+    assert 0.6 < sharp.mean() < 1.2
+    assert much.mean() < 0.6 * sharp.mean()
     lit = terms([light(clip.video, 0.7, DIRECTION) for clip in clips()])["detail"]
     np.testing.assert_allclose(lit, sharp, rtol=0.1)
 
@@ -121,11 +121,9 @@ def test_padding_changes_nothing():
 
 def test_nobody_is_no_copy():
     found = terms([np.zeros_like(clip.video) for clip in clips()])
-    assert (
-        not np.any(found["copied"])
-        and not np.any(found["detail"])
-        and np.isfinite(found["reward"]).all()
-    )
+    assert not np.any(found["copied"])
+    assert not np.any(found["detail"])
+    assert np.isfinite(found["reward"]).all()
 
 
 @functools.cache
@@ -158,7 +156,8 @@ def test_a_copy_is_registered_from_landmarks_that_are_pixels_off(angle, scale, e
     turned, there = moved(picture, points, angle, scale, (2.3, -1.7))
     wrong = there + error * np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
     distance, alike = apart(0.6 * turned + 0.2, wrong, photo)
-    assert distance < photo_copy.APART[0] and alike > 0.95
+    assert distance < photo_copy.APART[0]
+    assert alike > 0.95
 
 
 def test_a_face_whose_parts_stand_elsewhere_is_no_copy():
@@ -168,7 +167,8 @@ def test_a_face_whose_parts_stand_elsewhere_is_no_copy():
     x, y = np.meshgrid(np.arange(96.0), np.arange(96.0))
     places = np.stack([x + 1.2 * np.sin(y / 6), y], -1).astype(np.float32)
     distance, alike = apart(warp(picture, jnp.asarray(places)), points, photo)
-    assert distance > photo_copy.APART[1] and alike > photo_copy.ALIKE
+    assert distance > photo_copy.APART[1]
+    assert alike > photo_copy.ALIKE
 
 
 def test_gradients_are_finite_and_reach_the_pixels_of_a_doubtful_copy():
@@ -178,7 +178,8 @@ def test_gradients_are_finite_and_reach_the_pixels_of_a_doubtful_copy():
 
     other = picture + 0.1 * jnp.flip(picture, 0)
     gradient = slope(other)
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
     for flat in (jnp.zeros_like(picture), picture):
         assert np.isfinite(slope(flat)).all()
     assert np.isfinite(apart(picture, jnp.full((5, 2), 3.0), photo)).all()

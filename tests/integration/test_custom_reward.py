@@ -39,10 +39,8 @@ def test_three_steps_of_the_quickstart_with_the_example(tmp_path):
         for row in logged
     ] == [(1, 1, 0, 0)] * 3
     for row in logged:
-        assert (
-            row["reward"] == pytest.approx(row["colour"] + row["motion"], abs=1e-5)
-            and row["reward_group_std"] > 0
-        )
+        assert row["reward"] == pytest.approx(row["colour"] + row["motion"], abs=1e-5)
+        assert row["reward_group_std"] > 0
 
 
 def test_a_video_without_a_reward_is_left_out_of_the_update(tmp_path, monkeypatch):
@@ -55,12 +53,10 @@ def test_a_video_without_a_reward_is_left_out_of_the_update(tmp_path, monkeypatc
     with pytest.warns(UserWarning, match="reward.custom: video 1 could not be scored"):
         train.train(config, tmp_path / "run")
     (row,) = rows(tmp_path / "run")
-    assert (
-        row["rewards_failed"] == 1
-        and row["skipped"] == 0
-        and np.isfinite(row["reward"])
-        and row["gradient_norm"] > 0
-    )
+    assert row["rewards_failed"] == 1
+    assert row["skipped"] == 0
+    assert np.isfinite(row["reward"])
+    assert row["gradient_norm"] > 0
 
 
 def test_score_writes_its_terms_and_the_judges(tmp_path):
@@ -89,4 +85,5 @@ def test_score_writes_its_terms_and_the_judges(tmp_path):
         "judge_identity",
         "motion",
         "colour",
-    } <= line.keys() and "embedder_identity" not in line
+    } <= line.keys()
+    assert "embedder_identity" not in line

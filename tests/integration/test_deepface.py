@@ -38,15 +38,16 @@ def inside(face, point):
 
 def test_the_face_of_a_photograph_is_where_it_is():
     (face,) = find(astronaut(), "opencv")
-    assert (
-        inside(face, EYES[0]) and inside(face, EYES[1]) and inside(face, [224, 128])
-    )  # eyes and nose
+    assert inside(face, EYES[0])
+    assert inside(face, EYES[1])
+    assert inside(face, [224, 128])  # the nose
     assert 80 < face.box[2] - face.box[0] < 120
     np.testing.assert_allclose(face.landmarks[:2], EYES, atol=4)
     np.testing.assert_allclose(
         face.landmarks[2], [224, 128], atol=10
     )  # where the template puts the nose
-    assert face.crop.min() >= 0 and 0.5 < face.crop.max() <= 1
+    assert face.crop.min() >= 0
+    assert 0.5 < face.crop.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,8 @@ def test_a_photo_that_lies_by_its_orientation_is_seen_upright(tmp_path):
         tmp_path / "photo.png", exif=exif
     )
     (face,) = find(np.asarray(load_reference(tmp_path / "photo.png")), "opencv")
-    assert inside(face, EYES[0]) and inside(face, EYES[1])
+    assert inside(face, EYES[0])
+    assert inside(face, EYES[1])
 
 
 def test_landmarks_that_lack_come_from_the_template():
@@ -114,12 +116,11 @@ def test_the_terms_are_those_of_the_reward_in_jax():
     )
     assert set(terms) == set(shapes) == set(reward().term_names) == set(inside.term_names)
     np.testing.assert_array_equal(terms["faces_seen"], [1, 0])
-    assert (
-        terms["similarity"][0] > 0.9
-        and terms["similarity"][1] == 0
-        and terms["missing"].tolist() == [0, 1]
-    )
-    assert terms["motion"][0] > 0.01 and terms["motion"][1] == 0
+    assert terms["similarity"][0] > 0.9
+    assert terms["similarity"][1] == 0
+    assert terms["missing"].tolist() == [0, 1]
+    assert terms["motion"][0] > 0.01
+    assert terms["motion"][1] == 0
     assert all(np.isfinite(value).all() for value in terms.values())
 
 
@@ -147,7 +148,8 @@ def test_scoring_goes_on_beside_the_caller_and_a_failure_costs_one_video():
         UserWarning, match=r"face reward: video 1 could not be scored \(RuntimeError: too dark\)"
     ):
         terms = collect(pending)
-    assert terms["similarity"][0] == pytest.approx(1, abs=1e-4) and np.isnan(terms["reward"][1])
+    assert terms["similarity"][0] == pytest.approx(1, abs=1e-4)
+    assert np.isnan(terms["reward"][1])
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,8 @@ def test_a_run_and_an_adapter_of_version_0_1_go_on(prompts, tmp_path):
     rows = [
         json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[2]["ratio_min"] == rows[2][
-        "ratio_max"
-    ] == 1
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[2]["ratio_min"] == rows[2]["ratio_max"] == 1
     assert (old / "adapter_model.safetensors").read_bytes() != before
 
 
@@ -97,7 +96,8 @@ def test_evaluate_and_report(run, prompts):
     assert all(0 <= found["models"][model]["faces"]["mean"] <= 1 for model in ("base", "tuned"))
     idgrpo("report", run)
     text = (run / "report.html").read_text()
-    assert "judge identity" in text and text.count("<video") == 8
+    assert "judge identity" in text
+    assert text.count("<video") == 8
 
 
 def test_sample_and_score_agree_with_one_another(run, prompts, tmp_path):
@@ -124,7 +124,8 @@ def test_sample_and_score_agree_with_one_another(run, prompts, tmp_path):
         *SHORT,
     )
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and all(-1 <= line["judge_identity"] <= 1 for line in lines)
+    assert len(lines) == 4
+    assert all(-1 <= line["judge_identity"] <= 1 for line in lines)
 
 
 def refused(capsys, monkeypatch, *words) -> str:
@@ -133,7 +134,8 @@ def refused(capsys, monkeypatch, *words) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     printed = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in printed
+    assert stop.value.code == 2
+    assert "Traceback" not in printed
     assert printed.strip().splitlines()[-1].startswith("idgrpo: ")
     return printed
 
@@ -144,7 +146,8 @@ def test_a_change_that_breaks_exactness_is_refused(run, capsys, monkeypatch):
     answer = refused(
         capsys, monkeypatch, "train", CONFIG, "--workdir", run, *changed, "--run.steps", "3"
     )
-    assert "rollout.group" in answer and "twice" not in answer
+    assert "rollout.group" in answer
+    assert "twice" not in answer
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 

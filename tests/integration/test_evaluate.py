@@ -212,7 +212,8 @@ def test_a_video_does_not_depend_on_its_batch(stubbed, config, prompts):
     together = np.concatenate(
         [videos[: len(batch)] for batch, videos in sampler.batches(base, rows, "")]
     )
-    assert together.shape == (6, 5, 16, 32, 3) and np.abs(together).max() <= 1
+    assert together.shape == (6, 5, 16, 32, 3)
+    assert np.abs(together).max() <= 1
     alone = sampler.videos(base, [rows[3]])
     np.testing.assert_allclose(alone[0], together[3], atol=1e-5)
     apart = [np.abs(together[a] - together[b]).mean() for a in range(6) for b in range(a)]
@@ -236,13 +237,16 @@ def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tm
         change = found["differences"]["still"][name]
         assert (change["mean"], change["low"], change["high"]) == (0, 0, 0)
     assert found["differences"]["moved"]["reward"]["mean"] != 0
-    assert len(found["videos"]) == 6 and len(found["shown"]) == 3
+    assert len(found["videos"]) == 6
+    assert len(found["shown"]) == 3
     means = np.mean([row["moved"]["reward"] - row["base"]["reward"] for row in found["videos"]])
     assert means == pytest.approx(found["differences"]["moved"]["reward"]["mean"])
     table = (out / "table.md").read_text()
-    assert "judge identity" in table and table.splitlines()[0] in capsys.readouterr().out
+    assert "judge identity" in table
+    assert table.splitlines()[0] in capsys.readouterr().out
     text = report.report(tmp_path / "run").read_text()
-    assert text.count("<video") == 9 and text.count("<img") == 4
+    assert text.count("<video") == 9
+    assert text.count("<img") == 4
     commands.evaluate(config, tmp_path / "any.csv", out, {})
     assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, (
         "a second run replaces the first"
@@ -281,13 +285,12 @@ def test_watching_warns_when_reward_and_judge_part(
         match=r"step 7: on 3 held-out prompts the reward rose .* and the judge's identity fell",
     ):
         logged = watch(models["moved"], 7)
-    assert (
-        logged["watch_parted"] == 1
-        and logged["watch_reward"] == -logged["watch_judge_identity"] > 0
-    )
+    assert logged["watch_parted"] == 1
+    assert logged["watch_reward"] == -logged["watch_judge_identity"] > 0
     count = len(seen)
     watch.begin(models["moved"])  # what a run starts from is scored once
-    assert len(seen) == count and sorted(path.name for path in (tmp_path / "watch").iterdir()) == [
+    assert len(seen) == count
+    assert sorted(path.name for path in (tmp_path / "watch").iterdir()) == [
         f"00000{n}.json" for n in (0, 5, 7)
     ]
     np.testing.assert_array_equal(seen[1], seen[2])  # fixed noise
@@ -356,7 +359,8 @@ def test_videos_of_all_kinds_are_scored_and_hidden_files_are_not(stubbed, config
         "0001-0.MP4",
         "0002-0.m4v",
     ]
-    assert "1 other files" in (printed := capsys.readouterr().out) and "notes.txt" in printed
+    assert "1 other files" in (printed := capsys.readouterr().out)
+    assert "notes.txt" in printed
 
 
 def test_videos_with_names_of_their_own_are_found_by_the_csv_or_by_samples(
@@ -403,7 +407,8 @@ def test_a_broken_video_costs_its_own_score_alone(stubbed, config, tmp_path, mon
     ):
         commands.score(config, folder, tmp_path / "any.csv", out)
     rewards = [line["reward"] for line in scores_of(out)]
-    assert rewards[1] is None and None not in (rewards[0], rewards[2])
+    assert rewards[1] is None
+    assert None not in (rewards[0], rewards[2])
     (folder / "0001-0.mp4").write_bytes(whole)
     scored = []
     make = commands.make_clip_scorer
@@ -419,7 +424,8 @@ def test_a_broken_video_costs_its_own_score_alone(stubbed, config, tmp_path, mon
     commands.score(config, folder, tmp_path / "any.csv", out)
     assert scored == ["0001-0.mp4"], "scores that were there are made again"
     again = [line["reward"] for line in scores_of(out)]
-    assert again[0] == rewards[0] and again[1] is not None
+    assert again[0] == rewards[0]
+    assert again[1] is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.jsonl", "videos"]
 
 
@@ -455,7 +461,8 @@ def test_a_stopped_sample_continues(stubbed, config, adapters, tmp_path, monkeyp
     counted.clear()
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
     commands.sample(config, tmp_path / "any.csv", out, adapters["moved"])
-    assert counted == [["0002-1"]] and len(times) == 5
+    assert counted == [["0002-1"]]
+    assert len(times) == 5
     assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
     assert (out / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
     np.testing.assert_array_equal(
@@ -490,10 +497,8 @@ def test_videos_that_are_not_finite_are_not_written(
     with pytest.raises(Failure, match=r"video 0000-0 is not finite"):
         getattr(commands, command)(config, tmp_path / "any.csv", tmp_path / "out", given)
     rollout.decode.clear_cache()
-    assert (
-        not list((tmp_path / "out").rglob("*.mp4"))
-        and not (tmp_path / "out" / "metrics.json").exists()
-    )
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_a_mistake_leaves_what_was_there(stubbed, config, adapters, tmp_path, monkeypatch):
@@ -524,10 +529,8 @@ def test_a_failure_is_one_line_and_exit_status_1(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert (
-        stopped.value.code == 1
-        and capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
-    )
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
 
 
 def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, monkeypatch, counted):
@@ -572,9 +575,8 @@ def test_a_comparison_without_guidance_says_what_that_means():
     )
     assert "without guidance (scale 1)" in commands._guidance_note(plain)
     guided = dataclasses.replace(plain, evaluate=EvaluateConfig(guidance=5.0))
-    assert not commands._guidance_note(guided) and not commands._guidance_note(
-        Config(rollout=RolloutConfig(guidance=1.0))
-    )
+    assert not commands._guidance_note(guided)
+    assert not commands._guidance_note(Config(rollout=RolloutConfig(guidance=1.0)))
 
 
 def test_a_fetched_video_is_the_file_s_bytes():

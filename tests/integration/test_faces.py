@@ -107,7 +107,8 @@ def test_suppression_is_greedy():
     for k in np.flatnonzero(mask):
         if all(overlap[j, k] < 0.4 for j in expected):
             expected.append(k)
-    assert np.flatnonzero(keep).tolist() == expected and 3 < len(expected) < 30
+    assert np.flatnonzero(keep).tolist() == expected
+    assert 3 < len(expected) < 30
 
 
 def test_decoding_returns_planted_faces_best_first():
@@ -151,7 +152,8 @@ def test_a_stored_network_comes_back(network, tmp_path):
     network = randomise(network())
     faces.save_network(network, tmp_path / "network", level=3)
     again, values = faces.load_network(tmp_path / "network")
-    assert values["level"] == 3 and again.config == network.config
+    assert values["level"] == 3
+    assert again.config == network.config
     for ours, theirs in zip(
         jax.tree.leaves(nnx.state(network)), jax.tree.leaves(nnx.state(again)), strict=True
     ):
@@ -187,11 +189,11 @@ def test_gradients_reach_the_pixels():
     stack = small_stack()
     videos = jax.random.uniform(jax.random.key(0), (1, 2, 32, 32, 3), minval=-1.0)
     found = stack(videos)
-    assert found.mask.any() and np.allclose(
-        jnp.linalg.norm(found.embeddings, axis=-1), found.mask, atol=1e-5
-    )
+    assert found.mask.any()
+    assert np.allclose(jnp.linalg.norm(found.embeddings, axis=-1), found.mask, atol=1e-5)
     gradient = jax.jit(jax.grad(lambda v: stack(v).embeddings[..., 0].sum()))(videos)
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,8 +237,12 @@ def test_detector_targets_are_one_at_seen_faces_and_ignore_hidden_ones():
         jnp.arange(3)[None],
     )
     near, unsure = (np.asarray(x[0]) for x in detector_task.targets(truth, 16, 16))
-    assert near[0].max() == 1 and near[0, 5, 5] == 1 and near[0, 0, 0] < 1e-3
-    assert not near[1:].any() and unsure[1].max() == 1 and not unsure[2].any()
+    assert near[0].max() == 1
+    assert near[0, 5, 5] == 1
+    assert near[0, 0, 0] < 1e-3
+    assert not near[1:].any()
+    assert unsure[1].max() == 1
+    assert not unsure[2].any()
 
 
 def test_degraded_pictures_stay_pictures_and_some_stay_clean():
@@ -326,11 +332,9 @@ def test_an_empty_video_scores_nothing():
     blank = jnp.zeros((1, 3, 64, 64, 3))
     drawn = held_out()
     terms = terms_of("embedder", blank, drawn.portraits[:1], drawn.mask[:1])
-    assert (
-        terms["identity_mean"][0] == 0
-        and terms["faces_found"][0] == 0
-        and np.isfinite(terms["reward"]).all()
-    )
+    assert terms["identity_mean"][0] == 0
+    assert terms["faces_found"][0] == 0
+    assert np.isfinite(terms["reward"]).all()
 
 
 def test_stored_settings_are_what_the_networks_were_trained_for():

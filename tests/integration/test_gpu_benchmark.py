@@ -14,8 +14,10 @@ def test_every_quick_part_runs_and_its_properties_hold(tmp_path):
 
 def test_a_machine_without_gpu_is_refused_in_one_line(tmp_path):
     answer = benchmark("--out", str(tmp_path / "out"))
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
-    assert "--small" in answer.stderr and not (tmp_path / "out").exists()
+    assert answer.returncode == 2
+    assert answer.stderr.count("\n") == 1
+    assert "--small" in answer.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -40,4 +42,5 @@ def test_a_part_that_fails_keeps_its_figures_and_says_why_in_one_line(broken):
 def test_a_part_is_stopped_at_the_end_of_its_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 0.0)
     record = gpu.run("quickstart", tmp_path, True, 0.1)
-    assert record["status"].startswith("stopped after") and record["rows"] == []
+    assert record["status"].startswith("stopped after")
+    assert record["rows"] == []

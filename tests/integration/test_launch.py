@@ -38,11 +38,9 @@ def test_scripts_say_how_they_are_used(script, words):
         text=True,
         env={"PATH": "/usr/bin:/bin"},
     )
-    assert (
-        answer.returncode == 2
-        and answer.stderr.startswith("usage: ")
-        and answer.stderr.count("\n") == 1
-    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("usage: ")
+    assert answer.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "local_multiprocess.sh"])
@@ -74,7 +72,8 @@ def test_processes_end_together_with_the_status_of_the_first_that_fails(tmp_path
 
     assert run("exit 0").returncode == 0
     failed = run('if [ "$JAX_PROCESS_ID" = 1 ]; then exit 3; fi; sleep 600')
-    assert failed.returncode == 3 and "ended with status 3" in failed.stderr
+    assert failed.returncode == 3
+    assert "ended with status 3" in failed.stderr
     seen = run('echo "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS"')
     assert seen.stdout == "0 of 2 at 127.0.0.1:1\n"
     assert (tmp_path / "runs" / "logs" / "process-1.log").read_text() == "1 of 2 at 127.0.0.1:1\n"
@@ -119,7 +118,8 @@ def test_an_environment_that_was_left_half_made_is_made_again(left, tmp_path):
             (tmp_path / ".venv" / "bin" / file).unlink()
         (tmp_path / "calls").unlink()
     answer = start()
-    assert answer.returncode == 0 and answer.stdout.endswith("ready\n"), answer.stderr
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.endswith("ready\n")
     calls = tmp_path / "calls"
     assert (calls.read_text().split() if calls.exists() else []) == (
         [] if left == "everything" else ["made", "installed"]

@@ -95,7 +95,8 @@ def test_rows_of_a_rollout_are_taken_without_gathering_it():
         text=True,
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert all(found["equal"]) and found["divided"]
+    assert all(found["equal"])
+    assert found["divided"]
     assert found["exchanges"] == ["all-to-all"]
     assert (
         found["temporary"] < 0.5 * found["arguments"]
@@ -127,7 +128,7 @@ def test_the_table_divides_the_14b_policy_and_its_state_alike():
 
 
 @pytest.mark.parametrize(
-    "path, shape, want",
+    ("path", "shape", "want"),
     [
         ("blocks/attn1/to_q/kernel", (40, 5120, 5120), PartitionSpec(None, "fsdp", "tensor")),
         ("attn1/to_q/kernel", (5120, 5120), PartitionSpec("fsdp", "tensor")),

@@ -104,16 +104,15 @@ def test_guided_velocity_equals_the_original(case):
 @pytest.mark.parametrize("scales", [(7.5, 5.0), (1.0, 1.0)])
 def test_first_update_after_a_rollout_has_a_ratio_of_exactly_one(scales):
     actor, lora, base = model(*scales)
-    assert actor.branches == (3 if scales[0] > 1 else 1) and actor.unguided().branches == 1
+    assert actor.branches == (3 if scales[0] > 1 else 1)
+    assert actor.unguided().branches == 1
     chunk = sampled((actor, lora, base))
     # The state is the video: no photo is denoised.
     assert chunk.trajectory.x.shape == (ROWS, STEPS, FRAMES, 4, 6, 16)
     gradient, rows = gradients(objective(actor), lora, base, chunked([chunk]))
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, STEPS - 1, ROWS)))
-    assert (
-        all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-        and float(optax.global_norm(gradient)) > 0
-    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    assert float(optax.global_norm(gradient)) > 0
     assert float(rows["kl"].min()) > 0
 
 
@@ -165,7 +164,8 @@ def test_photos_are_fitted_once_and_centred_on_white():
         Image.new("RGBA", (20, 60), (200, 0, 0, 255)),
     )
     got = conditioning.whole_canvas(wide, 32, 48)
-    assert got.shape == (32, 48, 3) and got.dtype == np.float32
+    assert got.shape == (32, 48, 3)
+    assert got.dtype == np.float32
     np.testing.assert_array_equal(got[:8], 1)
     np.testing.assert_array_equal(got[24:], 1)
     np.testing.assert_allclose(
@@ -191,7 +191,9 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
         ).save(paths[-1])
     prompts = [Prompt(0, "a person", (paths[2],)), Prompt(1, "two people", (paths[0], paths[1]))]
     given = conditioning.encode(pipe, prompts, config, conditioning.Cache())
-    assert given.control is None and given.latent_shape == (2, 8, 8, 16) and given.frame_mask.all()
+    assert given.control is None
+    assert given.latent_shape == (2, 8, 8, 16)
+    assert given.frame_mask.all()
     assert given.reference_mask.tolist() == [[True, False, False], [True, True, False]]
     photo = conditioning.whole_canvas(Image.open(paths[1]), 64, 64)
     np.testing.assert_allclose(
@@ -199,7 +201,8 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
         pipe.vae.encode(jnp.asarray(photo)[None, None])[0, 0],
         atol=1e-4,
     )
-    assert not np.any(given.reference_latents[1, 2]) and given.video_frames(3) == 2
+    assert not np.any(given.reference_latents[1, 2])
+    assert given.video_frames(3) == 2
     placed = jax.device_put(given)
     with jax.transfer_guard("disallow"):  # as inside a step
         start = placed.video_start

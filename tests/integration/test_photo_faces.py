@@ -114,10 +114,12 @@ def test_a_photo_is_looked_at_once():
     one, other = (Photo(image) for image in portraits()[:2])
     first = encoder(References(((one, other), (one,)), 3), ["", ""])
     again = encoder(References(((one, other), (one,)), 3), ["", ""])
-    assert len(looked) == 2 and first.mask.tolist() == [[True, True, False], [True, False, False]]
+    assert len(looked) == 2
+    assert first.mask.tolist() == [[True, True, False], [True, False, False]]
     jax.tree.map(np.testing.assert_array_equal, first, again)
     np.testing.assert_array_equal(first.embeddings[0, 0], first.embeddings[1, 0])
-    assert not first.embeddings[:, 2].any() and not first.crops[1, 1].any()
+    assert not first.embeddings[:, 2].any()
+    assert not first.crops[1, 1].any()
 
 
 def test_of_several_faces_the_largest_is_taken_with_a_warning(tmp_path):
@@ -159,11 +161,9 @@ def test_all_photos_without_a_face_are_named_at_once(tmp_path):
     assert message.startswith(
         f"7 of 8 reference photos cannot be used: prompts {tmp_path}/my.csv, line 2: image {tmp_path}/0.png: no face"
     )
-    assert (
-        "line 4" in message
-        and message.endswith("and 2 more; use a photo that shows one face, large and clear")
-        and "\n" not in message
-    )
+    assert "line 4" in message
+    assert message.endswith("and 2 more; use a photo that shows one face, large and clear")
+    assert "\n" not in message
     with pytest.raises(
         UserError, match=r"^prompts .*my.csv, line 2: image .*0.png: no face is found; use"
     ):

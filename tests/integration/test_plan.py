@@ -102,10 +102,12 @@ def test_plan_of_one_program_on_this_machine(tmp_path, capsys):
         * wanted.video.width
         * 3
     )
-    assert (
-        cost.peak > video + program.beside and cost.fits and cost.flops > 0 and cost.moved > video
-    )
-    assert 0 < cost.utilisation < 1 and cost.seconds * 459e12 >= cost.flops
+    assert cost.peak > video + program.beside
+    assert cost.fits
+    assert cost.flops > 0
+    assert cost.moved > video
+    assert 0 < cost.utilisation < 1
+    assert cost.seconds * 459e12 >= cost.flops
     assert f"{cost.peak / 1e9:.1f} GB" in plan.row(cost)
     small = dataclasses.replace(hardware.CHIPS["TPU v5"], memory=1e6)
     assert not dataclasses.replace(cost, fits=cost.peak <= 0.9 * small.memory).fits
@@ -148,33 +150,32 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
         "evaluation: judge",
     ]
     batch = found["update"].arguments[3]
-    assert (
-        batch.advantage.size == wanted.trained_rows and found["update"].calls == wanted.grpo.updates
-    )
+    assert batch.advantage.size == wanted.trained_rows
+    assert found["update"].calls == wanted.grpo.updates
     assert (batch.conditioning.control is None) == ("phantom" in name)
     asked = found["evaluation: sample"].arguments[3]
     assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)
     for name in ("evaluation: reward", "evaluation: judge"):
         _, video, people = found[name].arguments
-        assert video.shape == (32, 81, 480, 832, 3) and people.embeddings.shape == (32, 4, 512)
+        assert video.shape == (32, 81, 480, 832, 3)
+        assert people.embeddings.shape == (32, 4, 512)
 
 
 def test_meshes_that_are_searched_divide_everything():
     parts = programs.networks(config.load(CONFIGS / "vace_1_3b.py"), "1.3b")
     found = list(plan.meshes(16, parts, 128))
-    assert found[0] == (config.MeshConfig(data=1, fsdp=16), 16) and len(found) == len(set(found))
+    assert found[0] == (config.MeshConfig(data=1, fsdp=16), 16)
+    assert len(found) == len(set(found))
     for mesh, rows in found:
         sizes = dataclasses.asdict(mesh)
-        assert (
-            np.prod(list(sizes.values())) == 16
-            and 12 % mesh.tensor == 0
-            and 128 % rows == 0
-            and rows % (mesh.data * mesh.fsdp) == 0
-        )
+        assert np.prod(list(sizes.values())) == 16
+        assert 12 % mesh.tensor == 0
+        assert 128 % rows == 0
+        assert rows % (mesh.data * mesh.fsdp) == 0
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    ("options", "said"),
     [
         (["--topology", "cpu:none"], "--topology cpu:none: cpu takes a number of devices"),
         (
@@ -230,16 +231,20 @@ def test_gpus_that_are_not_here(tmp_path, capsys):
         str(tmp_path / "plan"),
         *mesh,
     ]
+    refusal = ""
     try:
         found = hardware.devices("h200:2")
     except UserError as error:
-        assert "pip install 'jax-idgrpo[cuda]'" in str(error)
+        refusal = str(error)
+    if refusal:
+        assert "pip install 'jax-idgrpo[cuda]'" in refusal
         return
     assert [device.device_kind for device in found] == ["NVIDIA H200"] * 2
     run(asked)
     assert "2 x NVIDIA H200, mesh fsdp 2" in capsys.readouterr().out
     cost = json.loads((tmp_path / "plan" / "plan.json").read_text())["programs"][0]
-    assert cost["fits"] and cost["received"] > 0
+    assert cost["fits"]
+    assert cost["received"] > 0
 
 
 def test_record_is_json(tmp_path):
@@ -276,7 +281,8 @@ def test_a_rollout_that_is_trained_in_part_is_planned_with_its_selection():
         for name in ("select", "update")
     }
     rows = {name: rollout.start.size for name, rollout in given.items()}
-    assert rows == {"select": 32, "update": 16} and found["update"].calls == 2
+    assert rows == {"select": 32, "update": 16}
+    assert found["update"].calls == 2
     assert jax.eval_shape(found["select"].function, *found["select"].arguments).start.shape == (
         2,
         8,
@@ -349,7 +355,8 @@ def test_objectives_that_replay_nothing_are_planned():
     through = dict(objective="reward_gradient", gradient_steps=1, kl_units="velocity")
     found = planned(tiny(2, grpo=through, window="none"))
     networks = found["update"].arguments[2]
-    assert networks.scorer is not None and found["update"].arguments[3].people is not None
+    assert networks.scorer is not None
+    assert found["update"].arguments[3].people is not None
     assert (
         plan.measure(found["update"], None).flops
         > found["decode"].calls * plan.measure(found["decode"], None).flops
@@ -369,8 +376,10 @@ def test_a_vision_language_reward_is_planned_with_published_sizes(vlm_devices, t
     weights = programs.chip_bytes(state)
     assert 7.4e9 < weights < 7.7e9
     assert (found["update"].beside > weights) == (vlm_devices == 0)
-    assert asked.ids.shape[0] == video.shape[0] and asked.patches.shape[1] == 3
-    assert "evaluation: judge" not in found and "evaluation: reward" in found
+    assert asked.ids.shape[0] == video.shape[0]
+    assert asked.patches.shape[1] == 3
+    assert "evaluation: judge" not in found
+    assert "evaluation: reward" in found
     assert jax.eval_shape(found["reward"].function, state, video, asked)["reward"].shape == (
         video.shape[0],
     )
@@ -405,7 +414,8 @@ def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
     assert programs.chip_bytes(found["reward"].arguments[0]) < 1e6
     assert "evaluation: judge" in found
     cost = plan.measure(found["reward"], None)
-    assert cost.peak > found["reward"].beside and cost.flops > 0
+    assert cost.peak > found["reward"].beside
+    assert cost.flops > 0
 
 
 @pytest.mark.parametrize(
@@ -414,7 +424,8 @@ def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
 def test_a_reward_on_the_host_has_no_program_and_the_plan_says_so(options, tmp_path):
     wanted = dataclasses.replace(tiny(2), reward=config.RewardConfig(faces="", **options))
     found = planned(wanted)
-    assert not {"reward", "evaluation: reward", "evaluation: judge"} & set(found) and {
+    assert not {"reward", "evaluation: reward", "evaluation: judge"} & set(found)
+    assert {
         "decode",
         "update",
     } <= set(found)

@@ -48,7 +48,8 @@ def test_process_0_ends_in_one_line_where_nobody_can_meet(trouble, tmp_path):
             capture_output=True,
             text=True,
         )
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1
     assert answer.stderr.startswith(f"idgrpo: JAX_COORDINATOR_ADDRESS is '{where}': ")
 
 
@@ -65,12 +66,11 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8))
     )
     for found in (one, other):
-        assert found["devices"] == 4 and found["held"] == 4
-        assert (
-            found["doubled"] == (2 * rows).tolist()
-            and found["moved"] == rows.tolist()
-            and found["sum"] == rows.sum()
-        )
+        assert found["devices"] == 4
+        assert found["held"] == 4
+        assert found["doubled"] == (2 * rows).tolist()
+        assert found["moved"] == rows.tolist()
+        assert found["sum"] == rows.sum()
         np.testing.assert_allclose(found["noise"], noise, rtol=1e-6)
         assert found["marks"] == [True, False]
         assert found["answer"].startswith(
@@ -79,8 +79,10 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         rewards = rows.sum(1)
         rewards[5] = -1  # could not be scored
         assert found["scored"] == {"reward": rewards.tolist(), "odd": [-1, 1, -1, 1, -1, -1, -1, 1]}
-    assert sorted(one["mine"] + other["mine"]) == list(range(8)) and len(one["mine"]) == 4
-    assert one["wrote"] == [0] and other["wrote"] == []
+    assert sorted(one["mine"] + other["mine"]) == list(range(8))
+    assert len(one["mine"]) == 4
+    assert one["wrote"] == [0]
+    assert other["wrote"] == []
     assert one["share"] == other["share"] == 500  # both are on this machine
     assert not one["warned"]
     assert other["warned"] == [
@@ -113,7 +115,8 @@ def test_a_process_that_waits_in_vain_says_for_whom(number, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1
     assert answer.stderr.startswith(
         f"idgrpo: the processes did not find each other at {where} (not all came within 2 s);"
     )

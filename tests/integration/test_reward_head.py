@@ -117,7 +117,9 @@ def test_finite_with_gradients_without_faces_with_one_frame_and_with_eight_peopl
         return score(inputs | {"embeddings": embeddings}).sum()
 
     value, gradient = jax.value_and_grad(total)(jnp.asarray(inputs["embeddings"]))
-    assert np.isfinite(value) and np.isfinite(gradient).all() and bool(np.any(gradient)) == shown
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert bool(np.any(gradient)) == shown
 
 
 def test_beyond_what_training_saw_nothing_changes():
@@ -141,11 +143,9 @@ def test_two_people_who_exchange_faces_are_seen_in_their_places():
     inputs["embeddings"] = np.stack([references, references, references, references[:, ::-1]], 1)
     said = {name: np.asarray(read(inputs).people)[0, :, n] for n, name in enumerate(heads.PEOPLE)}
     np.testing.assert_allclose(said["alike_mean"], 1, atol=1e-5)
-    assert (
-        (said["placed_mean"] < 0.85).all()
-        and (said["placed_change"] < -0.5).all()
-        and (said["steady"] < 0.9).all()
-    )
+    assert (said["placed_mean"] < 0.85).all()
+    assert (said["placed_change"] < -0.5).all()
+    assert (said["steady"] < 0.9).all()
     apart = float(references[0, 0] @ references[0, 1])
     np.testing.assert_allclose(said["kept"], apart, atol=1e-5)  # least of all pairs of frames
     np.testing.assert_allclose(said["kept_last"], (3 * apart + 1) / 4, atol=1e-5)
@@ -158,7 +158,8 @@ def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
     )
     finetune(configuration(train, held_out), tmp_path / "run")
     found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
-    assert found["pairs"] == 24 and found["without_ties"]["low"] > 0.6
+    assert found["pairs"] == 24
+    assert found["without_ties"]["low"] > 0.6
 
     export = tmp_path / "run" / "export"
     config = c.RewardConfig(head=str(export))
@@ -171,7 +172,8 @@ def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
     gradient = jax.grad(lambda video: reward.apply(reward.state, video, people)["reward"].sum())(
         drawn.video
     )
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
     assert "head" not in factory.make_judge(c.Config(reward=config)).term_names
 
     with pytest.raises(
@@ -211,14 +213,16 @@ def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_
     )
     assert looked == [pair, other, pair]
     (Path(pair.videos[0])).write_bytes(Path(other.videos[0]).read_bytes())
-    assert np.abs(tokens_of(pair).video - first.video).max() > 0 and len(looked) == 4
+    assert np.abs(tokens_of(pair).video - first.video).max() > 0
+    assert len(looked) == 4
     for file in folder.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:40])  # as a full disk leaves it
     tokens_of(other)
     assert len(looked) == 5
     sides = train_head.read_tokens(reward, [pair, other], config, str(folder))
     jax.tree.map(np.testing.assert_array_equal, sides[other][0], tokens_of(other))
-    assert len(looked) == 5 and not list(folder.glob(".*"))
+    assert len(looked) == 5
+    assert not list(folder.glob(".*"))
 
 
 def test_one_dimension_only(tmp_path):

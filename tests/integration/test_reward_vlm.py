@@ -32,9 +32,8 @@ def base(tmp_path_factory):
 
 
 def test_the_share_of_automatic_pairs_falls_by_half_a_cosine():
-    assert automatic_share(0, 10, 0.8) == pytest.approx(0.8) and automatic_share(
-        10, 10, 0.8
-    ) == pytest.approx(0)
+    assert automatic_share(0, 10, 0.8) == pytest.approx(0.8)
+    assert automatic_share(10, 10, 0.8) == pytest.approx(0)
     assert automatic_share(5, 10, 0.8) == pytest.approx(0.4)
     pairs = by_source(
         [
@@ -59,8 +58,13 @@ def test_the_share_of_automatic_pairs_falls_by_half_a_cosine():
 
 
 def test_a_teacher_agrees_with_signs_and_with_likely_ties():
-    assert agrees(0.1, 1) and not agrees(-0.1, 1) and agrees(-3.0, -1) and not agrees(0.0, 1)
-    assert agrees(1.52, 0) and agrees(-1.52, 0) and not agrees(1.53, 0)
+    assert agrees(0.1, 1)
+    assert not agrees(-0.1, 1)
+    assert agrees(-3.0, -1)
+    assert not agrees(0.0, 1)
+    assert agrees(1.52, 0)
+    assert agrees(-1.52, 0)
+    assert not agrees(1.53, 0)
 
 
 def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path):
@@ -85,7 +89,7 @@ def test_a_teacher_drops_the_automatic_pairs_that_it_contradicts(base, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "header, row, message",
+    ("header", "row", "message"),
     [
         ("path_A,path_B,prompt,ref_paths", "a.mp4,b.mp4,x,p.png", "needs one column SA"),
         (
@@ -154,7 +158,8 @@ def test_digests_of_pairs_tell_which_row_changed(tmp_path):
 
     rows = ("Anna walks,p.png,A", "Ben sits,p.png,same")
     before = digests(*rows)
-    assert digests(*rows) == before and len(set(before)) == 2
+    assert digests(*rows) == before
+    assert len(set(before)) == 2
     assert describe_change(before, digests(rows[0], "Ben sits,p.png,B")).startswith("row 1 ")
     assert describe_change(before, digests(*rows[:1])).startswith("row 1 removed")
     (tmp_path / "b.mp4").write_bytes(bytes(400))

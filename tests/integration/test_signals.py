@@ -17,7 +17,8 @@ def test_a_signal_sets_a_mark_within_and_acts_as_before_outside(number):
         assert stopping() == 0
         os.kill(os.getpid(), number)
         assert stopping() == 128 + number
-    assert signal.getsignal(number) == before and signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(number) == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 WAITING = """

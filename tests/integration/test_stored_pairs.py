@@ -81,12 +81,10 @@ def test_a_data_set_holds_what_the_csv_says(written):
     for dimensions in (DIMENSIONS, DIMENSIONS[::-1], ("VQ",)):
         rows, stored = load_pairs(table, dimensions), open_pairs(folder, dimensions)
         assert [content(pair) for pair in stored] == [content(pair) for pair in rows]
-    assert {label for pair in rows for label in pair.labels} == set(LABELS.values()) and len(
-        {pair.source for pair in rows}
-    ) == 2
-    assert content(stored[-1]) == content(rows[-1]) and [content(pair) for pair in stored[2:4]] == [
-        content(pair) for pair in rows[2:4]
-    ]
+    assert {label for pair in rows for label in pair.labels} == set(LABELS.values())
+    assert len({pair.source for pair in rows}) == 2
+    assert content(stored[-1]) == content(rows[-1])
+    assert [content(pair) for pair in stored[2:4]] == [content(pair) for pair in rows[2:4]]
     assert len(list(folder.glob("*array_record*"))) > 3
     assert {path.name for path in folder.iterdir() if "array_record" not in path.name} == {
         INFO,
@@ -148,7 +146,8 @@ def test_shards_are_neighbours_and_no_larger_than_asked():
         range(4, 6),
         range(6, 8),
     ]
-    assert tfds_builder.shards([5], 7) == [range(1)] and tfds_builder.shards([50], 7) == [range(1)]
+    assert tfds_builder.shards([5], 7) == [range(1)]
+    assert tfds_builder.shards([50], 7) == [range(1)]
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------
@@ -193,7 +192,8 @@ def test_training_from_a_data_set_is_training_from_its_csv(drawn, tmp_path):
                 (folder / "export" / "head.safetensors").read_bytes(),
             )
         )
-    assert kept[0] == kept[1] and len(set(kept[0][0])) > 2
+    assert kept[0] == kept[1]
+    assert len(set(kept[0][0])) > 2
 
 
 def test_a_vision_language_reward_reads_the_same_arrays(drawn, tmp_path):
@@ -235,7 +235,7 @@ def relabel(folder):
 
 
 @pytest.mark.parametrize(
-    "damage, says",
+    ("damage", "says"),
     [
         (
             lambda folder: (folder / INFO).unlink(),
@@ -280,7 +280,9 @@ def test_a_damaged_or_foreign_folder_is_named_in_one_line(written, tmp_path, dam
     with pytest.raises(UserError) as told:
         content(open_pairs(tmp_path / "set", ("SA",))[0])
     message = str(told.value)
-    assert says in message and str(tmp_path / "set") in message and "\n" not in message
+    assert says in message
+    assert str(tmp_path / "set") in message
+    assert "\n" not in message
 
 
 def test_missing_labels_are_named(written):

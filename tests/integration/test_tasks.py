@@ -43,7 +43,8 @@ def test_tokenizer_is_t5_like_and_survives_its_folder(tokenizer, tmp_path):
     ]
     assert mask[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
     assert ids[1].tolist() == [words["a"], 2, 1, 0, 0, 0, 0, 0]
-    assert ids[2, -1] == 1 and 2 not in ids[2]  # cut, with its end kept
+    assert ids[2, -1] == 1  # cut, with its end kept
+    assert 2 not in ids[2]
 
 
 def test_tokenizer_refuses_what_it_would_split():
@@ -70,7 +71,8 @@ def test_attributes_are_those_of_the_people_that_are_there():
     person = got[:, : 3 * 9].reshape(-1, 3, 9)
     assert ((person >= 0) == content.mask[..., None]).all()
     assert (person[content.mask][:, 8] == content.scene.action[content.mask]).all()
-    assert got.max() < text.CLASSES and (got[:, 27:] >= 0).all()
+    assert got.max() < text.CLASSES
+    assert (got[:, 27:] >= 0).all()
 
 
 def test_reader_learns_and_its_batches_are_pure():
@@ -163,9 +165,9 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
     grey = np.random.default_rng(0).normal(size=(3, 4, 4, 16)).astype(np.float32)
     options = dict(grey=jnp.asarray(grey), order="diffusers", shift=3.0)
     value, metrics = transformer.loss(right, batch, jax.random.key(0), **options)
-    assert (
-        value < 1e-2 and metrics["video_error"] < 1e-2
-    )  # what is left: t is sigma cut to whole thousandths, coarse for small sigma
+    # What is left: t is sigma cut to whole thousandths, coarse for small sigma.
+    assert value < 1e-2
+    assert metrics["video_error"] < 1e-2
     wrong, _ = transformer.loss(
         lambda *inputs: -right(*inputs), batch, jax.random.key(0), **options
     )
@@ -174,7 +176,8 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
     np.testing.assert_array_equal(seen["control"][:, :people, ..., :16], batch["photos"])
     np.testing.assert_array_equal(seen["control"][0, people:, ..., 16:32], grey)
     u = np.asarray(seen["timesteps"]) / 1000
-    assert ((u[1:] > u[:-1]).all()) and 0.7 < np.median(u) < 0.8  # shift 3 puts the middle at 0.75
+    assert (u[1:] > u[:-1]).all()
+    assert 0.7 < np.median(u) < 0.8  # shift 3 puts the middle at 0.75
 
 
 def test_faces_weigh_more():

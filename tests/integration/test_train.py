@@ -109,7 +109,8 @@ def test_a_run_that_cannot_be_saved_stops_with_one_line(monkeypatch, tmp_path):
     assert "start again in another --workdir with a lower --optimizer.learning_rate" in str(
         stopped.value
     )
-    assert not any((tmp_path / "checkpoints").iterdir()) and not (tmp_path / "export").exists()
+    assert not any((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "export").exists()
 
 
 # ---- a run in chunks and updates: what it leaves in memory, and where it can be stopped -----------------------------------
@@ -156,7 +157,8 @@ def chunked(tmp_path_factory):
 
 def test_nothing_of_a_step_is_on_the_devices_in_the_next(chunked):
     *_, held, _ = chunked
-    assert len(held) == 4 and held[2] <= held[0] < held[1]
+    assert len(held) == 4
+    assert held[2] <= held[0] < held[1]
 
 
 def test_as_many_videos_are_kept_as_are_written(chunked):
@@ -186,40 +188,39 @@ def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(
     chunked, monkeypatch, tmp_path
 ):
     config, undisturbed, *_ = chunked
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        calls = stopped_by(
-            patch, train, "sample", 1, signal.SIGTERM
-        )  # the first chunk: nothing is done yet
-        train.train(config, tmp_path)
-    assert (
-        stop.value.code == 143 and len(calls) == 1 and not any((tmp_path / "checkpoints").iterdir())
-    )
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch:
+        # The first chunk: nothing is done yet.
+        calls = stopped_by(patch, train, "sample", 1, signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop:
+            train.train(config, tmp_path)
+    assert stop.value.code == 143
+    assert len(calls) == 1
+    assert not any((tmp_path / "checkpoints").iterdir())
+    with monkeypatch.context() as patch:
         calls = stopped_by(patch, train, "update", 3, signal.SIGINT)  # the first update of step 2
-        train.train(config, tmp_path)
-    assert stop.value.code == 130 and len(calls) == 3
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"] and saved_step(
-        tmp_path / "export"
-    ) == 1
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        calls = stopped_by(
-            patch, train, "sample", 1, signal.SIGHUP
-        )  # step 2 again, its first chunk
-        train.train(config, tmp_path)
-    assert stop.value.code == 129 and len(calls) == 1
+        with pytest.raises(SystemExit) as stop:
+            train.train(config, tmp_path)
+    assert stop.value.code == 130
+    assert len(calls) == 3
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert saved_step(tmp_path / "export") == 1
+    with monkeypatch.context() as patch:
+        calls = stopped_by(patch, train, "sample", 1, signal.SIGHUP)  # the first chunk of step 2
+        with pytest.raises(SystemExit) as stop:
+            train.train(config, tmp_path)
+    assert stop.value.code == 129
+    assert len(calls) == 1
 
     def killed(*given):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(
-            keeper.Keeper, "_export", killed
-        )  # after the last checkpoint, before its export
-        train.train(config, tmp_path)
-    assert (
-        "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
-        and saved_step(tmp_path / "export") == 1
-    )
+    with monkeypatch.context() as patch:
+        # After the last checkpoint, before its export.
+        patch.setattr(keeper.Keeper, "_export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path)
+    assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert saved_step(tmp_path / "export") == 1
     train.train(config, tmp_path)
     whole, again = adapters(undisturbed, tmp_path)
     for name, tensor in whole.items():

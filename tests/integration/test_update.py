@@ -66,16 +66,15 @@ def test_every_replaying_objective_is_on_policy_with_a_step_per_prompt(wanted):
     gradient, rows = gradients(fixed, lora, base, chunked([chunk], ADVANTAGE))
     np.testing.assert_array_equal(rows["ratio"], np.ones((1, 1, ROWS)))
     np.testing.assert_array_equal(rows["clip_fraction"], np.zeros((1, 1, ROWS)))
-    assert np.all(np.isfinite(vector(gradient))) and np.any(vector(gradient))
+    assert np.all(np.isfinite(vector(gradient)))
+    assert np.any(vector(gradient))
     full = sampled((actor, lora, base)).trajectory
     np.testing.assert_array_equal(
         chunk.trajectory.x[2:, 0], full.x[2:, 0]
     )  # these rows draw noise at step 0, as in the whole schedule
-    assert (
-        chunk.trajectory.x.shape[1] == 2
-        and chunk.trajectory.velocity.shape[1] == 1
-        and full.x.shape[1] == STEPS
-    )
+    assert chunk.trajectory.x.shape[1] == 2
+    assert chunk.trajectory.velocity.shape[1] == 1
+    assert full.x.shape[1] == STEPS
 
 
 def test_rows_outside_their_window_take_euler_steps():
@@ -214,7 +213,8 @@ def test_an_objective_is_one_entry_and_one_function(monkeypatch):
     gradient, rows = gradients(
         fixed, lora, base, chunked([generated((actor, lora, base))], ADVANTAGE)
     )
-    assert np.any(vector(gradient)) and rows["mine"].shape == (1, 2, ROWS)
+    assert np.any(vector(gradient))
+    assert rows["mine"].shape == (1, 2, ROWS)
     with pytest.raises(
         UserError,
         match=r"grpo\.kl_units std requires an objective that replays sampling steps; 'plain' does not",
@@ -288,7 +288,8 @@ def test_update_moves_the_adapter_once_and_a_gradient_that_is_not_finite_moves_n
     moved, scalars = update.update(
         fixed, start(fixed.optimizer, lora), networks, batch, SCHEDULE, jnp.int32(0)
     )
-    assert scalars["skipped"] == 0 and scalars["ratio_min"] == scalars["ratio_max"] == 1
+    assert scalars["skipped"] == 0
+    assert scalars["ratio_min"] == scalars["ratio_max"] == 1
     assert np.abs(vector(moved.params) - vector(lora)).max() > 0
     bad = batch.replace(advantage=batch.advantage.at[0, 0].set(jnp.nan))
     kept, scalars = update.update(
@@ -338,7 +339,8 @@ def test_windows():
     np.testing.assert_array_equal(starts(7, **drawn), starts(7, **drawn))
     single = dict(steps=20, window="per_prompt", window_size=1)
     every = np.stack([starts(step, **single) for step in range(60)])
-    assert set(every.ravel()) == set(range(10)) and np.ptp(every, axis=1).max() > 0
+    assert set(every.ravel()) == set(range(10))
+    assert np.ptp(every, axis=1).max() > 0
     moving = dict(steps=8, window="progressive", window_start=1, window_size=4, window_every=3)
     assert [int(starts(step, **moving)[0]) for step in range(12)] == [
         1,

@@ -90,7 +90,7 @@ def chain_ids(shapes, grid):
 
 
 @pytest.mark.parametrize(
-    "size, most, want",
+    ("size", "most", "want"),
     [
         ((240, 416), MOST, (252, 420)),
         ((480, 832), MOST, (476, 812)),
@@ -102,7 +102,9 @@ def test_published_sizes(size, most, want):
     assert inputs.smart_resize(*size, (3136, most)) == want
 
 
-@pytest.mark.parametrize("total, want, step", [(33, [0, 11, 21, 32], 3), (81, [0, 27, 53, 80], 8)])
+@pytest.mark.parametrize(
+    ("total", "want", "step"), [(33, [0, 11, 21, 32], 3), (81, [0, 27, 53, 80], 8)]
+)
 def test_published_frames_and_steps(total, want, step):
     assert inputs.frame_indices(total, 5.0).tolist() == want
     assert int(inputs.seconds_per_grid(total, 10.0, 4) * 2) == step
@@ -115,7 +117,7 @@ def test_frames_by_rate_are_even_and_bounded():
         inputs.frame_indices(1, 5.0)
 
 
-@pytest.mark.parametrize("height, width", [(150, 97), (480, 700), (900, 1300), (28, 56)])
+@pytest.mark.parametrize(("height", "width"), [(150, 97), (480, 700), (900, 1300), (28, 56)])
 def test_photos_are_the_processors(height, width):
     image = photo(height, height, width)
     got, grid = inputs.picture(image, VISION, MOST)
@@ -141,7 +143,8 @@ def test_frames_are_those_of_the_chain():
             want.shape
         )
         differing = np.abs(found - want) > 1e-3
-        assert differing.mean() < 1e-4 and np.abs(found - want).max() < 1.1 / 255 / 0.26
+        assert differing.mean() < 1e-4
+        assert np.abs(found - want).max() < 1.1 / 255 / 0.26
 
 
 def test_ids_are_those_of_the_template():
@@ -149,16 +152,15 @@ def test_ids_are_those_of_the_template():
     words.add_tokens([TOKEN], special_tokens=True)
     got, kinds, places = inputs.Prompting(words, TEXT, (TOKEN,)).tokens([6, 64], 270, "")
     want = chain_ids([(4, 6), (16, 16)], (2, 18, 30))
-    assert got.tolist() == want[: len(got)] and want[len(got) - 1] == want[
-        places[0]
-    ] == words.convert_tokens_to_ids(TOKEN)
-    assert np.sum(kinds == 1) == 70 and np.sum(kinds == 2) == 270
+    assert got.tolist() == want[: len(got)]
+    assert want[len(got) - 1] == want[places[0]] == words.convert_tokens_to_ids(TOKEN)
+    assert np.sum(kinds == 1) == 70
+    assert np.sum(kinds == 2) == 270
     everything, _, last = inputs.Prompting(words, TEXT.replace(TOKEN, ""), ()).tokens(
         [6, 64], 270, ""
     )
-    assert last[0] == len(everything) - 1 and everything.tolist() == [
-        token for token in want if token != want[places[0]]
-    ]
+    assert last[0] == len(everything) - 1
+    assert everything.tolist() == [token for token in want if token != want[places[0]]]
 
 
 # ---- whole scores --------------------------------------------------------------------------------------------------------
@@ -267,9 +269,8 @@ def test_a_rows_score_does_not_depend_on_its_neighbours(released):
     parts = scored(values(videos), references(photos), [""] * 3, by=reward(released, vlm_rows=2))
     np.testing.assert_allclose(parts, together, atol=1e-5)
     swapped = scored(values(videos), references([photos[0][::-1], photos[1], photos[2]]), [""] * 3)
-    assert abs(swapped[0] - together[0]) > 1e-5 and np.allclose(
-        swapped[1:], together[1:], atol=1e-5
-    )
+    assert abs(swapped[0] - together[0]) > 1e-5
+    assert np.allclose(swapped[1:], together[1:], atol=1e-5)
 
 
 def test_photos_and_words_are_made_ready_once(released, monkeypatch):
@@ -286,9 +287,8 @@ def test_photos_and_words_are_made_ready_once(released, monkeypatch):
     assert (len(cut), len(asked)) == (6, 4), "a known photo in another prompt is read once, too"
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other[:3]), first, again)
     other = scored.encode_references(references(photos), ["a", "b", "c"], (9, 96, 64))
-    assert (len(cut), len(asked)) == (6, 7) and other.ids.shape[0] == 3, (
-        "videos of another size are asked about anew"
-    )
+    assert (len(cut), len(asked)) == (6, 7), "videos of another size are asked about anew"
+    assert other.ids.shape[0] == 3
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -311,7 +311,8 @@ def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
         for name, mean, deviation in zip(("VQ", "MQ", "TA"), settings.mean, settings.deviation)
     ]
     np.testing.assert_allclose(first, sum(terms[name] for name in ("VQ", "MQ", "TA")), rtol=1e-6)
-    assert set(scored.term_names) == set(terms) and scored.reported == ("VQ", "MQ", "TA")
+    assert set(scored.term_names) == set(terms)
+    assert scored.reported == ("VQ", "MQ", "TA")
     assert terms["faces_asked"].tolist() == [len(row) for row in photos]
     assert np.abs(np.stack(raw)).max() < 10
     other = scores(scored, values(videos), references(photos), ["a dog", "two cats", "a dog"])[
@@ -325,7 +326,7 @@ def test_a_prompt_that_is_not_the_models_is_refused(released, tmp_path):
     root = released[0]
     (tmp_path / "prompt.txt").write_text("no token")
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="is not the published text"),
         pytest.raises(UserError, match=r"holds <\|SA_reward\|> 0 times"),
     ):
         load_vlm(

@@ -65,10 +65,8 @@ def test_a_released_folder_scores_as_in_torch(folders, form, merge):
     root, *torches = folders
     found = files.load(root / form, root / "base", "float32", merge)
     token = found.tokenizer.convert_tokens_to_ids("<|SA_reward|>")
-    assert (
-        token == found.network.config.vocabulary - 1
-        and bool(jax.tree.leaves(nnx.state(found.network, LoRAParam))) != merge
-    )
+    assert token == found.network.config.vocabulary - 1
+    assert bool(jax.tree.leaves(nnx.state(found.network, LoRAParam))) != merge
     ids = [*vlm_folders.ids_of("how alike are they?"), token]
     assert (
         relative_error(text_score(found.network, ids), torch_score(torches[form == "whole"], ids))
@@ -87,7 +85,8 @@ def test_what_is_written_is_read_again_bit_for_bit(folders, tmp_path, merge, dty
     )
     files.save(found, tmp_path / "out", number=3)
     again = files.load(tmp_path / "out", None if merge else root / "base", dtype, False)
-    assert equal(found.network, again.network) and again.settings.rank == (0 if merge else 4)
+    assert equal(found.network, again.network)
+    assert again.settings.rank == (0 if merge else 4)
     files.save(again, tmp_path / "twice", number=3)
     written = [
         sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
@@ -137,13 +136,12 @@ def test_a_reward_starts_as_its_base_with_a_fresh_adapter(folders):
     first, same, other = (
         files.start(root / "base", settings, jax.random.key(seed), "float32") for seed in (0, 0, 1)
     )
-    assert equal(first.network, same.network) and not equal(first.network, other.network)
-    assert first.network.config.vocabulary == len(
-        vlm_folders.SPECIAL
-    ) + 256 + 3 and first.network.rm_head.kernel.shape == (64, 3)
-    assert not np.any(first.network.layers.mlp.up_proj.lora_b[...]) and np.any(
-        first.network.layers.mlp.up_proj.lora_a[...]
-    )
+    assert equal(first.network, same.network)
+    assert not equal(first.network, other.network)
+    assert first.network.config.vocabulary == len(vlm_folders.SPECIAL) + 256 + 3
+    assert first.network.rm_head.kernel.shape == (64, 3)
+    assert not np.any(first.network.layers.mlp.up_proj.lora_b[...])
+    assert np.any(first.network.layers.mlp.up_proj.lora_a[...])
     assert (
         first.tokenizer.convert_tokens_to_ids("<|TA_reward|>")
         == first.network.config.vocabulary - 1
@@ -176,7 +174,7 @@ def other_rows(root):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             lambda root: (root / "base" / "tokenizer.json").unlink(),

@@ -48,14 +48,12 @@ def test_score_writes_it_for_files(folder, tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == [prompt.text for prompt in listed]
-    assert (
-        all(line.keys() == {"file", "prompt", "reward", "motion"} for line in lines)
-        and lines[0]["reward"] != lines[1]["reward"]
-    )
+    assert all(line.keys() == {"file", "prompt", "reward", "motion"} for line in lines)
+    assert lines[0]["reward"] != lines[1]["reward"]
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    ("words", "message"),
     [
         (["--reward.vlm=nowhere"], "reward.vlm nowhere: no such folder"),
         (
@@ -86,12 +84,10 @@ def test_mistakes_are_one_line_and_exit_status_2(words, message, capsys, monkeyp
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     told = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2
-        and message in told
-        and told.count("\n") == 1
-        and not (tmp_path / "out.jsonl").exists()
-    )
+    assert stopped.value.code == 2
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_devices_for_the_reward_alone_leave_some_to_the_video_model(folder):

@@ -67,5 +67,6 @@ def test_the_command_ends_with_status_2(tmp_path, holder):
         str(tmp_path / "run"),
     ]
     answer = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1, answer.stderr
+    assert answer.returncode == 2, answer.stderr
+    assert answer.stderr.count("\n") == 1
     assert "another process is training here" in answer.stderr

@@ -127,7 +127,8 @@ def test_original_files_become_folders_that_load_strictly_and_compute_the_same(t
         for name, value in network.published(found.networks[part], rules_of(found, part)).items():
             assert np.array_equal(state[name].numpy(), np.asarray(value).astype(np.float32)), name
     pipe = WanVACEPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
-    assert pipe.scheduler.config.flow_shift == 3.0 and pipe.tokenizer("a man smiles").input_ids
+    assert pipe.scheduler.config.flow_shift == 3.0
+    assert pipe.tokenizer("a man smiles").input_ids
     if how == "float32":
         given = arrays()
         assert (
@@ -207,7 +208,8 @@ def test_merging_into_bfloat16_is_what_peft_merges_in_float32(tmp_path):
         name.removeprefix(lora.PEFT_PREFIX).rpartition(".lora_")[0] + ".weight"
         for name in store.open_tensors(ADAPTER)
     }
-    assert adapted <= set(ours) and len(adapted) == 2 * 8 + 4 * 8 == 8 * (4 + 2)
+    assert adapted <= set(ours)
+    assert len(adapted) == 2 * 8 + 4 * 8 == 8 * (4 + 2)
     for name, value in peft.items():
         got, want = (
             np.asarray(ours[name]).astype(np.float32),
@@ -216,7 +218,8 @@ def test_merging_into_bfloat16_is_what_peft_merges_in_float32(tmp_path):
         close = (
             np.abs(got - want) <= np.abs(want) * 2.0**-7
         )  # one step of bfloat16 where the float32 sums round apart
-        assert close.all() and np.mean(got == want) > 0.999, name
+        assert close.all(), name
+        assert np.mean(got == want) > 0.999, name
 
 
 def test_the_original_config_lets_the_sizes_be_read(tmp_path):

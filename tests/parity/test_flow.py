@@ -9,7 +9,7 @@ from tests.helpers.comparison import relative_error
 from tests.helpers.flow import Denoiser, solve
 
 
-@pytest.mark.parametrize("steps, shift", [(12, 3.0), (50, 5.0), (2, 3.0), (1, 3.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(12, 3.0), (50, 5.0), (2, 3.0), (1, 3.0)])
 def test_unipc_equals_diffusers(steps, shift):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")

@@ -226,7 +226,8 @@ def test_the_folder_is_a_stack(folder):
     stack = load_stack(folder, "embedder")
     for size in ((1, 2, 60, 90, 3), (1, 1, 900, 1300, 3)):
         seen = nnx.eval_shape(lambda m, x: m(x), stack, jax.ShapeDtypeStruct(size, jnp.float32))
-        assert seen.embeddings.shape == (1, size[1], 8, 128) and seen.landmarks.shape == (
+        assert seen.embeddings.shape == (1, size[1], 8, 128)
+        assert seen.landmarks.shape == (
             1,
             size[1],
             8,
@@ -238,7 +239,8 @@ def test_the_folder_is_a_stack(folder):
     gradient = nnx.jit(lambda m, x: jax.grad(lambda v: m(v).embeddings[..., 0].sum())(x))(
         stack, videos
     )
-    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).max() > 0
 
 
 def test_the_reader_of_dlib_gives_what_was_written(files, weights):

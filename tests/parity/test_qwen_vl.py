@@ -281,14 +281,13 @@ def test_published_totals():
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
     assert size(state) - config.width == 3_754_622_976
-    assert (
-        size(state["visual"]) == 668_684_288
-        and size(state["layers"]) + size(state["norm"]) == 2_774_773_760
-    )
+    assert size(state["visual"]) == 668_684_288
+    assert size(state["layers"]) + size(state["norm"]) == 2_774_773_760
     assert len(rules.expand(table.rules(config), state)) == 825
     adapted = qwen_vl.QwenConfig(rank=64, alpha=128.0)
     model = nnx.eval_shape(
         lambda: qwen_vl.QwenReward(adapted, dtypes=Dtypes.named("bfloat16"), rngs=nnx.Rngs(0))
     )
     state = nnx.state(model, LoRAParam)
-    assert size(state) == 119_734_272 and len(rules.expand(table.lora_rules(), state)) == 2 * 252
+    assert size(state) == 119_734_272
+    assert len(rules.expand(table.lora_rules(), state)) == 2 * 252

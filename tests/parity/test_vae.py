@@ -61,7 +61,7 @@ def moving_video(frames, rows=2):
 
 
 @pytest.mark.parametrize(
-    "name, frames", [("two blocks", 1), ("two blocks", 17), ("one block", 5), ("one block", 9)]
+    ("name", "frames"), [("two blocks", 1), ("two blocks", 17), ("one block", 5), ("one block", 9)]
 )
 def test_posterior_equals_diffusers(name, frames):
     theirs, graph, state = pair(name)
@@ -74,7 +74,7 @@ def test_posterior_equals_diffusers(name, frames):
 
 
 @pytest.mark.parametrize(
-    "name, latents", [("two blocks", 1), ("two blocks", 5), ("one block", 2), ("one block", 3)]
+    ("name", "latents"), [("two blocks", 1), ("two blocks", 5), ("one block", 2), ("one block", 3)]
 )
 def test_decode_equals_diffusers_frame_by_frame(name, latents):
     theirs, graph, state = pair(name)

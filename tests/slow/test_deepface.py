@@ -22,12 +22,10 @@ def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
     )
     loop.train(tiny(1, micro_batch=2), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        row["faces_seen"] == 1
-        and row["rewards_failed"] == 0
-        and row["skipped"] == 0
-        and row["gradient_norm"] > 0
-    )
+    assert row["faces_seen"] == 1
+    assert row["rewards_failed"] == 0
+    assert row["skipped"] == 0
+    assert row["gradient_norm"] > 0
 
 
 def test_a_model_of_deepface_embeds_as_deepface_does(monkeypatch, tmp_path):

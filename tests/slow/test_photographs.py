@@ -117,20 +117,21 @@ def pairs(embeddings, people):
 def test_the_embedder_tells_people_apart(faces):
     """As was measured with the originals: the same above 0.6, strangers below 0.5, 99 % below 0.35."""
     same, strangers = pairs(faces[0]["embedder"], faces[1])
-    assert len(same) == 8 and len(strangers) == 202
-    assert same.mean() == pytest.approx(0.754, abs=0.01) and same.min() == pytest.approx(
-        0.612, abs=0.01
-    )
-    assert strangers.mean() == pytest.approx(0.080, abs=0.01) and strangers.max() == pytest.approx(
-        0.476, abs=0.02
-    )
-    assert np.quantile(strangers, 0.99) < 0.35 and same.min() > strangers.max()
+    assert len(same) == 8
+    assert len(strangers) == 202
+    assert same.mean() == pytest.approx(0.754, abs=0.01)
+    assert same.min() == pytest.approx(0.612, abs=0.01)
+    assert strangers.mean() == pytest.approx(0.080, abs=0.01)
+    assert strangers.max() == pytest.approx(0.476, abs=0.02)
+    assert np.quantile(strangers, 0.99) < 0.35
+    assert same.min() > strangers.max()
 
 
 def test_the_judge_tells_people_apart(faces):
     """Its bias spreads the cosines: without it strangers have 0.83 and photographs of one person 0.96."""
     same, strangers = pairs(faces[0]["judge"], faces[1])
-    assert same.mean() > 0.78 and strangers.mean() < 0.2
+    assert same.mean() > 0.78
+    assert strangers.mean() < 0.2
     assert same.min() > strangers.max()
     assert np.quantile(strangers, 0.99) < 0.66
 
@@ -252,10 +253,10 @@ def test_the_reward_knows_two_real_people(folder):
     terms = reward.score(videos, asked)
     assert np.asarray(terms["faces_seen"]) == pytest.approx([2, 2])
     right_people, others = np.asarray(terms["similarity"])
-    assert right_people > 0.6 and others < 0.1
-    assert (
-        np.asarray(terms["identity_mean"])[0] > 0.6 and np.asarray(terms["identity_mean"])[1] < 0.05
-    )
+    assert right_people > 0.6
+    assert others < 0.1
+    assert np.asarray(terms["identity_mean"])[0] > 0.6
+    assert np.asarray(terms["identity_mean"])[1] < 0.05
     judged = factory.make_judge(Config(reward=config))
     assert (judged.config.low, judged.config.high, judged.config.null_similarity) == (
         0.55,

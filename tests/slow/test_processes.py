@@ -62,7 +62,8 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(folder, together):
     started[1].send_signal(signal.SIGKILL)
     lost = time.monotonic()
     (status, printed), _ = finish(started)
-    assert status != 0 and time.monotonic() - lost < 60
+    assert status != 0
+    assert time.monotonic() - lost < 60
     assert (
         "process that was lost" in printed or "distributed service detected fatal errors" in printed
     ), printed
@@ -89,9 +90,8 @@ def test_sigterm_to_one_process_stops_all_at_one_step(folder, together):
     started[1].send_signal(signal.SIGTERM)
     assert [status for status, _ in finish(started)] == [143, 143]
     done = len(rows(folder, "stopped"))
-    assert 1 <= done < 10 and [
-        int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir()
-    ] == [done]
+    assert 1 <= done < 10
+    assert [int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir()] == [done]
     assert finish(train(folder, "stopped", 2, 2))[0][0] == 0
     for tensor, value in adapter(folder, together).items():
         np.testing.assert_array_equal(adapter(folder, "stopped")[tensor], value, err_msg=tensor)

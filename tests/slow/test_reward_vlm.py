@@ -33,9 +33,8 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
 
     before, text = train_vlm.open_model(config, options, rng.key(config.run.seed, "init"))
     after = files.load(tmp_path / "run" / "export", base, "float32", merge=False)
-    assert (
-        tmp_path / "run" / "export" / "prompt.txt"
-    ).read_text() == text and after.settings.template == "own"
+    assert (tmp_path / "run" / "export" / "prompt.txt").read_text() == text
+    assert after.settings.template == "own"
     old, new = (nnx.state(model.network) for model in (before, after))
     table = [np.asarray(model.network.embed_tokens[...]) for model in (before, after)]
     np.testing.assert_array_equal(table[0][:-1], table[1][:-1])
@@ -50,7 +49,9 @@ def test_what_is_trained_moves_and_the_rest_does_not(base, tmp_path):
             np.testing.assert_array_equal(a, b, err_msg=name)
     assert len(jax.tree.leaves(nnx.state(after.network, LoRAParam))) == 14
     found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
-    assert found["pairs"] == 3 and found["ties"] == 0 and 0 <= found["without_ties"]["mean"] <= 1
+    assert found["pairs"] == 3
+    assert found["ties"] == 0
+    assert 0 <= found["without_ties"]["mean"] <= 1
 
 
 def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_path):
@@ -75,4 +76,5 @@ def test_it_learns_64_pairs_by_heart_and_tells_held_out_ones_apart(base, tmp_pat
     labels = np.array([pair.labels[0] for pair in listed])
     print(found, np.mean(difference * labels > 0))
     assert np.mean(difference * labels > 0) == 1.0
-    assert found["pairs"] == 64 and found["without_ties"]["low"] > 0.75
+    assert found["pairs"] == 64
+    assert found["without_ties"]["low"] > 0.75

@@ -164,7 +164,8 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(short):
     )
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     printed = short.finish("damaged")
-    assert "is damaged" in printed and "trying the one before" in printed
+    assert "is damaged" in printed
+    assert "trying the one before" in printed
     short.assert_equal("straight", "damaged")
 
 
@@ -180,7 +181,8 @@ def test_other_prompts_under_the_same_name_are_refused(short):
     table.write_text("ref_paths,prompt\n" + "".join(lines[:2]))
     process = short.start("prompts", "--data.prompts", str(table))
     printed = process.communicate()[0]
-    assert process.returncode == 2 and "rows 2, 3 removed" in printed.splitlines()[-1], printed
+    assert process.returncode == 2, printed
+    assert "rows 2, 3 removed" in printed.splitlines()[-1]
     assert len(short.rows("prompts")) == 2
 
 
@@ -196,7 +198,8 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_loses_nothing(short)
     try:
         process = short.start("small/run", "--run.sample_every", "0")
         printed = process.communicate()[0]
-        assert process.returncode == 2 and "Traceback" not in printed, printed
+        assert process.returncode == 2, printed
+        assert "Traceback" not in printed
         assert "disk" in printed or "space" in printed
         shutil.copytree(
             small / "run", short.folder / "moved"

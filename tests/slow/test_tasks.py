@@ -22,7 +22,8 @@ def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
     batch = task.batch(0, 0)
     network = task.init(jax.random.key(0))
     value, metrics = task.loss(network, jax.tree.map(jnp.asarray, batch), jax.random.key(0))
-    assert np.isfinite(value) and set(metrics) == {"video_error"}
+    assert np.isfinite(value)
+    assert set(metrics) == {"video_error"}
 
     monkeypatch.setattr(transformer, "build_pool", None)  # the second time it comes from its file
     again = make_task(config).batch(0, 0)
@@ -31,7 +32,8 @@ def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
 
     task.save(network, tmp_path / "out")
     pipe = load_pipeline(tmp_path / "out")
-    assert pipe.shift == 3.0 and pipe.transformer.config.vace_layers == (0, 2)
+    assert pipe.shift == 3.0
+    assert pipe.transformer.config.vace_layers == (0, 2)
     inputs = (
         jnp.ones((1, 4, 4, 4, 16)),
         jnp.array([500]),

@@ -58,7 +58,8 @@ def test_batches_are_pure_functions_of_seed_and_step(drawn):
     again = scenes.batch(5, 2, ROWS, "train", frames=FRAMES)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), drawn)
     later = jax.device_get(scenes.batch(5, 3, ROWS, "train", frames=FRAMES))
-    assert not np.array_equal(later.ids, drawn.ids) and not np.array_equal(later.video, drawn.video)
+    assert not np.array_equal(later.ids, drawn.ids)
+    assert not np.array_equal(later.video, drawn.video)
 
 
 def test_an_identity_does_not_depend_on_its_company():
@@ -70,7 +71,8 @@ def test_an_identity_does_not_depend_on_its_company():
 
 
 def test_shapes_and_ranges(drawn):
-    assert drawn.video.shape == (ROWS, FRAMES, 64, 64, 3) and drawn.portraits.shape == (
+    assert drawn.video.shape == (ROWS, FRAMES, 64, 64, 3)
+    assert drawn.portraits.shape == (
         ROWS,
         3,
         64,
@@ -79,16 +81,20 @@ def test_shapes_and_ranges(drawn):
     )
     assert drawn.video.dtype == drawn.portraits.dtype == drawn.boxes.dtype == np.float32
     for pixels in (drawn.video, drawn.portraits):
-        assert np.isfinite(pixels).all() and pixels.min() >= -1 and pixels.max() <= 1
+        assert np.isfinite(pixels).all()
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
     assert ((drawn.visible >= 0) & (drawn.visible <= 1)).all()
-    assert (drawn.mask[:, 0]).all() and {1, 2, 3} == set(drawn.mask.sum(1).tolist())
+    assert (drawn.mask[:, 0]).all()
+    assert {1, 2, 3} == set(drawn.mask.sum(1).tolist())
     for row, mask in zip(drawn.ids, drawn.mask):
         assert len(set(row[mask].tolist())) == mask.sum()
 
 
 def test_absent_people_leave_no_trace(drawn):
     gone = ~drawn.mask
-    assert (drawn.portraits[gone] == 1).all() and (drawn.ids[gone] == -1).all()
+    assert (drawn.portraits[gone] == 1).all()
+    assert (drawn.ids[gone] == -1).all()
     for truth in (drawn.boxes, drawn.landmarks, drawn.visible):
         assert (np.moveaxis(truth, 1, 0)[:, gone] == 0).all()
     # Who stands in an empty slot must not matter.
@@ -104,7 +110,8 @@ def test_splits_are_disjoint_and_kept():
     assert all(last <= first for (_, last), (first, _) in itertools.pairwise(ranges))
     for split, (first, last) in SPLITS.items():
         ids = np.asarray(scenes.sample_ids(jax.random.key(1), 500, split))
-        assert ids.min() >= first and ids.max() < last
+        assert ids.min() >= first
+        assert ids.max() < last
         assert all(len(set(row)) == 3 for row in ids.tolist())
 
 
@@ -116,11 +123,14 @@ def test_number_of_people_follows_its_shares():
 def test_landmarks_lie_in_their_box_in_order(drawn):
     for b, f, m in slots(drawn):
         (x0, y0, x1, y1), points = drawn.boxes[b, f, m], drawn.landmarks[b, f, m]
-        assert (points > (x0, y0)).all() and (points < (x1, y1)).all()
+        assert (points > (x0, y0)).all()
+        assert (points < (x1, y1)).all()
         left_eye, right_eye, nose, left_mouth, right_mouth = points
-        assert left_eye[0] < right_eye[0] and left_mouth[0] < right_mouth[0]
+        assert left_eye[0] < right_eye[0]
+        assert left_mouth[0] < right_mouth[0]
         assert max(left_eye[1], right_eye[1]) < nose[1] < max(left_mouth[1], right_mouth[1])
-        assert 10 < x1 - x0 < 36 and 14 < y1 - y0 < 44
+        assert 10 < x1 - x0 < 36
+        assert 14 < y1 - y0 < 44
 
 
 def test_box_agrees_with_the_pixels_of_the_face(drawn):
@@ -161,7 +171,8 @@ def test_skin_at_the_nose_is_the_persons_skin(drawn):
         pixel = (drawn.video[b, f, int(y), int(x)] + 1) / 2
         skin = drawn.people.skin[b, m] * drawn.scene.light.colour[b]
         errors.append(np.abs(pixel / pixel.sum() - skin / skin.sum()).max())
-    assert len(errors) > 20 and np.median(errors) < 0.03
+    assert len(errors) > 20
+    assert np.median(errors) < 0.03
 
 
 def test_removing_a_person_changes_only_their_surroundings(drawn):
@@ -174,11 +185,9 @@ def test_removing_a_person_changes_only_their_surroundings(drawn):
         x0, y0, x1, y1 = np.moveaxis(np.asarray(drawn.boxes[b, :, 1]), -1, 0)[..., None]
         near = np.abs(np.arange(64) - (x0 + x1) / 2) < 2.2 * (x1 - x0)
         above = np.arange(64) < y0 - 0.8 * (y1 - y0)
-        assert (
-            changed.any()
-            and not (changed & ~near[:, None, :]).any()
-            and not (changed & above[:, :, None]).any()
-        )
+        assert changed.any()
+        assert not (changed & ~near[:, None, :]).any()
+        assert not (changed & above[:, :, None]).any()
         np.testing.assert_allclose(without.boxes[b, :, 0], drawn.boxes[b, :, 0], atol=1e-3)
 
 
@@ -196,18 +205,17 @@ def test_covered_people_are_less_visible(drawn):
         clips(drawn.people, jnp.tile(jnp.array([True, True, False]), (ROWS, 1)), scene).visible
     )
     near, far = visible[..., 1], visible[..., 0]  # a wide face shows at the sides of a narrow one
-    assert (
-        near.min() > 0.93
-        and far.max() < 0.5
-        and np.median(far) < 0.15
-        and (visible[..., 2] == 0).all()
-    )
+    assert near.min() > 0.93
+    assert far.max() < 0.5
+    assert np.median(far) < 0.15
+    assert (visible[..., 2] == 0).all()
 
 
 def test_people_move_and_the_background_stays(drawn):
     centre = (drawn.boxes[..., :2] + drawn.boxes[..., 2:]) / 2
     travelled = np.linalg.norm(np.diff(centre, axis=1), axis=-1).sum(1)[drawn.mask]
-    assert travelled.min() > 0.05 and np.median(travelled) > 1.0  # pixels in a quarter of a second
+    assert travelled.min() > 0.05
+    assert np.median(travelled) > 1.0  # pixels in a quarter of a second
     difference = np.abs(np.diff(drawn.video, axis=1))
     assert (difference.mean((1, 2, 3, 4)) > 0.002).all()
     corner = difference[:, :, :3, :3]
@@ -222,7 +230,8 @@ def test_different_people_look_different_and_the_same_alike(drawn):
     distance = np.abs(first[:, None] - other[None]).mean((2, 3, 4))
     assert (distance.argmin(1) == np.arange(len(first))).mean() > 0.8
     assert (np.diagonal(distance) > 0).all()
-    assert (first[:, 0, 0] == 1).all() and (first[:, 0, -1] == 1).all()
+    assert (first[:, 0, 0] == 1).all()
+    assert (first[:, 0, -1] == 1).all()
 
 
 def test_portrait_and_clip_show_the_same_colours(drawn):
@@ -241,7 +250,8 @@ def test_portrait_and_clip_show_the_same_colours(drawn):
             photos = (drawn.portraits[b, :2, 34:40, 29:35].mean((1, 2)) + 1) / 2
             right += np.abs(photos - seen).sum(1).argmin() == m
             total += 1
-    assert total >= 4 and right / total > 0.75
+    assert total >= 4
+    assert right / total > 0.75
 
 
 def test_the_truth_of_a_portrait(drawn):
@@ -250,8 +260,10 @@ def test_the_truth_of_a_portrait(drawn):
         as_arrays(drawn.people), keys
     )
     width = boxes[..., 2] - boxes[..., 0]
-    assert (width > 24).all() and (width < 42).all()
-    assert (points > boxes[..., None, :2]).all() and (points < boxes[..., None, 2:]).all()
+    assert (width > 24).all()
+    assert (width < 42).all()
+    assert (points > boxes[..., None, :2]).all()
+    assert (points < boxes[..., None, 2:]).all()
 
 
 def test_other_sizes_show_the_same_scene(drawn):
@@ -267,13 +279,12 @@ def test_other_sizes_show_the_same_scene(drawn):
 
 def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
     words = captions.vocabulary()
-    assert (
-        len(words) < 200
-        and words == sorted(set(words))
-        and all(re.fullmatch("[a-z]+", word) for word in words)
-    )
+    assert len(words) < 200
+    assert words == sorted(set(words))
+    assert all(re.fullmatch("[a-z]+", word) for word in words)
     texts = captions.prompts(drawn)
-    assert len(texts) == ROWS and len(set(texts)) == ROWS
+    assert len(texts) == ROWS
+    assert len(set(texts)) == ROWS
     for text, mask in zip(texts, drawn.mask):
         assert set(re.findall(r"[^\s.,:]+", text)) <= set(words)
         assert text.split()[0] == ("one", "two", "three")[mask.sum() - 1]
@@ -300,7 +311,9 @@ def test_written_prompts_are_read_back(tmp_path):
         assert row["prompt"].split()[0] == ("one", "two", "three")[len(names) - 1]
         for name in names:
             pixels = np.asarray(Image.open(out / name))
-            assert pixels.shape == (64, 64, 3) and (pixels[0, 0] == 255).all() and pixels.std() > 20
+            assert pixels.shape == (64, 64, 3)
+            assert (pixels[0, 0] == 255).all()
+            assert pixels.std() > 20
     assert [path.name for path in out.parent.iterdir()] == ["eval"]
     cli.run(
         [

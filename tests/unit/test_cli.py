@@ -69,7 +69,8 @@ def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path
         "a=b, c",
     )
     assert workdir == tmp_path / "w"
-    assert not workdir.exists() and not profile.exists()
+    assert not workdir.exists()
+    assert not profile.exists()
 
 
 def test_evaluate_takes_adapters_in_both_spellings(
@@ -170,7 +171,8 @@ def test_mistake_is_one_line(
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert printed.out == ""
-    assert printed.err.startswith("idgrpo: ") and printed.err.count("\n") == 1
+    assert printed.err.startswith("idgrpo: ")
+    assert printed.err.count("\n") == 1
     assert answer in printed.err
     assert set(tmp_path.rglob("*")) == before
 
@@ -239,7 +241,7 @@ def test_programs_are_kept_in_the_users_cache_or_nowhere(tmp_path):
         assert cli.programs_folder(environment) is None
 
 
-@pytest.mark.parametrize("command, kept", [("train", True), ("plan", False)])
+@pytest.mark.parametrize(("command", "kept"), [("train", True), ("plan", False)])
 def test_what_a_command_asks_of_jax(command, kept, tmp_path, monkeypatch):
     """As much of a GPU as a plan counts on; and a plan's programs, which only the planned machine could read, are not kept."""
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})

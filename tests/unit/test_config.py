@@ -127,14 +127,17 @@ WRONG = {
 def test_wrong_combinations_are_refused_with_the_reason(reason):
     with pytest.raises(UserError) as refused:
         WRONG[reason]()
-    assert reason in str(refused.value) and "\n" not in str(refused.value)
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_right_combinations():
     fast = build(
         dict(window="per_prompt", window_size=1, steps=20, guidance=1.0), time_weights=True, kl=0.0
     )
-    assert fast.rollout.trained_steps == 1 and fast.grpo.replays and fast.grpo.on_policy
+    assert fast.rollout.trained_steps == 1
+    assert fast.grpo.replays
+    assert fast.grpo.on_policy
     pairs = build(**LATENTS, objective="dpo", best=1, worst=1, updates=4, epochs=2)
     assert (pairs.trained_rows, pairs.rows_per_call, pairs.grpo.optimizer_steps) == (32, 8, 8)
     assert build(dict(sampler="cps"), kl_units="velocity").rollout.trained_steps == 24
@@ -146,7 +149,8 @@ def test_right_combinations():
             ("rollout.noise_level", "0.5"),
         ],
     )
-    assert changed.grpo.objective == "divergence" and changed.rollout.noise_level == 0.5
+    assert changed.grpo.objective == "divergence"
+    assert changed.rollout.noise_level == 0.5
 
 
 def test_every_seed_of_32_bits_is_taken():

@@ -200,10 +200,11 @@ def test_missing_unexpected_and_misshaped_are_listed_in_one_line():
     with pytest.raises(ConversionError) as caught:
         rules.to_jax(table, tensors, state, "some/file")
     line = str(caught.value)
-    assert "\n" not in line and line.startswith("some/file")
-    assert (
-        "2 missing: " in line and "blocks.1.attn1.to_q.weight" in line and "proj_out.bias" in line
-    )
+    assert "\n" not in line
+    assert line.startswith("some/file")
+    assert "2 missing: " in line
+    assert "blocks.1.attn1.to_q.weight" in line
+    assert "proj_out.bias" in line
     assert "1 unexpected: blocks.1.attn1.to_q.renamed" in line
     assert "1 mis-shaped: blocks.0.ffn.net.2.weight [20, 12] instead of [12, 20]" in line
 
@@ -260,7 +261,8 @@ def test_files_keep_bits_dtypes_and_metadata_and_the_library_reads_them(tmp_path
     assert metadata == {"format": "pt", "note": "hello"}
     library = load_file(tmp_path / "x.safetensors")
     for name, value in TENSORS.items():
-        assert tensors[name].dtype == value.dtype and tensors[name].shape == value.shape
+        assert tensors[name].dtype == value.dtype
+        assert tensors[name].shape == value.shape
         assert same_bits(np.asarray(tensors[name]), value)
         assert same_bits(library[name], value)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
@@ -291,9 +293,8 @@ def write_shards(folder: Path) -> dict[str, np.ndarray]:
 def test_a_sharded_checkpoint_is_read_through_its_index(tmp_path):
     tensors = write_shards(tmp_path)
     read = store.open_tensors(tmp_path)
-    assert set(read) == set(tensors) and all(
-        same_bits(np.asarray(read[name]), tensors[name]) for name in tensors
-    )
+    assert set(read) == set(tensors)
+    assert all(same_bits(np.asarray(read[name]), tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,8 @@ def test_damaged_files_are_refused_before_anything_is_read(tmp_path, kind):
     (tmp_path / "w.safetensors").write_bytes(damaged(kind))
     with pytest.raises(UserError) as caught:
         store.open_tensors(tmp_path)
-    assert str(tmp_path / "w.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path / "w.safetensors") in str(caught.value)
+    assert "\n" not in str(caught.value)
     if kind in ("data cut short", "shape against offsets", "negative size", "huge size"):
         assert "tensor w" in str(caught.value)
 
@@ -421,11 +423,9 @@ def test_a_pipeline_goes_into_the_store_and_out_again_with_every_bit(tmp_path, c
     capsys.readouterr()
     assert run("inspect", tmp_path / "store") == 0
     told = capsys.readouterr().out
-    assert (
-        "kind: vace" in told
-        and "transformer: store layout, 185 tensors" in told
-        and "bfloat16" in told
-    )
+    assert "kind: vace" in told
+    assert "transformer: store layout, 185 tensors" in told
+    assert "bfloat16" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "store"]
 
 
@@ -531,8 +531,10 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(monkeypatch, capsy
     with pytest.raises(SystemExit) as caught:
         command.main()
     captured = capsys.readouterr()
-    assert caught.value.code == 2 and captured.out == ""
-    assert captured.err.startswith("idgrpo-convert: nowhere") and captured.err.count("\n") == 1
+    assert caught.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("idgrpo-convert: nowhere")
+    assert captured.err.count("\n") == 1
 
 
 def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
@@ -543,4 +545,5 @@ def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["idgrpo-convert", "inspect", "nowhere"])
     with pytest.raises(SystemExit) as caught:
         command.main()
-    assert caught.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1

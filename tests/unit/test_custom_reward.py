@@ -120,7 +120,8 @@ def test_what_is_no_reward_costs_its_videos_and_is_told_once(returned, reason):
         UserWarning, match=rf"videos 0, 1, 2 could not be scored \(Unusable: .*{reason}"
     ) as told:
         found = scores(lambda videos, *_: returned(videos), videos(0, 0.5, 1))
-    assert np.isnan(found["reward"]).all() and len(told) == 1
+    assert np.isnan(found["reward"]).all()
+    assert len(told) == 1
 
 
 def test_a_call_that_hangs_is_given_up_and_the_next_is_made():

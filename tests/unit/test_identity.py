@@ -91,7 +91,8 @@ def test_a_missing_person_counts_zero_and_adding_them_back_helps():
     gone["face_mask"][:, :, 1] = False
     without = terms(gone)
     np.testing.assert_allclose(without["identity_mean"], full["identity_mean"] * 2 / 3, atol=0.02)
-    assert (without["identity_soft_min"] < 0.15).all() and (full["identity_soft_min"] > 0.9).all()
+    assert (without["identity_soft_min"] < 0.15).all()
+    assert (full["identity_soft_min"] > 0.9).all()
     assert (without["reward"] < full["reward"]).all()
     np.testing.assert_allclose(without["faces_found"], 2)
     np.testing.assert_allclose(full["faces_found"], 3)
@@ -151,9 +152,8 @@ def test_a_frozen_video_and_extra_faces_cost():
     frozen = terms(inputs | {"videos": np.repeat(inputs["videos"][:, :1], 4, 1)})
     np.testing.assert_allclose(honest["reward"] - frozen["reward"], CONFIG.motion_weight, atol=1e-6)
     crowded = inputs | {"face_mask": np.ones((3, 4, 5), bool)}
-    assert (terms(crowded)["extra"] == 1).all() and (
-        terms(crowded)["reward"] < honest["reward"]
-    ).all()
+    assert (terms(crowded)["extra"] == 1).all()
+    assert (terms(crowded)["reward"] < honest["reward"]).all()
 
 
 def test_motion_ignores_what_happens_inside_faces():

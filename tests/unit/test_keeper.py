@@ -40,14 +40,16 @@ def test_a_run_that_works_is_saved_and_exported_when_it_is_due(kept):
     keeper, saved, exported = kept
     keeper.begin(state(0))
     follow(keeper, [FINE] * 6)
-    assert saved == exported == [2, 4, 6] and not keeper.doubtful
+    assert saved == exported == [2, 4, 6]
+    assert not keeper.doubtful
 
 
 def test_a_step_that_fails_is_not_saved_and_the_next_that_works_is(kept):
     keeper, saved, exported = kept
     keeper.begin(state(0))
     follow(keeper, [FINE, FINE, FAILED, FAILED, FINE, FAILED])
-    assert saved == exported == [2, 5] and keeper.doubtful
+    assert saved == exported == [2, 5]
+    assert keeper.doubtful
     keeper.keep(state(6), 6)  # nor is it when the run is asked to stop
     assert saved == [2, 5]
     assert "--model.adapter" not in keeper.advice(1, 6)  # step 5 may be what made step 6 fail
@@ -58,7 +60,8 @@ def test_steps_with_nothing_to_train_on_are_saved(kept):
     keeper, saved, exported = kept
     keeper.begin(state(0))
     follow(keeper, [FAILED] * 6, nothing_to_train=True)
-    assert saved == exported == [2, 4, 6] and not keeper.doubtful
+    assert saved == exported == [2, 4, 6]
+    assert not keeper.doubtful
 
 
 def test_an_export_of_another_step_than_the_checkpoint_is_written_again(kept):
@@ -67,6 +70,7 @@ def test_an_export_of_another_step_than_the_checkpoint_is_written_again(kept):
     keeper.begin(state(4))
     keeper.begin(state(4))
     keeper.keep(state(4), 4)
-    assert exported == [2, 4] and saved == []
+    assert exported == [2, 4]
+    assert saved == []
     keeper.begin(state(0))  # a run that has not begun has nothing to export
     assert exported == [2, 4]

@@ -9,7 +9,8 @@ from tests.helpers.paths import ROOT
 
 def test_the_manifest_is_a_jobset_of_one_pod_per_host():
     manifest = yaml.safe_load((ROOT / "launch" / "jobset.yaml").read_text())
-    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and manifest["kind"] == "JobSet"
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert manifest["kind"] == "JobSet"
     (job,) = manifest["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     pod = spec["template"]["spec"]
@@ -23,9 +24,9 @@ def test_the_manifest_is_a_jobset_of_one_pod_per_host():
         == spec["completions"]
         == topology[0] * topology[1] * topology[2] // chips
     )
-    assert (
-        pod["restartPolicy"] == "Never" and spec["backoffLimit"] == 0
-    )  # a lost pod fails the job, and the set restarts together
+    # A lost pod fails the job, and the set restarts together.
+    assert pod["restartPolicy"] == "Never"
+    assert spec["backoffLimit"] == 0
     assert {"name": "IDGRPO_DISTRIBUTED", "value": "auto"} in container["env"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
@@ -38,6 +39,5 @@ def test_images_hold_what_exists():
     for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
         assert all((ROOT / name).exists() for name in line.split()), line
     stages = re.findall(r"^FROM \S+ AS (\w+)$", text, re.MULTILINE)
-    assert stages == ["base", "cuda", "tpu"] and all(
-        f"'.[{stage}]'" in text for stage in stages[1:]
-    )
+    assert stages == ["base", "cuda", "tpu"]
+    assert all(f"'.[{stage}]'" in text for stage in stages[1:])

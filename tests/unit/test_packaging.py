@@ -69,7 +69,7 @@ def test_few_files_at_the_top():
     assert len(files) <= 12, sorted(path.name for path in files)
 
 
-@pytest.mark.parametrize("module, known", [("flow", set()), ("grpo", {"jax_idgrpo.flow"})])
+@pytest.mark.parametrize(("module", "known"), [("flow", set()), ("grpo", {"jax_idgrpo.flow"})])
 def test_mathematics_stands_apart(module, known):
     assert ours(MODULES[f"jax_idgrpo.{module}"]) <= known
 
@@ -103,13 +103,16 @@ def test_exact_versions_satisfy_the_ranges_of_what_both_commands_install():
 
 def test_constraints_hold_no_address():
     text = (ROOT / "constraints.txt").read_text()
-    assert "://" not in text and "@" not in text
+    assert "://" not in text
+    assert "@" not in text
 
 
 def test_no_resolver_can_pick_a_broken_pair():
     (jax,) = (r for r in requirements(PROJECT["dependencies"]) if r.name == "jax")
     (flax,) = (r for r in requirements(PROJECT["dependencies"]) if r.name == "flax")
-    assert "0.11.1" not in jax.specifier and "0.10.2" in jax.specifier and "0.11.0" in jax.specifier
+    assert "0.11.1" not in jax.specifier
+    assert "0.10.2" in jax.specifier
+    assert "0.11.0" in jax.specifier
     assert "0.12.8" in flax.specifier
 
 
@@ -117,7 +120,8 @@ def test_torch_is_asked_for_exactly():
     (torch,) = (
         r for r in requirements(PROJECT["optional-dependencies"]["test"]) if r.name == "torch"
     )
-    assert str(torch.specifier) == "==2.13.0" and str(exact_versions()["torch"]) == "2.13.0"
+    assert str(torch.specifier) == "==2.13.0"
+    assert str(exact_versions()["torch"]) == "2.13.0"
 
 
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))

@@ -71,11 +71,9 @@ def test_what_is_no_photo_is_called_what_it_is(tmp_path, kind, without_heif):
     for read in (load_reference, check_photo):
         with pytest.raises(UserError) as caught:
             read(path)
-        assert (
-            says in str(caught.value)
-            and str(path) in str(caught.value)
-            and "\n" not in str(caught.value)
-        )
+        assert says in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
@@ -252,8 +250,6 @@ def test_what_is_kept_stays_below_the_room_and_the_rest_is_right(files, opened):
                 cache.fitted(file, conditioning.canvas, 64, 96),
                 conditioning.canvas(load_reference(file), 64, 96),
             )
-    assert (
-        cache.room >= 0
-        and sum(made.nbytes for made in cache._kept.values()) == 100_000 - cache.room > 0
-    )
+    assert cache.room >= 0
+    assert sum(made.nbytes for made in cache._kept.values()) == 100_000 - cache.room > 0
     assert 0 < len(opened[4:]) < 4, "some are opened again, some are not"

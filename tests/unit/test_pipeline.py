@@ -94,7 +94,8 @@ def test_vae(pipe):
 
 
 def test_shift_and_kind(pipe):
-    assert pipe.shift == 3.0 and pipe.kind == "vace"
+    assert pipe.shift == 3.0
+    assert pipe.kind == "vace"
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -124,12 +125,10 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
         tmp_path / "adapter", state, config, {"model": {"path": "some/base"}, "run": {"seed": 3}}
     )
     told = (tmp_path / "adapter" / "README.md").read_text()
-    assert (
-        'license: "apache-2.0"' in told
-        and 'base_model: "some/base"' in told
-        and '"seed": 3' in told
-        and "rank 4, alpha 8" in told
-    )
+    assert 'license: "apache-2.0"' in told
+    assert 'base_model: "some/base"' in told
+    assert '"seed": 3' in told
+    assert "rank 4, alpha 8" in told
     header = {
         "lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})
     }
@@ -140,7 +139,8 @@ def test_an_adapter_moves_the_output_as_peft_says(pipe, tmp_path):
     ):
         again = dataclasses.replace(pipe, transformer=base)
         again.load_lora(path)
-        assert again.transformer.config == config and same(again.transformer, pipe.transformer)
+        assert again.transformer.config == config
+        assert same(again.transformer, pipe.transformer)
 
 
 def test_a_file_that_names_no_alpha_has_alpha_equal_to_rank(tmp_path):
@@ -159,12 +159,14 @@ def test_a_fresh_adapter_changes_nothing_and_shares_the_base(pipe):
     np.testing.assert_array_equal(run(adapted, arrays), run(pipe.transformer, arrays))
     other = adapters.add_adapter(pipe.transformer, 3, 6.0, jax.random.key(1))
     a, b = (rules.leaves(nnx.state(model, LoRAParam)) for model in (adapted, other))
-    assert len(a) == 2 * 2 * 8 and all(leaf.dtype == jnp.float32 for leaf in a.values())
+    assert len(a) == 2 * 2 * 8
+    assert all(leaf.dtype == jnp.float32 for leaf in a.values())
     for name, leaf in a.items():
         if name.endswith("lora_b"):
             assert not leaf.any()
         else:
-            assert 0.2 < np.std(leaf) < 0.5 and not np.array_equal(leaf, b[name])
+            assert 0.2 < np.std(leaf) < 0.5
+            assert not np.array_equal(leaf, b[name])
     base = rules.leaves(nnx.state(pipe.transformer))
     assert all(
         base[name] is leaf for name, leaf in rules.leaves(nnx.state(other)).items() if name in base
@@ -223,7 +225,8 @@ def test_the_folder_survives_a_round_trip_with_every_bit(pipe, tmp_path):
         same(getattr(again, part), getattr(pipe, part))
         for part in ("transformer", "vae", "text_encoder")
     )
-    assert again.shift == pipe.shift and again.transformer.config == pipe.transformer.config
+    assert again.shift == pipe.shift
+    assert again.transformer.config == pipe.transformer.config
     assert (
         again.tokenizer("a man smiles")["input_ids"] == pipe.tokenizer("a man smiles")["input_ids"]
     )
@@ -293,12 +296,11 @@ def test_weights_stored_in_bfloat16_are_read_into_float32(pipe, tmp_path):
 
 def test_the_public_names_are_there():
     assert set(idg.__all__) <= set(dir(idg))
-    assert (
-        idg.flow.sigmas(4, 3.0).shape == (5,)
-        and callable(idg.flow.sde_step)
-        and callable(idg.flow.timesteps)
-    )
-    assert callable(idg.grpo.advantages) and callable(idg.rewards.preference.btt_loss)
+    assert idg.flow.sigmas(4, 3.0).shape == (5,)
+    assert callable(idg.flow.sde_step)
+    assert callable(idg.flow.timesteps)
+    assert callable(idg.grpo.advantages)
+    assert callable(idg.rewards.preference.btt_loss)
     with pytest.raises(AttributeError, match="no attribute 'rewrads'"):
         idg.rewrads  # noqa: B018
 
@@ -390,7 +392,9 @@ def test_a_bad_folder_gets_one_line_that_names_the_file(tmp_path, spoil, where, 
     with pytest.raises(UserError) as caught:
         loaders.get(where.partition("/")[0], idg.load_pipeline)(folder)
     line = str(caught.value)
-    assert "\n" not in line and str(folder / where) in line and what in line, line
+    assert "\n" not in line
+    assert str(folder / where) in line
+    assert what in line
 
 
 def test_what_was_asked_for_must_fit(tmp_path):

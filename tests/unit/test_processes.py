@@ -53,22 +53,20 @@ def test_incomplete_variables_are_refused(change, reason):
 def test_alone_nothing_is_gathered_and_everything_agrees():
     hosts.assert_facts_match({"anything": "at all"})
     assert hosts.memory_share(1000) == 1000
-    assert hosts.any_process(True) and not hosts.any_process(False)
+    assert hosts.any_process(True)
+    assert not hosts.any_process(False)
     tree = hosts.to_host({"a": jnp.arange(3), "b": [np.ones(2)]})
-    assert (
-        isinstance(tree["a"], np.ndarray)
-        and tree["a"].tolist() == [0, 1, 2]
-        and tree["b"][0].tolist() == [1, 1]
-    )
+    assert isinstance(tree["a"], np.ndarray)
+    assert tree["a"].tolist() == [0, 1, 2]
+    assert tree["b"][0].tolist() == [1, 1]
 
 
 def test_facts_of_a_folder_are_names_sizes_and_contents(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.bin").write_bytes(b"123")
     before = hosts.folder_facts(tmp_path)
-    assert before.startswith("a/x.bin 3 ") and hosts.folder_facts(
-        tmp_path / "a" / "x.bin"
-    ).startswith("x.bin 3 ")
+    assert before.startswith("a/x.bin 3 ")
+    assert hosts.folder_facts(tmp_path / "a" / "x.bin").startswith("x.bin 3 ")
     (tmp_path / "a" / "x.bin").write_bytes(b"321")  # as another adapter or head of the same shape
     assert hosts.folder_facts(tmp_path) != before
     (tmp_path / "a" / "x.bin").write_bytes(b"123")

@@ -143,7 +143,9 @@ def test_bad_files(folder, text, says):
     with pytest.raises(UserError) as caught:
         load_prompts(path, 2)
     message = str(caught.value)
-    assert str(path) in message and says.format(folder=folder) in message and "\n" not in message
+    assert str(path) in message
+    assert says.format(folder=folder) in message
+    assert "\n" not in message
 
 
 def test_rows_of_nothing_but_blanks_and_commas_are_empty(folder):
@@ -198,9 +200,11 @@ def test_all_that_is_wrong_is_told_in_one_line(folder):
     with pytest.raises(UserError) as caught:
         load_prompts(path, 2)
     first, *parts, rest = str(caught.value).split(" | ")
-    assert first == f"prompts {path}: 24 problems" and "\n" not in str(caught.value)
+    assert first == f"prompts {path}: 24 problems"
+    assert "\n" not in str(caught.value)
     assert [part.split(":")[0] for part in parts] == ["line 2", "line 3", "line 3"]
-    assert "missing.png" in parts[1] and "gone.png" in parts[2]
+    assert "missing.png" in parts[1]
+    assert "gone.png" in parts[2]
     assert rest == "and 21 more, lines 5, 6, 7, 8, 9, 10, 11, 12, ..."
 
 
@@ -259,7 +263,8 @@ def test_every_mode_becomes_rgb(mode):
             mode, **({"dither": 0} if mode == "1" else {})
         )
     got = np.asarray(on_white(image))
-    assert got.shape == (8, 16, 3) and got.dtype == np.uint8
+    assert got.shape == (8, 16, 3)
+    assert got.dtype == np.uint8
     spread = {"1": 130, "P": 26}.get(mode, 8)
     assert np.abs(got.astype(int) - grey[..., None]).max() <= spread
 
@@ -269,17 +274,16 @@ def test_transparent_parts_become_white(tmp_path):
     pixels[..., 0], pixels[:, :2, 3], pixels[:, 2, 3] = 200, 255, 128
     Image.fromarray(pixels).save(tmp_path / "a.png")
     got = np.asarray(load_reference(tmp_path / "a.png"))
-    assert (
-        (got[:, :2] == (200, 0, 0)).all()
-        and (got[:, 3] == 255).all()
-        and (abs(got[:, 2, 1].astype(int) - 127) <= 1).all()
-    )
+    assert (got[:, :2] == (200, 0, 0)).all()
+    assert (got[:, 3] == 255).all()
+    assert (abs(got[:, 2, 1].astype(int) - 127) <= 1).all()
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.putpixel((0, 0), 0)
     palette.save(tmp_path / "p.png", transparency=0)
     got = np.asarray(load_reference(tmp_path / "p.png")).reshape(-1, 3)
-    assert got[0].tolist() == [255, 255, 255] and (got[1:] == (10, 20, 30)).all()
+    assert got[0].tolist() == [255, 255, 255]
+    assert (got[1:] == (10, 20, 30)).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -100,11 +100,13 @@ def test_page_is_self_contained_and_well_formed(tmp_path):
     assert not parsed.open
     assert all(link.startswith("data:") for link in parsed.links)
     assert not re.search(r"https?://|@import|url\(|<script", text)
-    assert text.count("<video") == 8 and text.count("<img") == 1 + 2 + 3 + 1
+    assert text.count("<video") == 8
+    assert text.count("<img") == 1 + 2 + 3 + 1
     assert "Two &lt;people&gt; &amp; prompt 0" in text
     for label in bootstrap.LABELS.values():
         assert label in text
-    assert "learning_rate" in text and "Training reward" in text
+    assert "learning_rate" in text
+    assert "Training reward" in text
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -118,7 +120,9 @@ def test_page_of_an_unfinished_run(tmp_path):
 def test_page_of_an_evaluation_alone(tmp_path):
     make_evaluation(tmp_path)
     text = report.report(tmp_path).read_text()
-    assert "No training steps yet" in text and "No config.json" in text and "<video" in text
+    assert "No training steps yet" in text
+    assert "No config.json" in text
+    assert "<video" in text
 
 
 def test_folder_of_something_else_is_refused(tmp_path):
@@ -159,9 +163,8 @@ def test_page_does_not_say_where_files_were(tmp_path):
     )
     (tmp_path / "config.json").write_text(places.to_json())
     text = report.report(tmp_path).read_text()
-    assert "anna" not in text and all(
-        f".../{name}" in text for name in ("Wan2.1", "faces", "vlm", "clips")
-    )
+    assert "anna" not in text
+    assert all(f".../{name}" in text for name in ("Wan2.1", "faces", "vlm", "clips"))
 
 
 def test_series_keeps_the_last_value_of_a_step_and_drops_gaps():
@@ -181,7 +184,8 @@ def test_curve_puts_the_highest_value_on_top():
     heights = [
         float(point.split(",")[1]) for point in re.search(r'points="([^"]+)"', drawn)[1].split()
     ]
-    assert heights.index(min(heights)) == 1 and heights[0] == max(heights)
+    assert heights.index(min(heights)) == 1
+    assert heights[0] == max(heights)
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,19 @@ def test_shapes_are_those_of_the_arrays(values):
         return run.state, *networks, run.negative, run.schedule, run.reward.state
 
     leaves, shapes = (jax.tree_util.tree_leaves_with_path(parts(run)) for run in (real, planned))
-    assert len(leaves) > 300 and [path for path, _ in leaves] == [path for path, _ in shapes]
+    assert len(leaves) > 300
+    assert [path for path, _ in leaves] == [path for path, _ in shapes]
     for (path, leaf), (_, shape) in zip(leaves, shapes, strict=True):
         name = jax.tree_util.keystr(path)
-        assert isinstance(leaf, jax.Array) and isinstance(shape, jax.ShapeDtypeStruct), name
+        assert isinstance(leaf, jax.Array), name
+        assert isinstance(shape, jax.ShapeDtypeStruct), name
         assert (leaf.shape, leaf.dtype, leaf.weak_type) == (
             shape.shape,
             shape.dtype,
             shape.weak_type,
         ), name
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), name
-    assert planned.policy == real.policy and planned.passes == real.passes
-    assert planned.rule.policy == real.rule.policy and planned.rule.grpo == real.rule.grpo
+    assert planned.policy == real.policy
+    assert planned.passes == real.passes
+    assert planned.rule.policy == real.rule.policy
+    assert planned.rule.grpo == real.rule.grpo

@@ -44,7 +44,8 @@ def test_pairing_cancels_what_the_models_share():
     gain = np.random.default_rng(3).normal(0.05, 0.02, values.shape)
     scores = {"base": {"reward": values}, "tuned": {"reward": values + gain}}
     means, changes = bootstrap.summarise(scores, clusters, 0, 1000)
-    assert changes["tuned"]["reward"].low > 0.04 and changes["tuned"]["reward"].high < 0.06
+    assert changes["tuned"]["reward"].low > 0.04
+    assert changes["tuned"]["reward"].high < 0.06
     assert (
         means["base"]["reward"].low < means["tuned"]["reward"].mean < means["base"]["reward"].high
     )
@@ -70,8 +71,10 @@ def test_table_lines_up():
         {"tuned": dict.fromkeys(names, change)},
     )
     lines = table.splitlines()
-    assert len(lines) == 2 + len(names) and len({len(line) for line in lines}) == 1
-    assert "| judge identity" in table and "+0.050 [-0.010, +0.110] | +10.0%" in table
+    assert len(lines) == 2 + len(names)
+    assert len({len(line) for line in lines}) == 1
+    assert "| judge identity" in table
+    assert "+0.050 [-0.010, +0.110] | +10.0%" in table
 
 
 def test_every_two_models_are_compared_and_equal_videos_count_half():
@@ -84,22 +87,18 @@ def test_every_two_models_are_compared_and_equal_videos_count_half():
     got = bootstrap.pairs(scores, np.arange(4), 0, 200)
     assert list(got) == [("a", "base"), ("b", "base"), ("b", "a")]
     assert got["a", "base"]["reward"].wins.mean == pytest.approx(0.625)
-    assert got["b", "a"]["reward"].wins.mean == 1 and got["b", "a"][
-        "reward"
-    ].difference.mean == pytest.approx(0.175)
+    assert got["b", "a"]["reward"].wins.mean == 1
+    assert got["b", "a"]["reward"].difference.mean == pytest.approx(0.175)
     assert got["a", "base"]["reward"].wins.low < 0.625 < got["a", "base"]["reward"].wins.high
     worse = bootstrap.pairs(
         {"base": {"swapped": base}, "a": {"swapped": base + 0.1}}, np.arange(4), 0, 50
     )["a", "base"]["swapped"]
-    assert worse.wins.mean == 0 and worse.difference.mean == pytest.approx(
-        0.1
-    )  # of some metrics less is better
+    assert worse.wins.mean == 0  # of some metrics less is better
+    assert worse.difference.mean == pytest.approx(0.1)
     full = {
         model: dict.fromkeys(bootstrap.LABELS, values["reward"]) for model, values in scores.items()
     }
     lines = bootstrap.pairs_markdown(bootstrap.pairs(full, np.arange(4), 0, 50)).splitlines()
-    assert (
-        len(lines) == 2 + 2 * len(bootstrap.LABELS)
-        and "b over a" in lines[0]
-        and len({len(line) for line in lines}) == 1
-    )
+    assert len(lines) == 2 + 2 * len(bootstrap.LABELS)
+    assert "b over a" in lines[0]
+    assert len({len(line) for line in lines}) == 1

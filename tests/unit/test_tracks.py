@@ -83,7 +83,8 @@ def test_an_honest_video_has_no_penalty_and_three_tracks():
     assert (found[~inputs["face_mask"]] == 2 * FACES).all()
     for b in range(2):
         ids = np.take_along_axis(found[b], slot[b], axis=1)
-        assert (ids == ids[0]).all() and len(set(ids[0])) == PEOPLE
+        assert (ids == ids[0]).all()
+        assert len(set(ids[0])) == PEOPLE
 
 
 def test_people_who_exchange_identities_are_swapped_from_then_on():
@@ -106,7 +107,8 @@ def test_one_face_given_to_two_people_is_a_duplicate_and_leaves_one_missing():
     for t in range(FRAMES):
         move(inputs, slot, 1, t, 2, inputs["references"][1, 0])
     got = {name: np.asarray(value) for name, value in penalties(inputs).items()}
-    assert got["duplicated"][1] > 0.9 and got["duplicated"][0] == 0
+    assert got["duplicated"][1] > 0.9
+    assert got["duplicated"][0] == 0
     np.testing.assert_allclose(got["missing"], [0, 1 / 3], atol=1e-6)
 
 
@@ -176,5 +178,7 @@ def test_finite_and_within_bounds_whatever_is_there(frames):
     inputs["face_mask"][0] = False  # nobody at all
     inputs["reference_mask"][1, 1:] = False
     for name, value in penalties(inputs).items():
-        assert np.isfinite(value).all() and (value >= 0).all() and (value <= 1 + 1e-6).all(), name
+        assert np.isfinite(value).all(), name
+        assert (value >= 0).all(), name
+        assert (value <= 1 + 1e-6).all(), name
     assert penalties(inputs)["missing"][0] == 1

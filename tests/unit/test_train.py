@@ -55,7 +55,9 @@ def test_what_is_trained_is_decided_on_all_groups():
     advantage, weight, picks = selection.choose(c.GrpoConfig(), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight, [[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     np.testing.assert_array_equal(advantage[1], np.zeros(4))
-    assert picks is None and advantage[2, 0] == 0 and advantage[0].argmax() == 1
+    assert picks is None
+    assert advantage[2, 0] == 0
+    assert advantage[0].argmax() == 1
     _, weight, _ = selection.choose(c.GrpoConfig(drop_constant=True), REWARDS, NONE, NONE)
     np.testing.assert_array_equal(weight[1], np.zeros(4))
     _, weight, picks = selection.choose(c.GrpoConfig(best=1, worst=1), REWARDS, NONE, NONE)

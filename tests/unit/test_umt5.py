@@ -85,7 +85,8 @@ def test_order_matters():
 def test_bfloat16_is_near_float32_and_sensitive_leaves_stay_float32():
     ids, mask = inputs()
     got, want, model = encode(ids, mask, "bfloat16"), encode(ids, mask), encoder("bfloat16")
-    assert got.dtype == jnp.bfloat16 and want.dtype == jnp.float32
+    assert got.dtype == jnp.bfloat16
+    assert want.dtype == jnp.float32
     error = np.linalg.norm(got.astype(np.float32) - want) / np.linalg.norm(want)
     assert 1e-5 < error < 3e-2
     assert model.norm.scale.dtype == model.blocks.norm1.scale.dtype == jnp.float32
