@@ -1,7 +1,5 @@
 """Short runs of one or several processes."""
 
-import json
-
 from tests.helpers.processes import start
 
 CONFIG = """
@@ -22,20 +20,28 @@ def get_config():
 
 
 def idgrpo(folder, command, processes, devices, *words, own=None):
+    """Start a command on folder/short.py.
+
+    Args:
+      folder: of the run, and of the compiled programs.
+      command: name of the command.
+      processes: how many are started.
+      devices: CPU devices of each process.
+      *words: more words of every command line.
+      own: more words for some of the processes, by number.
+    """
     return start(
         ["-m", "jax_idgrpo", command, folder / "short.py", *words], processes, devices, folder, own
     )
 
 
 def train(folder, name, processes, devices, *words, own=None):
+    """Start training in folder/name; the other arguments are those of `idgrpo`."""
     return idgrpo(folder, "train", processes, devices, "--workdir", folder / name, *words, own=own)
 
 
-def rows(folder, name):
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-
-
 def make_folder(tmp_path_factory):
+    """Return a new folder with the configuration short.py."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "short.py").write_text(CONFIG)
     return folder

@@ -61,6 +61,14 @@ def failing(monkeypatch, broken):
     return calls
 
 
-def adapters(*folders):
-    """Return the tensors of the adapter that each run exported."""
-    return [load_file(folder / "export" / "adapter_model.safetensors") for folder in folders]
+def adapter(workdir):
+    """Return the tensors of the adapter that a run exported."""
+    return load_file(workdir / "export" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(workdir, other):
+    """Two runs exported the same adapter, bit for bit."""
+    one, two = adapter(workdir), adapter(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(two[name], tensor, err_msg=name)

@@ -16,6 +16,7 @@ from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
 from jax_idgrpo.training import update
+from tests.helpers.noise import add_noise
 
 ROWS, STEPS, FRAMES, PEOPLE, LENGTH, WIDTH = 4, 3, 2, 2, 5, 16
 CONFIG = WanConfig(
@@ -38,10 +39,7 @@ def model(dtype="float32", guidance=3.0, remat="none"):
     """Return a policy whose adapter and zero-initialised layers are all random."""
     config = dataclasses.replace(CONFIG, remat=remat)
     transformer = WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(nnx.state(transformer))
-    rng = np.random.default_rng(1)
-    noisy = [leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
-    nnx.update(transformer, jax.tree.unflatten(tree, noisy))
+    add_noise(transformer)
     return policy.split(transformer, guidance)
 
 

@@ -5,10 +5,8 @@ import os
 import subprocess
 import sys
 
-import numpy as np
-
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny_run import adapters, rows
+from tests.helpers.tiny_run import assert_same_adapter, rows
 
 
 def worker(*words):
@@ -32,10 +30,7 @@ def test_the_ratio_of_a_first_update_is_exactly_one():
 def test_a_stopped_run_ends_bit_for_bit_as_one_without_a_stop(tmp_path):
     worker("runs", tmp_path)
     folders = [tmp_path / name for name in ("whole", "stopped")]
-    whole, stopped = adapters(*folders)
-    assert whole.keys() == stopped.keys()
-    for name, tensor in whole.items():
-        np.testing.assert_array_equal(stopped[name], tensor, err_msg=name)
+    assert_same_adapter(*folders)
     numbers = ("reward", "policy_loss", "kl", "gradient_norm", "ratio_min", "ratio_max")
     first, second = ([[row[name] for name in numbers] for row in rows(f)] for f in folders)
     assert first == second

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,9 @@ import pytest
 
 from jax_idgrpo import cli
 from jax_idgrpo.config import EMBEDDED
+from tests.helpers.command import stop_of
 from tests.helpers.paths import ROOT
+from tests.helpers.tiny_run import rows
 
 CONFIG = str(ROOT / "configs" / "quickstart.py")
 SHORT = """
@@ -45,10 +46,10 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_training_continues_and_the_ratio_is_one(run):
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1]
-    assert all(row["ratio_min"] == row["ratio_max"] == 1 for row in rows)
-    assert all(np.isfinite(row["reward"]) for row in rows)
+    logged = rows(run)
+    assert [row["step"] for row in logged] == [0, 1]
+    assert all(row["ratio_min"] == row["ratio_max"] == 1 for row in logged)
+    assert all(np.isfinite(row["reward"]) for row in logged)
     adapter = {
         "README.md",
         "adapter_config.json",
@@ -71,11 +72,9 @@ def test_a_run_and_an_adapter_of_version_0_1_go_on(prompts, tmp_path):
     options = ["--run.save_every", "2", "--run.sample_every", "0"]
     same = [*SHORT[: SHORT.index("--run.save_every")], *SHORT[-8:], *options]
     idgrpo("train", CONFIG, "--workdir", tmp_path / "old", *same, "--run.steps", "3")
-    rows = [
-        json.loads(line) for line in (tmp_path / "old" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert rows[2]["ratio_min"] == rows[2]["ratio_max"] == 1
+    logged = rows(tmp_path / "old")
+    assert [row["step"] for row in logged] == [0, 1, 2]
+    assert logged[2]["ratio_min"] == logged[2]["ratio_max"] == 1
     assert (old / "adapter_model.safetensors").read_bytes() != before
 
 
@@ -130,11 +129,9 @@ def test_sample_and_score_agree_with_one_another(run, prompts, tmp_path):
 
 def refused(capsys, monkeypatch, *words) -> str:
     """The one line that a command answers."""
-    monkeypatch.setattr(sys, "argv", ["idgrpo", *(str(word) for word in words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2
+    stop = stop_of(cli.main, monkeypatch, capsys, "idgrpo", *words)
+    printed = stop.err
+    assert stop.status == 2
     assert "Traceback" not in printed
     assert printed.strip().splitlines()[-1].startswith("idgrpo: ")
     return printed

@@ -32,6 +32,7 @@ from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.sampling import pipeline, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, save_lora
+from tests.helpers.command import stop_of
 
 TEXT_WIDTH = 8
 
@@ -527,10 +528,9 @@ def test_a_failure_is_one_line_and_exit_status_1(monkeypatch, capsys):
         raise Failure("video 0000-0 is not finite")
 
     monkeypatch.setattr(cli, "run", fail)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == "idgrpo: video 0000-0 is not finite\n"
+    stopped = stop_of(cli.main, monkeypatch, capsys, "idgrpo", "sample")
+    assert stopped.status == 1
+    assert stopped.err == "idgrpo: video 0000-0 is not finite\n"
 
 
 def test_a_stopped_evaluation_continues(stubbed, config, adapters, tmp_path, monkeypatch, counted):

@@ -17,6 +17,7 @@ from jax_idgrpo.preferences.csv_source import LABELS, by_source, load_pairs, pai
 from jax_idgrpo.preferences.tfds_source import CACHED_RECORDS, INDEX, INFO, StoredPairs, open_pairs
 from jax_idgrpo.training.finetune import finetune
 from tests.helpers import vlm_folders
+from tests.helpers.tiny_run import rows
 from tests.helpers.vlm_pairs import configuration as vlm_configuration
 from tests.helpers.vlm_pairs import write_rows
 
@@ -181,10 +182,7 @@ def test_training_from_a_data_set_is_training_from_its_csv(drawn, tmp_path):
             tmp_path / name,
         )
         folder = tmp_path / name
-        losses = [
-            json.loads(line).get("loss")
-            for line in (folder / "metrics.jsonl").read_text().splitlines()
-        ]
+        losses = [row.get("loss") for row in rows(folder)]
         kept.append(
             (
                 losses,

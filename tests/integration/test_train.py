@@ -8,14 +8,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jax_idgrpo import config as c
-from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling.adapters import saved_step
 from jax_idgrpo.training import keeper, train
-from tests.helpers.tiny_run import adapters, failing, rows, tiny
+from tests.helpers.prompts import write_bundled_prompts
+from tests.helpers.tiny_run import adapter, assert_same_adapter, failing, rows, tiny
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,11 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_interface_says(straight):
-    adapter = ("export/adapter_config.json", "export/adapter_model.safetensors")
-    for name in ("config.json", "metrics.jsonl", "checkpoints", "samples", *adapter):
+    exported = ("export/adapter_config.json", "export/adapter_model.safetensors")
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "samples", *exported):
         assert (straight / name).exists(), name
     assert len(list((straight / "samples" / "000002").glob("*.mp4"))) == train.SHOWN
-    tensors = load_file(straight / "export" / "adapter_model.safetensors")
+    tensors = adapter(straight)
     assert all(np.isfinite(tensor).all() for tensor in tensors.values())
     assert max(np.abs(tensor).max() for name, tensor in tensors.items() if "lora_B" in name) > 0
 
@@ -66,12 +65,7 @@ def test_a_step_logs_more_than_its_mean_reward(straight):
 def test_resume_equals_never_having_stopped(straight, tmp_path):
     train.train(tiny(2), tmp_path)
     train.train(tiny(4), tmp_path)
-    again, whole = (
-        load_file(folder / "export" / "adapter_model.safetensors")
-        for folder in (tmp_path, straight)
-    )
-    for name, tensor in whole.items():
-        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    assert_same_adapter(straight, tmp_path)
     timing = (*train.PHASES, "videos_per_hour")
     for resumed, undisturbed in zip(rows(tmp_path), rows(straight), strict=True):
         assert {k: v for k, v in resumed.items() if k not in timing} == {
@@ -121,12 +115,7 @@ def chunked(tmp_path_factory):
     """Two steps of two chunks and two updates on the same two prompts, without a stop: the configuration and the workdir, the bytes on
     the device before each chunk, and how many videos were taken to the host at a time."""
     workdir = tmp_path_factory.mktemp("chunked")
-    listed = load_prompts(c.prompts_file("embedded:rl"), 3)[:2]
-    lines = [
-        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
-        for prompt in listed
-    ]
-    (workdir / "two.csv").write_text("ref_paths,prompt\n" + "".join(lines))
+    write_bundled_prompts(workdir / "two.csv", "rl", 2)
     config = tiny(2, grpo=dict(updates=2))
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, prompts=str(workdir / "two.csv"))
@@ -222,9 +211,7 @@ def test_a_run_stops_between_chunks_and_between_updates_and_goes_on_bit_for_bit(
     assert "2" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert saved_step(tmp_path / "export") == 1
     train.train(config, tmp_path)
-    whole, again = adapters(undisturbed, tmp_path)
-    for name, tensor in whole.items():
-        np.testing.assert_array_equal(again[name], tensor, err_msg=name)
+    assert_same_adapter(undisturbed, tmp_path)
     assert [row["policy_loss"] for row in rows(tmp_path)] == [
         row["policy_loss"] for row in rows(undisturbed)
     ]

@@ -1,7 +1,6 @@
 """The vision-language reward where it is used: training, scoring and evaluating by configuration, and divided over devices."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import commands
 from jax_idgrpo.rewards import factory
+from tests.helpers.command import stop_of
 from tests.helpers.paths import ROOT
 from tests.helpers.vlm_runs import configured, make_folder
 
@@ -65,28 +65,12 @@ def test_score_writes_it_for_files(folder, tmp_path):
 )
 def test_mistakes_are_one_line_and_exit_status_2(words, message, capsys, monkeypatch, tmp_path):
     write_video(tmp_path / "0000-0.mp4", np.zeros((5, 64, 64, 3), np.float32), 8)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "idgrpo",
-            "score",
-            str(ROOT / "configs" / "quickstart.py"),
-            "--videos",
-            str(tmp_path),
-            "--prompts",
-            "embedded:eval",
-            "--out",
-            str(tmp_path / "out.jsonl"),
-            *words,
-        ],
-    )
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert message in told
-    assert told.count("\n") == 1
+    given = ["--videos", tmp_path, "--prompts", "embedded:eval", "--out", tmp_path / "out.jsonl"]
+    command = ["idgrpo", "score", ROOT / "configs" / "quickstart.py", *given, *words]
+    stop = stop_of(cli.main, monkeypatch, capsys, *command)
+    assert stop.status == 2
+    assert message in stop.err
+    assert stop.err.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
 
 

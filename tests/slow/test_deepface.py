@@ -1,6 +1,5 @@
 """deepface as a backend of the face reward, on a photograph: where the face is, what shows nobody, and training beside it."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.training import setup
 from jax_idgrpo.training import train as loop
 from tests.helpers.deepface import astronaut, fake, grey
-from tests.helpers.tiny_run import tiny
+from tests.helpers.tiny_run import rows, tiny
 
 
 def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
@@ -21,7 +20,7 @@ def test_a_step_is_trained_on_the_scores_of_the_host(monkeypatch, tmp_path):
         lambda config, mesh: HostFaceReward(fake(), constants, config.reward.frames),
     )
     loop.train(tiny(1, micro_batch=2), tmp_path)
-    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (row,) = rows(tmp_path)
     assert row["faces_seen"] == 1
     assert row["rewards_failed"] == 0
     assert row["skipped"] == 0

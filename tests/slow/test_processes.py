@@ -7,21 +7,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from jax_idgrpo.config import prompts_file
-from jax_idgrpo.data.prompts import load_prompts
-from tests.helpers.process_runs import idgrpo, make_folder, rows, train
+from tests.helpers.process_runs import idgrpo, make_folder, train
 from tests.helpers.processes import finish, start
+from tests.helpers.prompts import write_bundled_prompts
+from tests.helpers.tiny_run import adapter, assert_same_adapter, rows
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory)
-
-
-def adapter(folder, name):
-    return load_file(folder / name / "export" / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +32,9 @@ def test_two_processes_equal_one(folder, together, processes, devices):
     name = f"alone-{devices}"
     answers = finish(train(folder, name, processes, devices))
     assert answers[0][0] == 0, answers
-    for ours, _ in zip(rows(folder, together), rows(folder, name), strict=True):
+    for ours, _ in zip(rows(folder / together), rows(folder / name), strict=True):
         assert ours["ratio_min"] == ours["ratio_max"] == 1
-    first, other = rows(folder, together)[0], rows(folder, name)[0]
+    first, other = rows(folder / together)[0], rows(folder / name)[0]
     for value in (
         "reward",
         "reward_group_std",
@@ -49,14 +44,14 @@ def test_two_processes_equal_one(folder, together, processes, devices):
         "kl",
     ):
         assert first[value] == pytest.approx(other[value], rel=1e-5, abs=1e-5), value
-    ours, theirs = adapter(folder, together), adapter(folder, name)
+    ours, theirs = adapter(folder / together), adapter(folder / name)
     for tensor, value in ours.items():
         np.testing.assert_allclose(theirs[tensor], value, atol=1e-4, err_msg=tensor)
 
 
 def test_a_lost_process_ends_the_other_and_the_run_goes_on(folder, together):
     started = train(folder, "lost", 2, 2)
-    while not (folder / "lost" / "metrics.jsonl").exists() or len(rows(folder, "lost")) < 3:
+    while not (folder / "lost" / "metrics.jsonl").exists() or len(rows(folder / "lost")) < 3:
         assert all(process.poll() is None for process in started), finish(started)
         time.sleep(0.1)
     started[1].send_signal(signal.SIGKILL)
@@ -69,41 +64,34 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(folder, together):
     ), printed
     answers = finish(train(folder, "lost", 2, 2))
     assert [status for status, _ in answers] == [0, 0], answers
-    for tensor, value in adapter(folder, together).items():
-        np.testing.assert_array_equal(adapter(folder, "lost")[tensor], value, err_msg=tensor)
+    assert_same_adapter(folder / together, folder / "lost")
 
 
 def test_another_number_of_processes_goes_on_with_a_run(folder, together):
     assert finish(train(folder, "fewer", 2, 2, "--run.steps", "4"))[0][0] == 0
     assert finish(train(folder, "fewer", 1, 1))[0][0] == 0
-    for tensor, value in adapter(folder, together).items():
+    for tensor, value in adapter(folder / together).items():
         np.testing.assert_allclose(
-            adapter(folder, "fewer")[tensor], value, atol=1e-4, err_msg=tensor
+            adapter(folder / "fewer")[tensor], value, atol=1e-4, err_msg=tensor
         )
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step(folder, together):
     started = train(folder, "stopped", 2, 2, "--run.save_every", "100")
-    while not (folder / "stopped" / "metrics.jsonl").exists() or len(rows(folder, "stopped")) < 1:
+    while not (folder / "stopped" / "metrics.jsonl").exists() or len(rows(folder / "stopped")) < 1:
         assert all(process.poll() is None for process in started), finish(started)
         time.sleep(0.1)
     started[1].send_signal(signal.SIGTERM)
     assert [status for status, _ in finish(started)] == [143, 143]
-    done = len(rows(folder, "stopped"))
+    done = len(rows(folder / "stopped"))
     assert 1 <= done < 10
     assert [int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir()] == [done]
     assert finish(train(folder, "stopped", 2, 2))[0][0] == 0
-    for tensor, value in adapter(folder, together).items():
-        np.testing.assert_array_equal(adapter(folder, "stopped")[tensor], value, err_msg=tensor)
+    assert_same_adapter(folder / together, folder / "stopped")
 
 
 def test_videos_scores_and_tables_of_two_processes_are_those_of_one(folder):
-    listed = load_prompts(prompts_file("embedded:eval"), 3)[:6]
-    table = [
-        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
-        for prompt in listed
-    ]
-    (folder / "six.csv").write_text("ref_paths,prompt\n" + "".join(table))
+    write_bundled_prompts(folder / "six.csv", "eval", 6)
     prompts = [
         "--prompts",
         folder / "six.csv",

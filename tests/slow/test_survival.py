@@ -3,7 +3,6 @@
 Every run is `idgrpo train` on the embedded models, as small as it gets; they share a compilation cache, so that a restart takes seconds.
 """
 
-import json
 import os
 import random
 import shutil
@@ -13,12 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from jax_idgrpo.config import prompts_file
-from jax_idgrpo.data.prompts import load_prompts
+from tests.helpers.prompts import write_bundled_prompts
+from tests.helpers.tiny_run import assert_same_adapter, rows
 
 CONFIG = """
 from jax_idgrpo import config as c
@@ -85,11 +82,11 @@ class Runs:
         return printed
 
     def rows(self, name: str) -> list[dict[str, float]]:
-        lines = [
-            json.loads(line)
-            for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        """Return the metrics of a run, without its timings."""
+        return [
+            {key: value for key, value in row.items() if key not in TIMING}
+            for row in rows(self.folder / name)
         ]
-        return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
     def wait_for(self, name: str, steps: int, process: subprocess.Popen[str]) -> None:
         """Until the run has logged so many steps."""
@@ -100,13 +97,7 @@ class Runs:
 
     def assert_equal(self, name: str, other: str) -> None:
         """Adapter and metrics of two runs, bit for bit."""
-        left, right = (
-            load_file(self.folder / run / "export" / "adapter_model.safetensors")
-            for run in (name, other)
-        )
-        assert left.keys() == right.keys()
-        for tensor, value in left.items():
-            np.testing.assert_array_equal(right[tensor], value, err_msg=tensor)
+        assert_same_adapter(self.folder / name, self.folder / other)
         assert self.rows(name) == self.rows(other)
 
 
@@ -170,15 +161,10 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(short):
 
 
 def test_other_prompts_under_the_same_name_are_refused(short):
-    listed = load_prompts(prompts_file("embedded:rl"), 3)[:4]
-    lines = [
-        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
-        for prompt in listed
-    ]
     table = short.folder / "four.csv"
-    table.write_text("ref_paths,prompt\n" + "".join(lines))
+    write_bundled_prompts(table, "rl", 4)
     short.finish("prompts", "--run.steps", "2", "--data.prompts", str(table))
-    table.write_text("ref_paths,prompt\n" + "".join(lines[:2]))
+    write_bundled_prompts(table, "rl", 2)
     process = short.start("prompts", "--data.prompts", str(table))
     printed = process.communicate()[0]
     assert process.returncode == 2, printed

@@ -4,10 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jax_idgrpo.training import train
-from tests.helpers.tiny_run import failing, rows, tiny
+from tests.helpers.tiny_run import adapter, assert_same_adapter, failing, rows, tiny
 
 VELOCITY = dict(kl=1e-3, kl_units="velocity")
 RECIPES = {
@@ -62,7 +61,7 @@ def test_every_recipe_runs_in_the_same_loop(recipe, tmp_path):
         assert row["kl"] >= 0
         assert row.get("ratio_min", 1) == row.get("ratio_max", 1) == 1
         assert all(np.isfinite(row[name]) for name in logged)
-    tensors = load_file(tmp_path / "export" / "adapter_model.safetensors")
+    tensors = adapter(tmp_path)
     assert max(np.abs(tensor).max() for name, tensor in tensors.items() if "lora_B" in name) > 0
 
 
@@ -76,9 +75,4 @@ def test_a_reward_that_is_no_number_costs_one_video_and_the_same_one_after_a_res
     train.train(tiny(4), tmp_path / "stopped")
     assert [row["rewards_failed"] for row in rows(tmp_path / "whole")] == [0, 0, 1, 0]
     assert all(row["skipped"] == 0 for row in rows(tmp_path / "whole"))
-    one, other = (
-        load_file(tmp_path / name / "export" / "adapter_model.safetensors")
-        for name in ("whole", "stopped")
-    )
-    for name, tensor in one.items():
-        np.testing.assert_array_equal(other[name], tensor, err_msg=name)
+    assert_same_adapter(tmp_path / "whole", tmp_path / "stopped")

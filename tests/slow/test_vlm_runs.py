@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo import config as c
-from jax_idgrpo.evaluation import commands
 from jax_idgrpo.training import train as loop
 from jax_idgrpo.training import update
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import finish, start
+from tests.helpers.prompts import write_bundled_prompts
 from tests.helpers.tiny_run import rows, tiny
 from tests.helpers.vlm_runs import configured, make_folder
 
@@ -54,12 +53,7 @@ def test_prompts_of_all_sizes_train_by_one_program(folder, tmp_path):
 
 
 def test_two_processes_evaluate_by_it_as_one_does(folder, tmp_path):
-    listed = commands.load_prompts(c.prompts_file("embedded:eval"), 4)[:3]
-    table = [
-        f'{";".join(str(path.absolute()) for path in prompt.references)},"{prompt.text}"\n'
-        for prompt in listed
-    ]
-    (tmp_path / "three.csv").write_text("ref_paths,prompt\n" + "".join(table))
+    write_bundled_prompts(tmp_path / "three.csv", "eval", 3)
     given = configured(folder)
     options = [
         f"--reward.{name}={getattr(given, name)}"

@@ -9,6 +9,7 @@ import pytest
 from jax_idgrpo import cli, config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.planning import plan
+from tests.helpers.command import stop_of
 
 CONFIG = """
 from jax_idgrpo.config import Config
@@ -165,15 +166,13 @@ def test_mistake_is_one_line(
         "W": str(tmp_path / "w"),
         "CONFIG/below": f"{config_file}/below",
     }
-    monkeypatch.setattr(sys, "argv", ["idgrpo", *(words.get(word, word) for word in line.split())])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    printed = capsys.readouterr()
-    assert stop.value.code == 2
-    assert printed.out == ""
-    assert printed.err.startswith("idgrpo: ")
-    assert printed.err.count("\n") == 1
-    assert answer in printed.err
+    given = [words.get(word, word) for word in line.split()]
+    stop = stop_of(cli.main, monkeypatch, capsys, "idgrpo", *given)
+    assert stop.status == 2
+    assert stop.out == ""
+    assert stop.err.startswith("idgrpo: ")
+    assert stop.err.count("\n") == 1
+    assert answer in stop.err
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -203,10 +202,9 @@ def test_exit_status(monkeypatch, capsys, raised, status):
         raise raised
 
     monkeypatch.setattr(cli, "run", fail)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == status
-    assert "Traceback" not in capsys.readouterr().err
+    stop = stop_of(cli.main, monkeypatch, capsys, "idgrpo", "train")
+    assert stop.status == status
+    assert "Traceback" not in stop.err
 
 
 def test_a_defect_is_not_hidden(monkeypatch):

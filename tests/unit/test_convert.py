@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -19,6 +18,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config, umt5_xxl
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
+from tests.helpers.command import stop_of
 from tests.helpers.convert import (
     ADAPTER,
     PIPELINE,
@@ -527,14 +527,11 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(tmp_path, words, 
 
 
 def test_a_mistake_is_one_line_on_standard_error_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["idgrpo-convert", "inspect", "nowhere"])
-    with pytest.raises(SystemExit) as caught:
-        command.main()
-    captured = capsys.readouterr()
-    assert caught.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith("idgrpo-convert: nowhere")
-    assert captured.err.count("\n") == 1
+    stop = stop_of(command.main, monkeypatch, capsys, "idgrpo-convert", "inspect", "nowhere")
+    assert stop.status == 2
+    assert stop.out == ""
+    assert stop.err.startswith("idgrpo-convert: nowhere")
+    assert stop.err.count("\n") == 1
 
 
 def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
@@ -542,8 +539,6 @@ def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "open_checkpoint", interrupt)
-    monkeypatch.setattr(sys, "argv", ["idgrpo-convert", "inspect", "nowhere"])
-    with pytest.raises(SystemExit) as caught:
-        command.main()
-    assert caught.value.code == 130
-    assert capsys.readouterr().err.count("\n") == 1
+    stop = stop_of(command.main, monkeypatch, capsys, "idgrpo-convert", "inspect", "nowhere")
+    assert stop.status == 130
+    assert stop.err.count("\n") == 1
