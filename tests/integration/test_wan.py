@@ -94,9 +94,14 @@ def test_groups():
 )
 def test_impossible_configurations_say_why(change, reason):
     with pytest.raises(UserError, match=reason):
-        if change.keys() <= {"layers", "in_channels"}:
-            change = {"vace": dataclasses.replace(TINY.vace, **change)}
-        dataclasses.replace(TINY, **change)
+        replaced(change)
+
+
+def replaced(change):
+    """Change fields of TINY; `layers` and `in_channels` belong to its VACE blocks."""
+    if change.keys() <= {"layers", "in_channels"}:
+        change = {"vace": dataclasses.replace(TINY.vace, **change)}
+    return dataclasses.replace(TINY, **change)
 
 
 def test_scan_and_remat_agree():
