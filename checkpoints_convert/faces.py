@@ -11,13 +11,15 @@ no effect and are dropped before matching (`without_counters`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
+from checkpoints_convert.lazy import Described, Shaped
 from checkpoints_convert.rules import (
     CONV2D,
     GAMMA2D,
@@ -43,6 +45,8 @@ from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
 from jax_idgrpo.models.faces.sface import SFace, SFaceConfig
 from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
+
+Value = TypeVar("Value")
 
 NAMES_OF_LEAVES = {
     "kernel": "weight",
@@ -181,7 +185,7 @@ def arcface(config: ArcFaceConfig) -> list[Rule]:
     ]
 
 
-def torch_names(state: Any) -> list[Rule]:
+def torch_names(state: PyTree) -> list[Rule]:
     """List the rules of a network whose modules are named as in PyTorch; only leaves differ."""
     ops = {1: VECTOR, 2: TRANSPOSE, 4: CONV2D}
     rules = []
@@ -191,7 +195,7 @@ def torch_names(state: Any) -> list[Rule]:
     return rules
 
 
-def plain(state: Any) -> list[Rule]:
+def plain(state: PyTree) -> list[Rule]:
     """List one identity rule per leaf of `state`, for networks that only this project has."""
     sizes = {path: len(leaf.shape) for path, leaf in leaves(state).items()}
     return [
@@ -294,7 +298,7 @@ def dlib_resnet(config: DlibResNetConfig) -> list[Rule]:
     return rules
 
 
-def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def without_counters(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """Drop the batch counters of PyTorch's batch norms."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
@@ -310,7 +314,7 @@ _EMBEDDERS: dict[str, tuple[str, ArcFaceConfig]] = {
 }
 
 
-def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+def known(tensors: Mapping[str, Shaped]) -> tuple[str, str, Any] | None:
     """Identify the network of a file of face weights.
 
     Returns:
@@ -341,7 +345,7 @@ def known(tensors: Mapping[str, Any]) -> tuple[str, str, Any] | None:
     return nearest, "arcface", _EMBEDDERS[nearest][1]
 
 
-def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
+def recognise(tensors: Mapping[str, Shaped], source: str) -> tuple[str, str, Any]:
     """Do the same as `known`, but raise a UserError that lists the networks for any other file."""
     if (identified := known(tensors)) is not None:
         return identified
@@ -354,7 +358,7 @@ def recognise(tensors: Mapping[str, Any], source: str) -> tuple[str, str, Any]:
     )
 
 
-def table(architecture: str, config: Any, state: Any) -> list[Rule]:
+def table(architecture: str, config: Any, state: PyTree) -> list[Rule]:
     """List the rules of a face network.
 
     Args:
@@ -373,7 +377,7 @@ def table(architecture: str, config: Any, state: Any) -> list[Rule]:
     return torch_names(state) if architecture in ("retinaface", "facenet") else plain(state)
 
 
-CLASSES: dict[str, tuple[Any, Any]] = {
+CLASSES: dict[str, tuple[type[nnx.Module], type]] = {
     "retinaface": (RetinaFace, RetinaFaceConfig),
     "arcface": (ArcFace, ArcFaceConfig),
     "facenet": (Facenet, FacenetConfig),
@@ -419,14 +423,14 @@ def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> A
 
 
 @functools.lru_cache(maxsize=8)
-def abstract(architecture: str, config: Any) -> nnx.State:
+def abstract(architecture: str, config: Hashable) -> nnx.State:
     """Return the abstract parameters of a face network. The result is shared: do not change it."""
     return nnx.state(nnx.eval_shape(lambda: CLASSES[architecture][0](config, rngs=nnx.Rngs(0))))
 
 
 def with_unused_tensors(
-    architecture: str, config: Any, tensors: Mapping[str, Any]
-) -> tuple[list[Rule], dict[str, Any]]:
+    architecture: str, config: Hashable, tensors: Mapping[str, Described]
+) -> tuple[list[Rule], dict[str, jax.ShapeDtypeStruct]]:
     """Return the table and the shapes of a whole file: of the network and of unused tensors.
 
     Unused are the batch counters and insightface's frozen scale of ones. They keep their names,

@@ -15,7 +15,7 @@ each row).
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.extend.core import Primitive
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.models.layers import precision
 from jax_idgrpo.parallel import sharding
@@ -50,7 +51,7 @@ LANES = 128  # lanes of a TPU; block sizes are multiples of it
 LARGEST_BLOCK = 1024
 
 
-def attention_remat_policy(primitive: Any, *values: Any, **parameters: Any) -> Any:
+def attention_remat_policy(primitive: Primitive, *values: object, **parameters: object) -> bool:
     """Save the residuals of attention's backward pass (a `jax.checkpoint` policy)."""
     return primitive.name == CUDNN or _named(primitive, *values, **parameters)
 
@@ -233,7 +234,7 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
 def _concurrently(function: Callable, size: int) -> Callable:
     """Apply `function` to groups of `size` leading rows, with no dependency between groups."""
 
-    def apply(arrays: Any) -> Any:
+    def apply(arrays: PyTree) -> PyTree:
         count = len(jax.tree.leaves(arrays)[0]) // size
         pieces = [
             function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays))
@@ -248,7 +249,7 @@ def _concurrently(function: Callable, size: int) -> Callable:
     return apply
 
 
-def _map(function: Callable, arrays: Any, size: int) -> Any:
+def _map(function: Callable, arrays: PyTree, size: int) -> PyTree:
     """Apply `function` over the leading axis of the arrays, `size` rows at a time, in sequence."""
     count = len(jax.tree.leaves(arrays)[0]) // size
     if count == 1:
@@ -257,7 +258,7 @@ def _map(function: Callable, arrays: Any, size: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
 
 
-def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> Any:
+def _map_in_place(function: Callable, arrays: PyTree, others: PyTree, size: int) -> PyTree:
     """Apply `function(arrays, others)` like `_map`, writing each result over its input array.
 
     `lax.map` would allocate zeros for its output, which on a CPU are in memory from the program's
@@ -273,7 +274,7 @@ def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> An
     if count == 1:
         return function(arrays, others)
 
-    def body(i: Array, arrays: Any) -> Any:
+    def body(i: Array, arrays: PyTree) -> PyTree:
         rows, beside = (
             jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree)
             for tree in (arrays, others)

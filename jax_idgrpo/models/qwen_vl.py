@@ -12,13 +12,12 @@ Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the rew
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm, precision
@@ -349,7 +348,7 @@ def causal(
     return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
 
-def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """Initialise `count` blocks as one module whose leaves have a leading axis.
 
     Args:
@@ -361,7 +360,11 @@ def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
 
 
 def _scan(
-    stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False
+    stack: nnx.Module,
+    run: Callable[..., Array],
+    x: Array,
+    per_block: PyTree = None,
+    remat: bool = False,
 ) -> Array:
     """Apply the blocks of a stack to x with one scan.
 
@@ -374,7 +377,7 @@ def _scan(
     """
     graph, parameters = nnx.split(stack)
 
-    def body(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, None]:
+    def body(x: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, None]:
         block, extra = layer
         return run(nnx.merge(graph, block), x, extra), None
 

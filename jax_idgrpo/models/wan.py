@@ -19,13 +19,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import attention, attention_remat_policy
@@ -233,8 +233,8 @@ class PromptCache(NamedTuple):
       control: tokens of the control; None for plain Wan.
     """
 
-    main: Any
-    vace: Any = None
+    main: PyTree
+    vace: PyTree = None
     control: Float[Array, "B N D"] | None = None
 
 
@@ -540,7 +540,7 @@ class WanTransformer(nnx.Module):
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
         return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
-    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
+    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> PyTree:
         """Compute keys and values of the text for every block, in the layout of `PromptCache`."""
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
@@ -731,7 +731,7 @@ def _stack(
     return make(rngs)
 
 
-def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
+def _rows(stacked: PyTree, start: int, count: int, shape: tuple[int, ...]) -> PyTree:
     """Slice `count` layers from `start` on and reshape their axis to `shape`.
 
     Args:
@@ -751,7 +751,7 @@ def unstack_blocks(parameters: nnx.State) -> nnx.State:
     XLA has no views: an unrolled program would copy every layer out of its stack at each call.
     """
 
-    def split(path: tuple, leaf: Any) -> Any:
+    def split(path: tuple, leaf: Array) -> Array | tuple[Array, ...]:
         return _layers(leaf) if path[0].key in ("blocks", "vace_blocks") else leaf
 
     return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(split, tree))(parameters)

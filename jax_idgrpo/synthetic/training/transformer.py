@@ -24,13 +24,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
 from tqdm import tqdm
 
@@ -52,6 +52,7 @@ from jax_idgrpo.sampling.pipeline import (
     save_transformer,
 )
 from jax_idgrpo.sampling.policy import Policy
+from jax_idgrpo.sampling.tokenizer import Tokenizer
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.training.text import tokenize
 from jax_idgrpo.training.task import Loss, Task
@@ -155,7 +156,11 @@ def cell_weight(
 
 
 def build_pool(
-    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+    vae: nnx.Module,
+    text_encoder: nnx.Module,
+    tokenizer: Tokenizer,
+    config: Config,
+    options: Options,
 ) -> Pool:
     """Render and encode the pool.
 
@@ -209,7 +214,7 @@ def build_pool(
     )
 
 
-def _fingerprint(config: Config, options: Options, networks: Any) -> str:
+def _fingerprint(config: Config, options: Options, networks: PyTree) -> str:
     """Hash everything that a pool depends on."""
     digest = hashlib.sha256(
         repr(
@@ -222,7 +227,11 @@ def _fingerprint(config: Config, options: Options, networks: Any) -> str:
 
 
 def stored_pool(
-    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+    vae: nnx.Module,
+    text_encoder: nnx.Module,
+    tokenizer: Tokenizer,
+    config: Config,
+    options: Options,
 ) -> Pool:
     """Load the pool of `options.pool_file` if its fingerprint matches; else build and store it.
 
@@ -270,7 +279,7 @@ def pick(
 
 def loss(
     transformer: Callable[..., Array],
-    batch: dict[str, Any],
+    batch: dict[str, Array],
     key: Array,
     *,
     grey: Array,
@@ -452,7 +461,7 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
-    def flow_loss(transformer: WanTransformer, batch: dict[str, Any], key: Array) -> Loss:
+    def flow_loss(transformer: WanTransformer, batch: dict[str, Array], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
         return loss(
             transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
