@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
@@ -157,9 +158,9 @@ def exact(
         exceeds it, some queries of that head.
       concurrent: groups of heads evaluated concurrently in the forward pass.
     """
-    b, n, heads, d = q.shape
+    b, n, heads, _ = q.shape
     tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, concurrent)
-    q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
+    q, k, v = (rearrange(x, "b n heads d -> (b heads) n d") for x in (q, k, v))
     q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # zero queries, dropped below
     hidden = (
         None
@@ -167,7 +168,7 @@ def exact(
         else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
     )
     out = _exact(q, k, v, hidden, tiling)[:, :n]
-    return out.reshape(b, heads, n, d).swapaxes(1, 2)
+    return rearrange(out, "(b heads) n d -> b n heads d", b=b)
 
 
 class Tiling(NamedTuple):
@@ -289,13 +290,13 @@ def _map_in_place(function: Callable, arrays: PyTree, others: PyTree, size: int)
 
 
 def _cut(x: Array, parts: int) -> Array:
-    """Split [heads,N,...] into [parts,heads,N/parts,...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+    """Split the tokens of every head."""
+    return rearrange(x, "heads (parts n) ... -> parts heads n ...", parts=parts)
 
 
 def _join(x: Array) -> Array:
     """Invert `_cut`."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    return rearrange(x, "parts heads n ... -> heads (parts n) ...")
 
 
 def _exact_forward(

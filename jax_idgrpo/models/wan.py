@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
@@ -283,10 +284,10 @@ class Attention(nnx.Module):
         q = self._heads(self.norm_q(self.to_q(x)))
         q = q if rotary is None else apply_rotary(q, *rotary)
         out = attention(q, *key_value, lengths, mesh=self.mesh, split_keys=rotary is not None)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(rearrange(out, "b n heads d -> b n (heads d)"))
 
     def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+        return rearrange(x, "b n (heads d) -> b n heads d", heads=self.num_heads)
 
 
 class FeedForward(nnx.Module):
@@ -406,7 +407,7 @@ class ConditionEmbedder(nnx.Module):
         """Return the modulations of the head and of the blocks."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         rows = self.time_proj(jax.nn.silu(time))
-        return time, rows.reshape(len(rows), 6, -1)
+        return time, rearrange(rows, "b (part d) -> b part d", part=6)
 
 
 class WanTransformer(nnx.Module):
@@ -531,8 +532,10 @@ class WanTransformer(nnx.Module):
         shift, scale = rows[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
         y = sharding.shard_batch(config.mesh, y)[:, :tokens]
-        y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
-        return y.reshape(b, frames, height, width, config.out_channels)
+        t, h, w = grid
+        return rearrange(
+            y, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=PATCH, q=PATCH
+        )
 
     def _shard_patches(self, x: Array) -> Float[Array, "B N features"]:
         """Cut x into patches, append zero tokens if the mesh needs them, and shard the tokens."""
@@ -780,6 +783,4 @@ def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N features"]:
 
     Features are ordered (row in patch, column in patch, channel).
     """
-    b, frames, height, width, channels = x.shape
-    x = x.reshape(b, frames, height // PATCH, PATCH, width // PATCH, PATCH, channels).swapaxes(3, 4)
-    return x.reshape(b, -1, PATCH * PATCH * channels)
+    return rearrange(x, "b t (h p) (w q) c -> b (t h w) (p q c)", p=PATCH, q=PATCH)

@@ -29,6 +29,7 @@ Scored = Mapping[str, float] | Exception
 
 Batch: TypeAlias = np.ndarray | Array
 """Rows on the host or on devices."""
+HostRow: TypeAlias = np.ndarray | np.generic
 
 
 class Pending:
@@ -121,7 +122,7 @@ def _parts(array: Batch) -> list[tuple[range, Batch]]:
     ]
 
 
-def _rows(array: Batch) -> dict[int, np.ndarray]:
+def _rows(array: Batch) -> dict[int, HostRow]:
     return {
         number: row
         for numbers, part in _parts(array)
@@ -205,7 +206,7 @@ class HostPool:
 
     def _hand_over(
         self, batch: Sequence[Batch]
-    ) -> tuple[list[int], Future[list[dict[int, np.ndarray]]], bool]:
+    ) -> tuple[list[int], Future[list[dict[int, HostRow]]], bool]:
         """Wait for a free slot, then start copying the rows to the host.
 
         Returns:

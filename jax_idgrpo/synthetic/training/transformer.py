@@ -32,12 +32,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
-from tqdm import tqdm
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, require_seed
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
@@ -200,10 +200,14 @@ def build_pool(
         return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
 
     count = options.pool // CHUNK
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # rendering uses one CPU core
-        chunks = list(
-            tqdm(threads.map(chunk, range(count)), desc="rendering and encoding clips", total=count)
-        )
+    chunks = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as threads,  # rendering uses one CPU core
+        progress("rendering and encoding clips", count) as update,
+    ):
+        for made in threads.map(chunk, range(count)):
+            chunks.append(made)
+            update(len(chunks))
     grey, _ = encode(state, jnp.zeros((1, video.frames, *size, 3)), jnp.zeros((1, 1, *size, 3)))
     negative = read(
         state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length)
