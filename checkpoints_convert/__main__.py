@@ -13,7 +13,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -334,7 +333,7 @@ def card_of(
     arguments: argparse.Namespace,
     base: Checkpoint,
     named: str | None,
-    training: Mapping[str, Any] | None,
+    training: Mapping[str, object] | None,
     scale: tuple[int, float] | None,
 ) -> str:
     """Write the model card of an export.

@@ -7,8 +7,8 @@ of them build the same network.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
+from checkpoints_convert.lazy import Shaped
 from checkpoints_convert.rules import CONV2D, TRANSPOSE, VECTOR, FlattenedDense, Rule
 from jax_idgrpo.models.faces.arcface import (
     ARCFACE_R34,
@@ -130,7 +130,7 @@ FILES = {
 }
 
 
-def nearest(tensors: Mapping[str, Any]) -> tuple[str, ArcFaceConfig] | None:
+def nearest(tensors: Mapping[str, Shaped]) -> tuple[str, ArcFaceConfig] | None:
     """Return the ArcFace network whose names differ least; `rules.match` reports differences."""
     there = set(tensors) - {UNIT_SCALE}
     sets = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 FILE = "README.md"
 LICENSE = "apache-2.0"  # of Wan 2.1, Phantom and this project
@@ -31,7 +30,7 @@ def render(
     what: str,
     base: str | None,
     license: str,
-    training: Mapping[str, Any] | None,
+    training: Mapping[str, object] | None,
     scale: tuple[int, float] | None = None,
     pipeline: str = "WanVACEPipeline",
 ) -> str:

@@ -16,9 +16,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
@@ -103,7 +102,7 @@ def open_network(path: Path, kind: str | None = None) -> Network:
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(part: str, config: Any) -> nnx.State:
+def _shapes(part: str, config: Hashable) -> nnx.State:
     """Return the abstract parameters of a network. The result is shared: do not change it."""
     return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from checkpoints_convert.identify import ADAPTER
-from checkpoints_convert.lazy import iter_chunks
+from checkpoints_convert.lazy import Tensor, iter_chunks
 from checkpoints_convert.network import Network, ours
 
 
@@ -56,7 +55,7 @@ def _file_shape(network: Network, name: str) -> list[int]:
     return next(list(tensor.shape) for slot, tensor in network.matched() if slot.name == name)
 
 
-def _different(a: Any, b: Any) -> int:
+def _different(a: Tensor, b: Tensor) -> int:
     """Count the values of two tensors of equal shape and dtype that differ in their bits."""
     bits = np.dtype(f"u{np.dtype(a.dtype).itemsize}")
     pairs = zip(iter_chunks(a), iter_chunks(b), strict=True)

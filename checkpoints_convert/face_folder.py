@@ -203,8 +203,9 @@ def _open(path: Path) -> tuple[str, str, Any, dict[str, Any]]:
         _check_layers(path, config, network)
         tensors = centred(network.tensors)
     else:
-        tensors = faces.without_counters(store.open_file(path)[0])
-        name, architecture, config = faces.recognise(tensors, str(path))
+        opened = faces.without_counters(store.open_file(path)[0])
+        name, architecture, config = faces.recognise(opened, str(path))
+        return name, architecture, config, opened
     return name, architecture, config, tensors
 
 

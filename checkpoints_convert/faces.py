@@ -9,13 +9,15 @@ no effect and are dropped before matching (`without_counters`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from checkpoints_convert import arcface
+from checkpoints_convert.lazy import Described, Shaped
 from checkpoints_convert.rules import (
     CONV2D,
     GAMMA2D,
@@ -34,6 +36,8 @@ from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
 from jax_idgrpo.models.faces.sface import SFace, SFaceConfig
 from jax_idgrpo.models.faces.yunet import HEADS, STRIDES, YuNet, YuNetConfig
+
+Value = TypeVar("Value")
 
 NAMES_OF_LEAVES = {
     "kernel": "weight",
@@ -54,7 +58,7 @@ FACES = 8  # largest number of faces per frame
 COUNTER = "num_batches_tracked"
 
 
-def torch_names(state: Any) -> list[Rule]:
+def torch_names(state: PyTree) -> list[Rule]:
     """List the rules of a network whose modules are named as in PyTorch; only leaves differ."""
     ops = {1: VECTOR, 2: TRANSPOSE, 4: CONV2D}
     rules = []
@@ -64,7 +68,7 @@ def torch_names(state: Any) -> list[Rule]:
     return rules
 
 
-def plain(state: Any) -> list[Rule]:
+def plain(state: PyTree) -> list[Rule]:
     """List one identity rule per leaf of `state`, for networks that only this project has."""
     sizes = {path: len(leaf.shape) for path, leaf in leaves(state).items()}
     return [
@@ -167,7 +171,7 @@ def dlib_resnet(config: DlibResNetConfig) -> list[Rule]:
     return rules
 
 
-def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def without_counters(tensors: Mapping[str, Value]) -> dict[str, Value]:
     """Drop the batch counters of PyTorch's batch norms."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
 
@@ -175,7 +179,7 @@ def without_counters(tensors: Mapping[str, Any]) -> dict[str, Any]:
 # ---- the networks ---------------------------------------------------------------------------------
 
 Points = tuple[tuple[float, float], ...]
-Tensors = Mapping[str, Any]
+Tensors = Mapping[str, Shaped]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +314,7 @@ def recognise(tensors: Tensors, source: str) -> tuple[str, str, Any]:
     )
 
 
-def table(architecture: str, config: Any, state: Any) -> list[Rule]:
+def table(architecture: str, config: Any, state: PyTree) -> list[Rule]:
     """List the rules of a face network.
 
     Args:
@@ -339,7 +343,7 @@ def config_from_json(schema: Callable[..., Any], values: Mapping[str, Any]) -> A
 
 
 @functools.lru_cache(maxsize=8)
-def abstract(architecture: str, config: Any) -> nnx.State:
+def abstract(architecture: str, config: Hashable) -> nnx.State:
     """Return the abstract parameters of a face network. The result is shared: do not change it."""
     return nnx.state(
         nnx.eval_shape(lambda: NETWORKS[architecture].network(config, rngs=nnx.Rngs(0)))
@@ -347,8 +351,8 @@ def abstract(architecture: str, config: Any) -> nnx.State:
 
 
 def with_unused_tensors(
-    architecture: str, config: Any, tensors: Mapping[str, Any]
-) -> tuple[list[Rule], dict[str, Any]]:
+    architecture: str, config: Hashable, tensors: Mapping[str, Described]
+) -> tuple[list[Rule], dict[str, jax.ShapeDtypeStruct]]:
     """Return the table and the shapes of a whole file: of the network and of unused tensors.
 
     Unused are the batch counters and insightface's frozen scale of ones. They keep their names,

@@ -13,10 +13,11 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from jax_idgrpo.errors import UserError
 
@@ -30,6 +31,29 @@ EXPONENTS = {  # bits of a float that are all set only in NaN and the infinities
     np.dtype(np.float16): 0x7C00,
     np.dtype(ml_dtypes.bfloat16): 0x7F80,
 }
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """Anything with a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@runtime_checkable
+class Described(Shaped, Protocol):
+    """Anything with a shape and a dtype: an array, a tensor in a file, `jax.ShapeDtypeStruct`."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+@runtime_checkable
+class Tensor(Described, Protocol):
+    """An array, or a tensor that `np.asarray` reads."""
+
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +81,7 @@ class LazyTensor:
         """File and name of the tensor, for messages."""
         return f"{self.file}: tensor {self.name}"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         if not math.prod(self.shape):
             return np.empty(self.shape, dtype or self.dtype)
         mapped: np.ndarray
@@ -82,7 +106,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def size(tensor: Any) -> int:
+def size(tensor: Described) -> int:
     """Return the bytes of a tensor or of anything with `shape` and `dtype`."""
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
 
@@ -116,8 +140,8 @@ def iter_chunks(
 
 
 def stream_to(
-    tensors: Iterable[tuple[str, Any]],
-    write: Callable[[memoryview], Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    write: Callable[[memoryview], object],
     check: bool,
     written: Callable[[str, int], None],
 ) -> None:
@@ -173,7 +197,7 @@ def _copied(view: np.ndarray, buffers: Iterator[np.ndarray] | None) -> np.ndarra
     return copied
 
 
-def blank(tensor: Any) -> bool:
+def blank(tensor: Tensor) -> bool:
     """Return whether a tensor holds only zeros; reading stops at the first other value."""
     array = np.asarray(tensor)
     flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()

@@ -12,9 +12,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from checkpoints_convert import wan
+from checkpoints_convert.lazy import Shaped
 from checkpoints_convert.rules import TRANSPOSE, Rule
 from jax_idgrpo.models.wan import WanConfig
 
@@ -24,6 +25,8 @@ PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 HEADER = "lora_adapter_metadata"  # diffusers' header field for rank and alpha
 ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # other programs' header fields for alpha
+Value = TypeVar("Value")
+
 STACKS = ("blocks", "vace_blocks")
 MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_[AB]\.weight$"
 CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
@@ -134,7 +137,7 @@ def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
     return tuple(stack for stack in STACKS if stack in named)
 
 
-def complaint(tensors: Mapping[str, Any]) -> str | None:
+def complaint(tensors: Mapping[str, Shaped]) -> str | None:
     """Explain why an adapter file cannot be read, with the remedy.
 
     Args:
@@ -175,7 +178,7 @@ def complaint(tensors: Mapping[str, Any]) -> str | None:
     return None
 
 
-def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
+def sizes(tensors: Mapping[str, Shaped]) -> tuple[set[int], dict[str, int]]:
     """Return (widths, blocks of each stack) of the network that an adapter is made for."""
     heights = dict.fromkeys(STACKS, 0)
     widths = set()
@@ -186,7 +189,7 @@ def sizes(tensors: Mapping[str, Any]) -> tuple[set[int], dict[str, int]]:
     return widths, heights
 
 
-def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
+def misfit(tensors: Mapping[str, Shaped], config: WanConfig) -> str | None:
     """Explain why a readable adapter does not fit this transformer; None if the sizes agree."""
     widths, heights = sizes(tensors)
     vace = len(config.vace_layers)
@@ -202,7 +205,7 @@ def misfit(tensors: Mapping[str, Any], config: WanConfig) -> str | None:
     return None
 
 
-def _listed(items: Iterable[Any]) -> str:
+def _listed(items: Iterable[object]) -> str:
     """Join at most four of the items with commas."""
     texts = [str(item) for item in items]
     return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
@@ -232,7 +235,7 @@ def refuse_variants(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {values[name]!r}, only plain LoRA is supported")
 
 
-def fields_of_header(values: Mapping[str, Any]) -> dict[str, Any]:
+def fields_of_header(values: Mapping[str, Value]) -> dict[str, Value]:
     """Return the header entry of a diffusers LoRA file with the field names of a PEFT config."""
     return {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
 
@@ -251,7 +254,7 @@ def header(rank: int, alpha: float) -> dict[str, str]:
     }
 
 
-def config_to_json(rank: int, alpha: float) -> dict[str, Any]:
+def config_to_json(rank: int, alpha: float) -> dict[str, object]:
     """Make the `adapter_config.json` that peft loads onto diffusers' transformer."""
     return {
         "base_model_name_or_path": None,

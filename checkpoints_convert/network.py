@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
+from numpy.typing import DTypeLike
 
 from checkpoints_convert import rules
 from checkpoints_convert.identify import ADAPTER, FAMILIES, STANDALONE
-from checkpoints_convert.lazy import LazyTensor, blank
+from checkpoints_convert.lazy import LazyTensor, Tensor, blank
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
 
@@ -41,7 +43,7 @@ class Network:
     config: Any
     values: Mapping[str, Any]
     table: list[Rule]
-    shapes: Any
+    shapes: PyTree
     tensors: Mapping[str, LazyTensor]
     source: Path
     original: Mapping[str, Any] | None = None
@@ -101,7 +103,7 @@ class Moved:
     def origin(self) -> str:
         return self.tensor.origin
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.move(np.asarray(self.tensor)), dtype=dtype, copy=copy)
 
 
@@ -141,7 +143,9 @@ def published(network: Network, table: list[Rule] | None = None) -> dict[str, Mo
     return renamed(ours(network), network.table if table is None else table, network.shapes)
 
 
-def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> dict[str, Moved]:
+def renamed(
+    parameters: Mapping[str, Tensor], table: list[Rule], shapes: PyTree
+) -> dict[str, Moved]:
     """Rename parameters to the names of a table, in torch's layout.
 
     Args:
@@ -155,7 +159,7 @@ def renamed(parameters: Mapping[str, Any], table: list[Rule], shapes: Any) -> di
     }
 
 
-def fill(network: Network, abstract: Any) -> Any:
+def fill(network: Network, abstract: PyTree) -> PyTree:
     """Fill the tree `abstract` with the tensors of the network, as in `rules.to_jax`.
 
     Each host reads the slices of its devices. Matrices of only zeros cause a warning.

@@ -38,6 +38,11 @@ class _Damaged(Exception):
     """Description of a fault of the file."""
 
 
+Field = int | memoryview
+"""Value of a field of a message."""
+Attribute = int | float | bytes | tuple[int, ...] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """One operation. Inputs and outputs are names; attributes are numbers, bytes or integers."""
@@ -85,20 +90,20 @@ def _quoted(name: str) -> str:
     return ascii(name if len(name) <= SHOWN else f"{name[:SHOWN]}...")
 
 
-def _integer(value: Any) -> int:
+def _integer(value: Field) -> int:
     """Convert a varint to the signed number of 64 bits that it encodes."""
     if not isinstance(value, int):
         raise _Damaged("a number is stored as something else")
     return value - (1 << 64) if value >> 63 else value
 
 
-def _bytes(value: Any) -> memoryview:
+def _bytes(value: Field) -> memoryview:
     if not isinstance(value, memoryview):
         raise _Damaged("a text or message is stored as a number")
     return value
 
 
-def _text(value: Any) -> str:
+def _text(value: Field) -> str:
     return bytes(_bytes(value)).decode()
 
 
@@ -123,7 +128,7 @@ class _Reader:
                 return value, at + count + 1
         raise _Damaged("a number has more than 64 bits")
 
-    def fields(self, data: memoryview) -> Iterator[tuple[int, Any]]:
+    def fields(self, data: memoryview) -> Iterator[tuple[int, Field]]:
         """Yield the number and value of each field of a message; values are integers or bytes."""
         at = 0
         while at < len(data):
@@ -132,7 +137,7 @@ class _Reader:
                 raise _Damaged(f"more than {FIELD_LIMIT:,} fields")
             key, at = self.varint(data, at)
             kind = key & 7
-            value: Any
+            value: Field
             if kind == VARINT:
                 value, at = self.varint(data, at)
             elif kind in (BYTES, FIXED32, FIXED64):
@@ -146,7 +151,7 @@ class _Reader:
                 raise _Damaged(f"a field of wire type {kind}")
             yield key >> 3, value
 
-    def integers(self, value: Any) -> list[int]:
+    def integers(self, value: Field) -> list[int]:
         """Read a repeated integer, which is stored as one number or as packed numbers."""
         if isinstance(value, int):
             return [_integer(value)]
@@ -191,9 +196,9 @@ class _Reader:
                 attributes[name] = attribute
         return Node(op, tuple(inputs), tuple(outputs), attributes)
 
-    def attribute(self, data: memoryview) -> tuple[str, Any]:
+    def attribute(self, data: memoryview) -> tuple[str, Attribute]:
         name, many = "", []
-        single: Any = None
+        single: Attribute = None
         for number, value in self.fields(data):
             if number == 1:
                 name = _text(value)

@@ -19,12 +19,12 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from checkpoints_convert.lazy import LazyTensor, row_major, size, span, stream_to
+from checkpoints_convert.lazy import LazyTensor, Tensor, row_major, size, span, stream_to
 from jax_idgrpo.errors import UserError
 
 STORAGES = {
@@ -70,6 +70,9 @@ class _Unread(Exception):
     """A kind of tensor that is harmless but unsupported."""
 
 
+Data = TypeVar("Data")
+
+
 class _Type:
     """A storage class of torch, with the dtype of its elements."""
 
@@ -78,7 +81,7 @@ class _Type:
 
 
 class _Storage:
-    def __init__(self, dtype: Any, key: Any, count: Any):
+    def __init__(self, dtype: np.dtype, key: object, count: object):
         self.dtype, self.key, self.count = dtype, key, count
 
 
@@ -94,7 +97,9 @@ class _RebuildTensor:
 
     __slots__ = ()
 
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    def __call__(
+        self, storage: object, offset: object, shape: object, strides: object, *_: object
+    ) -> _Tensor:
         return _Tensor(storage, offset, shape, strides)
 
 
@@ -103,7 +108,7 @@ class _RebuildParameter:
 
     __slots__ = ()
 
-    def __call__(self, data: Any, *_: Any) -> Any:
+    def __call__(self, data: Data, *_: object) -> Data:
         return data
 
 
@@ -290,7 +295,7 @@ def _open_legacy(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple
 
 
 def _tensors(
-    path: Path, values: Any, place: Callable[[str], tuple[int, int]]
+    path: Path, values: object, place: Callable[[str], tuple[int, int]]
 ) -> dict[str, LazyTensor]:
     """Check each description of the pickle against its storage and the file.
 
@@ -360,7 +365,7 @@ def _tensors(
 def write(
     file: BinaryIO,
     root: str,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     written: Callable[[str, int], None],
     check: bool = False,
 ) -> None:
@@ -403,7 +408,7 @@ def _entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, count: int) -> A
     return archive.open(entry, "w", force_zip64=large)
 
 
-def _pickle(tensors: Mapping[str, Any]) -> bytes:
+def _pickle(tensors: Mapping[str, Tensor]) -> bytes:
     """Pickle the mapping with protocol 2, without the memos with which `torch.save` saves space."""
 
     def text(value: str) -> bytes:

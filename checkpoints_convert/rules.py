@@ -19,12 +19,14 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
-from checkpoints_convert.lazy import finite
+from checkpoints_convert.lazy import Described, Shaped, Tensor, finite
 from jax_idgrpo.errors import UserError
 
 LISTED = 6  # names of one kind shown in an error line
@@ -198,6 +200,9 @@ class Slot:
         return self.op.torch_shape(self.shape)
 
 
+Matched = TypeVar("Matched", bound=Shaped)
+
+
 def linear(torch: str, jax: str, bias: bool = True) -> list[Rule]:
     """List the rules of a linear layer.
 
@@ -225,7 +230,7 @@ def is_stored(names: Iterable[str]) -> bool:
 
 
 def infer(
-    rules: Sequence[Rule], tensors: Mapping[str, Any], source: str
+    rules: Sequence[Rule], tensors: Mapping[str, Described], source: str
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Infer the parameters of a file without a config.
 
@@ -243,7 +248,7 @@ def infer(
       ConversionError: a rule matches no tensor.
     """
     heights: dict[str, int] = {}
-    examples: dict[Rule, Any] = {}
+    examples: dict[Rule, Described] = {}
     for rule in rules:
         pattern = re.compile(re.escape(rule.torch).replace(re.escape("{i}"), r"(\d+)"))
         for name, tensor in tensors.items():
@@ -270,7 +275,7 @@ def infer(
     return leaves
 
 
-def leaf_path(path: Iterable[Any]) -> str:
+def leaf_path(path: KeyPath) -> str:
     """Join a key path of `jax.tree_util` with dots, without the `value` of NNX variables."""
     keys = list(path)
     if isinstance(keys[-1], jax.tree_util.GetAttrKey):
@@ -278,12 +283,12 @@ def leaf_path(path: Iterable[Any]) -> str:
     return jax.tree_util.keystr(tuple(keys), simple=True, separator=".")
 
 
-def leaves(state: Any) -> dict[str, Any]:
+def leaves(state: PyTree) -> dict[str, Any]:
     """Map dotted paths to the leaves of an `nnx.State` or of nested dictionaries."""
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
-def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
+def expand(rules: Sequence[Rule], state: PyTree) -> list[Slot]:
     """Expand the table for the shapes of `state`: one slot per torch tensor.
 
     The result is one to one by names, and each op is one to one on shapes.
@@ -319,7 +324,7 @@ def expand(rules: Sequence[Rule], state: Any) -> list[Slot]:
     return slots
 
 
-def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dict[str, Any]:
+def match(slots: Sequence[Slot], tensors: Mapping[str, Matched], source: str) -> dict[str, Matched]:
     """Match tensors to slots by names and shapes, before any value is read.
 
     Args:
@@ -333,7 +338,7 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
     Raises:
       ConversionError: tensors are missing, unexpected or mis-shaped; the message lists them.
     """
-    matched: dict[str, Any] = {}
+    matched: dict[str, Matched] = {}
     missing: list[str] = []
     shapes: list[str] = []
     used: set[str] = set()
@@ -366,8 +371,11 @@ def match(slots: Sequence[Slot], tensors: Mapping[str, Any], source: str) -> dic
 
 
 def to_jax(
-    rules: Sequence[Rule], tensors: Mapping[str, Any], abstract: Any, source: str = "the checkpoint"
-) -> Any:
+    rules: Sequence[Rule],
+    tensors: Mapping[str, Tensor],
+    abstract: PyTree,
+    source: str = "the checkpoint",
+) -> PyTree:
     """Fill a tree with torch tensors.
 
     A host reads only the slices of its devices, one leaf at a time. Values are cast to the dtype of
@@ -401,7 +409,7 @@ def to_jax(
 
 
 def slices(
-    slots: Sequence[Slot], tensors: Mapping[str, Any], leaf: Any, source: str
+    slots: Sequence[Slot], tensors: Mapping[str, Tensor], leaf: Described, source: str
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """Make a function from an index into a leaf to the values there; it reads no others.
 
@@ -441,7 +449,7 @@ def slices(
     )
 
 
-def to_torch(rules: Sequence[Rule], state: Any) -> dict[str, np.ndarray]:
+def to_torch(rules: Sequence[Rule], state: PyTree) -> dict[str, np.ndarray]:
     """Invert `to_jax`: return torch name -> array with the dtype of the leaf.
 
     Arrays are views of leaves that are on the host.

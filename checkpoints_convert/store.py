@@ -20,13 +20,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from checkpoints_convert import file_types, pth
-from checkpoints_convert.lazy import LazyTensor, size, stream_to
+from checkpoints_convert.lazy import Described, LazyTensor, Tensor, size, stream_to
 from jax_idgrpo.errors import UserError
 
 DTYPES = {
@@ -291,7 +291,7 @@ def atomic_path(path: str | Path, marker: str | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable(path: str | Path, marker: str, plan: Mapping[str, Any]) -> Iterator[Path]:
+def resumable(path: str | Path, marker: str, plan: Mapping[str, object]) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path`, and that survives a killed process.
 
     The next process with the same plan gets the same folder with the finished files. The folder is
@@ -395,12 +395,15 @@ def require_space(folder: Path, sizes: Mapping[str, int], what: Path) -> None:
             )
 
 
-def shards(tensors: Mapping[str, Any], limit: int) -> list[dict[str, Any]]:
+Written = TypeVar("Written", bound=Described)
+
+
+def shards(tensors: Mapping[str, Written], limit: int) -> list[dict[str, Written]]:
     """Distribute the tensors, in their order, over files of at most `limit` bytes.
 
     A larger tensor gets a file of its own.
     """
-    files: list[dict[str, Any]] = [{}]
+    files: list[dict[str, Written]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if files[-1] and filled + size(tensor) > limit:
@@ -418,7 +421,7 @@ def shard_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors" for index in range(count)]
 
 
-def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, values: Mapping[str, object]) -> None:
     """Write a JSON object atomically, indented and with sorted keys."""
     with atomic_path(path) as new:
         new.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -433,7 +436,7 @@ def silent(name: str, count: int) -> None:
 
 def write_file(
     path: str | Path,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
     written: Progress = silent,
     check: bool = False,
@@ -475,7 +478,7 @@ def write_file(
 
 def _write_safetensors(
     file: BinaryIO,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     written: Progress,
     check: bool,

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from checkpoints_convert.lazy import Shaped
 from checkpoints_convert.rules import MATRIX, TRANSPOSE, VECTOR, Rule
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.umt5 import UMT5Config
@@ -84,7 +85,7 @@ def config_from_json(values: dict[str, Any]) -> UMT5Config:
     )
 
 
-def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config:
+def config_from_shapes(tensors: Mapping[str, Shaped], layout: Layout) -> UMT5Config:
     """Infer the config of a file without one from its tensors.
 
     Raises:
@@ -116,7 +117,7 @@ def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> UMT5Config
     )
 
 
-def config_to_json(config: UMT5Config) -> dict[str, Any]:
+def config_to_json(config: UMT5Config) -> dict[str, object]:
     """Make the config for transformers' `UMT5EncoderModel.from_pretrained`."""
     return {
         **FIXED,

@@ -6,8 +6,9 @@ Our modules have diffusers' names; the leaf `weight` becomes `kernel`. Sources: 
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from checkpoints_convert.lazy import Shaped
 from checkpoints_convert.rules import (
     CONV2D,
     CONV3D,
@@ -81,7 +82,7 @@ def config_to_json(config: VAEConfig) -> dict:
     }
 
 
-def config_from_shapes(tensors: Mapping[str, Any], layout: Layout) -> VAEConfig:
+def config_from_shapes(tensors: Mapping[str, Shaped], layout: Layout) -> VAEConfig:
     """Infer the config of a file without one from its tensors.
 
     The statistics of the latents are those of Wan 2.1.

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from checkpoints_convert.lazy import Shaped
 from checkpoints_convert.rules import TABLE, VECTOR, Rule, linear, patch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.wan import VaceConfig, WanConfig
@@ -154,10 +155,10 @@ def config_from_json(values: dict[str, Any]) -> WanConfig:
     )
 
 
-def config_to_json(config: WanConfig) -> dict[str, Any]:
+def config_to_json(config: WanConfig) -> dict[str, object]:
     """Make the config for `from_pretrained` of diffusers' `Wan(VACE)Transformer3DModel`."""
     vace = config.vace
-    values = {
+    values: dict[str, object] = {
         "_class_name": "WanVACETransformer3DModel" if vace else "WanTransformer3DModel",
         "_diffusers_version": DIFFUSERS_VERSION,
         **FIXED,
@@ -178,7 +179,7 @@ def config_to_json(config: WanConfig) -> dict[str, Any]:
 
 
 def config_from_shapes(
-    tensors: Mapping[str, Any], layout: Layout, values: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Shaped], layout: Layout, values: Mapping[str, Any] | None = None
 ) -> WanConfig:
     """Infer the config of a file from its tensors, for layouts without a complete config.
 
@@ -247,10 +248,10 @@ def config_from_shapes(
     )
 
 
-def config_to_original(config: WanConfig) -> dict[str, Any]:
+def config_to_original(config: WanConfig) -> dict[str, object]:
     """Make the `config.json` of the original repository's folder."""
     vace = config.vace
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "_class_name": "VaceWanModel" if vace else "WanModel",
         "_diffusers_version": "0.30.0",
         "dim": config.width,
@@ -269,7 +270,7 @@ def config_to_original(config: WanConfig) -> dict[str, Any]:
     return values
 
 
-def scheduler_to_json(shift: float) -> dict[str, Any]:
+def scheduler_to_json(shift: float) -> dict[str, object]:
     """Make the `scheduler/scheduler_config.json` of the published Wan pipelines with a shift."""
     return {
         "_class_name": "UniPCMultistepScheduler",

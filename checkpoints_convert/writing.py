@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from numpy.typing import DTypeLike
 
 from checkpoints_convert import faces, lora, rules, store, wan
 from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -30,8 +31,8 @@ from checkpoints_convert.checkpoint import (
     Checkpoint,
 )
 from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
-from checkpoints_convert.lazy import size
-from checkpoints_convert.network import Network, ours, published, renamed
+from checkpoints_convert.lazy import Tensor, size
+from checkpoints_convert.network import Moved, Network, ours, published, renamed
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
@@ -66,10 +67,10 @@ class Files:
 
     folder: str
     stem: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
     limit: int = SHARD
 
-    def cut(self) -> dict[str, dict[str, Any]]:
+    def cut(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of each file by its name."""
         if self.stem.endswith(".pth"):
             return {self.stem: dict(self.tensors)}
@@ -133,9 +134,10 @@ def write_diffusers(
     alone = len(checkpoint.networks) == 1
     files = []
     for network in checkpoint.networks.values():
-        family, parameters = FAMILIES[network.part], ours(network)
+        family, own = FAMILIES[network.part], ours(network)
+        parameters: dict[str, Tensor] = dict(own)
         if adapter is not None and network.part == TRANSFORMER:
-            parameters |= _merged(network, parameters, adapter)
+            parameters |= _merged(network, own, adapter)
         tensors = renamed(
             parameters, family.table.rules(network.config, family.published), network.shapes
         )
@@ -186,7 +188,7 @@ def write_original(
     _write(checkpoint, destination, files, texts, ORIGINAL_TOKENIZER, bar)
 
 
-def _original_config(checkpoint: Checkpoint, network: Network) -> Mapping[str, Any]:
+def _original_config(checkpoint: Checkpoint, network: Network) -> Mapping[str, object]:
     """Return the config of the source if it describes the same network, otherwise a new one."""
     found = network.original
     if found is None and (checkpoint.path / STORE).is_file():
@@ -257,7 +259,7 @@ def _write(
       bar: progress bar.
       besides: further sources of the tensors.
     """
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Tensor]] = {}
     # A marker is a name that only checkpoints have: config.json and README.md are in many folders.
     markers = [INDEX] if INDEX in texts else []
     for part in sets:
@@ -305,7 +307,9 @@ def _write(
                     store.write_file(new / name, tensors, written=written, check=True)
 
 
-def _same_in_source(checkpoint: Checkpoint, name: str, content: Mapping[str, Any]) -> Path | None:
+def _same_in_source(
+    checkpoint: Checkpoint, name: str, content: Mapping[str, object]
+) -> Path | None:
     """Find the file of the source with the same path and content, to copy it byte for byte."""
     path = checkpoint.path / name
     return path if path.is_file() and store.read_json(path) == content else None
@@ -323,9 +327,9 @@ def _sources(networks: Sequence[Network]) -> dict[str, list[int]]:
 # ---- adapters ------------------------------------------------------------------------------------
 
 
-def _adapter_tensors(network: Network, prefix: str) -> dict[str, Any]:
+def _adapter_tensors(network: Network, prefix: str) -> dict[str, Moved]:
     table = lora.rules(lora.stacks_of((rule.jax for rule in network.table), ""), prefix)
-    return dict(published(network, table))
+    return published(network, table)
 
 
 def write_peft(network: Network, destination: Path, card: str | None = None) -> None:
@@ -374,9 +378,9 @@ class Merged:
       scale: alpha / R.
     """
 
-    base: Any
-    a: Any
-    b: Any
+    base: Moved
+    a: Moved
+    b: Moved
     scale: float
 
     @property
@@ -391,13 +395,15 @@ class Merged:
     def origin(self) -> str:
         return f"{self.base.origin} with {self.a.origin}"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         a, b, base = (np.asarray(value).astype(np.float32) for value in (self.a, self.b, self.base))
         base += np.float32(self.scale) * (a @ b)
         return np.asarray(base.astype(self.dtype), dtype=dtype, copy=copy)
 
 
-def _merged(network: Network, parameters: Mapping[str, Any], adapter: Network) -> dict[str, Any]:
+def _merged(
+    network: Network, parameters: Mapping[str, Moved], adapter: Network
+) -> dict[str, Merged]:
     """Return the parameters of the transformer that the adapter changes, merged.
 
     Args:

@@ -8,16 +8,23 @@ Each public name is imported when it is first used.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import importlib.metadata
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jax_idgrpo import flow, grpo, rewards
-    from jax_idgrpo.sampling.pipeline import load_pipeline
+    from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
 
-__all__ = ["flow", "grpo", "load_pipeline", "rewards"]
+    __version__: str
+
+__all__ = ["__version__", "flow", "grpo", "load_pipeline", "rewards"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> ModuleType | Callable[..., "Pipeline"] | str:
+    if name == "__version__":
+        return importlib.metadata.version("jax-idgrpo")
     if name == "load_pipeline":
         return importlib.import_module("jax_idgrpo.sampling.pipeline").load_pipeline
     if name in __all__:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 from rich.console import Console
@@ -62,7 +62,7 @@ class MetricsWriter:
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step or None)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append the row of a training step; a number that is not finite is stored as null."""
         if not self._active:
             return
@@ -87,11 +87,11 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, int | float | None]) -> str:
     finite = {
         name: value if value is not None and math.isfinite(value) else None
         for name, value in row.items()
@@ -114,7 +114,7 @@ def _start_wandb(project: str, workdir: Path, config_json: str) -> Any:
     )
 
 
-def _text(metrics: Mapping[str, Any]) -> str:
+def _text(metrics: Mapping[str, SupportsFloat]) -> str:
     return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
 
 
@@ -151,7 +151,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Callable[..., No
     ) as bar:
         task = bar.add_task(label, total=total, completed=done, metrics="")
 
-        def update(done: int, metrics: Mapping[str, Any] | None = None) -> None:
+        def update(done: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
             nonlocal since
             now, (began, before) = time.monotonic(), since
             if before == first:

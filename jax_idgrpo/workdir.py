@@ -6,7 +6,6 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from jax_idgrpo.errors import UserError
 
@@ -34,7 +33,7 @@ def local_path(path: str | Path, what: str) -> Path:
     return Path(path)
 
 
-def refuse_addresses(sections: Mapping[str, Mapping[str, Any]], but: Collection[str]) -> None:
+def refuse_addresses(sections: Mapping[str, Mapping[str, object]], but: Collection[str]) -> None:
     """Refuse addresses in a configuration.
 
     Args:

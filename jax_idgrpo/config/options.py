@@ -24,7 +24,7 @@ def require_seed(name: str, seed: int) -> None:
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     choices: Collection[str] = (),

@@ -9,8 +9,7 @@ Application, sections 2.4 and 3.8.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -158,12 +157,12 @@ def relative(change: Interval, base: Interval) -> float:
     return change.mean / abs(base.mean) if base.mean else 0.0
 
 
-def labels(metrics: Mapping[str, Any]) -> dict[str, str]:
+def labels(metrics: Collection[str]) -> dict[str, str]:
     """Return the labels of the given metrics, in the order of the table."""
     return {name: label for name, label in LABELS.items() if name in metrics}
 
 
-def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, Any]:
+def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str, object]:
     """Convert a comparison to the content of `metrics.json`.
 
     Args:
@@ -198,7 +197,7 @@ def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str,
 
 def per_video(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """List the prompt and every model's values of each video."""
     return [
         {"prompt": int(prompt)}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -21,18 +21,20 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import folder_facts, gather_objects
 from jax_idgrpo.workdir import write_text
 
+Result = TypeVar("Result")
 
-def digest(*parts: Any) -> str:
+
+def digest(*parts: object) -> str:
     """Return a short hash of values that are serialisable as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def prompt_facts(prompt: Prompt) -> list[Any]:
+def prompt_facts(prompt: Prompt) -> list[object]:
     """Return the number of a prompt, and a hash of its text and photos."""
     return [prompt.id, *row_digests([prompt])]
 
 
-def video_facts(config: Config, adapter: Path | None) -> list[Any]:
+def video_facts(config: Config, adapter: Path | None) -> list[object]:
     """Return all inputs of a video besides its prompt: model, adapter, size, schedule, seed."""
     model, wanted = config.model, config.evaluate
     return [
@@ -45,7 +47,7 @@ def video_facts(config: Config, adapter: Path | None) -> list[Any]:
     ]
 
 
-def reward_facts(config: Config) -> list[Any]:
+def reward_facts(config: Config) -> list[object]:
     """Return all inputs of a score besides the video: the configuration and files of the reward."""
     wanted = config.reward
     named = [wanted.folder()] if wanted.faces else []
@@ -67,7 +69,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
+def text_of(lines: Iterable[Mapping[str, object]]) -> str:
     """Format as JSON lines."""
     return "".join(json.dumps(line) + "\n" for line in lines)
 
@@ -75,20 +77,20 @@ def text_of(lines: Iterable[Mapping[str, Any]]) -> str:
 class Journal:
     """A file of JSON lines to which finished work is appended. Only process 0 accesses it."""
 
-    def __init__(self, path: Path, lines: Sequence[Mapping[str, Any]]):
+    def __init__(self, path: Path, lines: Sequence[Mapping[str, object]]):
         """Replace the content of the file by `lines`, its valid lines."""
         self._path = path
         if jax.process_index() == 0:
             write_text(path, text_of(lines))
 
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def add(self, lines: Sequence[Mapping[str, object]]) -> None:
         """Append lines and flush them to the operating system."""
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(text_of(lines))
 
 
-def decided(function: Callable[[], Any]) -> Any:
+def decided(function: Callable[[], Result]) -> Result:
     """Call a function in process 0 and return its result in all processes (collective).
 
     The result must be serialisable as JSON.

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import read_metrics
@@ -113,6 +113,33 @@ EMBEDDED = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
 """Suffix -> media type of embedded files."""
 CARDS = 4  # number of metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
+
+
+class ShownVideo(TypedDict, total=False):
+    """A video of the gallery with the value beside it: the judge's, or the reward."""
+
+    path: str
+    judge_identity: float
+    reward: float
+
+
+class ShownPrompt(TypedDict):
+    """A prompt of the gallery, with its photos, and with its videos by model."""
+
+    prompt: str
+    references: list[str]
+    videos: dict[str, ShownVideo]
+
+
+class Evaluation(TypedDict):
+    """The part of an evaluation's `metrics.json` that the page shows."""
+
+    note: str
+    labels: dict[str, str]
+    less: NotRequired[list[str]]
+    models: dict[str, dict[str, dict[str, float]]]
+    differences: dict[str, dict[str, dict[str, float]]]
+    shown: list[ShownPrompt]
 
 
 def series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
@@ -240,7 +267,7 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: object) -> object:
     """Shorten paths in a configuration value to their last part, because the page is shared."""
     if isinstance(value, dict):
         return {name: without_places(one) for name, one in value.items()}
@@ -281,7 +308,7 @@ def judged(change: dict[str, float], less: bool) -> str:
     return "up" if low > 0 else "down" if high < 0 else "same"
 
 
-def table(evaluation: dict[str, Any]) -> str:
+def table(evaluation: Evaluation) -> str:
     """Format the comparison as an HTML table: base, then each adapter with paired differences."""
     adapters = list(evaluation["differences"])
     head = "".join(
@@ -299,7 +326,7 @@ def table(evaluation: dict[str, Any]) -> str:
     return f'<div class="wide"><table><tr><th></th><th>base</th>{head}</tr>{"".join(body)}</table></div>'
 
 
-def headline(evaluation: dict[str, Any]) -> str:
+def headline(evaluation: Evaluation) -> str:
     """Format the first metrics of the first adapter in large print."""
     adapter = next(iter(evaluation["differences"]), None)
     if adapter is None:
@@ -316,7 +343,7 @@ def headline(evaluation: dict[str, Any]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
-def _told(video: dict[str, Any]) -> str:
+def _told(video: ShownVideo) -> str:
     """Format the judge's value of a video, or the reward if there is no judge."""
     return (
         f"judge {video['judge_identity']:.2f}"
@@ -325,7 +352,7 @@ def _told(video: dict[str, Any]) -> str:
     )
 
 
-def gallery(evaluation: dict[str, Any], folder: Path) -> str:
+def gallery(evaluation: Evaluation, folder: Path) -> str:
     """Format the reference photos and every model's video of the shown prompts."""
 
     def source(name: str) -> str:

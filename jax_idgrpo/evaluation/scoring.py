@@ -4,23 +4,24 @@ The judge is an embedder that is never used as reward. Sampled videos are scored
 sharded over the mesh by rows. Only their values are copied to the host.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import to_host
 from jax_idgrpo.rewards.base import References, Reward, Terms, check_references
 from jax_idgrpo.rewards.factory import make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
+
+Value = TypeVar("Value")
 
 Scorer = Callable[[Float[Array, "B F H W 3"], Sequence[Prompt]], bootstrap.Scores]
 
@@ -40,7 +41,9 @@ REPORTED = {"similarity": "embedder_identity"}
 """Term of the reward -> metric, where the names differ."""
 
 
-def values(reward: Reward, terms: dict[str, Any], judged: dict[str, Any] | None) -> dict[str, Any]:
+def values(
+    reward: Reward, terms: Mapping[str, Value], judged: Mapping[str, Value] | None
+) -> dict[str, Value]:
     """Select the metrics of videos from the terms of the reward and of the judge.
 
     The metrics are:
@@ -133,13 +136,13 @@ class BatchScorer:
         if self.mesh is None:
             videos = jnp.asarray(videos)
         terms = self.terms(self.reward, videos, filled)
-        judged = None if self.judge is None else to_host(self.terms(self.judge, videos, filled))
+        judged = None if self.judge is None else collect(self.terms(self.judge, videos, filled))
         found = values(self.reward, collect(terms), judged)
         return {
             name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()
         }
 
-    def _placed(self, tree: Any) -> Any:
+    def _placed(self, tree: PyTree) -> PyTree:
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, tree)
         return sharding.device_put_global(tree, sharding.batch_sharding(self.mesh))

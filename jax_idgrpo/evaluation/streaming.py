@@ -8,14 +8,13 @@ these frames gets the whole video in memory.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
@@ -159,7 +158,7 @@ class ClipScorer:
             found["motion"] = changes.mean()
         return values(self.reward, found, None if stream is None else stream.terms())
 
-    def _encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> Any:
+    def _encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
         references = References.of_prompts([prompt], self.people)
         size = len(clip.numbers), clip.height, clip.width
         return jax.tree.map(jnp.asarray, reward.encode_references(references, [prompt.text], size))

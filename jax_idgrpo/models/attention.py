@@ -15,17 +15,19 @@ each row).
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.extend.core import Primitive
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.models.layers import precision
 from jax_idgrpo.parallel import sharding
@@ -50,7 +52,7 @@ LANES = 128  # lanes of a TPU; block sizes are multiples of it
 LARGEST_BLOCK = 1024
 
 
-def attention_remat_policy(primitive: Any, *values: Any, **parameters: Any) -> Any:
+def attention_remat_policy(primitive: Primitive, *values: object, **parameters: object) -> bool:
     """Save the residuals of attention's backward pass (a `jax.checkpoint` policy)."""
     return primitive.name == CUDNN or _named(primitive, *values, **parameters)
 
@@ -156,9 +158,9 @@ def exact(
         exceeds it, some queries of that head.
       concurrent: groups of heads evaluated concurrently in the forward pass.
     """
-    b, n, heads, d = q.shape
+    b, n, heads, _ = q.shape
     tiling = Tiling.of(b * heads, n, k.shape[1], max_logits, concurrent)
-    q, k, v = (x.swapaxes(1, 2).reshape(b * heads, -1, d) for x in (q, k, v))
+    q, k, v = (rearrange(x, "b n heads d -> (b heads) n d") for x in (q, k, v))
     q = jnp.pad(q, ((0, 0), (0, -n % tiling.parts), (0, 0)))  # zero queries, dropped below
     hidden = (
         None
@@ -166,7 +168,7 @@ def exact(
         else jnp.repeat(jnp.arange(k.shape[1]) >= lengths[:, None], heads, axis=0)
     )
     out = _exact(q, k, v, hidden, tiling)[:, :n]
-    return out.reshape(b, heads, n, d).swapaxes(1, 2)
+    return rearrange(out, "(b heads) n d -> b n heads d", b=b)
 
 
 class Tiling(NamedTuple):
@@ -233,7 +235,7 @@ def _weights(q: Array, k: Array, hidden: Array | None) -> Array:
 def _concurrently(function: Callable, size: int) -> Callable:
     """Apply `function` to groups of `size` leading rows, with no dependency between groups."""
 
-    def apply(arrays: Any) -> Any:
+    def apply(arrays: PyTree) -> PyTree:
         count = len(jax.tree.leaves(arrays)[0]) // size
         pieces = [
             function(jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays))
@@ -248,7 +250,7 @@ def _concurrently(function: Callable, size: int) -> Callable:
     return apply
 
 
-def _map(function: Callable, arrays: Any, size: int) -> Any:
+def _map(function: Callable, arrays: PyTree, size: int) -> PyTree:
     """Apply `function` over the leading axis of the arrays, `size` rows at a time, in sequence."""
     count = len(jax.tree.leaves(arrays)[0]) // size
     if count == 1:
@@ -257,7 +259,7 @@ def _map(function: Callable, arrays: Any, size: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(function, split))
 
 
-def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> Any:
+def _map_in_place(function: Callable, arrays: PyTree, others: PyTree, size: int) -> PyTree:
     """Apply `function(arrays, others)` like `_map`, writing each result over its input array.
 
     `lax.map` would allocate zeros for its output, which on a CPU are in memory from the program's
@@ -273,7 +275,7 @@ def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> An
     if count == 1:
         return function(arrays, others)
 
-    def body(i: Array, arrays: Any) -> Any:
+    def body(i: Array, arrays: PyTree) -> PyTree:
         rows, beside = (
             jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i * size, size), tree)
             for tree in (arrays, others)
@@ -288,13 +290,13 @@ def _map_in_place(function: Callable, arrays: Any, others: Any, size: int) -> An
 
 
 def _cut(x: Array, parts: int) -> Array:
-    """Split [heads,N,...] into [parts,heads,N/parts,...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+    """Split the tokens of every head."""
+    return rearrange(x, "heads (parts n) ... -> parts heads n ...", parts=parts)
 
 
 def _join(x: Array) -> Array:
     """Invert `_cut`."""
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+    return rearrange(x, "parts heads n ... -> heads (parts n) ...")
 
 
 def _exact_forward(

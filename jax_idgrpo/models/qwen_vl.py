@@ -12,13 +12,13 @@ Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the rew
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm, precision
@@ -325,7 +325,7 @@ def attend_in_parts(
         return attend(q, k, v, mask_of(jnp.arange(length)))
     count = -(-length // QUERIES)
     padded = jnp.pad(q, ((0, 0), (0, count * QUERIES - length), (0, 0), (0, 0)))
-    parts = jnp.moveaxis(padded.reshape(len(q), count, QUERIES, *q.shape[2:]), 1, 0)
+    parts = rearrange(padded, "b (part n) heads d -> part b n heads d", n=QUERIES)
 
     @jax.checkpoint
     def attend_part(part: tuple[Array, Array]) -> Array:
@@ -333,7 +333,7 @@ def attend_in_parts(
         return attend(queries, k, v, mask_of(first + jnp.arange(QUERIES)))
 
     out = jax.lax.map(attend_part, (parts, jnp.arange(count) * QUERIES))
-    return jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
+    return rearrange(out, "part b n heads d -> b (part n) heads d")[:, :length]
 
 
 def causal(
@@ -349,7 +349,7 @@ def causal(
     return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
 
-def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """Initialise `count` blocks as one module whose leaves have a leading axis.
 
     Args:
@@ -361,7 +361,11 @@ def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) 
 
 
 def _scan(
-    stack: Any, run: Callable[..., Array], x: Array, per_block: Any = None, remat: bool = False
+    stack: nnx.Module,
+    run: Callable[..., Array],
+    x: Array,
+    per_block: PyTree = None,
+    remat: bool = False,
 ) -> Array:
     """Apply the blocks of a stack to x with one scan.
 
@@ -374,7 +378,7 @@ def _scan(
     """
     graph, parameters = nnx.split(stack)
 
-    def body(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, None]:
+    def body(x: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, None]:
         block, extra = layer
         return run(nnx.merge(graph, block), x, extra), None
 
@@ -400,7 +404,7 @@ class VisionAttention(nnx.Module):
         full: Bool[Array, ""],
     ) -> Float[Array, "grids patches width"]:
         q, k, v = (
-            part.reshape(*part.shape[:2], self.heads, -1)
+            rearrange(part, "grids n (heads d) -> grids n heads d", heads=self.heads)
             for part in jnp.split(self.qkv(x), 3, axis=-1)
         )
         q, k = rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype)
@@ -425,7 +429,7 @@ class VisionAttention(nnx.Module):
             return attend_in_parts(q, k, v, lambda queries: grids.mask[:, None, :])
 
         out = jax.lax.cond(full, whole_grid, within_windows)
-        return self.proj(out.reshape(x.shape))
+        return self.proj(rearrange(out, "grids n heads d -> grids n (heads d)"))
 
 
 class VisionBlock(nnx.Module):
@@ -455,7 +459,7 @@ class Merger(nnx.Module):
         self.group = config.merge**2
 
     def __call__(self, x: Float[Array, "grids patches width"]) -> Float[Array, "grids cells D"]:
-        x = self.ln_q(x).reshape(x.shape[0], x.shape[1] // self.group, -1)
+        x = rearrange(self.ln_q(x), "grids (cells n) d -> grids cells (n d)", n=self.group)
         return self.linear_2(jax.nn.gelu(self.linear_1(x).astype(jnp.float32), approximate=False))
 
 
@@ -522,11 +526,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B L D"], rotary: tuple[Array, Array]
     ) -> Float[Array, "B L D"]:
         q, k, v = (
-            layer(x).reshape(*x.shape[:2], -1, self.head_dim)
+            rearrange(layer(x), "b n (heads d) -> b n heads d", d=self.head_dim)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = causal(rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype), v)
-        return self.o_proj(out.reshape(x.shape))
+        return self.o_proj(rearrange(out, "b n heads d -> b n (heads d)"))
 
 
 class Block(nnx.Module):
@@ -574,7 +578,7 @@ class QwenReward(nnx.Module):
     def features(self, grids: Grids, rows: int) -> Float[Array, "B cells D"]:
         """Encode rows * n grids, the n grids of a row adjacent; concatenate the grids of a row."""
         features = self.visual(grids)
-        return features.reshape(rows, -1, features.shape[-1])
+        return rearrange(features, "(b grids) cells d -> b (grids cells) d", b=rows)
 
     def hidden(
         self, sequences: Sequences, vision: Float[Array, "B cells D"]
@@ -652,11 +656,8 @@ def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "patches
       width: of the grid, patches.
       merge: side of a cell, patches.
     """
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    shape = (height // merge, merge, width // merge, merge)
-    return np.stack(
-        [part.reshape(shape).transpose(0, 2, 1, 3).ravel() for part in (rows, columns)], axis=-1
-    )
+    places = np.indices((height, width))
+    return rearrange(places, "axis (h m) (w n) -> (h w m n) axis", m=merge, n=merge)
 
 
 def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, " n"]]:

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -124,7 +125,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
     ) -> Float[Array, "B L D"]:
         q, k, v = (
-            layer(x).reshape(*x.shape[:2], self.num_heads, -1) for layer in (self.q, self.k, self.v)
+            rearrange(layer(x), "b n (heads d) -> b n heads d", heads=self.num_heads)
+            for layer in (self.q, self.k, self.v)
         )
         logits = jnp.einsum(
             "bqhd,bkhd->bhqk", q, k, precision=precision(q, k), preferred_element_type=jnp.float32
@@ -133,7 +135,7 @@ class Attention(nnx.Module):
         logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision(weights, v))
-        return self.o(out.reshape(*x.shape[:2], -1))
+        return self.o(rearrange(out, "b n heads d -> b n (heads d)"))
 
 
 class FeedForward(nnx.Module):

@@ -27,6 +27,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float
 
@@ -273,19 +274,19 @@ class AttentionBlock(nnx.Module):
         self.proj = Dense(channels, channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B t h w C"]) -> Float[Array, "B t h w C"]:
-        batch, frames, height, width, channels = x.shape
+        _, _, height, width, channels = x.shape
         positions = height * width
-        qkv = self.to_qkv(self.norm(x)).reshape(batch, frames, positions, 3, channels)
+        qkv = rearrange(
+            self.to_qkv(self.norm(x)), "b t h w (part c) -> t b (h w) part c", part=3, c=channels
+        )
 
         # Maps over frames, not rows, so that the rows may be sharded.
         def attend(qkv):  # [B, positions, 3, C] of one frame
             q, k, v = jnp.moveaxis(qkv, 2, 0)
             return jax.nn.softmax(q @ k.mT * channels**-0.5, axis=-1) @ v
 
-        attended = jax.lax.map(
-            attend, qkv.swapaxes(0, 1), batch_size=max(1, ATTENTION_LOGITS // positions**2)
-        )
-        return x + self.proj(attended.swapaxes(0, 1).reshape(x.shape))
+        attended = jax.lax.map(attend, qkv, batch_size=max(1, ATTENTION_LOGITS // positions**2))
+        return x + self.proj(rearrange(attended, "t b (h w) c -> b t h w c", h=height))
 
 
 class Downsample(nnx.Module):
@@ -332,9 +333,7 @@ class Upsample(nnx.Module):
 
 def _double_frames(x: Float[Array, "B t h w C"]) -> Float[Array, "B 2*t h w C/2"]:
     """Split each frame into two by its channels; the first half is the earlier frame."""
-    batch, frames, height, width, channels = x.shape
-    x = x.reshape(batch, frames, height, width, 2, channels // 2).transpose(0, 1, 4, 2, 3, 5)
-    return x.reshape(batch, 2 * frames, height, width, channels // 2)
+    return rearrange(x, "b t h w (half c) -> b (t half) h w c", half=2)
 
 
 class MidBlock(nnx.Module):
@@ -536,7 +535,7 @@ def _in_chunks(
     previous, start = step(None, x[:, :head])
     if head == x.shape[1]:
         return start
-    chunks = x[:, head:].reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+    chunks = rearrange(x[:, head:], "b (chunk t) h w c -> chunk b t h w c", t=size)
     _, rest = jax.lax.scan(step, previous, chunks)
-    rest = rest.swapaxes(0, 1)
-    return jnp.concatenate([start, rest.reshape(x.shape[0], -1, *rest.shape[3:])], axis=1)
+    rest = rearrange(rest, "chunk b t h w c -> b (chunk t) h w c")
+    return jnp.concatenate([start, rest], axis=1)

@@ -19,13 +19,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import attention, attention_remat_policy
@@ -233,8 +234,8 @@ class PromptCache(NamedTuple):
       control: tokens of the control; None for plain Wan.
     """
 
-    main: Any
-    vace: Any = None
+    main: PyTree
+    vace: PyTree = None
     control: Float[Array, "B N D"] | None = None
 
 
@@ -283,10 +284,10 @@ class Attention(nnx.Module):
         q = self._heads(self.norm_q(self.to_q(x)))
         q = q if rotary is None else apply_rotary(q, *rotary)
         out = attention(q, *key_value, lengths, mesh=self.mesh, split_keys=rotary is not None)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(rearrange(out, "b n heads d -> b n (heads d)"))
 
     def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)
+        return rearrange(x, "b n (heads d) -> b n heads d", heads=self.num_heads)
 
 
 class FeedForward(nnx.Module):
@@ -406,7 +407,7 @@ class ConditionEmbedder(nnx.Module):
         """Return the modulations of the head and of the blocks."""
         time = self.time_embedder(timestep_embedding(timesteps, self.freq_dim))
         rows = self.time_proj(jax.nn.silu(time))
-        return time, rows.reshape(len(rows), 6, -1)
+        return time, rearrange(rows, "b (part d) -> b part d", part=6)
 
 
 class WanTransformer(nnx.Module):
@@ -531,8 +532,10 @@ class WanTransformer(nnx.Module):
         shift, scale = rows[:, :, None, :].swapaxes(0, 1)
         y = self.proj_out(layer_norm(x, config.eps) * (1 + scale) + shift)
         y = sharding.shard_batch(config.mesh, y)[:, :tokens]
-        y = y.reshape(b, *grid, PATCH, PATCH, config.out_channels).swapaxes(3, 4)
-        return y.reshape(b, frames, height, width, config.out_channels)
+        t, h, w = grid
+        return rearrange(
+            y, "b (t h w) (p q c) -> b t (h p) (w q) c", t=t, h=h, w=w, p=PATCH, q=PATCH
+        )
 
     def _shard_patches(self, x: Array) -> Float[Array, "B N features"]:
         """Cut x into patches, append zero tokens if the mesh needs them, and shard the tokens."""
@@ -540,7 +543,7 @@ class WanTransformer(nnx.Module):
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
         return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
-    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> Any:
+    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> PyTree:
         """Compute keys and values of the text for every block, in the layout of `PromptCache`."""
         graph, parameters = nnx.split(stack)
         mesh = self.config.mesh
@@ -731,7 +734,7 @@ def _stack(
     return make(rngs)
 
 
-def _rows(stacked: Any, start: int, count: int, shape: tuple[int, ...]) -> Any:
+def _rows(stacked: PyTree, start: int, count: int, shape: tuple[int, ...]) -> PyTree:
     """Slice `count` layers from `start` on and reshape their axis to `shape`.
 
     Args:
@@ -751,7 +754,7 @@ def unstack_blocks(parameters: nnx.State) -> nnx.State:
     XLA has no views: an unrolled program would copy every layer out of its stack at each call.
     """
 
-    def split(path: tuple, leaf: Any) -> Any:
+    def split(path: tuple, leaf: Array) -> Array | tuple[Array, ...]:
         return _layers(leaf) if path[0].key in ("blocks", "vace_blocks") else leaf
 
     return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(split, tree))(parameters)
@@ -780,6 +783,4 @@ def _patches(x: Float[Array, "B T H W C"]) -> Float[Array, "B N features"]:
 
     Features are ordered (row in patch, column in patch, channel).
     """
-    b, frames, height, width, channels = x.shape
-    x = x.reshape(b, frames, height // PATCH, PATCH, width // PATCH, PATCH, channels).swapaxes(3, 4)
-    return x.reshape(b, -1, PATCH * PATCH * channels)
+    return rearrange(x, "b t (h p) (w q) c -> b (t h w) (p q c)", p=PATCH, q=PATCH)

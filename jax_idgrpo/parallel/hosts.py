@@ -24,17 +24,20 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import ArrayLike
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 
 P = ParamSpec("P")
+Tree = TypeVar("Tree")
+Value = TypeVar("Value")
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "jax-idgrpo")
@@ -52,7 +55,7 @@ def _number(name: str, environment: Mapping[str, str], low: int) -> int:
     return int(text)
 
 
-def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
     """Derive the arguments of `jax.distributed.initialize`.
 
     Returns:
@@ -108,7 +111,7 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
     if wanted is None or wanted.get("num_processes") == 1:
         return
     if "coordinator_address" in wanted:
-        check_address(wanted["coordinator_address"], listens=wanted["process_id"] == 0)
+        check_address(str(wanted["coordinator_address"]), listens=wanted["process_id"] == 0)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     patience = _patience(environment)
     try:
@@ -324,7 +327,7 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
 # ---- values that cross processes -----------------------------------------------------------------
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: Tree) -> Tree:
     """Fetch arrays of any sharding as whole numpy arrays in every process (collective)."""
     leaves, structure = jax.tree.flatten(tree)
     gather = {
@@ -338,12 +341,12 @@ def to_host(tree: Any) -> Any:
     return jax.tree.unflatten(structure, whole)
 
 
-def _local(leaf: Any) -> np.ndarray:
+def _local(leaf: ArrayLike) -> np.ndarray:
     remote = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     return np.asarray(leaf.addressable_data(0) if remote else leaf)
 
 
-def to_device(tree: Any) -> Any:
+def to_device(tree: Tree) -> Tree:
     """Copy arrays that span processes to this process's devices (collective).
 
     Other arrays are returned as they are.
@@ -361,7 +364,7 @@ def any_process(flag: bool) -> bool:
     )
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Value) -> list[Value]:
     """Gather a JSON value of any size from each process, ordered by process (collective)."""
     if jax.process_count() == 1:
         return [value]

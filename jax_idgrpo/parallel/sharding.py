@@ -17,7 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,13 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.tree_util import KeyPath
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
 
+Tree = TypeVar("Tree")
 Network = TypeVar("Network", bound=nnx.Module)
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -165,7 +167,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*used) if any(used) else PartitionSpec()
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: KeyPath) -> str:
     """Join the keys of a leaf's path with slashes, as `TABLE` expects."""
     name = "/".join(
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
@@ -173,19 +175,19 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return re.sub(r"/(value|raw_value)$", "", name)
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """Look up the sharding of every leaf of a pytree of arrays or shapes in `TABLE`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(leaf_name(path), np.shape(leaf), mesh)), state
     )
 
 
-def shard_params(mesh: Mesh, state: Any) -> Any:
+def shard_params(mesh: Mesh, state: Tree) -> Tree:
     """Put the arrays of `state` on the mesh, sharded by `TABLE` (collective)."""
     return device_put_global(state, state_shardings(mesh, state))
 
 
-def shapes(tree: Any, shardings: Any) -> Any:
+def shapes(tree: Tree, shardings: PyTree) -> Tree:
     """Describe a tree of arrays or shapes with shardings: one for all leaves, or a tree of them."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -202,7 +204,7 @@ def _reshard(sharding: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(lambda array: array, out_shardings=sharding)
 
 
-def device_put_global(tree: Any, shardings: Any) -> Any:
+def device_put_global(tree: Tree, shardings: PyTree) -> Tree:
     """Put a tree on the devices of its shardings (collective if they span processes).
 
     Every process passes the same values and transfers only the shards of its own devices.
@@ -214,7 +216,7 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
-    def one(leaf: Any, sharding: NamedSharding) -> Array:
+    def one(leaf: ArrayLike, sharding: NamedSharding) -> Array:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return _reshard(sharding)(leaf)
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -228,13 +230,13 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def fully_shard(mesh: Mesh, state: Any) -> Any:
+def fully_shard(mesh: Mesh, state: PyTree) -> PyTree:
     """Shard each leaf over all devices along its largest axis that divides evenly.
 
     Suits a network that seldom runs.
     """
 
-    def one(leaf: Any) -> NamedSharding:
+    def one(leaf: ArrayLike | jax.ShapeDtypeStruct) -> NamedSharding:
         shape = np.shape(leaf)
         axis = max(
             (axis for axis, size in enumerate(shape) if size % mesh.size == 0),
@@ -248,7 +250,7 @@ def fully_shard(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(one, state)
 
 
-def in_host_memory(shardings: Any) -> Any:
+def in_host_memory(shardings: Tree) -> Tree:
     """Return the same shardings in pinned host memory.
 
     Arrays there must be fetched before use (see `on_devices`).
@@ -272,7 +274,7 @@ def on_devices(network: Network) -> Network:
 # ---- inside a program ----------------------------------------------------------------------------
 
 
-def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
+def unshard_fsdp(mesh: Mesh | None, state: Tree) -> Tree:
     """Gather the parameters of a block over `fsdp` before its matrix products.
 
     The parameters stay sharded over `tensor`.
@@ -280,7 +282,7 @@ def unshard_fsdp(mesh: Mesh | None, state: Any) -> Any:
     if mesh is None or mesh.size == 1:
         return state
 
-    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+    def one(path: KeyPath, leaf: Array) -> Array:
         kept = [
             name if name == "tensor" else None for name in spec(leaf_name(path), leaf.shape, mesh)
         ]

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, VideoConfig
@@ -16,24 +17,26 @@ from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
 from jax_idgrpo.training import update
 from jax_idgrpo.training.setup import Run
 
+Tree = TypeVar("Tree")
+
 LATENT_CHANNELS = 16
 
 
-def chip_bytes(*trees: Any) -> float:
+def chip_bytes(*trees: PyTree) -> float:
     """Return the bytes per chip of shapes with shardings."""
 
-    def one(leaf: Any) -> int:
+    def one(leaf: jax.ShapeDtypeStruct) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return float(sum(map(one, jax.tree.leaves(trees))))
 
 
-def rows_of(run: Run, tree: Any) -> Any:
+def rows_of(run: Run, tree: Tree) -> Tree:
     """Return the shapes of a tree whose rows are sharded over the mesh."""
     return shapes(tree, sharding.batch_sharding(run.mesh))
 
 
-def whole(run: Run, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def whole(run: Run, *shape: int, dtype: type = jnp.float32) -> jax.ShapeDtypeStruct:
     """Return the shape of an array that is replicated over the mesh.
 
     Args:
@@ -44,7 +47,7 @@ def whole(run: Run, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(run.mesh))
 
 
-def video_of(run: Run, size: VideoConfig, rows: int) -> Any:
+def video_of(run: Run, size: VideoConfig, rows: int) -> jax.ShapeDtypeStruct:
     """Return the shape of videos, [B,F,H,W,3].
 
     Args:
@@ -56,7 +59,7 @@ def video_of(run: Run, size: VideoConfig, rows: int) -> Any:
     return rows_of(run, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def keys_of(run: Run, rows: int) -> Any:
+def keys_of(run: Run, rows: int) -> jax.ShapeDtypeStruct:
     """Return the shape of the random keys of `rows` rows."""
     number = jnp.zeros(rows, int)
     return rows_of(run, jax.eval_shape(lambda: rng.row_keys(rng.key(0, "noise"), number, number)))

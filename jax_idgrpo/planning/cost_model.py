@@ -7,9 +7,8 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
 # ---- arithmetic ----------------------------------------------------------------------------------
@@ -32,12 +31,12 @@ def flops(jaxpr: ClosedJaxpr) -> float:
     return _count(needed)
 
 
-def _count(jaxpr: Any) -> float:
+def _count(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     return sum((_flops(equation) for equation in jaxpr.eqns), 0.0)
 
 
-def _flops(equation: Any) -> float:
+def _flops(equation: JaxprEqn) -> float:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = parameters["dimension_numbers"]
@@ -64,7 +63,7 @@ def _flops(equation: Any) -> float:
     return sum(inner, 0.0)
 
 
-def _bodies(value: Any) -> Iterator[Any]:
+def _bodies(value: object) -> Iterator[Jaxpr | ClosedJaxpr]:
     if isinstance(value, Jaxpr | ClosedJaxpr):
         yield value
     elif isinstance(value, tuple | list):

@@ -24,7 +24,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,11 @@ class Cost:
     note: str = ""
 
 
-def measure(program: Program, chip: Chip | None, options: dict[str, Any] | None = None) -> Cost:
+def measure(
+    program: Program,
+    chip: Chip | None,
+    options: Mapping[str, str | bool | int | float] | None = None,
+) -> Cost:
     """Compile one program and count its cost.
 
     Args:

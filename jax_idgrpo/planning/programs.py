@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jax_idgrpo import flow
-from jax_idgrpo.config import Config
+from jax_idgrpo.config import Config, VideoConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.models.layers import LoRAParam
@@ -35,7 +35,7 @@ from jax_idgrpo.planning.arguments import (
 )
 from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.face_reward import FaceReward
-from jax_idgrpo.rewards.planned import HostReward, encoded_shapes, planned_judge
+from jax_idgrpo.rewards.planned import HostReward, Planned, encoded_shapes, planned_judge
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 from jax_idgrpo.sampling import rollout
 from jax_idgrpo.sampling.conditioning import Conditioning
@@ -181,7 +181,7 @@ def resident(run: Run, judge: FaceReward | None = None) -> float:
     return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
 
 
-def _shares(run: Run, reward: Any) -> bool:
+def _shares(run: Run, reward: Planned) -> bool:
     """Return whether a reward is on the devices of the video model."""
     return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices
 
@@ -228,7 +228,7 @@ def _text_encoder(run: Run, held: float) -> Program:
     )
 
 
-def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[Program]:
+def _photo_encoding(run: Run, size: VideoConfig, held: float, prefix: str) -> Iterator[Program]:
     """Encode one photo, and for VACE the blank video, on every device."""
     graph, state = run.vae
 
@@ -252,7 +252,7 @@ def _photo_encoding(run: Run, size: Any, held: float, prefix: str) -> Iterator[P
         yield Program(f"{prefix}blank video", function, (state, video), 1, beside, 0)
 
 
-def _reference_photo(run: Run, reward: Any, name: str, held: float) -> Iterator[Program]:
+def _reference_photo(run: Run, reward: Planned, name: str, held: float) -> Iterator[Program]:
     """Detect and embed the face of one reference photo, on every device."""
     if not isinstance(reward, FaceReward):
         return
@@ -297,7 +297,12 @@ def _sampling(run: Run) -> Program:
 
 
 def _decoding(
-    run: Run, name: str, latents: Any, asked: Conditioning, beside: float, calls: int
+    run: Run,
+    name: str,
+    latents: jax.ShapeDtypeStruct,
+    asked: Conditioning,
+    beside: float,
+    calls: int,
 ) -> Program:
     frames = {"frames": asked.video_frames(run.config.data.max_people)}
     return Program(
@@ -322,7 +327,7 @@ def _storing(
 
 
 def _scoring(
-    run: Run, reward: Any, name: str, video: Any, beside: float, calls: int
+    run: Run, reward: Planned, name: str, video: jax.ShapeDtypeStruct, beside: float, calls: int
 ) -> Iterator[Program]:
     """Score one batch by the reward or the judge. A reward on the host has no program.
 

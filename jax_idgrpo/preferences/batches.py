@@ -66,7 +66,7 @@ class PairOptions:
 OptionsT = TypeVar("OptionsT", bound=PairOptions)
 
 
-def read_options(kind: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
+def read_options(kind: type[OptionsT], values: Mapping[str, object]) -> OptionsT:
     """Read a task's options from the configuration.
 
     Raises:
@@ -170,7 +170,7 @@ def pair_loss(
 
 def accuracy(
     difference: Float[np.ndarray, " N"], label: Int[np.ndarray, " N"], seed: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Compute the agreement of scores with labels, without and with ties.
 
     Without ties: tied pairs are excluded, equal scores are wrong; reported with a confidence
@@ -185,7 +185,7 @@ def accuracy(
     valid = np.isin(label, (-1, 0, 1))
     difference, label = difference[valid], label[valid]
     decided = label != 0
-    found: dict[str, Any] = {"pairs": len(label), "ties": int((~decided).sum())}
+    found: dict[str, object] = {"pairs": len(label), "ties": int((~decided).sum())}
     if decided.any():
         right = (difference * label > 0)[decided].astype(float)
         found["without_ties"] = dataclasses.asdict(

@@ -9,7 +9,6 @@ so that they can be read without the videos.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import importlib_resources  # noqa: F401    TFDS needs it and does not declare it; fail early
 import numpy as np
@@ -99,7 +98,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(
-        self, dl_manager: Any
+        self, dl_manager: tfds.download.DownloadManager
     ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[int, dict]]]]]:
         sizes = [
             sum(Path(str(file)).stat().st_size for file in (*pair.references, *pair.videos))
@@ -115,7 +114,7 @@ class IdentityPairs(tfds.core.ShardBasedBuilder):
             self._update(number + 1)
 
 
-def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, Any]:
+def example(pair: Pair, dimensions: Sequence[str]) -> dict[str, object]:
     """Convert a pair to an example with the bytes of its files.
 
     Raises:

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +100,7 @@ class Trainee(nnx.Module):
         )
 
 
-def trained(path: tuple[Any, ...], value: Any) -> bool:
+def trained(path: tuple[str | int, ...], value: nnx.Variable) -> bool:
     """Return whether a variable of a `Trainee` is trained."""
     return isinstance(value, LoRAParam) or path[0] == "rows" or path[1] in ("visual", "rm_head")
 

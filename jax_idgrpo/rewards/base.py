@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
 from PIL import Image
 
 from jax_idgrpo.data.prompts import Prompt, load_reference
@@ -141,7 +141,7 @@ class Reward(Protocol):
         references: References,
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
-    ) -> Any:
+    ) -> PyTree:
         """Encode photos and texts as a pytree of arrays with leading axis P.
 
         Each photo is encoded once in a run.
@@ -169,7 +169,7 @@ class Reward(Protocol):
           total: number of frames of the video.
         """
 
-    def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Any) -> Terms | Pending:
+    def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: PyTree) -> Terms | Pending:
         """Score videos against encoded references without waiting for the result.
 
         Args:
@@ -186,9 +186,9 @@ class DifferentiableReward(Reward, Protocol):
       state: arrays of its networks.
     """
 
-    state: Any
+    state: PyTree
 
-    def apply(self, state: Any, videos: Float[ArrayLike, "B F H W 3"], encoded: Any) -> Terms:
+    def apply(self, state: PyTree, videos: Float[ArrayLike, "B F H W 3"], encoded: PyTree) -> Terms:
         """Score videos as `score` does, with the networks' arrays as an argument.
 
         Args:
@@ -197,11 +197,11 @@ class DifferentiableReward(Reward, Protocol):
           encoded: encoded references, one row per video.
         """
 
-    def shapes(self, rows: int, people: int) -> Any:
+    def shapes(self, rows: int, people: int) -> PyTree:
         """Return the shapes of encoded references for `rows` videos with `people` slots each."""
 
 
-def differentiable(reward: Reward) -> DifferentiableReward:
+def differentiable(reward: object) -> DifferentiableReward:
     """Return the reward as one that gradients can flow through.
 
     Raises:

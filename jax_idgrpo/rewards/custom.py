@@ -27,9 +27,10 @@ import importlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
@@ -40,6 +41,8 @@ from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.host import HostPool, Pending, Scored
 
 Function = Callable[[np.ndarray, list[str], list[list[Image.Image]]], Any]
+
+Result = TypeVar("Result")
 
 
 class Unusable(Exception):
@@ -75,7 +78,7 @@ class CustomReward:
         self.reported: tuple[str, ...] = ()
         self._pool = HostPool(workers=1)
         self._rows: list[Row] = []
-        self._numbers: dict[Any, int] = {}
+        self._numbers: dict[Hashable, int] = {}
         self._open = functools.lru_cache(maxsize=32)(Photo.open)
 
     def encode_references(
@@ -161,13 +164,13 @@ class CustomReward:
         ]
 
 
-def in_time(function: Callable[[], Any], seconds: float) -> Any:
+def in_time(function: Callable[[], Result], seconds: float) -> Result:
     """Call a function in a daemon thread of its own.
 
     Raises:
       TimeoutError: the function has not returned within `seconds`.
     """
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
 
     def run() -> None:
         try:
@@ -214,7 +217,7 @@ def load_function(name: str) -> Function:
     return function
 
 
-def _import_file(path: Path) -> Any:
+def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -229,7 +232,7 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _import_module(name: str) -> Any:
+def _import_module(name: str) -> ModuleType:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(name)

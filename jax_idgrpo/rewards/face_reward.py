@@ -8,13 +8,12 @@ once, at its own size (`photo_faces`).
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 from PIL import Image
 
 from jax_idgrpo.models.faces.bundled_detector import Detections, Detector
@@ -213,7 +212,7 @@ class FaceReward:
         return frame_numbers(total, self.frames) if self.frames else None
 
     def apply(
-        self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces
+        self, state: PyTree, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces
     ) -> Terms:
         """Score videos with the networks' arrays as an argument, for differentiation.
 

@@ -202,14 +202,14 @@ class FaceStack(nnx.Module):
 
 # ---- stored networks: NAME.safetensors beside NAME.json, which describes the network -------------
 
-_KINDS: dict[str, tuple[Any, Any]] = {
+_KINDS: dict[str, tuple[type[nnx.Module], type]] = {
     "detector": (Detector, DetectorConfig),
     "judge": (Judge, JudgeConfig),
     **{name: (entry.network, entry.config) for name, entry in tables.NETWORKS.items()},
 }
 
 
-def save_network(network: nnx.Module, path: Path, **values: Any) -> None:
+def save_network(network: nnx.Module, path: Path, **values: object) -> None:
     """Write `path`.safetensors and `path`.json.
 
     Args:
@@ -244,7 +244,7 @@ def _read_values(path: Path) -> dict[str, Any]:
     return store.read_json(path)
 
 
-def load_network(path: Path) -> tuple[Any, dict[str, Any]]:
+def load_network(path: Path) -> tuple[nnx.Module, dict[str, Any]]:
     """Read the files of `save_network`.
 
     Returns:

@@ -25,14 +25,13 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from checkpoints_convert import faces as tables
 from checkpoints_convert import rules, store
@@ -100,7 +99,7 @@ class Tokens:
     video: Float[Array, "B G"]
 
 
-def _of_face(values: Float[Array, "B T K"], face: Any) -> Float[Array, "B T M"]:
+def _of_face(values: Float[Array, "B T K"], face: Int[Array, "B T M"]) -> Float[Array, "B T M"]:
     """Select the value of every person's face; 0 without a face."""
     return jnp.take_along_axis(jnp.pad(values, ((0, 0), (0, 0), (0, 1))), face, axis=-1)
 
@@ -319,7 +318,7 @@ class Head(nnx.Module):
 # ---- stored heads --------------------------------------------------------------------------------
 
 
-def fingerprint(networks: Any) -> str:
+def fingerprint(networks: PyTree) -> str:
     """Hash the arrays of face networks, given as a module or a state, to identify them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(

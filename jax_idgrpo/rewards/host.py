@@ -11,7 +11,7 @@ import collections
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TypeAlias, TypeGuard
 
 import jax
 import numpy as np
@@ -26,6 +26,10 @@ Terms = Mapping[str, Float[np.ndarray, " B"] | Float[Array, " B"]]
 
 Scored = Mapping[str, float] | Exception
 """The terms of one video, or the reason why it has none."""
+
+Batch: TypeAlias = np.ndarray | Array
+"""Rows on the host or on devices."""
+HostRow: TypeAlias = np.ndarray | np.generic
 
 
 class Pending:
@@ -89,11 +93,11 @@ class Pending:
         }
 
 
-def _spans(array: Any) -> bool:
+def _spans(array: Batch) -> TypeGuard[Array]:
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
-def _together(batch: Sequence[Any]) -> Sequence[Any]:
+def _together(batch: Sequence[Batch]) -> Sequence[Batch]:
     """Shard all arrays by rows if any of them spans processes."""
     spanning = [array for array in batch if _spans(array)]
     return (
@@ -103,7 +107,7 @@ def _together(batch: Sequence[Any]) -> Sequence[Any]:
     )
 
 
-def _parts(array: Any) -> list[tuple[range, Any]]:
+def _parts(array: Batch) -> list[tuple[range, Batch]]:
     """List the rows that this process scores, with their arrays.
 
     Of an array that spans processes, a process scores the rows whose first replica it holds.
@@ -118,7 +122,7 @@ def _parts(array: Any) -> list[tuple[range, Any]]:
     ]
 
 
-def _rows(array: Any) -> dict[int, Any]:
+def _rows(array: Batch) -> dict[int, HostRow]:
     return {
         number: row
         for numbers, part in _parts(array)
@@ -143,7 +147,7 @@ class HostPool:
     def submit(
         self,
         function: Callable[..., Mapping[str, float]],
-        batch: Sequence[Any],
+        batch: Sequence[Batch],
         label: str = "reward",
     ) -> Pending:
         """Score every row of `batch` by `function(*row)` without waiting.
@@ -169,7 +173,10 @@ class HostPool:
         )
 
     def submit_together(
-        self, function: Callable[..., Sequence[Scored]], batch: Sequence[Any], label: str = "reward"
+        self,
+        function: Callable[..., Sequence[Scored]],
+        batch: Sequence[Batch],
+        label: str = "reward",
     ) -> Pending:
         """Score all rows of this process by one call `function(*arrays)` without waiting.
 
@@ -198,8 +205,8 @@ class HostPool:
         return self._hold(Pending(rows, label, shared))
 
     def _hand_over(
-        self, batch: Sequence[Any]
-    ) -> tuple[list[int], Future[list[dict[int, Any]]], bool]:
+        self, batch: Sequence[Batch]
+    ) -> tuple[list[int], Future[list[dict[int, HostRow]]], bool]:
         """Wait for a free slot, then start copying the rows to the host.
 
         Returns:

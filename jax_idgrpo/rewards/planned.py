@@ -8,12 +8,12 @@ parameters.
 import dataclasses
 import math
 import warnings
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from checkpoints_convert.faces import NETWORKS
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
@@ -44,7 +44,10 @@ class HostReward:
     state: tuple[()] = ()
 
 
-def planned_reward(config: Config, mesh: Mesh) -> FaceReward | VlmReward | HostReward:
+Planned = FaceReward | VlmReward | HostReward
+
+
+def planned_reward(config: Config, mesh: Mesh) -> Planned:
     """Describe the reward that a configuration selects.
 
     Args:
@@ -137,7 +140,7 @@ def _vlm(config: Config, mesh: Mesh) -> VlmReward:
 
 def encoded_shapes(
     reward: FaceReward | VlmReward, rows: int, people: int, video: tuple[int, int, int]
-) -> Any:
+) -> PyTree:
     """Describe the encoded references of some rows.
 
     Args:

@@ -1,8 +1,8 @@
 """Initialise, load and save LoRA adapters of the transformer."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
@@ -95,7 +95,7 @@ def save_lora(
     path: str | Path,
     state: nnx.State,
     config: WanConfig,
-    training: dict[str, Any] | None = None,
+    training: Mapping[str, Mapping[str, object]] | None = None,
     step: int | None = None,
 ) -> None:
     """Write LoRA leaves as a PEFT directory with a model card.
@@ -110,7 +110,8 @@ def save_lora(
       training: configuration of the run, for the card.
       step: completed training steps, which `saved_step` reads; None if no run trained the adapter.
     """
-    base = (training or {}).get("model", {}).get("path") or None
+    path_of_base = (training or {}).get("model", {}).get("path")
+    base = str(path_of_base) if path_of_base else None
     text = card.render(
         "peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha)
     )

@@ -22,7 +22,7 @@ Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_vi
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from PIL import Image
 
 from jax_idgrpo import flow
@@ -42,6 +42,7 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import memory_share, to_host
+from jax_idgrpo.sampling.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ def encode_texts(
     return embeddings
 
 
-def _cut_off(tokenizer: Any, text: str, length: int) -> str:
+def _cut_off(tokenizer: Tokenizer, text: str, length: int) -> str:
     """Describe the part of a text that `encode_texts` truncates; "" if none."""
     ids = tokenizer(text)["input_ids"]
     if len(ids) <= length:
@@ -270,7 +271,7 @@ def _cut_off(tokenizer: Any, text: str, length: int) -> str:
     )
 
 
-def warn_of_cut(tokenizer: Any, prompts: Sequence[Prompt], length: int) -> None:
+def warn_of_cut(tokenizer: Tokenizer, prompts: Sequence[Prompt], length: int) -> None:
     """Warn of each prompt with more than `length` tokens: its line and the text that is lost.
 
     Args:
@@ -331,7 +332,7 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L 
     return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
 
 
-class Cache(dict[Any, Any]):
+class Cache(dict[Hashable, PyTree]):
     """Encoded prompts of a run, on the host.
 
     Attributes:
@@ -345,7 +346,7 @@ class Cache(dict[Any, Any]):
         self.room = memory_share(ROOM) if room is None else room
         self.photos = PhotoCache(memory_share(PHOTO_ROOM))
 
-    def keep(self, name: Any, made: Any) -> None:
+    def keep(self, name: Hashable, made: PyTree) -> None:
         """Store a pytree of numpy arrays under a name, if it fits."""
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
         if size <= self.room:

@@ -12,13 +12,14 @@ complete folder or none.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
@@ -38,6 +39,7 @@ from jax_idgrpo.sampling.adapters import (
     lora_scale,
     with_adapter,
 )
+from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -212,7 +214,7 @@ def _vae_shapes(config: VAEConfig, mesh: Mesh | None = None) -> WanVAE:
 def _text_encoder_shapes(
     config: UMT5Config, dtype: str, mesh: Mesh | None = None, memory: str = "device"
 ) -> UMT5Encoder:
-    def shardings_of(state: Any) -> Any:
+    def shardings_of(state: PyTree) -> PyTree:
         shardings = sharding.fully_shard(mesh, state)
         return sharding.in_host_memory(shardings) if memory == "host" else shardings
 
@@ -276,30 +278,6 @@ def pipeline_shapes(
     )
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """Read the tokenizer of a folder of any layout, without network access."""
-    folder = checkpoint.tokenizer_folder(Path(path))
-    if folder is None:
-        raise UserError(f"{path}: has no tokenizer; get the whole pipeline")
-    return read_tokenizer(folder)
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer files of `folder`, without network access."""
-    from transformers import AutoTokenizer  # seconds to import
-
-    # Both must exist: without tokenizer.json the library may construct another tokenizer.
-    for file in ("tokenizer_config.json", "tokenizer.json"):
-        store.read_json(folder / file)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library passes on any exception of its parsers
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder}: transformers cannot read this tokenizer ({reason}); get the folder again"
-        ) from error
-
-
 def _shift(source: checkpoint.Checkpoint) -> float:
     """Read the flow shift from the scheduler config.
 
@@ -316,7 +294,9 @@ def _shift(source: checkpoint.Checkpoint) -> float:
     return float(shift)
 
 
-def _shapes(build: Callable[[], Network], where: Callable[[Any], Any] | None = None) -> Network:
+def _shapes(
+    build: Callable[[], Network], where: Callable[[PyTree], PyTree] | None = None
+) -> Network:
     """Evaluate `build` to a network of shapes.
 
     `where` maps shapes to their shardings; None is the default device.
@@ -373,7 +353,9 @@ def save_vae(network: WanVAE, path: str | Path) -> None:
     _write_index(Path(path))
 
 
-def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) -> None:
+def save_text_encoder(
+    network: UMT5Encoder, tokenizer: ExtensibleTokenizer, path: str | Path
+) -> None:
     """Write `text_encoder/` and `tokenizer/` into the pipeline folder `path`.
 
     Args:
@@ -392,7 +374,7 @@ def save_text_encoder(network: UMT5Encoder, tokenizer: Any, path: str | Path) ->
 
 
 def _save_network(
-    folder: Path, config: dict[str, Any], rules: Sequence[Rule], state: nnx.State
+    folder: Path, config: Mapping[str, object], rules: Sequence[Rule], state: nnx.State
 ) -> None:
     with store.atomic_path(folder, "config.json") as new:
         new.mkdir()

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import describe_change
@@ -134,10 +136,10 @@ def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
     )
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _named(tree: PyTree) -> dict[str, jax.Array]:
     """Map the path of each leaf to the leaf. Random keys are converted to their bits."""
 
-    def name(path: Any) -> str:
+    def name(path: KeyPath) -> str:
         return re.sub(
             r"\.(raw_)?value$", "", jax.tree_util.keystr(path, simple=True, separator=".")
         )
@@ -200,7 +202,7 @@ def _is_full(error: BaseException | None) -> bool:
     return _NO_ROOM.search(str(error)) is not None or _is_full(error.__cause__ or error.__context__)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
+def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Write the state after `step` steps and wait until it is complete (collective).
 
     Does nothing for a step that is already stored.

@@ -10,12 +10,12 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
@@ -29,7 +29,7 @@ from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
 from jax_idgrpo.training.task import Task, make_task
 
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
@@ -52,10 +52,12 @@ def make_step(
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: PyTree, batch: PyTree
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = rng.fold(rng.key(seed, "augment"), state.step)
 
-        def loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+        def loss(params: PyTree) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
             network = nnx.merge(graphdef, params, frozen, state.rest, copy=True)
             value, scalars = task.loss(network, batch, key)
             return value, (scalars, nnx.split(network, task.trained, task.frozen, ...)[3])
@@ -101,7 +103,7 @@ def finetune(config: Config, workdir: Path) -> None:
     del params, rest
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
-    def batch(number: int) -> Any:
+    def batch(number: int) -> PyTree:
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         made = task.batch(seed, number)
         return sharding.device_put_global(

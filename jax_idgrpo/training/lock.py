@@ -9,10 +9,11 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Concatenate, ParamSpec
+from typing import IO, Concatenate, ParamSpec
 
 import jax
 
+from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import gather_objects
 from jax_idgrpo.workdir import prepare_workdir
@@ -85,12 +86,12 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def exclusive(
-    run: Callable[Concatenate[Any, Path, P], None],
-) -> Callable[Concatenate[Any, Path, P], None]:
+    run: Callable[Concatenate[Config, Path, P], None],
+) -> Callable[Concatenate[Config, Path, P], None]:
     """Decorate a command `run(config, workdir, ...)` to run with its workdir `locked`."""
 
     @functools.wraps(run)
-    def alone(config: Any, workdir: Path, *args: P.args, **kwargs: P.kwargs) -> None:
+    def alone(config: Config, workdir: Path, *args: P.args, **kwargs: P.kwargs) -> None:
         with locked(Path(workdir)):
             run(config, Path(workdir), *args, **kwargs)
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import differentiable
+from jax_idgrpo.rewards.base import Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
-from jax_idgrpo.rewards.planned import planned_reward
+from jax_idgrpo.rewards.planned import Planned, planned_reward
 from jax_idgrpo.sampling import conditioning, policy, rollout
 from jax_idgrpo.sampling.pipeline import (
     Architecture,
@@ -55,7 +55,7 @@ class Run:
     policy: policy.Policy
     state: Any
     base: nnx.State
-    negative: Any
+    negative: Float[Array, "L D"] | jax.ShapeDtypeStruct
     vae: tuple[nnx.GraphDef, nnx.State]
     reward: Any
     schedule: rollout.Schedule
@@ -79,7 +79,9 @@ def build(
       UserError: the checkpoint, the adapter or the reward cannot be used.
     """
     sampling, model, whole = config.rollout, config.model, sharding.replicated(mesh)
-    place: Callable[[Any, Any], Any] = sharding.shapes if abstract else sharding.device_put_global
+    place: Callable[[PyTree, PyTree], PyTree] = (
+        sharding.shapes if abstract else sharding.device_put_global
+    )
     if abstract:
         found = architecture or read_architecture(model.folder())
         running: dict[str, Any] = dict(
@@ -132,7 +134,7 @@ def build(
     )
 
 
-def _reward(config: Config, mesh: Mesh, abstract: bool) -> Any:
+def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
     """Make the reward on the mesh, or with shapes as its state."""
     if abstract:
         return planned_reward(config, mesh)
@@ -144,10 +146,10 @@ def _reward(config: Config, mesh: Mesh, abstract: bool) -> Any:
 def score_latents(
     function: Callable[..., dict[str, Array]],
     max_people: int,
-    scorer: tuple[Any, nnx.State],
+    scorer: tuple[tuple[nnx.GraphDef, nnx.State], nnx.State],
     latents: Float[Array, "B N h w C"],
     condition: conditioning.Conditioning,
-    people: Any,
+    people: PyTree,
 ) -> Float[Array, " B"]:
     """Decode final latents and return their reward, as a pure function of arrays.
 

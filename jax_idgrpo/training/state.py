@@ -1,17 +1,17 @@
 """Define the training state (the content of a checkpoint), optimizer and moving average."""
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.config import OptimizerConfig
 
-Parameters = Any
+Parameters: TypeAlias = PyTree
 """A nested state of arrays, as returned by `flax.nnx.split`; or of their shapes or shardings."""
 
 

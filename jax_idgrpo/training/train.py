@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
@@ -406,7 +406,7 @@ def train_on(
         old=None if wanted.replays or wanted.on_policy else jax.tree.map(jnp.copy, state.params),
         scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
     )
-    finished = (
+    finished: PyTree = (
         None
         if wanted.on_policy
         else sharding.device_put_global(state, sharding.in_host_memory(on_mesh))

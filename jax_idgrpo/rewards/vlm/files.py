@@ -25,15 +25,18 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
+from numpy.typing import DTypeLike
 
 from checkpoints_convert import qwen_vl as table
 from checkpoints_convert import rules, store
+from checkpoints_convert.lazy import Tensor
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.qwen_vl import QwenConfig, QwenReward
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.sampling.pipeline import read_tokenizer
+from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, read_tokenizer
 
 MODEL_CONFIG, CONFIG, TOKENIZER, PROMPT = (
     "model_config.json",
@@ -146,7 +149,7 @@ class Settings:
             )
         return found
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the object that `from_json` and the published code read."""
         normal = {
             f"{name}_mean": value for name, value in zip(self.dimensions, self.mean, strict=True)
@@ -210,9 +213,9 @@ class RewardModel:
 class Merged:
     """W + (alpha / R) B A in the dtype of W, computed on reading."""
 
-    weight: Any
-    down: Any
-    up: Any
+    weight: Tensor
+    down: Tensor
+    up: Tensor
     scale: float
 
     @property
@@ -223,7 +226,7 @@ class Merged:
     def dtype(self) -> np.dtype:
         return np.dtype(self.weight.dtype)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         change = np.asarray(self.up, np.float32) @ np.asarray(self.down, np.float32)
         merged = np.asarray(self.weight).astype(np.float32) + np.float32(self.scale) * change
         return np.asarray(merged.astype(self.dtype), dtype=dtype)
@@ -232,7 +235,7 @@ class Merged:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> Any:
+def load_tokenizer(folder: Path, tokens: tuple[str, ...]) -> ExtensibleTokenizer:
     """Load the tokenizer of a folder and add the reward tokens; nothing is downloaded.
 
     Raises:
@@ -266,12 +269,14 @@ def newest(folder: Path) -> Path:
     return found[max(found)]
 
 
-def _named(path: Path) -> dict[str, Any]:
+def _named(path: Path) -> dict[str, Tensor]:
     """Open the tensors of a file or folder under the names of transformers 4.
 
     The tied output layer is omitted, because no reward reads it.
     """
-    found = {table.canonical(name): tensor for name, tensor in store.open_tensors(path).items()}
+    found: dict[str, Tensor] = {
+        table.canonical(name): tensor for name, tensor in store.open_tensors(path).items()
+    }
     found.pop(table.TIED, None)
     return found
 
@@ -293,7 +298,7 @@ def load(
     base: str | Path | None = None,
     dtype: str = "bfloat16",
     merge: bool = True,
-    mesh: Any = None,
+    mesh: Mesh | None = None,
 ) -> RewardModel:
     """Read a reward folder.
 
@@ -337,7 +342,10 @@ def load(
 
 
 def describe(
-    folder: str | Path, base: str | Path | None = None, dtype: str = "bfloat16", mesh: Any = None
+    folder: str | Path,
+    base: str | Path | None = None,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
 ) -> RewardModel:
     """Describe a reward folder for a plan, without tokenizer and without reading a tensor.
 
@@ -386,7 +394,7 @@ def start(
     settings: Settings,
     key: Key[Array, ""],
     dtype: str = "bfloat16",
-    mesh: Any = None,
+    mesh: Mesh | None = None,
 ) -> RewardModel:
     """Create a reward before training: the base model, a fresh adapter, and a random head.
 
@@ -429,7 +437,7 @@ def start(
 
 def _config(
     sizes: Mapping[str, Any], settings: Settings, vocabulary: int, merge: bool, source: Path
-) -> Any:
+) -> QwenConfig:
     try:
         config = table.config_from_json(dict(sizes))
     except (KeyError, TypeError, ValueError) as error:
@@ -444,11 +452,11 @@ def _config(
 def _fill(
     sizes: Mapping[str, Any],
     settings: Settings,
-    tensors: dict[str, Any],
-    tokenizer: Any,
+    tensors: dict[str, Tensor],
+    tokenizer: ExtensibleTokenizer,
     dtype: str,
     merge: bool,
-    mesh: Any,
+    mesh: Mesh | None,
     source: str,
 ) -> QwenReward:
     """Build the network from the tensors, and check that the tokenizer fits the embedding table."""
@@ -483,7 +491,7 @@ def _fill(
     return nnx.merge(graph, *filled)
 
 
-def _placed(state: nnx.State, mesh: Any) -> nnx.State:
+def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
     """Attach the shardings of the table to shapes."""
     shardings = sharding.state_shardings(mesh, state)
     return jax.tree.map(
@@ -493,7 +501,7 @@ def _placed(state: nnx.State, mesh: Any) -> nnx.State:
     )
 
 
-def merged(tensors: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def merged(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Add every adapter to its weight; names are those of transformers 4.
 
     An incomplete adapter is left as it is, so that the table reports it.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 from jaxtyping import Array, ArrayLike, Float, Int
 from PIL import Image
@@ -118,22 +119,15 @@ def patches(
       pictures: grey levels 0 .. 255; `config.frames` consecutive pictures share their patches.
       config: sizes of the patches.
     """
-    n, height, width, _ = pictures.shape
-    merge, patch, frames = config.merge, config.patch, config.frames
-    x = (pictures / 255 - MEAN) / STD
-    x = x.reshape(
-        n // frames,
-        frames,
-        height // patch // merge,
-        merge,
-        patch,
-        width // patch // merge,
-        merge,
-        patch,
-        3,
+    return rearrange(
+        (pictures / 255 - MEAN) / STD,
+        "(t f) (h m p) (w n q) c -> t (h w m n) (c f p q)",
+        f=config.frames,
+        m=config.merge,
+        n=config.merge,
+        p=config.patch,
+        q=config.patch,
     )
-    x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return x.reshape(n // frames, -1, config.features)
 
 
 class Picture(NamedTuple):

@@ -11,16 +11,16 @@ Sources: `alibaba/identity-grpo` `vace_reward`; `KwaiVGI/VideoAlign`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
@@ -67,6 +67,9 @@ def _score(
         "faces_asked": asked.people(),
     }
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
+
+
+Made = TypeVar("Made")
 
 
 class VlmReward:
@@ -157,7 +160,7 @@ class VlmReward:
 
         return self._kept(photo.key, read)
 
-    def _kept(self, name: Any, make: Callable[[], Any]) -> Any:
+    def _kept(self, name: Hashable, make: Callable[[], Made]) -> Made:
         """Return a value from the cache, or make it."""
         if name in self._cache:
             return self._cache[name]
@@ -182,7 +185,7 @@ class VlmReward:
         chosen = inputs.frame_indices(total, *rates)
         return chosen if len(inputs.frame_indices(len(chosen), *rates)) == len(chosen) else None
 
-    def apply(self, state: Any, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
+    def apply(self, state: PyTree, videos: Float[ArrayLike, "B T H W 3"], encoded: Asked) -> Terms:
         """Score videos with the network's arrays as an argument.
 
         Args:
@@ -206,7 +209,7 @@ class VlmReward:
         ]
         return {name: jnp.concatenate([terms[name] for terms in found]) for name in found[0]}
 
-    def _placed(self, tree: Any) -> tuple[int, Any]:
+    def _placed(self, tree: PyTree) -> tuple[int, PyTree]:
         """Put rows on the reward's devices, and return their number.
 
         The last row is repeated until the number of rows divides evenly.

@@ -12,7 +12,7 @@ person". Cross-attention in the transformer requires this. The head is discarded
 import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.sampling.conditioning import negative_prompt
 from jax_idgrpo.sampling.pipeline import save_text_encoder
+from jax_idgrpo.sampling.tokenizer import Tokenizer
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.people import Identity
 from jax_idgrpo.training.task import Loss, Task
@@ -77,7 +78,7 @@ def vocabulary(negative: str) -> list[str]:
 
 
 def tokenize(
-    tokenizer: Any, texts: list[str], length: int
+    tokenizer: Tokenizer, texts: list[str], length: int
 ) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
     """Tokenize texts; returns ids and mask.
 
@@ -89,7 +90,8 @@ def tokenize(
     tokens = tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
     )
-    return tokens["input_ids"].astype(np.int32), tokens["attention_mask"].astype(np.int32)
+    ids, mask = (np.asarray(tokens[name], np.int32) for name in ("input_ids", "attention_mask"))
+    return ids, mask
 
 
 class ClipContent(NamedTuple):
@@ -133,7 +135,7 @@ class Reader(nnx.Module):
         return self.head(mean).reshape(len(ids), -1, CLASSES)
 
 
-def loss(reader: Reader, batch: dict[str, Any], key: Array) -> Loss:
+def loss(reader: Reader, batch: dict[str, Array], key: Array) -> Loss:
     """Compute the mean cross-entropy over the attributes of present people, and the accuracy.
 
     Args:

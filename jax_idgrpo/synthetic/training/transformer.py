@@ -24,20 +24,20 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from PIL import Image
-from tqdm import tqdm
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, require_seed
 from jax_idgrpo.data.video import to_uint8
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
@@ -52,6 +52,7 @@ from jax_idgrpo.sampling.pipeline import (
     save_transformer,
 )
 from jax_idgrpo.sampling.policy import Policy
+from jax_idgrpo.sampling.tokenizer import Tokenizer
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.training.text import tokenize
 from jax_idgrpo.training.task import Loss, Task
@@ -155,7 +156,11 @@ def cell_weight(
 
 
 def build_pool(
-    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+    vae: nnx.Module,
+    text_encoder: nnx.Module,
+    tokenizer: Tokenizer,
+    config: Config,
+    options: Options,
 ) -> Pool:
     """Render and encode the pool.
 
@@ -195,10 +200,14 @@ def build_pool(
         return jax.device_get((latents, photos, text, weight.astype(jnp.float16), people))
 
     count = options.pool // CHUNK
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:  # rendering uses one CPU core
-        chunks = list(
-            tqdm(threads.map(chunk, range(count)), desc="rendering and encoding clips", total=count)
-        )
+    chunks = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as threads,  # rendering uses one CPU core
+        progress("rendering and encoding clips", count) as update,
+    ):
+        for made in threads.map(chunk, range(count)):
+            chunks.append(made)
+            update(len(chunks))
     grey, _ = encode(state, jnp.zeros((1, video.frames, *size, 3)), jnp.zeros((1, 1, *size, 3)))
     negative = read(
         state, *tokenize(tokenizer, [conditioning.negative_prompt(config.data)], length)
@@ -209,7 +218,7 @@ def build_pool(
     )
 
 
-def _fingerprint(config: Config, options: Options, networks: Any) -> str:
+def _fingerprint(config: Config, options: Options, networks: PyTree) -> str:
     """Hash everything that a pool depends on."""
     digest = hashlib.sha256(
         repr(
@@ -222,7 +231,11 @@ def _fingerprint(config: Config, options: Options, networks: Any) -> str:
 
 
 def stored_pool(
-    vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Any, config: Config, options: Options
+    vae: nnx.Module,
+    text_encoder: nnx.Module,
+    tokenizer: Tokenizer,
+    config: Config,
+    options: Options,
 ) -> Pool:
     """Load the pool of `options.pool_file` if its fingerprint matches; else build and store it.
 
@@ -270,7 +283,7 @@ def pick(
 
 def loss(
     transformer: Callable[..., Array],
-    batch: dict[str, Any],
+    batch: dict[str, Array],
     key: Array,
     *,
     grey: Array,
@@ -452,7 +465,7 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
-    def flow_loss(transformer: WanTransformer, batch: dict[str, Any], key: Array) -> Loss:
+    def flow_loss(transformer: WanTransformer, batch: dict[str, Array], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
         return loss(
             transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
