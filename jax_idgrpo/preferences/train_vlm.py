@@ -42,9 +42,10 @@ from jax_idgrpo.preferences.batches import (
 from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.vlm import files, inputs
-from jax_idgrpo.rewards.vlm.files import RewardModel, Settings
+from jax_idgrpo.rewards.vlm.files import RewardModel
 from jax_idgrpo.rewards.vlm.inputs import Asked, Prompting
 from jax_idgrpo.rewards.vlm.reward import dimension_scores
+from jax_idgrpo.rewards.vlm.settings import POOLINGS, Settings
 from jax_idgrpo.training.task import Task
 
 
@@ -62,7 +63,7 @@ class Options(PairOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1 or self.pooling not in files.POOLINGS:
+        if self.rank < 1 or self.pooling not in POOLINGS:
             raise UserError("finetune.options: rank is 1 or more, pooling special, last or mean")
 
 

@@ -60,11 +60,17 @@ class HasInputSize(Protocol):
 
 @runtime_checkable
 class FaceDetector(Protocol):
-    """A network that finds faces in pictures [B, H, W, 3] with values in [-1, 1]."""
+    """A network that finds faces in pictures."""
 
-    def find(
-        self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float
-    ) -> Detections: ...
+    def find(self, pictures: Float[Array, "B H W 3"], faces: int, threshold: float) -> Detections:
+        """Find the best faces of each picture.
+
+        Args:
+          pictures: values in [-1, 1].
+          faces: K, number of faces to return; missing ones are masked.
+          threshold: minimum score, in [0, 1].
+        """
+        ...
 
 
 @runtime_checkable

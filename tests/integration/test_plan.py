@@ -15,7 +15,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model, hardware, plan, programs
 from jax_idgrpo.rewards.planned import HostReward, planned_judge
-from jax_idgrpo.rewards.vlm import files
+from jax_idgrpo.rewards.vlm.settings import Settings
 from jax_idgrpo.training import setup
 from tests.helpers.paths import CONFIGS
 from tests.helpers.tiny_run import tiny
@@ -406,9 +406,7 @@ def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
         },
     }
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    (tmp_path / "model_config.json").write_text(
-        json.dumps(files.Settings(pixels=4 * 28**2).to_json())
-    )
+    (tmp_path / "model_config.json").write_text(json.dumps(Settings(pixels=4 * 28**2).to_json()))
     wanted = dataclasses.replace(tiny(2), reward=config.RewardConfig(vlm=str(tmp_path)))
     found = planned(wanted)
     assert programs.chip_bytes(found["reward"].arguments[0]) < 1e6

@@ -15,6 +15,7 @@ from jax_idgrpo.models.qwen_vl import VisionConfig
 from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
+from jax_idgrpo.rewards.vlm.settings import Settings
 from tests.helpers import vlm_folders
 
 TOKEN = "<|SA_reward|>"
@@ -293,7 +294,7 @@ def test_photos_and_words_are_made_ready_once(released, monkeypatch):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_other_poolings_see_the_whole_turn_and_the_caption(released, pooling):
-    settings = files.Settings(
+    settings = Settings(
         dimensions=("VQ", "MQ", "TA"),
         pooling=pooling,
         rank=0,

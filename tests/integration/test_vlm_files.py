@@ -14,6 +14,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.qwen_vl import QwenReward, Sequences
 from jax_idgrpo.rewards.vlm import files
+from jax_idgrpo.rewards.vlm.settings import Settings
 from tests.helpers import vlm_folders
 from tests.helpers.comparison import relative_error
 
@@ -130,7 +131,7 @@ def test_names_of_transformers_5_are_read_too(folders, tmp_path):
 
 def test_a_reward_starts_as_its_base_with_a_fresh_adapter(folders):
     root = folders[0]
-    settings = files.Settings(
+    settings = Settings(
         dimensions=("VQ", "MQ", "TA"), rank=2, alpha=4.0, mean=(0.0,) * 3, deviation=(1.0,) * 3
     )
     first, same, other = (

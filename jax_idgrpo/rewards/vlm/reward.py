@@ -27,8 +27,9 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Photo, References, Terms
 from jax_idgrpo.rewards.vlm import inputs
-from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, Settings, load
+from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, load
 from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting
+from jax_idgrpo.rewards.vlm.settings import Settings
 from jax_idgrpo.sampling import conditioning
 
 
