@@ -33,9 +33,10 @@ def runs(folder: Path) -> None:
     """Train for two steps in one go, and for one step and then another."""
     for name, stops in (("whole", [2]), ("stopped", [1, 2])):
         for steps in stops:
-            config = tiny(steps)
-            model = dataclasses.replace(config.model, remat="full")  # as in the recipes
-            train(dataclasses.replace(config, model=model), folder / name)
+            config = tiny(steps, steps=2)
+            model = dataclasses.replace(config.model, remat="full", unroll=False)
+            run = dataclasses.replace(config.run, save_every=1, sample_every=0)
+            train(dataclasses.replace(config, model=model, run=run), folder / name)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,24 @@
 """Random faces of known people, as inputs of the identity reward."""
 
+import functools
+
+import jax
 import numpy as np
 
+from jax_idgrpo.rewards import identity
 from jax_idgrpo.rewards.photo_copy import SIDE
+
+CONFIG = identity.IdentityConfig()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def terms(inputs, config=CONFIG):
+    """Return the terms of the identity reward for inputs such as those of `case`."""
+    return identity.reward_terms(**inputs, config=config)
 
 
 def unit(rng, *shape):
+    """Return random vectors of length 1."""
     x = rng.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
