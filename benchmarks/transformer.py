@@ -282,10 +282,7 @@ def ours(network: WanTransformer, given: Inputs, steps: int, size: Size) -> Side
     def sample() -> rollout.Trajectory:
         given = (
             actor,
-            state.params,
-            base,
-            conditioning,
-            negative,
+            policy.PolicyInputs(state.params, base, conditioning, negative),
             schedule,
             row_keys,
             row_keys,

@@ -28,6 +28,7 @@ from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling import conditioning, policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, lora_scale
 from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
+from jax_idgrpo.sampling.policy import PolicyInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Sampler:
         mesh = self.pipe.transformer.config.mesh
         if mesh is not None:
             asked, noise = sharding.device_put_global((asked, noise), sharding.batch_sharding(mesh))
-        networks = model.policy, model.lora, model.base
-        latents = rollout.generate(*networks, asked, self.negative, self.schedule, noise)
+        inputs = PolicyInputs(model.lora, model.base, asked, self.negative)
+        latents = rollout.generate(model.policy, inputs, self.schedule, noise)
         frames = asked.video_frames(self.config.data.max_people)
         return rollout.decode(nnx.split(self.pipe.vae), latents, asked.video_start, frames)
 

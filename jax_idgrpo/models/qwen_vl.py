@@ -657,7 +657,7 @@ def merge_order(height: int, width: int, merge: int) -> Int[np.ndarray, "patches
       merge: side of a cell, patches.
     """
     places = np.indices((height, width))
-    return rearrange(places, "axis (h m) (w n) -> (h w m n) axis", m=merge, n=merge)
+    return rearrange(places, "place (h m) (w n) -> (h w m n) place", m=merge, n=merge)
 
 
 def windows(height: int, width: int, config: VisionConfig) -> list[Int[np.ndarray, " n"]]:

@@ -40,6 +40,7 @@ from jax_idgrpo.rewards.vlm.reward import VlmReward
 from jax_idgrpo.sampling import rollout
 from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.pipeline import Architecture, read_architecture
+from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.setup import Run
 
@@ -188,7 +189,7 @@ def _shares(run: Run, reward: Planned) -> bool:
 
 def _chunk(run: Run, sampling: Program) -> update.Rollout:
     """Return the shapes that a training step stores of one call of its rollout."""
-    config, (_, _, asked, *_) = run.config, sampling.arguments
+    config, asked = run.config, sampling.arguments[0].conditioning
     trajectory = rows_of(run, jax.eval_shape(sampling.function, *sampling.arguments))
     people, count, size = None, config.rows_per_call, config.video
     if config.grpo.through_reward:
@@ -279,20 +280,16 @@ def _sampling(run: Run) -> Program:
     )
 
     def sample(
-        lora: Any,
-        base: Any,
-        asked: Any,
-        negative: Any,
-        schedule: Any,
-        starts: Any,
-        noise: Any,
-        window: Any,
+        inputs: PolicyInputs,
+        schedule: rollout.Schedule,
+        starts: jax.Array,
+        noise: jax.Array,
+        window: rollout.Window,
     ) -> rollout.Trajectory:
-        return setup.sample(
-            config, (run.policy, lora, base, asked, negative), schedule, starts, noise, window
-        )
+        return setup.sample(config, run.policy, inputs, schedule, starts, noise, window)
 
-    given = (run.state.params, run.base, asked, run.negative, run.schedule, keys, keys, window)
+    inputs = PolicyInputs(run.state.params, run.base, asked, run.negative)
+    given = (inputs, run.schedule, keys, keys, window)
     return Program("rollout", jax.jit(sample), given, run.mesh.size, 0.0, 0)
 
 
@@ -399,7 +396,8 @@ def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Pro
     actor = dataclasses.replace(
         run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
     )
-    given = (actor, run.state.params, run.base, asked, run.negative, schedule, x)
+    inputs = PolicyInputs(run.state.params, run.base, asked, run.negative)
+    given = (actor, inputs, schedule, x)
     beside = held + chip_bytes(video)
     yield Program(
         "evaluation: sample",

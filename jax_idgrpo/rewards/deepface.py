@@ -41,7 +41,7 @@ from PIL import Image
 from checkpoints_convert.faces import ARCFACE_TEMPLATE, FACES
 from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards.base import ReferenceFaces, References, frame_numbers
+from jax_idgrpo.rewards.base import ReferenceFaces, frame_numbers
 from jax_idgrpo.rewards.faces import align, load_embedder, normalise
 from jax_idgrpo.rewards.host import HostPool, Pending
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
@@ -287,30 +287,12 @@ class HostFaceReward:
         self.faces, self.frames, self.config = faces, frames, config
         self._pool, self._device = pool or HostPool(), host_device()
         self._reward = jax.jit(functools.partial(reward_terms, config=config))
-        self._encode = PhotoEncoder(self._photo_face)
+        self.encode_references = PhotoEncoder(self._photo_face)
 
     @functools.cached_property
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms of every video."""
         return term_names(self.config)
-
-    def encode_references(
-        self,
-        references: References,
-        prompts: Sequence[str],
-        video: tuple[int, int, int] | None = None,
-    ) -> ReferenceFaces:
-        """Encode the largest face of each photo, once per photo, for videos of any size.
-
-        Args:
-          references: the photos of the prompts.
-          prompts: the texts of the prompts.
-          video: unused.
-
-        Raises:
-          UserError: a photo shows no face; the message names the photo.
-        """
-        return self._encode(references, prompts)
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
         """Return the largest face of a photo; None if the photo shows none."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from PIL import Image
 
 from jax_idgrpo.models.faces.bundled_detector import Detections, Detector
-from jax_idgrpo.rewards.base import ReferenceFaces, References, Terms, frame_numbers
+from jax_idgrpo.rewards.base import ReferenceFaces, Terms, frame_numbers
 from jax_idgrpo.rewards.faces import FaceStack, align, load_stack, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
@@ -127,7 +127,7 @@ class FaceReward:
             np.asarray(stack.template, np.float32),
             stack.embedder.config.input_size,
         )
-        self._encode = PhotoEncoder(self._photo_face)
+        self.encode_references = PhotoEncoder(self._photo_face)
 
     @functools.cached_property
     def term_names(self) -> tuple[str, ...]:
@@ -150,24 +150,6 @@ class FaceReward:
             crops=jax.ShapeDtypeStruct((rows, people, SIDE, SIDE, 3), jnp.float32),
             mask=jax.ShapeDtypeStruct((rows, people), jnp.bool),
         )
-
-    def encode_references(
-        self,
-        references: References,
-        prompts: Sequence[str],
-        video: tuple[int, int, int] | None = None,
-    ) -> ReferenceFaces:
-        """Encode the largest face of each photo, once per photo, for videos of any size.
-
-        Args:
-          references: the photos of the prompts.
-          prompts: the texts of the prompts.
-          video: unused.
-
-        Raises:
-          UserError: a photo shows no face; the message names the photo.
-        """
-        return self._encode(references, prompts)
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
         """Return the largest face of a photo; None if the photo shows none."""

@@ -178,7 +178,7 @@ def photo_crop(
 
 
 class PhotoEncoder:
-    """Encode every photo once, and arrange the results by prompt."""
+    """Encode photos as `Reward.encode_references` does; each photo is encoded once."""
 
     def __init__(self, look: Callable[[Image.Image], PhotoFace | None]):
         """Start with an empty cache.
@@ -189,11 +189,21 @@ class PhotoEncoder:
         self._look = look
         self._found: dict[Hashable, PhotoFace] = {}
 
-    def __call__(self, references: References, prompts: Sequence[str]) -> ReferenceFaces:
-        """Encode the photos of some prompts.
+    def __call__(
+        self,
+        references: References,
+        prompts: Sequence[str],
+        video: tuple[int, int, int] | None = None,
+    ) -> ReferenceFaces:
+        """Encode the largest face of each photo, once per photo, for videos of any size.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+          video: unused.
 
         Raises:
-          UserError: a photo shows no face.
+          UserError: a photo shows no face; the message names the photo.
         """
         rows = [
             [

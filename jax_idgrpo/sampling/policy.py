@@ -16,12 +16,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import PromptCache, WanTransformer, unstack_blocks
 from jax_idgrpo.sampling.conditioning import Conditioning
+
+
+@struct.dataclass
+class PolicyInputs:
+    """Arrays that a velocity depends on besides its latents and timestep.
+
+    Attributes:
+      lora: adapter state; None is the frozen base.
+      base: base state.
+      conditioning: of the B rows.
+      negative: encoded negative prompt, shared by all rows; unused without guidance.
+    """
+
+    lora: nnx.State | None
+    base: nnx.State
+    conditioning: Conditioning
+    negative: Float[Array, "L D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +76,12 @@ class Policy:
     # replay. Inputs without gradients get their own barrier: a shared one would materialise
     # gradients for the frozen weights.
 
-    def prefill(
-        self,
-        lora: nnx.State | None,
-        base: nnx.State,
-        conditioning: Conditioning,
-        negative: Float[Array, "L D"],
-    ) -> PromptCache:
-        """Compute the part of a velocity that depends only on the prompts, for all noise levels.
-
-        Args:
-          lora: adapter state; None is the frozen base.
-          base: base state.
-          conditioning: of the B rows.
-          negative: encoded negative prompt, shared by all rows; unused without guidance.
-        """
-        text, control = conditioning.text, conditioning.control
-        lora = jax.lax.optimization_barrier(lora)
+    def prefill(self, inputs: PolicyInputs) -> PromptCache:
+        """Compute the part of a velocity that depends only on the prompts, for all noise levels."""
+        text, control = inputs.conditioning.text, inputs.conditioning.control
+        lora = jax.lax.optimization_barrier(inputs.lora)
         base, text, control, negative = jax.lax.optimization_barrier(
-            (base, text, control, negative)
+            (inputs.base, text, control, inputs.negative)
         )
         others = [jnp.broadcast_to(negative, text.shape)] * (self.branches - 1)
         cache = self._network(lora, base).prefill(_together([text, *others]), control)
@@ -86,31 +90,24 @@ class Policy:
 
     def velocity(
         self,
-        lora: nnx.State | None,
-        base: nnx.State,
+        inputs: PolicyInputs,
         x: Float[Array, "B frames H W C"],
         timestep: Int[Array, "..."],
-        conditioning: Conditioning,
-        negative: Float[Array, "L D"],
         cache: PromptCache | None = None,
     ) -> Float[Array, "B frames H W C"]:
         """Compute the guided velocity, float32.
 
         Args:
-          lora: adapter state; None is the frozen base.
-          base: base state.
+          inputs: adapter, weights and prompts.
           x: latents that are denoised: the video, for VACE with references and padding.
           timestep: integers 0 .. 999, one for all rows or one per row.
-          conditioning: of the B rows.
-          negative: encoded negative prompt, shared by all rows; unused without guidance.
-          cache: result of `prefill` for the same adapter, conditioning and negative prompt; None
-            computes it.
+          cache: result of `prefill` for the same inputs; None computes it.
         """
-        cache = self.prefill(lora, base, conditioning, negative) if cache is None else cache
+        cache = self.prefill(inputs) if cache is None else cache
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
-        lora, x, main, vace = jax.lax.optimization_barrier((lora, x, cache.main, cache.vace))
+        lora, x, main, vace = jax.lax.optimization_barrier((inputs.lora, x, cache.main, cache.vace))
         base, timestep, conditioning, control = jax.lax.optimization_barrier(
-            (base, timestep, conditioning, cache.control)
+            (inputs.base, timestep, inputs.conditioning, cache.control)
         )
         frames = x.shape[1]
 

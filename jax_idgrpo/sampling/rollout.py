@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import RolloutConfig
 from jax_idgrpo.sampling.conditioning import Conditioning, video_latents
-from jax_idgrpo.sampling.policy import Policy
+from jax_idgrpo.sampling.policy import Policy, PolicyInputs
 
 
 @flax.struct.dataclass
@@ -162,10 +162,7 @@ Record = tuple[
 @functools.partial(jax.jit, static_argnums=0)
 def sample(
     policy: Policy,
-    lora: nnx.State | None,
-    base: nnx.State,
-    conditioning: Conditioning,
-    negative: Float[Array, "L D"],
+    inputs: PolicyInputs,
     schedule: Schedule,
     starts: Key[Array, " B"],
     rows: Key[Array, " B"],
@@ -175,17 +172,14 @@ def sample(
 
     Args:
       policy: structure of the transformer.
-      lora: adapter state; None is the frozen base.
-      base: base state.
-      conditioning: of the B rows.
-      negative: encoded negative prompt.
+      inputs: adapter, weights and prompts of the B rows.
       schedule: the denoising steps.
       starts: keys of the videos' start noise.
       rows: keys of the videos (`rng.row_keys`).
       window: the stochastic steps.
     """
-    x = _start(starts, conditioning)
-    cache = policy.prefill(lora, base, conditioning, negative)
+    x = _start(starts, inputs.conditioning)
+    cache = policy.prefill(inputs)
     last = schedule.timestep.shape[0] - 1
 
     def body(
@@ -193,13 +187,13 @@ def sample(
     ) -> tuple[tuple[Array, Record], None]:
         x, record = carry
         index, timestep, sigma, sigma_next, transition = step
-        v = policy.velocity(lora, base, x, timestep, conditioning, negative, cache)
+        v = policy.velocity(inputs, x, timestep, cache)
         drawn = flow.step(
             transition,
             x,
             v,
             noise=rng.step_noise(rows, index, x.shape[1:]),
-            mask=conditioning.frame_mask,
+            mask=inputs.conditioning.frame_mask,
         )
         position = index - window.start
         draws = (position >= 0) & (position < window.size) | (window.final_noise & (index == last))
@@ -235,10 +229,7 @@ def sample(
 @functools.partial(jax.jit, static_argnums=0)
 def denoise(
     policy: Policy,
-    lora: nnx.State | None,
-    base: nnx.State,
-    conditioning: Conditioning,
-    negative: Float[Array, "L D"],
+    inputs: PolicyInputs,
     schedule: Schedule,
     x: Float[Array, "B frames H W C"],
 ) -> Float[Array, "B frames H W C"]:
@@ -246,21 +237,18 @@ def denoise(
 
     Args:
       policy: structure of the transformer.
-      lora: adapter state; None is the frozen base.
-      base: base state.
-      conditioning: of the B rows.
-      negative: encoded negative prompt.
+      inputs: adapter, weights and prompts of the B rows.
       schedule: the denoising steps.
       x: latents at the schedule's first noise level.
 
     Returns:
       Latents at the schedule's last noise level.
     """
-    cache = policy.prefill(lora, base, conditioning, negative)
+    cache = policy.prefill(inputs)
 
     def body(state: flow.SolverState, step: tuple[Any, ...]) -> tuple[flow.SolverState, None]:
         timestep, sigma, solver = step
-        v = policy.velocity(lora, base, state.x, timestep, conditioning, negative, cache)
+        v = policy.velocity(inputs, state.x, timestep, cache)
         return flow.solver_step(solver, state, v, sigma), None
 
     return jax.lax.scan(
@@ -270,10 +258,7 @@ def denoise(
 
 def generate(
     policy: Policy,
-    lora: nnx.State | None,
-    base: nnx.State,
-    conditioning: Conditioning,
-    negative: Float[Array, "L D"],
+    inputs: PolicyInputs,
     schedule: Schedule,
     rows: Key[Array, " B"],
 ) -> Float[Array, "B frames H W C"]:
@@ -281,14 +266,11 @@ def generate(
 
     Args:
       policy: structure of the transformer.
-      lora: adapter state; None is the frozen base.
-      base: base state.
-      conditioning: of the B rows.
-      negative: encoded negative prompt.
+      inputs: adapter, weights and prompts of the B rows.
       schedule: the denoising steps.
       rows: keys of the videos' start noise.
     """
-    return denoise(policy, lora, base, conditioning, negative, schedule, _start(rows, conditioning))
+    return denoise(policy, inputs, schedule, _start(rows, inputs.conditioning))
 
 
 @functools.partial(jax.jit, static_argnames="frames")

@@ -166,13 +166,10 @@ def score_latents(
     return function(state, video, people)["reward"]
 
 
-Given = tuple[policy.Policy, nnx.State, nnx.State, conditioning.Conditioning, Float[Array, "L D"]]
-"""Inputs of a velocity besides latents: policy, adapter, base, conditioning, negative prompt."""
-
-
 def sample(
     config: Config,
-    given: Given,
+    actor: policy.Policy,
+    inputs: policy.PolicyInputs,
     schedule: rollout.Schedule,
     start_keys: Key[Array, " B"],
     noise_keys: Key[Array, " B"],
@@ -185,20 +182,22 @@ def sample(
 
     Args:
       config: the run.
-      given: inputs of the velocity besides its latents.
+      actor: structure of the transformer.
+      inputs: adapter, weights and prompts of the rows.
       schedule: noise schedule of the rollout.
       start_keys: random keys of the start noise.
       noise_keys: random keys of the noise of stochastic steps.
       window: trained steps of each row.
     """
     if config.grpo.replays:
-        return rollout.sample(*given, schedule, start_keys, noise_keys, window)
+        return rollout.sample(actor, inputs, schedule, start_keys, noise_keys, window)
     if config.grpo.through_reward:
         before = config.rollout.steps - config.grpo.gradient_steps
-        x = rollout.generate(*given, schedule.part(0, before), start_keys)
-        latents = rollout.denoise(*given, schedule.part(before, config.rollout.steps), x)
+        x = rollout.generate(actor, inputs, schedule.part(0, before), start_keys)
+        last = schedule.part(before, config.rollout.steps)
+        latents = rollout.denoise(actor, inputs, last, x)
         return rollout.Trajectory(latents=latents, x=x[:, None])
-    return rollout.Trajectory(latents=rollout.generate(*given, schedule, start_keys))
+    return rollout.Trajectory(latents=rollout.generate(actor, inputs, schedule, start_keys))
 
 
 def forward_passes(config: Config, branches: int) -> dict[str, float]:

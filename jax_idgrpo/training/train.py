@@ -32,6 +32,7 @@ from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.sampling import conditioning, rollout
+from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training.checkpoint import open_checkpoints, resume
 from jax_idgrpo.training.keeper import Keeper
 from jax_idgrpo.training.lock import exclusive
@@ -317,8 +318,8 @@ def roll_out(
         )
         place = sharding.device_put_global(jnp.int32(number), whole)
         with jax.transfer_guard("disallow"):
-            given = (run.policy, state.params, run.base, condition, run.negative)
-            trajectory = sample(run.config, given, run.schedule, starts, noise, window)
+            inputs = PolicyInputs(state.params, run.base, condition, run.negative)
+            trajectory = sample(run.config, run.policy, inputs, run.schedule, starts, noise, window)
             frames = condition.video_frames(run.config.data.max_people)
             video = rollout.decode(run.vae, trajectory.latents, condition.video_start, frames)
             part = Rollout(

@@ -28,9 +28,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import GrpoConfig
+from jax_idgrpo.config.objectives import LATENTS, REPLAY, REWARD
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.conditioning import Conditioning
-from jax_idgrpo.sampling.policy import Policy
+from jax_idgrpo.sampling.policy import Policy, PolicyInputs
 from jax_idgrpo.sampling.rollout import Schedule, Trajectory
 from jax_idgrpo.training.state import TrainState, apply_gradients
 
@@ -190,27 +191,42 @@ class Networks:
     scorer: Any = None
 
 
-def replayed_loss(
-    rule: UpdateRule,
-    lora: nnx.State,
-    networks: Networks,
-    chunk: Rollout,
-    schedule: Schedule,
-    number: Int[Array, ""],
-) -> Rows:
+@flax.struct.dataclass
+class LossInputs:
+    """Everything that the loss of one chunk at one noise level depends on besides the adapter.
+
+    Attributes:
+      networks: arrays that do not change.
+      chunk: R rows of the rollout.
+      schedule: noise schedule of the rollout.
+      number: step within the window, or index of the noise level in [0, times); from 0.
+      optimizer_step: optimizer steps done before this one; varies the noise of new noise levels.
+    """
+
+    networks: Networks
+    chunk: Rollout
+    schedule: Schedule
+    number: Int[Array, ""]
+    optimizer_step: Int[Array, ""]
+
+    def policy_inputs(self, lora: nnx.State | None) -> PolicyInputs:
+        """Return the inputs of the policy with an adapter, or without one."""
+        networks = self.networks
+        return PolicyInputs(lora, networks.base, self.chunk.conditioning, networks.negative)
+
+
+def replayed_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     """Compute the objective of kind "replay" at one step of the rows' windows.
 
     Args:
       rule: static part of the update.
       lora: adapter to differentiate.
-      networks: arrays that do not change.
-      chunk: R rows of the rollout.
-      schedule: noise schedule of the rollout.
-      number: step within the window, from 0.
+      given: the other inputs.
 
     Returns:
       `policy_loss`, `ratio` and other logged values, per row.
     """
+    chunk, schedule, number = given.chunk, given.schedule, given.number
     wanted, trajectory, mask = rule.grpo, chunk.trajectory, chunk.conditioning.frame_mask
     x, x_next, v_old = (
         jax.lax.dynamic_index_in_dim(array, n, axis=1, keepdims=False)
@@ -224,14 +240,8 @@ def replayed_loss(
     transition = schedule.transition.at(index)
 
     def velocity(adapter: nnx.State | None) -> Array:
-        return rule.policy.velocity(
-            adapter,
-            networks.base,
-            x,
-            schedule.timestep[index],
-            chunk.conditioning,
-            networks.negative,
-        )
+        inputs = given.policy_inputs(adapter)
+        return rule.policy.velocity(inputs, x, schedule.timestep[index])
 
     v = velocity(lora)
     step = grpo.Replayed(
@@ -268,42 +278,28 @@ def _noise_level(
     return sigma, flow.timestep(sigma)
 
 
-def matched_loss(
-    rule: UpdateRule,
-    lora: nnx.State,
-    networks: Networks,
-    chunk: Rollout,
-    schedule: Schedule,
-    number: Int[Array, ""],
-    optimizer_step: Int[Array, ""],
-) -> Rows:
+def matched_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     """Compute the objective of kind "latents" at one noise level of the rows' final latents.
 
     Args:
       rule: static part of the update.
       lora: adapter to differentiate.
-      networks: arrays that do not change.
-      chunk: R rows of the rollout.
-      schedule: noise schedule of the rollout.
-      number: index of the noise level, in [0, times).
-      optimizer_step: optimizer steps done before this one; varies the noise.
+      given: the other inputs.
 
     Returns:
       `policy_loss` and other logged values, per row.
     """
-    wanted, mask, x0 = rule.grpo, chunk.conditioning.frame_mask, chunk.trajectory.latents
-    draw = optimizer_step * wanted.times + number
-    sigma, timestep = _noise_level(
-        wanted.levels, (number + rng.step_uniform(chunk.noise, draw)) / wanted.times, schedule
-    )
+    networks, chunk, wanted = given.networks, given.chunk, rule.grpo
+    mask, x0 = chunk.conditioning.frame_mask, chunk.trajectory.latents
+    draw = given.optimizer_step * wanted.times + given.number
+    u = (given.number + rng.step_uniform(chunk.noise, draw)) / wanted.times
+    sigma, timestep = _noise_level(wanted.levels, u, given.schedule)
     noise = rng.step_noise(chunk.noise, draw, x0.shape[1:])
     along = sigma[:, None, None, None, None]
     x, target = (1 - along) * x0 + along * noise, noise - x0
 
     def velocity(adapter: nnx.State | None) -> Array:
-        return rule.policy.velocity(
-            adapter, networks.base, x, timestep, chunk.conditioning, networks.negative
-        )
+        return rule.policy.velocity(given.policy_inputs(adapter), x, timestep)
 
     v = velocity(lora)
     v_old = jax.lax.stop_gradient(v if networks.old is None else velocity(networks.old))
@@ -325,9 +321,7 @@ def matched_loss(
     return rows
 
 
-def rewarded_loss(
-    rule: UpdateRule, lora: nnx.State, networks: Networks, chunk: Rollout, schedule: Schedule
-) -> Rows:
+def rewarded_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     """Compute the objective of kind "reward": minus the reward after `gradient_steps` Euler steps.
 
     The distance from the base is summed over these steps. The method is DRaFT-K (arXiv 2309.17400),
@@ -338,25 +332,21 @@ def rewarded_loss(
     Args:
       rule: static part of the update.
       lora: adapter to differentiate.
-      networks: arrays that do not change.
-      chunk: R rows of the rollout.
-      schedule: noise schedule of the rollout.
+      given: the other inputs.
 
     Returns:
       `policy_loss` and other logged values, per row.
     """
-    wanted, conditioning = rule.grpo, chunk.conditioning
-    steps = schedule.timestep.shape[0]
-    last = schedule.part(steps - wanted.gradient_steps, steps)
+    wanted, chunk, conditioning = rule.grpo, given.chunk, given.chunk.conditioning
+    steps = given.schedule.timestep.shape[0]
+    last = given.schedule.part(steps - wanted.gradient_steps, steps)
 
     @jax.checkpoint
     def body(x: Array, step: tuple[Array, ...]) -> tuple[Array, Array]:
         timestep, sigma, sigma_next = step
 
         def velocity(adapter: nnx.State | None) -> Array:
-            return rule.policy.velocity(
-                adapter, networks.base, x, timestep, conditioning, networks.negative
-            )
+            return rule.policy.velocity(given.policy_inputs(adapter), x, timestep)
 
         v = velocity(lora)
         reference = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 else v
@@ -367,9 +357,13 @@ def rewarded_loss(
     begin = jnp.squeeze(chunk.trajectory.x, axis=1)
     latents, away = jax.lax.scan(body, begin, (last.timestep, last.sigma[:-1], last.sigma[1:]))
     assert rule.score is not None
-    reward = jax.checkpoint(rule.score)(networks.scorer, latents, conditioning, chunk.people)
+    reward = jax.checkpoint(rule.score)(given.networks.scorer, latents, conditioning, chunk.people)
     rows = wanted.definition.function(reward, wanted)
     return rows | ({"kl": jnp.sum(away, axis=0)} if wanted.kl > 0 else {})
+
+
+LOSSES = {REPLAY: replayed_loss, LATENTS: matched_loss, REWARD: rewarded_loss}
+"""Loss of each kind of objective."""
 
 
 def gradients(
@@ -422,12 +416,8 @@ def _gradients(
     def loss(
         lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array
     ) -> tuple[Array, Rows]:
-        if wanted.replays:
-            rows = replayed_loss(rule, lora, networks, chunk, schedule, number)
-        elif wanted.through_reward:
-            rows = rewarded_loss(rule, lora, networks, chunk, schedule)
-        else:
-            rows = matched_loss(rule, lora, networks, chunk, schedule, number, optimizer_step)
+        given = LossInputs(networks, chunk, schedule, number, optimizer_step)
+        rows = LOSSES[wanted.definition.kind](rule, lora, given)
         total = scale * rows["policy_loss"] + wanted.kl * rows.get("kl", 0.0)
         return jnp.sum(jnp.where(weight > 0, weight * total, 0.0)), rows
 

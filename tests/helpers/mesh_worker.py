@@ -85,7 +85,12 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
     trajectory = rollout.sample(
-        actor, state.params, base, condition, negative, schedule, noise, noise, window
+        actor,
+        policy.PolicyInputs(state.params, base, condition, negative),
+        schedule,
+        noise,
+        noise,
+        window,
     )
     whole = sharding.device_put_global(random(weights), sharding.replicated(mesh))
     decoded = (graph, whole), trajectory.latents, condition.references, FRAMES

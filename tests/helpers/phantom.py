@@ -16,6 +16,7 @@ from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.sampling import pipeline, policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning
+from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training import update
 from tests.helpers.noise import add_noise
 
@@ -99,7 +100,12 @@ def sampled(parts, rows=slice(None), given=None):
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], WINDOW)
     trajectory = rollout.sample(
-        actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows], NOISE[rows], window
+        actor,
+        PolicyInputs(lora, base, given, NEGATIVE),
+        SCHEDULE,
+        NOISE[rows],
+        NOISE[rows],
+        window,
     )
     return update.Rollout(
         trajectory=trajectory, conditioning=given, start=window.start, noise=NOISE[rows]

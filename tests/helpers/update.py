@@ -15,6 +15,7 @@ from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
+from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training import update
 from tests.helpers.noise import add_noise
 
@@ -74,7 +75,12 @@ def sampled(parts, rows=slice(None), given=None, schedule=SCHEDULE, window=None)
     given = given or jax.tree.map(lambda leaf: leaf[rows], asked())
     window = jax.tree.map(lambda leaf: leaf[rows], window or whole())
     trajectory = rollout.sample(
-        actor, lora, base, given, NEGATIVE, schedule, NOISE[rows], NOISE[rows], window
+        actor,
+        PolicyInputs(lora, base, given, NEGATIVE),
+        schedule,
+        NOISE[rows],
+        NOISE[rows],
+        window,
     )
     return update.Rollout(
         trajectory=trajectory, conditioning=given, start=window.start, noise=AGAIN[rows]
@@ -85,7 +91,9 @@ def generated(parts, rows=slice(None)):
     """A chunk of a rollout of which only the final latents are kept."""
     actor, lora, base = parts
     given = jax.tree.map(lambda leaf: leaf[rows], asked())
-    latents = rollout.generate(actor, lora, base, given, NEGATIVE, SCHEDULE, NOISE[rows])
+    latents = rollout.generate(
+        actor, PolicyInputs(lora, base, given, NEGATIVE), SCHEDULE, NOISE[rows]
+    )
     return update.Rollout(
         trajectory=rollout.Trajectory(latents=latents),
         conditioning=given,
@@ -198,7 +206,7 @@ def assert_reward_gradient_climbs(last):
     actor, lora, base = model()
     weights = jnp.asarray(np.random.default_rng(7).normal(size=asked().latent_shape), jnp.float32)
     people = jnp.asarray([1.0, 2.0, 1.0, 0.5])
-    given = (actor, lora, base, asked(), NEGATIVE)
+    given = (actor, PolicyInputs(lora, base, asked(), NEGATIVE))
     middle = rollout.generate(*given, SCHEDULE.part(0, STEPS - last), NOISE)
     latents = rollout.denoise(*given, SCHEDULE.part(STEPS - last, STEPS), middle)
     np.testing.assert_allclose(latents, rollout.generate(*given, SCHEDULE, NOISE), atol=1e-5)

@@ -72,7 +72,9 @@ def test_guided_velocity_equals_the_original(case):
     latents, references = arrays["latents"], arrays["references"]
     count = len(latents)
     velocity = jax.jit(
-        lambda row, given, negative: actor.velocity(None, base, row, given[0], given[1], negative)
+        lambda row, given, negative: actor.velocity(
+            policy.PolicyInputs(None, base, given[1], negative), row, given[0]
+        )
     )
     for row in range(count):
         one = slice(row, row + 1)

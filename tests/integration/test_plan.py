@@ -153,7 +153,7 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
     assert batch.advantage.size == wanted.trained_rows
     assert found["update"].calls == wanted.grpo.updates
     assert (batch.conditioning.control is None) == ("phantom" in name)
-    asked = found["evaluation: sample"].arguments[3]
+    asked = found["evaluation: sample"].arguments[1].conditioning
     assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)
     for name in ("evaluation: reward", "evaluation: judge"):
         _, video, people = found[name].arguments

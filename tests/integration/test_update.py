@@ -16,6 +16,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model
 from jax_idgrpo.sampling import rollout
 from jax_idgrpo.sampling.conditioning import select
+from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.state import start
 from tests.helpers.update import (
@@ -81,7 +82,8 @@ def test_rows_outside_their_window_take_euler_steps():
     actor, lora, base = model()
     late = sampled((actor, lora, base), window=whole(jnp.asarray([1, 1, 0, 0]), 1)).trajectory
     start = rng.step_noise(NOISE, -1, asked().latent_shape)
-    v = actor.velocity(lora, base, start, SCHEDULE.timestep[0], asked(), NEGATIVE)
+    inputs = PolicyInputs(lora, base, asked(), NEGATIVE)
+    v = actor.velocity(inputs, start, SCHEDULE.timestep[0])
     euler = start + v * (SCHEDULE.sigma[1] - SCHEDULE.sigma[0])
     np.testing.assert_allclose(late.x[:2, 0], euler[:2], atol=1e-5)
     still = sampled(
@@ -156,12 +158,12 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
     actor, lora, base = model()
     on_device = sharding.replicated(sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     given, schedule, noise, window = sharding.device_put_global(
-        ((lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device
+        (PolicyInputs(lora, base, asked(), NEGATIVE), SCHEDULE, NOISE, whole()), on_device
     )
     with jax.transfer_guard("disallow"):
-        trajectory = setup.sample(config, (actor, *given), schedule, noise, noise, window)
+        trajectory = setup.sample(config, actor, given, schedule, noise, noise, window)
     np.testing.assert_allclose(
-        trajectory.latents, rollout.generate(actor, *given, schedule, noise), atol=1e-5
+        trajectory.latents, rollout.generate(actor, given, schedule, noise), atol=1e-5
     )
 
 
@@ -365,7 +367,7 @@ def test_generate_is_sampling_without_noise():
         transition=flow.identity_sde(quiet.sigma[:-1], quiet.sigma[1:], quiet.sigma[1], 0.0)
     )
     still = sampled((actor, lora, base), schedule=quiet).trajectory.latents
-    got = rollout.generate(actor, lora, base, asked(), NEGATIVE, SCHEDULE, NOISE)
+    got = rollout.generate(actor, PolicyInputs(lora, base, asked(), NEGATIVE), SCHEDULE, NOISE)
     np.testing.assert_allclose(got, still, atol=1e-5)
 
 
@@ -380,7 +382,12 @@ def test_a_group_may_start_from_one_noise_and_parts_at_its_first_stochastic_step
     given = select(asked(), np.array([0, 0, 2, 2]))
     keys_of_start = NOISE[jnp.asarray([0, 0, 2, 2])]
     x = rollout.sample(
-        actor, lora, base, given, NEGATIVE, SCHEDULE, keys_of_start, NOISE, whole()
+        actor,
+        PolicyInputs(lora, base, given, NEGATIVE),
+        SCHEDULE,
+        keys_of_start,
+        NOISE,
+        whole(),
     ).x
     np.testing.assert_array_equal(x[0, 0], x[1, 0])
     assert float(jnp.abs(x[0, 0] - x[2, 0]).max()) > 0.1
@@ -391,16 +398,17 @@ def test_what_depends_on_the_prompt_alone_is_computed_once_per_rollout():
     """The arithmetic of a rollout is that of its steps and one prefill; a velocity by itself has a prefill of its own, to the same bits."""
     actor, lora, base = model(guidance=3.0)
     latents = sampled((actor, lora, base)).trajectory.latents
+    inputs = PolicyInputs(lora, base, asked(), NEGATIVE)
 
     def rollout_of(steps):
         schedule = rollout.Schedule.make(steps, 3.0)
-        given = (lora, base, asked(), NEGATIVE, schedule, NOISE, NOISE, whole())
+        given = (inputs, schedule, NOISE, NOISE, whole())
         return cost_model.flops(jax.make_jaxpr(functools.partial(rollout.sample, actor))(*given))
 
     def velocity(prompt=None):
-        return actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE, prompt)
+        return actor.velocity(inputs, latents, SCHEDULE.timestep[0], prompt)
 
-    prefill = functools.partial(actor.prefill, lora, base, asked(), NEGATIVE)
+    prefill = functools.partial(actor.prefill, inputs)
     alone, before = (
         cost_model.flops(jax.make_jaxpr(function)()) for function in (velocity, prefill)
     )
@@ -416,7 +424,8 @@ def test_the_fence_round_a_velocity_asks_for_no_gradient_of_frozen_weights():
     latents = sampled((actor, lora, base)).trajectory.latents
 
     def total(lora):
-        return jnp.sum(actor.velocity(lora, base, latents, SCHEDULE.timestep[0], asked(), NEGATIVE))
+        inputs = PolicyInputs(lora, base, asked(), NEGATIVE)
+        return jnp.sum(actor.velocity(inputs, latents, SCHEDULE.timestep[0]))
 
     forward, gradient = (
         cost_model.flops(jax.make_jaxpr(function)(lora)) for function in (total, jax.grad(total))

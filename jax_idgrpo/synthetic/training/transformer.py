@@ -51,7 +51,7 @@ from jax_idgrpo.sampling.pipeline import (
     save_pipeline,
     save_transformer,
 )
-from jax_idgrpo.sampling.policy import Policy
+from jax_idgrpo.sampling.policy import Policy, PolicyInputs
 from jax_idgrpo.sampling.tokenizer import Tokenizer
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.training.text import tokenize
@@ -378,10 +378,7 @@ def sample_clips(
     )
     x = rollout.generate(
         policy,
-        None,
-        base,
-        given,
-        negative,
+        PolicyInputs(None, base, given, negative),
         rollout.Schedule.make(config.rollout.steps, pipe.shift),
         rows,
     )
