@@ -1,5 +1,10 @@
 """People of drawn clips are recognised by the bundled judge; average faces and other people's faces are not."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -108,3 +113,24 @@ def test_a_file_read_block_by_block_shows_the_same_people(
     np.testing.assert_array_equal(found[0].frames, found[1].frames)
     np.testing.assert_allclose(found[0].total, found[1].total, atol=2e-4)
     assert found[0].frames.max() == len(clip.numbers)
+
+
+def test_the_same_people_are_recognised_on_a_mesh(tmp_path):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    }
+    subprocess.run(
+        [sys.executable, "-m", "tests.recognition_worker", str(tmp_path / "found.npz")],
+        check=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+    with np.load(tmp_path / "found.npz") as found:
+        names = [name.removeprefix("one/") for name in found if name.startswith("one/")]
+        people = [name for name in names if name.startswith(("asked_", "taken_"))]
+        assert len(people) == 6
+        for name in names:
+            np.testing.assert_allclose(
+                found[f"mesh/{name}"], found[f"one/{name}"], atol=2e-4, err_msg=name
+            )
+        assert (found["one/taken_0"] == found["one/asked_0"]).mean() > 0.8
