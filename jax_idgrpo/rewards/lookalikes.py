@@ -79,7 +79,7 @@ def _number(found: Sequence[object]) -> str:
 
 def _examples(found: Sequence[tuple[str, str]]) -> str:
     """List the first pairs with their lines. The file of the prompts is named once."""
-    texts = []
+    texts: list[str] = []
     for where, names in found[:LISTED]:
         line = where.rpartition(", ")[2] if texts else where
         texts.append(f"{line}: {names}" if line else names)

@@ -80,14 +80,18 @@ def test_one_person_in_two_slots_is_named_with_files_and_line(tmp_path):
     (message,) = warned(prompts_of(tmp_path, people[:2], twice), low=0.0, high=0.85)
     assert message.startswith("two photos of a prompt seem to show one person twice (cosine above")
     assert f"prompts {tmp_path}/my.csv, line 3: 1-0.png and 1-2.png (0.9" in message
-    assert message.endswith("; name one photo per person") and "\n" not in message
+    assert message.endswith("; name one photo per person")
+    assert "\n" not in message
 
 
 def test_a_few_examples_stand_for_all_pairs(tmp_path):
     photo = portraits()[1]
     (message,) = warned(prompts_of(tmp_path, *[(photo, resaved(photo))] * 5), low=0.0, high=0.85)
-    assert message.startswith("5 pairs of photos of a prompt") and ", and 2 more; " in message
-    assert "line 2:" in message and "line 4:" in message and "line 5:" not in message
+    assert message.startswith("5 pairs of photos of a prompt")
+    assert ", and 2 more; " in message
+    assert "line 2:" in message
+    assert "line 4:" in message
+    assert "line 5:" not in message
     assert message.count("my.csv") == 1
 
 

@@ -37,7 +37,8 @@ def test_everybody_in_their_place_counts_one_in_every_video():
 def test_one_face_for_everybody_is_one_identity_of_all():
     taken = [[4 if one != NOBODY else NOBODY for one in row] for row in ASKED]
     recognised, identities = means(taken)
-    assert recognised == pytest.approx(1 / 3 / 4) and identities == pytest.approx(1 / 6)
+    assert recognised == pytest.approx(1 / 3 / 4)
+    assert identities == pytest.approx(1 / 6)
 
 
 def test_nobody_found_is_wrong_and_no_identity():
@@ -47,7 +48,8 @@ def test_nobody_found_is_wrong_and_no_identity():
 def test_people_in_one_another_s_place_are_other_people_but_all_there():
     taken = [[1, 0, NOBODY], [3, NOBODY, NOBODY], [4, 5, 2], [1, 0, NOBODY]]
     recognised, identities = means(taken)
-    assert recognised == 0 and identities == pytest.approx(1)
+    assert recognised == 0
+    assert identities == pytest.approx(1)
 
 
 def test_the_mean_over_videos_is_the_number_of_references_found():
@@ -61,7 +63,8 @@ def test_the_mean_over_videos_is_the_number_of_references_found():
 
 def test_scores_without_a_judge_stay_as_they_are():
     scores = {"reward": np.arange(3.0)}
-    assert summarised(scores) == scores and recognition.references_asked(scores) == 0
+    assert summarised(scores) == scores
+    assert recognition.references_asked(scores) == 0
 
 
 class Lookup:
@@ -106,7 +109,8 @@ def test_a_photo_in_several_rows_is_one_reference(gallery):
     gallery, prompts = gallery
     assert len(gallery.embeddings) == 3
     first, second, third = (gallery.of_prompt[prompt.id] for prompt in prompts)
-    assert first[0] == second[0] == third[1] and len({*first, third[0]}) == 3
+    assert first[0] == second[0] == third[1]
+    assert len({*first, third[0]}) == 3
 
 
 def test_people_are_taken_for_the_reference_most_alike_to_their_mean_face(gallery):

@@ -1,6 +1,6 @@
 """Run by integration/test_recognition.py in a process with eight devices: who is recognised on one device and on a mesh.
 
-python -m tests.recognition_worker OUT
+python -m tests.helpers.recognition_worker OUT
 """
 
 import sys
