@@ -11,7 +11,16 @@ from jax_idgrpo.config.options import Section, option, require
 from jax_idgrpo.config.video_model import EMBEDDED, require_size
 from jax_idgrpo.errors import closest
 
-PENALTIES = ("missing", "duplicated", "swapped", "switched", "blended", "area", "copied")
+PENALTIES = (
+    "missing",
+    "duplicated",
+    "swapped",
+    "switched",
+    "blended",
+    "area",
+    "copied",
+    "confused",
+)
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
 
 

@@ -25,6 +25,8 @@ LABELS = {
     "motion": "motion",
     "judge_minimum": "judge, least person",
     "judge_largest": "judge, largest face",
+    "recognised": "people recognised",
+    "identities": "identities shown / asked",
     "embedder_identity": "embedder identity",
     "count": "frames, right count",
     "swapped": "swapped (less is better)",

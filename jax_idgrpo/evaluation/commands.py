@@ -24,7 +24,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
 from jax_idgrpo.data.video import Clip, list_videos, to_uint8, write_video
 from jax_idgrpo.errors import Failure, UserError
-from jax_idgrpo.evaluation import bootstrap, journal
+from jax_idgrpo.evaluation import bootstrap, journal, recognition
 from jax_idgrpo.evaluation.listing import SAMPLES, list_rows
 from jax_idgrpo.evaluation.sampler import (
     Row,
@@ -160,8 +160,9 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
         names = ", ".join(passed_over[:5]) + (", ..." if len(passed_over) > 5 else "")
         print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
     assert_same_across_hosts(config, row_digests(listed), videos=videos)
-    facts = journal.reward_facts(config)
-    of_prompt = {prompt.id: journal.prompt_facts(prompt) for _, prompt in rows}
+    asked = list({prompt.id: prompt for _, prompt in rows}.values())
+    facts = journal.reward_facts(config), _gallery_facts(config, asked)
+    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in asked}
     keys = journal.decided(
         lambda: [
             journal.digest(facts, folder_facts(file), of_prompt[prompt.id]) for file, prompt in rows
@@ -174,7 +175,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
         if line.get("key") in set(keys)
     }
     waiting = [(key, *row) for key, row in zip(keys, rows, strict=True) if key not in lines]
-    scorer = make_clip_scorer(config, [prompt for _, _, prompt in waiting])
+    scorer = make_clip_scorer(config, asked if waiting else [])
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     written = journal.Journal(part, list(lines.values()))
     refused: dict[str, dict[str, Any]] = {}
@@ -208,6 +209,11 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
             f"scores ({next(iter(refused.values()))['error']})"
         )
     run_once(part.unlink)
+
+
+def _gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
+    """Return the references among which people are recognised; "" without a judge."""
+    return recognition.gallery_facts(prompts) if config.judged else ""
 
 
 def _scored(scorer: FileScorer, key: str, file: Path, prompt: Prompt) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
         config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()}
     )
     rows = all_rows(listed, config.evaluate.videos)
-    reward = journal.reward_facts(config)
+    reward = journal.reward_facts(config), _gallery_facts(config, listed)
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
     keys = {}
     for name, path in {"base": None, **loras}.items():
@@ -338,10 +344,18 @@ def _conclude(
       found: model -> name of the video -> metric -> value.
       out: output folder.
     """
-    metrics = [metric for metric in bootstrap.LABELS if metric in found["base"][rows[0].name]]
-    scores: dict[str, bootstrap.Scores] = {
-        name: {metric: np.asarray([values[row.name][metric] for row in rows]) for metric in metrics}
+    measured = {
+        name: {
+            metric: np.asarray([values[row.name][metric] for row in rows])
+            for metric in values[rows[0].name]
+        }
         for name, values in found.items()
+    }
+    references = recognition.references_asked(measured["base"])
+    summarised = {name: recognition.summarised(scores) for name, scores in measured.items()}
+    metrics = [metric for metric in bootstrap.LABELS if metric in summarised["base"]]
+    scores: dict[str, bootstrap.Scores] = {
+        name: {metric: values[metric] for metric in metrics} for name, values in summarised.items()
     }
     told = "judge_identity" if "judge_identity" in metrics else "reward"
     shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
@@ -357,6 +371,7 @@ def _conclude(
         f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} "
         f"{SOLVER_NAMES[config.evaluate.solver]} steps, the same noise for every model; "
         f"95 % bootstrap intervals over prompts"
+        f"{_chance_note(references)}"
         f"{_guidance_note(config) if len(found) > 1 else ''}"
     )
     parts = bootstrap.document(means, changes, compared) | {
@@ -367,6 +382,13 @@ def _conclude(
     write_text(out / "metrics.json", json.dumps({"note": note, **parts, "shown": shown}, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
     print_once(f"{table}\n{note}")
+
+
+def _chance_note(references: int) -> str:
+    """Return the share of people that chance recognises, or "" without a judge."""
+    if not references:
+        return ""
+    return f"; people are recognised among {references} references, by chance {1 / references:.3f}"
 
 
 def _guidance_note(config: Config) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_idgrpo.config import Config, prompts_file
 from jax_idgrpo.data.prompts import load_prompts
-from jax_idgrpo.evaluation import bootstrap
+from jax_idgrpo.evaluation import bootstrap, recognition
 from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.sampling.pipeline import Pipeline
@@ -66,7 +66,9 @@ class Watch:
             self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch])
             for batch in batches
         ]
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = recognition.summarised(
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
         if jax.process_index() == 0:
             self.folder.mkdir(exist_ok=True)
             write_text(
@@ -91,7 +93,9 @@ class Watch:
             name: np.asarray(values)
             for name, values in json.loads(self._file(0).read_text()).items()
         }
-        scores, clusters = {"base": first, "now": now}, np.arange(len(self.rows))
+        # A run of an earlier version began with fewer metrics.
+        shared = {name: values for name, values in now.items() if name in first}
+        scores, clusters = {"base": first, "now": shared}, np.arange(len(self.rows))
         changes = bootstrap.summarise(
             scores, clusters, self.sampler.config.run.seed, evaluation.bootstrap
         )[1]["now"]

@@ -48,6 +48,13 @@ CURVES = (
         False,
     ),
     Curve(
+        "People recognised",
+        "held-out people whom the judge takes for themselves among all references, and "
+        "references that somebody is taken for",
+        ("watch_recognised", "watch_identities"),
+        False,
+    ),
+    Curve(
         "Distance from the base",
         "KL divergence of a denoising step, adapter on against adapter off",
         ("kl",),

@@ -16,10 +16,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import bootstrap
+from jax_idgrpo.evaluation.recognition import Gallery
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import to_host
 from jax_idgrpo.rewards.base import References, Reward, Terms, check_references
-from jax_idgrpo.rewards.factory import make_judge, make_reward
+from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
+from jax_idgrpo.rewards.recognition import Assigner, judge_people
 
 Value = TypeVar("Value")
 
@@ -58,7 +61,8 @@ def values(
         count              share of frames with the right number of faces
         motion             mean change between neighbouring frames outside the faces
 
-    Other terms that a reward reports, such as its separate dimensions, keep their names.
+    `recognition` adds the metrics of who is recognised. Other terms that a reward reports, such as
+    its separate dimensions, keep their names.
 
     Args:
       reward: the training reward.
@@ -96,14 +100,19 @@ class BatchScorer:
           config: settings of the reward and the face networks.
           batch: videos per program call, a multiple of the mesh's batch shards.
           mesh: devices of the videos; the networks are replicated over them.
-          prompts: prompts of the videos.
+          prompts: prompts of the videos. Their photos are the references among which people are
+            recognised; without prompts this is not measured.
 
         Raises:
           UserError: a network or a photo cannot be used.
         """
         self.reward, self.judge = make_reward(config, mesh), make_judge(config, mesh)
-        check_photos((self.reward, self.judge), prompts)
         self.people, self.batch, self.mesh = config.data.max_people, batch, mesh
+        check_photos((self.reward, self.judge), prompts)
+        self.gallery = self.assigner = None
+        if self.judge is not None and prompts:
+            self.gallery = Gallery.make(self.judge, prompts, self.people)
+            self.assigner = make_assigner(config, self.reward, mesh)
 
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
@@ -115,19 +124,14 @@ class BatchScorer:
           videos: videos in [-1, 1].
           prompts: one prompt per video.
         """
-        shown = {prompt.id: prompt for prompt in prompts}
-        numbers = {name: number for number, name in enumerate(shown)}
-        of_row = np.array([numbers[prompt.id] for prompt in prompts])
-        texts = [prompt.text for prompt in shown.values()]
-        photos = References.of_prompts(list(shown.values()), self.people)
-        encoded = reward.encode_references(photos, texts, tuple(videos.shape[1:4]))
-        rows = jax.tree.map(lambda leaf: np.asarray(leaf)[of_row], encoded)
-        return reward.score(videos, self._placed(rows))
+        return reward.score(videos, self._encoded(reward, videos, prompts))
 
     def __call__(
         self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
     ) -> bootstrap.Scores:
         """Score the first videos of a batch, one per prompt (collective).
+
+        The values include the columns of `recognition`, which `recognition.summarised` replaces.
 
         Raises:
           UserError: a reference photo cannot be used.
@@ -136,11 +140,38 @@ class BatchScorer:
         if self.mesh is None:
             videos = jnp.asarray(videos)
         terms = self.terms(self.reward, videos, filled)
-        judged = None if self.judge is None else collect(self.terms(self.judge, videos, filled))
+        judged, columns = self._judged(videos, filled, len(prompts))
         found = values(self.reward, collect(terms), judged)
         return {
             name: np.asarray(value, np.float64)[: len(prompts)] for name, value in found.items()
-        }
+        } | columns
+
+    def _judged(
+        self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt], count: int
+    ) -> tuple[dict[str, Float[np.ndarray, "B"]] | None, dict[str, Float[np.ndarray, "n"]]]:
+        """Return the terms of the judge, and who the people of the first `count` videos are."""
+        if self.judge is None:
+            return None, {}
+        if self.gallery is None or self.assigner is None:
+            return collect(self.terms(self.judge, videos, prompts)), {}
+        assigned = self._encoded(self.assigner, videos, prompts).embeddings
+        people = self._encoded(self.judge, videos, prompts)
+        judged, shown = to_host(
+            judge_people(self.judge, videos, people, Assigner.make(self.assigner, assigned))
+        )
+        return judged, self.gallery.columns(prompts[:count], shown)
+
+    def _encoded(
+        self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
+    ) -> PyTree:
+        """Encode the references of every row, on the devices of the videos."""
+        shown = {prompt.id: prompt for prompt in prompts}
+        numbers = {name: number for number, name in enumerate(shown)}
+        of_row = np.array([numbers[prompt.id] for prompt in prompts])
+        texts = [prompt.text for prompt in shown.values()]
+        photos = References.of_prompts(list(shown.values()), self.people)
+        encoded = reward.encode_references(photos, texts, tuple(videos.shape[1:4]))
+        return self._placed(jax.tree.map(lambda leaf: np.asarray(leaf)[of_row], encoded))
 
     def _placed(self, tree: PyTree) -> PyTree:
         if self.mesh is None:

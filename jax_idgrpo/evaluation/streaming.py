@@ -6,6 +6,7 @@ training reward gets only the frames that it reads (`frames_read`). A reward tha
 these frames gets the whole video in memory.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -19,10 +20,11 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, from_uint8
+from jax_idgrpo.evaluation.recognition import Gallery, summarised
 from jax_idgrpo.evaluation.scoring import check_photos, values
 from jax_idgrpo.rewards.base import ReferenceFaces, References, Reward, Terms
 from jax_idgrpo.rewards.face_reward import FaceReward
-from jax_idgrpo.rewards.factory import make_judge, make_reward
+from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
 from jax_idgrpo.rewards.identity import (
     IdentityConfig,
@@ -31,6 +33,7 @@ from jax_idgrpo.rewards.identity import (
     read_pixels,
     terms_of_faces,
 )
+from jax_idgrpo.rewards.recognition import Assigner, PeopleShown, people_shown
 
 BLOCK = 32  # maximum number of frames of a block
 BLOCK_PIXELS = 2**23  # maximum number of pixels of a block; 100 MB as float32
@@ -48,6 +51,14 @@ class Seen:
     pixels: Pixels
 
 
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """Terms of a video, and the faces of its people if they were collected."""
+
+    terms: dict[str, float]
+    people: PeopleShown | None
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _look(
     graph: nnx.GraphDef,
@@ -55,15 +66,23 @@ def _look(
     state: nnx.State,
     frames: UInt8[Array, "t H W 3"],
     people: ReferenceFaces,
-) -> Seen:
-    """Detect the faces of frames of one video, and compute their pixel statistics."""
+    assigner: Assigner | None,
+    counted: Bool[Array, "t"],
+) -> tuple[Seen, PeopleShown | None]:
+    """Detect the faces of frames of one video, and compute their pixel statistics.
+
+    With an assigner, the faces of people are summed over the frames that count.
+    """
     videos = (frames.astype(jnp.float32) / 127.5 - 1)[None]
     faces = nnx.merge(graph, state)[0](videos)
     references = people.embeddings, people.mask
     matches = match_videos(faces.embeddings, faces.mask, *references, config.null_similarity)
     found = faces.boxes, faces.landmarks, faces.mask
     pixels = read_pixels(videos, *found, matches, people.crops)
-    return Seen(faces.boxes, faces.embeddings, faces.mask, pixels)
+    seen = Seen(faces.boxes, faces.embeddings, faces.mask, pixels)
+    if assigner is None:
+        return seen, None
+    return seen, people_shown(faces, videos, people.mask, assigner, counted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -79,7 +98,14 @@ def _conclude(
 class Stream:
     """Score one video block by block by a face reward without a learned head."""
 
-    def __init__(self, reward: FaceReward, people: ReferenceFaces, block: int, total: int):
+    def __init__(
+        self,
+        reward: FaceReward,
+        people: ReferenceFaces,
+        block: int,
+        total: int,
+        assigner: Assigner | None = None,
+    ):
         """Start a video.
 
         Args:
@@ -87,10 +113,12 @@ class Stream:
           people: encoded references of one prompt.
           block: maximum number of frames per call of `show`.
           total: number of frames of the video.
+          assigner: with it, the faces of people are summed over frames, block by block.
         """
-        self._reward, self._people = reward, people
+        self._reward, self._people, self._assigner = reward, people, assigner
         self._room = block + (total > block)  # one more frame: the last of the previous block
         self._seen: list[Seen] = []
+        self._shown: PeopleShown | None = None
         self._last: list[UInt8[np.ndarray, "1 H W 3"]] = []
 
     def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
@@ -99,16 +127,20 @@ class Stream:
         shown = np.concatenate([*self._last, frames])
         # Blocks are padded, so that only one program is compiled.
         filled = shown[np.minimum(np.arange(self._room), len(shown) - 1)]
-        given = self._reward.state, filled, self._people
-        seen = jax.device_get(_look(self._reward.graph, self._reward.config, *given))
+        place = np.arange(self._room)
+        counted = (place >= again) & (place < len(shown))
+        given = self._reward.state, filled, self._people, self._assigner, counted
+        seen, people = jax.device_get(_look(self._reward.graph, self._reward.config, *given))
         self._seen.append(jax.tree.map(lambda leaf: leaf[:, again : len(shown)], seen))
+        self._shown = people if self._shown is None else self._shown + people
         self._last = [frames[-1:]]
 
-    def terms(self) -> dict[str, float]:
-        """Compute the terms of all processed frames."""
+    def finish(self) -> Looked:
+        """Compute the terms of all processed frames, and return the faces of people."""
         seen = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *self._seen)
         height, width = self._last[0].shape[1:3]
-        return first_row(_conclude(self._reward.config, (height, width), seen, self._people))
+        terms = _conclude(self._reward.config, (height, width), seen, self._people)
+        return Looked(first_row(terms), self._shown)
 
 
 def first_row(terms: Terms | Pending) -> dict[str, float]:
@@ -128,6 +160,10 @@ class ClipScorer:
         self.reward, self.judge = make_reward(config), make_judge(config)
         check_photos((self.reward, self.judge), prompts)
         self.people = config.data.max_people
+        self.gallery = self.assigner = None
+        if self.judge is not None and prompts:
+            self.gallery = Gallery.make(self.judge, prompts, self.people)
+            self.assigner = make_assigner(config, self.reward)
 
     def __call__(self, clip: Clip, prompt: Prompt) -> dict[str, float]:
         """Score one video (see `scoring.values`).
@@ -140,7 +176,8 @@ class ClipScorer:
         rewarded = self._encoded(self.reward, clip, prompt)
         stream = None
         if self.judge is not None:
-            stream = Stream(self.judge, self._encoded(self.judge, clip, prompt), block, total)
+            people = self._encoded(self.judge, clip, prompt)
+            stream = Stream(self.judge, people, block, total, self._assigned(clip, prompt))
         chosen = self.reward.frames_read(total)
         wanted = set(range(total) if chosen is None else chosen.tolist())
         changes = Changes()
@@ -156,7 +193,20 @@ class ClipScorer:
         )
         if self.reward.motion_of_all_frames:
             found["motion"] = changes.mean()
-        return values(self.reward, found, None if stream is None else stream.terms())
+        if stream is None:
+            return values(self.reward, found, None)
+        looked = stream.finish()
+        scored = values(self.reward, found, looked.terms)
+        if self.gallery is None or looked.people is None:
+            return scored
+        columns = self.gallery.columns([prompt], looked.people)
+        recognised = summarised(columns, whole=False)
+        return scored | {name: float(value[0]) for name, value in recognised.items()}
+
+    def _assigned(self, clip: Clip, prompt: Prompt) -> Assigner | None:
+        if self.assigner is None:
+            return None
+        return Assigner.make(self.assigner, self._encoded(self.assigner, clip, prompt).embeddings)
 
     def _encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
         references = References.of_prompts([prompt], self.people)

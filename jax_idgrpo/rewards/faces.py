@@ -189,13 +189,49 @@ class FaceStack(nnx.Module):
             pictures = jax.lax.dynamic_index_in_dim(videos, frame, axis=1, keepdims=False)
             searched = jax.lax.stop_gradient(pictures)
             found = self.detector.find(searched, self.max_faces, self.threshold)
-            crops = align(pictures, found.landmarks, self.template, self.embedder.config.input_size)
-            embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
-            embeddings = embeddings.reshape(*found.mask.shape, -1) * found.mask[..., None]
+            embeddings = self._embedded(pictures, found.landmarks, found.mask)
             return Faces(found.boxes, found.landmarks, found.scores, found.mask, embeddings)
 
         faces = jax.lax.map(one, jnp.arange(videos.shape[1]))
         return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), faces)
+
+    def embed(
+        self,
+        videos: Float[Array, "B T H W 3"],
+        landmarks: Float[Array, "B T K 5 2"],
+        mask: Bool[Array, "B T K"],
+    ) -> Float[Array, "B T K E"]:
+        """Embed faces that another stack found, frame by frame.
+
+        Args:
+          videos: values in [-1, 1].
+          landmarks: x, y of the faces' landmarks in pixels.
+          mask: False on padding.
+
+        Returns:
+          Unit vectors, zero on padding.
+        """
+        videos = videos.astype(jnp.float32)
+
+        def one(frame: Int[Array, ""]) -> Float[Array, "B K E"]:
+            pictures, points, shown = (
+                jax.lax.dynamic_index_in_dim(leaf, frame, axis=1, keepdims=False)
+                for leaf in (videos, landmarks, mask)
+            )
+            return self._embedded(pictures, points, shown)
+
+        return jnp.moveaxis(jax.lax.map(one, jnp.arange(videos.shape[1])), 0, 1)
+
+    def _embedded(
+        self,
+        pictures: Float[Array, "B H W 3"],
+        landmarks: Float[Array, "B K 5 2"],
+        mask: Bool[Array, "B K"],
+    ) -> Float[Array, "B K E"]:
+        """Align and embed the faces of one frame of every video."""
+        crops = align(pictures, landmarks, self.template, self.embedder.config.input_size)
+        embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
+        return embeddings.reshape(*mask.shape, -1) * mask[..., None]
 
     def best(
         self, pictures: Float[Array, "B h w 3"]

@@ -1,5 +1,6 @@
 """Create the reward that a configuration selects."""
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,26 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
         return None
     constants = identity_constants(wanted, load_settings(wanted.folder(), "judge"))
     return _on_mesh(load_reward(wanted.folder(), "judge", 0, constants), mesh)
+
+
+def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> FaceReward:
+    """Return the face reward whose network tells which face of a video is which person.
+
+    This is the reward itself if its networks run in JAX, and the embedder of `reward.faces`
+    otherwise.
+
+    Args:
+      config: the configuration.
+      reward: the reward of the configuration.
+      mesh: as for `make_reward`.
+
+    Raises:
+      UserError: a network is missing or damaged.
+    """
+    if isinstance(reward, FaceReward):
+        return reward
+    embedder = dataclasses.replace(config.reward, head="", vlm="", custom="", backend="")
+    return make_face_reward(embedder, mesh)
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:

@@ -10,7 +10,7 @@ Then
     mean = avg_i c_i
     soft = -(1/b) log(avg_i exp(-b c_i)), between the minimum and the mean
     reward = w mean + (1 - w) soft - extra_weight extra - motion_weight stillness
-             - sum of weighted penalties (see `tracks`, `photo_copy`)
+             - sum of weighted penalties (see `tracks`, `photo_copy`, `matching.confusion`)
 
 Gradients reach the embeddings through the similarities s, not through the assignment.
 
@@ -29,6 +29,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jax_idgrpo.rewards import photo_copy
 from jax_idgrpo.rewards.matching import (
     Matches,
+    confusion,
     cosines,
     masked_mean,
     match,
@@ -53,8 +54,8 @@ class IdentityConfig:
       motion_weight: penalty weight of a frozen video.
       motion_floor: mean absolute frame difference below which a video counts as frozen, in units of
         [-1, 1].
-      penalties: weights by name of the penalties of `tracks` and of "copied"; penalties without a
-        weight are only logged.
+      penalties: weights by name of the penalties of `tracks`, of "copied" and of "confused";
+        penalties without a weight are only logged.
       tracks: thresholds of the penalties.
     """
 
@@ -376,6 +377,7 @@ def terms_of_faces(
       id_conf: see `identity_confidence`.
       missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
       copied, apart, detail: see `of_photos`.
+      confused: see `matching.confusion`.
 
     Args:
       pixels: measurements of `read_pixels`.
@@ -400,6 +402,7 @@ def terms_of_faces(
     prices = penalties(boxes, *faces, matches, size, config.null_similarity, config.tracks)
     compared = of_photos(pixels, matches, reference_mask)
     prices["copied"] = compared.pop("copied")
+    prices["confused"] = confusion(cosine, matches, reference_mask)
     costs = config.extra_weight * extra + config.motion_weight * stillness
     costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
     raw = jnp.mean(matches.similarity, axis=1)

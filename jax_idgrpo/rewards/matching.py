@@ -119,6 +119,37 @@ def match_videos(
     return Matches(face=face, matched=face < embeddings.shape[2], similarity=chosen)
 
 
+def confusion(
+    cosine: Float[ArrayLike, "B T M K"],
+    matches: Matches,
+    reference_mask: Bool[ArrayLike, "B M"],
+    temperature: float = 0.1,
+) -> Float[ArrayLike, " B"]:
+    """Compute how far faces resemble the other people of their prompt, in [0, 1].
+
+    The cosines of a face with all references of its prompt, divided by the temperature, are the
+    logits of who it is. The term is the probability of the other people, mean over people and
+    frames: 0 for faces that resemble their own reference alone, and 1 - 1 / M if every face
+    resembles all references alike, as the average face does. A missing person counts as such a
+    face. With one person the term is 0. It is smooth in the embeddings.
+
+    The definition is ours. DisCo (arXiv 2510.01399) compares faces with one another.
+
+    Args:
+      cosine: cosines of references and faces.
+      matches: references matched to the faces.
+      reference_mask: False on padding.
+      temperature: cosine that counts as one logit.
+    """
+    padded = jnp.pad(cosine, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    # [B,T,j,i]: cosine of the face matched to i with reference j; 0 for all j without a match
+    of_face = jnp.take_along_axis(padded, matches.face[:, :, None], axis=-1)
+    logits = jnp.where(reference_mask[:, None, :, None], of_face / temperature, -1e9)
+    probability = jax.nn.softmax(logits, axis=2)
+    own = jnp.diagonal(probability, axis1=2, axis2=3)
+    return masked_mean(jnp.mean(1.0 - own, axis=1), reference_mask)
+
+
 def masked_mean(
     values: Float[ArrayLike, "B M"], mask: Bool[ArrayLike, "B M"]
 ) -> Float[ArrayLike, " B"]:

@@ -31,6 +31,7 @@ from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_
 from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
+from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training.checkpoint import open_checkpoints, resume
@@ -99,6 +100,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
     check_references(run.reward, prompts)
+    warn_of_lookalikes(run.reward, prompts)
     # The first update donates the arrays of the state.
     run, fresh = dataclasses.replace(run, state=None), run.state
     cache = conditioning.Cache()

@@ -602,3 +602,41 @@ def test_references_are_photos_at_their_own_size_and_a_mask_of_people(config, pr
         assert [photo.open().size for photo in row] == [
             Image.open(path).size for path in prompt.references
         ]
+
+
+def test_a_stopped_evaluation_recognises_whom_a_whole_one_does(
+    stubbed, config, adapters, tmp_path, monkeypatch
+):
+    """Who is recognised is decided among all prompts, so it is concluded from every line at the end."""
+    make, calls = commands.make_scorer, []
+
+    def recognising(*given):
+        score = make(*given)
+
+        def columns(videos, asked):
+            calls.append(asked)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            own = np.array([prompt.id for prompt in asked], float)
+            taken = np.where(own == 1, 2.0, own)
+            return score(videos, asked) | {"asked_0": own, "taken_0": taken}
+
+        return columns
+
+    monkeypatch.setattr(commands, "make_scorer", recognising)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        commands.evaluate(config, tmp_path / "any.csv", tmp_path / "out", adapters)
+    stop = 0
+    for name in ("out", "whole"):
+        commands.evaluate(config, tmp_path / "any.csv", tmp_path / name, adapters)
+    ours, theirs = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("out", "whole")
+    )
+    assert ours == theirs
+    base = ours["models"]["base"]
+    assert base["recognised"]["mean"] == pytest.approx(2 / 3)
+    assert base["identities"]["mean"] == pytest.approx(2 / 3)
+    assert "people are recognised among 3 references, by chance 0.333" in ours["note"]
+    assert "people recognised" in (tmp_path / "out" / "table.md").read_text()
+    assert {"recognised", "identities"} <= ours["labels"].keys()

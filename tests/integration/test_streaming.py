@@ -72,9 +72,9 @@ def test_a_stream_holds_no_more_of_a_long_video_than_of_a_short_one(
     shown = []
     look = streaming._look
 
-    def looking(graph, config, state, frames, people):
+    def looking(graph, config, state, frames, *known):
         shown.append(frames.shape)
-        return look(graph, config, state, frames, people)
+        return look(graph, config, state, frames, *known)
 
     monkeypatch.setattr(streaming, "_look", looking)
     scorer = streaming.make_clip_scorer(Config(data=DataConfig(max_people=2)))
