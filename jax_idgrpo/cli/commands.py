@@ -256,6 +256,34 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     evaluate(config, prompts, out, loras)
 
 
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--port", type=int, required=True, metavar="P", help="port to listen on; 0 = a free one"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; the default is this machine's own, which no other can reach",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="CSV",
+        help="photos of prompts that clients send without photos, as verl-omni's and flow_grpo's do",
+    )
+
+
+def _serve(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts) if arguments.prompts else None
+    from jax_idgrpo.parallel.hosts import trim_heap_after_compile
+    from jax_idgrpo.rewards.serve import serve
+
+    trim_heap_after_compile()
+    serve(config, arguments.host, arguments.port, prompts)
+
+
 def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", metavar="W", help="folder of a run of `idgrpo train`")
 
@@ -442,6 +470,11 @@ COMMANDS = {
         "memory, work and time per chip of any machine, from the real compiler",
         _plan_options,
         _plan,
+    ),
+    "serve-reward": Command(
+        "score the videos of other processes over HTTP, for reward.backend http://...",
+        _serve_options,
+        _serve,
     ),
     "report": Command(
         "one HTML page of a run: curves, videos side by side, table, configuration",

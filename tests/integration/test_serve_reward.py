@@ -1,0 +1,319 @@
+"""`idgrpo serve-reward` in its own process: the same scores as in the training process, a run that survives its death, and what it refuses."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from jax_idgrpo import config as c
+from jax_idgrpo.data.prompts import load_prompts
+from jax_idgrpo.data.video import FINE, to_uint8, write_video
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.rewards import exchange, factory, serve
+from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.host import collect
+from jax_idgrpo.rewards.remote import HttpReward
+from jax_idgrpo.synthetic import scenes
+from jax_idgrpo.training import train
+from tests.helpers.reward_server import ROOT, served, wait_until
+
+RUN = [
+    ("run.sample_every", "0"),
+    ("rollout.prompts", "2"),
+    ("rollout.group", "2"),
+    ("rollout.steps", "4"),
+    ("rollout.window_size", "2"),
+    ("reward.http_retries", "1"),
+]
+FRAMES = 9
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The bundled face reward; prompts without photos are those of the held-out set."""
+    with served("--prompts", "embedded:eval") as (_, address):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Prompts and a video for each, with faces in it."""
+    config = c.load("quickstart", [])
+    prompts = load_prompts(c.prompts_file("embedded:eval"), config.data.max_people)[:4]
+    return prompts, np.asarray(scenes.batch(0, 0, 4, "eval", frames=FRAMES).video)
+
+
+def post(address, path, body):
+    """Status and body of a reply."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
+    connection.request("POST", path, body)
+    with connection.getresponse() as reply:
+        return reply.status, reply.read()
+
+
+def score(reward, prompts, videos):
+    people = c.load("quickstart", []).data.max_people
+    encoded = reward.encode_references(
+        References.of_prompts(prompts, people), [prompt.text for prompt in prompts]
+    )
+    return collect(reward.score(jnp.asarray(videos), jax.tree.map(jnp.asarray, encoded)))
+
+
+def own(prompts, videos):
+    """The terms of the reward in this process."""
+    return score(factory.make_reward(c.load("quickstart", [])), prompts, videos)
+
+
+def test_a_server_gives_the_terms_of_the_reward_in_this_process(server, drawn):
+    prompts, videos = drawn
+    here = own(prompts, videos)
+    there = score(
+        factory.make_reward(c.load("quickstart", [("reward.backend", server)])), prompts, videos
+    )
+    assert here["similarity"].max() > 0.2 and len(set(here["reward"].tolist())) == 4
+    assert here.keys() == there.keys()
+    for name, value in here.items():
+        np.testing.assert_allclose(there[name], value, atol=1e-6, err_msg=name)
+
+
+def test_three_steps_have_the_rewards_of_this_process(server, tmp_path, monkeypatch):
+    config = c.load("quickstart", [*RUN, ("run.steps", "3"), ("reward.backend", server)])
+    here, there = factory.make_reward(c.load("quickstart", [])), HttpReward.score
+    compared = []
+
+    def both(self, videos, encoded):
+        found = there(self, videos, encoded)
+        asked = [self._rows[number] for number in np.asarray(encoded)]
+        known = here.encode_references(
+            References(tuple(row.photos for row in asked), config.data.max_people),
+            [row.text for row in asked],
+        )
+        wanted = collect(here.score(videos, jax.tree.map(jnp.asarray, known)))
+        compared.append((collect(found), wanted))
+        return found
+
+    monkeypatch.setattr(HttpReward, "score", both)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "reward.backend")
+        train.train(config, tmp_path)
+    for found, wanted in compared:
+        np.testing.assert_allclose(found["reward"], wanted["reward"], atol=1e-6)
+    logged = rows(tmp_path)
+    kept = ("ratio_min", "ratio_max", "skipped", "rewards_failed")
+    assert [[row[name] for name in kept] for row in logged] == [[1, 1, 0, 0]] * 3
+    assert all(row["reward_group_std"] > 0 for row in logged)
+
+
+def test_a_server_that_dies_within_a_step_costs_its_videos_and_the_run_goes_on(
+    tmp_path, monkeypatch
+):
+    config = c.load("quickstart", [*RUN, ("run.steps", "3"), ("run.give_up_after", "9")])
+    with served() as (process, address):
+        posted = HttpReward._terms
+        done = []
+
+        def dying(self, video, number):
+            if len(done) == 6:  # the check, the first step, and one video of the second
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            found = posted(self, video, number)
+            done.append(number)
+            return found
+
+        monkeypatch.setattr(HttpReward, "_terms", dying)
+        monkeypatch.setattr("jax_idgrpo.rewards.remote.REQUESTS", 1)
+        backend = c.load("quickstart", [*RUN, ("run.steps", "3"), ("reward.backend", address)])
+        with pytest.warns(UserWarning, match="reward.backend: ") as told:
+            train.train(backend, tmp_path)
+    lines = [str(line.message) for line in told if "reward.backend: " in str(line.message)]
+    assert len(lines) == 2 and all(
+        re.search(r"could not be scored \(NoScore: the connection failed .* after 2 attempts\)", line)
+        for line in lines
+    )
+    logged = rows(tmp_path)
+    assert [row["rewards_failed"] for row in logged] == [0, 3, 4]
+    assert [row["skipped"] for row in logged] == [0, 1, 1] or logged[1]["skipped"] == 0
+    assert len(config.reward.backend) == 0
+
+
+def test_files_are_scored_as_videos_are(server, drawn, tmp_path):
+    prompts, videos = drawn
+    write_video(tmp_path / "a.mp4", videos[0], 8, FINE)
+    photos = [base64.b64encode(path.read_bytes()).decode() for path in prompts[0].references]
+    buffer = io.BytesIO()
+    np.save(buffer, to_uint8(videos[0]))
+    found = []
+    for content in ((tmp_path / "a.mp4").read_bytes(), buffer.getvalue()):
+        request = {
+            "videos": [base64.b64encode(content).decode()],
+            "prompts": [prompts[0].text],
+            "references": [photos],
+        }
+        status, reply = post(server, "/score", json.dumps(request).encode())
+        assert status == 200
+        found.append(json.loads(reply)["similarity"][0])
+    np.testing.assert_allclose(found, own(prompts[:1], videos[:1])["similarity"][0], atol=0.02)
+
+
+def test_a_score_depends_on_no_other_video(server, drawn):
+    prompts, videos = drawn
+    texts = [prompt.text for prompt in prompts]
+    photos = [[path.read_bytes() for path in prompt.references] for prompt in prompts]
+    together = json.loads(
+        post(server, "/score", exchange.encode_request(videos, texts, photos))[1]
+    )
+    for n in range(4):
+        alone = exchange.encode_request(videos[n : n + 1], texts[n : n + 1], photos[n : n + 1])
+        found = json.loads(post(server, "/score", alone)[1])
+        assert {name: value[0] for name, value in found.items()} == {
+            name: value[n] for name, value in together.items()
+        }
+
+
+def jpeg(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(picture)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_the_clients_of_other_trainers_get_their_scores(server, drawn):
+    prompts, videos = drawn
+    texts = [prompt.text for prompt in prompts]
+    pictures = [jpeg(video[0]) for video in videos]
+    decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
+    wanted = own(prompts, np.float32(decoded)[:, None] / 127.5 - 1)["reward"]
+
+    asked = {"images": pictures[:1], "prompts": texts[:1], "metadata": {}}  # one at a time
+    status, reply = post(server, "/verl-omni", pickle.dumps(asked))
+    assert status == 200
+    np.testing.assert_allclose(pickle.loads(reply)["scores"], wanted[:1], atol=1e-6)
+
+    asked = {"images": pictures, "prompts": np.array_split(texts, 1)[0]}
+    status, reply = post(server, "/flow-grpo", pickle.dumps(asked))
+    assert status == 200
+    np.testing.assert_allclose(pickle.loads(reply)["outputs"], wanted, atol=1e-6)
+
+
+class Program:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_what_cannot_be_scored_is_status_400_with_one_line(server, drawn, tmp_path):
+    prompts, videos = drawn
+    text, picture = prompts[0].text, jpeg(videos[0, 0])
+    program = Program(str(tmp_path / "made"))
+    blank = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(blank, "PNG")
+    for path, asked, reason in (
+        ("/verl-omni", {"images": [picture], "prompts": ["nobody asked"]}, "comes without photos"),
+        ("/verl-omni", {"images": [b"GIF8"], "prompts": [text]}, "image 0 of the request: "),
+        ("/verl-omni", {"images": [program], "prompts": [text]}, "no list of encoded images"),
+        ("/flow-grpo", {"images": [picture]}, "has no prompts"),
+        ("/flow-grpo", {"images": [picture], "prompts": [text, text]}, "1 images and 2 prompts"),
+        ("/flow-grpo", program, "no pickled dict"),
+    ):
+        status, reply = post(server, path, pickle.dumps(asked))
+        assert status == 400 and reason in (line := pickle.loads(reply)["error"]), line
+        assert "\n" not in line
+    assert not (tmp_path / "made").exists()
+    for body, reason in (
+        (pickle.dumps({"images": [picture]}), "no JSON"),
+        (exchange.encode_request(videos[:1], [text], [[b"x"]]), "image of the request"),
+        (exchange.encode_request(videos[:1], [text], [[blank.getvalue()]]), "no face is found"),
+        (exchange.encode_request(videos[:1], [text], [[picture] * 9]), "has 9 photos"),
+        (exchange.encode_request(videos[:1], ["nobody asked"], [[]]), "comes without photos"),
+    ):
+        status, reply = post(server, "/score", body)
+        assert status == 400 and reason in (line := json.loads(reply)["error"]), line
+        assert "\n" not in line
+    assert post(server, "/else", b"")[0] == 404
+    assert post(server, "/score", b'{"videos": [], "prompts": []}') == (200, b'{"reward": []}')
+
+
+def test_a_request_that_is_too_large_is_refused(server):
+    connection = http.client.HTTPConnection(urlsplit(server).netloc, timeout=60)
+    connection.putrequest("POST", "/score")
+    connection.putheader("Content-Length", str(2**30 + 1))
+    connection.endheaders()
+    with connection.getresponse() as reply:
+        assert reply.status == 413 and b"more than 1073741824 bytes" in reply.read()
+
+
+def test_a_reward_that_fails_costs_its_video_and_the_server_goes_on(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(videos, prompts, references):\n"
+        "    if prompts[0] == 'raise':\n        raise RuntimeError('no')\n"
+        "    return {'reward': videos.mean((1, 2, 3, 4)), 'photos': [len(references[0])]}\n"
+    )
+    grey = np.full((2, 16, 16, 3), 0.25, np.float32)
+    with served("--reward.custom", f"{tmp_path}/mine.py:score") as (process, address):
+        for text, wanted in (("raise", [None]), ("a", [0.25])):
+            status, reply = post(address, "/score", exchange.encode_request([grey], [text], [[]]))
+            assert status == 200 and json.loads(reply)["reward"] == wanted
+        assert json.loads(reply)["photos"] == [0]  # a function may do without photos
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
+# ---- starting it ---------------------------------------------------------------------------------
+
+
+def test_it_listens_on_this_machine_alone_unless_told(capsys):
+    with serve.listen("127.0.0.1", 0) as opened:
+        assert opened.getsockname()[0] == "127.0.0.1" and capsys.readouterr().err == ""
+    with serve.listen("0.0.0.0", 0) as opened:
+        port = opened.getsockname()[1]
+    assert capsys.readouterr().err == (
+        f"idgrpo: warning: http://0.0.0.0:{port} can be reached from other machines, and anyone "
+        "there may use it\n"
+    )
+    with pytest.raises(UserError, match="--host 203.0.113.7 --port 0: cannot listen there"):
+        serve.listen("203.0.113.7", 0)
+    with pytest.raises(UserError, match="--port 70000: is no port"):
+        serve.listen("127.0.0.1", 70000)
+
+
+def test_the_address_of_a_server_is_of_this_machine(server):
+    assert urlsplit(server).hostname == "127.0.0.1"
+
+
+def test_a_port_in_use_is_one_line(server):
+    port = str(urlsplit(server).port)
+    command = [sys.executable, "-m", "jax_idgrpo", "serve-reward", "quickstart", "--port", port]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == (
+        f"idgrpo: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use); "
+        "use another port, or end the program that has it\n"
+    )
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setitem(sys.modules, "starlette", type(sys)("starlette"))
+    with pytest.raises(UserError, match=r"needs uvicorn, .*; pip install 'jax-idgrpo\[serve\]'"):
+        serve.serve(c.load("quickstart", []), "127.0.0.1", 0)
