@@ -23,6 +23,7 @@ import base64
 import binascii
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -191,7 +192,9 @@ def _array(content: bytes, name: str) -> np.ndarray:
     try:
         shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError) as error:
-        raise Refused(f"video {name}: is no npy file that is read ({one_line(str(error))})") from None
+        raise Refused(
+            f"video {name}: is no npy file that is read ({one_line(str(error))})"
+        ) from None
     if dtype.name not in _DTYPES:
         raise Refused(f"video {name}: has dtype {dtype.name}; send {', '.join(_DTYPES)}")
     _check_size(shape, name)
@@ -205,7 +208,7 @@ def _check_size(shape: tuple[int, ...], name: str) -> None:
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(f"video {name}: has shape {list(shape)}; send [frames, height, width, 3]")
     frames, height, width = shape[:3]
-    if not (1 <= frames <= MAX_FRAMES and 1 <= min(height, width)):
+    if not (1 <= frames <= MAX_FRAMES and min(height, width) >= 1):
         raise Refused(f"video {name}: has {frames} frames of {height} x {width} pixels")
     if max(height, width) > MAX_SIDE or frames * height * width > MAX_PIXELS:
         raise Refused(
@@ -301,7 +304,7 @@ def decode_frames(body: bytes, total: int) -> np.ndarray | None:
     numbers = found.get("frames") if isinstance(found, dict) else None
     if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
         return None
-    ascending = all(a < b for a, b in zip(numbers, numbers[1:]))
+    ascending = all(a < b for a, b in itertools.pairwise(numbers))
     if not numbers or not ascending or numbers[0] < 0 or numbers[-1] >= total:
         return None
     return np.asarray(numbers)

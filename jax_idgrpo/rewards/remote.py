@@ -166,9 +166,7 @@ class HttpReward:
         """
         row = self._rows[number]
         photos = [photo.content() for photo in row.photos]
-        status, body = self._ask(
-            "POST", "", exchange.encode_request([video], [row.text], [photos])
-        )
+        status, body = self._ask("POST", "", exchange.encode_request([video], [row.text], [photos]))
         if status != 200:
             raise NoScore(f"status {status}: {exchange.error_of(body)}")
         try:
@@ -193,9 +191,7 @@ class HttpReward:
     def _ask_once(self, method: str, query: str, body: bytes) -> tuple[int, bytes]:
         secure = self._where.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(
-            self._where.hostname or "", self._where.port, timeout=self._timeout
-        )
+        connection = kind(self._where.hostname or "", self._where.port, timeout=self._timeout)
         target = f"{self._where.path or '/'}{query}"
         try:
             status, found = in_time(

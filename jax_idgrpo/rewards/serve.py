@@ -15,7 +15,9 @@ size of videos. Photos are stored in a temporary folder, each once. There is no 
 import dataclasses
 import functools
 import hashlib
+import importlib
 import ipaddress
+import os
 import pickle
 import signal
 import socket
@@ -312,8 +314,8 @@ def _pickled_error(value: Mapping[str, str]) -> bytes:
 
 def _require_packages() -> None:
     try:
-        import starlette
-        import uvicorn  # noqa: F401
+        for name in ("starlette", "uvicorn"):
+            importlib.import_module(name)
     except ImportError as error:
         raise UserError(
             f"serve-reward needs {error.name}, which is not installed; pip install "
@@ -337,9 +339,11 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         opened = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
+        known = error.errno is not None and error.errno > 0  # names that are unknown have others
+        reason = os.strerror(error.errno) if known else error.strerror or error
         raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); use "
-            "another port, or end the program that has it"
+            f"--host {host} --port {port}: cannot listen there ({reason}); use another port, or "
+            "end the program that has it"
         ) from None
     if not ipaddress.ip_address(opened.getsockname()[0]).is_loopback:
         print(

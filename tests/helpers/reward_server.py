@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ class Stub:
     An answer is a reply body as text or bytes, a (status, headers, body), or a function that writes to the connection.
     """
 
-    def __init__(self, answer, frames=b"{}"):
+    def __init__(self, answer, frames=b"{}", port=0):
         self.answer, self.frames, self.requests = answer, frames, []
         lock = threading.Lock()
         stub = self
@@ -52,7 +51,7 @@ class Stub:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.server_port}/score"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -72,7 +71,12 @@ def served(*words, config="quickstart"):
     pytest.importorskip("starlette", reason="the extra `serve` is not installed")
     command = [sys.executable, "-m", "jax_idgrpo", "serve-reward", config, "--port", "0", *words]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         yield process, address_of(process)
@@ -90,11 +94,3 @@ def address_of(process):
         if line.startswith("serving the reward at "):
             return line.split()[-1]
     raise AssertionError(f"the server ended with {process.wait()}: {''.join(printed)}")
-
-
-def wait_until(condition, seconds=60):
-    """Wait for something that another thread or process does."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)

@@ -1,6 +1,7 @@
-"""`idgrpo serve-reward` in its own process: the same scores as in the training process, a run that survives its death, and what it refuses."""
+"""`idgrpo serve-reward`: scores as in the training process, runs that survive its death, and what it refuses."""
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -8,11 +9,9 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import jax
@@ -31,7 +30,7 @@ from jax_idgrpo.rewards.host import collect
 from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.training import train
-from tests.helpers.reward_server import ROOT, served, wait_until
+from tests.helpers.reward_server import ROOT, Stub, served
 
 RUN = [
     ("run.sample_every", "0"),
@@ -41,7 +40,6 @@ RUN = [
     ("rollout.window_size", "2"),
     ("reward.http_retries", "1"),
 ]
-FRAMES = 9
 
 
 def rows(workdir):
@@ -49,18 +47,26 @@ def rows(workdir):
 
 
 @pytest.fixture(scope="module")
-def server():
-    """The bundled face reward; prompts without photos are those of the held-out set."""
-    with served("--prompts", "embedded:eval") as (_, address):
-        yield address
+def drawn(tmp_path_factory):
+    """A CSV of prompts with photos, its prompts, and a video of the people of each."""
+    folder = tmp_path_factory.mktemp("prompts")
+    batch = scenes.batch(99, 0, 4, "eval", frames=9)
+    lines = ["ref_paths,prompt"]
+    for n, (portraits, mask) in enumerate(zip(np.asarray(batch.portraits), np.asarray(batch.mask))):
+        names = [f"{n}-{m}.png" for m in range(mask.sum())]
+        for name, portrait in zip(names, portraits):
+            Image.fromarray(to_uint8(portrait)).save(folder / name)
+        lines.append(f"{';'.join(names)},prompt {n}")
+    (folder / "my.csv").write_text("\n".join(lines) + "\n")
+    prompts = load_prompts(folder / "my.csv", batch.mask.shape[1])
+    return folder / "my.csv", prompts, np.asarray(batch.video)
 
 
 @pytest.fixture(scope="module")
-def drawn():
-    """Prompts and a video for each, with faces in it."""
-    config = c.load("quickstart", [])
-    prompts = load_prompts(c.prompts_file("embedded:eval"), config.data.max_people)[:4]
-    return prompts, np.asarray(scenes.batch(0, 0, 4, "eval", frames=FRAMES).video)
+def server(drawn):
+    """The bundled face reward; prompts without photos are those of the CSV."""
+    with served("--prompts", str(drawn[0])) as (_, address):
+        yield address
 
 
 def post(address, path, body):
@@ -85,12 +91,12 @@ def own(prompts, videos):
 
 
 def test_a_server_gives_the_terms_of_the_reward_in_this_process(server, drawn):
-    prompts, videos = drawn
+    _, prompts, videos = drawn
     here = own(prompts, videos)
     there = score(
         factory.make_reward(c.load("quickstart", [("reward.backend", server)])), prompts, videos
     )
-    assert here["similarity"].max() > 0.2 and len(set(here["reward"].tolist())) == 4
+    assert here["similarity"].mean() > 0.3 and len(set(here["reward"].tolist())) == 4
     assert here.keys() == there.keys()
     for name, value in here.items():
         np.testing.assert_allclose(there[name], value, atol=1e-6, err_msg=name)
@@ -127,37 +133,41 @@ def test_three_steps_have_the_rewards_of_this_process(server, tmp_path, monkeypa
 def test_a_server_that_dies_within_a_step_costs_its_videos_and_the_run_goes_on(
     tmp_path, monkeypatch
 ):
-    config = c.load("quickstart", [*RUN, ("run.steps", "3"), ("run.give_up_after", "9")])
-    with served() as (process, address):
-        posted = HttpReward._terms
-        done = []
+    posted, calls, others = HttpReward._terms, [], contextlib.ExitStack()
+    monkeypatch.setattr("jax_idgrpo.rewards.remote.REQUESTS", 1)
+    with served() as (process, address), others:
+        config = c.load("quickstart", [*RUN, ("run.steps", "3"), ("reward.backend", address)])
 
         def dying(self, video, number):
-            if len(done) == 6:  # the check, the first step, and one video of the second
+            calls.append(number)
+            if len(calls) == 7:  # after the check, the first step, and a video of the second
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            found = posted(self, video, number)
-            done.append(number)
-            return found
+            if len(calls) == 10:  # at the third step, another server is there
+                port = urlsplit(address).port
+                others.enter_context(Stub(lambda request, number: f"[{number}]", port=port))
+            return posted(self, video, number)
 
         monkeypatch.setattr(HttpReward, "_terms", dying)
-        monkeypatch.setattr("jax_idgrpo.rewards.remote.REQUESTS", 1)
-        backend = c.load("quickstart", [*RUN, ("run.steps", "3"), ("reward.backend", address)])
         with pytest.warns(UserWarning, match="reward.backend: ") as told:
-            train.train(backend, tmp_path)
-    lines = [str(line.message) for line in told if "reward.backend: " in str(line.message)]
-    assert len(lines) == 2 and all(
-        re.search(r"could not be scored \(NoScore: the connection failed .* after 2 attempts\)", line)
-        for line in lines
+            train.train(config, tmp_path)
+    (line,) = [text for one in told if "reward.backend: " in (text := str(one.message))]
+    assert re.search(
+        r"videos 1, 2, 3 could not be scored \(NoScore: the connection failed .* after 2 attempts\)",
+        line,
     )
     logged = rows(tmp_path)
-    assert [row["rewards_failed"] for row in logged] == [0, 3, 4]
-    assert [row["skipped"] for row in logged] == [0, 1, 1] or logged[1]["skipped"] == 0
-    assert len(config.reward.backend) == 0
+    kept = ("ratio_min", "ratio_max", "skipped", "rewards_failed")
+    assert [[row[name] for name in kept] for row in logged] == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 3],
+        [1, 1, 0, 0],
+    ]
+    assert logged[2]["reward"] == 1.5 and (tmp_path / "export").is_dir()
 
 
 def test_files_are_scored_as_videos_are(server, drawn, tmp_path):
-    prompts, videos = drawn
+    _, prompts, videos = drawn
     write_video(tmp_path / "a.mp4", videos[0], 8, FINE)
     photos = [base64.b64encode(path.read_bytes()).decode() for path in prompts[0].references]
     buffer = io.BytesIO()
@@ -176,14 +186,14 @@ def test_files_are_scored_as_videos_are(server, drawn, tmp_path):
 
 
 def test_a_score_depends_on_no_other_video(server, drawn):
-    prompts, videos = drawn
+    _, prompts, videos = drawn
     texts = [prompt.text for prompt in prompts]
     photos = [[path.read_bytes() for path in prompt.references] for prompt in prompts]
     together = json.loads(
-        post(server, "/score", exchange.encode_request(videos, texts, photos))[1]
+        post(server, "/score", exchange.encode_request(list(videos), texts, photos))[1]
     )
     for n in range(4):
-        alone = exchange.encode_request(videos[n : n + 1], texts[n : n + 1], photos[n : n + 1])
+        alone = exchange.encode_request([videos[n]], texts[n : n + 1], photos[n : n + 1])
         found = json.loads(post(server, "/score", alone)[1])
         assert {name: value[0] for name, value in found.items()} == {
             name: value[n] for name, value in together.items()
@@ -197,7 +207,7 @@ def jpeg(picture):
 
 
 def test_the_clients_of_other_trainers_get_their_scores(server, drawn):
-    prompts, videos = drawn
+    _, prompts, videos = drawn
     texts = [prompt.text for prompt in prompts]
     pictures = [jpeg(video[0]) for video in videos]
     decoded = [np.asarray(Image.open(io.BytesIO(picture))) for picture in pictures]
@@ -223,7 +233,7 @@ class Program:
 
 
 def test_what_cannot_be_scored_is_status_400_with_one_line(server, drawn, tmp_path):
-    prompts, videos = drawn
+    _, prompts, videos = drawn
     text, picture = prompts[0].text, jpeg(videos[0, 0])
     program = Program(str(tmp_path / "made"))
     blank = io.BytesIO()
@@ -242,10 +252,13 @@ def test_what_cannot_be_scored_is_status_400_with_one_line(server, drawn, tmp_pa
     assert not (tmp_path / "made").exists()
     for body, reason in (
         (pickle.dumps({"images": [picture]}), "no JSON"),
-        (exchange.encode_request(videos[:1], [text], [[b"x"]]), "image of the request"),
-        (exchange.encode_request(videos[:1], [text], [[blank.getvalue()]]), "no face is found"),
-        (exchange.encode_request(videos[:1], [text], [[picture] * 9]), "has 9 photos"),
-        (exchange.encode_request(videos[:1], ["nobody asked"], [[]]), "comes without photos"),
+        (exchange.encode_request(list(videos[:1]), [text], [[b"x"]]), "image of the request"),
+        (
+            exchange.encode_request(list(videos[:1]), [text], [[blank.getvalue()]]),
+            "no face is found",
+        ),
+        (exchange.encode_request(list(videos[:1]), [text], [[picture] * 9]), "has 9 photos"),
+        (exchange.encode_request(list(videos[:1]), ["nobody asked"], [[]]), "comes without photos"),
     ):
         status, reply = post(server, "/score", body)
         assert status == 400 and reason in (line := json.loads(reply)["error"]), line

@@ -76,9 +76,7 @@ def test_a_photo_is_sent_as_its_file(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"these very bytes")
     with Stub(echo) as stub:
         reward = HttpReward(stub.address, SIZE)
-        encoded = reward.encode_references(
-            References(((Photo(tmp_path / "a.jpg"),),), 1), ["a"]
-        )
+        encoded = reward.encode_references(References(((Photo(tmp_path / "a.jpg"),),), 1), ["a"])
         collect(reward.score(videos(0), encoded))
     ((photo,),) = stub.requests[0]["references"]
     assert base64.b64decode(photo) == b"these very bytes"
@@ -149,10 +147,9 @@ def test_nonsense_costs_its_own_videos_and_is_one_line(reply, reason):
 
 def test_what_may_pass_is_repeated_with_growing_pauses(no_pauses):
     replies = [(503, {}, "busy"), broken, (429, {}, "slowly"), "[7]"]
-    with Stub(lambda request, number: replies[number]) as stub:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert scores(stub, videos(0), retries=3)["reward"].tolist() == [7]
+    with Stub(lambda request, number: replies[number]) as stub, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scores(stub, videos(0), retries=3)["reward"].tolist() == [7]
     assert len(stub.requests) == 4 and no_pauses == [0.5, 1, 2]
 
 
@@ -187,7 +184,9 @@ def test_a_server_that_is_gone_costs_its_videos_and_the_run_goes_on():
     with Stub(echo) as stub:
         reward = HttpReward(stub.address, SIZE, 20.0, 1)
         encoded = reward.encode_references(References(((), ()), 1), ["a", "b"])
-        np.testing.assert_array_equal(collect(reward.score(videos(0, 1), encoded))["reward"], [0, 1])
+        np.testing.assert_array_equal(
+            collect(reward.score(videos(0, 1), encoded))["reward"], [0, 1]
+        )
     with pytest.warns(
         UserWarning,
         match=r"videos 0, 1 could not be scored \(NoScore: the connection failed "
@@ -240,7 +239,13 @@ def test_a_refused_format_is_one_line_at_the_start(reply, reason, tmp_path):
 def test_the_address_is_checked_and_may_change_on_resume():
     for address in ("http://127.0.0.1:8000/score", "https://rewards.example", "http://[::1]:80/x"):
         assert c.RewardConfig(backend=address).served
-    for address in ("http://", "http://user:word@host/", "http://host/?key=1", "ftp://host/", "http"):
+    for address in (
+        "http://",
+        "http://user:word@host/",
+        "http://host/?key=1",
+        "ftp://host/",
+        "http",
+    ):
         with pytest.raises(UserError, match="deepface:opencv/ArcFace, or http://HOST:PORT/PATH"):
             c.RewardConfig(backend=address)
     with pytest.raises(UserError, match="reward.mixture"):
@@ -251,5 +256,7 @@ def test_the_address_is_checked_and_may_change_on_resume():
 
     old = config("http://a:1/score").to_json()
     check_resume(old, config("http://b:2/score", http_timeout=5.0, http_retries=0))
-    with pytest.raises(UserError, match="cannot resume exactly: reward.backend was 'http://a:1/score'"):
+    with pytest.raises(
+        UserError, match="cannot resume exactly: reward.backend was 'http://a:1/score'"
+    ):
         check_resume(old, c.Config())
