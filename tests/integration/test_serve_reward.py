@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_idgrpo import cli
 from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.data.video import FINE, to_uint8, write_video
@@ -330,3 +331,30 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "starlette", type(sys)("starlette"))
     with pytest.raises(UserError, match=r"needs uvicorn, .*; pip install 'jax-idgrpo\[serve\]'"):
         serve.serve(c.load("quickstart", []), "127.0.0.1", 0)
+
+
+def test_the_client_of_the_documentation_gets_a_score(server, drawn, tmp_path, monkeypatch, capsys):
+    _, prompts, videos = drawn
+    page = (ROOT / "docs" / "reward.md").read_text()
+    (example,) = re.findall(r"```python\n(import base64.*?)```", page, re.DOTALL)
+    write_video(tmp_path / "walk.mp4", videos[0], 8, FINE)
+    for name, photo in zip(("ann.jpg", "ben.jpg"), prompts[0].references * 2):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("http://127.0.0.1:8100/score", server), {})
+    (reward,) = json.loads(capsys.readouterr().out)
+    assert np.isfinite(reward)
+
+
+def test_score_and_its_server_agree(server, drawn, tmp_path):
+    csv, _, videos = drawn
+    write_video(tmp_path / "0000-0.mp4", videos[0], 8, FINE)
+    found = []
+    for name, words in (("here", []), ("there", ["--reward.backend", server])):
+        out = tmp_path / f"{name}.jsonl"
+        files = ["--videos", str(tmp_path / "0000-0.mp4"), "--prompts", str(csv), "--out", str(out)]
+        cli.run(["score", "quickstart", *files, *words])
+        found.append(json.loads(out.read_text()))
+    assert found[0]["judge_identity"] == found[1]["judge_identity"]
+    assert found[1]["reward"] == pytest.approx(found[0]["reward"], abs=1e-6)
+    assert found[1]["motion"] == pytest.approx(found[0]["motion"], abs=1e-6)
