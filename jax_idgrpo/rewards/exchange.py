@@ -119,7 +119,7 @@ def decode_request(body: bytes) -> Request:
     found = _json(body, "the request")
     if not isinstance(found, dict):
         raise Refused("the request is no JSON object; send videos, prompts and references")
-    lists = {}
+    lists: dict[str, list] = {}
     for name in Request._fields:
         lists[name] = found.get(name, [[]] * len(lists.get("prompts", [])))
         if not isinstance(lists[name], list):

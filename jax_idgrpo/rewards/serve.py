@@ -339,8 +339,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         opened = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        known = error.errno is not None and error.errno > 0  # names that are unknown have others
-        reason = os.strerror(error.errno) if known else error.strerror or error
+        number = error.errno or 0  # that of an unknown name is negative
+        reason = os.strerror(number) if number > 0 else error.strerror or error
         raise UserError(
             f"--host {host} --port {port}: cannot listen there ({reason}); use another port, or "
             "end the program that has it"

@@ -38,7 +38,8 @@ class Stub:
 
             def reply(self, found):
                 if callable(found):
-                    return found(self.wfile)
+                    found(self.wfile)
+                    return
                 status, headers, body = found if isinstance(found, tuple) else (200, {}, found)
                 body = body.encode() if isinstance(body, str) else body
                 self.send_response(status)

@@ -80,7 +80,7 @@ def test_what_is_no_request_is_one_line(sent):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("cut", range(0, 260))
+@pytest.mark.parametrize("cut", range(260))
 def test_any_damage_is_refused_or_harmless(cut):
     whole = pickle.dumps({"images": [b"abc"], "prompts": np.array(["abc", "d"])})
     for value in range(0, 256, 17):
