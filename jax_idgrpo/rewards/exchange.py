@@ -28,7 +28,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ from jax_idgrpo.errors import UserError
 MAX_SIDE = 4096  # pixels
 MAX_FRAMES = 1024
 MAX_PIXELS = 2**28  # of all frames of a video: 3.2 GB as float32
+LARGEST = 1.001  # absolute value of a float pixel; low precision rounds 1 up
 MAX_TERMS = 100
 
 _NPY, _GZIP = b"\x93NUMPY", b"\x1f\x8b"
@@ -114,7 +115,7 @@ def decode_request(body: bytes) -> Request:
     """Decode and check a request.
 
     Raises:
-      Refused: the body is not in the format, or a video is empty, too large or not finite.
+      Refused: the body is not in the format, or a video is empty, too large or out of range.
     """
     found = _json(body, "the request")
     if not isinstance(found, dict):
@@ -138,11 +139,27 @@ def decode_request(body: bytes) -> Request:
         ]
         for number, row in enumerate(lists["references"])
     ]
-    videos = [
+    videos = within_limits(
         decode_pixels(_bytes(video, f"video {number}"), f"{number} of the request")
         for number, video in enumerate(lists["videos"])
-    ]
+    )
     return Request(videos, lists["prompts"], photos)
+
+
+def within_limits(videos: Iterable[Video]) -> list[Video]:
+    """Collect the videos of a request.
+
+    Raises:
+      Refused: together they have more pixels than the largest video may have.
+    """
+    found: list[Video] = []
+    pixels = 0
+    for video in videos:
+        pixels += math.prod(video.shape[:3])
+        if pixels > MAX_PIXELS:
+            raise Refused(f"the request has over {MAX_PIXELS} pixels; send fewer videos at once")
+        found.append(video)
+    return found
 
 
 def decode_pixels(content: bytes, name: str) -> Video:
@@ -153,7 +170,7 @@ def decode_pixels(content: bytes, name: str) -> Video:
       name: name of the video, for messages.
 
     Raises:
-      Refused: the content is none of these, or is empty, too large or not finite.
+      Refused: the content is none of these, or is empty, too large or out of range.
     """
     if content.startswith(_GZIP):
         content = _unpacked(content, name)
@@ -162,13 +179,16 @@ def decode_pixels(content: bytes, name: str) -> Video:
             pixels = decode_video(content, name, MAX_PIXELS)
         except UserError as error:
             raise Refused(str(error)) from None
-        _check_size(pixels.shape, name)
+        check_size(pixels.shape, name)
         return from_uint8(pixels)
     pixels = _array(content, name)
     if pixels.dtype == np.uint8:
         return from_uint8(pixels)
     if not np.isfinite(pixels).all():
         raise Refused(f"video {name}: is not finite (NaN or infinity)")
+    if np.abs(pixels).max() > LARGEST:
+        span = f"{pixels.min():g} to {pixels.max():g}"
+        raise Refused(f"video {name}: has values {span}; send floats in [-1, 1], or uint8")
     return pixels.astype(np.float32)
 
 
@@ -197,14 +217,19 @@ def _array(content: bytes, name: str) -> np.ndarray:
         ) from None
     if dtype.name not in _DTYPES:
         raise Refused(f"video {name}: has dtype {dtype.name}; send {', '.join(_DTYPES)}")
-    _check_size(shape, name)
+    check_size(shape, name)
     if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
         raise Refused(f"video {name}: has another size than its header says; send it again")
     flat = np.frombuffer(content, dtype, offset=file.tell())
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _check_size(shape: tuple[int, ...], name: str) -> None:
+def check_size(shape: tuple[int, ...], name: str) -> None:
+    """Check the shape of a video; `name` is for messages.
+
+    Raises:
+      Refused: it is not [F, H, W, 3], is empty, or is too large.
+    """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(f"video {name}: has shape {list(shape)}; send [frames, height, width, 3]")
     frames, height, width = shape[:3]

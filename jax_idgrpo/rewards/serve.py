@@ -156,7 +156,9 @@ class Service:
                 f"the request has {len(images)} images and {len(texts)} prompts; send one each, "
                 f"up to {MAX_PICTURES}"
             )
-        videos = [_picture(image, number) for number, image in enumerate(images)]
+        videos = exchange.within_limits(
+            _picture(image, number) for number, image in enumerate(images)
+        )
         references = [self._of_prompt(text) for text in texts]
         scores = self.score(videos, texts, references).get("reward", [])
         if not np.isfinite(scores).all():
@@ -226,6 +228,7 @@ def _picture(content: bytes, number: int) -> Video:
         pixels = np.asarray(load_reference(Received(content, number)))
     except UserError as error:
         raise Refused(exchange.one_line(str(error))) from None
+    exchange.check_size((1, *pixels.shape), f"{number} of the request")
     return from_uint8(pixels)[None]
 
 
@@ -236,12 +239,12 @@ def make_app(service: Service) -> Any:
     """Make the ASGI application of a service.
 
     Raises:
-      UserError: Starlette is not installed.
+      UserError: Starlette or uvicorn is not installed.
     """
     _require_packages()
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -261,7 +264,10 @@ def make_app(service: Service) -> Any:
     async def reply(
         request: Request, answer: Callable[[bytes], bytes], kind: str, failed: Callable
     ) -> Response:
-        body = await body_of(request)
+        try:
+            body = await body_of(request)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         if body is None:
             reason, status = f"the request has more than {MAX_BODY} bytes", 413
         else:
@@ -285,7 +291,7 @@ def make_app(service: Service) -> Any:
 
     async def frames(request: Request) -> Response:
         total = request.query_params.get("frames", "")
-        if not (total.isdecimal() and 1 <= int(total[:9]) <= exchange.MAX_FRAMES):
+        if not (total.isdecimal() and len(total) < 9 and 1 <= int(total) <= exchange.MAX_FRAMES):
             return JSONResponse({"error": "post videos here, or pass frames=F"}, status_code=400)
         try:
             return Response(service.frames(int(total)), media_type="application/json")

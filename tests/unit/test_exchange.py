@@ -81,6 +81,7 @@ def header(shape, dtype="|u1"):
         (body(npy(np.zeros((0, 2, 2, 3), np.uint8))), "has 0 frames"),
         (body(npy(np.zeros((1, 4097, 1, 3), np.uint8))), "a side may have 4096"),
         (body(npy(np.full((1, 2, 2, 3), np.nan, np.float32))), "is not finite"),
+        (body(npy(np.full((1, 2, 2, 3), 200, np.float32))), "values 200 to 200; send floats in"),
         (body(npy(np.zeros((1, 2, 2, 3), object), allow_pickle=True)), "has dtype object"),
         (body(npy(np.zeros((1, 2, 2, 3), np.uint8))[:-1]), "another size than its header"),
         (body(header("(1, 4000, 4000, 3)")), "another size than its header"),
@@ -99,6 +100,13 @@ def test_what_unpacks_to_more_than_a_video_is_not_unpacked(monkeypatch):
     monkeypatch.setattr(exchange, "MAX_PIXELS", 1000)
     with pytest.raises(Refused, match="is too large"):
         exchange.decode_pixels(gzip.compress(bytes(10**6)), "0")
+
+
+def test_videos_that_are_too_large_together_are_refused(monkeypatch):
+    monkeypatch.setattr(exchange, "MAX_PIXELS", 100)
+    sent = exchange.encode_request([noise(1, 6, 6, 3)] * 3, ["a"] * 3, [[]] * 3)
+    with pytest.raises(Refused, match="has over 100 pixels; send fewer videos at once"):
+        exchange.decode_request(sent)
 
 
 def test_a_video_file_with_too_many_pixels_is_not_decoded_to_its_end(monkeypatch, tmp_path):
