@@ -1,17 +1,20 @@
 """Reward servers for tests: one whose answers a test writes, and `idgrpo serve-reward` in its own process."""
 
+import base64
 import contextlib
+import gzip
 import http.server
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
 
 
 class Stub:
@@ -63,6 +66,18 @@ class Stub:
     def __exit__(self, *_):
         self.server.shutdown()
         self.server.server_close()
+
+
+def pixels_of(request):
+    """The pixels of the video of a request."""
+    (video,) = request["videos"]
+    content = gzip.decompress(base64.b64decode(video))
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def level_of(request):
+    """The grey level of the video of a request."""
+    return float(pixels_of(request).reshape(-1)[0])
 
 
 @contextlib.contextmanager

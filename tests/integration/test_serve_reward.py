@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
 from jax_idgrpo import cli
 from jax_idgrpo import config as c
@@ -31,7 +32,10 @@ from jax_idgrpo.rewards.host import collect
 from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.training import train
-from tests.helpers.reward_server import ROOT, Stub, served
+from tests.helpers.paths import ROOT
+from tests.helpers.reward_server import Stub, served
+from tests.helpers.tiny_run import rows
+from tests.helpers.vlm_runs import configured, make_folder
 
 RUN = [
     ("run.sample_every", "0"),
@@ -41,10 +45,6 @@ RUN = [
     ("rollout.window_size", "2"),
     ("reward.http_retries", "1"),
 ]
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def test_a_server_gives_the_terms_of_the_reward_in_this_process(server, drawn):
     there = score(
         factory.make_reward(c.load("quickstart", [("reward.backend", server)])), prompts, videos
     )
-    assert here["similarity"].mean() > 0.3 and len(set(here["reward"].tolist())) == 4
+    assert here["similarity"].mean() > 0.3
+    assert len(set(here["reward"].tolist())) == 4
     assert here.keys() == there.keys()
     for name, value in here.items():
         np.testing.assert_allclose(there[name], value, atol=1e-6, err_msg=name)
@@ -164,7 +165,8 @@ def test_a_server_that_dies_within_a_step_costs_its_videos_and_the_run_goes_on(
         [1, 1, 0, 3],
         [1, 1, 0, 0],
     ]
-    assert logged[2]["reward"] == 1.5 and (tmp_path / "export").is_dir()
+    assert logged[2]["reward"] == 1.5
+    assert (tmp_path / "export").is_dir()
 
 
 def test_files_are_scored_as_videos_are(server, drawn, tmp_path):
@@ -248,7 +250,9 @@ def test_what_cannot_be_scored_is_status_400_with_one_line(server, drawn, tmp_pa
         ("/flow-grpo", program, "no pickled dict"),
     ):
         status, reply = post(server, path, pickle.dumps(asked))
-        assert status == 400 and reason in (line := pickle.loads(reply)["error"]), line
+        line = pickle.loads(reply)["error"]
+        assert status == 400, line
+        assert reason in line
         assert "\n" not in line
     assert not (tmp_path / "made").exists()
     for body, reason in (
@@ -262,7 +266,9 @@ def test_what_cannot_be_scored_is_status_400_with_one_line(server, drawn, tmp_pa
         (exchange.encode_request(list(videos[:1]), ["nobody asked"], [[]]), "comes without photos"),
     ):
         status, reply = post(server, "/score", body)
-        assert status == 400 and reason in (line := json.loads(reply)["error"]), line
+        line = json.loads(reply)["error"]
+        assert status == 400, line
+        assert reason in line
         assert "\n" not in line
     assert post(server, "/else", b"")[0] == 404
     assert post(server, "/score", b'{"videos": [], "prompts": []}') == (200, b'{"reward": []}')
@@ -274,7 +280,8 @@ def test_a_request_that_is_too_large_is_refused(server):
     connection.putheader("Content-Length", str(2**30 + 1))
     connection.endheaders()
     with connection.getresponse() as reply:
-        assert reply.status == 413 and b"more than 1073741824 bytes" in reply.read()
+        assert reply.status == 413
+        assert b"more than 1073741824 bytes" in reply.read()
 
 
 def test_a_reward_that_fails_costs_its_video_and_the_server_goes_on(tmp_path):
@@ -287,10 +294,50 @@ def test_a_reward_that_fails_costs_its_video_and_the_server_goes_on(tmp_path):
     with served("--reward.custom", f"{tmp_path}/mine.py:score") as (process, address):
         for text, wanted in (("raise", [None]), ("a", [0.25])):
             status, reply = post(address, "/score", exchange.encode_request([grey], [text], [[]]))
-            assert status == 200 and json.loads(reply)["reward"] == wanted
+            assert status == 200
+            assert json.loads(reply)["reward"] == wanted
         assert json.loads(reply)["photos"] == [0]  # a function may do without photos
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def in_process(config, prompts, videos, tmp_path):
+    """The terms by a service and by the reward itself."""
+    service = serve.Service(config, tmp_path)
+    photos = [[path.read_bytes() for path in prompt.references] for prompt in prompts]
+    texts = [prompt.text for prompt in prompts]
+    reply = service.answer(exchange.encode_request(list(videos), texts, photos))
+    reward = factory.make_reward(config)
+    encoded = reward.encode_references(
+        References.of_prompts(prompts, config.data.max_people), texts, videos.shape[1:4]
+    )
+    wanted = collect(reward.score(jnp.asarray(videos), jax.tree.map(jnp.asarray, encoded)))
+    return exchange.decode_reply(reply, len(videos)), wanted
+
+
+@pytest.mark.filterwarnings("ignore:reward.vlm_prompt")
+def test_a_vision_language_reward_is_served(drawn, tmp_path_factory, tmp_path):
+    config = c.Config(
+        reward=configured(make_folder(tmp_path_factory)), data=c.DataConfig(max_people=3)
+    )
+    found, wanted = in_process(config, drawn[1][:2], drawn[2][:2], tmp_path)
+    assert len(set(found["reward"])) == 2
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
+def test_deepface_is_served(tmp_path):
+    pytest.importorskip("deepface", reason="the extra `faces` is not installed")
+    picture = data.astronaut()
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (tmp_path / "my.csv").write_text("ref_paths,prompt\na.png,An astronaut smiles.\n")
+    video = np.broadcast_to(np.float32(picture) / 127.5 - 1, (1, 2, *picture.shape))
+    config = c.Config(reward=c.RewardConfig(backend="deepface:opencv/embedder"))
+    prompts = load_prompts(tmp_path / "my.csv", 1)
+    (tmp_path / "stored").mkdir()
+    found, wanted = in_process(config, prompts, video, tmp_path / "stored")
+    assert found["faces_found"] == [1]
+    assert found == {name: value.tolist() for name, value in wanted.items()}
 
 
 # ---- starting it ---------------------------------------------------------------------------------
@@ -298,7 +345,8 @@ def test_a_reward_that_fails_costs_its_video_and_the_server_goes_on(tmp_path):
 
 def test_it_listens_on_this_machine_alone_unless_told(capsys):
     with serve.listen("127.0.0.1", 0) as opened:
-        assert opened.getsockname()[0] == "127.0.0.1" and capsys.readouterr().err == ""
+        assert opened.getsockname()[0] == "127.0.0.1"
+        assert capsys.readouterr().err == ""
     with serve.listen("0.0.0.0", 0) as opened:
         port = opened.getsockname()[1]
     assert capsys.readouterr().err == (

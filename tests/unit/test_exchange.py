@@ -33,7 +33,8 @@ def test_a_request_arrives_bit_for_bit():
     found = exchange.decode_request(exchange.encode_request(videos, ["Ann", "Bé"], photos))
     assert (found.prompts, found.references) == (["Ann", "Bé"], photos)
     for sent, got in zip(videos, found.videos, strict=True):
-        assert got.dtype == np.float32 and sent.tobytes() == got.tobytes()
+        assert got.dtype == np.float32
+        assert sent.tobytes() == got.tobytes()
 
 
 def test_every_kind_of_video_is_read(tmp_path):

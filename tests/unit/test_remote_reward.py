@@ -1,7 +1,6 @@
 """A reward in another process: what is sent, what is repeated, and that a failure costs its own videos alone, in one line."""
 
 import base64
-import gzip
 import io
 import json
 import socket
@@ -20,7 +19,7 @@ from jax_idgrpo.rewards.base import Photo, References, RemoteReward, check_refer
 from jax_idgrpo.rewards.host import collect
 from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.training.checkpoint import check_resume
-from tests.helpers.reward_server import Stub
+from tests.helpers.reward_server import Stub, level_of, pixels_of
 
 SIZE = (4, 6, 8)
 
@@ -37,14 +36,6 @@ def videos(*levels):
     return np.broadcast_to(np.float32(levels)[:, None, None, None, None], (len(levels), *SIZE, 3))
 
 
-def level(request):
-    """The grey level of the video of a request."""
-    (video,) = request["videos"]
-    pixels = np.load(io.BytesIO(gzip.decompress(base64.b64decode(video))), allow_pickle=False)
-    assert pixels.dtype == np.float32
-    return float(pixels.reshape(-1)[0])
-
-
 def scores(stub, given, timeout=20.0, retries=2):
     """What a server gives, on the host."""
     reward = HttpReward(stub.address, SIZE, timeout, retries)
@@ -56,7 +47,7 @@ def scores(stub, given, timeout=20.0, retries=2):
 
 
 def echo(request, number):
-    return json.dumps([level(request)])
+    return json.dumps([level_of(request)])
 
 
 def test_videos_texts_and_photos_are_sent_and_scores_come_back():
@@ -85,7 +76,8 @@ def test_a_photo_is_sent_as_its_file(tmp_path):
 def test_terms_are_reported():
     with Stub(lambda *_: '{"reward": [1], "sharpness": [3], "blur": [null]}') as stub:
         found = scores(stub, videos(0, 1))
-    assert found["sharpness"].tolist() == [3, 3] and np.isnan(found["blur"]).all()
+    assert found["sharpness"].tolist() == [3, 3]
+    assert np.isnan(found["blur"]).all()
 
 
 def test_only_the_frames_that_a_server_asks_for_are_sent():
@@ -93,8 +85,8 @@ def test_only_the_frames_that_a_server_asks_for_are_sent():
     seen = []
 
     def answer(request, number):
-        content = gzip.decompress(base64.b64decode(request["videos"][0]))
-        seen.append(np.load(io.BytesIO(content))[:, 0, 0, 0].tolist())
+        assert pixels_of(request).dtype == np.float32
+        seen.append(pixels_of(request)[:, 0, 0, 0].tolist())
         return "[0]"
 
     for frames in (b'{"frames": [0, 3]}', b'{"frames": null}', b"<html>", (404, {}, b"no")):
@@ -109,7 +101,7 @@ def broken(connection):
 
 def bad_for(levels, reply):
     """Answers `reply` for videos of these levels, and the level for the others."""
-    return lambda request, number: reply if level(request) in levels else echo(request, number)
+    return lambda request, number: reply if level_of(request) in levels else echo(request, number)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +142,8 @@ def test_what_may_pass_is_repeated_with_growing_pauses(no_pauses):
     with Stub(lambda request, number: replies[number]) as stub, warnings.catch_warnings():
         warnings.simplefilter("error")
         assert scores(stub, videos(0), retries=3)["reward"].tolist() == [7]
-    assert len(stub.requests) == 4 and no_pauses == [0.5, 1, 2]
+    assert len(stub.requests) == 4
+    assert no_pauses == [0.5, 1, 2]
 
 
 def test_what_cannot_pass_is_not_repeated():
@@ -168,14 +161,10 @@ def test_a_server_that_hangs_is_given_up_in_time(begun):
         connection.flush()
         gate.wait(60)
 
-    with (
-        Stub(bad_for([0.5], hang)) as stub,
-        pytest.warns(
-            UserWarning,
-            match=r"video 0 could not be scored \(NoScore: no answer in 0.5 seconds after 2 attempts",
-        ),
-    ):
-        found = scores(stub, videos(0.5, 0.25), timeout=0.5, retries=1)
+    reason = r"video 0 could not be scored \(NoScore: no answer in 0.5 seconds after 2 attempts"
+    with Stub(bad_for([0.5], hang)) as stub:
+        with pytest.warns(UserWarning, match=reason):
+            found = scores(stub, videos(0.5, 0.25), timeout=0.5, retries=1)
         gate.set()
     np.testing.assert_array_equal(found["reward"], np.float32([np.nan, 0.25]))
 
@@ -232,7 +221,8 @@ def test_a_refused_format_is_one_line_at_the_start(reply, reason, tmp_path):
     with Stub(lambda *_: "[null]") as stub:  # a blank video need not have a reward
         check_references(HttpReward(stub.address, SIZE), prompts)
     (request,) = stub.requests
-    assert request["prompts"] == ["A dog runs."] and level(request) == 0
+    assert request["prompts"] == ["A dog runs."]
+    assert level_of(request) == 0
     assert base64.b64decode(request["references"][0][0]) == (tmp_path / "a.png").read_bytes()
 
 
