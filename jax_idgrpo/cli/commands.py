@@ -7,11 +7,11 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from checkpoints_convert.places import adapter_place, hub_remedy, is_export
 from jax_idgrpo import config as configuration
+from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path, require_writable
 
@@ -36,71 +36,6 @@ class Command:
 def _path(option: str) -> Callable[[str], Path]:
     """Make a parser for an option that takes a path on this machine."""
     return functools.partial(local_path, what=option)
-
-
-def existing(path: str, what: str, remedy: str) -> Path:
-    """Return `path` if it exists.
-
-    Args:
-      path: the path as the user gave it.
-      what: the option that it comes from, for the message.
-      remedy: what to pass instead, for the message.
-
-    Raises:
-      UserError: the path does not exist or is an address.
-    """
-    if not local_path(path, what).exists():
-        raise UserError(f"{what} {path}: no such file or folder; {remedy}")
-    return Path(path)
-
-
-def prompts_path(name: str) -> Path:
-    """Return the CSV of `--prompts name`.
-
-    Raises:
-      UserError: the file does not exist.
-    """
-    local_path(name, "--prompts")
-    path = configuration.prompts_file(name)
-    return existing(
-        str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval"
-    )
-
-
-def adapter_path(path: str) -> Path:
-    """Return the adapter of `--lora path`; the path may be the workdir of a run.
-
-    Raises:
-      UserError: there is no adapter.
-    """
-    place = local_path(path, "--lora")
-    if not place.exists() and not is_export(place):
-        existing(
-            path,
-            "--lora",
-            hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
-        )
-    return adapter_place(place)
-
-
-def adapters(pairs: Sequence[str]) -> dict[str, Path]:
-    """Parse `["NAME=PATH", ...]` into a dictionary.
-
-    Raises:
-      UserError: a pair has no `=`, a name is repeated or reserved, or a path does not exist.
-    """
-    paths: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
-        if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(
-                f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and "
-                "_; choose another"
-            )
-        paths[name] = adapter_path(path)
-    return paths
 
 
 def _start() -> None:
@@ -254,6 +189,34 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     from jax_idgrpo.evaluation.commands import evaluate
 
     evaluate(config, prompts, out, loras)
+
+
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--port", type=int, required=True, metavar="P", help="port to listen on; 0 = a free one"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; the default is this machine's own, which no other can reach",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="CSV",
+        help="photos of prompts that clients send without photos, as verl-omni's and flow_grpo's do",
+    )
+
+
+def _serve(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    prompts = prompts_path(arguments.prompts) if arguments.prompts else None
+    from jax_idgrpo.parallel.hosts import trim_heap_after_compile
+    from jax_idgrpo.rewards.serve import serve
+
+    trim_heap_after_compile()
+    serve(config, arguments.host, arguments.port, prompts)
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
@@ -442,6 +405,11 @@ COMMANDS = {
         "memory, work and time per chip of any machine, from the real compiler",
         _plan_options,
         _plan,
+    ),
+    "serve-reward": Command(
+        "score the videos of other processes over HTTP, for reward.backend http://...",
+        _serve_options,
+        _serve,
     ),
     "report": Command(
         "one HTML page of a run: curves, videos side by side, table, configuration",

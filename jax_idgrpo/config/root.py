@@ -15,7 +15,7 @@ from jax_idgrpo.config.video_model import (
 )
 from jax_idgrpo.workdir import refuse_addresses
 
-NOT_PATHS = ("data.negative_prompt", "run.wandb")
+NOT_PATHS = ("data.negative_prompt", "run.wandb", "reward.backend")
 """Text fields that name no file."""
 
 

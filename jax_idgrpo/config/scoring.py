@@ -21,6 +21,8 @@ PENALTIES = (
     "copied",
     "confused",
 )
+DEEPFACE = r"deepface:[\w-]+/[\w-]+"
+ADDRESS = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%-]*)?"  # no user, no query
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
 
 
@@ -33,7 +35,7 @@ def photographs_folder() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig(Section):
-    """The reward: face similarity, a trained head, a VLM, deepface, or your own function."""
+    """The reward: face similarity, a trained head, a VLM, deepface, a server, or your own function."""
 
     section: ClassVar[str] = "reward"
 
@@ -50,8 +52,14 @@ class RewardConfig(Section):
     )
     backend: str = option(
         "",
-        "deepface:DETECTOR/MODEL scores with deepface on the host; "
+        "deepface:DETECTOR/MODEL scores with deepface on the host, http://HOST:PORT/PATH by a server; "
         '"" = the networks of reward.faces',
+    )
+    http_timeout: float = option(
+        120.0, "seconds after which a request to an http reward.backend is abandoned", above=0
+    )
+    http_retries: int = option(
+        3, "further attempts of a failed request to an http reward.backend", least=0
     )
     frames: int = option(5, "evenly spaced frames of a video that are scored", least=1)
     similarity_low: float | None = option(
@@ -101,9 +109,9 @@ class RewardConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not self.backend or re.fullmatch(r"deepface:[\w-]+/[\w-]+", self.backend) is not None,
+            not self.backend or self.served or re.fullmatch(DEEPFACE, self.backend) is not None,
             f"reward.backend is {self.backend!r}; use deepface:DETECTOR/MODEL, such as "
-            "deepface:opencv/ArcFace, or leave it out",
+            "deepface:opencv/ArcFace, or http://HOST:PORT/PATH, or leave it out",
         )
         require(
             not (self.backend and self.vlm),
@@ -129,6 +137,11 @@ class RewardConfig(Section):
         require(
             not (self.custom and self.mixture),
             "reward.mixture weights terms, which reward.custom can do itself; leave it out",
+        )
+        require(
+            not (self.served and self.mixture),
+            "reward.mixture weights terms, and those of a server are not known before it scores; "
+            "leave it out",
         )
         require(
             not (self.head and self.backend),
@@ -160,9 +173,13 @@ class RewardConfig(Section):
     @property
     def reads_faces(self) -> bool:
         """Whether the reward itself, and not only the judge, uses the networks of `faces`."""
-        return not (
-            self.vlm or self.custom or (self.backend and not self.backend.endswith("/embedder"))
-        )
+        deepface_alone = self.backend and not self.backend.endswith("/embedder")
+        return not (self.vlm or self.custom or self.served or deepface_alone)
+
+    @property
+    def served(self) -> bool:
+        """Whether `backend` is the address of a server that scores the videos."""
+        return re.fullmatch(ADDRESS, self.backend) is not None
 
     def penalty_weights(self) -> dict[str, float]:
         """Return the weights of penalties by name; the others have 0."""

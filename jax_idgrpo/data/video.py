@@ -306,7 +306,12 @@ def list_videos(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _decode(source: io.BytesIO, name: str | File) -> UInt8[np.ndarray, "frames height width 3"]:
-    frames = list(_frames(source, name))
+    return _at_constant_rate(list(_frames(source, name)), name)
+
+
+def _at_constant_rate(
+    frames: Sequence[_Frame], name: str | File
+) -> UInt8[np.ndarray, "frames height width 3"]:
     if not frames:
         raise UserError(f"video {name}: holds no frames; write it again")
     numbers = constant_rate([frame.time for frame in frames])
@@ -364,6 +369,27 @@ def read_video(path: str | File) -> Float[np.ndarray, "frames height width 3"]:
       UserError: the file is missing, is no video of `CONTAINERS`, or holds no frame.
     """
     return from_uint8(_decode(_bytes(path), path))
+
+
+def decode_video(
+    content: bytes, name: str, most: int
+) -> UInt8[np.ndarray, "frames height width 3"]:
+    """Decode the bytes of a video file at a constant rate.
+
+    Args:
+      content: bytes of the file.
+      name: name of the video, for messages.
+      most: largest number of pixels of all frames together.
+
+    Raises:
+      UserError: the bytes are no video of `CONTAINERS`, hold no frame, or hold too many pixels.
+    """
+    frames: list[_Frame] = []
+    for frame in _frames(io.BytesIO(content), name):
+        frames.append(frame)
+        if len(frames) * frame.pixels[..., 0].size > most:
+            raise UserError(f"video {name}: has over {most} pixels in all frames; send fewer")
+    return _at_constant_rate(frames, name)
 
 
 def read_frames(

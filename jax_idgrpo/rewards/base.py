@@ -8,12 +8,13 @@ use the protocol.
 import dataclasses
 import functools
 import hashlib
+import io
 from collections.abc import Hashable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, ArrayLike, Bool, Float, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from PIL import Image
 
 from jax_idgrpo.data.prompts import Prompt, load_reference
@@ -47,6 +48,18 @@ class Photo:
           UserError: the file is missing or damaged.
         """
         return self.source if isinstance(self.source, Image.Image) else load_reference(self.source)
+
+    def content(self) -> bytes:
+        """Return the bytes of the file; of a picture without a file, those of a PNG.
+
+        Raises:
+          OSError: the file cannot be read.
+        """
+        if not isinstance(self.source, Image.Image):
+            return self.source.read_bytes()
+        buffer = io.BytesIO()
+        self.source.save(buffer, "PNG")
+        return buffer.getvalue()
 
     @functools.cached_property
     def key(self) -> Hashable:
@@ -104,6 +117,35 @@ class References:
             for row, shown in zip(np.asarray(images), np.asarray(mask, bool), strict=True)
         ]
         return cls(tuple(rows), np.shape(mask)[1])
+
+
+class Row(NamedTuple):
+    """A prompt with its photos."""
+
+    text: str
+    photos: tuple[Photo, ...]
+
+
+class NumberedRows:
+    """Prompts with their photos under numbers, for a reward that reads both on the host."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._numbers: dict[Hashable, int] = {}
+
+    def __getitem__(self, number: SupportsIndex) -> Row:
+        return self._rows[number]
+
+    def add(self, references: References, prompts: Sequence[str]) -> Int[np.ndarray, "P"]:
+        """Return the numbers of prompts, each stored once; no photo is opened."""
+        numbers = []
+        for text, photos in zip(prompts, references.photos, strict=True):
+            name = text, tuple(photo.key for photo in photos)
+            if name not in self._numbers:
+                self._numbers[name] = len(self._rows)
+                self._rows.append(Row(text, photos))
+            numbers.append(self._numbers[name])
+        return np.asarray(numbers, np.int32)
 
 
 @struct.dataclass
@@ -201,6 +243,22 @@ class DifferentiableReward(Reward, Protocol):
         """Return the shapes of encoded references for `rows` videos with `people` slots each."""
 
 
+@runtime_checkable
+class RemoteReward(Reward, Protocol):
+    """A reward of another process, which may not answer."""
+
+    def check(self, references: References, prompts: Sequence[str]) -> None:
+        """Try the reward on a blank video per prompt.
+
+        Args:
+          references: the photos of the prompts.
+          prompts: the texts of the prompts.
+
+        Raises:
+          UserError: the other process refuses the request or gives no usable answer.
+        """
+
+
 def differentiable(reward: object) -> DifferentiableReward:
     """Return the reward as one that gradients can flow through.
 
@@ -217,10 +275,14 @@ def differentiable(reward: object) -> DifferentiableReward:
 def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
     """Check all photos of some prompts, each once, before any expensive work.
 
+    A reward of another process is tried on the first prompt.
+
     Raises:
-      UserError: photos cannot be used. The message lists the first of them with their lines in the
-        CSV, and their number.
+      UserError: photos cannot be used, or another process does not score. The message lists the
+        first of the photos with their lines in the CSV, and their number.
     """
+    if isinstance(reward, RemoteReward) and prompts:
+        reward.check(References.of_prompts(prompts[:1], 1), [prompts[0].text])
     photos: dict[Hashable, tuple[Photo, str]] = {}
     for prompt, row in zip(prompts, References.of_prompts(prompts, 1).photos, strict=True):
         for photo in row:

@@ -21,39 +21,28 @@ another shape, fails all videos of the call. NaN fails only its own video. The r
 video is NaN, and the video is excluded from the update.
 """
 
-import concurrent.futures
 import functools
 import importlib
 import importlib.util
 import sys
-import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 from PIL import Image
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards.base import Photo, References
-from jax_idgrpo.rewards.host import HostPool, Pending, Scored
+from jax_idgrpo.rewards.base import NumberedRows, Photo, References
+from jax_idgrpo.rewards.host import HostPool, Pending, Scored, in_time
 
 Function = Callable[[np.ndarray, list[str], list[list[Image.Image]]], Any]
-
-Result = TypeVar("Result")
 
 
 class Unusable(Exception):
     """The function returned something that is not a reward of the videos."""
-
-
-class Row(NamedTuple):
-    """A prompt with its photos."""
-
-    text: str
-    photos: tuple[Photo, ...]
 
 
 class CustomReward:
@@ -77,8 +66,7 @@ class CustomReward:
         self._function, self._timeout = function, timeout
         self.reported: tuple[str, ...] = ()
         self._pool = HostPool(workers=1)
-        self._rows: list[Row] = []
-        self._numbers: dict[Hashable, int] = {}
+        self._rows = NumberedRows()
         self._open = functools.lru_cache(maxsize=32)(Photo.open)
 
     def encode_references(
@@ -94,15 +82,7 @@ class CustomReward:
           prompts: the texts of the prompts.
           video: unused.
         """
-        rows = [Row(text, photos) for text, photos in zip(prompts, references.photos, strict=True)]
-        numbers = []
-        for row in rows:
-            name = row.text, tuple(photo.key for photo in row.photos)
-            if name not in self._numbers:
-                self._numbers[name] = len(self._rows)
-                self._rows.append(row)
-            numbers.append(self._numbers[name])
-        return np.asarray(numbers, np.int32)
+        return self._rows.add(references, prompts)
 
     def frames_read(self, total: int) -> np.ndarray | None:
         """Return None: the function receives all frames."""
@@ -135,7 +115,7 @@ class CustomReward:
         rows = [self._rows[number] for number in numbers]
         photos = [[self._open(photo) for photo in row.photos] for row in rows]
         given = videos.astype(np.float32), [row.text for row in rows], photos
-        found = in_time(lambda: self._function(*given), self._timeout)
+        found = in_time(lambda: self._function(*given), self._timeout, "reward.custom")
         named = found if isinstance(found, Mapping) else {"reward": found}
         if "reward" not in named:
             raise Unusable(
@@ -162,30 +142,6 @@ class CustomReward:
             else Unusable(f"the reward is {terms['reward'][n]}")
             for n in range(len(videos))
         ]
-
-
-def in_time(function: Callable[[], Result], seconds: float) -> Result:
-    """Call a function in a daemon thread of its own.
-
-    Raises:
-      TimeoutError: the function has not returned within `seconds`.
-    """
-    future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # SystemExit would end only this thread
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="reward.custom", daemon=True).start()
-    done, _ = concurrent.futures.wait([future], seconds)
-    if not done:
-        raise TimeoutError(f"no answer in {seconds:g} seconds")
-    error = future.exception()
-    if error is not None:
-        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
-    return future.result()
 
 
 def load_function(name: str) -> Function:

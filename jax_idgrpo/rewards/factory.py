@@ -18,6 +18,7 @@ from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
 from jax_idgrpo.rewards.faces import Settings, load_settings, load_stack, reward_settings
 from jax_idgrpo.rewards.head import fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 
 
@@ -29,14 +30,17 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
       mesh: devices of the videos; networks that run in JAX are replicated on it.
 
     Raises:
-      UserError: a network is missing or damaged, the backend is not installed, or the custom
-        function cannot be imported.
+      UserError: a network is missing or damaged, the backend is not installed or cannot be
+        reached, or the custom function cannot be imported.
     """
     wanted = config.reward
     if wanted.custom:
         return CustomReward(load_function(wanted.custom), wanted.custom_timeout)
     if wanted.vlm:
         return make_vlm(config, mesh)
+    if wanted.served:
+        video = config.video.frames, config.video.height, config.video.width
+        return HttpReward(wanted.backend, video, wanted.http_timeout, wanted.http_retries)
     if wanted.backend:
         return HostFaceReward(
             DeepFace(wanted.backend, wanted.folder()),

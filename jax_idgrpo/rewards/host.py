@@ -8,10 +8,11 @@ gathered.
 """
 
 import collections
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -23,13 +24,13 @@ from jax_idgrpo.parallel.hosts import gather_objects, to_host
 Terms = Mapping[str, Float[np.ndarray, " B"] | Float[Array, " B"]]
 """Name of a term -> one value per video; "reward" is among them."""
 
-
 Scored = Mapping[str, float] | Exception
 """The terms of one video, or the reason why it has none."""
 
 Batch: TypeAlias = np.ndarray | Array
 """Rows on the host or on devices."""
 HostRow: TypeAlias = np.ndarray | np.generic
+Result = TypeVar("Result")
 
 
 class Pending:
@@ -232,3 +233,32 @@ def collect(scored: Terms | Pending) -> dict[str, Float[np.ndarray, " B"]]:
     """Wait for the terms and copy them to the host."""
     terms = scored.result() if isinstance(scored, Pending) else scored
     return to_host(dict(terms))
+
+
+def in_time(function: Callable[[], Result], seconds: float, name: str) -> Result:
+    """Call a function in a daemon thread of its own.
+
+    Args:
+      function: the function; after a timeout its thread continues, and its result is discarded.
+      seconds: longest time to wait for the result.
+      name: name of the thread.
+
+    Raises:
+      TimeoutError: the function has not returned within `seconds`.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # SystemExit would end only this thread
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    done, _ = wait([future], seconds)
+    if not done:
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    error = future.exception()
+    if error is not None:
+        raise error if isinstance(error, Exception) else RuntimeError(repr(error))
+    return future.result()

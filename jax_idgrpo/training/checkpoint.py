@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "model.text_memory",
     "mesh.*",
     "evaluate.*",
+    "reward.http_*",
     "finetune.out",
     "finetune.log_every",
 )
@@ -93,6 +94,8 @@ def check_resume(
     old = {name: value for name, value in defaults.items() if name in new} | old
     if new.get("optimizer.schedule") == "cosine":
         may_change = tuple(name for name in may_change if name != "run.steps")
+    if all(str(values.get("reward.backend")).startswith("http") for values in (old, new)):
+        may_change = (*may_change, "reward.backend")  # a server may move
     cosines = [field.name for field in dataclasses.fields(Settings)]
     if any(old.get(f"reward.{name}") != new.get(f"reward.{name}") for name in cosines):
         left_out: dict[str, Any] = dict.fromkeys(cosines)

@@ -43,6 +43,15 @@ def call(function: str, monkeypatch, arguments: list[str]) -> tuple:
     return calls[0]
 
 
+def test_a_server_listens_on_this_machine_unless_told(monkeypatch, config_file, prompts_file):
+    words = ["serve-reward", str(config_file), "--port", "8100"]
+    _, *given = call("jax_idgrpo.rewards.serve:serve", monkeypatch, words)
+    assert given == ["127.0.0.1", 8100, None]
+    words += ["--host", "0.0.0.0", "--prompts", str(prompts_file)]
+    _, *given = call("jax_idgrpo.rewards.serve:serve", monkeypatch, words)
+    assert given == ["0.0.0.0", 8100, prompts_file]
+
+
 def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path):
     given, workdir, profile = call(
         "jax_idgrpo.training.train:train",
