@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, from_uint8
-from jax_idgrpo.evaluation.scoring import check_photos, values
+from jax_idgrpo.evaluation.scoring import FURTHER, check_photos, values
 from jax_idgrpo.rewards.base import ReferenceFaces, References, Reward, Terms
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.factory import make_judge, make_reward
@@ -36,6 +36,8 @@ BLOCK = 32  # maximum number of frames of a block
 BLOCK_PIXELS = 2**23  # maximum number of pixels of a block; 100 MB as float32
 
 FileScorer = Callable[[Clip, Prompt], dict[str, float]]
+Observer = Callable[[int, UInt8[np.ndarray, "t H W 3"], "Seen"], None]
+"""Gets the number of the first frame of a block, the frames, and what the judge found in them."""
 
 
 @flax.struct.dataclass
@@ -43,6 +45,7 @@ class Seen:
     """Faces and pixel statistics of the frames of a block."""
 
     boxes: Float[Array, "B T K 4"]
+    landmarks: Float[Array, "B T K 5 2"]
     embeddings: Float[Array, "B T K E"]
     mask: Bool[Array, "B T K"]
     pixels: Pixels
@@ -63,7 +66,7 @@ def _look(
     matches = match_videos(faces.embeddings, faces.mask, *references, config.null_similarity)
     found = faces.boxes, faces.landmarks, faces.mask
     pixels = read_pixels(videos, *found, matches, people.crops)
-    return Seen(faces.boxes, faces.embeddings, faces.mask, pixels)
+    return Seen(faces.boxes, faces.landmarks, faces.embeddings, faces.mask, pixels)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -93,8 +96,8 @@ class Stream:
         self._seen: list[Seen] = []
         self._last: list[UInt8[np.ndarray, "1 H W 3"]] = []
 
-    def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
-        """Process the next frames, at most one block."""
+    def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> Seen:
+        """Process the next frames, at most one block, and return what was found in them."""
         again = len(self._last)
         shown = np.concatenate([*self._last, frames])
         # Blocks are padded, so that only one program is compiled.
@@ -103,6 +106,7 @@ class Stream:
         seen = jax.device_get(_look(self._reward.graph, self._reward.config, *given))
         self._seen.append(jax.tree.map(lambda leaf: leaf[:, again : len(shown)], seen))
         self._last = [frames[-1:]]
+        return self._seen[-1]
 
     def terms(self) -> dict[str, float]:
         """Compute the terms of all processed frames."""
@@ -129,18 +133,25 @@ class ClipScorer:
         check_photos((self.reward, self.judge), prompts)
         self.people = config.data.max_people
 
-    def __call__(self, clip: Clip, prompt: Prompt) -> dict[str, float]:
+    def __call__(
+        self, clip: Clip, prompt: Prompt, observer: Observer | None = None
+    ) -> dict[str, float]:
         """Score one video (see `scoring.values`).
+
+        Args:
+          clip: the video.
+          prompt: its prompt.
+          observer: is shown every block of frames; needs a judge, and adds the judge's other terms.
 
         Raises:
           UserError: the video or a photo cannot be used.
         """
         total = len(clip.numbers)
         block = max(1, min(BLOCK, BLOCK_PIXELS // (clip.height * clip.width), total))
-        rewarded = self._encoded(self.reward, clip, prompt)
+        rewarded = self.encoded(self.reward, clip, prompt)
         stream = None
         if self.judge is not None:
-            stream = Stream(self.judge, self._encoded(self.judge, clip, prompt), block, total)
+            stream = Stream(self.judge, self.encoded(self.judge, clip, prompt), block, total)
         chosen = self.reward.frames_read(total)
         wanted = set(range(total) if chosen is None else chosen.tolist())
         changes = Changes()
@@ -148,7 +159,9 @@ class ClipScorer:
         for number, frames in enumerate(clip.blocks(block)):
             held += [frame for n, frame in enumerate(frames, number * block) if n in wanted]
             if stream is not None:
-                stream.show(frames)
+                seen = stream.show(frames)
+                if observer is not None:
+                    observer(number * block, frames, seen)
             else:
                 changes.show(frames)
         found = first_row(
@@ -156,9 +169,14 @@ class ClipScorer:
         )
         if self.reward.motion_of_all_frames:
             found["motion"] = changes.mean()
-        return values(self.reward, found, None if stream is None else stream.terms())
+        judged = None if stream is None else stream.terms()
+        chosen_values = values(self.reward, found, judged)
+        if observer is None or judged is None:
+            return chosen_values
+        return {name: judged[name] for name in FURTHER} | chosen_values
 
-    def _encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
+    def encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
+        """Encode the photos of a prompt for one video."""
         references = References.of_prompts([prompt], self.people)
         size = len(clip.numbers), clip.height, clip.width
         return jax.tree.map(jnp.asarray, reward.encode_references(references, [prompt.text], size))
@@ -187,6 +205,6 @@ class Changes:
         return self._sum / max(self._count, 1)
 
 
-def make_clip_scorer(config: Config, prompts: Sequence[Prompt] = ()) -> FileScorer:
+def make_clip_scorer(config: Config, prompts: Sequence[Prompt] = ()) -> ClipScorer:
     """Make the scorer of a configuration. Arguments and errors are those of `ClipScorer`."""
     return ClipScorer(config, prompts)
