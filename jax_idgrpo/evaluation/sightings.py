@@ -162,7 +162,7 @@ class Follower:
         )
 
 
-def _taken(values: np.ndarray, face: Int[np.ndarray, "T M"], empty: float) -> np.ndarray:
+def _taken(values: np.ndarray, face: Int[np.ndarray, "T M"], empty: float | int) -> np.ndarray:
     """Select the value of each person's face along the last axis; `empty` without a face."""
     room = np.full((*values.shape[:-1], 1), empty, values.dtype)
     padded = np.concatenate([values, room], axis=-1)
