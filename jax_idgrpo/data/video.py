@@ -388,12 +388,12 @@ def preview(
     Args:
       path: path of the mp4 file, in an existing folder.
       size: height and width of the frames in pixels.
-      rate: frames per second.
+      rate: frames per second; the copy has 1 to 240.
       side: maximum of the longer side of the copy in pixels; a smaller video is not enlarged.
     """
     factor = min(side / max(size), 1.0)
     height, width = (max(2 * round(factor * length / 2), 2) for length in size)
-    steady = Fraction(rate).limit_denominator(1001)
+    steady = Fraction(min(max(rate, 1), 240)).limit_denominator(1001)
     with _encoder(str(path), (height, width), steady, Quality(23)) as encode:
 
         def add(frame: UInt8[np.ndarray, "height width 3"]) -> None:

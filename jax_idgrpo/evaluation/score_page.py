@@ -222,8 +222,8 @@ def _legend() -> str:
         '<span><b class="matched">matched</b> the person</span>'
         '<span><b class="ambiguous">ambiguous</b> another face or person comes within '
         f"{MARGIN}, or the face is on the track of another person</span>"
-        '<span><b class="missing">missing</b> no face reaches the smallest cosine of a match, which '
-        "each network has its own of</span></p>"
+        '<span><b class="missing">missing</b> no face reaches the smallest cosine of a match; each '
+        "network has its own</span></p>"
     )
 
 
