@@ -224,6 +224,10 @@ def score(
                     _complain(line["error"])
             update(len(lines) + len(refused))
     every = [lines.get(key) or refused[key] for key in keys]
+    if report is not None:  # it is shared
+        places = [videos if videos.is_dir() else videos.parent, base]
+        for line in refused.values():
+            line["error"] = score_page.without_folders(line["error"], places)
     shown = ({name: line[name] for name in line if name != "key"} for line in every)
     run_once(write_text, out, journal.text_of(shown))
     rewards = [line["reward"] for line in lines.values()]

@@ -59,6 +59,14 @@ WIDTH, HEIGHT, POINTS = 600, 76, 300  # of the curve of a person, and its maximu
 _PLAIN = ("file", "prompt", "key", "error")
 
 
+def without_folders(text: str, folders: Sequence[Path]) -> str:
+    """Remove folders of this machine from a message, because reports are shared."""
+    for folder in sorted(map(str, folders), key=len, reverse=True):
+        if folder != ".":
+            text = text.replace(f"{folder}/", "")
+    return text
+
+
 def write(
     folder: Path,
     videos: Path,
@@ -105,12 +113,6 @@ class _replaced:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def _plain_error(line: Mapping[str, Any]) -> str:
-    """Return the error of a line without the folder of the video, because reports are shared."""
-    name = str(line["file"])
-    return re.sub(rf"\S*/{re.escape(name)}", name, str(line.get("error", "")))
-
-
 def _cell(value: object) -> object:
     return round(value, 6) if isinstance(value, float) else value
 
@@ -123,7 +125,7 @@ def _write_scores(file: TextIO, lines: Sequence[Mapping[str, Any]]) -> None:
     table.writerow(["video", "prompt", *names, "error"])
     for line in lines:
         values = [_cell(line.get(name)) for name in names]
-        table.writerow([line["file"], line["prompt"], *values, _plain_error(line)])
+        table.writerow([line["file"], line["prompt"], *values, line.get("error", "")])
 
 
 def _write_people(file: TextIO, folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -240,7 +242,7 @@ def _video(folder: Path, line: Mapping[str, Any], number: int, opened: bool) -> 
     data = " ".join(f'data-{value}="{_sort_value(line, value, number)}"' for value in _SORTED)
     text = f'<span class="text"><span class="name">{name}</span><span class="prompt">{prompt}</span></span>'
     if "error" in line:
-        reason = html.escape(_plain_error(line))
+        reason = html.escape(str(line["error"]))
         return (
             f'<details class="video" {data}><summary><span></span>{text}'
             f'<span class="error">not scored</span></summary><div class="body"><p class="error">{reason}</p></div></details>'
