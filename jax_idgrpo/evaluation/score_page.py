@@ -269,7 +269,7 @@ def _video(folder: Path, line: Mapping[str, Any], number: int, opened: bool) -> 
         f'{f"""<span class="flags">{flags}</span>""" if flags else ""}</summary><div class="body">'
         f'<div class="overview"><video src="{place}/clip.mp4" poster="{place}/poster.jpg" controls '
         f'loop muted playsinline preload="none" aria-label="{name}"></video>'
-        f"<div><p>{prompt}</p>{_terms(line)}</div></div>"
+        f"<div><p>{prompt}</p>{_counts(details)}{_terms(line)}</div></div>"
         f"{people}{_others(place, details)}</div></details>"
     )
 
@@ -407,16 +407,37 @@ def _curve(number: int, person: Mapping[str, Any], least: float) -> str:
                 ends = points if len(points) > 1 else points * 2
                 parts.append(f'<polyline class="line {style}" points="{" ".join(ends)}"/>')
                 points = []
-    names = {"m": "matched", "a": "ambiguous", "-": "missing"}
-    for match in re.finditer(r"(.)\1*", person["state"]):
-        x, width = match.start() * scale, (match.end() - match.start()) * scale
-        style = names[match[1]]
-        parts.append(
-            f'<rect class="{style}" x="{x:.1f}" y="{HEIGHT - 10}" width="{width:.1f}" height="8"/>'
-        )
+    parts.append(_bar(person["state"], HEIGHT - 10))
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="'
         f'similarity of person {number} over {frames} frames">{"".join(parts)}</svg>'
         '<p><span class="key c0">embedder</span><span class="key c1">judge (dashed)</span>, from 0 '
         f"to 1; dotted: smallest match {_number(least)}; bar: matched, ambiguous or missing</p>"
+    )
+
+
+def _bar(state: str, top: int) -> str:
+    """Draw the state of every frame as a bar: m for matched, a for ambiguous, - for missing."""
+    names, scale = {"m": "matched", "a": "ambiguous", "-": "missing"}, WIDTH / max(len(state), 1)
+    parts = []
+    for match in re.finditer(r"(.)\1*", state):
+        x, width = match.start() * scale, (match.end() - match.start()) * scale
+        style = names[match[1]]
+        parts.append(
+            f'<rect class="{style}" x="{x:.1f}" y="{top}" width="{width:.1f}" height="8"/>'
+        )
+    return "".join(parts)
+
+
+def _counts(details: Mapping[str, Any]) -> str:
+    """Draw in which frames there are as many faces as people, more, or fewer."""
+    asked, faces = len(details["people"]), details["faces"]
+    state = "".join("m" if count == asked else "a" if count > asked else "-" for count in faces)
+    low, high = min(faces), max(faces)
+    found = f"{low}" if low == high else f"{low} to {high}"
+    return (
+        f'<p class="count">{asked} face{"s" if asked > 1 else ""} requested, {found} found: as many '
+        "in green frames, more in yellow, fewer in red</p>"
+        f'<svg class="count" viewBox="0 0 {WIDTH} 8" preserveAspectRatio="none" role="img" '
+        f'aria-label="requested {asked}, found {found} faces per frame">{_bar(state, 0)}</svg>'
     )
