@@ -31,6 +31,7 @@ from jax_idgrpo.rewards.tracks import tracks
 
 MARGIN = 0.1  # difference of cosines below which a match is doubtful
 FACES = 32  # faces that the embedder gets at once
+FRAMES = 64  # a video is matched in a multiple of so many frames
 STATES = ("missing", "ambiguous", "matched")
 
 
@@ -145,7 +146,13 @@ class Follower:
     def sightings(self) -> Sightings:
         """Match and follow the people in all frames that were shown."""
         boxes, mask, *embeddings = (np.concatenate(leaf) for leaf in zip(*self._seen, strict=True))
-        seen = tuple(jnp.asarray(leaf)[None] for leaf in (boxes, mask, *embeddings))
+        total = len(mask)
+        # Empty frames change nothing, and videos of many lengths share few programs.
+        empty = -total % FRAMES
+        seen = tuple(
+            jnp.asarray(np.pad(leaf, [(0, empty), *[(0, 0)] * (leaf.ndim - 1)]))[None]
+            for leaf in (boxes, mask, *embeddings)
+        )
         config, missing = self._embedder.config, self._judge.null_similarity
         found = jax.device_get(_follow(config, missing, seen, self._people, self._judged))
         count = int(np.sum(self._people.mask[0]))
@@ -153,12 +160,12 @@ class Follower:
         return Sightings(
             boxes=boxes,
             mask=mask,
-            cosine=cosine[:, :count],
-            face=face[:, :count],
-            track=track,
+            cosine=cosine[:total, :count],
+            face=face[:total, :count],
+            track=track[:total],
             of_person=of_person[:count],
-            judge_cosine=judge_cosine[:, :count],
-            judge_face=judge_face[:, :count],
+            judge_cosine=judge_cosine[:total, :count],
+            judge_face=judge_face[:total, :count],
         )
 
 

@@ -1,10 +1,15 @@
 """What a report says about a person follows from the faces of the frames alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from jax_idgrpo.evaluation import sightings
 from jax_idgrpo.evaluation.sightings import STATES, Sightings
+from jax_idgrpo.rewards.base import ReferenceFaces
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.identity import IdentityConfig
 
 NONE = 3  # index of no face, of three
 
@@ -98,3 +103,31 @@ def test_a_person_who_changes_tracks():
 def test_runs():
     assert sightings.runs(np.array([1, 1, 0, 2])) == [(1, 0, 1), (0, 2, 2), (2, 3, 3)]
     assert sightings.runs(np.array([], int)) == []
+
+
+def test_length_of_a_video_does_not_change_what_is_seen_in_its_frames(monkeypatch):
+    """Empty frames are appended so that few programs are compiled; they must not show."""
+    rng = np.random.default_rng(0)
+    frames, faces, people = 5, 3, 2
+    mask = rng.random((frames, faces)) < 0.7
+    vectors = rng.normal(size=(2, frames, faces, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    references = ReferenceFaces(
+        embeddings=vectors[0, 0][None, :people],
+        crops=np.zeros((1, people, 2, 2, 3), np.float32),
+        mask=np.ones((1, people), bool),
+    )
+    corners = rng.uniform(0, 40, (frames, faces, 2)).astype(np.float32)
+    seen = (np.concatenate([corners, corners + 20], -1), mask, *(vectors * mask[..., None]))
+    found = []
+    for room in (1, 8):
+        monkeypatch.setattr(sightings, "FRAMES", room)
+        reward = object.__new__(FaceReward)  # no network is called
+        reward.config = IdentityConfig()
+        follower = sightings.Follower(reward, IdentityConfig(), references, references)
+        follower._seen = [tuple(leaf[:2] for leaf in seen), tuple(leaf[2:] for leaf in seen)]
+        found.append(follower.sightings())
+    for field in dataclasses.fields(Sightings):
+        first, second = (getattr(one, field.name) for one in found)
+        assert len(first) in (frames, people)
+        np.testing.assert_allclose(first, second, atol=1e-6, err_msg=field.name)
