@@ -1,0 +1,74 @@
+"""Check the paths that options name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoints_convert.places import adapter_place, hub_remedy, is_export
+from jax_idgrpo import config as configuration
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.workdir import local_path
+
+
+def existing(path: str, what: str, remedy: str) -> Path:
+    """Return `path` if it exists.
+
+    Args:
+      path: the path as the user gave it.
+      what: the option that it comes from, for the message.
+      remedy: what to pass instead, for the message.
+
+    Raises:
+      UserError: the path does not exist or is an address.
+    """
+    if not local_path(path, what).exists():
+        raise UserError(f"{what} {path}: no such file or folder; {remedy}")
+    return Path(path)
+
+
+def prompts_path(name: str) -> Path:
+    """Return the CSV of `--prompts name`.
+
+    Raises:
+      UserError: the file does not exist.
+    """
+    local_path(name, "--prompts")
+    path = configuration.prompts_file(name)
+    return existing(
+        str(path), "--prompts", "pass a CSV with the header ref_paths,prompt, or embedded:eval"
+    )
+
+
+def adapter_path(path: str) -> Path:
+    """Return the adapter of `--lora path`; the path may be the workdir of a run.
+
+    Raises:
+      UserError: there is no adapter.
+    """
+    place = local_path(path, "--lora")
+    if not place.exists() and not is_export(place):
+        existing(
+            path,
+            "--lora",
+            hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
+        )
+    return adapter_place(place)
+
+
+def adapters(pairs: Sequence[str]) -> dict[str, Path]:
+    """Parse `["NAME=PATH", ...]` into a dictionary.
+
+    Raises:
+      UserError: a pair has no `=`, a name is repeated or reserved, or a path does not exist.
+    """
+    paths: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
+        if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(
+                f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and "
+                "_; choose another"
+            )
+        paths[name] = adapter_path(path)
+    return paths
