@@ -68,7 +68,8 @@ def load(path: Path, max_people: int) -> Benchmark:
     """
     file = path / FILE if path.is_dir() else path
     folder = file.parent
-    prompts, rows = [], {}
+    prompts: list[Prompt] = []
+    rows: dict[str, int] = {}
     for name, entry in _entries(file).items():
         where = f"--benchmark {file}, {name}"
         pictures, text = entry.get("img_paths"), entry.get("prompt")

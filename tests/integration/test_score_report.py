@@ -109,12 +109,15 @@ class Page(HTMLParser):
 def test_the_page_holds_what_it_shows(report, inputs):
     text = (report / score_page.PAGE).read_text()
     page = Page(text)
-    assert not page.open and not page.undescribed
+    assert not page.open
+    assert not page.undescribed
     files = [link for link in page.links if not link.startswith("data:")]
     assert len(files) > 3 * 2 * recorder.SHOWN
     for link in files:
-        assert not re.match(r"[a-z]+:|/|\.\.", link) and (report / link).is_file(), link
-    assert "default-src 'none'" in text and not re.search(r"https?:|@import|url\(", text)
+        assert not re.match(r"[a-z]+:|/|\.\.", link), link
+        assert (report / link).is_file(), link
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?:|@import|url\(", text)
     assert "<b>people" not in text
     assert "Two &lt;b&gt;people&lt;/b&gt; &amp; &quot;friends&quot; 0" in text
     for path in (report / "index.html", *report.glob("*.csv"), *report.glob("videos/*/*.json")):
@@ -125,10 +128,12 @@ def test_the_page_holds_what_it_shows(report, inputs):
 
 def test_pictures_are_small_and_videos_play(report):
     pictures = list(report.glob("videos/*/*.jpg"))
-    assert pictures and max(path.stat().st_size for path in pictures) < 30_000
+    assert pictures
+    assert max(path.stat().st_size for path in pictures) < 30_000
     for path in report.glob("videos/*/clip.mp4"):
         clip = Clip.open(path)
-        assert len(clip.numbers) == FRAMES and clip.rate == pytest.approx(8)
+        assert len(clip.numbers) == FRAMES
+        assert clip.rate == pytest.approx(8)
 
 
 def test_worst_video_comes_first(report):
@@ -155,7 +160,8 @@ def test_people_s_rows_agree_with_the_scores(report):
             assert np.mean(values) == pytest.approx(float(line[mean]), abs=1e-5)
             assert min(values) == pytest.approx(float(line[least]), abs=1e-5)
         found = sum(float(row["found"]) for row in rows)
-        assert 0 < found <= 2 and float(line["faces_asked"]) == 2
+        assert 0 < found <= 2
+        assert float(line["faces_asked"]) == 2
 
 
 def test_frames_without_a_person_are_named(report):
@@ -208,8 +214,10 @@ def test_a_stopped_command_continues_and_a_damaged_video_is_named(inputs, tmp_pa
     assert scored == ["people gone.mp4", "third.mkv.mp4", "third.mkv.mp4", "whole.mp4"]
     first = (folder / "index.html").read_text()
     score(inputs, folder)
-    assert len(scored) == 4 and (folder / "index.html").read_text() == first
-    assert not list(folder.rglob(".*")) and not list(folder.glob("*.part"))
+    assert len(scored) == 4
+    assert (folder / "index.html").read_text() == first
+    assert not list(folder.rglob(".*"))
+    assert not list(folder.glob("*.part"))
 
     whole = (inputs / "clips" / "whole.mp4").read_bytes()
     try:
@@ -219,7 +227,8 @@ def test_a_stopped_command_continues_and_a_damaged_video_is_named(inputs, tmp_pa
     finally:
         (inputs / "clips" / "whole.mp4").write_bytes(whole)
     text = (folder / "index.html").read_text()
-    assert "2 of 3 videos scored" in text and "video whole.mp4: is damaged" in text
+    assert "2 of 3 videos scored" in text
+    assert "video whole.mp4: is damaged" in text
     for path in (folder / "scores.csv", folder / "scores.jsonl"):
         assert str(inputs) not in text + path.read_text()
     assert len(rows_of(folder / "people.csv")) == 4
@@ -261,10 +270,12 @@ def test_a_benchmark_is_scored_with_its_table(drawn, tmp_path, capsys):
     lines = {line["video"]: line for line in rows_of(tmp_path / "report" / "scores.csv")}
     assert set(lines) == {"singlehuman_1.mp4", "multihuman_1.mp4"}
     single, several = lines["singlehuman_1.mp4"], lines["multihuman_1.mp4"]
-    assert 0 < float(single["facesim_embedder"]) <= 1 and 0 < float(single["facesim_judge"]) <= 1
+    assert 0 < float(single["facesim_embedder"]) <= 1
+    assert 0 < float(single["facesim_judge"]) <= 1
     assert several["facesim_embedder"] == several["facesim_judge"] == ""
     printed, table = capsys.readouterr().out, (tmp_path / "report" / "table.md").read_text()
-    assert table in printed and "FaceSim (arcface)" in table
+    assert table in printed
+    assert "FaceSim (arcface)" in table
     assert re.search(r"\| multihuman +\| 1 of 1 +\| - ", table)
     assert f"{float(single['facesim_embedder']):.3f}" in table
     assert "Benchmark" in (tmp_path / "report" / "index.html").read_text()

@@ -173,4 +173,5 @@ def test_table_separates_one_person_from_several(folder):
     assert table["several people"]["identity (sface)"] == "0.400"
     assert table["several people"]["FaceSim (sface)"] == "-"
     text = opens2v.markdown([header, *rows]).splitlines()
-    assert len({len(line) for line in text}) == 1 and set(text[1]) == {"|", "-"}
+    assert len({len(line) for line in text}) == 1
+    assert set(text[1]) == {"|", "-"}

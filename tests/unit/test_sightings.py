@@ -78,20 +78,24 @@ def test_summary_of_a_person_who_is_absent_for_a_while():
     cosine = np.repeat([[[0.8, 0.1, 0.0], [0.1, 0.7, 0.0]]], 5, axis=0)
     cosine[4, 1, 1] = 0.5
     first, second = sightings.people_rows(two_people(5, face=face, cosine=cosine))
-    assert first["found"] == 1 and first["frames_found"] == "0-4"
-    assert second["found"] == pytest.approx(0.6) and second["frames_found"] == "0;3-4"
+    assert first["found"] == 1
+    assert first["frames_found"] == "0-4"
+    assert second["found"] == pytest.approx(0.6)
+    assert second["frames_found"] == "0;3-4"
     assert second["similarity_mean"] == pytest.approx((0.7 + 0.7 + 0.5) / 5)
     assert second["similarity_min"] == pytest.approx(0.5)
     assert second["similarity_max"] == pytest.approx(0.7)
     assert (first["track"], second["track"]) == (1, 2), "tracks are not counted by appearance"
-    assert second["track_share"] == pytest.approx(0.6) and second["track_changes"] == 0
+    assert second["track_share"] == pytest.approx(0.6)
+    assert second["track_changes"] == 0
 
 
 def test_summary_of_a_person_who_never_appears():
     found = two_people(3, face=[[0, NONE]] * 3, of_person=[4, 6])
     absent = sightings.people_rows(found)[1]
     assert absent["found"] == absent["similarity_mean"] == absent["judge_mean"] == 0
-    assert absent["similarity_min"] is absent["track"] is None and absent["frames_found"] == ""
+    assert absent["similarity_min"] is absent["track"] is None
+    assert absent["frames_found"] == ""
 
 
 def test_a_person_who_changes_tracks():
