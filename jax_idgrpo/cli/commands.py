@@ -143,21 +143,53 @@ def _score_options(parser: argparse.ArgumentParser) -> None:
         help="a video, or a folder of videos as `idgrpo sample` writes it; videos from elsewhere "
         "are named ROW-NUMBER, such as 0000-0.mp4, or in a column `video` of the CSV",
     )
-    parser.add_argument("--prompts", required=True, metavar="CSV", help="prompts of the videos")
+    parser.add_argument("--prompts", metavar="CSV", help="prompts of the videos")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="JSON lines, one row per video"
+        "--benchmark",
+        nargs=2,
+        metavar=("NAME", "FOLDER"),
+        help="prompts of a public benchmark instead of a CSV; NAME is opens2v, FOLDER holds "
+        "Open-Domain_Eval.json and Images, or is one of its JSON files",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="JSON lines, one row per video; default: scores.jsonl in the report",
+    )
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="folder for index.html, which shows the faces of every person frame by frame, "
+        "scores.csv and people.csv",
     )
 
 
 def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
-    prompts = prompts_path(arguments.prompts)
+    if bool(arguments.benchmark) == bool(arguments.prompts):
+        raise UserError("pass --prompts CSV or --benchmark opens2v FOLDER, one of them")
+    if not (arguments.out or arguments.report):
+        raise UserError("pass --report DIR for a page and tables, or --out FILE for JSON lines")
+    if arguments.benchmark:
+        name, place = arguments.benchmark
+        if name != "opens2v":
+            raise UserError(f"--benchmark {name}: no such benchmark; use opens2v")
+        if not arguments.report:
+            raise UserError("--benchmark opens2v: needs a folder for its table; pass --report DIR")
+        prompts = existing(place, "--benchmark opens2v", "pass the folder of OpenS2V-Eval")
+    else:
+        prompts = prompts_path(arguments.prompts)
     videos = existing(arguments.videos, "--videos", "pass a folder of videos")
-    out = require_writable(arguments.out, "--out", folder=False)
+    report = require_writable(arguments.report, "--report") if arguments.report else None
+    lines = arguments.out or f"{arguments.report}/scores.jsonl"
+    out = require_writable(lines, "--out", folder=False)
     _start()
     from jax_idgrpo.evaluation.commands import score
 
-    score(config, videos, prompts, out)
+    if report is None:
+        score(config, videos, prompts, out)
+    else:
+        score(config, videos, prompts, out, report, bool(arguments.benchmark))
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -395,7 +427,11 @@ COMMANDS = {
     ),
     "train-reward": Command("train a reward on preference pairs", _train_options, _train_reward),
     "sample": Command("videos from prompts and reference photos", _sample_options, _sample),
-    "score": Command("the reward of existing videos", _score_options, _score),
+    "score": Command(
+        "the reward of existing videos of any model, with a page that shows the faces",
+        _score_options,
+        _score,
+    ),
     "evaluate": Command(
         "base against adapters on held-out prompts, with bootstrap intervals",
         _evaluate_options,

@@ -9,6 +9,7 @@ negligible for a file written as `FINE` (4:4:4, quality factor 10).
 """
 
 import collections
+import contextlib
 import dataclasses
 import io
 import os
@@ -89,24 +90,44 @@ class Quality:
 FINE = Quality(10, "yuv444p", repeatable=True)
 
 
-def _encode(
-    target: str | io.BytesIO,
-    pixels: UInt8[np.ndarray, "frames height width 3"],
-    fps: int,
-    quality: Quality,
-) -> None:
+@contextlib.contextmanager
+def _encoder(
+    target: str | io.BytesIO, size: tuple[int, int], rate: int | Fraction, quality: Quality
+) -> Iterator[Callable[[UInt8[np.ndarray, "height width 3"]], None]]:
+    """Yield a function that encodes the next frame of a video.
+
+    Args:
+      target: path of the file, or a buffer.
+      size: height and width in pixels, both even.
+      rate: frames per second.
+      quality: encoding quality.
+    """
     options = {"crf": str(quality.factor), "preset": "fast"}
     if quality.repeatable:
         options |= {"threads": "1", "x264-params": "rc-lookahead=0:mbtree=0:bframes=0"}
     # faststart reads the written file again, so it needs a file on disk.
     layout = {"movflags": "faststart"} if isinstance(target, str) else {}
     with av.open(target, "w", format="mp4", options=layout) as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width = pixels.shape[1:3]
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width = size
         stream.pix_fmt = quality.pixels
-        for frame in pixels:
+
+        def encode(frame: UInt8[np.ndarray, "height width 3"]) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+        yield encode
         container.mux(stream.encode())
+
+
+def _encode(
+    target: str | io.BytesIO,
+    pixels: UInt8[np.ndarray, "frames height width 3"],
+    fps: int,
+    quality: Quality,
+) -> None:
+    with _encoder(target, pixels.shape[1:3], fps, quality) as encode:
+        for frame in pixels:
+            encode(frame)
 
 
 def _open(source: io.BytesIO | BinaryIO) -> InputContainer:
@@ -222,6 +243,13 @@ def constant_rate(times: Sequence[float | None]) -> list[int]:
     return (np.searchsorted(known, even + 1e-6, side="right") - 1).tolist()
 
 
+def _rate(times: Sequence[float | None]) -> float | None:
+    """Return the mean frame rate of stored frames, from their times; None if it is unknown."""
+    if len(times) < 2 or times[0] is None or times[-1] is None or times[-1] <= times[0]:
+        return None
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """A video file whose frames are counted but not in memory.
@@ -231,12 +259,14 @@ class Clip:
       numbers: number of the stored frame of each shown frame (see `constant_rate`).
       height: height of a shown frame in pixels.
       width: width of a shown frame in pixels.
+      rate: shown frames per second; None if the file does not tell.
     """
 
     path: Path
     numbers: tuple[int, ...]
     height: int
     width: int
+    rate: float | None = None
 
     @classmethod
     def open(cls, path: Path) -> "Clip":
@@ -249,8 +279,10 @@ class Clip:
             found = list(_frames(file, path, lambda number, time: number == 0))
         if not found:
             raise UserError(f"video {path}: holds no frames; write it again")
-        numbers = constant_rate([frame.time for frame in found])
-        return cls(Path(path), tuple(numbers), *found[0].pixels.shape[:2])
+        times = [frame.time for frame in found]
+        numbers = constant_rate(times)
+        height, width = found[0].pixels.shape[:2]
+        return cls(Path(path), tuple(numbers), height, width, _rate(times))
 
     def frames(self) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
         """Yield the shown frames in order; one is in memory at a time."""
@@ -348,6 +380,34 @@ def write_video(
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def preview(
+    path: Path, size: tuple[int, int], rate: float, side: int
+) -> Iterator[Callable[[UInt8[np.ndarray, "height width 3"]], None]]:
+    """Yield a function that appends a frame to a small copy of a video, which browsers play.
+
+    Frames are written one by one, so memory does not grow with their number.
+
+    Args:
+      path: path of the mp4 file, in an existing folder.
+      size: height and width of the frames in pixels.
+      rate: frames per second; the copy has 1 to 240.
+      side: maximum of the longer side of the copy in pixels; a smaller video is not enlarged.
+    """
+    factor = min(side / max(size), 1.0)
+    height, width = (max(2 * round(factor * length / 2), 2) for length in size)
+    steady = Fraction(min(max(rate, 1), 240)).limit_denominator(1001)
+    with _encoder(str(path), (height, width), steady, Quality(23)) as encode:
+
+        def add(frame: UInt8[np.ndarray, "height width 3"]) -> None:
+            picture = Image.fromarray(frame)
+            if picture.size != (width, height):
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            encode(np.asarray(picture))
+
+        yield add
 
 
 def recoded(

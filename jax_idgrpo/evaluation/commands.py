@@ -24,8 +24,9 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
 from jax_idgrpo.data.video import Clip, list_videos, to_uint8, write_video
 from jax_idgrpo.errors import Failure, UserError
-from jax_idgrpo.evaluation import bootstrap, journal, recognition
-from jax_idgrpo.evaluation.listing import SAMPLES, list_rows
+from jax_idgrpo.evaluation import bootstrap, journal, opens2v, recognition, score_page
+from jax_idgrpo.evaluation.listing import SAMPLES, list_named, list_rows
+from jax_idgrpo.evaluation.recorder import Recorder, recorded
 from jax_idgrpo.evaluation.sampler import (
     Row,
     all_rows,
@@ -44,6 +45,7 @@ from jax_idgrpo.parallel.hosts import (
     print_once,
     run_once,
 )
+from jax_idgrpo.rewards.faces import load_architecture
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
@@ -138,31 +140,48 @@ def _kept_videos(out: Path, lines: Mapping[str, Mapping[str, Any]]) -> list[str]
 # ---- score ---------------------------------------------------------------------------------------
 
 
-def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
+def score(
+    config: Config,
+    videos: Path,
+    prompts: Path,
+    out: Path,
+    report: Path | None = None,
+    benchmark: bool = False,
+) -> None:
     """Score videos against the CSV and write one JSON line per video, in the order of their names.
 
     `listing` finds the row of each video. A video that cannot be scored gets a null reward and the
-    reason. Unfinished scores are written to `OUT.part`.
+    reason. Unfinished scores are written to `OUT.part`. With a report, the faces of every video are
+    recorded (`recorder`) and shown by a page (`score_page`), which is written even if videos could
+    not be scored.
 
     Args:
       config: settings of the reward.
       videos: a folder of videos, or one video file.
       prompts: the prompts CSV.
       out: output file.
+      report: folder of the report; None writes none.
+      benchmark: whether `prompts` is OpenS2V-Eval (`opens2v`), whose table goes to the report.
 
     Raises:
-      UserError: no video is found, or the row of a video is unknown.
+      UserError: no video is found, the row of a video is unknown, or a report is asked for without
+        face networks.
       Failure: videos could not be scored.
     """
-    listed = load_prompts(prompts, config.data.max_people)
-    rows, passed_over = list_rows(videos, prompts, listed)
+    asked = opens2v.load(prompts, config.data.max_people) if benchmark else None
+    if asked is None:
+        listed, base = load_prompts(prompts, config.data.max_people), prompts.parent
+        rows, passed_over = list_rows(videos, prompts, listed)
+    else:
+        listed, base = asked.prompts, asked.folder
+        rows, passed_over = list_named(videos, asked.rows, prompts, listed)
     if passed_over:
         names = ", ".join(passed_over[:5]) + (", ..." if len(passed_over) > 5 else "")
         print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
     assert_same_across_hosts(config, row_digests(listed), videos=videos)
-    asked = list({prompt.id: prompt for _, prompt in rows}.values())
-    facts = journal.reward_facts(config), _gallery_facts(config, asked)
-    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in asked}
+    shown = list({prompt.id: prompt for _, prompt in rows}.values())
+    facts = journal.reward_facts(config), _gallery_facts(config, shown if asked is None else [])
+    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in shown}
     keys = journal.decided(
         lambda: [
             journal.digest(facts, folder_facts(file), of_prompt[prompt.id]) for file, prompt in rows
@@ -171,11 +190,19 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
     part = out.with_name(f"{out.name}.part")
     lines = {
         line["key"]: line
-        for line in journal.decided(lambda: journal.read_lines(part))
+        for line in journal.decided(
+            lambda: journal.read_lines(part) if report is None else recorded(report, keys)
+        )
         if line.get("key") in set(keys)
     }
     waiting = [(key, *row) for key, row in zip(keys, rows, strict=True) if key not in lines]
-    scorer = make_clip_scorer(config, asked if waiting else [])
+    # A picture of a benchmark cannot be replaced, so one without a face costs its own videos only.
+    scorer = make_clip_scorer(config, shown if waiting and asked is None else [])
+    recorder = None
+    if report is not None:
+        measure = {} if asked is None else {"measure": opens2v.measure}
+        recorder = Recorder(config, scorer, report, base, **measure)
+        prepare_workdir(report)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     written = journal.Journal(part, list(lines.values()))
     refused: dict[str, dict[str, Any]] = {}
@@ -185,7 +212,7 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
             own = waiting[first + mine : first + mine + 1]
             found = [
                 line
-                for part in gather_objects([_scored(scorer, *row) for row in own])
+                for part in gather_objects([_scored(scorer, recorder, *row) for row in own])
                 for line in part
             ]
             good = [line for line in found if "error" not in line]
@@ -197,11 +224,17 @@ def score(config: Config, videos: Path, prompts: Path, out: Path) -> None:
                     _complain(line["error"])
             update(len(lines) + len(refused))
     every = [lines.get(key) or refused[key] for key in keys]
-    shown = ({name: line[name] for name in line if name != "key"} for line in every)
-    run_once(write_text, out, journal.text_of(shown))
+    if report is not None:  # it is shared
+        places = [videos if videos.is_dir() else videos.parent, base]
+        for line in refused.values():
+            line["error"] = score_page.without_folders(line["error"], places)
+    public = ({name: line[name] for name in line if name != "key"} for line in every)
+    run_once(write_text, out, journal.text_of(public))
     rewards = [line["reward"] for line in lines.values()]
     mean = f"; mean reward {np.mean(rewards):.4f}" if rewards else ""
     print_once(f"{len(rewards)} scores in {out}{mean}")
+    if report is not None:
+        run_once(_report, config, videos, report, every, asked)
     if refused:
         raise Failure(
             f"{len(refused)} of {len(every)} videos could not be scored, and have null as their "
@@ -216,16 +249,55 @@ def _gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
     return recognition.gallery_facts(prompts) if config.judged else ""
 
 
-def _scored(scorer: FileScorer, key: str, file: Path, prompt: Prompt) -> dict[str, Any]:
+def _scored(
+    scorer: FileScorer, recorder: Recorder | None, key: str, file: Path, prompt: Prompt
+) -> dict[str, Any]:
     """Score a video and return its line: its values, or a null reward and the error."""
-    line = {"key": key, "file": file.name, "prompt": prompt.text}
+    line: dict[str, Any] = {"key": key, "file": file.name, "prompt": prompt.text}
+    details: dict[str, Any] = {}
     try:
-        values = scorer(Clip.open(file), prompt)
+        clip = Clip.open(file)
+        if recorder is None:
+            values = scorer(clip, prompt)
+        else:
+            values, details = recorder(clip, prompt)
+        if not math.isfinite(values["reward"]):
+            raise UserError(f"video {file}: the reward is {values['reward']}")
     except UserError as error:
+        if recorder is not None:
+            recorder.discard(file)
         return line | {"reward": None, "error": str(error)}
-    if not math.isfinite(values["reward"]):
-        return line | {"reward": None, "error": f"video {file}: the reward is {values['reward']}"}
-    return line | {name: value if math.isfinite(value) else None for name, value in values.items()}
+    line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+    if recorder is not None:
+        recorder.keep(file, line, details)
+    return line
+
+
+def _report(
+    config: Config,
+    videos: Path,
+    report: Path,
+    lines: Sequence[dict[str, Any]],
+    asked: opens2v.Benchmark | None,
+) -> None:
+    """Write the tables and the page of a report, and print the table of a benchmark.
+
+    Args:
+      config: settings of the reward.
+      videos: the scored videos.
+      report: folder of the report.
+      lines: the lines of all videos.
+      asked: the benchmark, if any.
+    """
+    folder = config.reward.folder()
+    names = {name: load_architecture(folder, name) for name in score_page.NETWORKS}
+    table = None
+    if asked is not None:
+        table = opens2v.table(lines, asked, names)
+        write_text(report / "table.md", opens2v.markdown(table))
+        print_once(opens2v.markdown(table))
+    score_page.write(report, videos, lines, names, table)
+    print_once(f"report: {report / score_page.PAGE}")
 
 
 def _complain(text: str) -> None:

@@ -11,7 +11,7 @@ Without a column or `samples.jsonl`, a file with any other name is refused.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +42,7 @@ def list_rows(videos: Path, prompts: Path, listed: Sequence[Prompt]) -> Listing:
     Raises:
       UserError: there is no video, or the row of a video is unknown.
     """
-    if videos.is_dir():
-        files, others = list_videos(videos)
-        if not files:
-            raise UserError(
-                f"--videos {videos}: holds no video ({', '.join(SUFFIXES)}); "
-                "pass a folder that idgrpo sample wrote"
-            )
-    else:
-        files, others = [videos], []
+    files, others = _files(videos, "pass a folder that idgrpo sample wrote")
     folder = videos if videos.is_dir() else videos.parent
     passed = [path.name for path in others if path.name != SAMPLES]
     named = _column(prompts, listed)
@@ -66,6 +58,42 @@ def list_rows(videos: Path, prompts: Path, listed: Sequence[Prompt]) -> Listing:
             )
         return Listing(rows, passed)
     return Listing([(file, listed[_number(file, len(listed))]) for file in files], passed)
+
+
+def list_named(
+    videos: Path, rows: Mapping[str, int], source: Path, listed: Sequence[Prompt]
+) -> Listing:
+    """Find the prompt of each video by its name without suffix.
+
+    Args:
+      videos: a folder of videos, or one video file.
+      rows: row of each name.
+      source: the file that the names are from, for messages.
+      listed: the prompts.
+
+    Raises:
+      UserError: no video has one of the names.
+    """
+    files, others = _files(videos, f"pass a folder with videos such as {next(iter(rows))}.mp4")
+    found = [(file, listed[rows[file.stem]]) for file in files if file.stem in rows]
+    if not found:
+        raise UserError(
+            f"--videos {videos}: none of its {len(files)} videos is named as in {source}, such as "
+            f"{next(iter(rows))}.mp4; rename them"
+        )
+    return Listing(
+        found, [*[f.name for f in others], *[f.name for f in files if f.stem not in rows]]
+    )
+
+
+def _files(videos: Path, remedy: str) -> tuple[list[Path], list[Path]]:
+    """List the videos and the other files of a folder; a file is listed alone."""
+    if not videos.is_dir():
+        return [videos], []
+    files, others = list_videos(videos)
+    if not files:
+        raise UserError(f"--videos {videos}: holds no video ({', '.join(SUFFIXES)}); {remedy}")
+    return files, others
 
 
 def _number(file: Path, rows: int) -> int:

@@ -75,47 +75,7 @@ CURVES = (
     Curve("Gradient norm", "before clipping", ("gradient_norm",)),
     Curve("Seconds per step", "", ("seconds_rollout", "seconds_update"), False),
 )
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --soft: #667085; --paper: #f7f7f5; --card: #ffffff; --line: #e3e4e8;
-        --c0: #3b6fd4; --c1: #d9772b; --up: #18794e; --down: #c0362c; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7e9ee; --soft: #98a1b3; --paper: #14161b; --card: #1d2027; --line: #31353f;
-          --c0: #7aa5ff; --c1: #f0a35e; --up: #5cc792; --down: #ff8a7d; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 80px; }
-h1 { margin: 0; font-size: 2rem; letter-spacing: -0.02em; } header p, .note, small { color: var(--soft); }
-header p { margin: 0 0 24px; } h2 { margin: 48px 0 12px; font-size: 1.25rem; } .note { margin: 0 0 12px; font-size: .9rem; }
-.absent { padding: 16px; border: 1px dashed var(--line); border-radius: 10px; color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 14px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 18px; display: grid; }
-.card b { font-size: 1.9rem; line-height: 1.3; letter-spacing: -0.02em; }
-.card span { color: var(--soft); font-variant-numeric: tabular-nums; }
-.up { color: var(--up); } .down { color: var(--down); } b.same { color: var(--ink); }
-.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 6px 18px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 8px 10px; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; padding-left: 0; font-weight: 500; } tr:last-child > * { border-bottom: 0; }
-.wide tr:first-child th { color: var(--soft); font-weight: 500; font-size: .9rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 16px; }
-@media (max-width: 540px) { .gallery { grid-template-columns: 1fr; } }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; display: grid;
-          grid-template-columns: auto 1fr; gap: 10px 16px; align-items: center; }
-article p { grid-column: 1 / -1; margin: 0; font-size: .88rem; color: var(--soft); }
-.photos { display: grid; gap: 6px; } .photos img { width: 56px; border-radius: 6px; border: 1px solid var(--line); display: block; }
-.videos { display: flex; gap: 10px; } .videos div { flex: 1; min-width: 0; text-align: center; font-size: .9rem; }
-video { width: 100%; border-radius: 8px; image-rendering: pixelated; display: block; margin-bottom: 4px; background: var(--line); }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 16px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px; }
-figcaption small { display: block; } svg { width: 100%; height: auto; display: block; margin-top: 8px; }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round; } .line.faint { opacity: .3; stroke-width: 1; }
-.line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .grid { stroke: var(--line); } .tick { fill: var(--soft); font-size: 11px; }
-.key { font-size: .82rem; margin-left: 10px; } .key.c0 { color: var(--c0); } .key.c1 { color: var(--c1); }
-.sections { columns: 320px; column-gap: 16px; } details { break-inside: avoid; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; padding: 10px 14px; margin-bottom: 12px; font-size: .85rem; } summary { font-weight: 600; cursor: pointer; }
-.sections th, .sections td { padding: 3px 0; vertical-align: top; } .sections td { white-space: normal; overflow-wrap: anywhere; }
-.sections tr th:first-child { color: var(--soft); padding-right: 12px; width: 1%; }
-"""
+STYLE = (Path(__file__).parent / "report.css").read_text()
 EMBEDDED = {".mp4": "video/mp4", ".png": "image/png", ".jpg": "image/jpeg"}
 """Suffix -> media type of embedded files."""
 CARDS = 4  # number of metrics in large print

@@ -40,6 +40,23 @@ JUDGED = {
     "blended": "blended",
 }
 """Metric -> term of the judge."""
+FURTHER = (
+    "copied",
+    "missing",
+    "switched",
+    "area",
+    "extra",
+    "stalled",
+    "apart",
+    "detail",
+    "faces_asked",
+    "faces_found",
+    "faces_seen",
+    "mimr",
+    "id_conf",
+    "unique_faces",
+)
+"""Terms of the judge that a report of videos lists besides `JUDGED`."""
 REPORTED = {"similarity": "embedder_identity"}
 """Term of the reward -> metric, where the names differ."""
 

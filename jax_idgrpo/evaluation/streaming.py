@@ -21,7 +21,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, from_uint8
 from jax_idgrpo.evaluation.recognition import Gallery, summarised
-from jax_idgrpo.evaluation.scoring import check_photos, values
+from jax_idgrpo.evaluation.scoring import FURTHER, check_photos, values
 from jax_idgrpo.rewards.base import ReferenceFaces, References, Reward, Terms
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
@@ -39,6 +39,8 @@ BLOCK = 32  # maximum number of frames of a block
 BLOCK_PIXELS = 2**23  # maximum number of pixels of a block; 100 MB as float32
 
 FileScorer = Callable[[Clip, Prompt], dict[str, float]]
+Observer = Callable[[int, UInt8[np.ndarray, "t H W 3"], "Seen"], None]
+"""Gets the number of the first frame of a block, the frames, and what the judge found in them."""
 
 
 @flax.struct.dataclass
@@ -46,6 +48,7 @@ class Seen:
     """Faces and pixel statistics of the frames of a block."""
 
     boxes: Float[Array, "B T K 4"]
+    landmarks: Float[Array, "B T K 5 2"]
     embeddings: Float[Array, "B T K E"]
     mask: Bool[Array, "B T K"]
     pixels: Pixels
@@ -79,7 +82,7 @@ def _look(
     matches = match_videos(faces.embeddings, faces.mask, *references, config.null_similarity)
     found = faces.boxes, faces.landmarks, faces.mask
     pixels = read_pixels(videos, *found, matches, people.crops)
-    seen = Seen(faces.boxes, faces.embeddings, faces.mask, pixels)
+    seen = Seen(faces.boxes, faces.landmarks, faces.embeddings, faces.mask, pixels)
     if assigner is None:
         return seen, None
     return seen, people_shown(faces, videos, people.mask, assigner, counted)
@@ -121,8 +124,8 @@ class Stream:
         self._shown: PeopleShown | None = None
         self._last: list[UInt8[np.ndarray, "1 H W 3"]] = []
 
-    def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> None:
-        """Process the next frames, at most one block."""
+    def show(self, frames: UInt8[np.ndarray, "t H W 3"]) -> Seen:
+        """Process the next frames, at most one block, and return what was found in them."""
         again = len(self._last)
         shown = np.concatenate([*self._last, frames])
         # Blocks are padded, so that only one program is compiled.
@@ -134,6 +137,7 @@ class Stream:
         self._seen.append(jax.tree.map(lambda leaf: leaf[:, again : len(shown)], seen))
         self._shown = people if self._shown is None else self._shown + people
         self._last = [frames[-1:]]
+        return self._seen[-1]
 
     def finish(self) -> Looked:
         """Compute the terms of all processed frames, and return the faces of people."""
@@ -165,18 +169,25 @@ class ClipScorer:
             self.gallery = Gallery.make(self.judge, prompts, self.people)
             self.assigner = make_assigner(config, self.reward)
 
-    def __call__(self, clip: Clip, prompt: Prompt) -> dict[str, float]:
+    def __call__(
+        self, clip: Clip, prompt: Prompt, observer: Observer | None = None
+    ) -> dict[str, float]:
         """Score one video (see `scoring.values`).
+
+        Args:
+          clip: the video.
+          prompt: its prompt.
+          observer: is shown every block of frames; needs a judge, and adds the judge's other terms.
 
         Raises:
           UserError: the video or a photo cannot be used.
         """
         total = len(clip.numbers)
         block = max(1, min(BLOCK, BLOCK_PIXELS // (clip.height * clip.width), total))
-        rewarded = self._encoded(self.reward, clip, prompt)
+        rewarded = self.encoded(self.reward, clip, prompt)
         stream = None
         if self.judge is not None:
-            people = self._encoded(self.judge, clip, prompt)
+            people = self.encoded(self.judge, clip, prompt)
             stream = Stream(self.judge, people, block, total, self._assigned(clip, prompt))
         chosen = self.reward.frames_read(total)
         wanted = set(range(total) if chosen is None else chosen.tolist())
@@ -185,7 +196,9 @@ class ClipScorer:
         for number, frames in enumerate(clip.blocks(block)):
             held += [frame for n, frame in enumerate(frames, number * block) if n in wanted]
             if stream is not None:
-                stream.show(frames)
+                seen = stream.show(frames)
+                if observer is not None:
+                    observer(number * block, frames, seen)
             else:
                 changes.show(frames)
         found = first_row(
@@ -197,6 +210,8 @@ class ClipScorer:
             return values(self.reward, found, None)
         looked = stream.finish()
         scored = values(self.reward, found, looked.terms)
+        if observer is not None:
+            scored = {name: looked.terms[name] for name in FURTHER} | scored
         if self.gallery is None or looked.people is None:
             return scored
         columns = self.gallery.columns([prompt], looked.people)
@@ -206,9 +221,10 @@ class ClipScorer:
     def _assigned(self, clip: Clip, prompt: Prompt) -> Assigner | None:
         if self.assigner is None:
             return None
-        return Assigner.make(self.assigner, self._encoded(self.assigner, clip, prompt).embeddings)
+        return Assigner.make(self.assigner, self.encoded(self.assigner, clip, prompt).embeddings)
 
-    def _encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
+    def encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
+        """Encode the photos of a prompt for one video."""
         references = References.of_prompts([prompt], self.people)
         size = len(clip.numbers), clip.height, clip.width
         return jax.tree.map(jnp.asarray, reward.encode_references(references, [prompt.text], size))
@@ -237,6 +253,6 @@ class Changes:
         return self._sum / max(self._count, 1)
 
 
-def make_clip_scorer(config: Config, prompts: Sequence[Prompt] = ()) -> FileScorer:
+def make_clip_scorer(config: Config, prompts: Sequence[Prompt] = ()) -> ClipScorer:
     """Make the scorer of a configuration. Arguments and errors are those of `ClipScorer`."""
     return ClipScorer(config, prompts)

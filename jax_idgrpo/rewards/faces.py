@@ -341,6 +341,15 @@ def load_embedder(folder: Path, name: str) -> tuple[FaceEmbedder, Points]:
     return network, tuple((float(x), float(y)) for x, y in values["template"])
 
 
+def load_architecture(folder: Path, name: str) -> str:
+    """Read the architecture of a network of a folder, such as "sface" of its "embedder".
+
+    Raises:
+      UserError: its JSON file is missing or damaged.
+    """
+    return str(_read_values(Path(folder) / name).get("architecture"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Cosines of an embedder, as in `RewardConfig`.

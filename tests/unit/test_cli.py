@@ -135,6 +135,14 @@ def test_sample_and_score(monkeypatch, config_file, prompts_file, tmp_path):
         prompts_file,
         tmp_path / "s.jsonl",
     )
+    arguments[-2:] = ["--report", str(tmp_path / "r")]
+    assert call("jax_idgrpo.evaluation.commands:score", monkeypatch, arguments)[1:] == (
+        tmp_path,
+        prompts_file,
+        tmp_path / "r" / "scores.jsonl",
+        tmp_path / "r",
+        False,
+    )
 
 
 MISTAKES = {
@@ -156,6 +164,12 @@ MISTAKES = {
     "sample CONFIG --prompts none.csv --out W": "none.csv: no such file",
     "sample CONFIG --prompts PROMPTS --out W --lora nowhere": "nowhere: no such file",
     "score CONFIG --prompts PROMPTS --videos nowhere --out W": "nowhere: no such file",
+    "score CONFIG --videos . --out W": "pass --prompts CSV or --benchmark opens2v FOLDER",
+    "score CONFIG --videos . --prompts PROMPTS": "pass --report DIR for a page and tables, or",
+    "score CONFIG --videos . --prompts PROMPTS --report CONFIG": "is a file, not a folder",
+    "score CONFIG --videos . --benchmark vbench . --report W": "vbench: no such benchmark; use",
+    "score CONFIG --videos . --benchmark opens2v . --out W": "pass --report DIR",
+    "score CONFIG --videos . --benchmark opens2v nowhere --report W": "nowhere: no such file",
     "evaluate CONFIG --prompts PROMPTS --out W --lora here": "not NAME=PATH",
     "evaluate CONFIG --prompts PROMPTS --out W --lora base=.": "choose another",
     "evaluate CONFIG --prompts PROMPTS --out W --lora t=nowhere": "nowhere: no such file",
