@@ -127,9 +127,7 @@ def photo(name: str, inside: str, side: int = 640) -> UInt8[np.ndarray, "H W 3"]
 
 def portraits(side: int = 640) -> list[tuple[str, UInt8[np.ndarray, "H W 3"]]]:
     """Return the photographs that show one person, and matplotlib's, each with the person."""
-    found = [
-        (who, photo(*place, side)) for who, places in PORTRAITS.items() for place in places
-    ]
+    found = [(who, photo(*place, side)) for who, places in PORTRAITS.items() for place in places]
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         hopper = Image.open(file).convert("RGB")
     hopper.thumbnail((side, side))
