@@ -221,7 +221,7 @@ def small_faces(
         if np.sum(people == who) < 2:
             continue
         box = networks.find(picture).boxes[0]
-        faces = networks.faces(shrunk(picture, height / (box[3] - box[1])))
+        faces = networks.faces(shrunk(picture, min(height / (box[3] - box[1]), 1.0)))
         sought, found = sought + 1, found + bool(len(faces["judge"]))
         for name in NETWORKS if len(faces["judge"]) else ():
             for m in range(len(photos)):
