@@ -104,8 +104,9 @@ def main() -> None:
         model.model = Fed(model.model)
     graph, state = nnx.split(stack)
     program = jax.jit(lambda state, videos: nnx.merge(graph, state)(videos))
+    network, weights = nnx.split(stack.detector)
     find = jax.jit(
-        lambda state, pictures: nnx.merge(graph, state).detector.find(
+        lambda weights, pictures: nnx.merge(network, weights).find(
             pictures, stack.max_faces, stack.threshold
         )
     )
@@ -140,7 +141,7 @@ def main() -> None:
             "ours": lambda: jax.block_until_ready(program(state, pixels)),
             "OpenCV": opencv,
             "deepface, opencv/SFace": deepface,
-            "ours, detector": lambda: [jax.block_until_ready(find(state, one)) for one in single],
+            "ours, detector": lambda: [jax.block_until_ready(find(weights, one)) for one in single],
             "OpenCV, detector": lambda: [detector.detect(picture) for picture in pictures],
         },
     )

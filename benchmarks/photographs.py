@@ -101,10 +101,7 @@ class Networks:
     def faces(self, picture: UInt8[np.ndarray, "h w 3"]) -> dict[str, Float[np.ndarray, "n E"]]:
         """Find and embed the faces of a picture, by network."""
         found = self.find(picture)
-        return {
-            name: values[found.mask]
-            for name, values in self.embed(picture, found.landmarks).items()
-        }
+        return self.embed(picture, found.landmarks[found.mask])
 
     @functools.cached_property
     def portraits(self) -> list[dict[str, Float[np.ndarray, "n E"]]]:
