@@ -33,9 +33,9 @@ from jax_idgrpo.evaluation import sightings
 from jax_idgrpo.evaluation.sightings import STATES, Follower, Sightings
 from jax_idgrpo.evaluation.streaming import ClipScorer, Seen
 from jax_idgrpo.rewards.base import frame_numbers
-from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
-from jax_idgrpo.rewards.faces import load_settings
-from jax_idgrpo.rewards.factory import identity_constants
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.faces import load_settings, load_stack
+from jax_idgrpo.rewards.factory import copy_calibration, identity_constants
 
 FACES = "faces.json"
 VIDEOS = "videos"
@@ -120,8 +120,10 @@ class Recorder:
             self._embedder = scorer.reward
         else:
             place = config.reward.folder()
-            constants = identity_constants(config.reward, load_settings(place, "embedder"))
-            self._embedder = load_reward(place, "embedder", 0, constants)
+            stack = load_stack(place, "embedder")
+            cosines = load_settings(place, "embedder")
+            constants = identity_constants(config.reward, cosines, copy_calibration(stack))
+            self._embedder = FaceReward(stack, constants)
         self._fps = config.video.fps
 
     def __call__(self, clip: Clip, prompt: Prompt) -> tuple[dict[str, float], dict[str, Any]]:

@@ -93,17 +93,6 @@ def values(
     return found
 
 
-def check_photos(rewards: Sequence[Reward | None], prompts: Sequence[Prompt]) -> None:
-    """Check that every reward can encode the photos of the prompts.
-
-    Raises:
-      UserError: a photo cannot be used.
-    """
-    for reward in rewards:
-        if reward is not None:
-            check_references(reward, prompts)
-
-
 class BatchScorer:
     """Score batches of sampled videos by the reward and the judge of a configuration.
 
@@ -124,8 +113,8 @@ class BatchScorer:
           UserError: a network or a photo cannot be used.
         """
         self.reward, self.judge = make_reward(config, mesh), make_judge(config, mesh)
+        check_references(self.reward, prompts, self.judge)
         self.people, self.batch, self.mesh = config.data.max_people, batch, mesh
-        check_photos((self.reward, self.judge), prompts)
         self.gallery = self.assigner = None
         if self.judge is not None and prompts:
             self.gallery = Gallery.make(self.judge, prompts, self.people)

@@ -21,8 +21,8 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, from_uint8
 from jax_idgrpo.evaluation.recognition import Gallery, summarised
-from jax_idgrpo.evaluation.scoring import FURTHER, check_photos, values
-from jax_idgrpo.rewards.base import ReferenceFaces, References, Reward, Terms
+from jax_idgrpo.evaluation.scoring import FURTHER, values
+from jax_idgrpo.rewards.base import ReferenceFaces, References, Reward, Terms, check_references
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
@@ -81,7 +81,7 @@ def _look(
     references = people.embeddings, people.mask
     matches = match_videos(faces.embeddings, faces.mask, *references, config.null_similarity)
     found = faces.boxes, faces.landmarks, faces.mask
-    pixels = read_pixels(videos, *found, matches, people.crops)
+    pixels = read_pixels(videos, *found, matches, people.crops, config.copies)
     seen = Seen(faces.boxes, faces.landmarks, faces.embeddings, faces.mask, pixels)
     if assigner is None:
         return seen, None
@@ -162,7 +162,7 @@ class ClipScorer:
           UserError: a network or a photo cannot be used.
         """
         self.reward, self.judge = make_reward(config), make_judge(config)
-        check_photos((self.reward, self.judge), prompts)
+        check_references(self.reward, prompts, self.judge)
         self.people = config.data.max_people
         self.gallery = self.assigner = None
         if self.judge is not None and prompts:

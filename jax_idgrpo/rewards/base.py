@@ -42,11 +42,15 @@ class Photo:
     where: str = ""
 
     def open(self) -> Image.Image:
-        """Return the photo at its own size, upright RGB.
+        """Return the photo at its own size, upright RGB; the file is decoded at the first call.
 
         Raises:
           UserError: the file is missing or damaged.
         """
+        return self._picture
+
+    @functools.cached_property
+    def _picture(self) -> Image.Image:
         return self.source if isinstance(self.source, Image.Image) else load_reference(self.source)
 
     def content(self) -> bytes:
@@ -272,8 +276,15 @@ def differentiable(reward: object) -> DifferentiableReward:
     return reward
 
 
-def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
-    """Check all photos of some prompts, each once, before any expensive work.
+def check_references(
+    reward: Reward, prompts: Sequence[Prompt], judge: Reward | None = None
+) -> None:
+    """Check all photos of some prompts, each decoded once, before any expensive work.
+
+    Args:
+      reward: the reward.
+      prompts: the prompts.
+      judge: a second reward that encodes the photos.
 
     A reward of another process is tried on the first prompt.
 
@@ -288,10 +299,15 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
         for photo in row:
             photos.setdefault(photo.key, (photo, prompt.text))
     refused: list[str] = []
-    with progress("looking at photos", len(photos)) as update:
-        for done, (photo, text) in enumerate(photos.values(), 1):
+    total = len(photos)
+    with progress("looking at photos", total) as update:
+        for done, key in enumerate(list(photos), 1):
+            photo, text = photos.pop(key)  # a photo holds its pixels until it is dropped
+            one = References(((photo,),), 1)
             try:
-                reward.encode_references(References(((photo,),), 1), [text])
+                reward.encode_references(one, [text])
+                if judge is not None:
+                    judge.encode_references(one, [text])
             except UserError as error:
                 refused.append(str(error))
             update(done)
@@ -302,7 +318,7 @@ def check_references(reward: Reward, prompts: Sequence[Prompt]) -> None:
         more = f" and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
         shown = ", ".join(reason for reason, _, _ in reasons[:LISTED])
         raise UserError(
-            f"{len(refused)} of {len(photos)} reference photos cannot be used: {shown}{more}; {reasons[0][2]}"
+            f"{len(refused)} of {total} reference photos cannot be used: {shown}{more}; {reasons[0][2]}"
         )
 
 

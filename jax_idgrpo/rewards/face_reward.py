@@ -7,7 +7,6 @@ once, at its own size (`photo_faces`).
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from PIL import Image
 
 from jax_idgrpo.models.faces.bundled_detector import Detections, Detector
 from jax_idgrpo.rewards.base import ReferenceFaces, Terms, frame_numbers
-from jax_idgrpo.rewards.faces import FaceStack, align, load_stack, normalise
+from jax_idgrpo.rewards.faces import FaceStack, align, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_copy import SIDE
@@ -208,23 +207,3 @@ class FaceReward:
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Terms:
         """Compute every term (see `identity.reward_terms`); the result stays on the device."""
         return self._apply(self.state, videos, encoded)
-
-
-def load_reward(
-    folder: str | Path,
-    name: str = "embedder",
-    frames: int = 0,
-    config: IdentityConfig | None = None,
-) -> FaceReward:
-    """Load the face reward of a folder.
-
-    Args:
-      folder: holds `detector` and the embedder.
-      name: name of the embedder: "embedder", or "judge", which serves for evaluation only.
-      frames: number of evenly spaced frames to score; 0 means all.
-      config: constants of the identity reward; the defaults if None.
-
-    Raises:
-      UserError: a file is missing or damaged.
-    """
-    return FaceReward(load_stack(Path(folder), name), config or IdentityConfig(), frames)

@@ -228,10 +228,33 @@ class FaceStack(nnx.Module):
         landmarks: Float[Array, "B K 5 2"],
         mask: Bool[Array, "B K"],
     ) -> Float[Array, "B K E"]:
-        """Align and embed the faces of one frame of every video."""
-        crops = align(pictures, landmarks, self.template, self.embedder.config.input_size)
-        embeddings = normalise(self.embedder(crops.reshape(-1, *crops.shape[2:])))
-        return embeddings.reshape(*mask.shape, -1) * mask[..., None]
+        """Embed the first face of all pictures, then the second, as long as a picture has one.
+
+        Args:
+          pictures: in [-1, 1].
+          landmarks: of the faces, x, y in pixels.
+          mask: False on padding.
+
+        Returns:
+          Unit vectors, zero on padding.
+        """
+        config = self.embedder.config
+
+        def embed(places: Float[Array, "B 5 2"]) -> Float[Array, "B E"]:
+            crops = align(pictures, places[:, None], self.template, config.input_size)
+            return normalise(self.embedder(crops[:, 0]))
+
+        def one(face: tuple[Array, Array]) -> Float[Array, "B E"]:
+            places, shown = face
+            nothing = jax.eval_shape(embed, places)
+            found = jax.lax.cond(
+                jnp.any(shown), embed, lambda _: jnp.zeros(nothing.shape, nothing.dtype), places
+            )
+            return found * shown[:, None]
+
+        return jnp.moveaxis(
+            jax.lax.map(one, (jnp.moveaxis(landmarks, 1, 0), jnp.moveaxis(mask, 1, 0))), 0, 1
+        )
 
     def best(
         self, pictures: Float[Array, "B h w 3"]

@@ -10,12 +10,14 @@ from jax.sharding import Mesh
 
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.faces.bundled_detector import Detector
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.rewards import photo_copy
 from jax_idgrpo.rewards.base import Reward
 from jax_idgrpo.rewards.custom import CustomReward, load_function
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
-from jax_idgrpo.rewards.face_reward import FaceReward, load_reward
-from jax_idgrpo.rewards.faces import Settings, load_settings, load_stack, reward_settings
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.faces import FaceStack, Settings, load_settings, load_stack, reward_settings
 from jax_idgrpo.rewards.head import fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.remote import HttpReward
@@ -44,7 +46,7 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
     if wanted.backend:
         return HostFaceReward(
             DeepFace(wanted.backend, wanted.folder()),
-            identity_constants(wanted, reward_settings(wanted)),
+            identity_constants(wanted, reward_settings(wanted), photo_copy.PHOTOGRAPHS),
             wanted.frames,
         )
     return make_face_reward(wanted, mesh)
@@ -75,8 +77,11 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
                 stacklevel=2,
             )
         return None
-    constants = identity_constants(wanted, load_settings(wanted.folder(), "judge"))
-    return _on_mesh(load_reward(wanted.folder(), "judge", 0, constants), mesh)
+    stack = load_stack(wanted.folder(), "judge")
+    constants = identity_constants(
+        wanted, load_settings(wanted.folder(), "judge"), copy_calibration(stack)
+    )
+    return _on_mesh(FaceReward(stack, constants), mesh)
 
 
 def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> FaceReward:
@@ -107,20 +112,32 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     """
     stack = load_stack(config.folder(), "embedder")
     head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
-    return _on_mesh(
-        FaceReward(stack, identity_constants(config, reward_settings(config)), config.frames, head),
-        mesh,
-    )
+    constants = identity_constants(config, reward_settings(config), copy_calibration(stack))
+    return _on_mesh(FaceReward(stack, constants, config.frames, head), mesh)
 
 
-def identity_constants(config: RewardConfig, cosines: Settings) -> IdentityConfig:
-    """Combine the identity constants of a configuration with the cosines of a network."""
+def copy_calibration(stack: FaceStack) -> photo_copy.Calibration:
+    """Return what counts as a copy: the bundled detector knows drawn people only."""
+    return photo_copy.DRAWN if isinstance(stack.detector, Detector) else photo_copy.PHOTOGRAPHS
+
+
+def identity_constants(
+    config: RewardConfig, cosines: Settings, copies: photo_copy.Calibration
+) -> IdentityConfig:
+    """Combine the identity constants of a configuration with those of its networks.
+
+    Args:
+      config: the configuration.
+      cosines: of the embedder.
+      copies: what counts as a copy of the photo.
+    """
     return IdentityConfig(
         null_similarity=cosines.missing,
         low=cosines.similarity_low,
         high=cosines.similarity_high,
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.penalty_weights().items()),
+        copies=copies,
     )
 
 

@@ -57,6 +57,7 @@ class IdentityConfig:
       penalties: weights by name of the penalties of `tracks`, of "copied" and of "confused";
         penalties without a weight are only logged.
       tracks: thresholds of the penalties.
+      copies: what counts as a copy of the photo.
     """
 
     null_similarity: float = 0.15
@@ -69,6 +70,7 @@ class IdentityConfig:
     motion_floor: float = 0.005
     penalties: tuple[tuple[str, float], ...] = ()
     tracks: TrackConfig = dataclasses.field(default_factory=TrackConfig)
+    copies: photo_copy.Calibration = photo_copy.DRAWN
 
 
 def level(similarity: Float[ArrayLike, "*n"], low: float, high: float) -> Float[ArrayLike, "*n"]:
@@ -264,6 +266,7 @@ def read_pixels(
     face_mask: Bool[ArrayLike, "B T K"],
     matches: Matches,
     photos: Float[ArrayLike, "B M S S 3"],
+    calibration: photo_copy.Calibration,
 ) -> Pixels:
     """Measure the frames of videos, one after the other.
 
@@ -274,6 +277,7 @@ def read_pixels(
       face_mask: False on padding.
       matches: references matched to the faces.
       photos: `photo_copy.photo_crops` of the references.
+      calibration: what counts as a copy of the photo.
     """
     padded = jnp.pad(landmarks, ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
     theirs = jnp.take_along_axis(padded, matches.face[..., None, None], axis=2)
@@ -281,8 +285,8 @@ def read_pixels(
     def one(frame: Int[Array, ""]) -> tuple[Array, Array, Array]:
         picture = jax.lax.dynamic_slice_in_dim(videos, frame, 1, 1)
         places = jax.lax.dynamic_slice_in_dim(theirs, frame, 1, 1)
-        copied, moved = photo_copy.copies(picture, places, photos)
-        sharp = photo_copy.detail(picture, places, photos)
+        copied, moved = photo_copy.copies(picture, places, photos, calibration)
+        sharp = photo_copy.detail(picture, places, photos, calibration.samples)
         return copied[:, 0], moved[:, 0], sharp[:, 0]
 
     measured = jax.lax.map(one, jnp.arange(videos.shape[1]))
@@ -344,7 +348,7 @@ def reward_terms(
     """
     faces = (embeddings, face_mask, references, reference_mask)
     matches = match_videos(*faces, config.null_similarity)
-    pixels = read_pixels(videos, boxes, landmarks, face_mask, matches, photos)
+    pixels = read_pixels(videos, boxes, landmarks, face_mask, matches, photos, config.copies)
     height, width = videos.shape[2:4]
     return terms_of_faces(pixels, matches, boxes, *faces, (height, width), config)
 

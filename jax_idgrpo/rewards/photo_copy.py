@@ -22,7 +22,15 @@ The registration carries no gradient; the final measurement does.
 
 Sources: B. Lucas and T. Kanade, IJCAI 1981; S. Baker and I. Matthews, IJCV 2004; the measure is
 ours.
+Two calibrations set what counts as a copy. A drawn face has about 20 pixels and hard edges. A face
+in a video has 50 to 200: a crop's pixel is the mean over many samples, and only the middle of the
+crop is compared, because the edge of a pasted face shows what was there before. On photographs and
+clips of real people, copies are displaced by up to 1.1 percent, other photos of the person by at
+least 2 percent (`benchmarks/photographs.py`).
 """
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +40,10 @@ from jaxtyping import Array, Float
 from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE, multiply, similarity, warp
 
 SIDE = 28  # S, side of a crop in pixels
-# Displacement as a share of the crop's side: a copy up to the first, none from the second on.
-APART = (0.004, 0.005)
 FAR = 0.05  # maximum displacement; beyond it the faces differ in pose and the value is arbitrary
 ALIKE = 0.8  # minimum share of the face's variance that a copy explains
 _STEPS = 8
-# Samples per pixel of the crop and axis: photos are large, and sampled only once.
-_PHOTO_SAMPLES, _FRAME_SAMPLES = (8, 1)
+_PHOTO_SAMPLES = 8  # samples of a photo per pixel of the crop and axis
 # Widths of Gaussians in pixels: of the blur in the fit, and of the windows.
 _SHARP, _WINDOW = (1.0, 2.0)
 # Centre and half side of the crop in ARCFACE_TEMPLATE's coordinates: hairline to chin.
@@ -68,8 +73,34 @@ def _gaussian(width: float) -> Float[np.ndarray, "S S"]:
 
 _POINTS = _grid(1)[:, :, 0]
 _RADIUS = np.hypot(_POINTS[..., 0] / _WIDTH, _POINTS[..., 1])
-WEIGHTS = np.clip((1 - _RADIUS) / _EDGE, 0, 1)
-WEIGHTS = (WEIGHTS / WEIGHTS.sum()).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What counts as a copy.
+
+    Attributes:
+      copy: displacement up to which a face is a copy, as a share of the crop's side.
+      other: displacement from which on it is none.
+      ellipse: radius of the compared ellipse, as a share of the largest.
+      samples: samples of a frame per pixel of the crop and axis.
+    """
+
+    copy: float
+    other: float
+    ellipse: float
+    samples: int
+
+    @property
+    def weights(self) -> Float[np.ndarray, "S S"]:
+        """Weights of the crop's pixels, with sum 1; the ellipse fades at its edge."""
+        weights = np.clip((1 - _RADIUS / self.ellipse) / _EDGE, 0, 1)
+        return (weights / weights.sum()).astype(np.float32)
+
+
+DRAWN = Calibration(copy=0.004, other=0.005, ellipse=1.0, samples=1)
+PHOTOGRAPHS = Calibration(copy=0.008, other=0.014, ellipse=0.75, samples=4)
+_WHOLE = DRAWN.weights
 
 
 def _blurred(values: Float[Array, "S S *c"], width: float) -> Float[Array, "S S *c"]:
@@ -77,9 +108,11 @@ def _blurred(values: Float[Array, "S S *c"], width: float) -> Float[Array, "S S 
     return jnp.einsum("ij,kl,jl...->ik...", matrix, matrix, values, precision="highest")
 
 
-def _weighted(values: Float[Array, "S S *c"]) -> Float[Array, "*c"]:
+def _weighted(
+    values: Float[Array, "S S *c"], weights: Float[np.ndarray, "S S"]
+) -> Float[Array, "*c"]:
     """Average over the ellipse."""
-    return jnp.einsum("ij,ij...->...", WEIGHTS, values, precision="highest")
+    return jnp.einsum("ij,ij...->...", weights, values, precision="highest")
 
 
 def start(landmarks: Float[Array, "*n 5 2"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
@@ -113,25 +146,27 @@ def photo_crops(
     )
 
 
-def _shapes(photo: Float[Array, "S S 3"]) -> Float[Array, "2 S S 3"]:
+def _shapes(
+    photo: Float[Array, "S S 3"], weights: Float[np.ndarray, "S S"]
+) -> Float[Array, "2 S S 3"]:
     """Compute the basis of the fit: the photo's face and its details.
 
     Both have mean 0 and norm 1 and are orthogonal over the ellipse.
     """
-    plain = photo - _weighted(photo)
-    plain = plain * jax.lax.rsqrt(_weighted(plain * plain) + 1e-6)
+    plain = photo - _weighted(photo, weights)
+    plain = plain * jax.lax.rsqrt(_weighted(plain * plain, weights) + 1e-6)
     sharp = photo - _blurred(photo, _SHARP)
-    sharp = sharp - _weighted(sharp)
-    sharp = sharp - plain * _weighted(plain * sharp)
-    return jnp.stack([plain, sharp * jax.lax.rsqrt(_weighted(sharp * sharp) + 1e-6)])
+    sharp = sharp - _weighted(sharp, weights)
+    sharp = sharp - plain * _weighted(plain * sharp, weights)
+    return jnp.stack([plain, sharp * jax.lax.rsqrt(_weighted(sharp * sharp, weights) + 1e-6)])
 
 
 def _fitted(
-    crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"]
+    crop: Float[Array, "S S 3"], shapes: Float[Array, "2 S S 3"], weights: Float[np.ndarray, "S S"]
 ) -> tuple[Float[Array, "S S 3"], Float[Array, "S S 3"]]:
     """Return the fit without its mean, and the residual of the crop."""
-    crop = crop - _weighted(crop)
-    fit = sum(shape * _weighted(shape * crop) for shape in shapes)
+    crop = crop - _weighted(crop, weights)
+    fit = sum(shape * _weighted(shape * crop, weights) for shape in shapes)
     return fit, crop - fit
 
 
@@ -140,19 +175,21 @@ def _register(
     shapes: Float[Array, "2 S S 3"],
     a: Float[Array, "2"],
     t: Float[Array, "2"],
+    calibration: Calibration,
 ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
     """Refine a, t."""
+    weights = calibration.weights
     x, y = _POINTS[..., None, 0], _POINTS[..., None, 1]
 
     def step(place: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
         a, t = place
-        fit, left = _fitted(sampled(frame, a, t, _FRAME_SAMPLES), shapes)
+        fit, left = _fitted(sampled(frame, a, t, calibration.samples), shapes, weights)
         down, right, _ = jnp.gradient(fit * (SIDE / 2))
         moves = jnp.stack([right * x + down * y, down * x - right * y, right, down])
-        power = jnp.einsum("ij,mijc,nijc->mn", WEIGHTS, moves, moves, precision="highest")
+        power = jnp.einsum("ij,mijc,nijc->mn", weights, moves, moves, precision="highest")
         power = power + (1e-4 * jnp.trace(power) + 1e-6) * jnp.eye(4)
         change = jnp.linalg.solve(
-            power, jnp.einsum("ij,mijc,ijc->m", WEIGHTS, moves, left, precision="highest")
+            power, jnp.einsum("ij,mijc,ijc->m", weights, moves, left, precision="highest")
         )
         change = jnp.clip(change, -0.15, 0.15)
         return (a - multiply(a, change[:2]), t - multiply(a, change[2:])), None
@@ -161,7 +198,10 @@ def _register(
 
 
 def apart(
-    frame: Float[Array, "H W 3"], landmarks: Float[Array, "5 2"], photo: Float[Array, "S S 3"]
+    frame: Float[Array, "H W 3"],
+    landmarks: Float[Array, "5 2"],
+    photo: Float[Array, "S S 3"],
+    calibration: Calibration = DRAWN,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Measure the displacement of a face in a frame from a photo's crop.
 
@@ -169,25 +209,30 @@ def apart(
       frame: values in [-1, 1].
       landmarks: x, y of the face's landmarks in pixels.
       photo: crop of the photo, from `photo_crops`.
+      calibration: of the people.
 
     Returns:
       The root mean square displacement as a share of the crop's side, and the share of the face's
         variance that the photo explains, at most 1.
     """
-    shapes = _shapes(photo)
-    place = _register(*jax.lax.stop_gradient((frame, shapes, *start(landmarks))))
-    fit, left = _fitted(sampled(frame, *place, _FRAME_SAMPLES), shapes)
+    weights = calibration.weights
+    shapes = _shapes(photo, weights)
+    place = _register(*jax.lax.stop_gradient((frame, shapes, *start(landmarks))), calibration)
+    fit, left = _fitted(sampled(frame, *place, calibration.samples), shapes, weights)
     down, right, _ = jnp.gradient(fit)
     products = jnp.stack([right * right, right * down, down * down, right * left, down * left])
     xx, xy, yy, xe, ye = jnp.moveaxis(
-        _blurred(jnp.moveaxis(jnp.sum(products, -1) * WEIGHTS, 0, -1), _WINDOW), -1, 0
+        _blurred(jnp.moveaxis(jnp.sum(products, -1) * weights, 0, -1), _WINDOW), -1, 0
     )
     ridge = 0.05 * jnp.mean(xx + yy) + 1e-9
     xx, yy = xx + ridge, yy + ridge
     determinant = xx * yy - xy * xy
     u, v = (yy * xe - xy * ye) / determinant, (xx * ye - xy * xe) / determinant
-    moved = jnp.sqrt(_weighted(u * u + v * v) + 1e-12) / SIDE
-    power, lost = jnp.sum(_weighted((fit + left) ** 2)), jnp.sum(_weighted(left**2))
+    moved = jnp.sqrt(_weighted(u * u + v * v, weights) + 1e-12) / SIDE
+    power, lost = (
+        jnp.sum(_weighted((fit + left) ** 2, weights)),
+        jnp.sum(_weighted(left**2, weights)),
+    )
     return moved, 1 - (lost + 1e-6) / (power + 1e-6)
 
 
@@ -195,6 +240,7 @@ def copies(
     videos: Float[Array, "B T H W 3"],
     landmarks: Float[Array, "B T M 5 2"],
     photos: Float[Array, "B M S S 3"],
+    calibration: Calibration = DRAWN,
 ) -> tuple[Float[Array, "B T M"], Float[Array, "B T M"]]:
     """Compute the photo-copy score and the displacement of every person's face.
 
@@ -202,15 +248,16 @@ def copies(
       videos: values in [-1, 1].
       landmarks: x, y in pixels of the face of every person.
       photos: crops of the persons' photos.
+      calibration: of the people.
 
     Returns:
       The score, from 0 (no copy) to 1 (copy), and the displacement as a share of the crop's side,
         at most `FAR`.
     """
-    of_people = jax.vmap(apart, (None, 0, 0))
+    of_people = jax.vmap(functools.partial(apart, calibration=calibration), (None, 0, 0))
     of_frames = jax.vmap(of_people, (0, 0, None))
     moved, alike = jax.vmap(of_frames)(videos, jax.lax.stop_gradient(landmarks), photos)
-    low, high = APART
+    low, high = calibration.copy, calibration.other
     return jnp.where(
         alike > ALIKE, jnp.clip((high - moved) / (high - low), 0, 1), 0.0
     ), jnp.minimum(moved, FAR)
@@ -221,14 +268,17 @@ def _texture(crop: Float[Array, "S S 3"]) -> Float[Array, ""]:
 
     A blur by `_SHARP` pixels removes the detail.
     """
-    plain, fine = crop - _weighted(crop), crop - _blurred(crop, _SHARP)
-    return (jnp.sum(_weighted(fine * fine)) + 1e-6) / (jnp.sum(_weighted(plain * plain)) + 1e-4)
+    plain, fine = crop - _weighted(crop, _WHOLE), crop - _blurred(crop, _SHARP)
+    return (jnp.sum(_weighted(fine * fine, _WHOLE)) + 1e-6) / (
+        jnp.sum(_weighted(plain * plain, _WHOLE)) + 1e-4
+    )
 
 
 def detail(
     videos: Float[Array, "B T H W 3"],
     landmarks: Float[Array, "B T M 5 2"],
     photos: Float[Array, "B M S S 3"],
+    samples: int = 1,
 ) -> Float[Array, "B T M"]:
     """Compute the sharpness of every person's face relative to their photo.
 
@@ -239,13 +289,14 @@ def detail(
       videos: values in [-1, 1].
       landmarks: x, y in pixels of the face of every person.
       photos: crops of the persons' photos.
+      samples: samples of a frame per pixel of the crop and axis.
 
     Returns:
       0 for no detail, 1 for as much as the photo; at most 2.
     """
     of_frame = jax.vmap(
         lambda frame, places: _texture(
-            sampled(frame, *start(jax.lax.stop_gradient(places)), _FRAME_SAMPLES)
+            sampled(frame, *start(jax.lax.stop_gradient(places)), samples)
         ),
         (None, 0),
     )

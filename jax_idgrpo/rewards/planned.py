@@ -25,6 +25,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import FaceStack, Settings
 from jax_idgrpo.rewards.factory import identity_constants, make_face_reward, make_judge
+from jax_idgrpo.rewards.photo_copy import PHOTOGRAPHS
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
@@ -67,7 +68,7 @@ def planned_reward(config: Config, mesh: Mesh) -> Planned:
     if wanted.folder().is_dir():
         return _described(make_face_reward(wanted), mesh)
     _warn_of_absent(wanted)
-    constants = identity_constants(wanted, Settings())
+    constants = identity_constants(wanted, Settings(), PHOTOGRAPHS)
     return _described(FaceReward(_published_faces("embedder"), constants, wanted.frames), mesh)
 
 
@@ -84,7 +85,9 @@ def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:
         judge = make_judge(config)
     else:
         _warn_of_absent(config.reward)
-        judge = FaceReward(_published_faces("judge"), identity_constants(config.reward, Settings()))
+        judge = FaceReward(
+            _published_faces("judge"), identity_constants(config.reward, Settings(), PHOTOGRAPHS)
+        )
     return None if judge is None else _described(judge, mesh)
 
 

@@ -156,7 +156,7 @@ def test_a_copy_is_registered_from_landmarks_that_are_pixels_off(angle, scale, e
     turned, there = moved(picture, points, angle, scale, (2.3, -1.7))
     wrong = there + error * np.random.default_rng(1).normal(size=(5, 2)).astype(np.float32)
     distance, alike = apart(0.6 * turned + 0.2, wrong, photo)
-    assert distance < photo_copy.APART[0]
+    assert distance < photo_copy.DRAWN.copy
     assert alike > 0.95
 
 
@@ -167,7 +167,7 @@ def test_a_face_whose_parts_stand_elsewhere_is_no_copy():
     x, y = np.meshgrid(np.arange(96.0), np.arange(96.0))
     places = np.stack([x + 1.2 * np.sin(y / 6), y], -1).astype(np.float32)
     distance, alike = apart(warp(picture, jnp.asarray(places)), points, photo)
-    assert distance > photo_copy.APART[1]
+    assert distance > photo_copy.DRAWN.other
     assert alike > photo_copy.ALIKE
 
 

@@ -20,8 +20,9 @@ from jax_idgrpo.models.faces.arcface import ArcFace
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
 from jax_idgrpo.rewards import faces, factory
 from jax_idgrpo.rewards.base import References, frame_numbers
-from jax_idgrpo.rewards.face_reward import load_reward
+from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.head import reading
+from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.synthetic.training import detector as detector_task
 from jax_idgrpo.synthetic.training import embedder as embedder_task
@@ -265,7 +266,7 @@ class Drawn(NamedTuple):
 
 @functools.cache
 def reward(name="embedder"):
-    return load_reward(EMBEDDED, name)
+    return FaceReward(load_stack(EMBEDDED, name), IdentityConfig())
 
 
 @functools.cache

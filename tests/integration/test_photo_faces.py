@@ -198,3 +198,13 @@ def test_photos_are_opened_in_the_first_pass_alone(tmp_path, monkeypatch):
             References.of_prompts(prompts, 2), [prompt.text for prompt in prompts]
         )
     assert len(opened) == 3
+
+
+def test_reward_and_judge_share_the_decoded_photos(tmp_path, monkeypatch):
+    prompts = load_prompts(write_prompts(tmp_path, *portraits()[:3]), 1)
+    opened = []
+    read = base.load_reference
+    monkeypatch.setattr(base, "load_reference", lambda path: opened.append(path) or read(path))
+    fresh, judge = (factory.make_face_reward(c.RewardConfig()) for _ in range(2))
+    check_references(fresh, prompts, judge)
+    assert sorted(opened) == sorted(prompt.references[0] for prompt in prompts)

