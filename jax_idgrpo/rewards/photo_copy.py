@@ -217,7 +217,8 @@ def apart(
     """
     weights = calibration.weights
     shapes = _shapes(photo, weights)
-    place = _register(*jax.lax.stop_gradient((frame, shapes, *start(landmarks))), calibration)
+    still, basis, a, t = jax.lax.stop_gradient((frame, shapes, *start(landmarks)))
+    place = _register(still, basis, a, t, calibration)
     fit, left = _fitted(sampled(frame, *place, calibration.samples), shapes, weights)
     down, right, _ = jnp.gradient(fit)
     products = jnp.stack([right * right, right * down, down * down, right * left, down * left])
