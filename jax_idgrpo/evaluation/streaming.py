@@ -224,7 +224,13 @@ class ClipScorer:
         return Assigner.make(self.assigner, self.encoded(self.assigner, clip, prompt).embeddings)
 
     def encoded(self, reward: Reward, clip: Clip, prompt: Prompt) -> PyTree:
-        """Encode the photos of a prompt for one video."""
+        """Encode the photos of a prompt for one video.
+
+        Args:
+          reward: the reward or the judge.
+          clip: the video.
+          prompt: its prompt.
+        """
         references = References.of_prompts([prompt], self.people)
         size = len(clip.numbers), clip.height, clip.width
         return jax.tree.map(jnp.asarray, reward.encode_references(references, [prompt.text], size))
