@@ -23,7 +23,7 @@ a trainer sums them over micro-batches and divides by one count, so accumulation
 """
 
 import dataclasses
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -416,22 +416,32 @@ def _surrogate_rows(surrogate: Surrogate) -> Rows:
     }
 
 
-# In each of these functions, `settings` is the section `grpo` of the configuration.
+@runtime_checkable
+class Settings(Protocol):
+    """The fields of the section `grpo` of the configuration that the objectives read."""
+
+    clip: float
+    divergence: float
+    nft_beta: float
+    nft_normalise: bool
+    awm_weighting: str
+    dpo_beta: float
+    advantage_clip: float
 
 
-def clip_rows(step: Replayed, settings: Any) -> Rows:
+def clip_rows(step: Replayed, settings: Settings) -> Rows:
     """Evaluate "clip" (`clipped_loss`)."""
     return _surrogate_rows(clipped_loss(step.change.log_ratio, step.advantage, clip=settings.clip))
 
 
-def guard_rows(step: Replayed, settings: Any) -> Rows:
+def guard_rows(step: Replayed, settings: Settings) -> Rows:
     """Evaluate "guard" (`guarded_loss`)."""
     return _surrogate_rows(
         guarded_loss(step.change.guarded, step.advantage, step.dt, clip=settings.clip)
     )
 
 
-def divergence_rows(step: Replayed, settings: Any) -> Rows:
+def divergence_rows(step: Replayed, settings: Settings) -> Rows:
     """Evaluate "divergence" (`masked_loss`)."""
     distance = jax.lax.stop_gradient(
         flow.divergence(step.transition, step.v, step.v_old, step.mask)
@@ -441,7 +451,7 @@ def divergence_rows(step: Replayed, settings: Any) -> Rows:
     )
 
 
-def nft_rows(level: Noised, settings: Any) -> Rows:
+def nft_rows(level: Noised, settings: Settings) -> Rows:
     """Evaluate "nft" (`nft_loss`)."""
     loss = nft_loss(
         level.v,
@@ -457,7 +467,7 @@ def nft_rows(level: Noised, settings: Any) -> Rows:
     return {"policy_loss": loss}
 
 
-def awm_rows(level: Noised, settings: Any) -> Rows:
+def awm_rows(level: Noised, settings: Settings) -> Rows:
     """Evaluate "awm" (`awm_loss`)."""
     return _surrogate_rows(
         awm_loss(
@@ -473,7 +483,7 @@ def awm_rows(level: Noised, settings: Any) -> Rows:
     )
 
 
-def dpo_rows(level: Noised, settings: Any) -> Rows:
+def dpo_rows(level: Noised, settings: Settings) -> Rows:
     """Evaluate "dpo" (`dpo_loss`)."""
     return {
         "policy_loss": dpo_loss(
@@ -482,11 +492,11 @@ def dpo_rows(level: Noised, settings: Any) -> Rows:
     }
 
 
-def sft_rows(level: Noised, settings: Any) -> Rows:
+def sft_rows(level: Noised, settings: Settings) -> Rows:
     """Evaluate "sft" (`matching_error`)."""
     return {"policy_loss": matching_error(level.v, level.target, level.mask)}
 
 
-def reward_rows(reward: Float[ArrayLike, " B"], settings: Any) -> Rows:
+def reward_rows(reward: Float[ArrayLike, " B"], settings: Settings) -> Rows:
     """Evaluate "reward_gradient"."""
     return {"policy_loss": -reward}
