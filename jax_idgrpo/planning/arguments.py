@@ -25,7 +25,7 @@ LATENT_CHANNELS = 16
 def chip_bytes(*trees: PyTree) -> float:
     """Return the bytes per chip of shapes with shardings."""
 
-    def one(leaf: jax.ShapeDtypeStruct) -> int:
+    def one(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return float(sum(map(one, jax.tree.leaves(trees))))

@@ -101,7 +101,7 @@ class Trainee(nnx.Module):
         )
 
 
-def trained(path: tuple[str | int, ...], value: nnx.Variable) -> bool:
+def trained(path: tuple[str | int, ...], value: object) -> bool:
     """Return whether a variable of a `Trainee` is trained."""
     return isinstance(value, LoRAParam) or path[0] == "rows" or path[1] in ("visual", "rm_head")
 

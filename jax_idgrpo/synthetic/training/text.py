@@ -135,7 +135,7 @@ class Reader(nnx.Module):
         return self.head(mean).reshape(len(ids), -1, CLASSES)
 
 
-def loss(reader: Reader, batch: dict[str, Array], key: Array) -> Loss:
+def loss(reader: Reader, batch: dict[str, ArrayLike], key: Array) -> Loss:
     """Compute the mean cross-entropy over the attributes of present people, and the accuracy.
 
     Args:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 from PIL import Image
 
 from jax_idgrpo import flow, rng
@@ -283,7 +283,7 @@ def pick(
 
 def loss(
     transformer: Callable[..., Array],
-    batch: dict[str, Array],
+    batch: dict[str, ArrayLike],
     key: Array,
     *,
     grey: Array,
@@ -462,7 +462,7 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
         return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
 
-    def flow_loss(transformer: WanTransformer, batch: dict[str, Array], key: Array) -> Loss:
+    def flow_loss(transformer: WanTransformer, batch: dict[str, ArrayLike], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)
         return loss(
             transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
