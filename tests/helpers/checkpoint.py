@@ -28,6 +28,8 @@ def make_state(seed: int, width: int = 3) -> TrainState:
 
 
 def same(a: TrainState, b: TrainState) -> bool:
+    """Return whether two states are equal in dtypes and bits."""
+
     def bits(x):
         return np.asarray(
             jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x

@@ -27,6 +27,7 @@ PUBLISHED_VAE = VAEConfig(
 
 
 def wan_shapes(config: WanConfig, dtype: str = "float32", *variables) -> nnx.State:
+    """Return the shapes of a transformer's parameters."""
     model = nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
     )
@@ -34,6 +35,7 @@ def wan_shapes(config: WanConfig, dtype: str = "float32", *variables) -> nnx.Sta
 
 
 def text_shapes(config: UMT5Config) -> nnx.State:
+    """Return the shapes of a text encoder's parameters."""
     return nnx.state(
         nnx.eval_shape(
             lambda: UMT5Encoder(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
@@ -42,10 +44,12 @@ def text_shapes(config: UMT5Config) -> nnx.State:
 
 
 def vae_shapes(config: VAEConfig) -> nnx.State:
+    """Return the shapes of an autoencoder's parameters."""
     return nnx.state(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
 
 
 def same_bits(a, b) -> bool:
+    """Return whether two arrays are equal in dtype, shape and bits."""
     return (
         a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     )  # row-major, whatever the strides
@@ -61,6 +65,7 @@ TENSORS = {
 
 
 def run(*words) -> int:
+    """Run `idgrpo-convert` on the command line `words` and return its exit status."""
     return command.run([str(word) for word in words])
 
 

@@ -38,6 +38,7 @@ def published(architecture: str, config, seed: int = 0) -> dict[str, np.ndarray]
 
 
 def bits(path) -> dict[str, tuple]:
+    """Return shape, dtype and bits of every tensor of a file."""
     return {
         name: (tensor.shape, str(tensor.dtype), np.asarray(tensor).tobytes())
         for name, tensor in store.open_file(path)[0].items()

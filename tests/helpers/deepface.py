@@ -11,12 +11,14 @@ from jax_idgrpo.rewards.faces import ARCFACE_TEMPLATE
 
 @functools.cache
 def astronaut(side=512):
+    """Return a photograph of one face, RGB."""
     return np.asarray(
         Image.fromarray(data.astronaut()).resize((side, side), Image.Resampling.LANCZOS)
     )
 
 
 def grey(picture):
+    """Return a picture without its colours."""
     return np.repeat(np.round(picture.mean(-1, keepdims=True)).astype(np.uint8), 3, -1)
 
 

@@ -37,10 +37,12 @@ def random_state(model, seed, unit_gamma=False, gain=1.0):
 
 
 def channels_first(images):
+    """Return images [B H W C] as a tensor [B C H W]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
 def make_originals():
+    """Return the libraries' RetinaFace and Facenet with random weights."""
     os.environ["DEEPFACE_BACKEND_ENGINE"] = "pytorch"
     from deepface.models.facial_recognition.pytorch.Facenet import InceptionResNetV1
     from retinaface.model.retinaface_pth_model import RetinaFace

@@ -10,6 +10,7 @@ from tests.helpers.paths import ROOT
 
 
 def benchmark(*words):
+    """Run the GPU benchmark with `words` on this machine's CPU."""
     command = [sys.executable, "-m", "benchmarks.gpu", *words]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

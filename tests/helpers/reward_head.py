@@ -13,6 +13,7 @@ def write_pairs(folder, count, seed, split):
 
 
 def configuration(csv, held_out="", steps=60, **options):
+    """Return the configuration of a training run of the head on the pairs of a CSV."""
     return c.Config(
         data=c.DataConfig(max_people=3),
         video=c.VideoConfig(frames=9, height=64, width=64),

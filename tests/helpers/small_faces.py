@@ -26,6 +26,7 @@ def randomise(network, seed=0):
 
 
 def small_stack(threshold=0.0):
+    """Return a detector and an embedder with random weights."""
     embedder = randomise(ArcFace(SMALL_ARCFACE, rngs=nnx.Rngs(0)))
     template = tuple((x / 7, y / 7) for x, y in faces.ARCFACE_TEMPLATE)
     return faces.FaceStack(

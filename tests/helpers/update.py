@@ -66,6 +66,7 @@ FIRST = jnp.zeros(ROWS, jnp.int32)
 
 
 def whole(start=FIRST, size=STEPS - 1, final_noise=False):
+    """Return a window of the trained steps; by default all but the last."""
     return rollout.Window(start=start, size=size, final_noise=final_noise)
 
 
@@ -122,6 +123,7 @@ def objective(actor, **changes):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(fixed, lora, base, batch, schedule=SCHEDULE, old=None, step=0):
+    """Return the gradient of an update, and its numbers per step and row."""
     networks = update.Networks(base=base, negative=NEGATIVE, old=old)
     return update.gradients(fixed, lora, networks, batch, schedule, jnp.int32(step))
 

@@ -60,6 +60,7 @@ def write_pairs(folder, count, first, size=64, frames=5):
 
 
 def configuration(base, pairs, steps, held_out="", batch=2, rate=1e-3, **options):
+    """Return the configuration of a training run on the pairs of a CSV."""
     return c.Config(
         optimizer=c.OptimizerConfig(learning_rate=rate, weight_decay=0.0, ema_decay=0.0),
         reward=c.RewardConfig(vlm_base=str(base), vlm_dtype="float32"),
@@ -82,6 +83,7 @@ def configuration(base, pairs, steps, held_out="", batch=2, rate=1e-3, **options
 
 
 def make_base(tmp_path_factory):
+    """Return a new folder with a small base model."""
     folder = tmp_path_factory.mktemp("base") / "base"
     vlm_folders.write_base(folder)
     return folder

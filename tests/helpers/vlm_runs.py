@@ -7,6 +7,7 @@ TEXT = "\nHow alike are the faces?\n<|SA_reward|>\nEND\n"
 
 
 def configured(folder, **changes):
+    """Return the reward configuration that uses the models of `folder`."""
     return c.RewardConfig(
         faces="",
         vlm=str(folder / "reward"),

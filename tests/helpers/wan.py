@@ -30,6 +30,7 @@ SCALE = jnp.array([0.7, 1.0, 1.3])
 
 
 def abstract(config: WanConfig, dtype: str = "float32") -> WanTransformer:
+    """Return a transformer of shapes, without memory."""
     return nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
     )
@@ -54,6 +55,7 @@ def random_state(config: WanConfig, dtype: str = "float32") -> nnx.State:
 
 
 def inputs(batch: int = 2, frames: int = 3) -> tuple:
+    """Return latents, timesteps, text and control."""
     rng = np.random.default_rng(0)
     sizes = ((batch, frames, 4, 6, 16), (batch, 5, 8), (batch, frames, 4, 6, 96))
     latents, text, control = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in sizes)
@@ -73,6 +75,7 @@ def loss_and_gradients(config: WanConfig):
 
 @functools.cache
 def reference():
+    """Return loss and gradients of TINY."""
     return loss_and_gradients(TINY)
 
 
