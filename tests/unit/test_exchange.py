@@ -37,6 +37,21 @@ def test_a_request_arrives_bit_for_bit():
         assert sent.tobytes() == got.tobytes()
 
 
+def test_videos_are_compressed_where_that_saves_space():
+    flat = np.full((4, 64, 64, 3), 0.5, np.float32)
+    coarse = noise(4, 64, 64, 3).astype(np.float16).astype(np.float32)
+    sizes = [
+        len(exchange.encode_request([v], [""], [[]])) for v in (flat, coarse, noise(4, 64, 64, 3))
+    ]
+    whole = flat.nbytes * 4 / 3  # in base64
+    assert sizes[0] < 0.05 * whole
+    assert sizes[1] < 0.8 * whole
+    assert sizes[2] < 1.01 * whole
+    for video in (flat, coarse):
+        (found,) = exchange.decode_request(exchange.encode_request([video], [""], [[]])).videos
+        np.testing.assert_array_equal(found, video)
+
+
 def test_every_kind_of_video_is_read(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     wanted = pixels.astype(np.float32) / 127.5 - 1
