@@ -5,15 +5,14 @@ Networks are imported inside the functions, so that help and mistakes answer at 
 
 import argparse
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from jax_idgrpo import config as configuration
+from jax_idgrpo.cli import generators
 from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.workdir import local_path, require_writable
+from jax_idgrpo.workdir import require_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
     configured: bool = True
-
-
-def _path(option: str) -> Callable[[str], Path]:
-    """Make a parser for an option that takes a path on this machine."""
-    return functools.partial(local_path, what=option)
 
 
 def _start() -> None:
@@ -262,112 +256,6 @@ def _report(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     print(f"report: {report(require_writable(workdir, 'workdir'))}")
 
 
-def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -> None:
-    parser.add_argument(
-        "--out", type=_path("--out"), required=True, metavar="DIR", help=f"folder to make: {holds}"
-    )
-    parser.add_argument(
-        "--split",
-        required=True,
-        help="synthetic people to draw from: train, rl or eval; no two share a person",
-    )
-    parser.add_argument("--count", type=int, required=True, metavar="N", help=unit)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed draws other people and scenes (default 0)"
-    )
-
-
-def _draw_prompts_options(parser: argparse.ArgumentParser) -> None:
-    _generator_options(parser, "prompts.csv and PNG portraits", "rows of prompts.csv")
-
-
-def _draw_prompts(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    from jax_idgrpo.synthetic.captions import write_prompts
-
-    write_prompts(**vars(arguments))
-
-
-def _pairs_options(parser: argparse.ArgumentParser) -> None:
-    _generator_options(parser, "pairs.csv, mp4 and PNG files", "pairs")
-    unset = argparse.SUPPRESS  # omitted options keep the defaults of `write_pairs`
-    parser.add_argument(
-        "--distortions",
-        default=unset,
-        metavar="A,B",
-        help="faults to draw, joined by commas (default all)",
-    )
-    parser.add_argument(
-        "--automatic",
-        type=float,
-        default=unset,
-        help="share of automatic pairs, with labels partly wrong (default 0)",
-    )
-    parser.add_argument(
-        "--careless",
-        type=float,
-        default=unset,
-        help="share of the automatic labels drawn at random (default 0.5)",
-    )
-    parser.add_argument(
-        "--clips",
-        type=_path("--clips"),
-        default=unset,
-        metavar="DIR",
-        help="folder of videos with photos and clips.csv; without it the people are synthetic",
-    )
-    parser.add_argument(
-        "--faces",
-        type=_path("--faces"),
-        default=unset,
-        metavar="DIR",
-        help="face networks for --clips, as reward.faces",
-    )
-    parser.add_argument("--frames", type=int, default=unset, help="frames per clip (default 9)")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=unset,
-        metavar=("HEIGHT", "WIDTH"),
-        help="in pixels (default 64 64)",
-    )
-    parser.add_argument(
-        "--fps",
-        type=int,
-        default=unset,
-        help="frames per second to sample from --clips (default 8)",
-    )
-
-
-def _pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    from jax_idgrpo.preferences.clip_pairs import Shape
-    from jax_idgrpo.preferences.synthesis import write_pairs
-
-    values = vars(arguments)
-    shape = {name: values.pop(name) for name in ("frames", "size", "fps") if name in values}
-    if "size" in shape:
-        shape["size"] = tuple(shape["size"])
-    write_pairs(**values, shape=Shape(**shape))
-
-
-def _pack_pairs_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--csv", type=_path("--csv"), required=True, help="the pairs, as `idgrpo pairs` writes them"
-    )
-    parser.add_argument(
-        "--out", type=_path("--out"), required=True, metavar="DIR", help="folder to make"
-    )
-    parser.add_argument(
-        "--dimensions", default="SA", help="columns with labels, joined by commas (default SA)"
-    )
-
-
-def _pack_pairs(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    from jax_idgrpo.preferences.tfds_source import write_dataset
-
-    write_dataset(**vars(arguments))
-
-
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     _config_option(parser)
     parser.add_argument(
@@ -455,20 +343,20 @@ COMMANDS = {
     ),
     "pairs": Command(
         "preference pairs with known labels, of synthetic people or your own clips",
-        _pairs_options,
-        _pairs,
+        generators.pairs_options,
+        generators.pairs,
         configured=False,
     ),
     "pack-pairs": Command(
         "pack the pairs of a CSV into one data set of few large files",
-        _pack_pairs_options,
-        _pack_pairs,
+        generators.pack_pairs_options,
+        generators.pack_pairs,
         configured=False,
     ),
     "draw-prompts": Command(
         "prompts and reference photos of synthetic people",
-        _draw_prompts_options,
-        _draw_prompts,
+        generators.draw_prompts_options,
+        generators.draw_prompts,
         configured=False,
     ),
 }
