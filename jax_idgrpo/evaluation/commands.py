@@ -244,11 +244,6 @@ def score(
     run_once(part.unlink)
 
 
-def _gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
-    """Return the references among which people are recognised; "" without a judge."""
-    return recognition.gallery_facts(prompts) if config.judged else ""
-
-
 def _scored(
     scorer: FileScorer, recorder: Recorder | None, key: str, file: Path, prompt: Prompt
 ) -> dict[str, Any]:
@@ -331,7 +326,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
         config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()}
     )
     rows = all_rows(listed, config.evaluate.videos)
-    reward = journal.reward_facts(config), _gallery_facts(config, listed)
+    reward = journal.reward_facts(config), recognition.gallery_facts(config, listed)
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
     keys = {}
     for name, path in {"base": None, **loras}.items():
@@ -423,7 +418,6 @@ def _conclude(
         }
         for name, values in found.items()
     }
-    references = recognition.references_asked(measured["base"])
     summarised = {name: recognition.summarised(scores) for name, scores in measured.items()}
     metrics = [metric for metric in bootstrap.LABELS if metric in summarised["base"]]
     scores: dict[str, bootstrap.Scores] = {
@@ -443,7 +437,7 @@ def _conclude(
         f"{len(listed)} prompts x {config.evaluate.videos} videos, {config.evaluate.steps} "
         f"{SOLVER_NAMES[config.evaluate.solver]} steps, the same noise for every model; "
         f"95 % bootstrap intervals over prompts"
-        f"{_chance_note(references)}"
+        f"{recognition.chance_note(measured['base'])}"
         f"{_guidance_note(config) if len(found) > 1 else ''}"
     )
     parts = bootstrap.document(means, changes, compared) | {
@@ -454,13 +448,6 @@ def _conclude(
     write_text(out / "metrics.json", json.dumps({"note": note, **parts, "shown": shown}, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
     print_once(f"{table}\n{note}")
-
-
-def _chance_note(references: int) -> str:
-    """Return the share of people that chance recognises, or "" without a judge."""
-    if not references:
-        return ""
-    return f"; people are recognised among {references} references, by chance {1 / references:.3f}"
 
 
 def _guidance_note(config: Config) -> str:

@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
+from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, row_digests
 from jax_idgrpo.evaluation.bootstrap import Scores
 from jax_idgrpo.rewards.base import References, Reward
@@ -103,8 +104,15 @@ class Gallery:
         }
 
 
-def gallery_facts(prompts: Sequence[Prompt]) -> str:
-    """Hash the photos of all prompts, which decide who a person is taken for."""
+def gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
+    """Hash the photos of all prompts, which decide who a person is taken for; "" without a judge.
+
+    Args:
+      config: says whether there is a judge.
+      prompts: prompts of an evaluation.
+    """
+    if not config.judged:
+        return ""
     photos = [digest.partition("-")[2] for digest in row_digests(prompts)]
     return hashlib.sha256("\n".join(photos).encode()).hexdigest()[:24]
 
@@ -118,6 +126,14 @@ def references_asked(scores: Scores) -> int:
     """Count the different references of the videos' prompts; 0 without a judge."""
     asked = _indices(scores, "asked")
     return 0 if asked is None else len(np.unique(asked[asked != NOBODY]))
+
+
+def chance_note(scores: Scores) -> str:
+    """Return the number of references and what chance recognises, or "" without a judge."""
+    count = references_asked(scores)
+    if not count:
+        return ""
+    return f"; people are recognised among {count} references, by chance {1 / count:.3f}"
 
 
 def summarised(scores: Scores, whole: bool = True) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jax_idgrpo.config import Config, ModelConfig, RewardConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import recognition
 from jax_idgrpo.evaluation.recognition import NOBODY, Gallery, summarised
@@ -131,8 +132,16 @@ def test_photos_and_their_order_decide_whether_scores_of_a_stopped_run_hold(tmp_
         Image.new("RGB", (32, 32), (n, 0, 0)).save(tmp_path / f"{n}.png")
     files = [tmp_path / "0.png", tmp_path / "1.png"]
     one, other = Prompt(0, "a", (files[0],)), Prompt(1, "b", (files[1],))
-    facts = recognition.gallery_facts([one, other])
-    assert facts == recognition.gallery_facts([Prompt(0, "new text", (files[0],)), other])
-    assert facts != recognition.gallery_facts([one])
+    facts = recognition.gallery_facts(Config(), [one, other])
+    assert facts == recognition.gallery_facts(Config(), [Prompt(0, "new text", (files[0],)), other])
+    assert facts != recognition.gallery_facts(Config(), [one])
     Image.new("RGB", (32, 32), "white").save(files[1])
-    assert facts != recognition.gallery_facts([one, other])
+    assert facts != recognition.gallery_facts(Config(), [one, other])
+
+
+def test_without_a_judge_other_prompts_leave_scores_as_they_are(tmp_path):
+    absent = Prompt(0, "a", (tmp_path / "absent.png",))
+    config = Config(
+        model=ModelConfig(path=str(tmp_path)), reward=RewardConfig(custom="a:b", faces="")
+    )
+    assert recognition.gallery_facts(config, [absent]) == ""
