@@ -6,14 +6,13 @@ Writes JPEGs of a drawn face on noise, and a CSV whose rows name one file each; 
 content have different names, so that no cache by name hides them. Then does what `idgrpo train`
 does before its first step: read the CSV, which checks every photo, and find the face of every
 photo. Finally the canvases of the first `--passes` prompts are made twice. Prints, for each phase,
-the peak of resident memory above that before the first phase, the seconds, and the decodes per
+the peak of resident memory above what was resident before the first phase, the seconds, and the decodes per
 photo; the networks are loaded and compiled before.
 """
 
 import argparse
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -85,9 +84,10 @@ def count_decodes() -> Counter[str]:
     return counts
 
 
-def peak() -> float:
-    """Return the largest resident memory of this process until now, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+def resident(field: str) -> float:
+    """Return resident memory of this process in GB: "VmRSS" now, "VmHWM" at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1e6
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(1) as other:  # its memory is not measured
             sizes = large, rows, arguments.distinct, arguments.megapixels
             listed = other.apply(write_photos, sizes)
-        cache, start = PhotoCache(), peak()
+        cache, start = PhotoCache(), resident("VmRSS")
         counts = count_decodes()
         print(f"{rows} photos of {arguments.megapixels} megapixels; {start:.2f} GB before\n")
         print("| phase | peak above, GB | seconds | full decodes | reduced decodes |")
@@ -117,11 +117,12 @@ def main() -> None:
 
         def phase(name: str, function: Callable[[], object]) -> object:
             counts.clear()
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
             began = time.monotonic()
             value = function()
             seconds = time.monotonic() - began
             print(
-                f"| {name} | {peak() - start:.2f} | {seconds:.0f} | {counts['full']} | "
+                f"| {name} | {resident('VmHWM') - start:.2f} | {seconds:.0f} | {counts['full']} | "
                 f"{counts['reduced']} |",
                 flush=True,
             )

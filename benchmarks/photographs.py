@@ -101,7 +101,9 @@ class Networks:
     def faces(self, picture: UInt8[np.ndarray, "h w 3"]) -> dict[str, Float[np.ndarray, "n E"]]:
         """Find and embed the faces of a picture, by network."""
         found = self.find(picture)
-        return self.embed(picture, found.landmarks[found.mask])
+        count = int(found.mask.sum())
+        embeddings = self.embed(picture, found.landmarks[: max(count, 1)])
+        return {name: values[:count] for name, values in embeddings.items()}
 
     @functools.cached_property
     def portraits(self) -> list[dict[str, Float[np.ndarray, "n E"]]]:
@@ -218,6 +220,7 @@ def small_faces(
         if np.sum(people == who) < 2:
             continue
         box = networks.find(picture).boxes[0]
+        # A face below the height keeps its size.
         faces = networks.faces(shrunk(picture, min(height / (box[3] - box[1]), 1.0)))
         sought, found = sought + 1, found + bool(len(faces["judge"]))
         for name in NETWORKS if len(faces["judge"]) else ():
