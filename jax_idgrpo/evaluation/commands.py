@@ -180,7 +180,8 @@ def score(
         print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
     assert_same_across_hosts(config, row_digests(listed), videos=videos)
     shown = list({prompt.id: prompt for _, prompt in rows}.values())
-    facts = journal.reward_facts(config), _gallery_facts(config, shown if asked is None else [])
+    gallery = recognition.gallery_facts(config, shown if asked is None else [])
+    facts = journal.reward_facts(config), gallery
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in shown}
     keys = journal.decided(
         lambda: [
