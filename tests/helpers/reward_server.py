@@ -98,7 +98,7 @@ def served(*words, config="quickstart"):
     try:
         yield process, address_of(process)
     finally:
-        process.kill()
+        process.terminate()  # by which it removes its temporary folder
         process.wait()
         process.stdout.close()
 
