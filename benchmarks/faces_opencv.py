@@ -60,6 +60,7 @@ def processor_seconds(rounds: int, functions: dict[str, Callable[[], object]]) -
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
+            time.sleep(0.5)  # the threads of ONNX Runtime spin for a while after a call
             began = time.process_time()
             function()
             if number:
@@ -140,9 +141,9 @@ def main() -> None:
         {
             "ours": lambda: jax.block_until_ready(program(state, pixels)),
             "OpenCV": opencv,
-            "deepface, opencv/SFace": deepface,
             "ours, detector": lambda: [jax.block_until_ready(find(weights, one)) for one in single],
             "OpenCV, detector": lambda: [detector.detect(picture) for picture in pictures],
+            "deepface, opencv/SFace": deepface,
         },
     )
     print(

@@ -266,7 +266,7 @@ class Drawn(NamedTuple):
 
 @functools.cache
 def reward(name="embedder"):
-    return FaceReward(load_stack(EMBEDDED, name), IdentityConfig())
+    return FaceReward(faces.load_stack(EMBEDDED, name), IdentityConfig())
 
 
 @functools.cache
