@@ -22,8 +22,8 @@ OPTIONS = """
     --video.frames 17 --data.max_people 2 --data.text_length 64
     --rollout.prompts 1 --rollout.group 2 --rollout.micro_batch 2 --rollout.steps 2
     --rollout.guidance 1 --rollout.window all --grpo.updates 1
-    --run.steps 2 --run.save_every 1 --run.sample_every 1
-    --evaluate.videos 2 --evaluate.batch 2 --evaluate.steps 2 --evaluate.frames 17
+    --run.steps 2 --run.save_every 1 --run.sample_every 0
+    --evaluate.videos 1 --evaluate.batch 1 --evaluate.steps 2 --evaluate.frames 17
     --evaluate.height 240 --evaluate.width 416 --evaluate.bootstrap 100
 """.split()  # noqa: SIM905
 
