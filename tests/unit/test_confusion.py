@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
+from jax_idgrpo.rewards import photo_copy
 from jax_idgrpo.rewards.faces import Settings
 from jax_idgrpo.rewards.factory import identity_constants
 from jax_idgrpo.rewards.matching import confusion, cosines, match_videos
@@ -87,5 +88,6 @@ def test_its_gradient_moves_a_face_from_the_other_person_to_its_own():
 
 def test_its_weight_is_a_penalty_like_the_others():
     chosen = c.RewardConfig(penalties={"confused": 0.5})
-    assert dict(identity_constants(chosen, Settings()).penalties)["confused"] == 0.5
+    constants = identity_constants(chosen, Settings(), photo_copy.DRAWN)
+    assert dict(constants.penalties)["confused"] == 0.5
     assert "confused" not in c.RewardConfig().penalty_weights()
