@@ -111,14 +111,14 @@ class Networks:
         return [self.faces(picture) for _, picture in real_people.portraits()]
 
 
-def area_under_curve(same: Float[np.ndarray, "n"], others: Float[np.ndarray, "m"]) -> float:
+def area_under_curve(same: Float[np.ndarray, " n"], others: Float[np.ndarray, " m"]) -> float:
     """Return the share of pairs of a same and another cosine in which the same one is larger."""
     return float(np.mean((same[:, None] > others) + 0.5 * (same[:, None] == others)))
 
 
 def split_pairs(
     embeddings: Float[np.ndarray, "n E"], people: Sequence[str]
-) -> tuple[Float[np.ndarray, "s"], Float[np.ndarray, "d"]]:
+) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, " d"]]:
     """Return the cosines of pairs of the same person, and of strangers."""
     cosines = embeddings @ embeddings.T
     same: list[float] = []
@@ -149,7 +149,7 @@ def embed_photographs(
     return {name: np.concatenate(found) for name, found in rows.items()}, people
 
 
-def frame_pairs(networks: Networks, count: int) -> dict[str, Float[np.ndarray, "n"]]:
+def frame_pairs(networks: Networks, count: int) -> dict[str, Float[np.ndarray, " n"]]:
     """Return the cosines of pairs of frames within each of three clips, by network."""
     whole = (360, 640)
     clips = [
@@ -396,7 +396,7 @@ def annotate(
     def swap_faces(faces) -> np.ndarray:
         return pasted(video, boxes, video, boxes[:, 0], faces)
 
-    present: Bool[np.ndarray, M] = np.ones(2, bool)
+    present: Bool[np.ndarray, " M"] = np.ones(2, bool)
     return AnnotatedClip(video, boxes, present, pictures, photo_boxes, swap_faces)
 
 

@@ -51,7 +51,7 @@ class Gallery:
     """
 
     embeddings: Float[np.ndarray, "R E"]
-    of_prompt: Mapping[int, Int[np.ndarray, "m"]]
+    of_prompt: Mapping[int, Int[np.ndarray, " m"]]
     people: int
 
     @classmethod
@@ -159,14 +159,14 @@ def summarised(scores: Scores, whole: bool = True) -> dict[str, np.ndarray]:
 
 def _identities(
     asked: Int[np.ndarray, "N M"], taken: Int[np.ndarray, "N M"]
-) -> Float[np.ndarray, "N"]:
+) -> Float[np.ndarray, " N"]:
     """Compute the share of every video in `identities` (see the module's docstring)."""
     found, wanted = _shares(taken), _shares(asked)
     ratio = found.sum() / wanted.sum()
     return ratio + (found - ratio * wanted) * len(asked) / wanted.sum()
 
 
-def _shares(people: Int[np.ndarray, "N M"]) -> Float[np.ndarray, "N"]:
+def _shares(people: Int[np.ndarray, "N M"]) -> Float[np.ndarray, " N"]:
     """Divide every occurring index equally among its occurrences, and sum over each video."""
     seen = people != NOBODY
     counts = np.bincount(people[seen], minlength=1)

@@ -198,7 +198,7 @@ class Recorder:
         return self._folder / f".{folder_name(file.name)}"
 
 
-def _rounded(values: Float[np.ndarray, "T"]) -> list[float | None]:
+def _rounded(values: Float[np.ndarray, " T"]) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 

@@ -154,7 +154,7 @@ class BatchScorer:
 
     def _judged(
         self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt], count: int
-    ) -> tuple[dict[str, Float[np.ndarray, "B"]] | None, dict[str, Float[np.ndarray, "n"]]]:
+    ) -> tuple[dict[str, Float[np.ndarray, " B"]] | None, dict[str, Float[np.ndarray, " n"]]]:
         """Return the terms of the judge, and who the people of the first `count` videos are."""
         if self.judge is None:
             return None, {}

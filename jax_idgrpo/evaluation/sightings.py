@@ -55,7 +55,7 @@ class Sightings:
     cosine: Float[np.ndarray, "T M K"]
     face: Int[np.ndarray, "T M"]
     track: Int[np.ndarray, "T K"]
-    of_person: Int[np.ndarray, "M"]
+    of_person: Int[np.ndarray, " M"]
     judge_cosine: Float[np.ndarray, "T M K"]
     judge_face: Int[np.ndarray, "T M"]
 
@@ -65,7 +65,7 @@ def _embed(
     graph: nnx.GraphDef,
     state: nnx.State,
     frames: UInt8[Array, "t H W 3"],
-    numbers: Int[Array, "n"],
+    numbers: Int[Array, " n"],
     landmarks: Float[Array, "n 5 2"],
 ) -> Float[Array, "n E"]:
     """Embed faces by the embedder of a face reward, each from the frame of its number."""
@@ -190,7 +190,7 @@ def tracks_of_faces(found: Sightings) -> Int[np.ndarray, "T M"]:
     return _taken(_numbered(found)[found.track], found.face, 0)
 
 
-def _numbered(found: Sightings) -> Int[np.ndarray, "N"]:
+def _numbered(found: Sightings) -> Int[np.ndarray, " N"]:
     """Number the tracks from 1 in the order in which they appear; 0 for no face."""
     numbers = np.zeros(2 * found.mask.shape[1] + 1, int)
     appeared = dict.fromkeys(found.track[found.mask].tolist())
@@ -225,7 +225,7 @@ def runs(values: np.ndarray) -> list[tuple[int, int, int]]:
     ]
 
 
-def _spread(values: Float[np.ndarray, "T"], prefix: str) -> dict[str, float | None]:
+def _spread(values: Float[np.ndarray, " T"], prefix: str) -> dict[str, float | None]:
     """Return mean, with missing frames as 0, and minimum and maximum of the other frames."""
     shown = values[~np.isnan(values)]
     return {

@@ -70,7 +70,7 @@ def _look(
     frames: UInt8[Array, "t H W 3"],
     people: ReferenceFaces,
     assigner: Assigner | None,
-    counted: Bool[Array, "t"],
+    counted: Bool[Array, " t"],
 ) -> tuple[Seen, PeopleShown | None]:
     """Detect the faces of frames of one video, and compute their pixel statistics.
 

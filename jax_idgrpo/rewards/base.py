@@ -140,7 +140,7 @@ class NumberedRows:
     def __getitem__(self, number: SupportsIndex) -> Row:
         return self._rows[number]
 
-    def add(self, references: References, prompts: Sequence[str]) -> Int[np.ndarray, "P"]:
+    def add(self, references: References, prompts: Sequence[str]) -> Int[np.ndarray, " P"]:
         """Return the numbers of prompts, each stored once; no photo is opened."""
         numbers = []
         for text, photos in zip(prompts, references.photos, strict=True):

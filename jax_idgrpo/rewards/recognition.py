@@ -64,7 +64,7 @@ def people_shown(
     videos: Float[Array, "B T H W 3"],
     reference_mask: Bool[Array, "B M"],
     assigner: Assigner,
-    counted: Bool[ArrayLike, "T"] | None = None,
+    counted: Bool[ArrayLike, " T"] | None = None,
 ) -> PeopleShown:
     """Sum the embeddings of every person's face over the frames of a video.
 

@@ -115,7 +115,7 @@ class HttpReward:
         references: References,
         prompts: Sequence[str],
         video: tuple[int, int, int] | None = None,
-    ) -> Int[np.ndarray, "P"]:
+    ) -> Int[np.ndarray, " P"]:
         """Return numbers under which texts and photos are stored; no photo is opened.
 
         Args:
@@ -141,7 +141,9 @@ class HttpReward:
             self._numbers[total] = exchange.decode_frames(body, total) if status == 200 else None
         return self._numbers[total]
 
-    def score(self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, "B"]) -> Pending:
+    def score(
+        self, videos: Float[ArrayLike, "B F H W 3"], encoded: Int[ArrayLike, " B"]
+    ) -> Pending:
         """Post the videos without waiting for their rewards."""
         total = jnp.shape(videos)[1]
         chosen = self.frames_read(total)
