@@ -98,7 +98,7 @@ def test_a_file_read_block_by_block_shows_the_same_people(
         monkeypatch.setattr(streaming, "BLOCK", block)
         files = streaming.make_clip_scorer(config, prompts)
         people, assigned = (
-            files._encoded(reward, clip, prompt) for reward in (files.judge, files.assigner)
+            files.encoded(reward, clip, prompt) for reward in (files.judge, files.assigner)
         )
         stream = streaming.Stream(
             files.judge,
