@@ -322,7 +322,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
       Failure: a video is not finite.
     """
     config = evaluated(config)
-    listed = load_prompts(prompts, config.data.max_people)
+    listed = load_prompts(prompts, config.data.max_people, decode=False)
     assert_same_across_hosts(
         config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()}
     )
@@ -347,7 +347,8 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
         sampler = make_sampler(config)
         conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
         models = make_models(sampler, loras)
-        scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh, listed)
+        mesh = sampler.pipe.transformer.config.mesh
+        scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.keep_photo)
         prepare_workdir(out)
         written = journal.Journal(out / SCORES, known)
         for name, model in models.items():

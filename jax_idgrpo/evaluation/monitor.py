@@ -47,15 +47,16 @@ class Watch:
         Raises:
           UserError: the prompts or their photos cannot be used.
         """
-        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[
-            : config.run.watch_prompts
-        ]
+        held_out = prompts_file(config.evaluate.prompts)
+        listed = load_prompts(held_out, config.data.max_people, decode=False)
+        listed = listed[: config.run.watch_prompts]
         few = min(config.evaluate.batch, len(listed))
         sampler = make_sampler(
             dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)),
             pipe,
         )
-        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh, listed)
+        mesh = pipe.transformer.config.mesh
+        scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.keep_photo)
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> bootstrap.Scores:

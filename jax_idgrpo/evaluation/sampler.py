@@ -15,10 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
+from PIL import Image
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import Failure
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
@@ -80,6 +82,10 @@ class Sampler:
     schedule: rollout.Schedule
     negative: Float[Array, "L D"]
     cache: conditioning.Cache
+
+    def keep_photo(self, file: File, image: Image.Image) -> None:
+        """Encode a decoded photo, so that `videos` opens no file for it."""
+        conditioning.keep_photo(self.pipe, self.config, self.cache, file, image)
 
     def videos(self, model: Model, rows: Sequence[Row]) -> Float[Array, "B F H W 3"]:
         """Make one video in [-1, 1] per row. The videos are sharded over the devices by rows.

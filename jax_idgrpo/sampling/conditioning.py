@@ -36,9 +36,9 @@ from PIL import Image
 
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, DataConfig
-from jax_idgrpo.data.photos import ROOM as PHOTO_ROOM
-from jax_idgrpo.data.photos import PhotoCache, on_white
+from jax_idgrpo.data.photos import load_reference, on_white
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import memory_share, to_host
@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
 CUT_SHOWN = 10  # prompts longer than the text length that get a separate warning each
 ROOM = 4 * 2**30  # bytes per machine that a run may fill with encoded prompts
+PHOTO_ROOM = 2 * 2**30  # the same, with encoded photos; one of 480 x 832 pixels takes 400 kB
 
 Values: TypeAlias = Array | np.ndarray
 
@@ -332,19 +333,17 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L 
     return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
 
 
-class Cache(dict[Hashable, PyTree]):
-    """Encoded prompts of a run, on the host.
+class BoundedCache(dict[Hashable, PyTree]):
+    """A cache on the host that takes bounded memory.
 
     Attributes:
-      room: bytes left; entries that do not fit are not stored. By default this process's share of
-        `ROOM`.
-      photos: opened photos, so that a prompt that did not fit opens no file when it is encoded again.
+      room: bytes left; entries that do not fit are not stored.
+      full: whether an entry did not fit.
     """
 
-    def __init__(self, room: int | None = None):
+    def __init__(self, room: int):
         super().__init__()
-        self.room = memory_share(ROOM) if room is None else room
-        self.photos = PhotoCache(memory_share(PHOTO_ROOM))
+        self.room, self.full = room, False
 
     def keep(self, name: Hashable, made: PyTree) -> None:
         """Store a pytree of numpy arrays under a name, if it fits."""
@@ -352,6 +351,27 @@ class Cache(dict[Hashable, PyTree]):
         if size <= self.room:
             self.room -= size
             self[name] = made
+        else:
+            self.full = True
+
+
+class Cache(BoundedCache):
+    """Encoded prompts of a run, on the host, apart from their photos.
+
+    Attributes:
+      photos: latents of the photos. A photo is decoded again whenever it is needed if its latents
+        did not fit.
+    """
+
+    def __init__(self, room: int | None = None, photo_room: int | None = None):
+        """Start empty.
+
+        Args:
+          room: bytes for prompts; by default this process's share of `ROOM`.
+          photo_room: bytes for photos; by default this process's share of `PHOTO_ROOM`.
+        """
+        super().__init__(memory_share(ROOM) if room is None else room)
+        self.photos = BoundedCache(memory_share(PHOTO_ROOM) if photo_room is None else photo_room)
 
 
 def encode(
@@ -366,7 +386,7 @@ def encode(
       pipe: supplies VAE, text encoder and tokenizer.
       prompts: the prompts, one row each.
       config: of the run.
-      cache: one per run. A prompt is encoded once; if the cache is full, at every call.
+      cache: one per run. A prompt or photo is encoded once; if the cache is full, at every call.
 
     Returns:
       The conditioning, on the host.
@@ -376,17 +396,23 @@ def encode(
         `config.data.max_people`.
     """
     data, video = config.data, config.video
-    new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
-    encoded = {
-        number: _encode_photos(pipe, prompt, config, cache.photos) for number, prompt in new.items()
+    different = {prompt.id: prompt for prompt in prompts}
+    photos = {
+        number: _encode_photos(pipe, config, cache, prompt) for number, prompt in different.items()
     }
-    texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
-    made = {number: (text, encoded[number]) for number, text in zip(new, texts, strict=True)}
-    for number, row in made.items():
-        cache.keep((number, video), row)
-    rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
+    new = [number for number in different if number not in cache]
+    texts = dict(
+        zip(
+            new,
+            encode_texts(pipe, [different[number].text for number in new], data.text_length),
+            strict=True,
+        )
+    )
+    for number, encoded in texts.items():
+        cache.keep(number, encoded)
+    texts |= {number: cache[number] for number in different if number not in texts}
     references = np.asarray([len(prompt.references) for prompt in prompts], np.int32)
-    text = np.stack([padded(text, data.text_length) for text, _ in rows])
+    text = np.stack([padded(texts[prompt.id], data.text_length) for prompt in prompts])
     frames = flow.latent_frames(video.frames)
     if config.model.kind == "vace":
         if ("grey", video) not in cache:
@@ -394,15 +420,16 @@ def encode(
             cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
         grey, order = cache["grey", video], data.reference_order
         controls = [
-            np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows
+            np.asarray(control(photos[prompt.id], grey, data.max_people, order))
+            for prompt in prompts
         ]
         mask = np.asarray(frame_mask(references, frames, data.max_people))
         return Conditioning(
             text=text, control=np.stack(controls), frame_mask=mask, references=references
         )
     reference_latents = [
-        np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0)))
-        for _, latents in rows
+        np.pad(photos[prompt.id], ((0, data.max_people - prompt.people), (0, 0), (0, 0), (0, 0)))
+        for prompt in prompts
     ]
     mask = np.ones((len(prompts), frames), bool)
     return Conditioning(
@@ -415,16 +442,43 @@ def encode(
 
 
 def _encode_photos(
-    pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache
+    pipe: Pipeline, config: Config, cache: Cache, prompt: Prompt
 ) -> Float[np.ndarray, "M H W C"]:
     """Encode a prompt's photos, one latent frame each."""
-    data, video = config.data, config.video
-    if not 1 <= len(prompt.references) <= data.max_people:
+    if not 1 <= prompt.people <= config.data.max_people:
         raise UserError(
-            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; "
-            f"data.max_people allows 1 to {data.max_people}"
+            f"prompt {prompt.id}: has {prompt.people} reference photos; "
+            f"data.max_people allows 1 to {config.data.max_people}"
         )
+    return np.concatenate([_encode_photo(pipe, config, cache, file) for file in prompt.references])
+
+
+def _encode_photo(
+    pipe: Pipeline, config: Config, cache: Cache, file: File, image: Image.Image | None = None
+) -> Float[np.ndarray, "1 H W C"]:
+    """Return the latent frame of a photo from the cache, or make it from `image` or the file."""
+    video = config.video
+    if (file, video) in cache.photos:
+        return cache.photos[file, video]
     fit = canvas if config.model.kind == "vace" else whole_canvas
-    canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]
-    latents = [to_host(_encode_video(pipe.vae, canvas[None, None]))[0] for canvas in canvases]
-    return np.concatenate(latents)
+    # The canvas depends on the photo's own size: it is not made from a smaller copy.
+    pixels = fit(load_reference(file) if image is None else image, video.height, video.width)
+    latents = to_host(_encode_video(pipe.vae, pixels[None, None]))[0]
+    cache.photos.keep((file, video), latents)
+    return latents
+
+
+def keep_photo(
+    pipe: Pipeline, config: Config, cache: Cache, file: File, image: Image.Image
+) -> None:
+    """Encode a photo that is decoded already, unless the cache is full.
+
+    Args:
+      pipe: supplies the VAE.
+      config: of the run.
+      cache: of the run.
+      file: the photo, as prompts name it.
+      image: its pixels at its own size, upright RGB.
+    """
+    if not cache.photos.full:
+        _encode_photo(pipe, config, cache, file, image)

@@ -17,18 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
+from PIL import Image
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
-from jax_idgrpo.data.video import write_video
+from jax_idgrpo.data.video import File, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
-from jax_idgrpo.rewards.base import References, check_references, differentiable
+from jax_idgrpo.rewards.base import Consumer, References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
@@ -88,7 +89,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     sharding.check_rows(
         mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
     )
-    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
     listed = row_digests(prompts)
     assert_same_across_hosts(
         config,
@@ -99,11 +100,11 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     run = build(config, mesh)
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
-    check_references(run.reward, prompts)
+    cache = conditioning.Cache()
+    check_references(run.reward, prompts, consume=photo_encoder(run, prompts, cache))
     warn_of_lookalikes(run.reward, prompts)
     # The first update donates the arrays of the state.
     run, fresh = dataclasses.replace(run, state=None), run.state
-    cache = conditioning.Cache()
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -209,6 +210,26 @@ def begin_watch(
 
 
 # ---- prepare -------------------------------------------------------------------------------------
+
+
+def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache) -> Consumer:
+    """Return a function that encodes a decoded photo if a step of the run samples it.
+
+    Args:
+      run: the run.
+      prompts: all prompts of the run.
+      cache: encoded prompts of the whole run.
+    """
+    config = run.config
+    drawn = min(config.run.steps * config.rollout.prompts, len(prompts))  # then they repeat
+    chosen = prompt_batch(prompts, config.run.seed, 0, drawn)
+    sampled = {file for index in chosen for file in prompts[index].references}
+
+    def encode(file: File, image: Image.Image) -> None:
+        if file in sampled:
+            conditioning.keep_photo(run.pipe, config, cache, file, image)
+
+    return encode
 
 
 @dataclasses.dataclass(frozen=True)
