@@ -97,7 +97,7 @@ def load_reference(file: str | File) -> Image.Image:
       UserError: the file is missing, damaged, or not as the module's docstring describes.
     """
     with _opened(file, _content(file)) as image:
-        return on_white(ImageOps.exif_transpose(image))
+        return _upright(image)
 
 
 def decode_photo(file: str | File) -> Decoded:
@@ -108,7 +108,8 @@ def decode_photo(file: str | File) -> Decoded:
     """
     with _opened(file, _content(file)) as image:
         image.load()
-        return Decoded(on_white(ImageOps.exif_transpose(image)), _note(file, image))
+        note = _note(file, image)
+        return Decoded(_upright(image), note)
 
 
 def check_photo(file: str | File) -> Checked:
@@ -140,6 +141,12 @@ def identify_photo(file: str | File) -> Checked:
     content = _content(file)
     with _opened(file, content):
         return Checked(hashlib.sha256(content).hexdigest(), "")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an opened photo, which is changed, and convert it to RGB; the pixels are copied once."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return on_white(image)
 
 
 def _note(file: str | File, image: Image.Image) -> str:

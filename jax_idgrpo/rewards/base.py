@@ -33,7 +33,7 @@ Consumer = Callable[[File, Image.Image], None]
 """Gets a photo's file and its pixels, upright RGB at the photo's own size."""
 Opened = concurrent.futures.Future[Image.Image]
 LISTED = 5  # photos that an error message names
-AHEAD = 4  # photos that are decoded while an earlier one is encoded; each is in memory
+AHEAD = 3  # photos that are decoded while an earlier one is encoded; each is in memory
 
 # ---- reference photos ----------------------------------------------------------------------------
 

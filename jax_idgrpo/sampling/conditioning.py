@@ -152,7 +152,9 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
     """
     image = on_white(image)
     image = image.resize([max(size // 8, 1) * 8 for size in image.size], Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, np.float32) / np.float32(255) * 2 - 1
+    pixels = np.array(image, np.float32)
+    for operation, number in ((np.divide, 255), (np.multiply, 2), (np.subtract, 1)):
+        operation(pixels, np.float32(number), out=pixels)  # a large photo is not copied
     scale = min(height / pixels.shape[0], width / pixels.shape[1])
     rows, columns = (max(int(size * scale), 1) for size in pixels.shape[:2])
     out = np.ones((height, width, 3), np.float32)
