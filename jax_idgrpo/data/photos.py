@@ -132,15 +132,33 @@ def check_photo(file: str | File) -> Checked:
 
 
 def identify_photo(file: str | File) -> Checked:
-    """Check the format and the size of a photo without decoding its pixels; nothing is noted.
+    """Check the format, the size and the end of a photo without decoding it; nothing is noted.
+
+    A photo that seems to be cut off is decoded to make sure.
 
     Raises:
-      UserError: the file is missing, is no photo, or is too small or too large. Damaged pixels are
-        not noticed.
+      UserError: the file is missing, is no photo, is too small or too large, or is cut off. Damage
+        within the file is not noticed.
     """
     content = _content(file)
     with _opened(file, content):
-        return Checked(hashlib.sha256(content).hexdigest(), "")
+        if _seems_whole(content):
+            return Checked(hashlib.sha256(content).hexdigest(), "")
+    return check_photo(file)
+
+
+def _seems_whole(content: bytes) -> bool:
+    """Return whether a JPEG, PNG or WebP has its end; True for other formats.
+
+    A JPEG with other data after its end may seem to be cut off.
+    """
+    if content.startswith(b"\xff\xd8"):  # the end of the image follows the last start of a scan
+        return content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" in content
+    if content.startswith(b"RIFF"):
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    return True
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -19,14 +19,16 @@ from tests.helpers.reward_server import Stub
 
 
 def write_prompts(folder, count, damaged=()):
-    """Load the prompts of a CSV with one photo per row; some photos are cut off."""
+    """Load the prompts of a CSV with one photo per row; some photos are damaged within."""
     lines = ["ref_paths,prompt"]
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
         path = folder / f"{number}.png"
         Image.fromarray(pixels).save(path)
         if number in damaged:
-            path.write_bytes(path.read_bytes()[:-500])
+            content = bytearray(path.read_bytes())
+            content[3000:3050] = bytes(50)
+            path.write_bytes(content)
         lines.append(f"{number}.png,A person waves.")
     (folder / "my.csv").write_text("\n".join(lines) + "\n")
     return load_prompts(folder / "my.csv", 1, decode=False)
@@ -84,7 +86,7 @@ def test_a_photo_is_decoded_once_for_all_and_few_are_in_memory(tmp_path, monkeyp
         most.append(alive())
 
     reward = custom()
-    check_references(reward, prompts + again, custom(), consume)
+    check_references(reward, prompts + again, [custom()], consume)
     assert decoded == {prompt.digests[0]: 1 for prompt in prompts}
     assert list(seen) == [prompt.references[0] for prompt in prompts], "once each, in order"
     assert len(set(seen.values())) > 25

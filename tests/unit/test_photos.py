@@ -204,12 +204,31 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         load_reference(tmp_path / "a.png")
 
 
+def test_a_photo_that_is_cut_off_is_found_without_decoding_whole_ones(tmp_path, monkeypatch):
+    decoded = count_decodes(monkeypatch)
+    for name in ("a.jpg", "a.png", "a.webp"):
+        noise(640, 480).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        identify_photo(tmp_path / name)
+        assert not decoded
+        for share in (0.5, 0.97):
+            (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+            with pytest.raises(UserError, match=name):
+                identify_photo(tmp_path / name)
+        decoded.clear()
+    noise(640, 480).save(tmp_path / "a.jpg")  # as a telephone stores a film after the photo
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(b"film \xff\xda")
+    assert len(identify_photo(tmp_path / "a.jpg").digest) == 64
+
+
 def test_without_decoding_only_damaged_pixels_are_missed(tmp_path, monkeypatch):
     noise(64, 48).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     decoded = count_decodes(monkeypatch)
     assert identify_photo(tmp_path / "a.png").digest == hashlib.sha256(whole).hexdigest()
-    (tmp_path / "a.png").write_bytes(whole[:-200])
+    middle = len(whole) // 2
+    (tmp_path / "a.png").write_bytes(whole[:middle] + bytes(50) + whole[middle + 50 :])
     identify_photo(tmp_path / "a.png")
     assert not decoded
     with pytest.raises(UserError, match=r"a.png: cannot be read"):
