@@ -14,6 +14,7 @@ from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.evaluation import bootstrap, recognition
 from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
+from jax_idgrpo.rewards.base import Reward
 from jax_idgrpo.sampling.pipeline import Pipeline
 from jax_idgrpo.workdir import write_text
 
@@ -36,12 +37,13 @@ class Watch:
     folder: Path
 
     @classmethod
-    def make(cls, config: Config, pipe: Pipeline, folder: Path) -> "Watch":
+    def make(cls, config: Config, pipe: Pipeline, reward: Reward, folder: Path) -> "Watch":
         """Use the first `run.watch_prompts` of `evaluate.prompts`, at the training video size.
 
         Args:
           config: the run.
           pipe: networks of the video model.
+          reward: the reward of the run, which is not loaded again.
           folder: output folder of the scores.
 
         Raises:
@@ -56,7 +58,7 @@ class Watch:
             pipe,
         )
         mesh = pipe.transformer.config.mesh
-        scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.keep_photo)
+        scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.keep_photo, reward)
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> bootstrap.Scores:

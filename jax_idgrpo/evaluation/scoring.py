@@ -106,6 +106,7 @@ class BatchScorer:
         mesh: Mesh | None,
         prompts: Sequence[Prompt],
         consume: Consumer | None = None,
+        reward: Reward | None = None,
     ):
         """Load the networks, and check the photos of the prompts before any video is made.
 
@@ -116,17 +117,21 @@ class BatchScorer:
           prompts: prompts of the videos. Their photos are the references among which people are
             recognised; without prompts this is not measured.
           consume: gets every decoded photo as well.
+          reward: the reward of the configuration, if it is loaded already.
 
         Raises:
           UserError: a network or a photo cannot be used.
         """
-        self.reward, self.judge = make_reward(config, mesh), make_judge(config, mesh)
-        check_references(self.reward, prompts, self.judge, consume)
+        self.reward = make_reward(config, mesh) if reward is None else reward
+        self.judge = make_judge(config, mesh)
         self.people, self.batch, self.mesh = config.data.max_people, batch, mesh
         self.gallery = self.assigner = None
-        if self.judge is not None and prompts:
-            self.gallery = Gallery.make(self.judge, prompts, self.people)
+        if self.judge is None or not prompts:
+            check_references(self.reward, prompts, consume=consume)
+        else:
             self.assigner = make_assigner(config, self.reward, mesh)
+            check_references(self.reward, prompts, [self.judge, self.assigner], consume)
+            self.gallery = Gallery.make(self.judge, prompts, self.people)
 
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
@@ -199,6 +204,7 @@ def make_scorer(
     mesh: Mesh | None = None,
     prompts: Sequence[Prompt] = (),
     consume: Consumer | None = None,
+    reward: Reward | None = None,
 ) -> Scorer:
     """Make the scorer of a configuration.
 
@@ -208,8 +214,9 @@ def make_scorer(
       mesh: devices of the videos; None uses the default device.
       prompts: prompts of the videos, whose photos are checked.
       consume: gets every decoded photo as well.
+      reward: the reward of the configuration, if it is loaded already.
 
     Raises:
       UserError: a network or a photo cannot be used.
     """
-    return BatchScorer(config, batch, mesh, prompts, consume)
+    return BatchScorer(config, batch, mesh, prompts, consume, reward)

@@ -301,7 +301,7 @@ def differentiable(reward: object) -> DifferentiableReward:
 def check_references(
     reward: Reward,
     prompts: Sequence[Prompt],
-    judge: Reward | None = None,
+    further: Sequence[Reward] = (),
     consume: Consumer | None = None,
 ) -> None:
     """Decode each photo of some prompts once, and give it to everything that encodes it.
@@ -313,7 +313,7 @@ def check_references(
     Args:
       reward: the reward.
       prompts: the prompts.
-      judge: a second reward that encodes the photos.
+      further: other rewards that encode the photos, such as the judge.
       consume: gets every usable photo and its pixels as well, such as the encoder of the video
         model.
 
@@ -336,9 +336,8 @@ def check_references(
                 image = opened.result()
                 if photo.note:
                     warnings.warn(f"{photo.where}: {photo.note}", stacklevel=2)
-                reward.encode_references(one, [text])
-                if judge is not None:
-                    judge.encode_references(one, [text])
+                for encoder in (reward, *further):
+                    encoder.encode_references(one, [text])
                 if consume is not None and not isinstance(photo.source, Image.Image):
                     consume(photo.source, image)
             except UserError as error:
@@ -368,7 +367,7 @@ def _decoded_ahead(photos: Sequence[tuple[Photo, str]]) -> Iterator[tuple[Photo,
             if number < len(photos):
                 photo, text = photos[number]
                 ahead.append((photo, text, pool.submit(photo.open)))
-            if number >= readers and ahead:
+            if number >= readers:
                 yield ahead[0]
                 ahead.popleft()[0].close()
 

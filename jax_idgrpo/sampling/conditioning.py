@@ -22,7 +22,7 @@ Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_vi
 import hashlib
 import logging
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
 from jax_idgrpo import flow
@@ -41,15 +41,14 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import memory_share, to_host
+from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.sampling.cache import Cache
 from jax_idgrpo.sampling.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
 CUT_SHOWN = 10  # prompts longer than the text length that get a separate warning each
-ROOM = 4 * 2**30  # bytes per machine that a run may fill with encoded prompts
-PHOTO_ROOM = 2 * 2**30  # the same, with encoded photos; one of 480 x 832 pixels takes 400 kB
 
 Values: TypeAlias = Array | np.ndarray
 
@@ -333,47 +332,6 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L 
     if problem := _cut_off(pipe.tokenizer, text, config.text_length):
         warnings.warn(f"data.negative_prompt: has {problem}", stacklevel=2)
     return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
-
-
-class BoundedCache(dict[Hashable, PyTree]):
-    """A cache on the host that takes bounded memory.
-
-    Attributes:
-      room: bytes left; entries that do not fit are not stored.
-      full: whether an entry did not fit.
-    """
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room, self.full = room, False
-
-    def keep(self, name: Hashable, made: PyTree) -> None:
-        """Store a pytree of numpy arrays under a name, if it fits."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-        if size <= self.room:
-            self.room -= size
-            self[name] = made
-        else:
-            self.full = True
-
-
-class Cache(BoundedCache):
-    """Encoded prompts of a run, on the host, apart from their photos.
-
-    Attributes:
-      photos: latents of the photos. A photo is decoded again whenever it is needed if its latents
-        did not fit.
-    """
-
-    def __init__(self, room: int | None = None, photo_room: int | None = None):
-        """Start empty.
-
-        Args:
-          room: bytes for prompts; by default this process's share of `ROOM`.
-          photo_room: bytes for photos; by default this process's share of `PHOTO_ROOM`.
-        """
-        super().__init__(memory_share(ROOM) if room is None else room)
-        self.photos = BoundedCache(memory_share(PHOTO_ROOM) if photo_room is None else photo_room)
 
 
 def encode(

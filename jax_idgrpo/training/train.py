@@ -17,19 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
-from PIL import Image
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
-from jax_idgrpo.data.video import File, write_video
+from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
-from jax_idgrpo.rewards.base import Consumer, References, check_references, differentiable
+from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
@@ -47,7 +46,7 @@ from jax_idgrpo.training.selection import (
     mean_of_numbers,
     members,
 )
-from jax_idgrpo.training.setup import Run, build, sample
+from jax_idgrpo.training.setup import Run, build, photo_encoder, sample
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState
 from jax_idgrpo.training.update import Networks, Rollout, select_rows, store, update
@@ -204,32 +203,12 @@ def begin_watch(
     watched = dataclasses.replace(
         run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
     )
-    watch = Watch.make(config, run.pipe, folder)
+    watch = Watch.make(config, run.pipe, run.reward, folder)
     watch.begin(Model(watched, start, base))
     return lambda ema, step: watch(Model(watched, ema, base), step)
 
 
 # ---- prepare -------------------------------------------------------------------------------------
-
-
-def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache) -> Consumer:
-    """Return a function that encodes a decoded photo if a step of the run samples it.
-
-    Args:
-      run: the run.
-      prompts: all prompts of the run.
-      cache: encoded prompts of the whole run.
-    """
-    config = run.config
-    drawn = min(config.run.steps * config.rollout.prompts, len(prompts))  # then they repeat
-    chosen = prompt_batch(prompts, config.run.seed, 0, drawn)
-    sampled = {file for index in chosen for file in prompts[index].references}
-
-    def encode(file: File, image: Image.Image) -> None:
-        if file in sampled:
-            conditioning.keep_photo(run.pipe, config, cache, file, image)
-
-    return encode
 
 
 @dataclasses.dataclass(frozen=True)

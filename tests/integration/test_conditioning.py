@@ -17,6 +17,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.cache import PHOTO_ROOM, ROOM
 from jax_idgrpo.sampling.pipeline import load_pipeline
 from tests.helpers.decodes import count_decodes
 
@@ -155,11 +156,9 @@ def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(
     whole, none = conditioning.Cache(), conditioning.Cache(room=1000)
     first = conditioning.encode(pipe, prompts, config, whole)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first))
-    assert 0 < conditioning.ROOM - whole.room < first.control.nbytes, (
-        "padding and masks are kept as well"
-    )
+    assert 0 < ROOM - whole.room < first.control.nbytes, "padding and masks are kept as well"
     latents = HEIGHT // 8 * (WIDTH // 8) * 16 * 4
-    assert conditioning.PHOTO_ROOM - whole.photos.room == 4 * latents
+    assert PHOTO_ROOM - whole.photos.room == 4 * latents
     for _ in range(2):
         got = conditioning.encode(pipe, prompts, config, none)
         jax.tree.map(np.testing.assert_array_equal, got, first)

@@ -173,7 +173,7 @@ def adapters(pipe, tmp_path_factory):
 def stubbed(monkeypatch, pipe, prompts):
     """The commands' inputs replaced: the pipeline and the prompts above, and a face reward that looks at brightness alone."""
 
-    def make_scorer(config, batch, mesh=None, prompts=()):
+    def make_scorer(config, batch, *others):
         def score(videos, asked):
             videos = np.asarray(videos, np.float64)[: len(asked)]
             mean = videos.mean((1, 2, 3, 4))
@@ -201,7 +201,7 @@ def stubbed(monkeypatch, pipe, prompts):
     monkeypatch.setattr(
         sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe)
     )
-    monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(commands, "load_prompts", lambda path, people, **_: prompts)
     monkeypatch.setattr(commands, "make_scorer", make_scorer)
     monkeypatch.setattr(commands, "make_clip_scorer", make_clip_scorer)
 
@@ -258,10 +258,10 @@ def test_watching_warns_when_reward_and_judge_part(
     pipe, prompts, config, adapters, tmp_path, monkeypatch
 ):
     """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
-    monkeypatch.setattr(monitor, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(monitor, "load_prompts", lambda path, people, **_: prompts)
     seen = []
 
-    def make_scorer(config, batch, mesh=None, prompts=()):
+    def make_scorer(config, batch, *others):
         def score(videos, asked):
             seen.append(videos)
             moved = np.abs(videos - seen[0][: len(videos)]).mean((1, 2, 3, 4))
@@ -276,7 +276,7 @@ def test_watching_warns_when_reward_and_judge_part(
 
     monkeypatch.setattr(monitor, "make_scorer", make_scorer)
     models = make_models(make_sampler(config, dataclasses.replace(pipe)), adapters)
-    watch = monitor.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
+    watch = monitor.Watch.make(config, dataclasses.replace(pipe), None, tmp_path / "watch")
     sign = 1
     watch.begin(models["still"])
     assert watch(models["moved"], 5)["watch_parted"] == 0

@@ -203,5 +203,5 @@ def test_reward_and_judge_share_the_decoded_photos(tmp_path, monkeypatch):
     prompts = load_prompts(write_prompts(tmp_path, *portraits()[:3]), 1)
     decoded = count_decodes(monkeypatch)
     fresh, judge = (factory.make_face_reward(c.RewardConfig()) for _ in range(2))
-    check_references(fresh, prompts, judge)
+    check_references(fresh, prompts, [judge])
     assert decoded == {prompt.digests[0]: 1 for prompt in prompts}

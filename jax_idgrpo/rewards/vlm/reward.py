@@ -31,7 +31,7 @@ from jax_idgrpo.rewards.vlm import inputs
 from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, load
 from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting
 from jax_idgrpo.rewards.vlm.settings import Settings
-from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.cache import ROOM, BoundedCache
 
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
@@ -110,7 +110,7 @@ class VlmReward:
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
         self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
         self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
-        self._cache = conditioning.BoundedCache(memory_share(conditioning.ROOM))
+        self._cache = BoundedCache(memory_share(ROOM))
 
     def encode_references(
         self,
