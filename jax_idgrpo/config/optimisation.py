@@ -196,7 +196,7 @@ class RunConfig(Section):
         )
 
 
-REWARD_TASKS = ("reward_face", "reward_vlm")
+REWARD_TASKS = ("reward_face", "reward_linear", "reward_vlm")
 """Supervised tasks that train a reward."""
 
 
@@ -207,7 +207,8 @@ class FinetuneConfig(Section):
     section: ClassVar[str] = "finetune"
 
     task: str = option(
-        "transformer", "vae, text, transformer, detector, embedder, reward_face or reward_vlm"
+        "transformer",
+        "vae, text, transformer, detector, embedder, reward_face, reward_linear or reward_vlm",
     )
     batch: int = option(32, "rows per step", least=1)
     out: str = option(

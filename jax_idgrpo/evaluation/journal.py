@@ -51,7 +51,9 @@ def reward_facts(config: Config) -> list[object]:
     """Return all inputs of a score besides the video: the configuration and files of the reward."""
     wanted = config.reward
     named = [wanted.folder()] if wanted.faces else []
-    named += [Path(name) for name in (wanted.head, wanted.vlm, wanted.vlm_base) if name]
+    named += [
+        Path(name) for name in (wanted.head, wanted.linear, wanted.vlm, wanted.vlm_base) if name
+    ]
     files = [folder_facts(path) for path in named if path.exists()]
     return [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
 

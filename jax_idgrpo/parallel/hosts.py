@@ -310,7 +310,7 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
     faces = str(reward.folder()) if reward.faces else ""
     custom = reward.custom.rpartition(":")[0]
     own = custom if custom.endswith(".py") else ""  # the user's own reward function
-    names = (faces, reward.head, reward.vlm, reward.vlm_base, reward.vlm_prompt, own)
+    names = (faces, reward.head, reward.linear, reward.vlm, reward.vlm_base, reward.vlm_prompt, own)
     files = [Path(name) for name in names if name]
     assert_facts_match(
         {
