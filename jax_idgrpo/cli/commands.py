@@ -186,6 +186,75 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
         score(config, videos, prompts, out, report, bool(arguments.benchmark))
 
 
+def _annotate_options(parser: argparse.ArgumentParser) -> None:
+    _config_option(parser)
+    parser.add_argument(
+        "--videos",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="folders of videos, such as those of `idgrpo sample`; one folder per model",
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="CSV of labelled pairs")
+    parser.add_argument(
+        "--dimensions",
+        default="SA",
+        metavar="A,B",
+        help="columns of labels: SA is the reward, others are terms of the scores (default SA)",
+    )
+    parser.add_argument(
+        "--pairs-per-prompt",
+        type=int,
+        default=0,
+        metavar="K",
+        help="half of them with the largest and half with the smallest differences; 0 = all pairs",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.25,
+        help="difference below which a pair is a tie, in standard deviations (default 0.25); rewards "
+        "in log-odds have their own",
+    )
+    parser.add_argument(
+        "--ties",
+        type=float,
+        default=0.2,
+        help="largest share of pairs that are ties in every dimension (default 0.2)",
+    )
+    parser.add_argument(
+        "--second",
+        metavar="CONFIG",
+        help="second annotator; a label is kept where both agree",
+    )
+
+
+def _annotate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    config = configuration.load(arguments.config, overrides)
+    second = configuration.load(arguments.second, []) if arguments.second else None
+    videos = [existing(path, "--videos", "pass a folder of videos") for path in arguments.videos]
+    prompts = prompts_path(arguments.prompts)
+    out = require_writable(arguments.out, "--out", folder=False)
+    _start()
+    from jax_idgrpo.preferences.annotate import annotate
+
+    annotate(
+        config,
+        videos,
+        prompts,
+        out,
+        [name.strip() for name in arguments.dimensions.split(",")],
+        arguments.pairs_per_prompt,
+        arguments.margin,
+        arguments.ties,
+        second,
+    )
+
+
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     _config_option(parser)
     parser.add_argument(
@@ -319,6 +388,11 @@ COMMANDS = {
         "the reward of existing videos of any model, with a page that shows the faces",
         _score_options,
         _score,
+    ),
+    "annotate": Command(
+        "pairs of videos labelled by the reward, for training another reward",
+        _annotate_options,
+        _annotate,
     ),
     "evaluate": Command(
         "base against adapters on held-out prompts, with bootstrap intervals",
