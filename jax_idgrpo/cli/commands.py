@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import generators
-from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path
+from jax_idgrpo.cli import annotation, generators
+from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path, start_runtime
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import require_writable
 
@@ -30,14 +30,6 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
     configured: bool = True
-
-
-def _start() -> None:
-    """Initialise the distributed runtime (see `parallel.hosts`) before the first JAX call."""
-    from jax_idgrpo.parallel.hosts import initialise, trim_heap_after_compile
-
-    initialise()
-    trim_heap_after_compile()
 
 
 def _config_option(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +63,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(arguments.workdir, "--workdir")
     profile = require_writable(arguments.profile, "--profile") if arguments.profile else None
-    _start()
+    start_runtime()
     from jax_idgrpo.training.train import train
 
     train(config, workdir, profile)
@@ -80,7 +72,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(arguments.workdir, "--workdir")
-    _start()
+    start_runtime()
     from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
@@ -95,7 +87,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
             "finetune for other tasks"
         )
     workdir = require_writable(arguments.workdir, "--workdir")
-    _start()
+    start_runtime()
     from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
@@ -122,7 +114,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     prompts = prompts_path(arguments.prompts)
     lora = adapter_path(arguments.lora) if arguments.lora else None
     out = require_writable(arguments.out, "--out")
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import sample
 
     sample(config, prompts, out, lora)
@@ -177,82 +169,13 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     report = require_writable(arguments.report, "--report") if arguments.report else None
     lines = arguments.out or f"{arguments.report}/scores.jsonl"
     out = require_writable(lines, "--out", folder=False)
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import score
 
     if report is None:
         score(config, videos, prompts, out)
     else:
         score(config, videos, prompts, out, report, bool(arguments.benchmark))
-
-
-def _annotate_options(parser: argparse.ArgumentParser) -> None:
-    _config_option(parser)
-    parser.add_argument(
-        "--videos",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="DIR",
-        help="folders of videos, such as those of `idgrpo sample`; one folder per model",
-    )
-    parser.add_argument(
-        "--prompts", required=True, metavar="CSV", help="the prompts that the videos were made from"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="CSV of labelled pairs")
-    parser.add_argument(
-        "--dimensions",
-        default="SA",
-        metavar="A,B",
-        help="columns of labels: SA is the reward, others are terms of the scores (default SA)",
-    )
-    parser.add_argument(
-        "--pairs-per-prompt",
-        type=int,
-        default=0,
-        metavar="K",
-        help="half of them with the largest and half with the smallest differences; 0 = all pairs",
-    )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=0.25,
-        help="difference below which a pair is a tie, in standard deviations (default 0.25); rewards "
-        "in log-odds have their own",
-    )
-    parser.add_argument(
-        "--ties",
-        type=float,
-        default=0.2,
-        help="largest share of pairs that are ties in every dimension (default 0.2)",
-    )
-    parser.add_argument(
-        "--second",
-        metavar="CONFIG",
-        help="second annotator; a label is kept where both agree",
-    )
-
-
-def _annotate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
-    config = configuration.load(arguments.config, overrides)
-    second = configuration.load(arguments.second, []) if arguments.second else None
-    videos = [existing(path, "--videos", "pass a folder of videos") for path in arguments.videos]
-    prompts = prompts_path(arguments.prompts)
-    out = require_writable(arguments.out, "--out", folder=False)
-    _start()
-    from jax_idgrpo.preferences.annotate import annotate
-
-    annotate(
-        config,
-        videos,
-        prompts,
-        out,
-        [name.strip() for name in arguments.dimensions.split(",")],
-        arguments.pairs_per_prompt,
-        arguments.margin,
-        arguments.ties,
-        second,
-    )
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -280,7 +203,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
     out = require_writable(arguments.out, "--out")
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import evaluate
 
     evaluate(config, prompts, out, loras)
@@ -390,9 +313,9 @@ COMMANDS = {
         _score,
     ),
     "annotate": Command(
-        "pairs of videos labelled by the reward, for training another reward",
-        _annotate_options,
-        _annotate,
+        "label pairs of videos, by a reward or by people on a local web page",
+        annotation.annotate_options,
+        annotation.annotate,
     ),
     "evaluate": Command(
         "base against adapters on held-out prompts, with bootstrap intervals",

@@ -1,4 +1,4 @@
-"""Check the paths that options name."""
+"""Check the paths that options name, and start the runtime of a command."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,3 +72,11 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path]:
             )
         paths[name] = adapter_path(path)
     return paths
+
+
+def start_runtime() -> None:
+    """Initialise the distributed runtime (see `parallel.hosts`) before the first JAX call."""
+    from jax_idgrpo.parallel.hosts import initialise, trim_heap_after_compile
+
+    initialise()
+    trim_heap_after_compile()

@@ -10,196 +10,38 @@ Source: VisionPrefer, arXiv 2404.15100, where GPT-4V is the annotator; the tie b
 annotator are ours.
 """
 
-import csv
-import hashlib
-import io
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import SEPARATOR, Prompt, load_prompts
-from jax_idgrpo.data.video import Clip
+from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.errors import Failure, UserError, closest
 from jax_idgrpo.evaluation.commands import score
 from jax_idgrpo.evaluation.listing import list_rows
 from jax_idgrpo.parallel.hosts import print_once, run_once
-from jax_idgrpo.preferences.csv_source import COLUMNS
-from jax_idgrpo.workdir import write_text
-
-REWARD = "SA"
-"""Dimension whose value is the reward."""
-LESS_IS_BETTER = frozenset(
-    ("swapped", "duplicated", "blended", "copied", "missing", "switched", "area", "extra")
+from jax_idgrpo.preferences.couples import (
+    REWARD,
+    Couple,
+    Scored,
+    agreed,
+    by_prompt,
+    couple,
+    couples,
+    exchanged,
+    kappa,
+    margins,
+    path_hash,
+    select_couples,
+    write_couples,
 )
-"""Terms whose smaller value wins; in every other dimension the larger value wins."""
-THETA = 5.0
+from jax_idgrpo.preferences.csv_source import check_dimensions
 
-
-@dataclass(frozen=True)
-class Scored:
-    """A video with its prompt and the values of its dimensions; a missing value is NaN."""
-
-    file: Path
-    prompt: Prompt
-    values: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Couple:
-    """Two videos of one prompt with a label per dimension: A, B, same or invalid.
-
-    Attributes:
-      a: video A.
-      b: video B.
-      labels: labels by dimension.
-      differences: value of A minus value of B by dimension.
-    """
-
-    a: Scored
-    b: Scored
-    labels: Mapping[str, str]
-    differences: Mapping[str, float]
-
-
-def margins(
-    videos: Sequence[Scored], dimensions: Sequence[str], spreads: float, log_odds: bool
-) -> dict[str, float]:
-    """Compute the difference below which two values are equal, by dimension.
-
-    Args:
-      videos: all scored videos.
-      dimensions: names of the dimensions.
-      spreads: margin in standard deviations of the dimension over all videos.
-      log_odds: whether the reward speaks in log-odds. Its margin is then the difference below which
-        a tie is the most likely outcome of the loss that it was trained with.
-    """
-    found = {}
-    for name in dimensions:
-        values = np.asarray([video.values[name] for video in videos])
-        values = values[np.isfinite(values)]
-        found[name] = spreads * float(values.std()) if len(values) else 0.0
-    if log_odds and REWARD in found:
-        found[REWARD] = math.log((THETA**2 - 2) / THETA)
-    return found
-
-
-def label(difference: float, margin: float, less_is_better: bool = False) -> str:
-    """Return the label of a pair in one dimension.
-
-    Args:
-      difference: value of A minus value of B.
-      margin: size of the difference below which the label is "same".
-      less_is_better: whether the smaller value wins.
-    """
-    if not math.isfinite(difference):
-        return "invalid"
-    if difference == 0 or abs(difference) < margin:
-        return "same"
-    return "A" if (difference > 0) != less_is_better else "B"
-
-
-def couples(
-    videos: Sequence[Scored], margins: Mapping[str, float], per_prompt: int = 0
-) -> list[Couple]:
-    """Pair the videos of every prompt, and label the pairs.
-
-    Args:
-      videos: scored videos.
-      margins: see `margins`; its keys are the dimensions.
-      per_prompt: number of pairs of a prompt, half with the largest and half with the smallest
-        differences of the first dimension; 0 takes all pairs.
-    """
-    first = next(iter(margins))
-    found = []
-    for _, group in itertools.groupby(
-        sorted(videos, key=lambda video: (video.prompt.id, str(video.file))),
-        key=lambda video: video.prompt.id,
-    ):
-        pairs = [_couple(*two, margins) for two in itertools.combinations(group, 2)]
-        if per_prompt and len(pairs) > per_prompt:
-            pairs.sort(key=lambda pair: abs(pair.differences[first]))
-            smallest = per_prompt // 2
-            pairs = pairs[:smallest] + pairs[len(pairs) - (per_prompt - smallest) :]
-        found += pairs
-    return found
-
-
-def _hash(*files: Path) -> int:
-    text = "\n".join(str(file) for file in files)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _couple(one: Scored, other: Scored, margins: Mapping[str, float]) -> Couple:
-    """Label one pair; a hash of the paths decides which video is A."""
-    a, b = (one, other) if _hash(one.file, other.file) % 2 else (other, one)
-    differences = {name: a.values[name] - b.values[name] for name in margins}
-    labels = {
-        name: label(differences[name], margin, name in LESS_IS_BETTER)
-        for name, margin in margins.items()
-    }
-    return Couple(a, b, labels, differences)
-
-
-def select_couples(found: Sequence[Couple], ties: float) -> list[Couple]:
-    """Drop pairs without any label, and pairs that are equal in every dimension beyond a share.
-
-    Args:
-      found: labelled pairs.
-      ties: largest share of pairs that are equal in every dimension, in [0, 1).
-    """
-    labelled = [pair for pair in found if set(pair.labels.values()) != {"invalid"}]
-    decided = [pair for pair in labelled if {"A", "B"} & set(pair.labels.values())]
-    kept = set(map(id, decided))
-    others = sorted(
-        (pair for pair in labelled if id(pair) not in kept),
-        key=lambda pair: _hash(pair.a.file, pair.b.file),
-    )
-    kept |= set(map(id, others[: int(ties / (1 - ties) * len(decided))]))
-    return [pair for pair in labelled if id(pair) in kept]
-
-
-def agreed(found: Sequence[Couple], second: Sequence[Couple]) -> list[Couple]:
-    """Keep the labels that a second annotator gives, too; the others become "invalid".
-
-    Args:
-      found: pairs of the first annotator.
-      second: the same pairs, labelled by the second annotator.
-    """
-    return [
-        Couple(
-            ours.a,
-            ours.b,
-            {
-                name: text if text == theirs.labels[name] else "invalid"
-                for name, text in ours.labels.items()
-            },
-            ours.differences,
-        )
-        for ours, theirs in zip(found, second, strict=True)
-    ]
-
-
-def kappa(ours: Sequence[str], theirs: Sequence[str]) -> float:
-    """Compute Cohen's kappa of two annotators' labels.
-
-    Returns:
-      1 for complete agreement, 0 for agreement by chance; NaN if no pair has two valid labels or
-      both annotators use one label only.
-    """
-    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if "invalid" not in (a, b)]
-    if not both:
-        return math.nan
-    first, second = (np.asarray(side) for side in zip(*both, strict=True))
-    chance = sum(np.mean(first == name) * np.mean(second == name) for name in ("A", "B", "same"))
-    return float((np.mean(first == second) - chance) / (1 - chance)) if chance < 1 else math.nan
+MAX_PEOPLE = 64  # photos of a prompt that a page can show
+NO_PAIR = "no prompt has two videos; sample two or more per prompt, or name several folders"
 
 
 def annotate(
@@ -251,10 +93,7 @@ def annotate(
         found.append((scored, bands))
     first = couples(*found[0], per_prompt)
     if not first:
-        raise UserError(
-            f"--videos {videos[0]}: no prompt has two videos; sample two or more per prompt, or "
-            "name several folders"
-        )
+        raise UserError(f"--videos {videos[0]}: {NO_PAIR}")
     if second is not None:
         first = _with_second(first, *found[1])
     kept = select_couples(first, ties)
@@ -263,7 +102,7 @@ def annotate(
             f"--videos {videos[0]}: no pair got a label in {', '.join(dimensions)}; "
             "use a smaller --margin, or other videos"
         )
-    run_once(_write, out, kept, dimensions, annotator_name(config))
+    run_once(write_couples, out, kept, dimensions, annotator_name(config))
     counts = [
         f"{name}: "
         + ", ".join(
@@ -286,25 +125,15 @@ def _with_second(
       bands: its margins.
     """
     of_file = {video.file: video for video in videos}
-    theirs = [_couple(of_file[pair.a.file], of_file[pair.b.file], bands) for pair in first]
+    theirs = [couple(of_file[pair.a.file], of_file[pair.b.file], bands) for pair in first]
     theirs = [
-        other if other.a.file == pair.a.file else _exchanged(other)
+        other if other.a.file == pair.a.file else exchanged(other)
         for pair, other in zip(first, theirs, strict=True)
     ]
     for name in bands:
         sides = ([pair.labels[name] for pair in pairs] for pairs in (first, theirs))
         print_once(f"agreement of the annotators in {name}: kappa {kappa(*sides):.3f}")
     return agreed(first, theirs)
-
-
-def _exchanged(pair: Couple) -> Couple:
-    names = {"A": "B", "B": "A"}
-    return Couple(
-        pair.b,
-        pair.a,
-        {name: names.get(text, text) for name, text in pair.labels.items()},
-        {name: -value for name, value in pair.differences.items()},
-    )
 
 
 def check_options(dimensions: Sequence[str], per_prompt: int, margin: float, ties: float) -> None:
@@ -319,9 +148,7 @@ def check_options(dimensions: Sequence[str], per_prompt: int, margin: float, tie
     Raises:
       UserError: an option is invalid.
     """
-    reserved = {*COLUMNS, "source", "annotator"}
-    if not dimensions or len(set(dimensions)) < len(dimensions) or reserved & set(dimensions):
-        raise UserError(f"--dimensions {','.join(dimensions)}: name terms, each once")
+    check_dimensions(dimensions)
     if per_prompt < 0:
         raise UserError(f"--pairs-per-prompt is {per_prompt}; use 1 or more, or 0 for all")
     if not 0 <= margin < math.inf:
@@ -384,46 +211,35 @@ def _score(
     return found
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _write(out: Path, pairs: Sequence[Couple], dimensions: Sequence[str], annotator: str) -> None:
-    """Write the CSV of pairs; paths are relative to it.
+def write_unlabelled(videos: Sequence[Path], prompts: Path, out: Path, per_prompt: int = 0) -> None:
+    """Write the CSV of all pairs of videos of one prompt, without labels.
 
     Args:
-      out: file to write.
-      pairs: labelled pairs.
-      dimensions: columns of labels.
-      annotator: content of the column `annotator`.
+      videos: folders of videos.
+      prompts: the prompts CSV.
+      out: CSV to write.
+      per_prompt: largest number of pairs of a prompt, chosen by a hash; 0 takes all.
+
+    Raises:
+      UserError: the videos or prompts cannot be used, or no prompt has two videos.
     """
+    if per_prompt < 0:
+        raise UserError(f"--pairs-per-prompt is {per_prompt}; use 1 or more, or 0 for all")
+    listed = load_prompts(prompts, MAX_PEOPLE)
+    found = [
+        Scored(file, prompt, {})
+        for source in videos
+        for file, prompt in list_rows(source, prompts, listed)[0]
+    ]
+    pairs = []
+    for group in by_prompt(found):
+        made = [couple(*two, {}) for two in itertools.combinations(group, 2)]
+        made.sort(key=lambda pair: path_hash(pair.a.file, pair.b.file))
+        pairs += made[: per_prompt or None]
+    if not pairs:
+        raise UserError(f"--videos {videos[0]}: {NO_PAIR}")
+    write_couples(out, pairs, (), "")
 
-    def relative(path: Path) -> str:
-        return os.path.relpath(path, out.absolute().parent)
 
-    clips = {video.file: Clip.open(video.file) for pair in pairs for video in (pair.a, pair.b)}
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(
-        (
-            *("path_A", "path_B", "prompt", "ref_paths", "fps_A", "fps_B"),
-            *("num_frames_A", "num_frames_B", *dimensions, "source", "annotator"),
-            *(f"difference_{name}" for name in dimensions),
-        )
-    )
-    for pair in pairs:
-        sides = pair.a.file, pair.b.file
-        rows.writerow(
-            (
-                *map(relative, sides),
-                pair.a.prompt.text,
-                SEPARATOR.join(relative(Path(photo)) for photo in pair.a.prompt.references),
-                *(f"{clips[file].rate or 0:g}" for file in sides),
-                *(len(clips[file].numbers) for file in sides),
-                *(pair.labels[name] for name in dimensions),
-                "automatic",
-                annotator,
-                *(f"{pair.differences[name]:.6g}" for name in dimensions),
-            )
-        )
-    write_text(out, text.getvalue())
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -8,7 +8,8 @@ import pytest
 
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.preferences import annotate as a
+from jax_idgrpo.preferences import couples as a
+from jax_idgrpo.preferences.annotate import check_options
 
 PROMPTS = [Prompt(n, f"prompt {n}", (Path("photo.png"),)) for n in range(3)]
 
@@ -104,7 +105,7 @@ def test_labels_stay_where_both_annotators_agree():
 def test_kappa_is_one_for_agreement_and_zero_for_chance():
     assert a.kappa(["A", "B", "same"], ["A", "B", "same"]) == pytest.approx(1.0)
     rng = np.random.default_rng(0)
-    ours, theirs = (rng.choice(["A", "B", "same"], 4000) for _ in range(2))
+    ours, theirs = (rng.choice(["A", "B", "same"], 4000).tolist() for _ in range(2))
     assert abs(a.kappa(ours, theirs)) < 0.05
     assert a.kappa(["A", "B"], ["B", "A"]) == -1.0
     assert math.isnan(a.kappa(["invalid"], ["A"]))
@@ -122,4 +123,4 @@ def test_kappa_is_one_for_agreement_and_zero_for_chance():
 )
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(UserError, match=message):
-        a.check_options(*options)
+        check_options(*options)
