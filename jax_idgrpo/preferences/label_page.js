@@ -27,6 +27,9 @@ async function send(address, body) {
   }
 }
 
+// Words for annotators; other dimensions are shown by name.
+const TITLES = { SA: "Who looks more like the photos?", motion: "Who moves better?" };
+
 const media = (pair, name) => `media/${pair}/${name}`;
 
 function names(unit) {
@@ -74,12 +77,10 @@ function show(state) {
 
 function questions() {
   const current = now.dimensions.find((name) => !(name in labels));
-  const words = { A: "A", B: "B", same: "same" };
   $("questions").replaceChildren(...now.dimensions.map((name) => {
     const item = document.createElement("li");
     const given = labels[name];
-    const seen = given === undefined ? "" : `: ${words[given]}`;
-    item.textContent = `${name}${seen}`;
+    item.textContent = `${TITLES[name] || name}${given === undefined ? "" : ` ${given}`}`;
     if (name === current) item.className = "current";
     return item;
   }));
