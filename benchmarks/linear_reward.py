@@ -27,7 +27,7 @@ from jax_idgrpo.preferences.corruptions import DISTORTIONS, TRICKS
 from jax_idgrpo.preferences.csv_source import Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
 from jax_idgrpo.preferences.train_head import differences
-from jax_idgrpo.preferences.train_linear import LinearOptions, fit_linear, weight_table
+from jax_idgrpo.preferences.train_linear import LinearOptions, fit_linear, summary
 from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.rewards.head import fingerprint
 from jax_idgrpo.rewards.linear import save_linear
@@ -67,14 +67,14 @@ def fit(train: list[Pair], held_out: list[Pair], folder: Path) -> None:
         print(row(name, fixed[name], labels), flush=True)
     options = LinearOptions(pairs="")
     for count in [*(count for count in COUNTS if count < len(train)), len(train)]:
-        linear, intervals = fit_linear(train[:count], sides, options, 0)
-        found = differences(linear, held_sides)(held_out)[:, 0]
+        fitted = fit_linear(train[:count], sides, options, 0)
+        found = differences(fitted.reward, held_sides)(held_out)[:, 0]
         print(row(f"linear, {count} pairs", found, labels), flush=True)
     head = trained(train, sides, networks, "trusted", base, {})
     found = differences(head, held_sides)(held_out)[:, 0]
     print(row(f"head, {len(train)} pairs", found, labels))
-    print("\n" + "\n".join(weight_table(linear, intervals)) + "\n", flush=True)
-    save_linear(linear, intervals, folder, networks, base.reward)
+    print("\n" + "\n".join(summary(fitted)) + "\n", flush=True)
+    save_linear(fitted.reward, fitted.intervals, folder, networks, base.reward)
 
 
 def print_tricks(folder: Path, count: int) -> None:

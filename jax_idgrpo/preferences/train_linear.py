@@ -1,4 +1,4 @@
-"""Fit the linear reward (`rewards.linear`) to preference pairs, with intervals of its weights.
+"""Fit the linear reward (`rewards.linear`) to preference pairs, with intervals and a learning curve.
 
 The loss is convex and has about twenty parameters, so it is minimised at once on the host, in
 float64, by a bounded quasi-Newton method:
@@ -48,6 +48,7 @@ from jax_idgrpo.rewards.linear import DIRECTIONS, LinearReward, check_features, 
 
 RIDGE = 0.001
 DRAWS = 200
+FOLDS = 5
 PERCENTILES = (1, 99)
 
 
@@ -123,45 +124,112 @@ def bootstrap_intervals(
     return np.percentile(weights, (2.5, 97.5), axis=0)
 
 
-def fit_linear(
-    pairs: Sequence[Pair], sides: Sides, options: LinearOptions, seed: int
-) -> tuple[LinearReward, Float[np.ndarray, "2 K"]]:
-    """Fit the reward to pairs; returns it with the intervals of its weights.
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A fitted reward.
+
+    Attributes:
+      reward: the reward.
+      intervals: lower and upper end of every weight's 95 % interval.
+      curve: see `learning_curve`.
+    """
+
+    reward: LinearReward
+    intervals: Float[np.ndarray, "2 K"]
+    curve: list[tuple[int, float]]
+
+
+def fit_linear(pairs: Sequence[Pair], sides: Sides, options: LinearOptions, seed: int) -> Fitted:
+    """Fit the reward to pairs.
 
     Args:
       pairs: training pairs.
       sides: tokens of the pairs.
       options: options of the task.
-      seed: seed of the intervals.
+      seed: seed of intervals and curve.
     """
     given = collate(pairs, sides)
     columns = [VIDEO.index(name) for name in options.features]
     limits = np.percentile(given.tokens.video[:, columns], PERCENTILES, axis=0)
     reward = LinearReward(options.features, limits, np.zeros(len(columns)))
     a, b = np.split(np.asarray(reward.inputs(given.tokens)), 2)
-    labels = given.labels[:, 0]
-    reward.weight[...] = fit_weights(a - b, labels, options.theta).astype(np.float32)
-    return reward, bootstrap_intervals(a - b, labels, options.theta, seed)
+    differences_ = a - b, given.labels[:, 0], options.theta
+    reward.weight[...] = fit_weights(*differences_).astype(np.float32)
+    return Fitted(
+        reward, bootstrap_intervals(*differences_, seed), learning_curve(*differences_, seed)
+    )
 
 
-def weight_table(reward: LinearReward, intervals: Float[np.ndarray, "2 K"]) -> list[str]:
-    """Format the weights as lines, largest first.
+def learning_curve(
+    inputs: Float[np.ndarray, "N K"], labels: Int[np.ndarray, " N"], theta: float, seed: int
+) -> list[tuple[int, float]]:
+    """Measure the accuracy on held-back pairs for growing numbers of training pairs.
+
+    Five times, a fifth of the pairs is held back, and growing parts of the others are fitted. Ties
+    are no test of accuracy.
 
     Args:
-      reward: the fitted reward.
-      intervals: intervals of its weights.
+      inputs: as for `fit_weights`.
+      labels: as for `fit_weights`.
+      theta: tie parameter, above 1.
+      seed: seed of the order of pairs.
+
+    Returns:
+      Number of training pairs and mean accuracy, ascending; empty with fewer than 20 pairs.
     """
+    if len(labels) < 20:
+        return []
+    order = np.random.default_rng(seed).permutation(len(labels))
+    parts = np.array_split(order, FOLDS)
+    whole = len(labels) - len(parts[0])
+    counts = sorted({max(whole // 2**power, 8) for power in range(5)})
+    right: dict[int, list[bool]] = {count: [] for count in counts}
+    for number, held in enumerate(parts):
+        train = np.concatenate([part for other, part in enumerate(parts) if other != number])
+        tested = held[np.abs(labels[held]) == 1]
+        for count in counts:
+            weight = fit_weights(inputs[train[:count]], labels[train[:count]], theta)
+            right[count] += list(inputs[tested] @ weight * labels[tested] > 0)
+    return [(count, float(np.mean(found))) for count, found in right.items() if found]
+
+
+def expected_gain(curve: Sequence[tuple[int, float]], more: int = 100) -> float | None:
+    """Estimate how much accuracy further pairs add.
+
+    The model of the curve is accuracy = a - b / sqrt(pairs), b >= 0, fitted by least squares.
+
+    Args:
+      curve: as `learning_curve` returns it.
+      more: number of further pairs.
+
+    Returns:
+      The gain in accuracy; None for a curve of fewer than three points.
+    """
+    if len(curve) < 3:
+        return None
+    counts, accuracies = (np.asarray(column, np.float64) for column in zip(*curve, strict=True))
+    slope = -np.polyfit(counts**-0.5, accuracies, 1)[0]
+    return float(max(slope, 0.0) * (counts[-1] ** -0.5 - (counts[-1] + more) ** -0.5))
+
+
+def summary(fitted: Fitted) -> list[str]:
+    """Format the weights, largest first, and the learning curve as lines."""
+    reward = fitted.reward
     weights = np.asarray(reward.weight[...])
     lines = [f"{'feature':<20}{'direction':>10}{'weight':>9}  95 % interval"]
     for index in np.argsort(-weights, kind="stable"):
-        name, (low, high) = reward.features[index], intervals[:, index]
+        name, (low, high) = reward.features[index], fitted.intervals[:, index]
         sign = "+" if DIRECTIONS[name] > 0 else "-"
         lines.append(f"{name:<20}{sign:>10}{weights[index]:>9.3f}  [{low:.3f}, {high:.3f}]")
+    if (gain := expected_gain(fitted.curve)) is not None:
+        points = ", ".join(f"{accuracy:.3f} with {count}" for count, accuracy in fitted.curve)
+        lines.append(f"accuracy by number of pairs: {points}")
+        lines.append(f"100 more pairs are expected to add {gain:.3f}")
     return lines
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Fit the reward of `configs/reward_linear.py`, print its weights, and write it to the workdir.
+    """Fit the reward of `configs/reward_linear.py`, print it, and write it to the workdir.
 
     Writes `export/linear.json` (also to `finetune.out`) and, with held-out pairs, `accuracy.json`.
 
@@ -186,9 +254,10 @@ def train(config: Config, workdir: Path) -> None:
         options,
         lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides),
     )
-    fitted, intervals = fit_linear(pairs, sides, options, config.run.seed)
-    print("\n".join(weight_table(fitted, intervals)))
-    write_accuracy(workdir, held_out, differences(fitted, sides), options, config.run.seed)
+    fitted = fit_linear(pairs, sides, options, config.run.seed)
+    print("\n".join(summary(fitted)))
+    scores = differences(fitted.reward, sides)
+    write_accuracy(workdir, held_out, scores, options, config.run.seed)
     for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
         folder.mkdir(parents=True, exist_ok=True)
-        save_linear(fitted, intervals, folder, networks, config.reward)
+        save_linear(fitted.reward, fitted.intervals, folder, networks, config.reward)

@@ -54,6 +54,29 @@ def test_more_pairs_agree_better_with_clean_labels():
     assert accuracies[2] - accuracies[1] < accuracies[1] - accuracies[0]
 
 
+def test_the_learning_curve_foretells_what_more_pairs_add():
+    inputs, labels, _ = simulated(4000, wrong=0.1)
+    fresh, clean = inputs[2000:], labels[2000:]
+
+    def accuracy(count):
+        found = train_linear.fit_weights(inputs[:count], labels[:count], 5.0)
+        return np.mean(np.sign(fresh @ found) == clean)
+
+    for count in (60, 400):
+        curve = train_linear.learning_curve(inputs[:count], labels[:count], 5.0, seed=0)
+        assert [pairs for pairs, _ in curve] == sorted(pairs for pairs, _ in curve)
+        assert curve[0][1] < curve[-1][1]
+        gain = train_linear.expected_gain(curve)
+        assert abs(gain - (accuracy(count + 100) - accuracy(count))) < 0.05
+    assert train_linear.learning_curve(inputs[:19], labels[:19], 5.0, seed=0) == []
+    assert train_linear.expected_gain([(10, 0.5)]) is None
+    few, many = (
+        train_linear.learning_curve(inputs[:count], labels[:count], 5.0, seed=0)
+        for count in (60, 1500)
+    )
+    assert train_linear.expected_gain(many) < train_linear.expected_gain(few)
+
+
 def test_a_term_that_points_the_wrong_way_gets_no_weight():
     inputs, labels, _ = simulated(500, wrong=0.0)
     inputs[:, 0] = -labels
