@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import annotation, generators
+from jax_idgrpo.cli import annotation, generators, ingesting
 from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path, start_runtime
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import require_writable
@@ -336,6 +336,12 @@ COMMANDS = {
         "one HTML page of a run: curves, videos side by side, table, configuration",
         _report_options,
         _report,
+        configured=False,
+    ),
+    "ingest": Command(
+        "clips of people with reference photos, from films",
+        ingesting.ingest_options,
+        ingesting.ingest,
         configured=False,
     ),
     "pairs": Command(
