@@ -23,9 +23,22 @@ def ingest_options(parser: argparse.ArgumentParser) -> None:
         metavar="CSV",
         help="columns video (or path) and prompt; without it, a .txt file beside each film",
     )
-    pair = {"type": float, "nargs": 2, "metavar": ("LEAST", "MOST")}
-    add("--seconds", **pair, default=(2.0, 20.0), help="length of a clip (default 2 20)")
-    add("--luminance", **pair, default=(10.0, 210.0), help="mean, 0 to 255 (default 10 210)")
+    add(
+        "--seconds",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        default=(2.0, 20.0),
+        help="length of a clip (default 2 20)",
+    )
+    add(
+        "--luminance",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        default=(10.0, 210.0),
+        help="mean, 0 to 255 (default 10 210)",
+    )
     add(
         "--sharp",
         type=float,
@@ -34,7 +47,9 @@ def ingest_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--motion",
-        **pair,
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
         default=(0.002, 0.25),
         help="mean difference of neighbouring frames in units of [-1, 1] (default 0.002 0.25)",
     )

@@ -275,7 +275,7 @@ def _write_tables(
 
     def line(row: Mapping[str, Any], text: str) -> list[object]:
         named = {"prompt": text, "people": ";".join(f"p{n:04d}" for n in row["identities"])}
-        return [(row | named).get(name, "") for name in COLUMNS]
+        return [{**row, **named}.get(name, "") for name in COLUMNS]
 
     files = {
         "clips.csv": [COLUMNS, *(line(row, text) for row, text in titled if text)],

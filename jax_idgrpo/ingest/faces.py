@@ -118,7 +118,9 @@ class ClipReader:
         """
         graph, self._state = nnx.split(load_stack(networks, "embedder"))
         self._find = jax.jit(lambda state, videos: nnx.merge(graph, state)(videos))
-        self._link = jax.jit(lambda *faces: link(*faces, TrackConfig().link))
+        self._link = jax.jit(
+            lambda boxes, embeddings, mask: link(boxes, embeddings, mask, TrackConfig().link)
+        )
         self._most = most
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._faces: list[Faces] = []
