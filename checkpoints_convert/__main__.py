@@ -42,6 +42,7 @@ from checkpoints_convert.identify import FACE, TRANSFORMER
 from checkpoints_convert.lazy import blank, iter_chunks, size
 from checkpoints_convert.network import blank_matrices, describe_blanks
 from checkpoints_convert.places import adapter_place, run_config
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path
 
@@ -168,7 +169,7 @@ def run_inspect(path: Path, kind: str | None) -> int:
         print(
             f"kind: {opened.kind}"
             + (
-                ", or phantom, which has the same tensors"
+                ", or phantom, refalign or skyreels, which have the same tensors"
                 if opened.kind == "wan" and kind is None
                 else ""
             )
@@ -357,9 +358,8 @@ def card_of(
         )
     title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
-    return card.render(
-        arguments.form, title, named, arguments.license or card.LICENSE, training, scale, pipeline
-    )
+    license = arguments.license or MODEL_KINDS[base.kind or "vace"].license
+    return card.render(arguments.form, title, named, license, training, scale, pipeline)
 
 
 def positive(text: str) -> float:
@@ -427,8 +427,8 @@ def parser() -> Parser:
             "--as",
             dest="kind",
             choices=identify.KINDS,
-            help="kind of the transformer; phantom has plain Wan's tensors, so state it here (the "
-            "store records it)",
+            help="kind of the transformer; phantom and refalign have plain Wan's tensors, so state it "
+            "here (the store records it)",
         )
     into.add_argument(
         "--with",
@@ -454,7 +454,7 @@ def parser() -> Parser:
         metavar="NAME",
         help="the base model as the model card names it; default: that of the run",
     )
-    default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network"
+    default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network or SkyReels-V3"
     out.add_argument("--license", help=f"the licence field of the model card; default: {default}")
     return top
 

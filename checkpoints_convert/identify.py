@@ -11,12 +11,13 @@ from typing import Any
 from flax import nnx
 
 from checkpoints_convert import lora, rules, umt5, vae, wan
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanTransformer
 
-KINDS = ("vace", "wan", "phantom")
+KINDS = tuple(MODEL_KINDS)
 TRANSFORMER = "transformer"
 ADAPTER = "adapter"
 FACE = "face"
@@ -73,7 +74,7 @@ CLASSES = {  # class named by a config.json of the diffusers layout -> part
     "WanVACETransformer3DModel": TRANSFORMER,
     "AutoencoderKLWan": "vae",
     "UMT5EncoderModel": "text_encoder",
-}
+} | {kind.class_name: TRANSFORMER for kind in MODEL_KINDS.values() if kind.class_name}
 BLOCK = r"(vace_)?blocks\.\d+\."
 # fmt: off
 # Patterns of names that only one network has, in one layout. The most frequent pattern decides.

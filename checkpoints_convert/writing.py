@@ -24,7 +24,6 @@ from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     INDEX,
     SCHEDULER_CONFIG,
-    SHIFTS,
     STORE,
     STORE_VERSION,
     TOKENIZER_CONFIG,
@@ -33,6 +32,7 @@ from checkpoints_convert.checkpoint import (
 from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import Tensor, size
 from checkpoints_convert.network import Moved, Network, ours, published, renamed
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import FLOAT32, LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
@@ -43,7 +43,7 @@ ORIGINAL_SHARD = 10 * GIGABYTE  # as in the original repositories
 STORE_STEM = "parameters"
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
-PIPELINE_CLASSES = {"vace": "WanVACEPipeline", "wan": "WanPipeline", "phantom": "WanPipeline"}
+PIPELINE_CLASSES = dict.fromkeys(MODEL_KINDS, "WanPipeline") | {"vace": "WanVACEPipeline"}
 
 # Called with (bytes in all, bytes done); yields a function to call with the progress.
 ProgressBar = Callable[[int, int], AbstractContextManager[store.Progress]]
@@ -216,7 +216,9 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     assert checkpoint.kind is not None
     assert checkpoint.tokenizer is not None
     if checkpoint.scheduler is None:
-        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(SHIFTS[checkpoint.kind])
+        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(
+            MODEL_KINDS[checkpoint.kind].shift
+        )
     else:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = store.read_json(
             checkpoint.scheduler / SCHEDULER_CONFIG

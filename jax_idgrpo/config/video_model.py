@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
+from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.config.options import Section, option, require
 
 EMBEDDED = Path(__file__).parents[1] / "synthetic" / "assets"
@@ -44,8 +45,9 @@ class ModelConfig(Section):
     path: str = option("embedded", 'checkpoint folder; "embedded" is the bundled model')
     kind: str = option(
         "vace",
-        "how photos condition the model; Phantom has plain Wan's tensors, so it must be named",
-        choices=("vace", "phantom"),
+        "how photos condition the model; all kinds but vace have plain Wan's tensors, so the kind "
+        "must be named",
+        choices=REFERENCE_KINDS,
     )
     dtype: str = option(
         "float32",
@@ -111,8 +113,8 @@ class DataConfig(Section):
     )
     reference_order: str = option(
         "diffusers",
-        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one "
-        "order",
+        "order of VACE's reference latents: diffusers puts the last photo first; the other kinds "
+        "have one order",
         choices=("diffusers", "original"),
     )
 
@@ -170,7 +172,9 @@ class RolloutConfig(Section):
     shift: float = option(0.0, "flow shift; 0 = the checkpoint's", least=0)
     guidance: float = option(4.5, "guidance scale of the prompt; 1 = no negative branch")
     image_guidance: float = option(
-        0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0
+        0.0,
+        "guidance scale of the photos, for all kinds but vace; 0 = 5.0, and 1.0 for skyreels",
+        least=0,
     )
     sampler: str = option(
         "identity",

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import attention, attention_remat_policy
@@ -185,7 +185,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def wan_1_3b(**changes) -> WanConfig:
-    """Return the configuration of Wan2.1-T2V-1.3B and Phantom-Wan-1.3B."""
+    """Return the configuration of Wan2.1-T2V-1.3B, Phantom-Wan-1.3B and RefAlign-1.3B."""
     sizes = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
@@ -196,7 +196,7 @@ def vace_1_3b(**changes) -> WanConfig:
 
 
 def wan_14b(**changes) -> WanConfig:
-    """Return the configuration of Wan2.1-T2V-14B and Phantom-Wan-14B."""
+    """Return the configuration of Wan2.1-T2V-14B and the 14B reference models without control."""
     sizes = {"num_layers": 40, "num_heads": 40, "head_dim": 128, "ffn_dim": 13824, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
@@ -213,11 +213,13 @@ class Conditions(NamedTuple):
       modulation: of the timestep, for shift, scale and gate of attention and feed-forward.
       rotary: cosines and sines of the tokens' rotary angles.
       lengths: tokens per row that are attended to; None attends to all.
+      reads_text: True on the tokens that attend to the text; None is all.
     """
 
     modulation: Float[Array, "B 6 D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
     lengths: Int[Array, " B"] | None
+    reads_text: Bool[Array, " N"] | None = None
 
 
 KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
@@ -323,7 +325,10 @@ class Block(nnx.Module):
         key_value = self.attn1.key_value(h, rotary)
         attended = self.attn1(h, key_value, rotary, conditions.lengths)
         x = _add(x, gate_a * attended.astype(jnp.float32))
-        x = _add(x, self.attn2(self.norm2(x), text))
+        from_text = self.attn2(self.norm2(x), text)
+        if conditions.reads_text is not None:
+            from_text = jnp.where(conditions.reads_text[:, None], from_text, 0)
+        x = _add(x, from_text)
         h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
         return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
 
@@ -490,6 +495,7 @@ class WanTransformer(nnx.Module):
         cache: PromptCache,
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
+        text_frames: int | None = None,
     ) -> Float[Array, "B T H W C"]:
         """Compute the velocity as `__call__` does, from the cache of the prompt.
 
@@ -499,6 +505,8 @@ class WanTransformer(nnx.Module):
           cache: of `prefill`, by this network with its present adapter.
           control_scale: as in `__call__`.
           frame_mask: as in `__call__`.
+          text_frames: only the tokens of the first `text_frames` frames attend to the text; None is
+            all.
 
         Raises:
           UserError: shapes do not fit.
@@ -520,7 +528,12 @@ class WanTransformer(nnx.Module):
             jnp.pad(table, ((0, padding), (0, 0)))
             for table in rotary_tables(config.head_dim, *grid)
         )
-        conditions = Conditions(modulation, (cos, sin), lengths)
+        reads_text = (
+            None
+            if text_frames is None
+            else jnp.arange(x.shape[1]) < text_frames * (grid[1] * grid[2])
+        )
+        conditions = Conditions(modulation, (cos, sin), lengths, reads_text)
         if cache.control is None:
             x = self._run_plain(x, cache, conditions)
         else:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, VideoConfig
+from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.models.layers import LoRAParam
@@ -45,8 +46,8 @@ from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.setup import Run
 
 SIZES: dict[str, dict[str, Callable[..., WanConfig]]] = {
-    "1.3b": {"vace": vace_1_3b, "phantom": wan_1_3b},
-    "14b": {"vace": vace_14b, "phantom": wan_14b},
+    "1.3b": dict.fromkeys(REFERENCE_KINDS, wan_1_3b) | {"vace": vace_1_3b},
+    "14b": dict.fromkeys(REFERENCE_KINDS, wan_14b) | {"vace": vace_14b},
 }
 PUBLISHED_VAE = VAEConfig(
     base_dim=96,

@@ -25,7 +25,7 @@ from jax_idgrpo.sampling.pipeline import (
     pipeline_shapes,
     read_architecture,
 )
-from jax_idgrpo.training.selection import check_mixture
+from jax_idgrpo.training.selection import check_terms
 from jax_idgrpo.training.state import make_optimizer, start
 from jax_idgrpo.training.update import UpdateRule
 
@@ -139,7 +139,8 @@ def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
     if abstract:
         return planned_reward(config, mesh)
     reward = make_reward(config, mesh)
-    check_mixture(config.reward.mixture, reward.term_names)
+    check_terms("reward.mixture", config.reward.mixture, reward.term_names)
+    check_terms("grpo.pair_terms", config.grpo.pair_terms, reward.term_names, most=5)
     return reward
 
 

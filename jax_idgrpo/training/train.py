@@ -45,6 +45,7 @@ from jax_idgrpo.training.selection import (
     group_statistics,
     mean_of_numbers,
     members,
+    select_pairs,
 )
 from jax_idgrpo.training.setup import Run, build, sample
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
@@ -159,6 +160,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             clock.append(time.monotonic())
 
             row = step_metrics(run, rewards, values, advantage, scalars, np.diff(clock))
+            if config.grpo.pairs == "dominance":
+                row |= select_pairs(config.grpo, rewards.reshape(-1, group), grouped)[2]
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(state.ema, done + 1)
             writer.write(done, row)

@@ -35,6 +35,21 @@ RECIPES = {
         dict(grpo=dict(**VELOCITY, objective="dpo", best=1, worst=1), window="none", guidance=2.0),
         (),
     ),
+    "dpo by dominance": (
+        dict(
+            grpo=dict(
+                **VELOCITY,
+                objective="dpo",
+                best=1,
+                worst=1,
+                pairs="dominance",
+                pair_terms={"reward": 1, "motion": 0.5},
+                pair_slack={"motion": 9},
+            ),
+            window="none",
+        ),
+        ("pairs_used", "pair_gap", "pair_motion"),
+    ),
     "gradient of the reward": (
         dict(grpo=dict(**VELOCITY, objective="reward_gradient", gradient_steps=2), window="none"),
         (),
