@@ -140,12 +140,12 @@ def open_adapter(path: Path, alpha: float | None = None) -> Network:
     rank, alpha = adapter_scale(path, alpha)
     tensors, _ = store.open_weights(weights)
     prefix = lora.prefix(tensors)
-    table = lora.rules(lora.stacks_of(tensors, prefix), prefix)
+    table = lora.stack_rules(lora.stacks_of(tensors, prefix), prefix)
     return Network(
         part=ADAPTER,
         layout="peft" if config is not None else "diffusers-lora",
         config=(rank, alpha),
-        values=lora.config_to_json(rank, alpha),
+        values=lora.config_to_json(lora.scales_in(tensors, prefix, alpha)),
         table=table,
         shapes=rules.infer(table, tensors, str(weights)),
         tensors=tensors,

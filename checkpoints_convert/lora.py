@@ -8,16 +8,22 @@ diffusers start with `transformer.`. Sources: peft `LoraConfig`, diffusers `load
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
-from checkpoints_convert import wan
+import numpy as np
+
+from checkpoints_convert import lora_names, wan
 from checkpoints_convert.lazy import Shaped
+from checkpoints_convert.lora_names import DIFFUSERS, OURS, Layer
 from checkpoints_convert.rules import TRANSPOSE, Rule
-from jax_idgrpo.models.wan import WanConfig
+from jax_idgrpo.models.lora import LayerLoRA
+from jax_idgrpo.models.wan import PROJECTIONS, STACKS, WanConfig
 
 PEFT_PREFIX = "base_model.model."
 DIFFUSERS_PREFIX = "transformer."
@@ -27,7 +33,6 @@ HEADER = "lora_adapter_metadata"  # diffusers' header field for rank and alpha
 ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # other programs' header fields for alpha
 Value = TypeVar("Value")
 
-STACKS = ("blocks", "vace_blocks")
 MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_[AB]\.weight$"
 CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
 LYCORIS = r"(^|\.)(lokr|hada|oft|boft|glora)_|^lycoris_"
@@ -106,7 +111,102 @@ UNSUPPORTED: dict[
 }
 
 
-def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
+class Scale(NamedTuple):
+    """Rank and alpha of one adapted layer, whose scale is alpha / rank."""
+
+    rank: int
+    alpha: float
+
+
+Scales = Mapping[Layer, Scale]
+"""Every adapted layer with its rank and alpha."""
+
+
+class Fields(TypedDict):
+    """The fields of `WanConfig` that describe its LoRA."""
+
+    rank: int
+    alpha: float
+    lora: tuple[LayerLoRA, ...] | None
+
+
+def common(scales: Scales) -> Scale:
+    """Return the most frequent pair of rank and alpha."""
+    return collections.Counter(scales.values()).most_common(1)[0][0]
+
+
+def fields(scales: Scales, config: WanConfig) -> Fields:
+    """Describe an adapter as fields of the config of its transformer; inverse of `scales_of`.
+
+    Args:
+      scales: the adapted layers; not empty.
+      config: sizes of the transformer.
+    """
+    by_leaf: dict[str, list[Scale]] = {}
+    for layer, scale in scales.items():
+        blocks = by_leaf.setdefault(layer.leaf, [Scale(0, 0.0)] * (config.depth(layer.leaf) or 1))
+        blocks[layer.block or 0] = scale
+    rank, alpha = common(scales)
+    layers = tuple(
+        LayerLoRA(name, *map(tuple, zip(*blocks, strict=True)))
+        for name, blocks in sorted(by_leaf.items())
+    )
+    standard = sorted(
+        dataclasses.replace(config, rank=rank, alpha=alpha, lora=None).lora_layers,
+        key=lambda layer: layer.name,
+    )
+    return Fields(rank=rank, alpha=alpha, lora=None if list(layers) == standard else layers)
+
+
+def scales_of(config: WanConfig) -> dict[Layer, Scale]:
+    """Return rank and alpha of every layer of a transformer that has LoRA."""
+    described = {layer.name: layer for layer in config.lora_layers}
+    found = {}
+    for layer in lora_names.layers(config):
+        if (adapted := described.get(layer.leaf)) is not None:
+            scale = Scale(adapted.ranks[layer.block or 0], adapted.alphas[layer.block or 0])
+            if scale.rank:
+                found[layer] = scale
+    return found
+
+
+def rules(config: WanConfig, prefix: str = PEFT_PREFIX) -> list[Rule]:
+    """List the rules between diffusers' names and the LoRA leaves of a transformer.
+
+    Args:
+      config: of the transformer, with its LoRA.
+      prefix: prefix of torch's names.
+    """
+    rows = {row[OURS].replace("{i}.", ""): row for row in lora_names.ROWS}
+    return [
+        Rule(
+            f"{prefix}{rows[layer.name][DIFFUSERS]}.lora_{part}.weight",
+            f"{rows[layer.name][OURS]}.lora_{part.lower()}",
+            TRANSPOSE,
+        )
+        for layer in config.lora_layers
+        for part in ("A", "B")
+    ]
+
+
+def cut(
+    tensors: Mapping[str, np.ndarray], scales: Scales, prefix: str = PEFT_PREFIX
+) -> dict[str, np.ndarray]:
+    """Take the adapted layers, each with its own rank, from tensors of the largest rank.
+
+    Args:
+      tensors: A and B of a transformer's leaves by diffusers' names.
+      scales: the adapted layers.
+      prefix: prefix of the names.
+    """
+    kept = {}
+    for layer, (rank, _) in scales.items():
+        a, b = (f"{prefix}{layer.spelled(DIFFUSERS)}.lora_{part}.weight" for part in ("A", "B"))
+        kept |= {a: tensors[a][:rank], b: tensors[b][:, :rank]}
+    return kept
+
+
+def stack_rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
     """List the rules of the adapters of q, k, v and out of both attentions.
 
     Args:
@@ -123,6 +223,22 @@ def rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
         for ours, torch, _ in wan.ATTENTION
         for part in ("A", "B")
     ]
+
+
+def scales_in(tensors: Mapping[str, Shaped], prefix: str, alpha: float) -> dict[Layer, Scale]:
+    """Return the adapted layers of a readable adapter file.
+
+    Args:
+      tensors: name -> anything with `shape`.
+      prefix: prefix of the names.
+      alpha: of all layers.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        layer = lora_names.find(name.removeprefix(prefix).removesuffix(".lora_A.weight"))
+        if layer is not None:
+            found[layer] = Scale(tensor.shape[0], alpha)
+    return found
 
 
 def prefix(names: Iterable[str]) -> str:
@@ -240,32 +356,56 @@ def fields_of_header(values: Mapping[str, Value]) -> dict[str, Value]:
     return {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in values.items()}
 
 
-def header(rank: int, alpha: float) -> dict[str, str]:
+def header(scales: Scales) -> dict[str, str]:
     """Make the header of a diffusers LoRA file; without it, diffusers sets alpha to the rank."""
-    fields = {
+    stated = {
         name: value
-        for name, value in config_to_json(rank, alpha).items()
-        if name in ("r", "lora_alpha", "target_modules")
+        for name, value in config_to_json(scales).items()
+        if name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
     }
-    return {
-        HEADER: json.dumps(
-            {DIFFUSERS_PREFIX + name: value for name, value in fields.items()}, sort_keys=True
-        )
-    }
+    values = {DIFFUSERS_PREFIX + name: value for name, value in stated.items()}
+    return {HEADER: json.dumps(values, sort_keys=True)}
 
 
-def config_to_json(rank: int, alpha: float) -> dict[str, object]:
-    """Make the `adapter_config.json` that peft loads onto diffusers' transformer."""
-    return {
+def config_to_json(scales: Scales) -> dict[str, object]:
+    """Make the `adapter_config.json` that peft loads onto diffusers' transformer.
+
+    Layers whose rank or alpha differs from the most frequent one are named in PEFT's patterns.
+    """
+    rank, alpha = common(scales)
+    ranks = {layer.spelled(DIFFUSERS): each.rank for layer, each in scales.items()}
+    alphas = {layer.spelled(DIFFUSERS): _plain(each.alpha) for layer, each in scales.items()}
+    values: dict[str, object] = {
         "base_model_name_or_path": None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": "gaussian",
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_alpha": _plain(alpha),
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": list(TARGETS),
+        "target_modules": list(TARGETS) if _everywhere(scales) else sorted(ranks),
         "task_type": None,
+    }
+    patterns: dict[str, dict[str, Any]] = {
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+    }
+    return values | {name: pattern for name, pattern in patterns.items() if pattern}
+
+
+def _plain(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _everywhere(scales: Scales) -> bool:
+    """Return whether the projections of both attentions, and no others, are adapted everywhere."""
+    blocks: dict[str, set[int | None]] = {}
+    for layer in scales:
+        blocks.setdefault(layer.leaf, set()).add(layer.block)
+    stacks = [stack for stack in STACKS if any(leaf.startswith(f"{stack}.") for leaf in blocks)]
+    counts = {stack: len(blocks.get(f"{stack}.{PROJECTIONS[0]}", ())) for stack in stacks}
+    return blocks == {
+        f"{stack}.{name}": set(range(counts[stack])) for stack in stacks for name in PROJECTIONS
     }

@@ -328,7 +328,7 @@ def _sources(networks: Sequence[Network]) -> dict[str, list[int]]:
 
 
 def _adapter_tensors(network: Network, prefix: str) -> dict[str, Moved]:
-    table = lora.rules(lora.stacks_of((rule.jax for rule in network.table), ""), prefix)
+    table = lora.stack_rules(lora.stacks_of((rule.jax for rule in network.table), ""), prefix)
     return published(network, table)
 
 
@@ -361,7 +361,14 @@ def write_diffusers_lora(network: Network, destination: Path, card: str) -> None
     with store.atomic_path(destination, DIFFUSERS_LORA) as new:
         new.mkdir()
         tensors = _adapter_tensors(network, lora.DIFFUSERS_PREFIX)
-        store.write_file(new / DIFFUSERS_LORA, tensors, lora.header(*network.config), check=True)
+        store.write_file(
+            new / DIFFUSERS_LORA,
+            tensors,
+            lora.header(
+                lora.scales_in(network.tensors, lora.prefix(network.tensors), network.config[1])
+            ),
+            check=True,
+        )
         (new / CARD).write_text(card, "utf-8")
 
 
@@ -424,7 +431,7 @@ def _merged(
         nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam
     )
     slots = rules.expand(
-        lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract
+        lora.stack_rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract
     )
     rules.match(slots, adapter.tensors, f"{adapter.source} on {network.source}")
     parts = ours(adapter)

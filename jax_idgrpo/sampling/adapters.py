@@ -13,6 +13,7 @@ from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 
 BASE = nnx.Not(LoRAParam)
@@ -37,7 +38,11 @@ def with_adapter(
 
 
 def add_adapter(
-    transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]
+    transformer: WanTransformer,
+    rank: int,
+    alpha: float,
+    key: Key[Array, ""],
+    layers: tuple[LayerLoRA, ...] | None = None,
 ) -> WanTransformer:
     """Return the transformer with a new adapter: A ~ N(0, 1/R^2), B = 0, so its output is the same.
 
@@ -46,8 +51,9 @@ def add_adapter(
       rank: R.
       alpha: the adapter is scaled by alpha / R.
       key: for A.
+      layers: the layers, with ranks and alphas of their own, as in `WanConfig.lora`.
     """
-    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
+    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha, lora=layers)
 
     @jax.jit  # the compiler removes the unused initialisation of the base
     def fresh(key: Key[Array, ""]) -> nnx.State:
@@ -84,7 +90,7 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
         lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
     )
     return to_jax(
-        lora.rules(wan.block_stacks(config), lora.prefix(tensors)),
+        lora.stack_rules(wan.block_stacks(config), lora.prefix(tensors)),
         tensors,
         nnx.state(model, LoRAParam),
         str(weights),
@@ -115,11 +121,12 @@ def save_lora(
     text = card.render(
         "peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha)
     )
+    scales = lora.scales_of(config)
     with store.atomic_path(path, ADAPTER_CONFIG) as new:
         new.mkdir()
-        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
+        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(scales))
         store.write_file(
-            new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state)
+            new / ADAPTER_WEIGHTS, lora.cut(to_torch(lora.rules(config), state), scales)
         )
         (new / card.FILE).write_text(text, "utf-8")
         if step is not None:

@@ -95,7 +95,7 @@ def test_an_op_that_cannot_be_inverted_is_refused():
         ),
         *(
             pytest.param(
-                lambda config=config: lora.rules(wan.block_stacks(config)),
+                lambda config=config: lora.rules(config),
                 lambda config=config: wan_shapes(config, "bfloat16", LoRAParam),
                 *totals,
                 id=f"lora {name}",
