@@ -1,9 +1,8 @@
-"""Define the names of LoRA adapters of the Wan transformer in PEFT and in diffusers.
+"""Describe LoRA adapters of the Wan transformer: adapted layers, ranks, alphas, and PEFT's config.
 
 y = W x + b + (alpha / R) B (A x). torch stores A [R, in] and B [out, R]; our leaves `lora_a` and
 `lora_b` are both transposed. A PEFT directory holds `adapter_config.json` and
-`adapter_model.safetensors`, with names that start with `base_model.model.`. Names in LoRA files of
-diffusers start with `transformer.`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
+`adapter_model.safetensors`. Sources: peft `LoraConfig`, diffusers `load_lora_weights`.
 """
 
 from __future__ import annotations
@@ -18,97 +17,34 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 
-from checkpoints_convert import lora_names, wan
-from checkpoints_convert.lazy import Shaped
+from checkpoints_convert import lora_dialects, lora_names
+from checkpoints_convert.lazy import Tensor
 from checkpoints_convert.lora_names import DIFFUSERS, OURS, Layer
 from checkpoints_convert.rules import TRANSPOSE, Rule
 from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.models.wan import PROJECTIONS, STACKS, WanConfig
 
-PEFT_PREFIX = "base_model.model."
-DIFFUSERS_PREFIX = "transformer."
-PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX)
+PEFT_PREFIX = lora_dialects.PEFT.prefix
+DIFFUSERS_PREFIX = lora_dialects.DIFFUSERS_LORA.prefix
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 HEADER = "lora_adapter_metadata"  # diffusers' header field for rank and alpha
 ALPHAS = ("lora_alpha", "alpha", "ss_network_alpha")  # other programs' header fields for alpha
 Value = TypeVar("Value")
 
-MATRIX_NAME = r"(?P<stack>(vace_)?blocks)\.(?P<index>\d+)\.(?P<module>.+)\.lora_[AB]\.weight$"
-CONVERT = "give it with PEFT's or diffusers' names, as diffusers writes it after loading it"
-LYCORIS = r"(^|\.)(lokr|hada|oft|boft|glora)_|^lycoris_"
+MERGE = "merge it into its base with idgrpo-convert import BASE STORE --merge FILE"
 
-# A pattern in any name of an adapter file, what the file is, and the remedy; first match counts.
-FOREIGN = (
-    (LYCORIS, "is a LyCORIS adapter such as LoKr or LoHa, not a LoRA", "train a plain LoRA"),
-    (
-        r"\.(lora_magnitude_vector|dora_scale)\b",
-        "is a DoRA adapter, not a plain LoRA",
-        "merge it into its base first",
-    ),
-    (
-        r"\.diff(_b|_m)?$",
-        "holds diff and diff_b tensors, which are not LoRA (a distilled model)",
-        "merge it into its base first",
-    ),
-    (
-        r"^lora_(unet|te\d*|transformer)_",
-        "is a LoRA with the names of musubi-tuner and kohya",
-        CONVERT,
-    ),
-    (
-        r"^diffusion_model\..*\.lora_(down|up)\.",
-        "is a LoRA with ComfyUI's names (lora_down, lora_up)",
-        CONVERT,
-    ),
-    (r"^diffusion_model\.", "is a LoRA with ComfyUI's names (diffusion_model.)", CONVERT),
-    (
-        r"\.lora_(down|up)\.",
-        "is a LoRA with the names lora_down and lora_up, as kohya and ComfyUI write",
-        CONVERT,
-    ),
-    (
-        r"\.lora_[AB]\.(?!weight$|bias$)[^.]+\.weight$",
-        "has an adapter's name inside its keys, as DiffSynth-Studio writes (lora_A.default.weight)",
-        CONVERT,
-    ),
-    (
-        r"\b(self_attn|cross_attn)\.[qkvo]\.",
-        "is a LoRA with the names of the original repository",
-        CONVERT,
-    ),
-    (
-        r"\.lora_B\.bias$",
-        "has biases beside its matrices (lora_bias), and only plain LoRA is read",
-        "merge it first",
-    ),
-    (
-        r"\.alpha$",
-        "has an alpha tensor for every module",
-        "write it again with one alpha in its header",
-    ),
-    (
-        r"^text_encoder(_\d)?\.",
-        "also adapts a text encoder",
-        "write only the transformer's adapter",
-    ),
-)
-
-UNSUPPORTED: dict[
-    str, tuple[object, ...]
-] = {  # fields of adapter_config.json for variants of LoRA, with the accepted values
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (False, None),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
+# Fields of adapter_config.json for variants of LoRA, with the accepted values and a remedy.
+UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "peft_type": (("LORA",), ""),
+    "bias": (("none",), ""),
+    "use_dora": ((False, None), f"; {MERGE}"),
+    "use_qalora": ((False, None), ""),
+    "layer_replication": ((None,), ""),
+    "modules_to_save": ((None, []), ""),
+    "fan_in_fan_out": ((False, None), ""),
+    "lora_bias": ((False, None), f"; {MERGE}"),
 }
+MERGEABLE = ("use_dora", "lora_bias")  # fields that do not matter to a merge
 
 
 class Scale(NamedTuple):
@@ -206,127 +142,6 @@ def cut(
     return kept
 
 
-def stack_rules(stacks: Iterable[str], prefix: str = PEFT_PREFIX) -> list[Rule]:
-    """List the rules of the adapters of q, k, v and out of both attentions.
-
-    Args:
-      stacks: stacks of blocks, from `wan.block_stacks` or `stacks_of`.
-      prefix: prefix of torch's names.
-    """
-    return [
-        Rule(
-            f"{prefix}{stack}.{{i}}.{torch}.lora_{part}.weight",
-            f"{stack}.{{i}}.{ours}.lora_{part.lower()}",
-            TRANSPOSE,
-        )
-        for stack in stacks
-        for ours, torch, _ in wan.ATTENTION
-        for part in ("A", "B")
-    ]
-
-
-def scales_in(tensors: Mapping[str, Shaped], prefix: str, alpha: float) -> dict[Layer, Scale]:
-    """Return the adapted layers of a readable adapter file.
-
-    Args:
-      tensors: name -> anything with `shape`.
-      prefix: prefix of the names.
-      alpha: of all layers.
-    """
-    found = {}
-    for name, tensor in tensors.items():
-        layer = lora_names.find(name.removeprefix(prefix).removesuffix(".lora_A.weight"))
-        if layer is not None:
-            found[layer] = Scale(tensor.shape[0], alpha)
-    return found
-
-
-def prefix(names: Iterable[str]) -> str:
-    """Return the prefix of the names of an adapter file: PEFT's, diffusers', or ""."""
-    first = next((name for name in names if ".lora_" in name), "")
-    return next((start for start in PREFIXES if first.startswith(start)), "")
-
-
-def stacks_of(names: Iterable[str], prefix: str) -> tuple[str, ...]:
-    """Return the stacks of blocks that an adapter file names."""
-    named = {name.removeprefix(prefix).split(".")[0] for name in names}
-    return tuple(stack for stack in STACKS if stack in named)
-
-
-def complaint(tensors: Mapping[str, Shaped]) -> str | None:
-    """Explain why an adapter file cannot be read, with the remedy.
-
-    Args:
-      tensors: name -> anything with `shape`; scalars are ignored.
-
-    Returns:
-      The explanation; None for a LoRA of every attention projection.
-    """
-    for pattern, what, remedy in FOREIGN:
-        if any(re.search(pattern, name) for name in tensors):
-            return f"{what}; {remedy}"
-    names = [name for name, tensor in tensors.items() if tensor.shape]
-    matrices = {name: match for name in names if (match := re.search(MATRIX_NAME, name))}
-    ranks = sorted({tensors[name].shape[0] for name in matrices if name.endswith(".lora_A.weight")})
-    if not ranks:
-        return "has no tensor named *.lora_A.weight; give a LoRA"
-    starts = sorted({name[: match.start()] for name, match in matrices.items()})
-    if (
-        start := next((start for start in starts if start not in (*PREFIXES, "")), None)
-    ) is not None:
-        return f"has names that start with {start!r}; {CONVERT}"
-    if len(starts) > 1:
-        return f"has names that start with {starts[0]!r} and with {starts[1]!r}; give one adapter"
-    if others := sorted(set(names) - set(matrices)):
-        return f"holds {_listed(others)} beside the LoRA; save only the LoRA"
-    modules = {match["module"] for match in matrices.values()}
-    known = {torch for _, torch, _ in wan.ATTENTION}
-    if more := sorted(modules - known):
-        what = f"also adapts {_listed(more)}, and only adapters of attention projections are read"
-        return f"{what}; merge it into its base"
-    if missing := sorted(known - modules):
-        return (
-            f"does not adapt {_listed(missing)}, and only adapters of all attention projections "
-            "are read"
-        )
-    if len(ranks) > 1:
-        return f"has modules of ranks {_listed(ranks)}, and only adapters of one rank are read"
-    return None
-
-
-def sizes(tensors: Mapping[str, Shaped]) -> tuple[set[int], dict[str, int]]:
-    """Return (widths, blocks of each stack) of the network that an adapter is made for."""
-    heights = dict.fromkeys(STACKS, 0)
-    widths = set()
-    for name, tensor in tensors.items():
-        if match := re.search(MATRIX_NAME, name):
-            heights[match["stack"]] = max(heights[match["stack"]], 1 + int(match["index"]))
-            widths.add(int(tensor.shape[1 if name.endswith("A.weight") else 0]))
-    return widths, heights
-
-
-def misfit(tensors: Mapping[str, Shaped], config: WanConfig) -> str | None:
-    """Explain why a readable adapter does not fit this transformer; None if the sizes agree."""
-    widths, heights = sizes(tensors)
-    vace = len(config.vace_layers)
-    if widths != {config.width}:
-        return f"made for width {_listed(sorted(widths))}, this model has {config.width}"
-    if heights["vace_blocks"] and not vace:
-        return "made for a VACE model, this one has no VACE blocks (plain Wan or Phantom)"
-    if vace and not heights["vace_blocks"]:
-        return "made for a model without VACE blocks (plain Wan or Phantom), this one is VACE"
-    for stack, height in (("blocks", config.num_layers), ("vace_blocks", vace)):
-        if heights[stack] != height:
-            return f"made for {heights[stack]} {stack}, this model has {height}"
-    return None
-
-
-def _listed(items: Iterable[object]) -> str:
-    """Join at most four of the items with commas."""
-    texts = [str(item) for item in items]
-    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
-
-
 def number(value: Any) -> float:
     """Convert alpha to a number; ValueError if it is no finite number."""
     try:
@@ -338,17 +153,75 @@ def number(value: Any) -> float:
     return alpha
 
 
-def scale_from_json(values: Mapping[str, Any]) -> tuple[int, float]:
-    """Read (rank, alpha) of an `adapter_config.json`; ValueError for an unsupported variant."""
-    refuse_variants(values)
-    return int(values["r"]), number(values["lora_alpha"])
+def padded(
+    matrices: Mapping[str, Tensor], config: WanConfig, prefix: str = PEFT_PREFIX
+) -> dict[str, np.ndarray]:
+    """Return A and B of every block of a transformer's LoRA leaves; inverse of `cut`.
+
+    They are in torch's layout, with diffusers' names, and zero beyond the rank of their block.
+
+    Args:
+      matrices: A and B in torch's layout, by our names, of the layers with LoRA.
+      config: of the transformer, with its LoRA.
+      prefix: prefix of the names.
+    """
+    tensors = {}
+    ranks = {layer.name: layer.rank for layer in config.lora_layers}
+    for layer in lora_names.layers(config):
+        if layer.leaf not in ranks:
+            continue
+        inputs, outputs = lora_names.shape(layer, config)
+        rank = ranks[layer.leaf]
+        a, b = np.zeros((rank, inputs), np.float32), np.zeros((outputs, rank), np.float32)
+        if f"{layer.name}.lora_a" in matrices:
+            own = matrices[f"{layer.name}.lora_a"].shape[0]
+            a[:own] = np.asarray(matrices[f"{layer.name}.lora_a"])
+            b[:, :own] = np.asarray(matrices[f"{layer.name}.lora_b"])
+        name = f"{prefix}{layer.spelled(DIFFUSERS)}.lora_"
+        tensors |= {f"{name}A.weight": a, f"{name}B.weight": b}
+    return tensors
 
 
-def refuse_variants(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the config of an unsupported variant of LoRA."""
-    for name, accepted in UNSUPPORTED.items():
-        if values.get(name, accepted[0]) not in accepted:
-            raise ValueError(f"{name} is {values[name]!r}, only plain LoRA is supported")
+def refuse_variants(values: Mapping[str, Any], but: Iterable[str] = ()) -> None:
+    """Raise a ValueError for the config of an unsupported variant of LoRA.
+
+    Args:
+      values: fields of the config.
+      but: fields that are not looked at.
+    """
+    for name, (accepted, remedy) in UNSUPPORTED.items():
+        if name not in but and values.get(name, accepted[0]) not in accepted:
+            raise ValueError(f"{name} is {values[name]!r}, only plain LoRA is supported{remedy}")
+
+
+def stated_scale(values: Mapping[str, Any], module: str) -> tuple[int, float | None]:
+    """Read rank and alpha of a module from a PEFT config; alpha is None if it is not stated.
+
+    With `use_rslora` the scale is alpha / sqrt(rank), so that alpha here is alpha sqrt(rank).
+
+    Args:
+      values: fields of the config.
+      module: the module's name without a prefix.
+
+    Raises:
+      ValueError: a field is not of the form that PEFT writes.
+    """
+    rank = int(_pattern(values.get("rank_pattern"), module, values["r"]))
+    alpha = _pattern(values.get("alpha_pattern"), module, values.get("lora_alpha"))
+    if "lora_alpha" not in values and alpha is None:
+        return rank, None
+    return rank, number(alpha) * (math.sqrt(rank) if values.get("use_rslora") else 1.0)
+
+
+def _pattern(patterns: Mapping[str, Value] | None, module: str, default: Value) -> Value:
+    """Return the value of the first pattern that PEFT finds for a module."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error:
+            raise ValueError(f"the pattern {pattern!r} is no regular expression") from None
+    return default
 
 
 def fields_of_header(values: Mapping[str, Value]) -> dict[str, Value]:
@@ -389,10 +262,15 @@ def config_to_json(scales: Scales) -> dict[str, object]:
         "task_type": None,
     }
     patterns: dict[str, dict[str, Any]] = {
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {_whole(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {_whole(name): value for name, value in alphas.items() if value != alpha},
     }
     return values | {name: pattern for name, pattern in patterns.items() if pattern}
+
+
+def _whole(name: str) -> str:
+    """Return PEFT's pattern of one layer: a name without dots is also the end of others."""
+    return name if "." in name else f"^{name}"
 
 
 def _plain(alpha: float) -> int | float:

@@ -10,7 +10,7 @@ import functools
 import re
 
 from checkpoints_convert import wan
-from jax_idgrpo.models.wan import STACKS, WanConfig
+from jax_idgrpo.models.wan import PATCH, STACKS, WanConfig
 
 OURS, DIFFUSERS, ORIGINAL = range(3)  # columns of `ROWS`
 
@@ -94,3 +94,22 @@ def find(name: str) -> Layer | None:
         if match is None or row is None or "{i}" not in row[OURS]
         else Layer(row, int(match[2]))
     )
+
+
+def shape(layer: Layer, config: WanConfig) -> tuple[int, int]:
+    """Return (in, out) of a layer of a transformer."""
+    width, special = (
+        config.width,
+        {
+            "ffn.linear_1": (config.width, config.ffn_dim),
+            "ffn.linear_2": (config.ffn_dim, config.width),
+            "condition_embedder.time_embedder.linear_1": (config.freq_dim, config.width),
+            "condition_embedder.time_proj": (config.width, 6 * config.width),
+            "condition_embedder.text_embedder.linear_1": (config.text_dim, config.width),
+            "proj_out": (config.width, PATCH * PATCH * config.out_channels),
+        },
+    )
+    name = layer.leaf if layer.block is None else layer.leaf.partition(".")[2]
+    if layer.block is not None and name == "proj_out":
+        return width, width
+    return special.get(name, (width, width))

@@ -26,7 +26,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.adapters import add_adapter, lora_scale
+from jax_idgrpo.sampling.adapters import add_adapter, lora_config
 from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
 from jax_idgrpo.sampling.policy import PolicyInputs
 
@@ -234,8 +234,12 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
         actor, lora, base = policy.split(transformer, *guidance)
         return Model(actor, lora if mesh is None else sharding.shard_params(mesh, lora), base)
 
-    rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
-    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"))
+    shape = (
+        lora_config(next(iter(loras.values())), sampler.pipe.transformer.config) if loras else None
+    )
+    adapted = (1, 1.0, None) if shape is None else (shape.rank, shape.alpha, shape.lora)
+    rank, alpha, layers = adapted
+    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"), layers)
     models = {"base": model(plain)}
     for name, path in loras.items():
         sampler.pipe.load_lora(path)

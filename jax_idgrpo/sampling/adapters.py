@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from checkpoints_convert import adapter, card, lora, store, wan
+from checkpoints_convert import adapter, card, lora, store
 from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints_convert.lazy import finite
+from checkpoints_convert.network import Network
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
@@ -69,32 +72,49 @@ def lora_scale(path: str | Path) -> tuple[int, float]:
     return adapter.adapter_scale(Path(path))
 
 
+def lora_config(path: str | Path, config: WanConfig) -> WanConfig:
+    """Return `config` with the layers, ranks and alphas of the adapter at `path`.
+
+    Raises:
+      UserError: the adapter cannot be read, or is made for another transformer.
+    """
+    found = _fitting(Path(path), config)
+    return dataclasses.replace(config, **lora.fields(found.config, config))
+
+
 def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
     """Read the adapter at `path` as the LoRA leaves of `WanTransformer(config)`, float32.
 
     Raises:
-      UserError: its rank or alpha differs from the config's, or its tensors are not those of this
-        transformer.
+      UserError: its layers, ranks or alphas differ from the config's, or its tensors are not those
+        of this transformer.
     """
-    weights, _ = adapter.adapter_files(Path(path))
-    rank, alpha = lora_scale(path)
-    if (rank, alpha) != (config.rank, config.alpha):
+    found = _fitting(Path(path), config)
+    wanted = lora.scales_of(config)
+    if found.config != wanted:
+        (rank, alpha), (other, another) = lora.common(found.config), lora.common(wanted)
         raise UserError(
-            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; "
-            "make them equal"
+            f"{path}: rank {rank}, alpha {alpha:g} where {other}, {another:g} are set, or other "
+            "layers; make them equal"
         )
-    tensors, _ = store.open_weights(weights)
-    if (problem := lora.misfit(tensors, config)) is not None:
-        raise UserError(f"{weights}: {problem}; pass an adapter of this model")
     model = nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
     )
+    matrices = {slot.name: tensor for slot, tensor in found.matched()}
+    for tensor in matrices.values():
+        if not finite(np.asarray(tensor)):
+            raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
     return to_jax(
-        lora.stack_rules(wan.block_stacks(config), lora.prefix(tensors)),
-        tensors,
-        nnx.state(model, LoRAParam),
-        str(weights),
+        lora.rules(config), lora.padded(matrices, config), nnx.state(model, LoRAParam), str(path)
     )
+
+
+def _fitting(path: Path, config: WanConfig) -> Network:
+    """Open an adapter that fits a transformer."""
+    found = adapter.open_adapter(path)
+    if (problem := adapter.misfit(found, config)) is not None:
+        raise UserError(f"{found.source}: {problem}; pass an adapter of this model")
+    return found
 
 
 def save_lora(

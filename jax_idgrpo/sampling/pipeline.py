@@ -36,7 +36,7 @@ from jax_idgrpo.sampling.adapters import (
     BASE,
     add_adapter,
     load_lora_state,
-    lora_scale,
+    lora_config,
     with_adapter,
 )
 from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer
@@ -79,14 +79,13 @@ class Pipeline:
         """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
         Args:
-          path: a PEFT directory, the workdir of a run, or a file of weights (tensor names with or
-            without `base_model.model.` or `transformer.`).
+          path: a PEFT directory, the workdir of a run, or a file of weights in any dialect of
+            `checkpoints_convert.lora_dialects`.
 
         Raises:
           UserError: the adapter is of another model or of an unsupported kind.
         """
-        rank, alpha = lora_scale(path)
-        config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
+        config = lora_config(path, self.transformer.config)
         self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
 
 
