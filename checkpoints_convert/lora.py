@@ -135,7 +135,7 @@ def cut(
       scales: the adapted layers.
       prefix: prefix of the names.
     """
-    kept = {}
+    kept: dict[str, np.ndarray] = {}
     for layer, (rank, _) in scales.items():
         a, b = (f"{prefix}{layer.spelled(DIFFUSERS)}.lora_{part}.weight" for part in ("A", "B"))
         kept |= {a: tensors[a][:rank], b: tensors[b][:, :rank]}
@@ -165,7 +165,7 @@ def padded(
       config: of the transformer, with its LoRA.
       prefix: prefix of the names.
     """
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     ranks = {layer.name: layer.rank for layer in config.lora_layers}
     for layer in lora_names.layers(config):
         if layer.leaf not in ranks:

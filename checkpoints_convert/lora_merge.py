@@ -218,17 +218,17 @@ def _changes(
 def _require_size(where: str, kind: Kind, parts: Mapping[Kind, LazyTensor], slot: Slot) -> None:
     """Raise a UserError for tensors that are not of the size of what they change."""
     if kind == "a":
-        got = parts["b"].shape[0], int(np.prod(parts["a"].shape[1:]))
-        want = slot.torch_shape[0], int(np.prod(slot.torch_shape[1:]))
+        got = [parts["b"].shape[0], int(np.prod(parts["a"].shape[1:]))]
+        want = [slot.torch_shape[0], int(np.prod(slot.torch_shape[1:]))]
     else:
-        got, want = (int(np.prod(parts[kind].shape)),), (int(np.prod(slot.torch_shape)),)
+        got, want = [int(np.prod(parts[kind].shape))], [int(np.prod(slot.torch_shape))]
     if got != want:
         raise UserError(
-            f"{where} changes {list(got)} values of {slot.torch}, which has {list(want)}; give a "
+            f"{where} changes {got} values of {slot.torch}, which has {want}; give a "
             "LoRA of this model"
         )
     if (m := parts.get("magnitude")) is not None and int(np.prod(m.shape)) not in want:
         raise UserError(
-            f"{where}: its magnitude {m.name} has {int(np.prod(m.shape))} numbers for {list(want)}; "
+            f"{where}: its magnitude {m.name} has {int(np.prod(m.shape))} numbers for {want}; "
             "give a LoRA of this model"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -102,6 +103,20 @@ def adapter_place(path: str | Path) -> Path:
             f"{workdir}: this run has not written an adapter yet{when}; wait for it, or train on"
         )
     return checkpoint_place(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASum:
+    """Adapters that are added, each at a strength.
+
+    Attributes:
+      parts: place and strength of every adapter.
+    """
+
+    parts: tuple[tuple[Path, float], ...]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{path}:{scale:g}" for path, scale in self.parts)
 
 
 def split_scale(text: str, option: str) -> tuple[Path, float]:

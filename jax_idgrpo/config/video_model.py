@@ -85,8 +85,19 @@ class ModelConfig(Section):
     )
     adapter: str = option("", 'PEFT adapter to start from; "" starts from a new one')
 
+    base_loras: dict[str, Any] = option(
+        {},
+        'LoRA files that are merged into the frozen base, as JSON {"PATH": SCALE}; what --lora '
+        "PATH:SCALE of train sets",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        for path, scale in self.base_loras.items():
+            require(
+                isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0,
+                f"model.base_loras: {path} is {scale!r}; use a positive number",
+            )
         for name, rank in self.lora_ranks.items():
             require(
                 isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,

@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
 from checkpoints_convert import adapter, card, lora, store
 from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from checkpoints_convert.lazy import finite
-from checkpoints_convert.network import Network
+from checkpoints_convert.places import LoRASum
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.sampling.lora_sum import read_adapter
 
 BASE = nnx.Not(LoRAParam)
 
@@ -72,27 +71,26 @@ def lora_scale(path: str | Path) -> tuple[int, float]:
     return adapter.adapter_scale(Path(path))
 
 
-def lora_config(path: str | Path, config: WanConfig) -> WanConfig:
-    """Return `config` with the layers, ranks and alphas of the adapter at `path`.
+def lora_config(path: str | Path | LoRASum, config: WanConfig) -> WanConfig:
+    """Return `config` with the layers, ranks and alphas of an adapter or a sum of adapters.
 
     Raises:
       UserError: the adapter cannot be read, or is made for another transformer.
     """
-    found = _fitting(Path(path), config)
-    return dataclasses.replace(config, **lora.fields(found.config, config))
+    scales, _ = read_adapter(Path(path) if isinstance(path, str) else path, config)
+    return dataclasses.replace(config, **lora.fields(scales, config))
 
 
-def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
-    """Read the adapter at `path` as the LoRA leaves of `WanTransformer(config)`, float32.
+def load_lora_state(path: str | Path | LoRASum, config: WanConfig) -> nnx.State:
+    """Read an adapter or a sum of adapters as the LoRA leaves of `WanTransformer(config)`, float32.
 
     Raises:
       UserError: its layers, ranks or alphas differ from the config's, or its tensors are not those
         of this transformer.
     """
-    found = _fitting(Path(path), config)
-    wanted = lora.scales_of(config)
-    if found.config != wanted:
-        (rank, alpha), (other, another) = lora.common(found.config), lora.common(wanted)
+    found, matrices = read_adapter(Path(path) if isinstance(path, str) else path, config)
+    if found != (wanted := lora.scales_of(config)):
+        (rank, alpha), (other, another) = lora.common(found), lora.common(wanted)
         raise UserError(
             f"{path}: rank {rank}, alpha {alpha:g} where {other}, {another:g} are set, or other "
             "layers; make them equal"
@@ -100,21 +98,8 @@ def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
     model = nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
     )
-    matrices = {slot.name: tensor for slot, tensor in found.matched()}
-    for tensor in matrices.values():
-        if not finite(np.asarray(tensor)):
-            raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
-    return to_jax(
-        lora.rules(config), lora.padded(matrices, config), nnx.state(model, LoRAParam), str(path)
-    )
-
-
-def _fitting(path: Path, config: WanConfig) -> Network:
-    """Open an adapter that fits a transformer."""
-    found = adapter.open_adapter(path)
-    if (problem := adapter.misfit(found, config)) is not None:
-        raise UserError(f"{found.source}: {problem}; pass an adapter of this model")
-    return found
+    tensors = lora.padded(matrices, config)
+    return to_jax(lora.rules(config), tensors, nnx.state(model, LoRAParam), str(path))
 
 
 def save_lora(

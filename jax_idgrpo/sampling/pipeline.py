@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
-from checkpoints_convert.places import checkpoint_place, hub_remedy
+from checkpoints_convert.places import LoRASum, checkpoint_place, hub_remedy
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
@@ -75,12 +75,12 @@ class Pipeline:
     kind: str
     path: Path
 
-    def load_lora(self, path: str | Path) -> None:
+    def load_lora(self, path: str | Path | LoRASum) -> None:
         """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
         Args:
           path: a PEFT directory, the workdir of a run, or a file of weights in any dialect of
-            `checkpoints_convert.lora_dialects`.
+            `checkpoints_convert.lora_dialects`; or a sum of these.
 
         Raises:
           UserError: the adapter is of another model or of an unsupported kind.

@@ -18,7 +18,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import Planned, planned_reward
-from jax_idgrpo.sampling import conditioning, lora_layers, policy, rollout
+from jax_idgrpo.sampling import conditioning, lora_layers, lora_sum, policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter
 from jax_idgrpo.sampling.pipeline import (
     Architecture,
@@ -248,6 +248,7 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
         mesh=mesh,
         text_memory=model.text_memory,
     )
+    lora_sum.merge_base(pipe.transformer, model)
     wanted = lora_layers.configured(model, pipe.transformer.config)
     if not model.adapter:
         pipe.transformer = add_adapter(
