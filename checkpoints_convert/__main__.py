@@ -119,6 +119,16 @@ def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
         )
 
 
+def report_left_out(opened: Checkpoint) -> None:
+    """Print a line for every network with tensors that are not converted."""
+    for network in opened.networks.values():
+        if network.extra:
+            print(
+                f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
+                f"{', '.join(network.extra[:SHOWN])}"
+            )
+
+
 def run_inspect(path: Path, kind: str | None) -> int:
     """Print what a checkpoint is and whether it is complete, and return the exit status."""
     opened = checkpoint.open_checkpoint(path, kind)
@@ -193,6 +203,7 @@ def run_import(arguments: argparse.Namespace) -> int:
                     f"{option} {value}: {source} is an adapter, which needs none; leave it out"
                 )
         report_unstated_alpha(opened, alpha)
+        report_left_out(opened)
         adapter_writing.write_peft(opened.adapter, destination)
     else:
         if kind is not None and TRANSFORMER not in opened.networks:
@@ -207,12 +218,7 @@ def run_import(arguments: argparse.Namespace) -> int:
             raise UserError(f"--merge {merge[0]}: {source} holds no transformer; leave it out")
         merges = [lora_merge.open_merge(*split_scale(text, "--merge")) for text in merge]
         warn_of_blanks(opened)
-        for network in opened.networks.values():
-            if network.extra:
-                print(
-                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
-                    f"{', '.join(network.extra[:SHOWN])}"
-                )
+        report_left_out(opened)
         writing.write_store(opened, destination, bar, merges)
     print(f"wrote {destination}")
     return 0

@@ -739,11 +739,12 @@ class WanTransformer(nnx.Module):
             for layer in self.config.lora_layers
             if layer.name.startswith(f"{stack}.") and not layer.uniform
         }
-        if scales:
-            parameters = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: leaf * scales.get(sharding.leaf_name(path), 1.0), parameters
-            )
-        return graph, parameters
+
+        def scale(path: tuple, leaf: Array) -> Array:
+            name = sharding.leaf_name(path)
+            return leaf * scales[name] if name in scales else leaf
+
+        return graph, jax.tree_util.tree_map_with_path(scale, parameters) if scales else parameters
 
     def _applied(self, stack: str, conditions: Conditions) -> tuple[Callable, nnx.State]:
         """Return a function that applies one block under the remat policy, and stacked parameters.

@@ -135,7 +135,7 @@ def test_diffusers_loads_our_exports(base, tmp_path, form):
 
 
 def test_a_merge_of_dora_is_pefts(base, tmp_path):
-    folder, arrays = base
+    folder, _ = base
     config = pipeline.load_transformer(folder).config
     source = peft_folder(
         tmp_path / "a", config, lambda layer: "attn2.to_" in layer.leaf, use_dora=True
