@@ -10,9 +10,8 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import annotation, generators
 from jax_idgrpo.cli.paths import (
-    adapter_path,
+    adapter_sum,
     adapters,
     base_loras,
     existing,
@@ -136,7 +135,7 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
-    lora = adapter_path(arguments.lora)
+    lora = adapter_sum(arguments.lora)
     out = require_writable(arguments.out, "--out")
     start_runtime()
     from jax_idgrpo.evaluation.commands import sample

@@ -44,26 +44,30 @@ def prompts_path(name: str) -> Path:
     )
 
 
-def _adapter(path: Path) -> Path:
-    """Return the adapter at a path; the path may be the workdir of a run."""
+def adapter_path(path: str) -> Path:
+    """Return the adapter of `--lora path`; the path may be the workdir of a run.
+
+    Raises:
+      UserError: there is no adapter.
+    """
     place = local_path(path, "--lora")
     if not place.exists() and not is_export(place):
         existing(
-            str(path),
+            path,
             "--lora",
             hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
         )
     return adapter_place(place)
 
 
-def adapter_path(texts: Sequence[str]) -> Path | LoRASum | None:
+def adapter_sum(texts: Sequence[str]) -> Path | LoRASum | None:
     """Return the adapter of `--lora PATH[:SCALE]`, or the sum of several; None if there is none.
 
     Raises:
       UserError: there is no adapter at a path, or a scale is no positive number.
     """
     parts = [split_scale(text, "--lora") for text in texts]
-    found = tuple((_adapter(path), scale) for path, scale in parts)
+    found = tuple((adapter_path(str(path)), scale) for path, scale in parts)
     if len(found) == 1 and found[0][1] == 1:
         return found[0][0]
     return LoRASum(found) if found else None
@@ -73,12 +77,12 @@ def base_loras(texts: Sequence[str]) -> dict[str, float]:
     """Return the strength of every `--lora PATH[:SCALE]` of `train` by its path.
 
     Raises:
-      UserError: as in `adapter_path`, or a path is given twice.
+      UserError: as in `adapter_sum`, or a path is given twice.
     """
     found: dict[str, float] = {}
     for text in texts:
         path, scale = split_scale(text, "--lora")
-        place = str(_adapter(path))
+        place = str(adapter_path(str(path)))
         if place in found:
             raise UserError(f"--lora {text}: is given twice; add the scales")
         found[place] = scale
@@ -102,7 +106,7 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path | LoRASum]:
                 "_; choose another"
             )
         texts.setdefault(name, []).append(path)
-    found = {name: adapter_path(paths) for name, paths in texts.items()}
+    found = {name: adapter_sum(paths) for name, paths in texts.items()}
     return {name: lora for name, lora in found.items() if lora is not None}
 
 

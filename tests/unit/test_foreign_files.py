@@ -15,7 +15,7 @@ import jax_idgrpo as idg
 from checkpoints_convert import __main__ as command
 from checkpoints_convert import checkpoint, file_types, lora, places, store
 from jax_idgrpo import cli
-from jax_idgrpo.cli import commands
+from jax_idgrpo.cli import paths
 from jax_idgrpo.config import Config, ModelConfig, RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import adapters, pipeline
@@ -541,7 +541,7 @@ def test_a_name_on_the_hub_is_answered_with_the_download(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"hf download {name}"):
         idg.load_pipeline(name)
     with pytest.raises(UserError, match="hf download me/adapter"):
-        commands.adapter_path("me/adapter")
+        paths.adapter_path("me/adapter")
     assert places.hub_remedy(Path("runs/mine/export")) is None
     assert places.hub_remedy(tmp_path / "x") is None
 
@@ -690,8 +690,8 @@ def workdir(folder: Path, save_every: int = 20) -> Path:
 def test_the_workdir_of_a_run_means_its_adapter(tmp_path):
     run_folder = workdir(tmp_path / "run")
     shutil.copytree(ADAPTER, run_folder / "export")
-    assert commands.adapter_path(str(run_folder)) == run_folder / "export"
-    assert commands.adapters([f"tuned={run_folder}"]) == {"tuned": run_folder / "export"}
+    assert paths.adapter_path(str(run_folder)) == run_folder / "export"
+    assert paths.adapters([f"tuned={run_folder}"]) == {"tuned": run_folder / "export"}
     assert adapters.lora_scale(run_folder) == (4, 8.0)
     assert run("verify", ADAPTER, run_folder) == 0
     assert run("export", run_folder, tmp_path / "out", "--format", "peft") == 0
@@ -700,7 +700,7 @@ def test_the_workdir_of_a_run_means_its_adapter(tmp_path):
 @pytest.mark.parametrize("place", ["run", "run/export"])
 def test_a_run_without_an_adapter_yet_says_so(tmp_path, place):
     workdir(tmp_path / "run")
-    for give in (commands.adapter_path, adapters.lora_scale):
+    for give in (paths.adapter_path, adapters.lora_scale):
         with pytest.raises(
             UserError, match=r"run: this run has not written an adapter yet \(run.save_every 20\)"
         ):
@@ -713,7 +713,7 @@ def test_a_run_without_an_adapter_yet_says_so(tmp_path, place):
 @pytest.mark.parametrize(
     "words",
     [
-        ["sample", "CONFIG", "--prompts", "a.csv", "--out", "o", "--lora", "one", "--lora", "two"],
+        ["sample", "CONFIG", "--prompts", "a.csv", "--out", "o", "--prompts", "b.csv"],
         ["evaluate", "CONFIG", "--out", "o", "--out=p"],
         ["train", "CONFIG", "--workdir", "a", "--run.steps", "3", "--run.steps=4"],
         ["plan", "CONFIG", "--topology", "cpu:8", "--programs", "rollout", "--programs", "update"],

@@ -111,11 +111,11 @@ def test_a_run_is_not_continued_on_another_base(tmp_path):
 
 def test_options_name_adapters_and_strengths(tmp_path, style):
     copy = shutil.copytree(ADAPTER, tmp_path / "identity")
-    assert paths.adapter_path([]) is None
-    assert paths.adapter_path([str(copy)]) == copy
-    assert paths.adapter_path([f"{copy}:1"]) == copy
+    assert paths.adapter_sum([]) is None
+    assert paths.adapter_sum([str(copy)]) == copy
+    assert paths.adapter_sum([f"{copy}:1"]) == copy
     both = LoRASum(((copy, 0.5), (style, 1.0)))
-    assert paths.adapter_path([f"{copy}:0.5", str(style)]) == both
+    assert paths.adapter_sum([f"{copy}:0.5", str(style)]) == both
     assert paths.adapters([f"x={copy}:0.5", f"y={copy}", f"x={style}"]) == {"x": both, "y": copy}
     assert paths.base_loras([f"{copy}:0.5", str(style)]) == {str(copy): 0.5, str(style): 1.0}
     odd = tmp_path / "a:2"
@@ -123,7 +123,7 @@ def test_options_name_adapters_and_strengths(tmp_path, style):
     assert split_scale(str(odd), "--lora") == (odd, 1.0)
     for text in (f"{copy}:0", f"{copy}:-1", f"{copy}:nan"):
         with pytest.raises(UserError, match="is no positive number"):
-            paths.adapter_path([text])
+            paths.adapter_sum([text])
     with pytest.raises(UserError, match="given twice"):
         paths.base_loras([str(copy), f"{copy}:0.5"])
 
