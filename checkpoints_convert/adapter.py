@@ -46,6 +46,19 @@ class LoRAFile:
     unstated: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A place that states alphas.
+
+    Attributes:
+      read: maps a module and its rank to its alpha; None if none is stated.
+      by_module: whether modules may have alphas of their own.
+    """
+
+    read: Callable[[str, int], float | None]
+    by_module: bool
+
+
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
     """Find the weights and the PEFT config of an adapter folder or file, or of a run's workdir.
 
@@ -96,30 +109,23 @@ def open_lora_file(path: str | Path, alpha: float | None = None, merge: bool = F
         raise UserError(f"{weights}: {what}")
     if not merge and (what := lora_checks.not_plain(parsed, tensors)) is not None:
         raise UserError(f"{weights}: {what}")
-    stated = _stated(weights, config, metadata, merge)
-    described = {ADAPTER_CONFIG, f"{lora.HEADER} in its header"}
+    places = _places(weights, config, metadata, merge)
     scales, unstated = {}, False
     for module, parts in parsed.modules.items():
         if "a" not in parts:
             continue
         rank = int(tensors[parts["a"]].shape[0])
-        alphas: dict[str, float | None] = {}
-        for place, read in stated.items():
-            # The header of kohya's files also has the alpha that training began with.
-            if "alpha" not in parts or place in described:
-                alphas[place] = read(module, rank)
-        if "alpha" in parts:
-            alphas[parts["alpha"]] = _own_alpha(weights, tensors[parts["alpha"]])
+        own = tensors[parts["alpha"]] if "alpha" in parts else None
+        alphas = _alphas(weights, places, module, rank, own)
         if alpha is not None:
             alphas["--alpha"] = alpha
-        found = {place: value for place, value in alphas.items() if value is not None}
-        if len(set(found.values())) > 1:
-            each = ", ".join(f"{value:g} in {place}" for place, value in found.items())
+        if len(set(alphas.values())) > 1:
+            each = ", ".join(f"{value:g} in {place}" for place, value in alphas.items())
             raise UserError(f"{weights}: its alpha is {each}; make them equal")
-        if not found and (config is not None or not parsed.dialect.unstated):
+        if not alphas and (config is not None or not parsed.dialect.unstated):
             raise UserError(f"{weights}: {_unknown_alpha(weights, config)}")
-        unstated |= not found
-        place, value = next(iter(found.items()), ("", float(rank)))
+        unstated |= not alphas
+        place, value = next(iter(alphas.items()), ("", float(rank)))
         if value <= 0:
             raise UserError(
                 f"{weights}: alpha of {parts['a']} is {value:g} in {place}, so that the layer has "
@@ -140,6 +146,30 @@ def _unknown_alpha(weights: Path, config: Path | None) -> str:
     return f"its alpha is not known, since {where}; {remedy}"
 
 
+def _alphas(
+    weights: Path, places: Mapping[str, Place], module: str, rank: int, own: LazyTensor | None
+) -> dict[str, float]:
+    """Return every alpha that is stated for a module, by the place that states it.
+
+    Args:
+      weights: file of the adapter.
+      places: the places that may state it.
+      module: name of the module.
+      rank: its rank.
+      own: its alpha tensor; the scalars in the header of such a file are those that training began
+        with, and do not count.
+    """
+    found = {}
+    for name, place in places.items():
+        if own is None or place.by_module:
+            value = place.read(module, rank)
+            if value is not None:
+                found[name] = value
+    if own is not None:
+        found[own.name] = _own_alpha(weights, own)
+    return found
+
+
 def _own_alpha(weights: Path, tensor: LazyTensor) -> float:
     """Read the alpha of one module from its tensor."""
     if np.prod(tensor.shape, dtype=int) != 1:
@@ -152,12 +182,9 @@ def _own_alpha(weights: Path, tensor: LazyTensor) -> float:
         raise UserError(f"{weights}: tensor {tensor.name}: {error}") from None
 
 
-Read = Callable[[str, int], float | None]  # (module, its rank) -> alpha, if it is stated
-
-
-def _stated(
+def _places(
     weights: Path, config: Path | None, metadata: Mapping[str, str], merge: bool
-) -> dict[str, Read]:
+) -> dict[str, Place]:
     """Find the places that state alphas: the PEFT config and the header of the file.
 
     Args:
@@ -169,7 +196,7 @@ def _stated(
     Raises:
       UserError: the adapter is a variant of LoRA, states another rank, or its alpha is no number.
     """
-    places: dict[str, Read] = {}
+    places: dict[str, Place] = {}
 
     def state(file: Path, place: str, values: Mapping[str, Any]) -> None:
         lora.refuse_variants(values, lora.MERGEABLE if merge else ())
@@ -185,7 +212,7 @@ def _stated(
                 raise UserError(f"{file}: {what}; get both files again")
             return alpha
 
-        places[place] = read
+        places[place] = Place(read, by_module=True)
 
     if config is not None:
         with naming(config):
@@ -198,12 +225,12 @@ def _stated(
                 lora.fields_of_header(json.loads(metadata[lora.HEADER])),
             )
 
-    def scalar(name: str) -> Read:
+    def scalar(name: str) -> Place:
         def read(module: str, rank: int) -> float:
             with naming(weights):
                 return lora.number(metadata[name])
 
-        return read
+        return Place(read, by_module=False)
 
     return places | {
         f"{name} in its header": scalar(name) for name in lora.ALPHAS if name in metadata

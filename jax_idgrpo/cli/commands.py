@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
+from jax_idgrpo.cli import annotation, generators
 from jax_idgrpo.cli.paths import (
     adapter_sum,
     adapters,
