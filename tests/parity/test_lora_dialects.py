@@ -67,13 +67,13 @@ def our_velocity(folder, arrays, adapter=None) -> np.ndarray:
     return np.asarray(_velocity(model, *(jnp.asarray(arrays[name]) for name in names)))
 
 
-def peft_folder(folder, config, choose, **changes):
+def peft_folder(folder, config, choose, ranks_differ=True, **changes):
     """A PEFT folder as peft writes it: ranks and alphas of their own for chosen layers."""
     rng = np.random.default_rng(4)
     tensors, ranks, alphas = {}, {}, {}
     for number, layer in enumerate(filter(choose, lora_names.layers(config))):
         name, (inputs, outputs) = layer.spelled(DIFFUSERS), lora_names.shape(layer, config)
-        rank, alpha = 1 + number % 3, 2 + number % 4
+        rank, alpha = 1 + number % 3 if ranks_differ else 2, 2 + number % 4
         scale = 0.3 / np.sqrt(max(inputs, outputs))
         a, b = rng.standard_normal((rank, inputs)), rng.standard_normal((outputs, rank))
         tensors |= {
@@ -114,11 +114,12 @@ def test_peft_and_we_agree_on_mixed_adapters(base, tmp_path, rslora):
 
 @pytest.mark.parametrize("form", ["diffusers-lora", "comfyui", "kohya"])
 def test_diffusers_loads_our_exports(base, tmp_path, form):
-    """diffusers knows only the main blocks' names of ComfyUI and kohya."""
+    """diffusers knows only the main blocks' names of ComfyUI and kohya, and one rank in a file."""
     folder, arrays = base
     config = pipeline.load_transformer(folder).config
-    choose = SUBSETS["every linear layer" if form == "diffusers-lora" else "main blocks"]
-    source = peft_folder(tmp_path / "a", config, choose)
+    own = form == "diffusers-lora"
+    choose = SUBSETS["every linear layer" if own else "main blocks"]
+    source = peft_folder(tmp_path / "a", config, choose, ranks_differ=own)
     assert run("export", source, tmp_path / "anna", "--format", form) == 0
     model = torch_base(folder)
     pipe = WanVACEPipeline(
