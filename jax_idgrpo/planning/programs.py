@@ -72,26 +72,19 @@ def networks(config: Config, sizes: str | None) -> Architecture:
       UserError: the sizes are unknown, or there are neither sizes nor a checkpoint.
     """
     folder, model = config.model.folder(), config.model
-    run: dict[str, Any] = {
-        "rank": model.rank,
-        "alpha": model.alpha,
-        "remat": model.remat,
-        "unroll": model.unroll,
-    }
     if sizes is not None:
         if sizes not in SIZES:
             raise UserError(
                 f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a "
                 "checkpoint in model.path"
             )
-        return Architecture(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
+        return Architecture(SIZES[sizes][model.kind](), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
     if not folder.is_dir():
         raise UserError(
             f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for "
             "published sizes without it"
         )
-    found = read_architecture(folder)
-    return dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **run))
+    return read_architecture(folder)
 
 
 # ---- the programs --------------------------------------------------------------------------------

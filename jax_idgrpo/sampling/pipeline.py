@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
-from checkpoints_convert.places import checkpoint_place, hub_remedy
+from checkpoints_convert.places import LoRASum, checkpoint_place, hub_remedy
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.config.model_kinds import MODEL_KINDS
@@ -37,7 +37,7 @@ from jax_idgrpo.sampling.adapters import (
     BASE,
     add_adapter,
     load_lora_state,
-    lora_scale,
+    lora_config,
     with_adapter,
 )
 from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer
@@ -76,18 +76,17 @@ class Pipeline:
     kind: str
     path: Path
 
-    def load_lora(self, path: str | Path) -> None:
+    def load_lora(self, path: str | Path | LoRASum) -> None:
         """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
         Args:
-          path: a PEFT directory, the workdir of a run, or a file of weights (tensor names with or
-            without `base_model.model.` or `transformer.`).
+          path: a PEFT directory, the workdir of a run, or a file of weights in any dialect of
+            `checkpoints_convert.lora_dialects`; or a sum of these.
 
         Raises:
           UserError: the adapter is of another model or of an unsupported kind.
         """
-        rank, alpha = lora_scale(path)
-        config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
+        config = lora_config(path, self.transformer.config)
         self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
 
 

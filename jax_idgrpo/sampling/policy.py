@@ -106,9 +106,10 @@ class Policy:
         cache = self.prefill(inputs) if cache is None else cache
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
         lora, x, main, vace = jax.lax.optimization_barrier((inputs.lora, x, cache.main, cache.vace))
-        base, timestep, conditioning, control = jax.lax.optimization_barrier(
-            (inputs.base, timestep, inputs.conditioning, cache.control)
+        base, timestep, conditioning = jax.lax.optimization_barrier(
+            (inputs.base, timestep, inputs.conditioning)
         )
+        control = jax.lax.optimization_barrier(cache.control)  # LoRA may be before it
         frames = x.shape[1]
 
         def repeat(array: Array) -> Array:

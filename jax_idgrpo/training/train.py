@@ -27,14 +27,19 @@ from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
+from jax_idgrpo.parallel.hosts import (
+    any_process,
+    assert_same_across_hosts,
+    folder_facts,
+    to_host,
+)
 from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.policy import PolicyInputs
-from jax_idgrpo.training.checkpoint import open_checkpoints, resume
+from jax_idgrpo.training.checkpoint import keep_base, open_checkpoints, resume, stored_steps
 from jax_idgrpo.training.keeper import Keeper
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.profiling import Profile
@@ -96,6 +101,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         listed,
         workdir=workdir / "checkpoints",
         adapter=Path(config.model.adapter or workdir / "none"),
+        **{f"base LoRA {path}": Path(path) for path in config.model.base_loras},
     )
     run = build(config, mesh)
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
@@ -108,6 +114,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
+    base = {path: folder_facts(Path(path)) for path in config.model.base_loras}
+    keep_base(workdir, base, resumes=bool(stored_steps(manager)))
     state = resume(workdir, config, manager, fresh, listed)
     done = int(state.step)
     keeper = Keeper(manager, workdir / "export", config, run.pipe.transformer.config)
