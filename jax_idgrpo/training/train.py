@@ -23,6 +23,7 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
@@ -122,7 +123,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     keeper.begin(state)
     traced = Profile(profile, done, last)
     before = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done]
-    failed, constant = failed_in_a_row(before), constant_in_a_row(before)
+    # Network file systems cache files, so the other processes may read an older one.
+    failed, constant = decided(lambda: [failed_in_a_row(before), constant_in_a_row(before)])
     watch = begin_watch(run, fresh.ema, workdir / "watch") if config.run.watch_every else None
     del fresh
 
