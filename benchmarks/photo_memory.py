@@ -12,7 +12,6 @@ photo; the networks are loaded and compiled before. The video model is the bundl
 """
 
 import argparse
-import functools
 import multiprocessing
 import os
 import tempfile
@@ -125,7 +124,7 @@ def main() -> None:
         pipe = load_pipeline(EMBEDDED / "pipeline")
 
         def prepare(prompts: Sequence[Prompt], cache: conditioning.Cache) -> None:
-            encoder = functools.partial(conditioning.keep_photo, pipe, config, cache)
+            encoder = conditioning.photo_encoder(pipe, config, cache, prompts)
             check_references(reward, prompts, consume=encoder)
 
         def encode(prompts: Sequence[Prompt], cache: conditioning.Cache) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ class Network:
       tensors: tensors of the files, by the names of the layout.
       source: the opened file or folder.
       original: config.json of the original layout, if there was one.
-      surplus: whether additional tensors are ignored, as for the published Phantom file.
+      surplus: pattern of additional tensors that are ignored, as in the published Phantom file.
     """
 
     part: str
@@ -47,7 +48,7 @@ class Network:
     tensors: Mapping[str, LazyTensor]
     source: Path
     original: Mapping[str, Any] | None = None
-    surplus: bool = False
+    surplus: str = ""
 
     @functools.cached_property
     def slots(self) -> list[Slot]:
@@ -65,7 +66,8 @@ class Network:
         def is_ignored(name: str, tensor: LazyTensor) -> bool:
             # Integer scalars are counters, such as the number of a step.
             counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)
-            return self.surplus or counter or name.startswith(prefixes)
+            surplus = self.surplus != "" and re.match(self.surplus, name) is not None
+            return surplus or counter or name.startswith(prefixes)
 
         return sorted(
             name

@@ -5,12 +5,20 @@ Networks are imported inside the functions, so that help and mistakes answer at 
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import generators
-from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path
+from jax_idgrpo.cli import annotation, generators, ingesting
+from jax_idgrpo.cli.paths import (
+    adapter_sum,
+    adapters,
+    base_loras,
+    existing,
+    prompts_path,
+    start_runtime,
+)
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import require_writable
 
@@ -30,14 +38,6 @@ class Command:
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace, list[tuple[str, str]]], None]
     configured: bool = True
-
-
-def _start() -> None:
-    """Initialise the distributed runtime (see `parallel.hosts`) before the first JAX call."""
-    from jax_idgrpo.parallel.hosts import initialise, trim_heap_after_compile
-
-    initialise()
-    trim_heap_after_compile()
 
 
 def _config_option(parser: argparse.ArgumentParser) -> None:
@@ -65,13 +65,25 @@ def _grpo_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for a trace of the second and third step, and the seconds of each phase",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapter that is merged into the frozen base; may be given several times",
+    )
 
 
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    if arguments.lora:
+        if "model.base_loras" in dict(overrides):
+            raise UserError("--lora and --model.base_loras are the same; give one of them")
+        merged = json.dumps(base_loras(arguments.lora))
+        overrides = [*overrides, ("model.base_loras", merged)]
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(arguments.workdir, "--workdir")
     profile = require_writable(arguments.profile, "--profile") if arguments.profile else None
-    _start()
+    start_runtime()
     from jax_idgrpo.training.train import train
 
     train(config, workdir, profile)
@@ -80,7 +92,7 @@ def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
 def _finetune(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(arguments.workdir, "--workdir")
-    _start()
+    start_runtime()
     from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
@@ -95,7 +107,7 @@ def _train_reward(arguments: argparse.Namespace, overrides: list[tuple[str, str]
             "finetune for other tasks"
         )
     workdir = require_writable(arguments.workdir, "--workdir")
-    _start()
+    start_runtime()
     from jax_idgrpo.training.finetune import finetune
 
     finetune(config, workdir)
@@ -113,16 +125,20 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl"
     )
     parser.add_argument(
-        "--lora", metavar="PATH", help="adapter to sample with; without it the base model"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapter to sample with, at a strength; several are added; without it the base model",
     )
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
-    lora = adapter_path(arguments.lora) if arguments.lora else None
+    lora = adapter_sum(arguments.lora)
     out = require_writable(arguments.out, "--out")
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import sample
 
     sample(config, prompts, out, lora)
@@ -177,7 +193,7 @@ def _score(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
     report = require_writable(arguments.report, "--report") if arguments.report else None
     lines = arguments.out or f"{arguments.report}/scores.jsonl"
     out = require_writable(lines, "--out", folder=False)
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import score
 
     if report is None:
@@ -201,8 +217,8 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=PATH",
-        help="adapters to compare with the base",
+        metavar="NAME=PATH[:SCALE]",
+        help="adapters to compare with the base; those of one name are added",
     )
 
 
@@ -211,7 +227,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
     out = require_writable(arguments.out, "--out")
-    _start()
+    start_runtime()
     from jax_idgrpo.evaluation.commands import evaluate
 
     evaluate(config, prompts, out, loras)
@@ -320,6 +336,11 @@ COMMANDS = {
         _score_options,
         _score,
     ),
+    "annotate": Command(
+        "label pairs of videos, by a reward or by people on a local web page",
+        annotation.annotate_options,
+        annotation.annotate,
+    ),
     "evaluate": Command(
         "base against adapters on held-out prompts, with bootstrap intervals",
         _evaluate_options,
@@ -339,6 +360,12 @@ COMMANDS = {
         "one HTML page of a run: curves, videos side by side, table, configuration",
         _report_options,
         _report,
+        configured=False,
+    ),
+    "ingest": Command(
+        "clips of people with reference photos, from films",
+        ingesting.ingest_options,
+        ingesting.ingest,
         configured=False,
     ),
     "pairs": Command(

@@ -78,6 +78,9 @@ class RewardConfig(Section):
         0.5, "weight of the soft minimum over people against their mean", least=0, most=1
     )
     head: str = option("", 'folder of a trained reward head, which replaces the formula; "" = none')
+    linear: str = option(
+        "", 'folder of a fitted linear reward, which replaces the formula; "" = none'
+    )
     vlm: str = option(
         "", 'folder of a vision-language reward, which replaces the face reward; "" = none'
     )
@@ -123,16 +126,17 @@ class RewardConfig(Section):
             "do without face networks",
         )
         require(
-            not (self.head and self.vlm),
-            "reward.head and reward.vlm are mutually exclusive; leave one empty",
+            sum(map(bool, (self.head, self.linear, self.vlm))) < 2,
+            "reward.head, reward.linear and reward.vlm are mutually exclusive; set one of them",
         )
         require(
             not self.custom or re.fullmatch(r".+:[A-Za-z_]\w*", self.custom) is not None,
             f"reward.custom is {self.custom!r}; use package.module:function or file.py:function",
         )
         require(
-            not (self.custom and (self.head or self.vlm or self.backend)),
-            "reward.custom excludes reward.head, reward.vlm and reward.backend; leave them empty",
+            not (self.custom and (self.head or self.linear or self.vlm or self.backend)),
+            "reward.custom excludes reward.head, reward.linear, reward.vlm and reward.backend; leave "
+            "them empty",
         )
         require(
             not (self.custom and self.mixture),
@@ -144,9 +148,9 @@ class RewardConfig(Section):
             "leave it out",
         )
         require(
-            not (self.head and self.backend),
-            "reward.head reads the faces of reward.faces, and reward.backend takes others; leave "
-            "one empty",
+            not ((self.head or self.linear) and self.backend),
+            "reward.head and reward.linear read the faces of reward.faces, and reward.backend takes "
+            "others; leave one empty",
         )
         low, high = self.similarity_low, self.similarity_high
         require(
@@ -205,7 +209,7 @@ class EvaluateConfig(Section):
     )
     guidance: float = option(0.0, "guidance scale of the prompt; 0 = the rollout's")
     image_guidance: float = option(
-        0.0, "guidance scale of the photos, for Phantom; 0 = the rollout's"
+        0.0, "guidance scale of the photos, for all kinds but vace; 0 = the rollout's"
     )
     batch: int = option(32, "videos per program call, rounded up to what the mesh divides", least=1)
     bootstrap: int = option(2000, "resamples of a bootstrap interval", least=1)

@@ -383,6 +383,25 @@ def write_video(
 
 
 @contextlib.contextmanager
+def video_writer(
+    path: Path, size: tuple[int, int], rate: float, quality: Quality = Quality()
+) -> Iterator[Callable[[UInt8[np.ndarray, "height width 3"]], None]]:
+    """Yield a function that appends a frame to an mp4 file.
+
+    Frames are written one by one, so memory does not grow with their number.
+
+    Args:
+      path: path of the file, in an existing folder.
+      size: height and width in pixels, both even.
+      rate: frames per second; the file has 1 to 240.
+      quality: encoding quality.
+    """
+    steady = Fraction(min(max(rate, 1), 240)).limit_denominator(1001)
+    with _encoder(str(path), size, steady, quality) as encode:
+        yield encode
+
+
+@contextlib.contextmanager
 def preview(
     path: Path, size: tuple[int, int], rate: float, side: int
 ) -> Iterator[Callable[[UInt8[np.ndarray, "height width 3"]], None]]:
@@ -398,8 +417,7 @@ def preview(
     """
     factor = min(side / max(size), 1.0)
     height, width = (max(2 * round(factor * length / 2), 2) for length in size)
-    steady = Fraction(min(max(rate, 1), 240)).limit_denominator(1001)
-    with _encoder(str(path), (height, width), steady, Quality(23)) as encode:
+    with video_writer(path, (height, width), rate, Quality(23)) as encode:
 
         def add(frame: UInt8[np.ndarray, "height width 3"]) -> None:
             picture = Image.fromarray(frame)

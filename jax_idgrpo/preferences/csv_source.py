@@ -107,6 +107,17 @@ class Pair:
         return self.row.read().fps
 
 
+def check_dimensions(dimensions: Sequence[str]) -> None:
+    """Refuse repeated dimensions, and names of other columns.
+
+    Raises:
+      UserError: a dimension cannot be used.
+    """
+    reserved = {*COLUMNS, "", "source", "annotator"}
+    if not dimensions or len(set(dimensions)) < len(dimensions) or reserved & set(dimensions):
+        raise UserError(f"--dimensions {','.join(dimensions)}: name dimensions, each once")
+
+
 def load_pairs(path: str | Path, dimensions: Sequence[str]) -> list[Pair]:
     """Load the pairs of a CSV with the labels of `dimensions`.
 

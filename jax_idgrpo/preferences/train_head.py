@@ -189,7 +189,7 @@ def collate(pairs: Sequence[Pair], sides: Sides) -> PairBatch:
     )
 
 
-def differences(head: Head, sides: Sides) -> Differences:
+def differences(head: Callable[[Tokens], Array], sides: Sides) -> Differences:
     """Make the function that scores pairs whose tokens are in `sides`."""
 
     def of(pairs: Sequence[Pair]) -> Float[np.ndarray, "N 1"]:

@@ -1,9 +1,10 @@
 """User-provided clips with photos of the people in them: the folder's CSV, and the splits.
 
 The folder holds `clips.csv`: a prompts CSV (`data.prompts`) with an additional column `path`, the
-video file of the row's prompt and people. A person is identified by the content of the photo:
-rows with the same file, or with copies of it, show the same person. Every person needs exactly one
-photo.
+video file of the row's prompt and people. A person is identified by the name in the column `people`
+(names joined by `;` in the order of `ref_paths`, as `idgrpo ingest` writes it). Without that column,
+the content of the photo identifies the person: rows with the same file, or with copies of it, show
+the same person, and every person needs exactly one photo.
 
 People who co-occur in a clip, directly or through others, form one identity cluster; clusters are
 never split across train and test. A hash of the cluster's photos selects its split: "train" with
@@ -15,7 +16,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_idgrpo.data.prompts import COLUMNS, load_prompts, read_rows
+from jax_idgrpo.data.prompts import COLUMNS, SEPARATOR, load_prompts, read_rows
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
@@ -28,7 +29,7 @@ UPTO = {"train": 0.8, "rl": 0.9, "eval": 1.0}
 class Clip:
     """A row of clips.csv.
 
-    people: hash of each photo's content. cluster: smallest hash of the identity cluster.
+    people: hash of each person's name or photo. cluster: smallest hash of the identity cluster.
     """
 
     video: Path
@@ -61,12 +62,23 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
                 f"clips {csv}, line {line}: {video} is no file; "
                 "write the video's path relative to the CSV"
             )
+        names = [name.strip() for name in (row.get("people") or "").split(SEPARATOR)]
+        if any(names) and len(names) != prompt.people:
+            raise UserError(
+                f"clips {csv}, line {line}: {len(names)} names in people and {prompt.people} photos; "
+                f"name every person once, joined by {SEPARATOR}"
+            )
         people = tuple(
-            hashlib.sha256(photo.read_bytes()).hexdigest() for photo in prompt.references
+            hashlib.sha256(content).hexdigest()
+            for content in (
+                map(str.encode, names)
+                if any(names)
+                else (photo.read_bytes() for photo in prompt.references)
+            )
         )
         if len(set(people)) < len(people):
             raise UserError(
-                f"clips {csv}, line {line}: two of the photos are the same; "
+                f"clips {csv}, line {line}: two of the people are the same; "
                 "name one photo per person"
             )
         clips.append(Clip(video, prompt.text, prompt.references, people))

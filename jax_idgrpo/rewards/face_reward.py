@@ -1,7 +1,8 @@
 """Detect, align, embed, match and score faces as one program on the device.
 
 Reference people are matched to faces frame by frame. Their similarity is the reward (`identity`),
-or a trained network scores the matched and tracked faces (`head`). Each reference photo is encoded
+or a trained network (`head`) or
+weighted sum (`linear`) scores the matched and tracked faces. Each reference photo is encoded
 once, at its own size (`photo_faces`).
 """
 
@@ -20,6 +21,7 @@ from jax_idgrpo.rewards.base import ReferenceFaces, Terms, frame_numbers
 from jax_idgrpo.rewards.faces import FaceStack, align, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
+from jax_idgrpo.rewards.linear import LinearReward
 from jax_idgrpo.rewards.photo_copy import SIDE
 from jax_idgrpo.rewards.photo_faces import (
     RATIOS,
@@ -102,7 +104,11 @@ class FaceReward:
     motion_of_all_frames = False
 
     def __init__(
-        self, stack: FaceStack, config: IdentityConfig, frames: int = 0, head: Head | None = None
+        self,
+        stack: FaceStack,
+        config: IdentityConfig,
+        frames: int = 0,
+        head: Head | LinearReward | None = None,
     ):
         """Split the networks and compile the programs lazily.
 
@@ -110,7 +116,7 @@ class FaceReward:
           stack: detector, alignment and embedder.
           config: constants of the identity reward.
           frames: number of evenly spaced frames to score; 0 means all.
-          head: optional learned head; if given, reward = head score - penalties.
+          head: optional learned reward; if given, reward = its score - penalties.
         """
         self.graph, self.state = nnx.split((stack, head))
         graph = self.graph

@@ -18,8 +18,9 @@ from jax_idgrpo.rewards.custom import CustomReward, load_function
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import FaceStack, Settings, load_settings, load_stack, reward_settings
-from jax_idgrpo.rewards.head import fingerprint, load_head
+from jax_idgrpo.rewards.head import Head, fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
+from jax_idgrpo.rewards.linear import LinearReward, load_linear
 from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 
@@ -105,17 +106,21 @@ def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> F
 
 def assigning(config: RewardConfig) -> RewardConfig:
     """Return the configuration of the face reward with the embedder of `reward.faces` alone."""
-    return dataclasses.replace(config, head="", vlm="", custom="", backend="")
+    return dataclasses.replace(config, head="", linear="", vlm="", custom="", backend="")
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
-    """Create the face reward from the networks of `reward.faces`, with the configured head if any.
+    """Create the face reward from the networks of `reward.faces`, with the configured learned reward if any.
 
     Raises:
-      UserError: a network is missing or damaged, or the head was trained on others.
+      UserError: a network is missing or damaged, or the learned reward was trained on others.
     """
     stack = load_stack(config.folder(), "embedder")
-    head = load_head(Path(config.head), fingerprint(stack), config) if config.head else None
+    head: Head | LinearReward | None = None
+    if config.head:
+        head = load_head(Path(config.head), fingerprint(stack), config)
+    elif config.linear:
+        head = load_linear(Path(config.linear), fingerprint(stack), config)
     constants = identity_constants(config, reward_settings(config), copy_calibration(stack))
     return _on_mesh(FaceReward(stack, constants, config.frames, head), mesh)
 

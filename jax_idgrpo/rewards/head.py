@@ -263,7 +263,7 @@ def seen(values: Float[np.ndarray, "N P"]) -> Float[np.ndarray, "2 P"]:
     return np.stack([values.min(0), values.max(0)])
 
 
-def _within(values: Float[Array, "*n P"], seen: Float[Array, "2 P"]) -> Float[Array, "*n P"]:
+def scale_to_range(values: Float[Array, "*n P"], seen: Float[Array, "2 P"]) -> Float[Array, "*n P"]:
     """Clip features to the range and map it to [-1, 1]; an empty range maps to 0."""
     low, high = seen
     middle, half = (low + high) / 2, (high - low) / 2
@@ -299,7 +299,7 @@ class Head(nnx.Module):
 
     def __call__(self, given: Tokens) -> Float[Array, " B"]:
         """Return the score of every video, in log-odds; higher is better."""
-        x = _within(given.people, self.people[...])
+        x = scale_to_range(given.people, self.people[...])
         for layer in self.phi:
             x = jax.nn.gelu(layer(x))
         asked, some = given.mask[..., None], jnp.any(given.mask, -1, keepdims=True)
@@ -309,7 +309,7 @@ class Head(nnx.Module):
             jnp.max(jnp.where(asked, x, -jnp.inf), 1),
         )
         pooled = [mean, *(jnp.where(some, end, 0.0) for end in (least, most))]
-        x = self.norm(jnp.concatenate([*pooled, _within(given.video, self.video[...])], -1))
+        x = self.norm(jnp.concatenate([*pooled, scale_to_range(given.video, self.video[...])], -1))
         for layer in self.layers[:-1]:
             x = jax.nn.gelu(layer(x))
         return self.layers[-1](x)[..., 0]
@@ -351,6 +351,34 @@ def save_head(head: Head, folder: Path, networks: str, config: RewardConfig) -> 
     store.write_json(folder / f"{NAME}.json", values)
 
 
+def check_trained_with(
+    values: Mapping[str, object], networks: str, config: RewardConfig, what: str
+) -> None:
+    """Refuse a learned reward that was trained with other face networks or settings.
+
+    Args:
+      values: the stored description, with the entries "networks" and "reading".
+      networks: `fingerprint` of the current face networks.
+      config: current configuration.
+      what: names the reward in messages.
+
+    Raises:
+      UserError: networks or settings differ.
+    """
+    if values.get("networks") != networks:
+        raise UserError(
+            f"{what}: was trained on other face networks than reward.faces has; name those, or train it again"
+        )
+    trained = values.get("reading")
+    trained = trained if isinstance(trained, Mapping) else {}
+    for name, value in reading(config).items():
+        if trained.get(name) != value:
+            then = trained.get(name)
+            raise UserError(
+                f"{what}: was trained with reward.{name} {then}, not {value}; pass --reward.{name} {then}"
+            )
+
+
 def load_head(folder: Path, networks: str, config: RewardConfig) -> Head:
     """Read the files of `save_head`.
 
@@ -368,17 +396,7 @@ def load_head(folder: Path, networks: str, config: RewardConfig) -> Head:
         raise UserError(
             f"{what}: was trained on other tokens than this version computes; train it again"
         )
-    if values.get("networks") != networks:
-        raise UserError(
-            f"{what}: was trained on other face networks than reward.faces has; name those, or train it again"
-        )
-    trained = values.get("reading") or {}
-    for name, value in reading(config).items():
-        if trained.get(name) != value:
-            then = trained.get(name)
-            raise UserError(
-                f"{what}: was trained with reward.{name} {then}, not {value}; pass --reward.{name} {then}"
-            )
+    check_trained_with(values, networks, config, what)
     graph, abstract = nnx.split(
         nnx.eval_shape(
             lambda: Head(np.zeros((2, len(PEOPLE))), np.zeros((2, len(VIDEO))), rngs=nnx.Rngs(0))

@@ -15,19 +15,13 @@ size of videos. Photos are stored in a temporary folder, each once. There is no 
 import dataclasses
 import functools
 import hashlib
-import importlib
-import ipaddress
-import os
 import pickle
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -39,6 +33,7 @@ from jax_idgrpo.data.photos import load_reference
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.local_server import address_of, leave, listen, require_packages
 from jax_idgrpo.rewards import exchange, pickles
 from jax_idgrpo.rewards.base import Photo, References, check_references
 from jax_idgrpo.rewards.exchange import Refused, Video
@@ -241,7 +236,7 @@ def make_app(service: Service) -> Any:
     Raises:
       UserError: Starlette or uvicorn is not installed.
     """
-    _require_packages()
+    require_packages("serve-reward")
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import ClientDisconnect, Request
@@ -318,53 +313,6 @@ def _pickled_error(value: Mapping[str, str]) -> bytes:
     return pickle.dumps(dict(value), protocol=4)
 
 
-def _require_packages() -> None:
-    try:
-        for name in ("starlette", "uvicorn"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"serve-reward needs {error.name}, which is not installed; pip install "
-            "'jax-idgrpo[serve]'"
-        ) from None
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket, with a warning if other machines can reach it.
-
-    Args:
-      host: address or name of this machine.
-      port: port; 0 takes a free one.
-
-    Raises:
-      UserError: the address cannot be used.
-    """
-    if not 0 <= port <= 65535:
-        raise UserError(f"--port {port}: is no port; use 1 to 65535, or 0 for a free one")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        opened = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        number = error.errno or 0  # that of an unknown name is negative
-        reason = os.strerror(number) if number > 0 else error.strerror or error
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({reason}); use another port, or "
-            "end the program that has it"
-        ) from None
-    if not ipaddress.ip_address(opened.getsockname()[0]).is_loopback:
-        print(
-            f"idgrpo: warning: {_address(opened)} can be reached from other machines, and anyone "
-            "there may use it",
-            file=sys.stderr,
-        )
-    return opened
-
-
-def _address(opened: socket.socket) -> str:
-    host, port = opened.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def serve(config: Config, host: str, port: int, prompts: Path | None = None) -> None:
     """Serve the reward of a configuration until the process is stopped.
 
@@ -377,10 +325,10 @@ def serve(config: Config, host: str, port: int, prompts: Path | None = None) -> 
     Raises:
       UserError: a package is missing, the address cannot be used, or the reward cannot be made.
     """
-    _require_packages()
+    require_packages("serve-reward")
     import uvicorn
 
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     with listen(host, port) as opened, tempfile.TemporaryDirectory(prefix="idgrpo-") as folder:
         app = make_app(Service(config, Path(folder), prompts))
         server = uvicorn.Server(
@@ -392,10 +340,5 @@ def serve(config: Config, host: str, port: int, prompts: Path | None = None) -> 
                 limit_concurrency=MAX_REQUESTS,
             )
         )
-        print(f"serving the reward at {_address(opened)}/score", flush=True)
+        print(f"serving the reward at {address_of(opened)}/score", flush=True)
         server.run(sockets=[opened])
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Exit on SIGTERM so that the temporary folder is removed."""
-    sys.exit(128 + number)

@@ -11,18 +11,19 @@ diffusers puts the last photo first; g is the same for every prompt. Rows with f
 other frames keep the rotary positions that they have without padding, and the padding is masked, so
 a row does not depend on the other rows of its batch.
 
-Phantom has no control. The clean latents of the photos, one frame each, follow the video,
+The other kinds have no control. The clean latents of the photos, one frame each, follow the video,
 `[T video, M references, max_people - M padding]`. They are inputs of the transformer only; the
-video is denoised.
+video is denoised. `config.model_kinds` lists whether the padding is masked, and whether photos
+attend to the text.
 
 Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`,
-`prepare_masks`); Phantom-video/Phantom, `subject2video.py`.
+`prepare_masks`); for the other kinds those of `config.model_kinds`.
 """
 
 import hashlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -34,7 +35,7 @@ from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
-from jax_idgrpo import flow
+from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, DataConfig
 from jax_idgrpo.data.photos import load_reference, on_white
 from jax_idgrpo.data.prompts import Prompt
@@ -67,14 +68,16 @@ class Conditioning:
     """Conditioning of P prompts.
 
     Each row denoises `frames` latent frames: max_people + T for VACE, `[references, video,
-    padding]`, and T for Phantom, `[video]`.
+    padding]`, and T for the other kinds, `[video]`.
 
     Attributes:
       text: text embeddings, zero after the prompt's end.
-      control: VACE's control, zero in the padding; None for Phantom.
+      control: VACE's control, zero in the padding; None for the other kinds.
       frame_mask: False in the padding.
       references: number of people, per row.
-      reference_latents: Phantom's clean latents of the photos, zero in the padding; None for VACE.
+      reference_latents: clean latents of the photos, zero in the padding; None for VACE.
+      padding_attended: whether the padding after the photos is attended to (SkyReels-V3).
+      photos_read_text: whether the tokens of the photos attend to the text (all but RefAlign).
     """
 
     text: Float[Values, "P L D"]
@@ -82,6 +85,8 @@ class Conditioning:
     frame_mask: Bool[Values, "P frames"]
     references: Int[Values, " P"]
     reference_latents: Float[Values, "P M H W C"] | None = None
+    padding_attended: bool = struct.field(pytree_node=False, default=False)
+    photos_read_text: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -93,7 +98,7 @@ class Conditioning:
 
     @property
     def reference_mask(self) -> Bool[Values, "P M"]:
-        """True on the photos, False in the padding after them (Phantom)."""
+        """True on the photos, False in the padding after them; not for VACE."""
         assert self.reference_latents is not None
         return jnp.arange(self.reference_latents.shape[1]) < self.references[:, None]
 
@@ -165,7 +170,7 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
 def whole_canvas(
     image: Image.Image, height: int, width: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Scale the image as `canvas` does, in Phantom's way: one Lanczos resize.
+    """Scale the image as `canvas` does, with one Lanczos resize: all kinds but VACE.
 
     Args:
       image: of any mode and size.
@@ -222,9 +227,11 @@ def control(
 
 
 @nnx.jit
-def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[Array, "B T h w C"]:
+def _encode_video(
+    vae: nnx.Module, video: Float[Values, "B F H W 3"], noise: Values | None = None
+) -> Float[Array, "B T h w C"]:
     _, frames, height, width, _ = video.shape
-    return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8))
+    return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8), noise)
 
 
 @nnx.jit
@@ -388,7 +395,10 @@ def encode(
             text=text, control=np.stack(controls), frame_mask=mask, references=references
         )
     reference_latents = [
-        np.pad(photos[prompt.id], ((0, data.max_people - prompt.people), (0, 0), (0, 0), (0, 0)))
+        np.pad(
+            photos[prompt.id],
+            ((0, config.reference_frames - prompt.people), (0, 0), (0, 0), (0, 0)),
+        )
         for prompt in prompts
     ]
     mask = np.ones((len(prompts), frames), bool)
@@ -398,6 +408,8 @@ def encode(
         frame_mask=mask,
         references=references,
         reference_latents=np.stack(reference_latents),
+        padding_attended=config.kind.slots > 0,
+        photos_read_text=config.kind.photos_read_text,
     )
 
 
@@ -410,35 +422,68 @@ def _encode_photos(
             f"prompt {prompt.id}: has {prompt.people} reference photos; "
             f"data.max_people allows 1 to {config.data.max_people}"
         )
-    return np.concatenate([_encode_photo(pipe, config, cache, file) for file in prompt.references])
+    return np.concatenate(
+        [_encode_photo(pipe, config, cache, prompt, number) for number in range(prompt.people)]
+    )
 
 
 def _encode_photo(
-    pipe: Pipeline, config: Config, cache: Cache, file: File, image: Image.Image | None = None
+    pipe: Pipeline,
+    config: Config,
+    cache: Cache,
+    prompt: Prompt,
+    number: int,
+    image: Image.Image | None = None,
 ) -> Float[np.ndarray, "1 H W C"]:
-    """Return the latent frame of a photo from the cache, or make it from `image` or the file."""
-    video = config.video
-    if (file, video) in cache.photos:
-        return cache.photos[file, video]
-    fit = canvas if config.model.kind == "vace" else whole_canvas
-    # The canvas depends on the photo's own size: it is not made from a smaller copy.
-    pixels = fit(load_reference(file) if image is None else image, video.height, video.width)
-    latents = to_host(_encode_video(pipe.vae, pixels[None, None]))[0]
-    cache.photos.keep((file, video), latents)
-    return latents
-
-
-def keep_photo(
-    pipe: Pipeline, config: Config, cache: Cache, file: File, image: Image.Image
-) -> None:
-    """Encode a photo that is decoded already, unless the cache is full.
+    """Return the latent frame of a prompt's photo from the cache, or make it.
 
     Args:
       pipe: supplies the VAE.
       config: of the run.
       cache: of the run.
-      file: the photo, as prompts name it.
-      image: its pixels at its own size, upright RGB.
+      prompt: the prompt.
+      number: of the photo in the prompt.
+      image: the photo, upright RGB; None decodes the file.
     """
-    if not cache.photos.full:
-        _encode_photo(pipe, config, cache, file, image)
+    video, file = config.video, prompt.references[number]
+    sampled = config.kind.photos_sampled
+    name = (file, video, prompt.id, number) if sampled else (file, video)
+    if name in cache.photos:
+        return cache.photos[name]
+    fit = canvas if config.model.kind == "vace" else whole_canvas
+    # The canvas depends on the photo's own size: it is not made from a smaller copy.
+    pixels = fit(load_reference(file) if image is None else image, video.height, video.width)
+    noise = None
+    if sampled:
+        key = rng.fold(rng.fold(rng.key(config.run.seed, "photo"), prompt.id), number)
+        shape = (1, 1, video.height // 8, video.width // 8, pipe.vae.config.z_dim)
+        noise = to_host(jax.random.normal(key, shape, jnp.float32))
+    latents = to_host(_encode_video(pipe.vae, pixels[None, None], noise))[0]
+    cache.photos.keep(name, latents)
+    return latents
+
+
+def photo_encoder(
+    pipe: Pipeline, config: Config, cache: Cache, prompts: Sequence[Prompt]
+) -> Callable[[File, Image.Image], None]:
+    """Return a function that encodes a decoded photo for the prompts that show it.
+
+    Photos of other prompts are left out, and so are further photos once the cache is full.
+
+    Args:
+      pipe: supplies the VAE.
+      config: of the run.
+      cache: of the run.
+      prompts: the prompts that will be encoded.
+    """
+    uses: dict[File, list[tuple[Prompt, int]]] = {}
+    for prompt in prompts:
+        for number, file in enumerate(prompt.references):
+            uses.setdefault(file, []).append((prompt, number))
+
+    def encode(file: File, image: Image.Image) -> None:
+        for prompt, number in uses.get(file, []):
+            if not cache.photos.full:
+                _encode_photo(pipe, config, cache, prompt, number, image)
+
+    return encode

@@ -6,6 +6,7 @@ last two, so an interrupted and resumed run is bitwise equal to an uninterrupted
 
 import dataclasses
 import functools
+import importlib
 import math
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from jax_idgrpo.training.checkpoint import open_checkpoints, resume, save
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
-from jax_idgrpo.training.task import Task, make_task
+from jax_idgrpo.training.task import FITTED, Task, make_task
 
 Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -77,6 +78,8 @@ def make_step(
 def finetune(config: Config, workdir: Path) -> None:
     """Train `config.finetune.task` for `config.run.steps` steps; resume if the workdir has a run.
 
+    A task of `FITTED` is solved at once instead.
+
     Writes `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`. The export
     contains the averaged weights and is also written to `finetune.out`. On SIGTERM, SIGHUP or
     Ctrl-C, a checkpoint is written and the process exits with status 128 plus the signal's number.
@@ -84,6 +87,9 @@ def finetune(config: Config, workdir: Path) -> None:
     Raises:
       UserError: the workdir or the configuration cannot be used, or the loss is not finite.
     """
+    if module := FITTED.get(config.finetune.task):
+        importlib.import_module(module).train(config, workdir)
+        return
     # ---- set up ----------------------------------------------------------------------------------
     seed, last = config.run.seed, config.run.steps
     task = make_task(config)

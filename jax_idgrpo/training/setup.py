@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
-from PIL import Image
 
+from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, prompt_batch
-from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Consumer, Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import Planned, planned_reward
-from jax_idgrpo.sampling import conditioning, policy, rollout
+from jax_idgrpo.sampling import conditioning, lora_layers, lora_sum, policy, rollout
+from jax_idgrpo.sampling.adapters import add_adapter
 from jax_idgrpo.sampling.pipeline import (
     Architecture,
     Pipeline,
@@ -28,7 +28,7 @@ from jax_idgrpo.sampling.pipeline import (
     pipeline_shapes,
     read_architecture,
 )
-from jax_idgrpo.training.selection import check_mixture
+from jax_idgrpo.training.selection import check_terms
 from jax_idgrpo.training.state import make_optimizer, start
 from jax_idgrpo.training.update import UpdateRule
 
@@ -88,7 +88,9 @@ def build(
     if abstract:
         found = architecture or read_architecture(model.folder())
         running: dict[str, Any] = dict(
-            rank=model.rank, alpha=model.alpha, remat=model.remat, unroll=model.unroll
+            lora_layers.configured(model, found.transformer),
+            remat=model.remat,
+            unroll=model.unroll,
         )
         found = dataclasses.replace(
             found, transformer=dataclasses.replace(found.transformer, **running)
@@ -148,13 +150,8 @@ def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache
     config = run.config
     drawn = min(config.run.steps * config.rollout.prompts, len(prompts))  # then they repeat
     chosen = prompt_batch(prompts, config.run.seed, 0, drawn)
-    sampled = {file for index in chosen for file in prompts[index].references}
-
-    def encode(file: File, image: Image.Image) -> None:
-        if file in sampled:
-            conditioning.keep_photo(run.pipe, config, cache, file, image)
-
-    return encode
+    sampled = [prompts[index] for index in chosen]
+    return conditioning.photo_encoder(run.pipe, config, cache, sampled)
 
 
 def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
@@ -162,7 +159,8 @@ def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
     if abstract:
         return planned_reward(config, mesh)
     reward = make_reward(config, mesh)
-    check_mixture(config.reward.mixture, reward.term_names)
+    check_terms("reward.mixture", config.reward.mixture, reward.term_names)
+    check_terms("grpo.pair_terms", config.grpo.pair_terms, reward.term_names, most=5)
     return reward
 
 
@@ -262,19 +260,32 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
         model.folder(),
         model.dtype,
         model.kind,
-        model.rank,
-        model.alpha,
-        seed=config.run.seed,
         remat=model.remat,
         unroll=model.unroll,
         mesh=mesh,
         text_memory=model.text_memory,
     )
-    if model.adapter:
-        pipe.load_lora(model.adapter)
-        found = pipe.transformer.config
-        if (found.rank, found.alpha) != (model.rank, model.alpha):
-            raise UserError(
-                f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set --model.rank and --model.alpha to these"
-            )
+    lora_sum.merge_base(pipe.transformer, model)
+    wanted = lora_layers.configured(model, pipe.transformer.config)
+    if not model.adapter:
+        pipe.transformer = add_adapter(
+            pipe.transformer,
+            wanted["rank"],
+            wanted["alpha"],
+            rng.key(config.run.seed, "init"),
+            wanted["lora"],
+        )
+        return pipe
+    pipe.load_lora(model.adapter)
+    found = pipe.transformer.config
+    if (found.rank, found.alpha) != (wanted["rank"], wanted["alpha"]):
+        raise UserError(
+            f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set "
+            "--model.rank and --model.alpha to these"
+        )
+    if found.lora != wanted["lora"]:
+        raise UserError(
+            f"model.adapter {model.adapter}: its layers, or their ranks and alphas, are not those "
+            "of model.lora_targets, lora_ranks and lora_alphas; set these to the adapter's"
+        )
     return pipe

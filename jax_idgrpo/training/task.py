@@ -29,6 +29,9 @@ TASKS = {
 
 Modules are imported by name, because their packages depend on this one."""
 
+FITTED = {"reward_linear": "jax_idgrpo.preferences.train_linear"}
+"""Task -> module with `train(config, workdir)`, for tasks that are solved at once, without steps."""
+
 Loss = tuple[jax.Array, dict[str, jax.Array]]
 
 
@@ -69,8 +72,9 @@ def make_task(config: Config) -> Task:
     """
     name = config.finetune.task
     if name not in TASKS:
-        match = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        known = [*TASKS, *FITTED]
+        match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"finetune.task is {name!r}; did you mean {match}? The tasks are {', '.join(TASKS)}"
+            f"finetune.task is {name!r}; did you mean {match}? The tasks are {', '.join(known)}"
         )
     return importlib.import_module(TASKS[name]).make(config)

@@ -236,7 +236,7 @@ def broken(kind, source, rows):
         ("column", [], "needs one column path"),
         ("video", [], "line 2: .*none.mp4 is no file"),
         ("photo", [], "line 2: image .*none.png"),
-        ("twice", [], "two of the photos are the same"),
+        ("twice", [], "two of the people are the same"),
         ("one cluster", [], "one identity cluster"),
         ("not a video", [], "is no video"),
         ("nobody", [], "none remains"),

@@ -201,8 +201,9 @@ def test_a_decoded_photo_is_encoded_as_its_file_and_sizes_do_not_mix(
     images = {file: load_reference(file) for prompt in prompts for file in prompt.references}
     decoded, cache = count_decodes(monkeypatch), conditioning.Cache()
     for each in (config, small):
+        encode = conditioning.photo_encoder(pipe, each, cache, prompts)
         for file, image in images.items():
-            conditioning.keep_photo(pipe, each, cache, file, image)
+            encode(file, image)
     got = [conditioning.encode(pipe, prompts, each, cache) for each in (config, small)]
     assert not decoded, "the second pass opens no photo"
     jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -211,9 +212,11 @@ def test_a_decoded_photo_is_encoded_as_its_file_and_sizes_do_not_mix(
 def test_no_photo_is_encoded_ahead_once_the_cache_is_full(pipe, prompts, config, monkeypatch):
     cache = conditioning.Cache(photo_room=0)
     image = load_reference(prompts[0].references[0])
-    conditioning.keep_photo(pipe, config, cache, prompts[0].references[0], image)
+    encode = conditioning.photo_encoder(pipe, config, cache, prompts)
+    encode(prompts[0].references[0], image)
     monkeypatch.setattr(conditioning, "_encode_video", None)
-    conditioning.keep_photo(pipe, config, cache, prompts[1].references[0], image)
+    encode(prompts[1].references[0], image)
+    encode(Path("of-no-prompt.png"), image)
     assert not cache.photos
 
 

@@ -1,0 +1,1 @@
+"""Turn films into clips of people with reference photos: `idgrpo ingest`."""
