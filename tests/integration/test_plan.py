@@ -328,7 +328,8 @@ def test_what_is_resident_is_what_a_run_holds(tmp_path):
     gc.collect()
     held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
     own = programs.chip_bytes(watch.sampler.schedule, watch.sampler.negative)
-    assert programs.resident(watched, [judge]) == held - own
+    few = held - own - programs.resident(watched, [judge])  # constants of the programs of photos
+    assert 0 <= few < programs.chip_bytes(run.reward.state) / 4, "the reward is loaded again"
 
 
 def test_the_judge_is_planned_with_the_embedder_that_assigns_faces():
