@@ -14,15 +14,13 @@ exactly plain Wan's tensors, so the user or the store states that a model is Pha
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from flax import nnx
-
-from checkpoints_convert import faces, rules, store
+from checkpoints_convert import contents, faces, quantized, rules, store, vace_module
 from checkpoints_convert.adapter import open_adapter
+from checkpoints_convert.contents import Options
 from checkpoints_convert.identify import (
     ADAPTER,
     CLASSES,
@@ -31,12 +29,12 @@ from checkpoints_convert.identify import (
     KINDS,
     STANDALONE,
     TRANSFORMER,
-    common_prefix,
     identify,
+    is_module,
     refuse_others,
 )
 from checkpoints_convert.lazy import LazyTensor
-from checkpoints_convert.network import Network, naming
+from checkpoints_convert.network import Network, naming, shapes_of
 from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
 from jax_idgrpo.errors import UserError
 
@@ -51,6 +49,7 @@ KIND_MISMATCH = {  # whether the stated kind is VACE -> message
     "phantom)",
     False: "kind {stated!r} was given, this transformer is 'vace'; leave the kind out",
 }
+COMPUTING = Options()  # weights for computing, dequantized to float32
 SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # flow shifts for sources without a scheduler
 
 
@@ -88,38 +87,37 @@ class Checkpoint:
 # ---- networks ------------------------------------------------------------------------------------
 
 
-def open_network(path: Path, kind: str | None = None) -> Network:
+def open_network(path: Path, kind: str | None = None, options: Options = COMPUTING) -> Network:
     """Open one network: a folder with `config.json` and weights, or a file of weights.
 
     Args:
       path: the folder or file.
       kind: kind of the transformer; "phantom" allows the additional tensors of its published file.
+      options: what the user states about the file.
 
     Raises:
       UserError: there is no network that can be read.
     """
-    return _network(store.weights_file(path), kind)
+    return _network(store.weights_file(path), kind, options=options)
 
 
-@functools.lru_cache(maxsize=16)
-def _shapes(part: str, config: Hashable) -> nnx.State:
-    """Return the abstract parameters of a network. The result is shared: do not change it."""
-    return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
-
-
-def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
+def _network(
+    file: Path, kind: str | None, alpha: float | None = None, options: Options = COMPUTING
+) -> Network:
     """Open the network in a file of weights or in the shards of an index.
 
     Args:
       file: file of weights or index.
       kind: as in `open_network`.
       alpha: as in `adapter_scale`.
+      options: as in `open_network`.
     """
-    tensors = store.open_tensors(file)
-    if (face := open_face(file, tensors)) is not None:
+    if not store.entries(file) and (face := open_face(file, store.open_tensors(file))) is not None:
         return face
-    prefix = common_prefix(tensors)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    found = contents.read(file, options.entry)
+    tensors = quantized.dequantized(found.tensors, file, options.dtype)
+    told = quantized.notice(tensors.values())
+    notices = (*found.notices, *([told] if told else []))
     identified = identify(tensors)
     if identified is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
@@ -130,6 +128,10 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
     part, layout = identified
     if part == ADAPTER:
         return open_adapter(file, alpha)
+    if part == TRANSFORMER and is_module(tensors) and options.base is not None:
+        base = open_part(options.base, TRANSFORMER, options=dataclasses.replace(options, base=None))
+        network = vace_module.overlay(tensors, layout, base, file)
+        return dataclasses.replace(network, notices=(*notices, *network.notices))
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
@@ -156,11 +158,12 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
         config=config,
         values=values,
         table=family.table.rules(config, family.published if layout == "store" else layout),
-        shapes=_shapes(part, config),
+        shapes=shapes_of(part, config),
         tensors=tensors,
         source=file,
         original=original,
         surplus=kind == "phantom" and part == TRANSFORMER and layout == "original",
+        notices=notices,
     )
 
 
@@ -204,7 +207,10 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
 
 
 def open_checkpoint(
-    path: str | Path, kind: str | None = None, alpha: float | None = None
+    path: str | Path,
+    kind: str | None = None,
+    alpha: float | None = None,
+    options: Options = COMPUTING,
 ) -> Checkpoint:
     """Open a pipeline or some of its networks, an adapter, or a face network.
 
@@ -214,6 +220,7 @@ def open_checkpoint(
       kind: kind of the transformer. Required for Phantom unless the store states it, because its
         tensors are plain Wan's.
       alpha: alpha of an adapter that does not state it.
+      options: as in `open_network`; a folder of several files has no entry.
 
     Raises:
       UserError: `path` holds something else, or something damaged or unsupported.
@@ -229,7 +236,7 @@ def open_checkpoint(
         missing = [part for part in FAMILIES if not (path / part).is_dir()]
         if missing:
             raise UserError(f"{path}: has no folder {missing[0]}/; get the whole pipeline")
-        networks = [open_network(path / part, kind) for part in FAMILIES]
+        networks = [open_network(path / part, kind, options) for part in FAMILIES]
         for part, network in zip(FAMILIES, networks, strict=True):
             if network.part != part:
                 raise UserError(
@@ -238,7 +245,7 @@ def open_checkpoint(
                 )
     else:
         kind = _stated_kind(path, kind)
-        networks = [_network(file, kind, alpha) for file in store.weights_files(path)]
+        networks = [_network(file, kind, alpha, options) for file in store.weights_files(path)]
         if not networks:
             store.refuse_foreign(path)
             raise UserError(
@@ -299,13 +306,16 @@ def tokenizer_folder(path: Path) -> Path | None:
     return next(places, None)
 
 
-def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
+def open_part(
+    path: str | Path, part: str, kind: str | None = None, options: Options = COMPUTING
+) -> Network:
     """Open one part of the pipeline at `path`, and no other if they are in separate folders.
 
     Args:
       path: a folder of any layout.
       part: transformer, vae or text_encoder.
       kind: as in `open_network`.
+      options: as in `open_network`.
 
     Raises:
       UserError: the part is missing or cannot be read.
@@ -314,13 +324,14 @@ def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
     if part == TRANSFORMER:
         _refuse_two_transformers(path)
     if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
-        network = open_network(path / part, kind)
+        inside = path / part if path.is_dir() else path
+        network = open_network(inside, kind, options)
         if network.part != part:
             raise UserError(
                 f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
             )
         return network
-    networks = open_checkpoint(path, kind).networks
+    networks = open_checkpoint(path, kind, options=options).networks
     if part not in networks:
         raise UserError(
             f"{path}: holds {', '.join(networks)}, no {part}; give the folder of a whole pipeline"

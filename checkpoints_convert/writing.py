@@ -8,6 +8,7 @@ destination continues with the finished files.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -315,12 +316,19 @@ def _same_in_source(
     return path if path.is_file() and store.read_json(path) == content else None
 
 
-def _sources(networks: Sequence[Network]) -> dict[str, list[int]]:
-    """Return size and time of every source file, which must be the same when writing is resumed."""
-    files = {tensor.file for network in networks for tensor in network.tensors.values()}
+def _sources(networks: Sequence[Network]) -> dict[str, Any]:
+    """Describe the sources, which must be the same when writing is resumed.
+
+    They are the size and time of every file, and the tensors that are read of them.
+    """
+    tensors = [tensor for network in networks for tensor in network.tensors.values()]
+    read = sorted(f"{tensor.file} {tensor.name} {tensor.dtype}" for tensor in tensors)
     return {
-        str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns]
-        for file in sorted(files)
+        "tensors": hashlib.sha256("\n".join(read).encode()).hexdigest(),
+        "files": {
+            str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns]
+            for file in sorted({tensor.file for tensor in tensors})
+        },
     }
 
 
