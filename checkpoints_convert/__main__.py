@@ -21,6 +21,7 @@ from checkpoints_convert import (
     identify,
     photographs,
     quantized,
+    spiece,
     writing,
 )
 from checkpoints_convert.arguments import Parser
@@ -162,11 +163,14 @@ def run_import(arguments: argparse.Namespace) -> int:
         print_notices(opened, arguments.dtype)
         warn_of_blanks(opened)
         for network in opened.networks.values():
-            if network.extra:
+            taken = [spiece.TENSOR] if opened.tokenizer_texts else []
+            if extra := [name for name in network.extra if name not in taken]:
                 print(
-                    f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
-                    f"{', '.join(network.extra[:SHOWN])}"
+                    f"{network.part}: left out {len(extra)} tensors that it does not have: "
+                    f"{', '.join(extra[:SHOWN])}"
                 )
+        if opened.tokenizer is None and opened.tokenizer_texts:
+            print("tokenizer: made from the SentencePiece model in the text encoder's file")
         writing.write_store(opened, destination, bar)
     print(f"wrote {destination}")
     return 0

@@ -14,11 +14,14 @@ exactly plain Wan's tensors, so the user or the store states that a model is Pha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from checkpoints_convert import contents, faces, quantized, rules, store, vace_module
+import numpy as np
+
+from checkpoints_convert import contents, faces, quantized, rules, spiece, store, vace_module
 from checkpoints_convert.adapter import open_adapter
 from checkpoints_convert.contents import Options
 from checkpoints_convert.identify import (
@@ -28,12 +31,13 @@ from checkpoints_convert.identify import (
     FAMILIES,
     KINDS,
     STANDALONE,
+    TEXT_ENCODER,
     TRANSFORMER,
     identify,
     is_module,
     refuse_others,
 )
-from checkpoints_convert.lazy import LazyTensor
+from checkpoints_convert.lazy import LazyTensor, size
 from checkpoints_convert.network import Network, naming, shapes_of
 from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
 from jax_idgrpo.errors import UserError
@@ -63,6 +67,7 @@ class Checkpoint:
       kind: vace, wan or phantom; None without a transformer.
       tokenizer: folder of the tokenizer, if there is one.
       scheduler: folder of the scheduler, if there is one.
+      embedded: tokenizer in the file of the text encoder, if there is no folder of one.
     """
 
     path: Path
@@ -70,6 +75,15 @@ class Checkpoint:
     kind: str | None
     tokenizer: Path | None = None
     scheduler: Path | None = None
+    embedded: spiece.Model | None = None
+
+    @functools.cached_property
+    def tokenizer_texts(self) -> dict[str, str]:
+        """The files of the tokenizer that is embedded in the text encoder, by name; {} for none."""
+        if self.embedded is None:
+            return {}
+        with naming(self.networks[TEXT_ENCODER].source):
+            return spiece.files(self.embedded)
 
     @property
     def adapter(self) -> Network | None:
@@ -81,7 +95,7 @@ class Checkpoint:
         if any(part in self.networks for part in STANDALONE):
             return []
         parts = [part for part in FAMILIES if part not in self.networks]
-        return parts + ["tokenizer"] * (self.tokenizer is None)
+        return parts + ["tokenizer"] * (self.tokenizer is None and self.embedded is None)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -136,7 +150,7 @@ def _network(
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
     # ComfyUI distributes the text encoder as a single file.
-    alone = part == "text_encoder" and layout == "transformers" and not beside.is_file()
+    alone = part == TEXT_ENCODER and layout == "transformers" and not beside.is_file()
     if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
@@ -262,13 +276,32 @@ def open_checkpoint(
             )
         by_part[network.part] = network
     scheduler = path / "scheduler"
+    tokenizer = None if set(STANDALONE) & set(by_part) else tokenizer_folder(path)
+    embedded = None
+    if tokenizer is None and TEXT_ENCODER in by_part:
+        by_part[TEXT_ENCODER], embedded = _embedded_tokenizer(by_part[TEXT_ENCODER])
     return Checkpoint(
         path=path,
         networks=by_part,
         kind=_kind(by_part[TRANSFORMER], kind) if TRANSFORMER in by_part else None,
-        tokenizer=None if set(STANDALONE) & set(by_part) else tokenizer_folder(path),
+        tokenizer=tokenizer,
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
+        embedded=embedded,
     )
+
+
+def _embedded_tokenizer(network: Network) -> tuple[Network, spiece.Model | None]:
+    """Read the tokenizer in the file of a text encoder; a notice says why one is not read."""
+    tensor = network.tensors.get(spiece.TENSOR)
+    if tensor is None:
+        return network, None
+    try:
+        if tensor.dtype != np.uint8 or size(tensor) > spiece.LIMIT:
+            raise ValueError(f"it is {tensor.dtype} of shape {list(tensor.shape)}")
+        return network, spiece.parse(np.asarray(tensor).tobytes())
+    except ValueError as error:
+        notice = f"its embedded tokenizer is left out, as it cannot be read ({error})"
+        return dataclasses.replace(network, notices=(*network.notices, notice)), None
 
 
 def _refuse_two_transformers(path: Path) -> None:
@@ -346,6 +379,7 @@ def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         networks={**other.networks, **checkpoint.networks},
         kind=checkpoint.kind or other.kind,
         tokenizer=checkpoint.tokenizer or other.tokenizer,
+        embedded=checkpoint.embedded or other.embedded,
     )
 
 

@@ -97,7 +97,7 @@ def read(file: Path, entry: str | None = None) -> Contents:
     quantized.refuse(whole, file, metadata)
     candidates = _candidates(inside or {"": list(whole)})
     if entry is None and not candidates:
-        return Contents(store.open_file(file)[0] if inside else whole)
+        return Contents(_unwrapped(store.open_file(file)[0] if inside else whole, file))
     chosen = _choose(candidates, entry, file)
     found = store.open_weights(file, chosen.entry)[0] if inside else whole
     if inside:
@@ -111,7 +111,7 @@ def read(file: Path, entry: str | None = None) -> Contents:
         notices.append(f"its entry {chosen.name}{what} is taken{left}")
     tensors, packed = _unpacked(tensors)
     if packed:
-        listed = ", ".join(f"{name} ({count} tensors)" for name, count in packed.items())
+        listed = ", ".join(f"{name} ({packed[name]} tensors)" for name in sorted(packed))
         notices.append(f"the transformer of a packed file is taken; left out: {listed}")
     return Contents(_unwrapped(tensors, file), tuple(notices))
 

@@ -19,6 +19,7 @@ from jax_idgrpo.models.wan import WanTransformer
 
 KINDS = ("vace", "wan", "phantom")
 TRANSFORMER = "transformer"
+TEXT_ENCODER = "text_encoder"
 ADAPTER = "adapter"
 FACE = "face"
 STANDALONE = (ADAPTER, FACE)  # networks that are no part of a pipeline

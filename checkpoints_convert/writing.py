@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -215,7 +216,6 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
         f"{part}/config.json": dict(network.values) for part, network in networks.items()
     }
     assert checkpoint.kind is not None
-    assert checkpoint.tokenizer is not None
     if checkpoint.scheduler is None:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(SHIFTS[checkpoint.kind])
     else:
@@ -225,9 +225,11 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     if (checkpoint.path / INDEX).is_file():
         texts[INDEX] = store.read_json(checkpoint.path / INDEX)
         return texts
-    tokenizer = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG).get(
-        "tokenizer_class", "T5TokenizerFast"
-    )
+    if checkpoint.tokenizer is None:
+        config = json.loads(checkpoint.tokenizer_texts[TOKENIZER_CONFIG])
+    else:
+        config = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG)
+    tokenizer = config.get("tokenizer_class", "T5TokenizerFast")
     texts[INDEX] = {
         "_class_name": PIPELINE_CLASSES[checkpoint.kind],
         "_diffusers_version": wan.DIFFUSERS_VERSION,
@@ -301,6 +303,10 @@ def _write(
                 copy_function=shutil.copyfile,
                 dirs_exist_ok=True,
             )
+        else:
+            for name, text in checkpoint.tokenizer_texts.items():
+                (new / tokenizer).mkdir(parents=True, exist_ok=True)
+                (new / tokenizer / name).write_text(text, "utf-8")
         with bar(sum(sizes.values()), sum(done.values())) as written:
             for name, tensors in files.items():
                 if name not in done:

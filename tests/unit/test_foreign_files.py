@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 
 import jax_idgrpo as idg
 from checkpoints_convert import __main__ as command
-from checkpoints_convert import checkpoint, file_types, lora, places, store
+from checkpoints_convert import checkpoint, file_types, hub, lora, store
 from jax_idgrpo import cli
 from jax_idgrpo.cli import commands
 from jax_idgrpo.config import Config, ModelConfig, RewardConfig
@@ -570,7 +573,7 @@ def cached(tmp_path: Path, source: Path, commit: str = "0123abcd") -> Path:
         blob.parent.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, blob)
-        link.symlink_to(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text(commit)
     return entry
@@ -591,16 +594,70 @@ def test_an_adapter_in_the_cache_is_found_too(tmp_path):
     assert adapters.lora_scale(cached(tmp_path, ADAPTER)) == (4, 8.0)
 
 
-def test_a_name_on_the_hub_is_answered_with_the_download(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
+def test_a_name_on_the_hub_means_its_snapshot_in_the_cache(tmp_path, monkeypatch, place):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    inside = {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
+    folder = tmp_path / inside.get(place, "")
+    folder = tmp_path / ".cache/huggingface/hub" if place == "HOME" else folder
+    monkeypatch.setenv(place, str(tmp_path))
+    entry = cached(tmp_path, PIPELINE)
+    folder.mkdir(parents=True, exist_ok=True)
+    entry.rename(folder / entry.name)
     monkeypatch.chdir(tmp_path)
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    if place == "HOME":
+        assert idg.load_pipeline("Wan-AI/Wan").kind == "vace"
+
+
+def test_a_name_on_the_hub_that_cannot_be_had_is_answered_with_the_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     name = "Wan-AI/Wan2.1-VACE-1.3B-diffusers"
-    assert f"hf download {name} --local-dir Wan2.1-VACE-1.3B-diffusers" in refused("inspect", name)
+    command_line = f"hf download {name} --local-dir Wan2.1-VACE-1.3B-diffusers"
+    assert command_line in refused("inspect", name)
     with pytest.raises(UserError, match=f"hf download {name}"):
         idg.load_pipeline(name)
     with pytest.raises(UserError, match="hf download me/adapter"):
         commands.adapter_path("me/adapter")
-    assert places.hub_remedy(Path("runs/mine/export")) is None
-    assert places.hub_remedy(tmp_path / "x") is None
+    assert not hub.is_name(Path("runs/mine/export"))
+    assert not hub.is_name(tmp_path / "x")
+    (tmp_path / "runs").mkdir()
+    assert "does not exist; check the path" in refused("inspect", "runs/mine")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda _: None)
+    line = refused("inspect", name)
+    assert "huggingface_hub is not installed" in line
+    assert command_line in line
+
+
+def test_a_name_on_the_hub_is_downloaded_to_the_cache(tmp_path, monkeypatch, capsys):
+    """The library is replaced: tests have no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def download(name, cache_dir, ignore_patterns):
+        if name != "Wan-AI/Wan":
+            raise ConnectionError("no route\nto host")
+        (tmp_path / "cache").mkdir()
+        entry = cached(tmp_path, PIPELINE)
+        entry.rename(Path(cache_dir) / entry.name)
+        return str(Path(cache_dir) / entry.name / "snapshots" / "0123abcd")
+
+    library = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda _: library)
+    line = refused("inspect", "Wan-AI/Other")
+    assert "cannot be downloaded: no route to host" in line
+    assert "hf download Wan-AI/Other" in line
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    assert "downloading Wan-AI/Wan from the Hugging Face Hub" in capsys.readouterr().err
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    assert "downloading" not in capsys.readouterr().err
 
 
 def test_a_counter_beside_the_weights_is_passed_over_and_counted(tmp_path, capsys):
