@@ -281,7 +281,14 @@ def card_of(
     title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
     return card.render(
-        arguments.form, title, named, arguments.license or card.LICENSE, training, scale, pipeline
+        arguments.form,
+        title,
+        named,
+        arguments.license or card.LICENSE,
+        training,
+        scale,
+        pipeline,
+        base.notes,
     )
 
 

@@ -86,6 +86,18 @@ class Checkpoint:
             return spiece.files(self.embedded)
 
     @property
+    def notes(self) -> list[str]:
+        """What was chosen, left out or dequantized, here and when the store was imported."""
+        file = self.path / STORE
+        stored = store.read_json(file).get("notes") if file.is_file() else None
+        told = [str(note) for note in stored] if isinstance(stored, list) else []
+        return told + [
+            f"{network.part}: {notice}"
+            for network in self.networks.values()
+            for notice in network.notices
+        ]
+
+    @property
     def adapter(self) -> Network | None:
         """The adapter, if the checkpoint is one."""
         return self.networks.get(ADAPTER)

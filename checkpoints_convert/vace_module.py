@@ -63,7 +63,7 @@ def overlay(module: Mapping[str, FileTensor], layout: str, base: Network, file: 
         tensors={**base.tensors, **added},
         source=file,
         original=None,
-        notices=(*base.notices, f"its VACE blocks are laid over {base.source}"),
+        notices=(*base.notices, f"its VACE blocks are laid over {base.source.name}"),
     )
     network.matched()
     return network

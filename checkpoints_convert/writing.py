@@ -83,7 +83,7 @@ class Files:
 def write_store(checkpoint: Checkpoint, destination: Path, bar: ProgressBar = no_bar) -> None:
     """Write the project's store of a pipeline or a single network.
 
-    The store records the kind and the original config.
+    The store records the kind, the original config, and what was chosen or dequantized.
 
     Args:
       checkpoint: the checkpoint.
@@ -98,6 +98,8 @@ def write_store(checkpoint: Checkpoint, destination: Path, bar: ProgressBar = no
     )
     if original is not None:
         record["original_config"] = original
+    if checkpoint.notes:
+        record["notes"] = checkpoint.notes
     files = []
     for network in networks:
         tensors = renamed(ours(network), rules.stored(network.table), network.shapes)

@@ -23,7 +23,7 @@ IDS = {
     "the two people walk along the beach": [4, 25, 16, 23, 14, 4, 15, 1],
     "  Hello   world ": [55, 2, 54, 51, 51, 52, 10, 1],
     "Zürich café 東京 dog!": [6, 55, 41, 53, 28, 27, 22, 5, 2, 1],
-    "ﬁ ＡＢＣ á identity": [55, 2, 55, 2, 12, 2, 17, 1],
+    "\ufb01 \uff21\uff22\uff23 a\u0301 identity": [55, 2, 55, 2, 12, 2, 17, 1],
     "unknown qqq ☃ persons": [55, 26, 50, 37, 50, 52, 45, 50, 55, 2, 55, 2, 7, 40, 1],
     "": [1],
     "the <extra_id_0> man": [4, 55, 3, 18, 1],

@@ -82,6 +82,20 @@ def test_a_network_is_loaded_from_8_bits_without_a_conversion(tmp_path, original
         np.testing.assert_array_equal(np.asarray(kernel[block]), want)
 
 
+def test_an_export_says_what_its_weights_were(tmp_path, original, capsys):
+    """Directly, and by way of the store."""
+    stored, _ = quantise(original, "float8_e5m2", "tensor")
+    folder = folder_of(tmp_path, stored)
+    assert run("import", folder, tmp_path / "store") == 0
+    for source in (folder, tmp_path / "store"):
+        assert run("export", source, tmp_path / "out", "--format", "original") == 0
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert card.count("float8_e5m2 tensors") == 1
+        assert "become bfloat16; what their quantisation lost stays lost" in card
+    assert run("export", VACE, tmp_path / "out", "--format", "original") == 0
+    assert "become" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_marker_of_newer_files_is_read(tmp_path, original):
     stored, _ = quantise(original, "float8_e4m3fn", "tensor", "weight_scale")
     text = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True})
