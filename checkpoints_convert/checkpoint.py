@@ -161,8 +161,8 @@ def _network(
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    # ComfyUI distributes the text encoder as a single file.
-    alone = part == TEXT_ENCODER and layout == "transformers" and not beside.is_file()
+    # ComfyUI distributes the text encoder as a single file, beside a transformer or not.
+    alone = part == TEXT_ENCODER and layout == "transformers" and not _is_umt5_config(beside)
     if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
@@ -191,6 +191,11 @@ def _network(
         surplus=kind == "phantom" and part == TRANSFORMER and layout == "original",
         notices=notices,
     )
+
+
+def _is_umt5_config(file: Path) -> bool:
+    """Return whether a config.json may describe a text encoder; the original Wan's does not."""
+    return file.is_file() and "dim" not in store.read_json(file)
 
 
 def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:

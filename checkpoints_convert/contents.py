@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from checkpoints_convert import quantized, store
-from checkpoints_convert.identify import PREFIXES, TRANSFORMER, common_prefix, identify
+from checkpoints_convert.identify import ADAPTER, PREFIXES, TRANSFORMER, common_prefix, identify
 from checkpoints_convert.lazy import LazyTensor
 from jax_idgrpo.errors import UserError
 
@@ -185,9 +185,10 @@ def _unwrapped(tensors: dict[str, LazyTensor], file: Path) -> dict[str, LazyTens
       UserError: only some names have the prefix.
     """
     prefix = common_prefix(tensors)
-    if not prefix and identify(tensors) is None:
-        counts = {name: sum(tensor.startswith(name) for tensor in tensors) for name in PREFIXES}
-        found = max(counts, key=lambda name: counts[name])
+    counts = {name: sum(tensor.startswith(name) for tensor in tensors) for name in PREFIXES}
+    found = max(counts, key=lambda name: counts[name])
+    identified = identify(tensors)
+    if not prefix and 2 * counts[found] > len(tensors) and (identified or [None])[0] != ADAPTER:
         odd = next((name for name in tensors if not name.startswith(found)), None)
         rest = [name.removeprefix(found) for name in tensors if name.startswith(found)]
         if odd is not None and identify(rest) is not None:

@@ -157,7 +157,7 @@ def _values_of_bytes(kind: np.dtype, scale: np.ndarray, dtype: np.dtype) -> np.n
 
 def _look_up(values: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
     """Write `table[values]` to the contiguous array `out`, two 8-bit values at a time."""
-    codes = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    codes = np.ascontiguousarray(values.view(np.uint8)).reshape(-1)
     width = table.dtype.itemsize
     target = out.reshape(-1).view(f"u{width}")
     single = table.view(target.dtype)

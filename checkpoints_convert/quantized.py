@@ -207,8 +207,9 @@ def _scale(tensor: LazyTensor, weight: LazyTensor, file: Path) -> np.ndarray:
       weight: the weight.
       file: the file, for messages.
     """
-    rows, per_row = weight.shape[:1], tuple(n for n in tensor.shape if n != 1)
-    if per_row not in ((), rows) or tensor.shape[:1] not in ((), (1,), rows):
+    rows = weight.shape[:1]
+    is_per_row = tensor.shape[:1] == rows and math.prod(tensor.shape[1:]) == 1
+    if math.prod(tensor.shape) != 1 and not is_per_row:
         raise UserError(
             f"{file}: tensor {tensor.name} has shape {list(tensor.shape)}, not one value or one "
             f"per row of {weight.name} {list(weight.shape)}; scales of blocks are not read, {REMEDY}"

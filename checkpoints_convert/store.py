@@ -46,6 +46,7 @@ DTYPES = {
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 UNREAD_DTYPES = {"F8": "mxfp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
 UNREAD_DTYPES |= dict.fromkeys(("U16", "U32", "U64"), "unsigned")
+LARGEST = 1 << 40  # of one axis; an empty tensor may claim any
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 INDEX = ".index.json"  # suffix of a list of shards
 INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # pattern of the same suffix, also of a variant
@@ -130,7 +131,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
                 )
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
-            if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            is_possible = min((*shape, begin)) >= 0 and max((*shape, 0)) < LARGEST
+            if not is_possible or end - begin != math.prod(shape) * dtype.itemsize:
                 raise broken(f"tensor {name} of shape {list(shape)} has {end - begin} bytes")
             if start + end > size:
                 raise broken(f"tensor {name} ends at byte {start + end} of {size}")

@@ -131,6 +131,7 @@ def test_a_scale_of_one_beside_a_weight_of_more_bits_changes_nothing(tmp_path, o
         (np.full((), np.inf, np.float32), "holds a scale that is NaN, infinite or negative"),
         (np.ones(3, np.float32), "has shape [3], not one value or one per row"),
         (np.ones((2, 24, 2), np.float32), "has shape [2, 24, 2], not one value or one per row"),
+        (np.ones((1, 48), np.float32), "has shape [1, 48], not one value or one per row"),
         (np.ones((0,), np.float32), "has shape [0], not one value or one per row"),
         (np.ones((), np.int32), "is int32"),
     ],
@@ -180,6 +181,49 @@ def test_a_matrix_of_zeros_or_with_a_scale_of_zero_is_told(tmp_path, original, c
     stored["blocks.2.ffn.0.scale_weight"] = np.zeros((), np.float32)
     assert run("inspect", folder_of(tmp_path, stored)) == 0
     assert "3 matrices hold nothing but zeros" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [
+        ({"shape": [1 << 62, 0], "data_offsets": [0, 0]}, "of shape [4611686018427387904, 0]"),
+        ({"shape": [1 << 31, 1 << 31], "data_offsets": [0, 4]}, "has 4 bytes"),
+        ({"shape": [8], "data_offsets": [0, 8]}, "ends at byte"),
+        ({"shape": [-4], "data_offsets": [0, 4]}, "of shape [-4]"),
+        ({"shape": [4], "data_offsets": [-4, 0]}, "has 4 bytes"),
+        ({"shape": [4], "data_offsets": [2, 6]}, "starts at byte 2 of the data instead of 0"),
+        ({"shape": [2], "data_offsets": [0, 2]}, "are not the"),
+    ],
+)
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2"])
+def test_headers_that_do_not_fit_their_file_are_refused(tmp_path, code, entry, what):
+    data = 6 if entry["data_offsets"][0] == 2 else 4
+    data = 0 if entry["data_offsets"] == [0, 0] else data
+    text = json.dumps({"blocks.0.ffn.0.weight": {"dtype": code, **entry}}).encode()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    line = refused("inspect", file)
+    assert what in line
+    assert "w.safetensors" in line
+
+
+def test_tensors_that_overlap_are_refused(tmp_path):
+    entry = {"dtype": "F8_E4M3", "shape": [4]}
+    header = {
+        "a": {**entry, "data_offsets": [0, 4]},
+        "a.scale_weight": {**entry, "data_offsets": [2, 6]},
+    }
+    text = json.dumps(header).encode()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(6))
+    assert "a.scale_weight starts at byte 2 of the data instead of 4" in refused("inspect", file)
+
+
+def test_empty_tensors_do_not_state_sizes(tmp_path, original):
+    name = "patch_embedding.weight"
+    folder = folder_of(tmp_path, original | {name: np.zeros((0, 16, 1, 2, 2), np.float32)})
+    (folder / "config.json").unlink()
+    assert f"tensor {name} is of another shape" in refused("inspect", folder)
 
 
 OTHERS = {
