@@ -106,7 +106,8 @@ def read(file: Path, entry: str | None = None) -> Contents:
     notices = []
     if chosen.name != WEIGHTS:
         others = [other.name for other in candidates if other != chosen]
-        left = f"; left out: {', '.join(others)}" if others else ""
+        rest = "; the rest of the file is left out" if inside else ""
+        left = f"; left out: {', '.join(others)}" if others else rest
         what = " (a moving average)" if chosen.prefix else ""
         notices.append(f"its entry {chosen.name}{what} is taken{left}")
     tensors, packed = _unpacked(tensors)

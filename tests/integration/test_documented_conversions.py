@@ -59,6 +59,9 @@ def t2v(path: Path) -> None:
     shutil.copytree(WAN, path)
     own = {name: value for name, value in values(VACE).items() if not name.startswith("vace")}
     store.write_file(path / WEIGHTS, own)
+    config = store.read_json(VACE / "config.json")
+    config = {name: value for name, value in config.items() if not name.startswith("vace")}
+    store.write_json(path / "config.json", config | {"model_type": "t2v"})
 
 
 def eight(kind: str, scaled: str | None) -> dict[str, np.ndarray]:
