@@ -50,7 +50,10 @@ def run_measured(name: str, *words: str) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{name} failed: {output}")
     last = output.strip().splitlines()[-1] if output.strip() else ""
-    print(f"{name:<34} {seconds:7.1f} s   peak {peak:5.2f} GB   {last}", flush=True)
+    cpu = usage.ru_utime + usage.ru_stime
+    print(
+        f"{name:<34} {seconds:7.1f} s   cpu {cpu:6.1f} s   peak {peak:5.2f} GB   {last}", flush=True
+    )
     return seconds, peak
 
 

@@ -168,6 +168,16 @@ def test_what_is_no_number_in_8_bits_is_refused(tmp_path, original, kind, code):
     assert not lazy.finite(stored[name])
 
 
+def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path, original):
+    stored, _ = quantise(original, "float8_e4m3fn", "tensor")
+    name = "blocks.0.ffn.0"
+    stored[f"{name}.scale_weight"] = np.full((), 1e4, np.float32)
+    folder = folder_of(tmp_path, stored)
+    line = refused("import", folder, tmp_path / "out", "--dtype", "float16")
+    assert f"tensor {name}.weight holds NaN or infinite values" in line
+    assert run("import", folder, tmp_path / "out") == 0
+
+
 def test_a_dtype_without_weights_to_dequantize_is_refused(tmp_path):
     line = refused("import", VACE, tmp_path / "out", "--dtype", "float16")
     assert "has no fp8 weights" in line
