@@ -14,11 +14,14 @@ from pathlib import Path
 
 from checkpoints_convert import (
     adapter,
+    adapter_writing,
     card,
     checkpoint,
     compare,
     face_folder,
     identify,
+    lora,
+    lora_merge,
     photographs,
     quantized,
     spiece,
@@ -27,22 +30,17 @@ from checkpoints_convert import (
 from checkpoints_convert.arguments import Parser
 from checkpoints_convert.checkpoint import Checkpoint
 from checkpoints_convert.contents import Options
+from checkpoints_convert.description import SHOWN, describe
 from checkpoints_convert.identify import FACE, TRANSFORMER
-from checkpoints_convert.network import blank_matrices, describe_blanks
-from checkpoints_convert.places import adapter_place, run_config
-from checkpoints_convert.reporting import (
-    SHOWN,
-    bar,
-    check_values,
-    describe,
-    print_notices,
-    warn_of_blanks,
-)
+from checkpoints_convert.network import Network, blank_matrices, describe_blanks
+from checkpoints_convert.places import adapter_place, run_config, split_scale
+from checkpoints_convert.reporting import bar, check_values, print_notices, warn_of_blanks
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path
 
 PIPELINE_FORMATS: tuple[str, ...] = ("diffusers", "original")
-ADAPTER_FORMATS: tuple[str, ...] = ("peft", "diffusers-lora", "merged")
+ADAPTER_FORMATS: tuple[str, ...] = (*adapter_writing.FORMATS, "merged")
 FACE_FORMATS: tuple[str, ...] = ("original",)
 
 
@@ -57,11 +55,25 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
     """Print a line for an adapter whose alpha neither its file nor the user states."""
-    if opened.adapter is not None and alpha is None and not adapter.stated_alphas(opened.path):
+    if opened.adapter is not None and alpha is None and not adapter.states_alpha(opened.path):
         print(
-            "adapter: its file states no alpha; taken as the rank, as diffusers does (set another "
-            "with import --alpha A)"
+            "adapter: its file states no alpha; taken as the rank, as the programs do that write "
+            f"such names ({opened.adapter.layout}; set another with import --alpha A)"
         )
+
+
+def report_left_out(opened: Checkpoint) -> None:
+    """Print a line for every network with tensors that are not converted, and for a tokenizer."""
+    embedded = opened.tokenizer is None and opened.tokenizer_texts
+    for network in opened.networks.values():
+        taken = [spiece.TENSOR] if embedded else []
+        if extra := [name for name in network.extra if name not in taken]:
+            print(
+                f"{network.part}: left out {len(extra)} tensors that it does not have: "
+                f"{', '.join(extra[:SHOWN])}"
+            )
+    if embedded:
+        print("tokenizer: made from the SentencePiece model in the text encoder's file")
 
 
 def run_inspect(path: Path, kind: str | None, options: Options) -> int:
@@ -77,7 +89,7 @@ def run_inspect(path: Path, kind: str | None, options: Options) -> int:
         print(
             f"kind: {opened.kind}"
             + (
-                ", or phantom, which has the same tensors"
+                ", or phantom, refalign or skyreels, which have the same tensors"
                 if opened.kind == "wan" and kind is None
                 else ""
             )
@@ -135,21 +147,23 @@ def run_verify(left: Path, right: Path, kind: str | None, options: Options) -> i
 
 def run_import(arguments: argparse.Namespace) -> int:
     """Import a checkpoint into the project's store or an adapter into PEFT's form."""
-    source, destination, kind, rest, alpha = (
-        getattr(arguments, name) for name in ("source", "destination", "kind", "rest", "alpha")
+    source, destination, kind, rest, alpha, merge = (
+        getattr(arguments, name)
+        for name in ("source", "destination", "kind", "rest", "alpha", "merge")
     )
     options = options_of(arguments)
     opened = checkpoint.open_checkpoint(source, kind, alpha, options)
     if alpha is not None and opened.adapter is None:
         raise UserError(f"--alpha {alpha:g}: {source} is no adapter; leave it out")
     if opened.adapter is not None:
-        for option, value in (("--as", kind), ("--with", rest)):
-            if value is not None:
+        for option, value in (("--as", kind), ("--with", rest), ("--merge", " ".join(merge))):
+            if value:
                 raise UserError(
                     f"{option} {value}: {source} is an adapter, which needs none; leave it out"
                 )
         report_unstated_alpha(opened, alpha)
-        writing.write_peft(opened.adapter, destination)
+        report_left_out(opened)
+        adapter_writing.write_peft(opened.adapter, destination)
     else:
         if kind is not None and TRANSFORMER not in opened.networks:
             raise UserError(f"--as {kind}: {source} holds no transformer; leave it out")
@@ -160,18 +174,13 @@ def run_import(arguments: argparse.Namespace) -> int:
         if rest is not None:
             others = dataclasses.replace(options, entry=None, base=None)
             opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest, options=others))
+        if merge and TRANSFORMER not in opened.networks:
+            raise UserError(f"--merge {merge[0]}: {source} holds no transformer; leave it out")
+        merges = [lora_merge.open_merge(*split_scale(text, "--merge")) for text in merge]
         print_notices(opened, arguments.dtype)
         warn_of_blanks(opened)
-        for network in opened.networks.values():
-            taken = [spiece.TENSOR] if opened.tokenizer_texts else []
-            if extra := [name for name in network.extra if name not in taken]:
-                print(
-                    f"{network.part}: left out {len(extra)} tensors that it does not have: "
-                    f"{', '.join(extra[:SHOWN])}"
-                )
-        if opened.tokenizer is None and opened.tokenizer_texts:
-            print("tokenizer: made from the SentencePiece model in the text encoder's file")
-        writing.write_store(opened, destination, bar)
+        report_left_out(opened)
+        writing.write_store(opened, destination, bar, merges)
     print(f"wrote {destination}")
     return 0
 
@@ -211,17 +220,18 @@ def run_export(arguments: argparse.Namespace) -> int:
         base = checkpoint.open_checkpoint(place, arguments.kind, options=options)
         print_notices(base, arguments.dtype)
         warn_of_blanks(base)
-        text = card_of(arguments, base, str(named or place), training, opened.adapter.config)
-        writing.write_diffusers(base, destination, text, bar, adapter=opened.adapter)
+        merge = lora_merge.open_merge(source)
+        text = card_of(arguments, base, str(named or place), training, opened.adapter)
+        writing.write_diffusers(base, destination, text, bar, merges=[merge])
     else:
-        text = card_of(arguments, opened, named, training, opened.adapter.config)
+        text = card_of(arguments, opened, named, training, opened.adapter)
         if form == "peft":
             values = {**opened.adapter.values, "base_model_name_or_path": named and str(named)}
-            writing.write_peft(
+            adapter_writing.write_peft(
                 dataclasses.replace(opened.adapter, values=values), destination, text
             )
         else:
-            writing.write_diffusers_lora(opened.adapter, destination, text)
+            adapter_writing.write_file(opened.adapter, destination, form, text)
     print(f"wrote {destination}")
     return 0
 
@@ -257,7 +267,7 @@ def card_of(
     base: Checkpoint,
     named: str | None,
     training: Mapping[str, object] | None,
-    scale: tuple[int, float] | None,
+    adapted: Network | None,
 ) -> str:
     """Write the model card of an export.
 
@@ -266,13 +276,10 @@ def card_of(
       base: the exported checkpoint, or the base that an adapter is merged into.
       named: name or path of the base model.
       training: configuration of the run, if known.
-      scale: rank and alpha of an adapter.
+      adapted: the adapter, if it is exported or merged.
     """
-    what = {
-        "merged": "Video model with a merged adapter",
-        "peft": "LoRA adapter",
-        "diffusers-lora": "LoRA adapter",
-    }
+    what = dict.fromkeys(adapter_writing.FORMATS, "LoRA adapter")
+    what["merged"] = "Video model with a merged adapter"
     if (face := base.networks.get(FACE)) is not None:
         title = face.values.get("name", "Face network")
         return card.render(
@@ -280,16 +287,9 @@ def card_of(
         )
     title = what.get(arguments.form, f"{(base.kind or 'video model').capitalize()} checkpoint")
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
-    return card.render(
-        arguments.form,
-        title,
-        named,
-        arguments.license or card.LICENSE,
-        training,
-        scale,
-        pipeline,
-        base.notes,
-    )
+    scale = None if adapted is None else lora.common(adapted.config)
+    license = arguments.license or MODEL_KINDS[base.kind or "vace"].license
+    return card.render(arguments.form, title, named, license, training, scale, pipeline, base.notes)
 
 
 def positive(text: str) -> float:
@@ -357,8 +357,8 @@ def parser() -> Parser:
             "--as",
             dest="kind",
             choices=identify.KINDS,
-            help="kind of the transformer; phantom has plain Wan's tensors, so state it here (the "
-            "store records it)",
+            help="kind of the transformer; phantom and refalign have plain Wan's tensors, so state it "
+            "here (the store records it)",
         )
         command.add_argument(
             "--entry",
@@ -381,6 +381,14 @@ def parser() -> Parser:
         "under the VACE blocks of SOURCE",
     )
     into.add_argument(
+        "--merge",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="LoRA to merge into the transformer of SOURCE, also one with diff tensors, biases or "
+        "DoRA; may be given several times",
+    )
+    into.add_argument(
         "--alpha",
         type=positive,
         metavar="A",
@@ -397,7 +405,7 @@ def parser() -> Parser:
         metavar="NAME",
         help="the base model as the model card names it; default: that of the run",
     )
-    default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network"
+    default = f"{card.LICENSE}, or {card.OTHER_LICENSE} for a face network or SkyReels-V3"
     out.add_argument("--license", help=f"the licence field of the model card; default: {default}")
     return top
 

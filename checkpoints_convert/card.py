@@ -12,6 +12,8 @@ OTHER_LICENSE = "other"
 LIBRARIES = {
     "peft": "peft",
     "diffusers-lora": "diffusers",
+    "comfyui": "comfyui",
+    "kohya": "comfyui",
     "diffusers": "diffusers",
     "merged": "diffusers",
     "original": "wan2.1",

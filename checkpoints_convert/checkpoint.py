@@ -7,8 +7,9 @@
     adapter     a PEFT folder, or a LoRA file of diffusers
     face        a file of a face network
 
-The names of the tensors identify network and layout; the name of the file is not used. Phantom has
-exactly plain Wan's tensors, so the user or the store states that a model is Phantom.
+The names of the tensors identify network and layout; the name of the file is not used. Phantom and
+the other reference models without control have exactly plain Wan's tensors, so the user, the store
+or the class in the published `config.json` states the kind.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from checkpoints_convert.identify import (
 from checkpoints_convert.lazy import LazyTensor, size
 from checkpoints_convert.network import Network, naming, shapes_of
 from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 
 INDEX = "model_index.json"
@@ -50,11 +52,10 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 KIND_MISMATCH = {  # whether the stated kind is VACE -> message
     True: "is no VACE model but plain Wan (T2V), which takes no reference photos; pass a VACE "
     "checkpoint, or, if this is Phantom, state it with --model.kind phantom (idgrpo-convert: --as "
-    "phantom)",
+    "phantom); the same for refalign and skyreels",
     False: "kind {stated!r} was given, this transformer is 'vace'; leave the kind out",
 }
 COMPUTING = Options()  # weights for computing, dequantized to float32
-SHIFTS = {"vace": 3.0, "wan": 3.0, "phantom": 5.0}  # flow shifts for sources without a scheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Checkpoint:
     Attributes:
       path: folder or file.
       networks: networks by part.
-      kind: vace, wan or phantom; None without a transformer.
+      kind: one of `MODEL_KINDS`; None without a transformer.
       tokenizer: folder of the tokenizer, if there is one.
       scheduler: folder of the scheduler, if there is one.
       embedded: tokenizer in the file of the text encoder, if there is no folder of one.
@@ -118,7 +119,7 @@ def open_network(path: Path, kind: str | None = None, options: Options = COMPUTI
 
     Args:
       path: the folder or file.
-      kind: kind of the transformer; "phantom" allows the additional tensors of its published file.
+      kind: kind of the transformer; some allow additional tensors, which published files have.
       options: what the user states about the file.
 
     Raises:
@@ -188,7 +189,9 @@ def _network(
         tensors=tensors,
         source=file,
         original=original,
-        surplus=kind == "phantom" and part == TRANSFORMER and layout == "original",
+        surplus=MODEL_KINDS[kind].surplus
+        if kind is not None and part == TRANSFORMER and layout == "original"
+        else "",
         notices=notices,
     )
 
@@ -248,8 +251,8 @@ def open_checkpoint(
     Args:
       path: a folder or a file of any layout, an entry of the Hugging Face cache, or the workdir of
         a run, which stands for its adapter.
-      kind: kind of the transformer. Required for Phantom unless the store states it, because its
-        tensors are plain Wan's.
+      kind: kind of the transformer. Required for a reference model without control unless the store
+        or the class in its `config.json` states it, because its tensors are plain Wan's.
       alpha: alpha of an adapter that does not state it.
       options: as in `open_network`; a folder of several files has no entry.
 
@@ -416,15 +419,30 @@ def _stated_kind(path: Path, stated: str | None) -> str | None:
         raise UserError(
             f"{file}: kind is {stored!r}, not one of {', '.join(KINDS)}; import it again"
         )
-    differ = stated is not None and stored is not None and stated != stored
-    if differ and "vace" in (stated, stored):
-        raise UserError(f"{path}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}")
+    if stated is not None and stored is not None and stated != stored:
+        if "wan" not in (stated, stored) and stored != "vace":
+            raise UserError(f"{path}: {_of_kind(stored, stated)}")
+        if "vace" in (stated, stored):
+            raise UserError(f"{path}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}")
     return stated or stored
 
 
+def _of_kind(found: str, stated: str) -> str:
+    return (
+        f"is a model of kind {found}, and kind {stated} was given; pass --model.kind {found} "
+        "(idgrpo-convert: leave --as out)"
+    )
+
+
 def _kind(transformer: Network, stated: str | None) -> str:
-    """Return vace, wan or phantom; only the stated kind distinguishes phantom from wan."""
+    """Return the kind of a transformer: as stated, as its class tells, or vace or wan."""
     detected = "wan" if transformer.config.vace is None else "vace"
+    named = str(transformer.values.get("_class_name"))
+    for name, kind in MODEL_KINDS.items():
+        if named == kind.class_name:
+            if stated not in (None, name):
+                raise UserError(f"{transformer.source}: {_of_kind(name, str(stated))}")
+            return name
     if stated is not None and (stated == "vace") != (detected == "vace"):
         raise UserError(
             f"{transformer.source}: {KIND_MISMATCH[stated == 'vace'].format(stated=stated)}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from checkpoints_convert import lora
 from checkpoints_convert.identify import ADAPTER
 from checkpoints_convert.lazy import Tensor, iter_chunks
 from checkpoints_convert.network import Network, ours
@@ -22,10 +23,8 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
             yield f"{part} is only in {(left if part in left else right)[part].source}"
             continue
         configs = [side[part].config for side in sides]
-        if configs[0] != configs[1] and part == ADAPTER:
-            yield "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(
-                *configs[0], *configs[1]
-            )
+        if part == ADAPTER:
+            yield from _different_scales(*configs)
         elif configs[0] != configs[1]:
             yield f"{part}: the configs describe different networks"
         a, b = (ours(side[part]) for side in sides)
@@ -43,6 +42,19 @@ def differences(left: Mapping[str, Network], right: Mapping[str, Network]) -> It
             elif count := _different(a[name], b[name]):
                 total = np.prod(a[name].shape, dtype=int)
                 yield f"{part}: {shown} differs in {count} of {total} values"
+
+
+def _different_scales(left: lora.Scales, right: lora.Scales) -> Iterator[str]:
+    """Yield a sentence for the first layer of both adapters that has another rank or alpha."""
+    differing = [layer for layer in left if layer in right and left[layer] != right[layer]]
+    for layer in differing[:1]:
+        more = f" (and of {len(differing) - 1} further layers)" if len(differing) > 1 else ""
+        yield (
+            "adapter: rank and alpha are ({}, {:g}) and ({}, {:g})".format(
+                *left[layer], *right[layer]
+            )
+            + f" of {layer.name}{more}"
+        )
 
 
 def _file_names(network: Network) -> dict[str, str]:

@@ -10,14 +10,15 @@ from typing import Any
 
 from flax import nnx
 
-from checkpoints_convert import lora, rules, umt5, vae, wan
+from checkpoints_convert import lora_checks, rules, umt5, vae, wan
 from checkpoints_convert.quantized import MARKER
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import WanTransformer
 
-KINDS = ("vace", "wan", "phantom")
+KINDS = tuple(MODEL_KINDS)
 TRANSFORMER = "transformer"
 TEXT_ENCODER = "text_encoder"
 ADAPTER = "adapter"
@@ -75,7 +76,8 @@ CLASSES = {  # class named by a config.json of the diffusers layout -> part
     "WanVACETransformer3DModel": TRANSFORMER,
     "AutoencoderKLWan": "vae",
     "UMT5EncoderModel": "text_encoder",
-}
+} | {kind.class_name: TRANSFORMER for kind in MODEL_KINDS.values() if kind.class_name}
+LORA = rf"\.lora[_.]|\.diff(_b|_m)?$|{lora_checks.LYCORIS}"  # names of any adapter
 BLOCK = r"(vace_)?blocks\.\d+\."
 # fmt: off
 # Patterns of names that only one network has, in one layout. The most frequent pattern decides.
@@ -111,7 +113,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "diffusion_model.", "transformer.
 def identify(names: Iterable[str]) -> tuple[str, str] | None:
     """Return (part, layout) of a file with these tensors; None for no network of this project."""
     names = list(names)
-    if any(".lora_" in name or re.search(lora.LYCORIS, name) for name in names):
+    if any(re.search(LORA, name) for name in names):
         return ADAPTER, "peft"
     stored = rules.is_stored(names)
     counts = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ class Network:
       tensors: tensors of the files, by the names of the layout.
       source: the opened file or folder.
       original: config.json of the original layout, if there was one.
-      surplus: whether additional tensors are ignored, as for the published Phantom file.
+      surplus: pattern of additional tensors that are ignored, as in the published Phantom file.
       notices: lines about what was chosen, left out or dequantized.
     """
 
@@ -49,7 +50,7 @@ class Network:
     tensors: Mapping[str, FileTensor]
     source: Path
     original: Mapping[str, Any] | None = None
-    surplus: bool = False
+    surplus: str = ""
     notices: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -68,7 +69,8 @@ class Network:
         def is_ignored(name: str, tensor: FileTensor) -> bool:
             # Integer scalars are counters, such as the number of a step.
             counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)
-            return self.surplus or counter or name.startswith(prefixes)
+            surplus = self.surplus != "" and re.match(self.surplus, name) is not None
+            return surplus or counter or name.startswith(prefixes)
 
         return sorted(
             name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,41 @@ def adapter_place(path: str | Path) -> Path:
             f"{workdir}: this run has not written an adapter yet{when}; wait for it, or train on"
         )
     return checkpoint_place(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRASum:
+    """Adapters that are added, each at a strength.
+
+    Attributes:
+      parts: place and strength of every adapter.
+    """
+
+    parts: tuple[tuple[Path, float], ...]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{path}:{scale:g}" for path, scale in self.parts)
+
+
+def split_scale(text: str, option: str) -> tuple[Path, float]:
+    """Split PATH[:SCALE] into the path and the strength, which is 1 if it is left out.
+
+    A path that exists is never split.
+
+    Args:
+      text: as the user gave it.
+      option: the option that it comes from, for the message.
+
+    Raises:
+      UserError: the strength is no positive number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(scale)
+    except ValueError:
+        return Path(text), 1.0  # a colon inside the path
+    if not 0 < strength < math.inf:
+        raise UserError(f"{option} {text}: the scale {scale} is no positive number; use 0.5 or so")
+    return Path(path), strength

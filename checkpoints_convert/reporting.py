@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 
@@ -18,20 +16,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from checkpoints_convert import lora, quantized, store
+from checkpoints_convert import quantized, store
 from checkpoints_convert.checkpoint import Checkpoint
-from checkpoints_convert.identify import FACE
 from checkpoints_convert.lazy import blank, iter_chunks, size
 from checkpoints_convert.network import blank_matrices, describe_blanks
 from jax_idgrpo.errors import UserError
-
-SHOWN = 10  # differences that `verify` prints, extra names that `inspect` prints
-SIZES = {  # tensors of the published transformers
-    (1264, 2_153_972_032): "1.3B",
-    (1331, 17_337_592_896): "14B",
-    (825, 1_418_996_800): "1.3B",
-    (1095, 14_288_491_584): "14B",
-}
 
 
 @contextlib.contextmanager
@@ -82,43 +71,6 @@ def print_notices(opened: Checkpoint, dtype: str | None = None) -> None:
             f"--dtype {dtype}: {opened.path} has no fp8 weights, and others keep their dtype; "
             "leave it out"
         )
-
-
-def describe(opened: Checkpoint) -> None:
-    """Print a line per network: layout, counts, bytes and dtypes.
-
-    Raises:
-      UserError: the tensors do not fit the network.
-    """
-    for network in opened.networks.values():
-        tensors = [quantized.stored(tensor) for tensor in network.tensors.values()]
-        count = sum(math.prod(tensor.shape) for tensor in tensors)
-        dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
-        kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())
-        name = (
-            network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
-        )
-        print(
-            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, "
-            f"{len(tensors)} tensors, {count:,} parameters, {sum(map(size, tensors)):,} bytes, "
-            f"{kinds} ({network.source})"
-        )
-        if network is opened.adapter:
-            widths, heights = lora.sizes(network.tensors)
-            stacks = ", ".join(f"{count} {stack}" for stack, count in heights.items() if count)
-            width = " or ".join(map(str, sorted(widths)))
-            print(
-                "adapter: rank {}, alpha {:g}, ".format(*network.config)
-                + f"for width {width}, {stacks}"
-            )
-        if network.extra:
-            more = ", ..." if len(network.extra) > SHOWN else ""
-            print(
-                f"{network.part}: {len(network.extra)} extra: "
-                f"{', '.join(network.extra[:SHOWN])}{more}"
-            )
-    for network in opened.networks.values():
-        network.matched()
 
 
 def check_values(opened: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Write checkpoints as the project's store, diffusers folders, original folders, or adapters.
+"""Write checkpoints as the project's store, diffusers folders or original folders.
 
 Tensors are copied chunk by chunk, bit for bit, with their dtype. A folder of weights is written
 beside its destination and renamed when it is complete. After a kill, the next run with the same
@@ -16,17 +16,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax import nnx
-from numpy.typing import DTypeLike
-
-from checkpoints_convert import faces, lora, rules, store, wan
-from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints_convert import faces, rules, store, wan
 from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     INDEX,
     SCHEDULER_CONFIG,
-    SHIFTS,
     STORE,
     STORE_VERSION,
     TOKENIZER_CONFIG,
@@ -34,18 +28,17 @@ from checkpoints_convert.checkpoint import (
 )
 from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import Tensor, size
-from checkpoints_convert.network import Moved, Network, ours, published, renamed
+from checkpoints_convert.lora_merge import Merge, merged
+from checkpoints_convert.network import Network, ours, published, renamed
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import FLOAT32, LoRAParam
-from jax_idgrpo.models.wan import WanTransformer
 
 GIGABYTE = 10**9
 SHARD = 5 * GIGABYTE  # as in diffusers and transformers
 ORIGINAL_SHARD = 10 * GIGABYTE  # as in the original repositories
 STORE_STEM = "parameters"
-DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
-PIPELINE_CLASSES = {"vace": "WanVACEPipeline", "wan": "WanPipeline", "phantom": "WanPipeline"}
+PIPELINE_CLASSES = dict.fromkeys(MODEL_KINDS, "WanPipeline") | {"vace": "WanVACEPipeline"}
 
 # Called with (bytes in all, bytes done); yields a function to call with the progress.
 ProgressBar = Callable[[int, int], AbstractContextManager[store.Progress]]
@@ -80,15 +73,24 @@ class Files:
         return dict(zip(store.shard_names(self.stem, len(parts)), parts, strict=True))
 
 
-def write_store(checkpoint: Checkpoint, destination: Path, bar: ProgressBar = no_bar) -> None:
+def write_store(
+    checkpoint: Checkpoint,
+    destination: Path,
+    bar: ProgressBar = no_bar,
+    merges: Sequence[Merge] = (),
+) -> None:
     """Write the project's store of a pipeline or a single network.
 
-    The store records the kind, the original config, and what was chosen or dequantized.
+    The store records the kind, the original config, and what was chosen, dequantized or merged.
 
     Args:
       checkpoint: the checkpoint.
       destination: folder to write.
       bar: progress bar.
+      merges: LoRA files to merge into the transformer.
+
+    Raises:
+      UserError: a file does not fit the transformer.
     """
     networks = checkpoint.networks.values()
     alone = len(networks) == 1
@@ -100,9 +102,11 @@ def write_store(checkpoint: Checkpoint, destination: Path, bar: ProgressBar = no
         record["original_config"] = original
     if checkpoint.notes:
         record["notes"] = checkpoint.notes
+    if merges:
+        record["merged"] = [merge.described for merge in merges]
     files = []
     for network in networks:
-        tensors = renamed(ours(network), rules.stored(network.table), network.shapes)
+        tensors = renamed(_parameters(network, merges), rules.stored(network.table), network.shapes)
         files.append(Files("" if alone else network.part, STORE_STEM, tensors))
     _write(
         checkpoint,
@@ -111,7 +115,16 @@ def write_store(checkpoint: Checkpoint, destination: Path, bar: ProgressBar = no
         _diffusers_texts(checkpoint) | {STORE: record},
         "tokenizer",
         bar,
+        merges,
     )
+
+
+def _parameters(network: Network, merges: Sequence[Merge]) -> Mapping[str, Tensor]:
+    """Return the parameters of a network by our names, for a transformer with the merged files."""
+    own = ours(network)
+    if not merges or network.part != TRANSFORMER:
+        return own
+    return {**own, **merged(network, own, merges)}
 
 
 def write_diffusers(
@@ -120,7 +133,7 @@ def write_diffusers(
     card: str,
     bar: ProgressBar = no_bar,
     shard: int = SHARD,
-    adapter: Network | None = None,
+    merges: Sequence[Merge] = (),
 ) -> None:
     """Write the diffusers folder of a pipeline or a single network.
 
@@ -130,24 +143,23 @@ def write_diffusers(
       card: text of the model card.
       bar: progress bar.
       shard: largest number of bytes of a file.
-      adapter: adapter to merge into the transformer.
+      merges: LoRA files to merge into the transformer.
 
     Raises:
-      UserError: the adapter is made for another model, or a part of the pipeline is missing.
+      UserError: a file does not fit the transformer, or a part of the pipeline is missing.
     """
     alone = len(checkpoint.networks) == 1
     files = []
     for network in checkpoint.networks.values():
-        family, own = FAMILIES[network.part], ours(network)
-        parameters: dict[str, Tensor] = dict(own)
-        if adapter is not None and network.part == TRANSFORMER:
-            parameters |= _merged(network, own, adapter)
+        family = FAMILIES[network.part]
         tensors = renamed(
-            parameters, family.table.rules(network.config, family.published), network.shapes
+            _parameters(network, merges),
+            family.table.rules(network.config, family.published),
+            network.shapes,
         )
         files.append(Files("" if alone else network.part, family.weights, tensors, shard))
     texts = _diffusers_texts(checkpoint) | {CARD: card}
-    _write(checkpoint, destination, files, texts, "tokenizer", bar, [adapter] if adapter else [])
+    _write(checkpoint, destination, files, texts, "tokenizer", bar, merges)
 
 
 def write_original(
@@ -219,7 +231,9 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     assert checkpoint.kind is not None
     if checkpoint.scheduler is None:
-        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(SHIFTS[checkpoint.kind])
+        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(
+            MODEL_KINDS[checkpoint.kind].shift
+        )
     else:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = store.read_json(
             checkpoint.scheduler / SCHEDULER_CONFIG
@@ -251,7 +265,7 @@ def _write(
     texts: dict[str, Any],
     tokenizer: str,
     bar: ProgressBar,
-    besides: Sequence[Network] = (),
+    besides: Sequence[Merge] = (),
 ) -> None:
     """Write all files of a folder, which appears complete or not at all.
 
@@ -284,7 +298,7 @@ def _write(
     with store.resumable(
         destination,
         markers[0],
-        {"files": sizes, "sources": _sources([*checkpoint.networks.values(), *besides])},
+        {"files": sizes, "sources": _sources(checkpoint, besides)},
     ) as new:
         done = {name: sizes[name] for name in files if (new / name).is_file()}
         store.require_space(
@@ -324,130 +338,28 @@ def _same_in_source(
     return path if path.is_file() and store.read_json(path) == content else None
 
 
-def _sources(networks: Sequence[Network]) -> dict[str, Any]:
+def _sources(checkpoint: Checkpoint, merges: Sequence[Merge]) -> dict[str, Any]:
     """Describe the sources, which must be the same when writing is resumed.
 
-    They are the size and time of every file, and the tensors that are read of them.
+    They are the size and time of every file, the scales of merged files, and the tensors that are
+    read.
     """
-    tensors = [tensor for network in networks for tensor in network.tensors.values()]
+    tensors = [
+        tensor for network in checkpoint.networks.values() for tensor in network.tensors.values()
+    ]
     read = sorted(f"{tensor.file} {tensor.name} {tensor.dtype}" for tensor in tensors)
+    scales: dict[Path, list[float]] = {}
+    for merge in merges:
+        scales.setdefault(merge.file.weights, []).append(merge.scale)
+    files = {tensor.file for tensor in tensors} | set(scales)
     return {
         "tensors": hashlib.sha256("\n".join(read).encode()).hexdigest(),
         "files": {
-            str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted({tensor.file for tensor in tensors})
+            str(file.absolute()): [
+                file.stat().st_size,
+                file.stat().st_mtime_ns,
+                *scales.get(file, ()),
+            ]
+            for file in sorted(files)
         },
     }
-
-
-# ---- adapters ------------------------------------------------------------------------------------
-
-
-def _adapter_tensors(network: Network, prefix: str) -> dict[str, Moved]:
-    table = lora.rules(lora.stacks_of((rule.jax for rule in network.table), ""), prefix)
-    return published(network, table)
-
-
-def write_peft(network: Network, destination: Path, card: str | None = None) -> None:
-    """Write a PEFT directory, which `peft` and this project read; dtypes are kept.
-
-    Args:
-      network: the adapter.
-      destination: folder to write.
-      card: text of the model card, if any.
-    """
-    with store.atomic_path(destination, ADAPTER_CONFIG) as new:
-        new.mkdir()
-        store.write_json(new / ADAPTER_CONFIG, dict(network.values))
-        store.write_file(
-            new / ADAPTER_WEIGHTS, _adapter_tensors(network, lora.PEFT_PREFIX), check=True
-        )
-        if card is not None:
-            (new / CARD).write_text(card, "utf-8")
-
-
-def write_diffusers_lora(network: Network, destination: Path, card: str) -> None:
-    """Write a folder for diffusers' `load_lora_weights`, with rank and alpha in the file's header.
-
-    Args:
-      network: the adapter.
-      destination: folder to write.
-      card: text of the model card.
-    """
-    with store.atomic_path(destination, DIFFUSERS_LORA) as new:
-        new.mkdir()
-        tensors = _adapter_tensors(network, lora.DIFFUSERS_PREFIX)
-        store.write_file(new / DIFFUSERS_LORA, tensors, lora.header(*network.config), check=True)
-        (new / CARD).write_text(card, "utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """The merged weight W + (alpha / R) A B of one projection.
-
-    It is computed in float32 and stored in W's dtype.
-
-    Attributes:
-      base: W [in, out].
-      a: A [in, R].
-      b: B [R, out].
-      scale: alpha / R.
-    """
-
-    base: Moved
-    a: Moved
-    b: Moved
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.base.dtype
-
-    @property
-    def origin(self) -> str:
-        return f"{self.base.origin} with {self.a.origin}"
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        a, b, base = (np.asarray(value).astype(np.float32) for value in (self.a, self.b, self.base))
-        base += np.float32(self.scale) * (a @ b)
-        return np.asarray(base.astype(self.dtype), dtype=dtype, copy=copy)
-
-
-def _merged(
-    network: Network, parameters: Mapping[str, Moved], adapter: Network
-) -> dict[str, Merged]:
-    """Return the parameters of the transformer that the adapter changes, merged.
-
-    Args:
-      network: the transformer.
-      parameters: parameters of the transformer, by our names.
-      adapter: the adapter.
-
-    Raises:
-      UserError: the adapter is made for another model.
-    """
-    rank, alpha = adapter.config
-    config = dataclasses.replace(network.config, rank=rank, alpha=alpha)
-    if (what := lora.misfit(adapter.tensors, network.config)) is not None:
-        raise UserError(
-            f"{adapter.source} on {network.source}: {what}; give an adapter of this model"
-        )
-    abstract = nnx.state(
-        nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0))), LoRAParam
-    )
-    slots = rules.expand(
-        lora.rules(wan.block_stacks(config), lora.prefix(adapter.tensors)), abstract
-    )
-    rules.match(slots, adapter.tensors, f"{adapter.source} on {network.source}")
-    parts = ours(adapter)
-    changed = {}
-    for module in sorted({slot.name.rpartition(".")[0] for slot in slots}):
-        base = parameters[f"{module}.kernel"]
-        changed[f"{module}.kernel"] = Merged(
-            base, parts[f"{module}.lora_a"], parts[f"{module}.lora_b"], alpha / rank
-        )
-    return changed

@@ -18,8 +18,9 @@ they need no trajectory.
 `config.objectives.OBJECTIVES` lists all objectives. Each entry names the function at the end of
 this module that evaluates the objective.
 
-All functions are pure, compute in float32, and use only `flow` of the project. Losses are per row:
-a trainer sums them over micro-batches and divides by one count, so accumulation is exact.
+All functions are pure and use only `flow` of the project. They compute in float32, but for the
+selection of pairs, which runs on the host. Losses are per row: a trainer sums them over
+micro-batches and divides by one count, so accumulation is exact.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from typing import Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jax_idgrpo import flow
@@ -100,6 +102,70 @@ def best_and_worst(scores: Float[ArrayLike, "P G"], best: int, worst: int) -> In
         [jnp.tile(jnp.arange(best), (len(scores), 1)), tail[:, None] + jnp.arange(worst)], axis=1
     )
     return jnp.take_along_axis(order, places, axis=1)
+
+
+def directed(
+    values: Float[ArrayLike, "P G K"], weights: Float[ArrayLike, " K"], *, eps: float = 1e-4
+) -> Float[np.ndarray, "P G K"]:
+    """Scale terms by their spread within the group and turn them so that larger is better.
+
+        z_k = sign(weight_k) value_k / (spread_k + eps)
+
+    The spread is the population standard deviation over the members without a non-finite term. Those
+    members are NaN in the result. A weight of 0 has the sign +1.
+
+    Args:
+      values: K terms of the G members of P groups.
+      weights: of the terms; the sign is the direction.
+      eps: added to the spread.
+    """
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    counts = np.isfinite(values).all(axis=-1, keepdims=True)
+    number = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    known = np.where(counts, values, 0)
+    centred = np.where(counts, known - known.sum(axis=1, keepdims=True) / number, 0)
+    spread = np.sqrt(np.sum(centred**2, axis=1, keepdims=True) / number)
+    return np.where(counts, np.where(weights < 0, -1, 1) * known / (spread + eps), np.nan)
+
+
+def dominant_pairs(
+    values: Float[ArrayLike, "P G K"],
+    weights: Float[ArrayLike, " K"],
+    slack: Float[ArrayLike, " K"],
+    *,
+    margin: float = 0.0,
+    eps: float = 1e-4,
+) -> tuple[Int[np.ndarray, "P 2"], Bool[np.ndarray, " P"]]:
+    """Select the pair of each group whose winner is at least as good in every term, up to a slack.
+
+    With z of `directed` and d_k = z_ik - z_jk, member i may win against j if d_k >= -slack_k for every
+    k, some d_k > 0, and sum_k |weight_k| d_k > margin. Of these pairs the one with the largest sum is
+    selected, the first in the order of (i, j) if several have it. Without slack, its winner is on the
+    first Pareto front. Members with a non-finite term are in no pair.
+
+    Sources: MagicID, arXiv 2503.12689; VisionReward, arXiv 2412.21059.
+
+    Args:
+      values: K terms of the G members of P groups.
+      weights: of the terms; the sign is the direction. A weight of 0 has the sign +1: its term must
+        not be worse, and does not count in the sum.
+      slack: units of a term's spread by which the winner may be worse, 0 or more.
+      margin: least sum, exclusive.
+      eps: added to the spread.
+
+    Returns:
+      Winner and loser of each group, 0 and 1 where there is no pair, and whether there is one.
+    """
+    z = directed(values, weights, eps=eps)
+    difference = z[:, :, None] - z[:, None]
+    with np.errstate(invalid="ignore"):
+        gap = difference @ np.abs(np.asarray(weights, np.float64))
+        allowed = (difference >= -np.asarray(slack, np.float64)).all(axis=-1)
+        allowed &= (difference > 0).any(axis=-1) & (gap > margin)
+    best = np.where(allowed, gap, -np.inf).reshape(len(z), -1).argmax(axis=1)
+    usable = allowed.reshape(len(z), -1).any(axis=1)
+    found = np.stack(np.divmod(best, z.shape[1]), axis=1)
+    return np.where(usable[:, None], found, np.array([0, 1])), usable
 
 
 # ---- objectives on replayed steps ----------------------------------------------------------------

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-_DOMAINS = ("init", "noise", "window", "data", "augment", "bootstrap", "evaluate", "forward")
+_DOMAINS = (
+    "init",
+    "noise",
+    "window",
+    "data",
+    "augment",
+    "bootstrap",
+    "evaluate",
+    "forward",
+    "photo",
+)
 
 
 def key(seed: int | Int[Array, ""], domain: str) -> Key[Array, ""]:

@@ -5,12 +5,20 @@ Networks are imported inside the functions, so that help and mistakes answer at 
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
 from jax_idgrpo.cli import annotation, generators, ingesting
-from jax_idgrpo.cli.paths import adapter_path, adapters, existing, prompts_path, start_runtime
+from jax_idgrpo.cli.paths import (
+    adapter_sum,
+    adapters,
+    base_loras,
+    existing,
+    prompts_path,
+    start_runtime,
+)
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import require_writable
 
@@ -57,9 +65,21 @@ def _grpo_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for a trace of the second and third step, and the seconds of each phase",
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapter that is merged into the frozen base; may be given several times",
+    )
 
 
 def _train(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
+    if arguments.lora:
+        if "model.base_loras" in dict(overrides):
+            raise UserError("--lora and --model.base_loras are the same; give one of them")
+        merged = json.dumps(base_loras(arguments.lora))
+        overrides = [*overrides, ("model.base_loras", merged)]
     config = configuration.load(arguments.config, overrides)
     workdir = require_writable(arguments.workdir, "--workdir")
     profile = require_writable(arguments.profile, "--profile") if arguments.profile else None
@@ -105,14 +125,18 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="DIR", help="folder for the videos and samples.jsonl"
     )
     parser.add_argument(
-        "--lora", metavar="PATH", help="adapter to sample with; without it the base model"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="adapter to sample with, at a strength; several are added; without it the base model",
     )
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts)
-    lora = adapter_path(arguments.lora) if arguments.lora else None
+    lora = adapter_sum(arguments.lora)
     out = require_writable(arguments.out, "--out")
     start_runtime()
     from jax_idgrpo.evaluation.commands import sample
@@ -193,8 +217,8 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        metavar="NAME=PATH",
-        help="adapters to compare with the base",
+        metavar="NAME=PATH[:SCALE]",
+        help="adapters to compare with the base; those of one name are added",
     )
 
 

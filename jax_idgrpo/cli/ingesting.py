@@ -112,8 +112,6 @@ def ingest(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> N
             tuple(arguments.motion),
             arguments.stalled,
         ),
-        FaceLimits(
-            tuple(arguments.people), arguments.face, arguments.share, arguments.same, arguments.turn
-        ),
+        FaceLimits(tuple(arguments.people), arguments.face, arguments.share, arguments.turn),
     )
     command.ingest(videos, out, networks, settings, arguments.same, captions)

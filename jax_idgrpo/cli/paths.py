@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_convert.hub import is_name
-from checkpoints_convert.places import adapter_place, is_export
+from checkpoints_convert.places import LoRASum, adapter_place, is_export, split_scale
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path
@@ -51,24 +51,54 @@ def adapter_path(path: str) -> Path:
     return adapter_place(place)
 
 
-def adapters(pairs: Sequence[str]) -> dict[str, Path]:
-    """Parse `["NAME=PATH", ...]` into a dictionary.
+def adapter_sum(texts: Sequence[str]) -> Path | LoRASum | None:
+    """Return the adapter of `--lora PATH[:SCALE]`, or the sum of several; None if there is none.
 
     Raises:
-      UserError: a pair has no `=`, a name is repeated or reserved, or a path does not exist.
+      UserError: there is no adapter at a path, or a scale is no positive number.
     """
-    paths: dict[str, Path] = {}
+    parts = [split_scale(text, "--lora") for text in texts]
+    found = tuple((adapter_path(str(path)), scale) for path, scale in parts)
+    if len(found) == 1 and found[0][1] == 1:
+        return found[0][0]
+    return LoRASum(found) if found else None
+
+
+def base_loras(texts: Sequence[str]) -> dict[str, float]:
+    """Return the strength of every `--lora PATH[:SCALE]` of `train` by its path.
+
+    Raises:
+      UserError: as in `adapter_sum`, or a path is given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        path, scale = split_scale(text, "--lora")
+        place = str(adapter_path(str(path)))
+        if place in found:
+            raise UserError(f"--lora {text}: is given twice; add the scales")
+        found[place] = scale
+    return found
+
+
+def adapters(pairs: Sequence[str]) -> dict[str, Path | LoRASum]:
+    """Parse `["NAME=PATH[:SCALE]", ...]` into a dictionary; paths of one name are added.
+
+    Raises:
+      UserError: a pair has no `=`, a name is reserved, or a path does not exist.
+    """
+    texts: dict[str, list[str]] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
         if not (name and equals and path):
             raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
-        if name in paths or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
+        if name == "base" or not name.replace("-", "").replace("_", "").isalnum():
             raise UserError(
                 f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and "
                 "_; choose another"
             )
-        paths[name] = adapter_path(path)
-    return paths
+        texts.setdefault(name, []).append(path)
+    found = {name: adapter_sum(paths) for name, paths in texts.items()}
+    return {name: lora for name, lora in found.items() if lora is not None}
 
 
 def start_runtime() -> None:

@@ -1,6 +1,7 @@
 """Define the configuration of training: objective, optimizer, run and supervised tasks."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from jax_idgrpo.config.objectives import OBJECTIVES, REPLAY, REWARD, Objective
@@ -75,6 +76,28 @@ class GrpoConfig(Section):
         choices=("uniform", "sigma", "sigma2", "huber", "ghuber"),
     )
     gradient_steps: int = option(4, "denoising steps that reward_gradient differentiates", least=1)
+    pairs: str = option(
+        "extremes",
+        "pairs of dpo: the best and the worst by advantage, or a winner that is at least as good in "
+        "every one of pair_terms",
+        choices=("extremes", "dominance"),
+    )
+    pair_terms: dict[str, Any] = option(
+        {},
+        'terms that a winner must be better in and their weights as JSON, such as {"reward": 1, '
+        '"motion": 0.5, "duplicated": -0.5}; the sign is the direction, 0 does not count in the gap',
+    )
+    pair_slack: dict[str, Any] = option(
+        {},
+        'spreads of a term by which a winner may be worse as JSON, such as {"motion": 0.5}; 0 unless '
+        "set",
+    )
+    pair_margin: float = option(
+        0.0, "least weighted gap of a pair, in spreads of the terms, exclusive", least=0
+    )
+    pair_share: float = option(
+        1.0, "share of the pairs of a step that are trained, by gap", above=0, most=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +117,7 @@ class GrpoConfig(Section):
             f"grpo.objective {self.objective} trains pairs, and grpo.best {self.best}, worst "
             f"{self.worst} are none; use 1 and 1",
         )
+        self._check_pairs()
         require(
             "on_policy" not in needs or self.on_policy,
             f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per "
@@ -104,6 +128,46 @@ class GrpoConfig(Section):
             f"grpo.objective {self.objective} trains on the best videos only: use grpo.best 1 or "
             f"more and grpo.worst 0, not {self.worst}",
         )
+
+    def _check_pairs(self) -> None:
+        """Refuse settings of pairs that contradict each other or the objective."""
+        dominance = self.pairs == "dominance"
+        require(
+            not dominance or "pairs" in self.needs,
+            f"grpo.pairs dominance chooses pairs, and grpo.objective {self.objective} trains none; "
+            "use dpo, or extremes",
+        )
+        unset: dict[str, Any] = {
+            "pair_terms": {},
+            "pair_slack": {},
+            "pair_margin": 0.0,
+            "pair_share": 1.0,
+        }
+        for name, default in unset.items():
+            require(
+                dominance or getattr(self, name) == default,
+                f"grpo.{name} belongs to grpo.pairs dominance, and pairs is {self.pairs}; leave it out",
+            )
+        for field, least in (("pair_terms", None), ("pair_slack", 0)):
+            for name, value in getattr(self, field).items():
+                require(
+                    isinstance(value, int | float)
+                    and not isinstance(value, bool)
+                    and (math.isfinite(value) if least is None else value >= least),
+                    f"grpo.{field}: {name} is {value!r}; use a number"
+                    + ("" if least is None else f" of {least} or more"),
+                )
+        require(
+            not dominance or any(self.pair_terms.values()),
+            "grpo.pair_terms weighs no term; name some as JSON, such as "
+            '{"reward": 1, "motion": 0.5}',
+        )
+        for name in self.pair_slack:
+            require(
+                name in self.pair_terms,
+                f"grpo.pair_slack: {name} is not among grpo.pair_terms "
+                f"({', '.join(self.pair_terms)}); add it there",
+            )
 
     @property
     def definition(self) -> Objective:

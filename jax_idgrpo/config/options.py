@@ -44,7 +44,9 @@ def option(
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+        # Sections are static arguments of compiled functions, so that they must be hashable; equality
+        # still compares the dictionary.
+        return dataclasses.field(default_factory=default.copy, hash=False, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from jax_idgrpo.config.model_kinds import MODEL_KINDS, REFERENCE_KINDS, ModelKind
 from jax_idgrpo.config.optimisation import FinetuneConfig, GrpoConfig, OptimizerConfig, RunConfig
 from jax_idgrpo.config.options import require
 from jax_idgrpo.config.scoring import EvaluateConfig, RewardConfig
@@ -39,20 +40,22 @@ class Config:
         sections = dataclasses.asdict(self) | {"finetune.options": self.finetune.options}
         refuse_addresses(sections, but=NOT_PATHS)
         rollout, grpo = self.rollout, self.grpo
-        if self.model.kind == "vace":
+        if self.kind.image_guidance is None:
+            others = ", ".join(
+                name for name in REFERENCE_KINDS if MODEL_KINDS[name].image_guidance is not None
+            )
             for section in ("rollout", "evaluate"):
                 scale = getattr(self, section).image_guidance
                 require(
                     scale == 0,
-                    f"{section}.image_guidance {scale} scales a branch that only model.kind "
-                    "phantom has; leave it out",
+                    f"{section}.image_guidance {scale} scales a branch that model.kind "
+                    f"{self.model.kind} does not have (only {others}); leave it out",
                 )
-        else:
-            require(
-                self.data.max_people <= 4,
-                f"data.max_people is {self.data.max_people}; model.kind phantom takes up to 4 "
-                "photos",
-            )
+        require(
+            self.data.max_people <= self.kind.most_photos,
+            f"data.max_people is {self.data.max_people}; model.kind {self.model.kind} takes up to "
+            f"{self.kind.most_photos} photos",
+        )
         require(
             self.judged or not self.reward.reads_faces,
             "reward.faces embedded recognises synthetic people only, and model.path is "
@@ -134,17 +137,26 @@ class Config:
             self.reward.faces != "embedded" or self.model.shows_synthetic_people()
         )
 
+    @property
+    def kind(self) -> ModelKind:
+        """Entry of `model.kind` in the table of kinds."""
+        return MODEL_KINDS[self.model.kind]
+
+    @property
+    def reference_frames(self) -> int:
+        """Number of latent frames for the photos of every row, with padding."""
+        return self.kind.slots or self.data.max_people
+
     def image_guidance(self, evaluation: bool = False) -> float | None:
         """Return the guidance scale of the photos in rollouts or in evaluation.
 
         None for a model without a branch for photos.
         """
-        chosen = (
-            (self.evaluate.image_guidance if evaluation else 0)
-            or self.rollout.image_guidance
-            or 5.0
-        )
-        return chosen if self.model.kind == "phantom" else None
+        default = self.kind.image_guidance
+        if default is None:
+            return None
+        chosen = self.evaluate.image_guidance if evaluation else 0
+        return chosen or self.rollout.image_guidance or default
 
     @property
     def trained_rows(self) -> int:

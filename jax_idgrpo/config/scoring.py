@@ -209,7 +209,7 @@ class EvaluateConfig(Section):
     )
     guidance: float = option(0.0, "guidance scale of the prompt; 0 = the rollout's")
     image_guidance: float = option(
-        0.0, "guidance scale of the photos, for Phantom; 0 = the rollout's"
+        0.0, "guidance scale of the photos, for all kinds but vace; 0 = the rollout's"
     )
     batch: int = option(32, "videos per program call, rounded up to what the mesh divides", least=1)
     bootstrap: int = option(2000, "resamples of a bootstrap interval", least=1)

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.config.options import Section, option, require
 
 EMBEDDED = Path(__file__).parents[1] / "synthetic" / "assets"
@@ -44,8 +45,9 @@ class ModelConfig(Section):
     path: str = option("embedded", 'checkpoint folder; "embedded" is the bundled model')
     kind: str = option(
         "vace",
-        "how photos condition the model; Phantom has plain Wan's tensors, so it must be named",
-        choices=("vace", "phantom"),
+        "how photos condition the model; all kinds but vace have plain Wan's tensors, so the kind "
+        "must be named",
+        choices=REFERENCE_KINDS,
     )
     dtype: str = option(
         "float32",
@@ -67,11 +69,47 @@ class ModelConfig(Section):
         "prompts",
         choices=("device", "host"),
     )
-    rank: int = option(
-        32, "LoRA rank on the q, k, v and o projections of main and VACE blocks", least=1
-    )
+    rank: int = option(32, "LoRA rank of the layers of lora_targets", least=1)
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / rank", above=0)
+    lora_targets: str = option(
+        "to_q,to_k,to_v,to_out",
+        "linear layers with LoRA: patterns joined by commas, in which * stands for any text and "
+        "which match a layer's name or its end, such as ffn.* or vace_blocks.*; names are those "
+        "of diffusers, of the original repository, or of this project",
+    )
+    lora_ranks: dict[str, Any] = option(
+        {},
+        'ranks that differ from model.rank, as JSON, such as {"ffn.*": 16}; the first pattern '
+        "that matches a layer counts",
+    )
+    lora_alphas: dict[str, Any] = option(
+        {}, 'alphas that differ from model.alpha, as JSON, such as {"ffn.*": 16}'
+    )
     adapter: str = option("", 'PEFT adapter to start from; "" starts from a new one')
+
+    base_loras: dict[str, Any] = option(
+        {},
+        'LoRA files that are merged into the frozen base, as JSON {"PATH": SCALE}; what --lora '
+        "PATH:SCALE of train sets",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for path, scale in self.base_loras.items():
+            require(
+                isinstance(scale, int | float) and not isinstance(scale, bool) and scale > 0,
+                f"model.base_loras: {path} is {scale!r}; use a positive number",
+            )
+        for name, rank in self.lora_ranks.items():
+            require(
+                isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1,
+                f"model.lora_ranks: {name} is {rank!r}; use a whole number of 1 or more",
+            )
+        for name, alpha in self.lora_alphas.items():
+            require(
+                isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0,
+                f"model.lora_alphas: {name} is {alpha!r}; use a positive number",
+            )
 
     def folder(self) -> Path:
         """Return the checkpoint folder."""
@@ -111,8 +149,8 @@ class DataConfig(Section):
     )
     reference_order: str = option(
         "diffusers",
-        "order of VACE's reference latents: diffusers puts the last photo first; Phantom has one "
-        "order",
+        "order of VACE's reference latents: diffusers puts the last photo first; the other kinds "
+        "have one order",
         choices=("diffusers", "original"),
     )
 
@@ -170,7 +208,9 @@ class RolloutConfig(Section):
     shift: float = option(0.0, "flow shift; 0 = the checkpoint's", least=0)
     guidance: float = option(4.5, "guidance scale of the prompt; 1 = no negative branch")
     image_guidance: float = option(
-        0.0, "guidance scale of the photos, for Phantom; 0 = 5.0", least=0
+        0.0,
+        "guidance scale of the photos, for all kinds but vace; 0 = 5.0, and 1.0 for skyreels",
+        least=0,
     )
     sampler: str = option(
         "identity",

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array
 from PIL import Image
 
+from checkpoints_convert.places import LoRASum
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
 from jax_idgrpo.data.video import Clip, list_videos, to_uint8, write_video
@@ -57,7 +58,7 @@ SCORES = "scores.jsonl"
 # ---- sample --------------------------------------------------------------------------------------
 
 
-def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
+def sample(config: Config, prompts: Path, out: Path, lora: Path | LoRASum | None) -> None:
     """Write `evaluate.videos` videos per row of the CSV, and `samples.jsonl`, one line per video.
 
     Videos from an earlier run of the same command are kept.
@@ -66,7 +67,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
       config: model and sampling settings.
       prompts: the prompts CSV.
       out: output folder.
-      lora: adapter; None samples from the base.
+      lora: adapter, or a sum of adapters; None samples from the base.
 
     Raises:
       UserError: the CSV, a photo, the checkpoint or the adapter cannot be used, or the folder
@@ -75,7 +76,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
-    assert_same_across_hosts(config, row_digests(listed), adapter=lora or out / "none")
+    assert_same_across_hosts(config, row_digests(listed), **journal.lora_files("adapter", lora))
     rows = all_rows(listed, config.evaluate.videos)
     facts = journal.video_facts(config, lora)
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
@@ -103,7 +104,7 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | None) -> None:
     print_once(f"{len(lines)} videos in {out}")
 
 
-def _sample_line(row: Row, config: Config, lora: Path | None) -> dict[str, Any]:
+def _sample_line(row: Row, config: Config, lora: Path | LoRASum | None) -> dict[str, Any]:
     return {
         "file": f"{row.name}.mp4",
         "prompt": row.prompt.text,
@@ -304,7 +305,7 @@ def _complain(text: str) -> None:
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
-def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]) -> None:
+def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path | LoRASum]) -> None:
     """Compare the base with adapters on the CSV's prompts.
 
     Writes `metrics.json`, `table.md` (also printed), `scores.jsonl`, one line per model and video,
@@ -315,7 +316,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
       config: model, sampling and reward settings.
       prompts: the prompts CSV.
       out: output folder.
-      loras: adapters by name.
+      loras: adapters, or sums of adapters, by name.
 
     Raises:
       UserError: the CSV, a photo, the checkpoint or an adapter cannot be used.
@@ -324,7 +325,13 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path]
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
     assert_same_across_hosts(
-        config, row_digests(listed), **{f"adapter {name}": path for name, path in loras.items()}
+        config,
+        row_digests(listed),
+        **{
+            label: place
+            for name, lora in loras.items()
+            for label, place in journal.lora_files(f"adapter {name}", lora).items()
+        },
     )
     rows = all_rows(listed, config.evaluate.videos)
     reward = journal.reward_facts(config), recognition.gallery_facts(config, listed)

@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import jax
 
+from checkpoints_convert.places import LoRASum
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, row_digests
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import folder_facts, gather_objects
+from jax_idgrpo.sampling import lora_sum
 from jax_idgrpo.workdir import write_text
 
 Result = TypeVar("Result")
@@ -34,13 +36,27 @@ def prompt_facts(prompt: Prompt) -> list[object]:
     return [prompt.id, *row_digests([prompt])]
 
 
-def video_facts(config: Config, adapter: Path | None) -> list[object]:
+def lora_facts(lora: Path | LoRASum | None) -> object:
+    """Return the content of an adapter, or contents and strengths of a sum of adapters."""
+    if isinstance(lora, LoRASum):
+        return [[folder_facts(path), scale] for path, scale in lora.parts]
+    return folder_facts(lora) if lora else ""
+
+
+def lora_files(name: str, lora: Path | LoRASum | None) -> dict[str, Path]:
+    """Return the places of an adapter or of a sum of adapters, for comparison across processes."""
+    parts = lora.parts if isinstance(lora, LoRASum) else ((lora or Path("none"), 1.0),)
+    return {f"{name} {n + 1}" if n else name: path for n, (path, _) in enumerate(parts)}
+
+
+def video_facts(config: Config, adapter: Path | LoRASum | None) -> list[object]:
     """Return all inputs of a video besides its prompt: model, adapter, size, schedule, seed."""
     model, wanted = config.model, config.evaluate
+    merged = [lora_facts(lora_sum.base_loras(model))] if model.base_loras else []
     return [
         version("jax-idgrpo"),
-        [model.path, model.kind, model.dtype, folder_facts(model.folder())],
-        folder_facts(adapter) if adapter else "",
+        [model.path, model.kind, model.dtype, folder_facts(model.folder()), *merged],
+        lora_facts(adapter),
         [config.data.max_people, config.data.text_length, dataclasses.asdict(config.video)],
         [wanted.steps, wanted.solver, wanted.guidance or config.rollout.guidance],
         [config.rollout.shift, config.image_guidance(evaluation=True), config.run.seed],

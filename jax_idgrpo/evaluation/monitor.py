@@ -12,6 +12,7 @@ import numpy as np
 from jax_idgrpo.config import Config, prompts_file
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.evaluation import bootstrap, recognition
+from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.sampling.pipeline import Pipeline
@@ -77,9 +78,14 @@ class Watch:
             )
         return found
 
+    def initial(self) -> bootstrap.Scores:
+        """Return the scores of the initial model, which process 0 reads (collective)."""
+        stored = decided(lambda: json.loads(self._file(0).read_text()))
+        return {name: np.asarray(values) for name, values in stored.items()}
+
     def begin(self, model: Model) -> None:
-        """Score the initial model, unless its scores exist from before a resume."""
-        if not self._file(0).exists():
+        """Score the initial model, unless process 0 finds its scores from before a resume."""
+        if not decided(self._file(0).exists):
             self.scores(model, 0)
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
@@ -89,10 +95,7 @@ class Watch:
         side of 0.
         """
         now, evaluation = self.scores(model, step), self.sampler.config.evaluate
-        first = {
-            name: np.asarray(values)
-            for name, values in json.loads(self._file(0).read_text()).items()
-        }
+        first = self.initial()
         # A run of an earlier version began with fewer metrics.
         shared = {name: values for name, values in now.items() if name in first}
         scores, clusters = {"base": first, "now": shared}, np.arange(len(self.rows))

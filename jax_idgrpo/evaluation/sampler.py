@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from checkpoints_convert.places import LoRASum
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
@@ -25,8 +26,8 @@ from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
 from jax_idgrpo.rewards.factory import policy_devices
-from jax_idgrpo.sampling import conditioning, policy, rollout
-from jax_idgrpo.sampling.adapters import add_adapter, lora_scale
+from jax_idgrpo.sampling import conditioning, lora_sum, policy, rollout
+from jax_idgrpo.sampling.adapters import add_adapter, lora_config
 from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
 from jax_idgrpo.sampling.policy import PolicyInputs
 
@@ -195,6 +196,7 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
             mesh=mesh,
             text_memory=model.text_memory,
         )
+        lora_sum.merge_base(pipe.transformer, model)
     schedule = rollout.Schedule.make(
         config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver
     )
@@ -216,7 +218,7 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     )
 
 
-def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]:
+def make_models(sampler: Sampler, loras: Mapping[str, Path | LoRASum]) -> dict[str, Model]:
     """Load the base and the adapters by name; the base has the name "base".
 
     The base gets an adapter whose output is zero, so that one program runs all models.
@@ -234,8 +236,11 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path]) -> dict[str, Model]
         actor, lora, base = policy.split(transformer, *guidance)
         return Model(actor, lora if mesh is None else sharding.shard_params(mesh, lora), base)
 
-    rank, alpha = lora_scale(next(iter(loras.values()))) if loras else (1, 1.0)
-    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"))
+    rank, alpha, layers = 1, 1.0, None
+    for lora in list(loras.values())[:1]:
+        found = lora_config(lora, sampler.pipe.transformer.config)
+        rank, alpha, layers = found.rank, found.alpha, found.lora
+    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"), layers)
     models = {"base": model(plain)}
     for name, path in loras.items():
         sampler.pipe.load_lora(path)

@@ -32,6 +32,7 @@ POOL = 5  # photos of a person and clip
 PRESENCE = 0.8  # share of frames that show a person
 OTHERS = 0.1  # share of frames that may show another face
 COHERENT = 0.4  # cosine with the mean of its track that nine in ten faces exceed
+PARTS = 0.5  # cosine of two parts of a track that are one person
 TWIN = 0.6  # cosine of two tracks above which they are one person
 
 
@@ -43,14 +44,12 @@ class FaceLimits:
       people: smallest and largest number of people.
       face: least side of a face in pixels.
       share: least area of a face as a share of the picture.
-      same: least cosine between the first and the second part of a track, wherever it is divided.
       turn: least range of a person's yaw in degrees; 0 asks for none.
     """
 
     people: tuple[int, int] = (1, 4)
     face: float = 48.0
     share: float = 0.005
-    same: float = 0.55
     turn: float = 0.0
 
 
@@ -216,7 +215,7 @@ def people(
       size: height and width of the frames in pixels.
     """
     frames = len(faces.mask)
-    members = joined_tracks(faces, tracks, limits.same)
+    members = joined_tracks(faces, tracks)
     shown = [places for places in members if len(places) >= PRESENCE * frames]
     known = {place for places in shown for place in places}
     others = np.mean(
@@ -244,7 +243,7 @@ def people(
         ("small faces", side, side < limits.face),
         ("small faces", share, share < limits.share),
         ("exchanged", coherent, coherent < COHERENT),
-        ("exchanged", halves, halves < limits.same),
+        ("exchanged", halves, halves < PARTS),
         ("the same person twice", max(alike, default=-1.0), max(alike, default=-1.0) > TWIN),
         ("little turn", turned, turned < limits.turn),
     )
@@ -258,7 +257,7 @@ Places = list[tuple[int, int]]
 """Frame and slot of the faces of a track, in order."""
 
 
-def joined_tracks(faces: Faces, tracks: Int[np.ndarray, "T K"], same: float) -> list[Places]:
+def joined_tracks(faces: Faces, tracks: Int[np.ndarray, "T K"]) -> list[Places]:
     """Return the faces of every track; parts of a track that was interrupted are joined.
 
     Two tracks are parts of one if no frame shows both and their mean faces are alike.
@@ -266,7 +265,6 @@ def joined_tracks(faces: Faces, tracks: Int[np.ndarray, "T K"], same: float) -> 
     Args:
       faces: faces of T frames, without a batch axis.
       tracks: track of every face.
-      same: least cosine of the means.
     """
     of: dict[int, Places] = {}
     for t, k in zip(*np.nonzero(faces.mask), strict=True):
@@ -277,7 +275,7 @@ def joined_tracks(faces: Faces, tracks: Int[np.ndarray, "T K"], same: float) -> 
         for other in found:
             apart = {t for t, _ in places}.isdisjoint(t for t, _ in other)
             theirs = _unit(np.sum([faces.embeddings[place] for place in other], axis=0))
-            if apart and mean @ theirs >= same:
+            if apart and mean @ theirs >= PARTS:
                 other += places
                 other.sort()
                 break

@@ -438,7 +438,10 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def encode(
-        self, video: Float[ArrayLike, "B F H W 3"], chunk: int | Literal["auto"] | None = "auto"
+        self,
+        video: Float[ArrayLike, "B F H W 3"],
+        chunk: int | Literal["auto"] | None = "auto",
+        noise: Float[ArrayLike, "B T H/8 W/8 z"] | None = None,
     ) -> Float[Array, "B T H/8 W/8 z"]:
         """Encode to normalised latents, (posterior mean - latents_mean) / latents_std.
 
@@ -446,6 +449,8 @@ class WanVAE(nnx.Module):
           video: in [-1, 1].
           chunk: latent frames (of 4 video frames) per chunk; None runs the whole video at once,
             "auto" decides by its size (see `chunk`).
+          noise: standard normal noise, which makes the result a sample of the posterior; None takes
+            its mean.
 
         Raises:
           ValueError: F is not 1 + 4n, or height or width is not a multiple of 8.
@@ -454,8 +459,10 @@ class WanVAE(nnx.Module):
             frames, height, width = jnp.shape(video)[1:4]
             cells = height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT
             chunk = self.chunk(flow.latent_frames(frames), *cells)
-        mean, _ = self.posterior(video, chunk)
-        return (mean - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
+        raw, logvar = self.posterior(video, chunk)
+        if noise is not None:
+            raw = raw + jnp.exp(logvar / 2) * noise
+        return (raw - jnp.asarray(self.config.latents_mean)) / jnp.asarray(self.config.latents_std)
 
     def decode(
         self, latents: Float[ArrayLike, "B T h w z"], chunk: int | Literal["auto"] | None = "auto"

@@ -16,6 +16,7 @@ Sources: Wan, arXiv 2503.20314, github.com/Wan-Video/Wan2.1 wan/modules/model.py
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -26,12 +27,13 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.attention import attention, attention_remat_policy
 from jax_idgrpo.models.layers import (
     FLOAT32,
+    XAVIER,
     Dtypes,
     LayerNorm,
     Linear,
@@ -41,9 +43,14 @@ from jax_idgrpo.models.layers import (
     rotary_tables,
     timestep_embedding,
 )
+from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.parallel import sharding
 
 PATCH = 2  # rows and columns of latents in one token, which covers one latent frame
+STACKS = ("blocks", "vace_blocks")
+PROJECTIONS = tuple(
+    f"{attn}.to_{part}" for attn in ("attn1", "attn2") for part in ["q", "k", "v", "out"]
+)
 
 REMAT = {
     "none": None,
@@ -100,8 +107,10 @@ class WanConfig:
       out_channels: velocity channels.
       rope_max_seq_len: largest extent of the token grid on any axis.
       vace: sizes of the control branch; None is plain Wan.
-      rank: of the LoRA on the attention projections of all blocks; 0 is none.
+      rank: of the LoRA on the attention projections of all blocks; 0 is no LoRA.
       alpha: the LoRA is scaled by alpha / rank.
+      lora: layers with LoRA if they are others, or if ranks or alphas differ; `rank` and `alpha`
+        are then only the most frequent ones. None is the attention projections of all blocks.
       remat: what a block saves for the backward pass. "none" recomputes nothing, "full" saves only
         its input, "attention" its input and the outputs of its attentions, "dots" its input and the
         outputs of its linear layers.
@@ -122,6 +131,7 @@ class WanConfig:
     vace: VaceConfig | None = None
     rank: int = 0
     alpha: float = 0.0
+    lora: tuple[LayerLoRA, ...] | None = None
     remat: str = "none"
     unroll: bool = False
     mesh: Mesh | None = None
@@ -158,6 +168,13 @@ class WanConfig:
             self.rank == 0 or self.alpha > 0,
             f"alpha is {self.alpha} with rank {self.rank}; it must be positive",
         )
+        for layer in self.lora or ():
+            count = len(layer.ranks)
+            _require(
+                count == len(layer.alphas) == (self.depth(layer.name) or 1) and layer.rank > 0,
+                f"lora {layer.name} has ranks {layer.ranks} and alphas {layer.alphas}; give one of "
+                "each per block",
+            )
         _require(self.remat in REMAT, f"remat is {self.remat!r}; choose one of {', '.join(REMAT)}")
         if self.mesh is not None:
             sharding.check_heads(self.mesh, self.num_heads, self.ffn_dim)
@@ -178,6 +195,29 @@ class WanConfig:
         """Main blocks that receive a hint; none in plain Wan."""
         return () if self.vace is None else self.vace.layers
 
+    def depth(self, name: str) -> int:
+        """Return the number of blocks of the stack that a layer is in; 0 outside the stacks."""
+        depths = dict(zip(STACKS, (self.num_layers, len(self.vace_layers)), strict=True))
+        return depths.get(name.split(".")[0], 0)
+
+    @property
+    def lora_layers(self) -> tuple[LayerLoRA, ...]:
+        """The layers with LoRA."""
+        if self.rank == 0:
+            return ()
+        if self.lora is not None:
+            return self.lora
+        return tuple(
+            LayerLoRA(f"{stack}.{name}", (self.rank,) * depth, (self.alpha,) * depth)
+            for stack in STACKS
+            if (depth := self.depth(stack))
+            for name in PROJECTIONS
+        )
+
+    def lora_of(self, name: str) -> LayerLoRA | None:
+        """Return the LoRA of a layer, by its path without the number of the block."""
+        return next((layer for layer in self.lora_layers if layer.name == name), None)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -185,7 +225,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def wan_1_3b(**changes) -> WanConfig:
-    """Return the configuration of Wan2.1-T2V-1.3B and Phantom-Wan-1.3B."""
+    """Return the configuration of Wan2.1-T2V-1.3B, Phantom-Wan-1.3B and RefAlign-1.3B."""
     sizes = {"num_layers": 30, "num_heads": 12, "head_dim": 128, "ffn_dim": 8960, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
@@ -196,7 +236,7 @@ def vace_1_3b(**changes) -> WanConfig:
 
 
 def wan_14b(**changes) -> WanConfig:
-    """Return the configuration of Wan2.1-T2V-14B and Phantom-Wan-14B."""
+    """Return the configuration of Wan2.1-T2V-14B and the 14B reference models without control."""
     sizes = {"num_layers": 40, "num_heads": 40, "head_dim": 128, "ffn_dim": 13824, "text_dim": 4096}
     return WanConfig(**(sizes | changes))
 
@@ -213,11 +253,13 @@ class Conditions(NamedTuple):
       modulation: of the timestep, for shift, scale and gate of attention and feed-forward.
       rotary: cosines and sines of the tokens' rotary angles.
       lengths: tokens per row that are attended to; None attends to all.
+      reads_text: True on the tokens that attend to the text; None is all.
     """
 
     modulation: Float[Array, "B 6 D"]
     rotary: tuple[Float[Array, "N half"], Float[Array, "N half"]]
     lengths: Int[Array, " B"] | None
+    reads_text: Bool[Array, " N"] | None = None
 
 
 KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
@@ -239,21 +281,51 @@ class PromptCache(NamedTuple):
     control: Float[Array, "B N D"] | None = None
 
 
+def _linear(
+    config: WanConfig,
+    name: str,
+    in_features: int,
+    out_features: int,
+    *,
+    kernel_init: nnx.Initializer = XAVIER,
+    dtypes: Dtypes,
+    rngs: nnx.Rngs,
+) -> Linear:
+    """Make a linear layer with the LoRA that the configuration gives it.
+
+    Args:
+      config: of the transformer.
+      name: path of the layer without the number of the block.
+      in_features: width of the input.
+      out_features: width of the output.
+      kernel_init: of the kernel.
+      dtypes: dtype policy.
+      rngs: random numbers.
+    """
+    layer = config.lora_of(name)
+    rank, alpha = (0, 0.0) if layer is None else (layer.rank, layer.alpha)
+    return Linear(
+        in_features,
+        out_features,
+        rank=rank,
+        alpha=alpha,
+        kernel_init=kernel_init,
+        dtypes=dtypes,
+        rngs=rngs,
+    )
+
+
 class Attention(nnx.Module):
     """Multi-head attention whose queries and keys are RMS-normalised over the whole width."""
 
-    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        def project() -> Linear:
-            return Linear(
-                config.width,
-                config.width,
-                rank=config.rank,
-                alpha=config.alpha,
-                dtypes=dtypes,
-                rngs=rngs,
+    def __init__(self, config: WanConfig, name: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        def project(part: str) -> Linear:
+            return _linear(
+                config, f"{name}.{part}", config.width, config.width, dtypes=dtypes, rngs=rngs
             )
 
-        self.to_q, self.to_k, self.to_v, self.to_out = project(), project(), project(), project()
+        self.to_q, self.to_k = project("to_q"), project("to_k")
+        self.to_v, self.to_out = project("to_v"), project("to_out")
         self.norm_q = RMSNorm(config.width, eps=config.eps)
         self.norm_k = RMSNorm(config.width, eps=config.eps)
         self.num_heads, self.compute, self.mesh = config.num_heads, dtypes.compute, config.mesh
@@ -293,9 +365,10 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """W2 gelu(W1 x) with the tanh form of gelu."""
 
-    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        self.linear_1 = Linear(config.width, config.ffn_dim, dtypes=dtypes, rngs=rngs)
-        self.linear_2 = Linear(config.ffn_dim, config.width, dtypes=dtypes, rngs=rngs)
+    def __init__(self, config: WanConfig, name: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        inner, width = config.ffn_dim, config.width
+        self.linear_1 = _linear(config, f"{name}.linear_1", width, inner, dtypes=dtypes, rngs=rngs)
+        self.linear_2 = _linear(config, f"{name}.linear_2", inner, width, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         return self.linear_2(gelu(self.linear_1(x)))
@@ -304,13 +377,13 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Gated self-attention, cross-attention to the text, gated feed-forward; keeps x's dtype."""
 
-    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, config: WanConfig, name: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
         table = jax.random.normal(rngs.params(), (6, config.width), jnp.float32) / config.width**0.5
         self.scale_shift_table = nnx.Param(table)
-        self.attn1 = Attention(config, dtypes=dtypes, rngs=rngs)
+        self.attn1 = Attention(config, f"{name}.attn1", dtypes=dtypes, rngs=rngs)
         self.norm2 = LayerNorm(config.width, eps=config.eps)
-        self.attn2 = Attention(config, dtypes=dtypes, rngs=rngs)
-        self.ffn = FeedForward(config, dtypes=dtypes, rngs=rngs)
+        self.attn2 = Attention(config, f"{name}.attn2", dtypes=dtypes, rngs=rngs)
+        self.ffn = FeedForward(config, f"{name}.ffn", dtypes=dtypes, rngs=rngs)
         self.eps = config.eps
 
     def __call__(
@@ -323,7 +396,10 @@ class Block(nnx.Module):
         key_value = self.attn1.key_value(h, rotary)
         attended = self.attn1(h, key_value, rotary, conditions.lengths)
         x = _add(x, gate_a * attended.astype(jnp.float32))
-        x = _add(x, self.attn2(self.norm2(x), text))
+        from_text = self.attn2(self.norm2(x), text)
+        if conditions.reads_text is not None:
+            from_text = jnp.where(conditions.reads_text[:, None], from_text, 0)
+        x = _add(x, from_text)
         h = layer_norm(x, self.eps) * (1 + scale_f) + shift_f
         return _add(x, gate_f * self.ffn(h).astype(jnp.float32))
 
@@ -331,10 +407,16 @@ class Block(nnx.Module):
 class ControlBlock(Block):
     """A VACE block: a block with a linear layer that maps its output to a hint."""
 
-    def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        super().__init__(config, dtypes=dtypes, rngs=rngs)
-        self.proj_out = Linear(
-            config.width, config.width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs
+    def __init__(self, config: WanConfig, name: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        super().__init__(config, name, dtypes=dtypes, rngs=rngs)
+        self.proj_out = _linear(
+            config,
+            f"{name}.proj_out",
+            config.width,
+            config.width,
+            kernel_init=SMALL,
+            dtypes=dtypes,
+            rngs=rngs,
         )
 
     def hint(self, c: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -379,10 +461,28 @@ class Embedder(nnx.Module):
     """Linear, activation, linear."""
 
     def __init__(
-        self, features: int, width: int, activation: Callable, *, dtypes: Dtypes, rngs: nnx.Rngs
+        self,
+        config: WanConfig,
+        name: str,
+        features: int,
+        activation: Callable,
+        *,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
     ):
-        self.linear_1 = Linear(features, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
-        self.linear_2 = Linear(width, width, kernel_init=SMALL, dtypes=dtypes, rngs=rngs)
+        def linear(part: str, inputs: int) -> Linear:
+            return _linear(
+                config,
+                f"{name}.{part}",
+                inputs,
+                config.width,
+                kernel_init=SMALL,
+                dtypes=dtypes,
+                rngs=rngs,
+            )
+
+        self.linear_1 = linear("linear_1", features)
+        self.linear_2 = linear("linear_2", config.width)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch D"]:
@@ -393,12 +493,21 @@ class ConditionEmbedder(nnx.Module):
     """Embed the timestep, in float32, and the text for the blocks."""
 
     def __init__(self, config: WanConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        width = config.width
+        name, width = "condition_embedder", config.width
         self.time_embedder = Embedder(
-            config.freq_dim, width, jax.nn.silu, dtypes=FLOAT32, rngs=rngs
+            config,
+            f"{name}.time_embedder",
+            config.freq_dim,
+            jax.nn.silu,
+            dtypes=FLOAT32,
+            rngs=rngs,
         )
-        self.time_proj = Linear(width, 6 * width, dtypes=FLOAT32, rngs=rngs)
-        self.text_embedder = Embedder(config.text_dim, width, gelu, dtypes=dtypes, rngs=rngs)
+        self.time_proj = _linear(
+            config, f"{name}.time_proj", width, 6 * width, dtypes=FLOAT32, rngs=rngs
+        )
+        self.text_embedder = Embedder(
+            config, f"{name}.text_embedder", config.text_dim, gelu, dtypes=dtypes, rngs=rngs
+        )
         self.freq_dim = config.freq_dim
 
     def __call__(
@@ -421,18 +530,26 @@ class WanTransformer(nnx.Module):
         self.config, self.dtypes = config, dtypes
         self.patch_embedding = Linear(patch * config.in_channels, width, dtypes=dtypes, rngs=rngs)
         self.condition_embedder = ConditionEmbedder(config, dtypes=dtypes, rngs=rngs)
-        self.blocks = _stack(Block, config.num_layers, config, dtypes, rngs)
+        self.blocks = _stack(Block, "blocks", config, dtypes, rngs)
         if config.vace is not None:
             self.vace_patch_embedding = Linear(
                 patch * config.vace.in_channels, width, dtypes=dtypes, rngs=rngs
             )
-            self.vace_proj_in = Linear(width, width, dtypes=dtypes, rngs=rngs)
-            self.vace_blocks = _stack(ControlBlock, len(config.vace.layers), config, dtypes, rngs)
+            self.vace_proj_in = _linear(
+                config, "vace_proj_in", width, width, dtypes=dtypes, rngs=rngs
+            )
+            self.vace_blocks = _stack(ControlBlock, "vace_blocks", config, dtypes, rngs)
         self.scale_shift_table = nnx.Param(
             jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5
         )
-        self.proj_out = Linear(
-            width, patch * config.out_channels, kernel_init=SMALL, dtypes=FLOAT32, rngs=rngs
+        self.proj_out = _linear(
+            config,
+            "proj_out",
+            width,
+            patch * config.out_channels,
+            kernel_init=SMALL,
+            dtypes=FLOAT32,
+            rngs=rngs,
         )
 
     def __call__(
@@ -475,11 +592,11 @@ class WanTransformer(nnx.Module):
             config.mesh, self.condition_embedder.text_embedder(text.astype(self.dtypes.compute))
         )
         if control is None:
-            return PromptCache(self._key_values(self.blocks, context))
+            return PromptCache(self._key_values("blocks", context))
         tokens = self.vace_proj_in(self.vace_patch_embedding(self._shard_patches(control)))
         return PromptCache(
-            self._key_values(self.blocks, context),
-            self._key_values(self.vace_blocks, context),
+            self._key_values("blocks", context),
+            self._key_values("vace_blocks", context),
             tokens,
         )
 
@@ -490,6 +607,7 @@ class WanTransformer(nnx.Module):
         cache: PromptCache,
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
+        text_frames: int | None = None,
     ) -> Float[Array, "B T H W C"]:
         """Compute the velocity as `__call__` does, from the cache of the prompt.
 
@@ -499,6 +617,8 @@ class WanTransformer(nnx.Module):
           cache: of `prefill`, by this network with its present adapter.
           control_scale: as in `__call__`.
           frame_mask: as in `__call__`.
+          text_frames: only the tokens of the first `text_frames` frames attend to the text; None is
+            all.
 
         Raises:
           UserError: shapes do not fit.
@@ -520,7 +640,12 @@ class WanTransformer(nnx.Module):
             jnp.pad(table, ((0, padding), (0, 0)))
             for table in rotary_tables(config.head_dim, *grid)
         )
-        conditions = Conditions(modulation, (cos, sin), lengths)
+        reads_text = (
+            None
+            if text_frames is None
+            else jnp.arange(x.shape[1]) < text_frames * (grid[1] * grid[2])
+        )
+        conditions = Conditions(modulation, (cos, sin), lengths, reads_text)
         if cache.control is None:
             x = self._run_plain(x, cache, conditions)
         else:
@@ -543,9 +668,9 @@ class WanTransformer(nnx.Module):
         padding = sharding.padded(mesh, tokens.shape[1]) - tokens.shape[1]
         return sharding.shard_tokens(mesh, jnp.pad(tokens, ((0, 0), (0, padding), (0, 0))))
 
-    def _key_values(self, stack: Block, context: Float[Array, "B L D"]) -> PyTree:
+    def _key_values(self, stack: str, context: Float[Array, "B L D"]) -> PyTree:
         """Compute keys and values of the text for every block, in the layout of `PromptCache`."""
-        graph, parameters = nnx.split(stack)
+        graph, parameters = self._split(stack)
         mesh = self.config.mesh
 
         def key_value(block: nnx.State) -> KeyValue:
@@ -558,7 +683,7 @@ class WanTransformer(nnx.Module):
         return jax.lax.map(key_value, parameters)
 
     def _run_plain(self, x: Array, cache: PromptCache, conditions: Conditions) -> Array:
-        apply, blocks = self._applied(self.blocks, conditions)
+        apply, blocks = self._applied("blocks", conditions)
         if self.config.unroll:
             for block, text in zip(_unstack(blocks), cache.main, strict=True):
                 x = apply(block, x, text)
@@ -570,8 +695,8 @@ class WanTransformer(nnx.Module):
     def _run_groups(
         self, x: Array, c: Array, scale: Array, cache: PromptCache, conditions: Conditions
     ) -> Array:
-        apply, blocks = self._applied(self.blocks, conditions)
-        apply_control, controls = self._applied(self.vace_blocks, conditions)
+        apply, blocks = self._applied("blocks", conditions)
+        apply_control, controls = self._applied("vace_blocks", conditions)
         control_graph = nnx.graphdef(self.vace_blocks)
 
         def control(
@@ -619,12 +744,27 @@ class WanTransformer(nnx.Module):
             at, done = at + count * size, done + count
         return x
 
-    def _applied(self, stack: Block, conditions: Conditions) -> tuple[Callable, nnx.State]:
+    def _split(self, stack: str) -> tuple[nnx.GraphDef, nnx.State]:
+        """Split a stack of blocks; B of every block is multiplied by its own scale if they differ."""
+        graph, parameters = nnx.split(getattr(self, stack))
+        scales = {
+            f"{layer.name.partition('.')[2].replace('.', '/')}/lora_b": layer.scales
+            for layer in self.config.lora_layers
+            if layer.name.startswith(f"{stack}.") and not layer.uniform
+        }
+
+        def scale(path: tuple, leaf: Array) -> Array:
+            name = sharding.leaf_name(path)
+            return leaf * scales[name] if name in scales else leaf
+
+        return graph, jax.tree_util.tree_map_with_path(scale, parameters) if scales else parameters
+
+    def _applied(self, stack: str, conditions: Conditions) -> tuple[Callable, nnx.State]:
         """Return a function that applies one block under the remat policy, and stacked parameters.
 
         The function maps (parameters of a block, stream, the text's keys and values) to a stream.
         """
-        graph, parameters = nnx.split(stack)
+        graph, parameters = self._split(stack)
         mesh = self.config.mesh
 
         def apply(block: nnx.State, x: Array, text: KeyValue) -> Array:
@@ -714,24 +854,29 @@ def group_sizes(config: WanConfig) -> list[int]:
 
 
 def _stack(
-    block: type[Block], count: int, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs
+    block: type[Block], name: str, config: WanConfig, dtypes: Dtypes, rngs: nnx.Rngs
 ) -> Block:
-    """Initialise `count` blocks as one module whose leaves have a leading axis.
+    """Initialise the blocks of a stack as one module whose leaves have a leading axis.
 
     Args:
       block: class of the blocks.
-      count: number of blocks.
+      name: of the stack.
       config: of the network.
       dtypes: dtype policy.
       rngs: split over the blocks.
     """
 
-    @nnx.split_rngs(splits=count)
+    @nnx.split_rngs(splits=config.depth(name))
     @nnx.vmap
     def make(rngs: nnx.Rngs) -> Block:
-        return block(config, dtypes=dtypes, rngs=rngs)
+        return block(config, name, dtypes=dtypes, rngs=rngs)
 
-    return make(rngs)
+    stack = make(rngs)
+    for layer in config.lora_layers:
+        if layer.name.startswith(f"{name}.") and not layer.uniform:
+            linear = functools.reduce(getattr, layer.name.split(".")[1:], stack)
+            linear.lora_a[...] = linear.lora_a[...] * layer.initial
+    return stack
 
 
 def _rows(stacked: PyTree, start: int, count: int, shape: tuple[int, ...]) -> PyTree:

@@ -99,16 +99,16 @@ def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
 
 
 def initialise(environment: Mapping[str, str] = os.environ) -> None:
-    """Initialise the distributed runtime, if there are other processes.
+    """Initialise the distributed runtime, if there are other processes (collective).
 
-    Must run before the first JAX call.
+    Must run before the first JAX call. Does nothing if it ran before.
 
     Raises:
       UserError: the variables are unusable, the processes cannot connect at the address, or not all
         of them connect within five minutes (`IDGRPO_PATIENCE` seconds).
     """
     wanted = arguments(environment)
-    if wanted is None or wanted.get("num_processes") == 1:
+    if wanted is None or wanted.get("num_processes") == 1 or is_distributed():
         return
     if "coordinator_address" in wanted:
         check_address(str(wanted["coordinator_address"]), listens=wanted["process_id"] == 0)
@@ -124,6 +124,7 @@ def initialise(environment: Mapping[str, str] = os.environ) -> None:
                 initialization_timeout=patience + HEARTBEAT,
             ),
         )
+        barrier("connected")  # while all are here (see `sharding.connect_groups`)
     except Exception as error:  # the type depends on how the cluster was detected
         reason = " ".join(str(error).split())[:200]
         where = wanted.get("coordinator_address", "the addresses that the cluster gives")

@@ -14,6 +14,7 @@ arXiv 1909.08053 (tensor).
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.parallel.hosts import barrier
 
 Tree = TypeVar("Tree")
 Network = TypeVar("Network", bound=nnx.Module)
@@ -61,7 +63,7 @@ TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh of `AXES`; an axis of -1 takes the remaining devices.
+    """Make the mesh of `AXES`; an axis of -1 takes the remaining devices (collective).
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
@@ -79,7 +81,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     grid = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if jax.process_count() > 1 and platform(mesh) == "cpu":
+        connect_groups(mesh)
+    return mesh
+
+
+def connect_groups(mesh: Mesh) -> None:
+    """Let every group of devices along one or several axes exchange a number (collective).
+
+    Gloo connects the processes of a group at their first exchange, and fails if they come to it
+    more than 30 s apart. Processes that compile a program are often further apart, above all when
+    only some of them find it in the cache. Exchanges of a connected group wait for all.
+    """
+    barrier("mesh")
+    axes = [name for name in AXES if mesh.shape[name] > 1]
+    groups = [
+        group for count in range(len(axes)) for group in itertools.combinations(axes, count + 1)
+    ]
+    split = PartitionSpec(tuple(axes))
+    sums = jax.shard_map(
+        lambda number: [jax.lax.psum(number, group) for group in groups],
+        mesh=mesh,
+        in_specs=split,
+        out_specs=[split] * len(groups),
+        check_vma=False,
+    )
+    ones = device_put_global(np.ones(mesh.size, np.float32), NamedSharding(mesh, split))
+    jax.block_until_ready(jax.jit(sums)(ones))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -73,7 +73,7 @@ def conditioning_of(run: Run, config: Config, rows: int) -> Conditioning:
       config: configuration with the video size.
       rows: number of rows.
     """
-    video, people, vace = config.video, config.data.max_people, config.model.kind == "vace"
+    video, people, vace = config.video, config.reference_frames, config.model.kind == "vace"
     frames = flow.latent_frames(video.frames) + (people if vace else 0)
 
     def latents(frames: int, channels: int) -> jax.ShapeDtypeStruct:
@@ -86,6 +86,8 @@ def conditioning_of(run: Run, config: Config, rows: int) -> Conditioning:
         frame_mask=jax.ShapeDtypeStruct((rows, frames), jnp.bool),
         references=jax.ShapeDtypeStruct((rows,), jnp.int32),
         reference_latents=None if vace else latents(people, LATENT_CHANNELS),
+        padding_attended=config.kind.slots > 0,
+        photos_read_text=config.kind.photos_read_text,
     )
     return rows_of(run, asked)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, VideoConfig
+from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.models.layers import LoRAParam
@@ -45,8 +46,8 @@ from jax_idgrpo.training import setup, update
 from jax_idgrpo.training.setup import Run
 
 SIZES: dict[str, dict[str, Callable[..., WanConfig]]] = {
-    "1.3b": {"vace": vace_1_3b, "phantom": wan_1_3b},
-    "14b": {"vace": vace_14b, "phantom": wan_14b},
+    "1.3b": dict.fromkeys(REFERENCE_KINDS, wan_1_3b) | {"vace": vace_1_3b},
+    "14b": dict.fromkeys(REFERENCE_KINDS, wan_14b) | {"vace": vace_14b},
 }
 PUBLISHED_VAE = VAEConfig(
     base_dim=96,
@@ -71,26 +72,19 @@ def networks(config: Config, sizes: str | None) -> Architecture:
       UserError: the sizes are unknown, or there are neither sizes nor a checkpoint.
     """
     folder, model = config.model.folder(), config.model
-    run: dict[str, Any] = {
-        "rank": model.rank,
-        "alpha": model.alpha,
-        "remat": model.remat,
-        "unroll": model.unroll,
-    }
     if sizes is not None:
         if sizes not in SIZES:
             raise UserError(
                 f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a "
                 "checkpoint in model.path"
             )
-        return Architecture(SIZES[sizes][model.kind](**run), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
+        return Architecture(SIZES[sizes][model.kind](), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
     if not folder.is_dir():
         raise UserError(
             f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for "
             "published sizes without it"
         )
-    found = read_architecture(folder)
-    return dataclasses.replace(found, transformer=dataclasses.replace(found.transformer, **run))
+    return read_architecture(folder)
 
 
 # ---- the programs --------------------------------------------------------------------------------

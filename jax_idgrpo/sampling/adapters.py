@@ -8,12 +8,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from checkpoints_convert import adapter, card, lora, store, wan
+from checkpoints_convert import adapter, card, lora, store
 from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints_convert.places import LoRASum
 from checkpoints_convert.rules import to_jax, to_torch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
+from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.sampling.lora_sum import read_adapter
 
 BASE = nnx.Not(LoRAParam)
 
@@ -37,7 +40,11 @@ def with_adapter(
 
 
 def add_adapter(
-    transformer: WanTransformer, rank: int, alpha: float, key: Key[Array, ""]
+    transformer: WanTransformer,
+    rank: int,
+    alpha: float,
+    key: Key[Array, ""],
+    layers: tuple[LayerLoRA, ...] | None = None,
 ) -> WanTransformer:
     """Return the transformer with a new adapter: A ~ N(0, 1/R^2), B = 0, so its output is the same.
 
@@ -46,8 +53,9 @@ def add_adapter(
       rank: R.
       alpha: the adapter is scaled by alpha / R.
       key: for A.
+      layers: the layers, with ranks and alphas of their own, as in `WanConfig.lora`.
     """
-    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha)
+    config = dataclasses.replace(transformer.config, rank=rank, alpha=alpha, lora=layers)
 
     @jax.jit  # the compiler removes the unused initialisation of the base
     def fresh(key: Key[Array, ""]) -> nnx.State:
@@ -63,32 +71,35 @@ def lora_scale(path: str | Path) -> tuple[int, float]:
     return adapter.adapter_scale(Path(path))
 
 
-def load_lora_state(path: str | Path, config: WanConfig) -> nnx.State:
-    """Read the adapter at `path` as the LoRA leaves of `WanTransformer(config)`, float32.
+def lora_config(path: str | Path | LoRASum, config: WanConfig) -> WanConfig:
+    """Return `config` with the layers, ranks and alphas of an adapter or a sum of adapters.
 
     Raises:
-      UserError: its rank or alpha differs from the config's, or its tensors are not those of this
-        transformer.
+      UserError: the adapter cannot be read, or is made for another transformer.
     """
-    weights, _ = adapter.adapter_files(Path(path))
-    rank, alpha = lora_scale(path)
-    if (rank, alpha) != (config.rank, config.alpha):
+    scales, _ = read_adapter(Path(path) if isinstance(path, str) else path, config)
+    return dataclasses.replace(config, **lora.fields(scales, config))
+
+
+def load_lora_state(path: str | Path | LoRASum, config: WanConfig) -> nnx.State:
+    """Read an adapter or a sum of adapters as the LoRA leaves of `WanTransformer(config)`, float32.
+
+    Raises:
+      UserError: its layers, ranks or alphas differ from the config's, or its tensors are not those
+        of this transformer.
+    """
+    found, matrices = read_adapter(Path(path) if isinstance(path, str) else path, config)
+    if found != (wanted := lora.scales_of(config)):
+        (rank, alpha), (other, another) = lora.common(found), lora.common(wanted)
         raise UserError(
-            f"{path}: rank {rank}, alpha {alpha:g} where {config.rank}, {config.alpha:g} are set; "
-            "make them equal"
+            f"{path}: rank {rank}, alpha {alpha:g} where {other}, {another:g} are set, or other "
+            "layers; make them equal"
         )
-    tensors, _ = store.open_weights(weights)
-    if (problem := lora.misfit(tensors, config)) is not None:
-        raise UserError(f"{weights}: {problem}; pass an adapter of this model")
     model = nnx.eval_shape(
         lambda: WanTransformer(config, dtypes=Dtypes.named("float32"), rngs=nnx.Rngs(0))
     )
-    return to_jax(
-        lora.rules(wan.block_stacks(config), lora.prefix(tensors)),
-        tensors,
-        nnx.state(model, LoRAParam),
-        str(weights),
-    )
+    tensors = lora.padded(matrices, config)
+    return to_jax(lora.rules(config), tensors, nnx.state(model, LoRAParam), str(path))
 
 
 def save_lora(
@@ -115,11 +126,12 @@ def save_lora(
     text = card.render(
         "peft", "LoRA adapter", base, card.LICENSE, training, (config.rank, config.alpha)
     )
+    scales = lora.scales_of(config)
     with store.atomic_path(path, ADAPTER_CONFIG) as new:
         new.mkdir()
-        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(config.rank, config.alpha))
+        store.write_json(new / ADAPTER_CONFIG, lora.config_to_json(scales))
         store.write_file(
-            new / ADAPTER_WEIGHTS, to_torch(lora.rules(wan.block_stacks(config)), state)
+            new / ADAPTER_WEIGHTS, lora.cut(to_torch(lora.rules(config), state), scales)
         )
         (new / card.FILE).write_text(text, "utf-8")
         if step is not None:

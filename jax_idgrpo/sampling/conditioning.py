@@ -11,12 +11,13 @@ diffusers puts the last photo first; g is the same for every prompt. Rows with f
 other frames keep the rotary positions that they have without padding, and the padding is masked, so
 a row does not depend on the other rows of its batch.
 
-Phantom has no control. The clean latents of the photos, one frame each, follow the video,
+The other kinds have no control. The clean latents of the photos, one frame each, follow the video,
 `[T video, M references, max_people - M padding]`. They are inputs of the transformer only; the
-video is denoised.
+video is denoised. `config.model_kinds` lists whether the padding is masked, and whether photos
+attend to the text.
 
 Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_video_latents`,
-`prepare_masks`); Phantom-video/Phantom, `subject2video.py`.
+`prepare_masks`); for the other kinds those of `config.model_kinds`.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from PIL import Image
 
-from jax_idgrpo import flow
+from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, DataConfig
 from jax_idgrpo.data.photos import ROOM as PHOTO_ROOM
 from jax_idgrpo.data.photos import PhotoCache, on_white
@@ -67,14 +68,16 @@ class Conditioning:
     """Conditioning of P prompts.
 
     Each row denoises `frames` latent frames: max_people + T for VACE, `[references, video,
-    padding]`, and T for Phantom, `[video]`.
+    padding]`, and T for the other kinds, `[video]`.
 
     Attributes:
       text: text embeddings, zero after the prompt's end.
-      control: VACE's control, zero in the padding; None for Phantom.
+      control: VACE's control, zero in the padding; None for the other kinds.
       frame_mask: False in the padding.
       references: number of people, per row.
-      reference_latents: Phantom's clean latents of the photos, zero in the padding; None for VACE.
+      reference_latents: clean latents of the photos, zero in the padding; None for VACE.
+      padding_attended: whether the padding after the photos is attended to (SkyReels-V3).
+      photos_read_text: whether the tokens of the photos attend to the text (all but RefAlign).
     """
 
     text: Float[Values, "P L D"]
@@ -82,6 +85,8 @@ class Conditioning:
     frame_mask: Bool[Values, "P frames"]
     references: Int[Values, " P"]
     reference_latents: Float[Values, "P M H W C"] | None = None
+    padding_attended: bool = struct.field(pytree_node=False, default=False)
+    photos_read_text: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -93,7 +98,7 @@ class Conditioning:
 
     @property
     def reference_mask(self) -> Bool[Values, "P M"]:
-        """True on the photos, False in the padding after them (Phantom)."""
+        """True on the photos, False in the padding after them; not for VACE."""
         assert self.reference_latents is not None
         return jnp.arange(self.reference_latents.shape[1]) < self.references[:, None]
 
@@ -163,7 +168,7 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
 def whole_canvas(
     image: Image.Image, height: int, width: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Scale the image as `canvas` does, in Phantom's way: one Lanczos resize.
+    """Scale the image as `canvas` does, with one Lanczos resize: all kinds but VACE.
 
     Args:
       image: of any mode and size.
@@ -220,9 +225,11 @@ def control(
 
 
 @nnx.jit
-def _encode_video(vae: nnx.Module, video: Float[Values, "B F H W 3"]) -> Float[Array, "B T h w C"]:
+def _encode_video(
+    vae: nnx.Module, video: Float[Values, "B F H W 3"], noise: Values | None = None
+) -> Float[Array, "B T h w C"]:
     _, frames, height, width, _ = video.shape
-    return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8))
+    return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8), noise)
 
 
 @nnx.jit
@@ -401,7 +408,7 @@ def encode(
             text=text, control=np.stack(controls), frame_mask=mask, references=references
         )
     reference_latents = [
-        np.pad(latents, ((0, data.max_people - len(latents)), (0, 0), (0, 0), (0, 0)))
+        np.pad(latents, ((0, config.reference_frames - len(latents)), (0, 0), (0, 0), (0, 0)))
         for _, latents in rows
     ]
     mask = np.ones((len(prompts), frames), bool)
@@ -411,6 +418,8 @@ def encode(
         frame_mask=mask,
         references=references,
         reference_latents=np.stack(reference_latents),
+        padding_attended=config.kind.slots > 0,
+        photos_read_text=config.kind.photos_read_text,
     )
 
 
@@ -426,5 +435,16 @@ def _encode_photos(
         )
     fit = canvas if config.model.kind == "vace" else whole_canvas
     canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]
-    latents = [to_host(_encode_video(pipe.vae, canvas[None, None]))[0] for canvas in canvases]
+    noises: list[np.ndarray | None] = [None] * len(canvases)
+    if config.kind.photos_sampled:
+        root = rng.fold(rng.key(config.run.seed, "photo"), prompt.id)
+        shape = (1, 1, video.height // 8, video.width // 8, pipe.vae.config.z_dim)
+        noises = [
+            to_host(jax.random.normal(rng.fold(root, number), shape, jnp.float32))
+            for number in range(len(canvases))
+        ]
+    latents = [
+        to_host(_encode_video(pipe.vae, canvas[None, None], noise))[0]
+        for canvas, noise in zip(canvases, noises, strict=True)
+    ]
     return np.concatenate(latents)

@@ -25,9 +25,10 @@ from jaxtyping import PyTree
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
 from checkpoints_convert.hub import is_name
-from checkpoints_convert.places import checkpoint_place
+from checkpoints_convert.places import LoRASum, checkpoint_place
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
@@ -38,7 +39,7 @@ from jax_idgrpo.sampling.adapters import (
     BASE,
     add_adapter,
     load_lora_state,
-    lora_scale,
+    lora_config,
     with_adapter,
 )
 from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer, read_tokenizer
@@ -65,7 +66,7 @@ class Pipeline:
       tokenizer: of transformers. With padding="max_length", max_length=L and truncation=True it
         preserves the final end-of-sequence token.
       shift: of the schedule, the scheduler's `flow_shift`.
-      kind: "vace", "wan" or "phantom".
+      kind: one of `config.model_kinds.MODEL_KINDS`.
       path: the folder that was read.
     """
 
@@ -77,18 +78,17 @@ class Pipeline:
     kind: str
     path: Path
 
-    def load_lora(self, path: str | Path) -> None:
+    def load_lora(self, path: str | Path | LoRASum) -> None:
         """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
         Args:
-          path: a PEFT directory, the workdir of a run, or a file of weights (tensor names with or
-            without `base_model.model.` or `transformer.`).
+          path: a PEFT directory, the workdir of a run, or a file of weights in any dialect of
+            `checkpoints_convert.lora_dialects`; or a sum of these.
 
         Raises:
           UserError: the adapter is of another model or of an unsupported kind.
         """
-        rank, alpha = lora_scale(path)
-        config = dataclasses.replace(self.transformer.config, rank=rank, alpha=alpha)
+        config = lora_config(path, self.transformer.config)
         self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
 
 
@@ -114,8 +114,9 @@ def load_pipeline(
       path: the folder, or a name ORG/NAME on the Hugging Face Hub.
       dtype: "float32" or "bfloat16", of transformer and text encoder. Their parts that are
         sensitive to rounding and the VAE are always float32.
-      kind: "vace", "wan" or "phantom"; None takes it from the store or the tensors. Phantom has the
-        tensors of plain Wan, so outside a store it must be given.
+      kind: "vace", "wan", "phantom", "refalign" or "skyreels"; None takes it from the store, the
+        class in `config.json` or the tensors. Phantom and RefAlign have the tensors of plain Wan, so
+        outside a store their kind must be given.
       rank: if positive, add a new adapter of this rank. It changes no output until it is trained.
       alpha: of the new adapter.
       seed: of the new adapter.
@@ -294,7 +295,7 @@ def _shift(source: checkpoint.Checkpoint) -> float:
     if source.scheduler is None:
         if (source.path / INDEX).is_file():
             raise UserError(f"{source.path}: has no folder scheduler/; get the whole pipeline")
-        return checkpoint.SHIFTS[str(source.kind)]
+        return MODEL_KINDS[str(source.kind)].shift
     file = source.scheduler / checkpoint.SCHEDULER_CONFIG
     shift = store.read_json(file).get("flow_shift")
     if not isinstance(shift, int | float) or shift <= 0:

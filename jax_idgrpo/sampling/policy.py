@@ -2,12 +2,12 @@
 
 Rollout and replay both call `Policy.velocity`, and no other function maps latents to velocities.
 
-    VACE      v = v_negative + guidance (v_prompt - v_negative), the same control in both
-    Phantom   v = v_none + image_guidance (v_photos - v_none) + guidance (v_both - v_photos)
+    VACE     v = v_negative + guidance (v_prompt - v_negative), the same control in both
+    others   v = v_none + image_guidance (v_photos - v_none) + guidance (v_both - v_photos)
 
 v_both is conditioned on the prompt and the photos, v_photos on the negative prompt and the photos,
 v_none on the negative prompt and zeros in place of the photos.
-Source: Phantom-video/Phantom, `subject2video.py`.
+Sources: those of `config.model_kinds`.
 """
 
 import dataclasses
@@ -106,9 +106,10 @@ class Policy:
         cache = self.prefill(inputs) if cache is None else cache
         timestep = jnp.broadcast_to(timestep, x.shape[:1])
         lora, x, main, vace = jax.lax.optimization_barrier((inputs.lora, x, cache.main, cache.vace))
-        base, timestep, conditioning, control = jax.lax.optimization_barrier(
-            (inputs.base, timestep, inputs.conditioning, cache.control)
+        base, timestep, conditioning = jax.lax.optimization_barrier(
+            (inputs.base, timestep, inputs.conditioning)
         )
+        control = jax.lax.optimization_barrier(cache.control)  # LoRA may be before it
         frames = x.shape[1]
 
         def repeat(array: Array) -> Array:
@@ -122,9 +123,17 @@ class Policy:
                 jnp.zeros_like(conditioning.reference_latents)
             ] * (self.branches - 2)
             latents = jnp.concatenate([latents, _together(references)], axis=1)
-            mask = jnp.concatenate([mask, repeat(conditioning.reference_mask)], axis=1)
+            mask = (
+                None
+                if conditioning.padding_attended
+                else jnp.concatenate([mask, repeat(conditioning.reference_mask)], axis=1)
+            )
         branches = self._network(lora, base).velocity(
-            latents, repeat(timestep), PromptCache(main, vace, control), frame_mask=mask
+            latents,
+            repeat(timestep),
+            PromptCache(main, vace, control),
+            frame_mask=mask,
+            text_frames=None if conditioning.photos_read_text else frames,
         )[:, :frames]
         return jax.lax.optimization_barrier(self._combine(branches))
 

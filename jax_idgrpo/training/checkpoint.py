@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -383,6 +383,30 @@ def check_rows(path: Path, rows: Sequence[str]) -> None:
             f"cannot resume exactly: the data is not what the run in {path.parent} began with: "
             f"{change}; restore it, or start in another --workdir"
         )
+
+
+def keep_base(workdir: Path, loras: Mapping[str, str], resumes: bool) -> None:
+    """Store the digests of the LoRA files that are merged into the base of a run.
+
+    Args:
+      workdir: folder of the run.
+      loras: path -> digest of the content.
+      resumes: whether the workdir has a checkpoint, so that the files must be the same.
+
+    Raises:
+      UserError: the run began with other files.
+    """
+    path = workdir / "base_loras.json"
+    if resumes and path.exists():
+        before = json.loads(path.read_text())
+        if changed := [name for name in loras if loras[name] != before.get(name)]:
+            raise UserError(
+                f"cannot resume exactly: the content of {changed[0]}, which is merged into the "
+                f"base, is not what the run in {workdir} began with; restore it, or start in "
+                "another --workdir"
+            )
+    if jax.process_index() == 0 and loras:
+        write_text(path, json.dumps(dict(loras)))
 
 
 def resume(

@@ -3,11 +3,12 @@
 import collections
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jax_idgrpo import grpo
 from jax_idgrpo.config import GrpoConfig
@@ -62,7 +63,7 @@ def choose(
 
     The advantage is a weighted sum over the reward and the other terms of `mixture`. Each term is
     normalised by its own standard deviation first. Excluded are non-finite rewards, constant groups
-    if `drop_constant` is set, and pairs without a winner.
+    if `drop_constant` is set, pairs without a winner, and what `select_pairs` leaves out.
 
     Args:
       config: settings of the objective.
@@ -91,6 +92,10 @@ def choose(
         if name != "reward":
             advantage = advantage + factor * advantages(terms[name])
     advantage = np.where(weight, advantage, 0).astype(np.float32)
+    if config.pairs == "dominance":
+        members, usable, _ = select_pairs(config, rewards, terms)
+        rows = members + np.arange(len(rewards))[:, None] * rewards.shape[1]
+        return advantage, (weight & usable[:, None]).astype(np.float32), rows.ravel()
     pairs = "pairs" in config.needs
     if config.drop_constant or pairs:
         weight &= np.any(advantage != 0, axis=1, keepdims=True)
@@ -105,18 +110,68 @@ def choose(
     return advantage, weight.astype(np.float32), rows.ravel()
 
 
-def check_mixture(mixture: Mapping[str, int | float], names: Sequence[str]) -> None:
-    """Check that the reward has every term of a mixture.
+def select_pairs(
+    config: GrpoConfig,
+    rewards: Float[np.ndarray, "P G"],
+    terms: Mapping[str, Float[np.ndarray, "P G"]],
+) -> tuple[Int[np.ndarray, "P 2"], Bool[np.ndarray, " P"], dict[str, float]]:
+    """Select the pair of each group by dominance, and of those the share with the largest gaps.
+
+    Args:
+      config: settings of the objective.
+      rewards: rewards of P prompts with G videos each.
+      terms: values of the other terms by name.
+
+    Returns:
+      Winner and loser of each group; whether the pair is trained; and metrics: the number of trained
+      pairs, their mean gap, and their mean difference in each term, in spreads (NaN without pairs).
+    """
+    names = list(config.pair_terms)
+    values = np.stack([rewards if name == "reward" else terms[name] for name in names], axis=-1)
+    weights = np.array([config.pair_terms[name] for name in names], np.float64)
+    slack = np.array([config.pair_slack.get(name, 0) for name in names], np.float64)
+    eps = config.advantage_eps
+    members, usable = grpo.dominant_pairs(
+        values, weights, slack, margin=config.pair_margin, eps=eps
+    )
+    z = np.take_along_axis(grpo.directed(values, weights, eps=eps), members[..., None], axis=1)
+    difference = z[:, 0] - z[:, 1]
+    gap = difference @ np.abs(weights)
+    number = math.ceil(config.pair_share * usable.sum())
+    order = np.argsort(np.where(usable, -gap, np.inf), kind="stable")
+    usable = usable & np.isin(np.arange(len(usable)), order[:number])
+    measures = {"pairs_used": float(usable.sum()), "pair_gap": mean_of_numbers(gap[usable])}
+    for index, name in enumerate(names):
+        measures[f"pair_{name}"] = mean_of_numbers(difference[usable, index])
+    return members, usable, measures
+
+
+def check_terms(
+    field: str, weights: Mapping[str, int | float], names: Sequence[str], most: int | None = None
+) -> None:
+    """Check that the reward has every term that a field weighs.
+
+    Args:
+      field: name of the field, for messages.
+      weights: weights by term.
+      names: terms of the reward.
+      most: number of terms above which a warning is given; None never warns.
 
     Raises:
-      UserError: the mixture names an unknown term.
+      UserError: the field names an unknown term.
     """
-    for name in mixture:
+    for name in weights:
         if name not in names:
             known = ", ".join(sorted(names))
             raise UserError(
-                f"reward.mixture knows no {name!r}{closest(name, names)} (the terms of this reward: {known})"
+                f"{field} knows no {name!r}{closest(name, names)} (the terms of this reward: {known})"
             )
+    if most is not None and len(weights) > most:
+        warnings.warn(
+            f"{field} has {len(weights)} terms; few videos are better in more than {most}, so that "
+            "most groups will have no pair",
+            stacklevel=2,
+        )
 
 
 def failed_in_a_row(rows: Sequence[dict[str, Any]]) -> int:

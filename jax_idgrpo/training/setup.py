@@ -11,13 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 
+from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import Planned, planned_reward
-from jax_idgrpo.sampling import conditioning, policy, rollout
+from jax_idgrpo.sampling import conditioning, lora_layers, lora_sum, policy, rollout
+from jax_idgrpo.sampling.adapters import add_adapter
 from jax_idgrpo.sampling.pipeline import (
     Architecture,
     Pipeline,
@@ -25,7 +27,7 @@ from jax_idgrpo.sampling.pipeline import (
     pipeline_shapes,
     read_architecture,
 )
-from jax_idgrpo.training.selection import check_mixture
+from jax_idgrpo.training.selection import check_terms
 from jax_idgrpo.training.state import make_optimizer, start
 from jax_idgrpo.training.update import UpdateRule
 
@@ -85,7 +87,9 @@ def build(
     if abstract:
         found = architecture or read_architecture(model.folder())
         running: dict[str, Any] = dict(
-            rank=model.rank, alpha=model.alpha, remat=model.remat, unroll=model.unroll
+            lora_layers.configured(model, found.transformer),
+            remat=model.remat,
+            unroll=model.unroll,
         )
         found = dataclasses.replace(
             found, transformer=dataclasses.replace(found.transformer, **running)
@@ -139,7 +143,8 @@ def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
     if abstract:
         return planned_reward(config, mesh)
     reward = make_reward(config, mesh)
-    check_mixture(config.reward.mixture, reward.term_names)
+    check_terms("reward.mixture", config.reward.mixture, reward.term_names)
+    check_terms("grpo.pair_terms", config.grpo.pair_terms, reward.term_names, most=5)
     return reward
 
 
@@ -239,19 +244,32 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
         model.folder(),
         model.dtype,
         model.kind,
-        model.rank,
-        model.alpha,
-        seed=config.run.seed,
         remat=model.remat,
         unroll=model.unroll,
         mesh=mesh,
         text_memory=model.text_memory,
     )
-    if model.adapter:
-        pipe.load_lora(model.adapter)
-        found = pipe.transformer.config
-        if (found.rank, found.alpha) != (model.rank, model.alpha):
-            raise UserError(
-                f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set --model.rank and --model.alpha to these"
-            )
+    lora_sum.merge_base(pipe.transformer, model)
+    wanted = lora_layers.configured(model, pipe.transformer.config)
+    if not model.adapter:
+        pipe.transformer = add_adapter(
+            pipe.transformer,
+            wanted["rank"],
+            wanted["alpha"],
+            rng.key(config.run.seed, "init"),
+            wanted["lora"],
+        )
+        return pipe
+    pipe.load_lora(model.adapter)
+    found = pipe.transformer.config
+    if (found.rank, found.alpha) != (wanted["rank"], wanted["alpha"]):
+        raise UserError(
+            f"model.adapter {model.adapter}: rank {found.rank}, alpha {found.alpha:g}; set "
+            "--model.rank and --model.alpha to these"
+        )
+    if found.lora != wanted["lora"]:
+        raise UserError(
+            f"model.adapter {model.adapter}: its layers, or their ranks and alphas, are not those "
+            "of model.lora_targets, lora_ranks and lora_alphas; set these to the adapter's"
+        )
     return pipe

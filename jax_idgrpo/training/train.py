@@ -23,18 +23,24 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import any_process, assert_same_across_hosts, to_host
+from jax_idgrpo.parallel.hosts import (
+    any_process,
+    assert_same_across_hosts,
+    folder_facts,
+    to_host,
+)
 from jax_idgrpo.rewards.base import References, check_references, differentiable
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.policy import PolicyInputs
-from jax_idgrpo.training.checkpoint import open_checkpoints, resume
+from jax_idgrpo.training.checkpoint import keep_base, open_checkpoints, resume, stored_steps
 from jax_idgrpo.training.keeper import Keeper
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.profiling import Profile
@@ -45,6 +51,7 @@ from jax_idgrpo.training.selection import (
     group_statistics,
     mean_of_numbers,
     members,
+    select_pairs,
 )
 from jax_idgrpo.training.setup import Run, build, sample
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
@@ -95,6 +102,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         listed,
         workdir=workdir / "checkpoints",
         adapter=Path(config.model.adapter or workdir / "none"),
+        **{f"base LoRA {path}": Path(path) for path in config.model.base_loras},
     )
     run = build(config, mesh)
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
@@ -107,13 +115,16 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
+    base = {path: folder_facts(Path(path)) for path in config.model.base_loras}
+    keep_base(workdir, base, resumes=bool(stored_steps(manager)))
     state = resume(workdir, config, manager, fresh, listed)
     done = int(state.step)
     keeper = Keeper(manager, workdir / "export", config, run.pipe.transformer.config)
     keeper.begin(state)
     traced = Profile(profile, done, last)
     before = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done]
-    failed, constant = failed_in_a_row(before), constant_in_a_row(before)
+    # Network file systems cache files, so the other processes may read an older one.
+    failed, constant = decided(lambda: [failed_in_a_row(before), constant_in_a_row(before)])
     watch = begin_watch(run, fresh.ema, workdir / "watch") if config.run.watch_every else None
     del fresh
 
@@ -159,6 +170,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             clock.append(time.monotonic())
 
             row = step_metrics(run, rewards, values, advantage, scalars, np.diff(clock))
+            if config.grpo.pairs == "dominance":
+                row |= select_pairs(config.grpo, rewards.reshape(-1, group), grouped)[2]
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(state.ema, done + 1)
             writer.write(done, row)

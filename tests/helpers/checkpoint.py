@@ -1,4 +1,8 @@
-"""A small training state, and whether two are equal."""
+"""A small training state, whether two are equal, and damage to a checkpoint."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +41,28 @@ def same(a: TrainState, b: TrainState) -> bool:
 
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(bits(x), bits(y)), a, b)
     return all(jax.tree.leaves(equal))
+
+
+def truncate_part(workdir: Path, step: int, process: int) -> None:
+    """Cut the largest file that one process wrote of a checkpoint in half."""
+    part = workdir / "checkpoints" / str(step) / "default" / f"ocdbt.process_{process}"
+    largest = max((part / "d").iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def assert_fell_back(answers: Sequence[Mapping[str, object]], workdir: Path) -> None:
+    """All processes of `checkpoint_worker` read step 3, because step 6 is damaged, and wrote step 6 anew.
+
+    Args:
+      answers: what each of them printed.
+      workdir: its argument.
+    """
+    for answer in answers:
+        assert answer["step"] == 3
+        assert answer["exact"]
+        (warned,) = answer["warned"]
+        assert "trying the one before" in warned
+        assert "process" in warned
+        assert answer["steps"] == [3, 6]
+        assert answer["again"]
+    assert [path.name for path in (workdir / "checkpoints-damaged").iterdir()] == ["6"]

@@ -3,7 +3,7 @@
 python -m tests.helpers.default_flags_worker FOLDER
 
 Trains the bundled VACE model in FOLDER/whole without a stop and in FOLDER/stopped with one, and stores the ratios of a first update of
-Phantom in FOLDER/phantom.npy.
+Phantom in FOLDER/phantom.npy, and of the other models with photos behind the video in FOLDER/others.npy.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from tests.helpers import phantom
 from tests.helpers.tiny_run import tiny
 
 
-def phantom_ratio() -> np.ndarray:
-    """Sample a rollout of a tiny Phantom policy and return the ratio of its first update, per step and row."""
-    actor, lora, base = phantom.model(remat="full")
-    batch = phantom.chunked([phantom.sampled((actor, lora, base))])
+def ratio(*scales: float, **conditions: bool) -> np.ndarray:
+    """Sample a rollout of a tiny policy and return the ratio of its first update, per step and row."""
+    actor, lora, base = phantom.model(*scales, remat="full")
+    given = dataclasses.replace(phantom.asked(), **conditions)
+    batch = phantom.chunked([phantom.sampled((actor, lora, base), given=given)])
     return np.asarray(phantom.gradients(phantom.objective(actor), lora, base, batch)[1]["ratio"])
 
 
@@ -37,5 +38,8 @@ def runs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    np.save(Path(sys.argv[1]) / "phantom.npy", phantom_ratio())
+    np.save(Path(sys.argv[1]) / "phantom.npy", ratio(7.5, 5.0))
+    # The properties of RefAlign and SkyReels-V3 in one program.
+    others = ratio(1.0, 1.0, padding_attended=True, photos_read_text=False)
+    np.save(Path(sys.argv[1]) / "others.npy", others)
     runs(Path(sys.argv[1]))

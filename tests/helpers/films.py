@@ -19,9 +19,9 @@ def drawn_clips(seed, people=None):
             yield pair
 
 
-def faulty(pair, fault):
-    """The pixels of a clip with a fault, or without for ""."""
-    clip = pair.clips[0]
+def faulty(pair, fault, variant=0):
+    """The pixels of one of the two clips of a pair with a fault, or without for ""."""
+    clip = pair.clips[variant]
     if fault in ("swap", "duplicate", "freeze", "replace"):
         return to_uint8(DISTORTIONS[fault](clip, 0.5 if fault in ("swap", "replace") else 1.0))
     pixels = to_uint8(clip.video)

@@ -1,4 +1,4 @@
-"""A tiny Phantom policy: its network, a pipeline folder and a run's configuration."""
+"""A tiny policy with photos behind the video, such as Phantom: network, pipeline folder and a run's configuration."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from flax import nnx
 
 from jax_idgrpo import config as c
 from jax_idgrpo import rng
+from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.models.layers import Dtypes
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.sampling import pipeline, policy, rollout
@@ -34,10 +35,10 @@ CONFIG = WanConfig(
 )
 
 
-def short(checkpoint, steps=1):
+def short(checkpoint, steps=1, kind="phantom"):
     """Return the configuration of a run of `steps` steps on a pipeline folder."""
     return c.Config(
-        model=c.ModelConfig(path=str(checkpoint), kind="phantom", rank=2, alpha=2.0, unroll=True),
+        model=c.ModelConfig(path=str(checkpoint), kind=kind, rank=2, alpha=2.0, unroll=True),
         data=c.DataConfig(max_people=3, text_length=80),
         video=c.VideoConfig(frames=5, height=64, width=64, fps=8),
         rollout=c.RolloutConfig(
@@ -80,7 +81,7 @@ def model(guidance=7.5, image_guidance=5.0, remat="none"):
 
 
 @functools.cache
-def asked():
+def asked(kind="phantom"):
     """Return the conditioning of four rows: one or two photos each."""
     rng = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
@@ -91,6 +92,8 @@ def asked():
         references=references,
         # Not zero in the padding, which must not change the velocity.
         reference_latents=jnp.asarray(rng.normal(size=(ROWS, PEOPLE, 4, 6, 16)), jnp.float32),
+        padding_attended=MODEL_KINDS[kind].slots > 0,
+        photos_read_text=MODEL_KINDS[kind].photos_read_text,
     )
 
 

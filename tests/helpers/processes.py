@@ -1,5 +1,6 @@
 """Real processes on this machine, joined over loopback as those of a pod are."""
 
+import json
 import os
 import socket
 import subprocess
@@ -66,3 +67,19 @@ def finish(started: Sequence[subprocess.Popen[str]], timeout: float = 900) -> li
         for process in started
         for printed in (process.communicate(timeout=timeout)[0],)
     ]
+
+
+def answers_of(
+    words: Sequence[str | Path], processes: int, devices: int, folder: Path
+) -> list[dict[str, object]]:
+    """Run a worker to its end in several processes, and read the JSON that each of them prints last.
+
+    Args:
+      words: words of the command, without `python`.
+      processes: how many are started.
+      devices: CPU devices of each.
+      folder: of the compiled programs.
+    """
+    ended = finish(start(words, processes, devices, folder))
+    assert all(status == 0 for status, _ in ended), ended
+    return [json.loads(printed.splitlines()[-1]) for _, printed in ended]

@@ -5,7 +5,9 @@ python -m tests.helpers.processes_worker FACT_OF_PROCESS_0 FACT_OF_PROCESS_1
 
 import json
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import numpy as np
 from jax_idgrpo import rng
 from jax_idgrpo.config import MeshConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.parallel import hosts, sharding
 from jax_idgrpo.rewards.host import HostPool, collect
 
@@ -44,9 +47,27 @@ def score(row, number):
 
 with warnings.catch_warnings(record=True) as warned:
     scored = collect(HostPool().submit(score, (divided, np.arange(8))))
+began: list[int] = []  # scores of the start of a run, which process 0 alone sees in its folder
+
+
+class SeenByFirst(Watch):
+    """A watch that only notes that it would sample videos."""
+
+    def scores(self, model, step):
+        began.append(step)
+
+
+with tempfile.TemporaryDirectory() as seen:
+    watch = SeenByFirst(sampler=None, scorer=None, rows=(), folder=Path(seen))
+    if jax.process_index() == 0:
+        (watch.folder / "000000.json").write_text('{"reward": [1.0]}')
+    watch.begin(None)
+    initial = watch.initial()["reward"].tolist()
 wrote: list[int] = []
 hosts.run_once(wrote.append, jax.process_index())
 found = {
+    "began": began,
+    "initial": initial,
     "wrote": wrote,
     "share": hosts.memory_share(1000),
     "scored": {name: np.nan_to_num(values, nan=-1).tolist() for name, values in scored.items()},

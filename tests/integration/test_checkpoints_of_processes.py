@@ -1,22 +1,16 @@
 """Checkpoints of several processes: damage that one process meets alone costs one checkpoint."""
 
-import json
-import os
 import shutil
 
 import pytest
 
 from jax_idgrpo.training.lock import locked
-from tests.helpers.processes import finish, start
+from tests.helpers.checkpoint import assert_fell_back, truncate_part
+from tests.helpers.processes import answers_of, finish, start
 
 
 def run(task, workdir, folder):
-    answers = finish(
-        start(["-m", "tests.helpers.checkpoint_worker", task, workdir], 2, 2, folder),
-        timeout=120,
-    )
-    assert all(status == 0 for status, _ in answers), answers
-    return [json.loads(printed.splitlines()[-1]) for _, printed in answers]
+    return answers_of(["-m", "tests.helpers.checkpoint_worker", task, workdir], 2, 2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +24,8 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("number", [0, 1])
 def test_damage_that_one_process_meets_falls_back_in_all(written, tmp_path, number):
     workdir = shutil.copytree(written / "run", tmp_path / "run")
-    files = (workdir / "checkpoints" / "6" / "default" / f"ocdbt.process_{number}" / "d").iterdir()
-    largest = max(files, key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-    for answer in run("read", workdir, written):
-        assert answer["step"] == 3
-        assert answer["exact"]
-        assert len(answer["warned"]) == 1
-        assert "trying the one before" in answer["warned"][0]
-        assert "process" in answer["warned"][0]
-        assert answer["steps"] == [3, 6]
-        assert answer["again"]  # the damaged step is written anew
-    assert [path.name for path in (workdir / "checkpoints-damaged").iterdir()] == ["6"]
+    truncate_part(workdir, 6, number)
+    assert_fell_back(run("read", workdir, written), workdir)
 
 
 def test_whole_checkpoints_are_read_as_they_are(written, tmp_path):

@@ -188,7 +188,9 @@ def test_adapters_go_in_and_out_with_every_bit(tmp_path, prefix, how):
         for name, t in store.open_tensors(ADAPTER).items()
     }
     store.write_file(
-        source, {prefix + name: tensor for name, tensor in tensors.items()}, lora.header(4, 8.0)
+        source,
+        {prefix + name: tensor for name, tensor in tensors.items()},
+        {lora.HEADER: json.dumps({"transformer.r": 4, "transformer.lora_alpha": 8})},
     )
     recast_adapter(source, how)
     want = {

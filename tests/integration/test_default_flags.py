@@ -30,8 +30,9 @@ def test_the_ratio_of_a_first_update_is_exactly_one(folder):
     for row in rows(folder / "whole"):
         assert row["ratio_min"] == row["ratio_max"] == 1
         assert row["gradient_norm"] > 0
-    phantom = np.load(folder / "phantom.npy")
-    np.testing.assert_array_equal(phantom, np.ones_like(phantom))
+    for name in ("phantom", "others"):
+        ratio = np.load(folder / f"{name}.npy")
+        np.testing.assert_array_equal(ratio, np.ones_like(ratio))
 
 
 def test_a_stopped_run_ends_bit_for_bit_as_one_without_a_stop(folder):

@@ -18,7 +18,7 @@ from tests.helpers.quantized_files import quantise, values
 from tests.helpers.spiece_model import MODEL
 
 PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
-SECTION = PAGE.partition("## What people have")[2].partition("\n## ")[0]
+SECTION = PAGE.partition("## What people have")[2].partition("| you have |")[0]
 COMMANDS = re.findall(r"`(idgrpo-convert import [^`]+)`", SECTION)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHOLE = ["text_encoder", "tokenizer", "transformer", "vae"]
@@ -152,6 +152,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     ),
     "Phantom-Wan-1.3B.pth": phantom,
     "Phantom_Wan_14B.safetensors.index.json": phantom_shards,
+    "model.safetensors": phantom,
     "comfyui-models": comfyui_folder,
 }
 PARTS = {"text_encoder": ("umt5", "models_t5"), "vae": ("Wan2.1_VAE",)}

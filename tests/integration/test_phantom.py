@@ -214,7 +214,8 @@ def test_photos_stand_behind_the_video_in_their_order(checkpoint, tmp_path):
 def test_what_a_kind_does_not_have_is_refused(checkpoint):
     with pytest.raises(
         UserError,
-        match=r"rollout.image_guidance 5.0 scales a branch that only model.kind phantom has",
+        match=r"rollout.image_guidance 5.0 scales a branch that model.kind vace does not have "
+        r"\(only phantom, refalign, skyreels\)",
     ):
         c.Config(rollout=c.RolloutConfig(image_guidance=5.0))
     with pytest.raises(

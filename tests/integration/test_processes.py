@@ -1,6 +1,5 @@
 """Several processes are one run: the same numbers, the same refusals, and an end when one of them is lost."""
 
-import json
 import os
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from PIL import Image
 from jax_idgrpo import rng
 from tests.helpers.paths import ROOT
 from tests.helpers.process_runs import make_folder, train
-from tests.helpers.processes import finish, free_port, start
+from tests.helpers.processes import answers_of, finish, free_port, start
 
 
 @pytest.mark.parametrize("trouble", ["port", "host"])
@@ -53,14 +52,9 @@ def test_process_0_ends_in_one_line_where_nobody_can_meet(trouble, tmp_path):
     assert answer.stderr.startswith(f"idgrpo: JAX_COORDINATOR_ADDRESS is '{where}': ")
 
 
-def worker(folder, *facts):
-    answers = finish(start(["-m", "tests.helpers.processes_worker", *facts], len(facts), 2, folder))
-    assert all(status == 0 for status, _ in answers), answers
-    return [json.loads(printed.splitlines()[-1]) for _, printed in answers]
-
-
 def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
-    one, other = worker(tmp_path, "same", "other")
+    words = ["-m", "tests.helpers.processes_worker", "same", "other"]
+    one, other = answers_of(words, 2, 2, tmp_path)
     rows = np.arange(24, dtype=np.float32).reshape(8, 3)
     noise = jax.vmap(jax.random.uniform)(
         rng.row_keys(rng.key(0, "noise"), jnp.arange(8), jnp.arange(8))
@@ -81,6 +75,8 @@ def test_arrays_cross_two_processes_and_a_difference_is_named(tmp_path):
         assert found["scored"] == {"reward": rewards.tolist(), "odd": [-1, 1, -1, 1, -1, -1, -1, 1]}
     assert sorted(one["mine"] + other["mine"]) == list(range(8))
     assert len(one["mine"]) == 4
+    assert one["began"] == other["began"] == []
+    assert one["initial"] == other["initial"] == [1]
     assert one["wrote"] == [0]
     assert other["wrote"] == []
     assert one["share"] == other["share"] == 500  # both are on this machine

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints_convert.places import LoRASum
 from jax_idgrpo import cli, config
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.planning import plan
@@ -81,6 +82,27 @@ def test_train_gets_configuration_and_workdir(monkeypatch, config_file, tmp_path
     assert workdir == tmp_path / "w"
     assert not workdir.exists()
     assert not profile.exists()
+
+
+def test_train_merges_the_adapters_that_it_is_given(monkeypatch, config_file, tmp_path):
+    (tmp_path / "a").mkdir()
+    words = ["train", str(config_file), "--workdir", str(tmp_path / "w")]
+    words += ["--lora", f"{tmp_path / 'a'}:0.5"]
+    given, *_ = call("jax_idgrpo.training.train:train", monkeypatch, words)
+    assert given.model.base_loras == {str(tmp_path / "a"): 0.5}
+    with pytest.raises(UserError, match="give one of them"):
+        cli.run([*words, "--model.base_loras", "{}"])
+
+
+def test_sample_adds_the_adapters_that_it_is_given(
+    monkeypatch, config_file, prompts_file, tmp_path
+):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    words = ["sample", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path)]
+    words += ["--lora", f"{tmp_path / 'a'}:0.5", "--lora", str(tmp_path / "b")]
+    *_, lora = call("jax_idgrpo.evaluation.commands:sample", monkeypatch, words)
+    assert lora == LoRASum(((tmp_path / "a", 0.5), (tmp_path / "b", 1.0)))
 
 
 def test_evaluate_takes_adapters_in_both_spellings(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import __main__ as command
-from checkpoints_convert import checkpoint, lora, rules, store, umt5, vae, wan
+from checkpoints_convert import adapter, checkpoint, lora, rules, store, umt5, vae, wan
 from checkpoints_convert.rules import ConversionError, Op, Rule
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.layers import LoRAParam
@@ -95,7 +95,7 @@ def test_an_op_that_cannot_be_inverted_is_refused():
         ),
         *(
             pytest.param(
-                lambda config=config: lora.rules(wan.block_stacks(config)),
+                lambda config=config: lora.rules(config),
                 lambda config=config: wan_shapes(config, "bfloat16", LoRAParam),
                 *totals,
                 id=f"lora {name}",
@@ -454,7 +454,7 @@ def test_adapters_in_every_spelling_become_peft_directories(tmp_path, capsys):
     assert run("import", file, tmp_path / "a") == 0
     assert run("export", tmp_path / "a", tmp_path / "b", "--format", "peft") == 0
     assert contents(tmp_path / "b") == contents(ADAPTER)
-    assert lora.scale_from_json(store.read_json(tmp_path / "b" / "adapter_config.json")) == (4, 8.0)
+    assert adapter.adapter_scale(tmp_path / "b") == (4, 8.0)
     for path in (tmp_path / "b", file):
         assert run("verify", ADAPTER, path) == 0
     store.write_file(
@@ -495,7 +495,7 @@ def test_phantom_is_said_at_import_and_remembered(tmp_path):
         (("inspect", GOLDEN), "give a diffusers folder, original folder, adapter or store"),
         (
             ("export", ADAPTER, "{tmp}/x", "--format", "diffusers"),
-            "is an adapter; choose peft or diffusers-lora or merged",
+            "is an adapter; choose peft or diffusers-lora or comfyui or kohya or merged",
         ),
         (
             ("export", PIPELINE, "{tmp}/x", "--format", "peft"),

@@ -100,12 +100,14 @@ def test_a_mixture_weighs_terms_in_units_of_their_own_spread():
         c.GrpoConfig(), rewards, {"mimr": other}, {"reward": 0, "mimr": 1}
     )
     np.testing.assert_array_equal(only[seen], own[seen])
-    selection.check_mixture({"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr"))
+    selection.check_terms(
+        "reward.mixture", {"mimr": 1.0, "reward": 0.0}, ("reward", "motion", "mimr")
+    )
     with pytest.raises(
         UserError,
         match=r"knows no 'mimir'; did you mean mimr\? \(the terms of this reward: mimr, motion, reward\)",
     ):
-        selection.check_mixture({"mimir": 1.0}, ("reward", "motion", "mimr"))
+        selection.check_terms("reward.mixture", {"mimir": 1.0}, ("reward", "motion", "mimr"))
 
 
 def test_summary_keeps_the_ratio_of_the_first_update_and_of_the_last():

@@ -1,0 +1,126 @@
+"""Add adapters, each at a strength, and merge them into the weights of a transformer.
+
+sum_k s_k (alpha_k / R_k) (x A_k) B_k is one adapter whose A are the A_k side by side, whose B are
+the scaled B_k one below the other, and whose alpha is its rank.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from checkpoints_convert import adapter
+from checkpoints_convert.lazy import Tensor, finite
+from checkpoints_convert.lora import Scale, Scales
+from checkpoints_convert.lora_names import Layer
+from checkpoints_convert.places import LoRASum
+from jax_idgrpo.config import ModelConfig
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.layers import product
+from jax_idgrpo.models.wan import WanConfig, WanTransformer
+from jax_idgrpo.parallel import sharding
+
+
+def read_adapter(path: Path | LoRASum, config: WanConfig) -> tuple[Scales, Mapping[str, Tensor]]:
+    """Read an adapter or a sum of adapters.
+
+    Args:
+      path: its place.
+      config: of the transformer that it is for.
+
+    Returns:
+      Rank and alpha of every layer, and A and B in torch's layout by our names.
+
+    Raises:
+      UserError: an adapter cannot be read or is made for another transformer, or its values are not
+        finite.
+    """
+    if isinstance(path, LoRASum):
+        return _added([(read_adapter(part, config), scale) for part, scale in path.parts])
+    found = adapter.open_adapter(path)
+    if (problem := adapter.misfit(found, config)) is not None:
+        raise UserError(f"{found.source}: {problem}; pass an adapter of this model")
+    matrices = {slot.name: tensor for slot, tensor in found.matched()}
+    for tensor in matrices.values():
+        if not finite(np.asarray(tensor)):
+            raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
+    return found.config, matrices
+
+
+def _added(
+    parts: list[tuple[tuple[Scales, Mapping[str, Tensor]], float]],
+) -> tuple[Scales, Mapping[str, Tensor]]:
+    """Add adapters; their strengths and scales go into B."""
+    downs: dict[Layer, list[np.ndarray]] = {}
+    ups: dict[Layer, list[np.ndarray]] = {}
+    for (scales, matrices), strength in parts:
+        for layer, (rank, alpha) in scales.items():
+            a, b = (
+                np.asarray(matrices[f"{layer.name}.lora_{part}"]).astype(np.float32)
+                for part in "ab"
+            )
+            downs.setdefault(layer, []).append(a)
+            ups.setdefault(layer, []).append(np.float32(strength * alpha / rank) * b)
+    added: dict[str, Tensor] = {}
+    for layer in downs:
+        added[f"{layer.name}.lora_a"] = np.concatenate(downs[layer])
+        added[f"{layer.name}.lora_b"] = np.concatenate(ups[layer], axis=1)
+    ranks = {layer: sum(map(len, each)) for layer, each in downs.items()}
+    return {layer: Scale(rank, float(rank)) for layer, rank in ranks.items()}, added
+
+
+def base_loras(model: ModelConfig) -> LoRASum | None:
+    """Return the adapters of `model.base_loras`; None if there are none."""
+    parts = tuple((Path(path), float(scale)) for path, scale in model.base_loras.items())
+    return LoRASum(parts) if parts else None
+
+
+def merge_base(transformer: WanTransformer, model: ModelConfig) -> None:
+    """Add `model.base_loras` to the kernels of a transformer, in float32, in their dtype.
+
+    Raises:
+      UserError: as in `read_adapter`.
+    """
+    if (parts := base_loras(model)) is None:
+        return
+    scales, matrices = read_adapter(parts, transformer.config)
+    by_leaf: dict[str, dict[int, Layer]] = {}
+    for layer in scales:
+        by_leaf.setdefault(layer.leaf, {})[layer.block or 0] = layer
+    for leaf, blocks in by_leaf.items():
+        linear = functools.reduce(getattr, leaf.split("."), transformer)
+        stacked = transformer.config.depth(leaf) > 0
+        kernel = linear.kernel[...]
+        whole = kernel if stacked else kernel[None]
+        rank = max(scales[layer].rank for layer in blocks.values())
+        a = np.zeros((len(whole), whole.shape[1], rank), np.float32)
+        b = np.zeros((len(whole), rank, whole.shape[2]), np.float32)
+        for block, layer in blocks.items():
+            own = scales[layer].rank
+            a[block, :, :own] = np.asarray(matrices[f"{layer.name}.lora_a"]).T
+            b[block, :own] = np.asarray(matrices[f"{layer.name}.lora_b"]).T
+        mesh = transformer.config.mesh
+        if mesh is not None:
+            a, b = sharding.device_put_global((a, b), sharding.replicated(mesh))
+        moved = _moved(whole, a, b)
+        moved = moved if stacked else moved[0]
+        linear.kernel[...] = jax.device_put(moved, kernel.sharding)
+
+
+@jax.jit
+def _moved(
+    kernel: Float[Array, "*blocks in out"],
+    a: Float[Array, "*blocks in R"],
+    b: Float[Array, "*blocks R out"],
+) -> Float[Array, "*blocks in out"]:
+    """Return W + A B of every block."""
+
+    def one(part: tuple[Array, Array, Array]) -> Array:
+        kernel, a, b = part
+        return (kernel.astype(jnp.float32) + product(a, b)).astype(kernel.dtype)
+
+    return jax.lax.map(one, (kernel, a, b))
