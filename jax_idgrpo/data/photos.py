@@ -1,4 +1,4 @@
-"""Read reference photos as upright RGB, explain unreadable ones, and open each file once.
+"""Read reference photos as upright RGB, and explain unreadable ones.
 
 A photo is any picture that Pillow decodes itself, and HEIC where the package pillow-heif is
 installed. Each side has at least `SMALLEST` pixels; the total is at most what Pillow reads safely.
@@ -19,12 +19,12 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int
 from PIL import Image, ImageOps
 
 from jax_idgrpo.data.video import File
@@ -34,7 +34,6 @@ PICTURES = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA
 """Pillow's names of the formats that are read. For EPS, Pillow would run another program."""
 
 SMALLEST = 16  # pixels of the shorter side
-ROOM = 2 * 2**30  # bytes of host memory for the photos of a run
 
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _WHITE = (255, 1023, 4095, 65535)  # the largest values of 8, 10, 12 and 16 bits
@@ -57,8 +56,6 @@ _DAMAGED = (
 # above the limit are refused below.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-Fit: TypeAlias = Callable[[Image.Image, int, int], Float[np.ndarray, "height width 3"]]
-
 
 class Checked(NamedTuple):
     """A readable photo.
@@ -69,6 +66,18 @@ class Checked(NamedTuple):
     """
 
     digest: str
+    note: str
+
+
+class Decoded(NamedTuple):
+    """A decoded photo.
+
+    Attributes:
+      image: upright RGB at the photo's own size.
+      note: what looks odd about the photo, or "".
+    """
+
+    image: Image.Image
     note: str
 
 
@@ -88,7 +97,19 @@ def load_reference(file: str | File) -> Image.Image:
       UserError: the file is missing, damaged, or not as the module's docstring describes.
     """
     with _opened(file, _content(file)) as image:
-        return on_white(ImageOps.exif_transpose(image))
+        return _upright(image)
+
+
+def decode_photo(file: str | File) -> Decoded:
+    """Read a photo as `load_reference` does, with what `check_photo` notes about it.
+
+    Raises:
+      UserError: as `load_reference`.
+    """
+    with _opened(file, _content(file)) as image:
+        image.load()
+        note = _note(file, image)
+        return Decoded(_upright(image), note)
 
 
 def check_photo(file: str | File) -> Checked:
@@ -101,23 +122,68 @@ def check_photo(file: str | File) -> Checked:
     """
     content = _content(file)
     with _opened(file, content) as image:
-        note = ""
         if image.format == "JPEG":
             image.draft(None, (max(image.width // 8, 1), max(image.height // 8, 1)))
         image.load()
-        if image.mode.startswith("I"):
-            brightest, white = (values := np.asarray(image)).max(), _white(values)
-            if white < _WHITE[-1]:
-                bits = white.bit_length()
-                note = f"holds {bits} bits in 16-bit words, up to {brightest}; {white} is white"
-        elif image.mode == "F":
+        if image.mode == "F":
             on_white(image)
-        elif (
-            image.mode in ("L", "LA", "RGB", "RGBA")
-            and (brightest := _brightest(image)) < _NEARLY_BLACK
-        ):
-            note = f"is nearly black ({brightest} of 255); store 12-bit colours with 8 bits"
-    return Checked(hashlib.sha256(content).hexdigest(), f"image {file}: {note}" if note else "")
+        note = _note(file, image)
+    return Checked(hashlib.sha256(content).hexdigest(), note)
+
+
+def identify_photo(file: str | File) -> Checked:
+    """Check the format, the size and the end of a photo without decoding it; nothing is noted.
+
+    A photo that seems to be cut off is decoded to make sure.
+
+    Raises:
+      UserError: the file is missing, is no photo, is too small or too large, or is cut off. Damage
+        within the file is not noticed.
+    """
+    content = _content(file)
+    with _opened(file, content):
+        if _seems_whole(content):
+            return Checked(hashlib.sha256(content).hexdigest(), "")
+    return check_photo(file)
+
+
+def _seems_whole(content: bytes) -> bool:
+    """Return whether a JPEG, PNG or WebP has its end; True for other formats.
+
+    A JPEG with other data after its end may seem to be cut off.
+    """
+    if content.startswith(b"\xff\xd8"):  # the end of the image follows the last start of a scan
+        return content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    if content.startswith(b"\x89PNG"):
+        return b"IEND" in content
+    if content.startswith(b"RIFF"):
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    return True
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an opened photo, which is changed, and convert it to RGB; the pixels are copied once."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return on_white(image)
+
+
+def _note(file: str | File, image: Image.Image) -> str:
+    """Describe what looks odd about a decoded photo as stored; "" if nothing does."""
+    if image.mode.startswith("I"):
+        brightest, white = (values := np.asarray(image)).max(), _white(values)
+        if white < _WHITE[-1]:
+            return (
+                f"image {file}: holds {white.bit_length()} bits in 16-bit words, up to "
+                f"{brightest}; {white} is white"
+            )
+    elif (
+        image.mode in ("L", "LA", "RGB", "RGBA")
+        and (brightest := _brightest(image)) < _NEARLY_BLACK
+    ):
+        return (
+            f"image {file}: is nearly black ({brightest} of 255); store 12-bit colours with 8 bits"
+        )
+    return ""
 
 
 def _content(file: str | File) -> bytes:
@@ -239,58 +305,3 @@ def _brightest(image: Image.Image) -> int:
     if len(image.getbands()) == 1:
         return int(bands[1])
     return max(int(high) for (_, high), name in zip(bands, image.getbands()) if name != "A")
-
-
-class PhotoCache:
-    """Cache of the canvases of a run's photos, so that each file is opened once per canvas size.
-
-    The cache holds at most `room` bytes. Canvases that do not fit are made again whenever they are
-    needed, so results never depend on the room. Files are identified by their paths and must not
-    change during the run.
-    """
-
-    def __init__(self, room: int = ROOM):
-        self.room = room
-        self._kept: dict[Hashable, np.ndarray] = {}
-
-    def fitted(
-        self, file: File, fit: Fit, height: int, width: int
-    ) -> Float[np.ndarray, "{height} {width} 3"]:
-        """Return the photo on a canvas in [-1, 1], `fit(photo, height, width)`.
-
-        The canvas is made from the full-size photo, because its values depend on that size. It is
-        cached as bytes where bytes hold it exactly, and as floats otherwise.
-
-        Args:
-          file: the photo.
-          fit: function that makes the canvas, such as `conditioning.canvas`.
-          height: height of the canvas in pixels.
-          width: width of the canvas in pixels.
-
-        Raises:
-          UserError: as `load_reference`.
-        """
-        name = (file, fit, height, width)
-        if name in self._kept:
-            return _values(self._kept[name])
-        canvas = fit(load_reference(file), height, width)
-        levels = _levels(canvas)
-        if levels.nbytes <= self.room:
-            self.room -= levels.nbytes
-            self._kept[name] = levels
-        return canvas
-
-
-def _values(kept: np.ndarray) -> Float[np.ndarray, "H W 3"]:
-    """Return the canvas in [-1, 1] that `_levels` stored."""
-    return (
-        kept.astype(np.float32) / np.float32(255) * 2 - 1 if kept.dtype == np.uint8 else kept.copy()
-    )
-
-
-def _levels(
-    canvas: Float[np.ndarray, "H W 3"],
-) -> UInt8[np.ndarray, "H W 3"] | Float[np.ndarray, "H W 3"]:
-    """Return a canvas as bytes if `_values` restores it bit for bit, otherwise a copy of it."""
-    levels = ((canvas + 1) * 127.5).round().astype(np.uint8)
-    return levels if np.array_equal(_values(levels), canvas) else canvas.copy()

@@ -2,8 +2,8 @@
 
 The CSV has the header `ref_paths,prompt` and one row per prompt. `ref_paths` are image files joined
 by `;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows may have
-different numbers of people; further columns are ignored. Everything is checked when the file is
-loaded, photos included, so that a broken photo cannot stop a run hours later.
+different numbers of people; further columns are ignored. Everything is checked before a run starts,
+photos included, so that a broken photo cannot stop it hours later.
 """
 
 import concurrent.futures
@@ -17,12 +17,18 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
 
-from jax_idgrpo.data.photos import Checked, check_photo, load_reference, on_white
+from jax_idgrpo.data.photos import (
+    Checked,
+    check_photo,
+    identify_photo,
+    load_reference,
+    on_white,
+)
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
@@ -77,14 +83,16 @@ class Prompt:
 # ---- the CSV -------------------------------------------------------------------------------------
 
 
-def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
-    """Read the prompts of a CSV, and decode every reference photo once to check it.
+def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list[Prompt]:
+    """Read the prompts of a CSV, and check every reference photo.
 
     Usable rows that look like a mistake cause a warning that names the line.
 
     Args:
       path: the CSV.
       max_people: largest number of reference photos of a row.
+      decode: decode the photos to check their pixels. Commands that decode all photos anyway
+        (`rewards.base.check_references`) leave it to that pass.
 
     Raises:
       UserError: the file, its header, a row or a photo is not as the module's docstring describes,
@@ -116,7 +124,8 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     lines = {
         reference: line for line, _, references in reversed(parsed) for reference in references
     }
-    checked = _check_photos(sorted(lines, key=lines.__getitem__))
+    check = check_photo if decode else identify_photo
+    checked = _check_photos(sorted(lines, key=lines.__getitem__), check)
     problems += [
         (lines[file], str(result))
         for file, result in checked.items()
@@ -140,17 +149,19 @@ def load_prompts(path: str | Path, max_people: int) -> list[Prompt]:
     return prompts
 
 
-def _check_photos(files: Sequence[File]) -> dict[File, Checked | UserError]:
-    """Map each file to the result or the error of `check_photo`; few photos are in memory."""
+def _check_photos(
+    files: Sequence[File], check: Callable[[File], Checked]
+) -> dict[File, Checked | UserError]:
+    """Map each file to the result or the error of `check`; few photos are in memory."""
 
-    def check(file: File) -> Checked | UserError:
+    def checked(file: File) -> Checked | UserError:
         try:
-            return check_photo(file)
+            return check(file)
         except UserError as error:
             return error
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _READERS)) as pool:
-        return dict(zip(files, pool.map(check, files), strict=True))
+        return dict(zip(files, pool.map(checked, files), strict=True))
 
 
 def _summary(path: Path, problems: Sequence[tuple[int, str]]) -> str:

@@ -9,13 +9,10 @@ of the prompt, both from 0. An interrupted command continues when it is run agai
 """
 
 import json
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 from PIL import Image
@@ -23,11 +20,18 @@ from PIL import Image
 from checkpoints_convert.places import LoRASum
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, load_prompts, load_reference, row_digests
-from jax_idgrpo.data.video import Clip, list_videos, to_uint8, write_video
+from jax_idgrpo.data.video import list_videos, to_uint8, write_video
 from jax_idgrpo.errors import Failure, UserError
-from jax_idgrpo.evaluation import bootstrap, journal, opens2v, recognition, score_page
+from jax_idgrpo.evaluation import (
+    bootstrap,
+    journal,
+    opens2v,
+    recognition,
+    score_files,
+    score_page,
+)
 from jax_idgrpo.evaluation.listing import SAMPLES, list_named, list_rows
-from jax_idgrpo.evaluation.recorder import Recorder, recorded
+from jax_idgrpo.evaluation.recorder import Recorder
 from jax_idgrpo.evaluation.sampler import (
     Row,
     all_rows,
@@ -37,12 +41,9 @@ from jax_idgrpo.evaluation.sampler import (
     make_sampler,
 )
 from jax_idgrpo.evaluation.scoring import make_scorer
-from jax_idgrpo.evaluation.streaming import FileScorer, make_clip_scorer
-from jax_idgrpo.metrics import progress
+from jax_idgrpo.evaluation.streaming import make_clip_scorer
 from jax_idgrpo.parallel.hosts import (
     assert_same_across_hosts,
-    folder_facts,
-    gather_objects,
     print_once,
     run_once,
 )
@@ -170,71 +171,28 @@ def score(
       Failure: videos could not be scored.
     """
     asked = opens2v.load(prompts, config.data.max_people) if benchmark else None
-    if asked is None:
-        listed, base = load_prompts(prompts, config.data.max_people), prompts.parent
-        rows, passed_over = list_rows(videos, prompts, listed)
-    else:
-        listed, base = asked.prompts, asked.folder
-        rows, passed_over = list_named(videos, asked.rows, prompts, listed)
-    if passed_over:
-        names = ", ".join(passed_over[:5]) + (", ..." if len(passed_over) > 5 else "")
-        print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
-    assert_same_across_hosts(config, row_digests(listed), videos=videos)
+    rows, base = _rows_to_score(config, videos, prompts, asked)
     shown = list({prompt.id: prompt for _, prompt in rows}.values())
-    gallery = recognition.gallery_facts(config, shown if asked is None else [])
-    facts = journal.reward_facts(config), gallery
-    of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in shown}
-    keys = journal.decided(
-        lambda: [
-            journal.digest(facts, folder_facts(file), of_prompt[prompt.id]) for file, prompt in rows
-        ]
-    )
-    part = out.with_name(f"{out.name}.part")
-    lines = {
-        line["key"]: line
-        for line in journal.decided(
-            lambda: journal.read_lines(part) if report is None else recorded(report, keys)
-        )
-        if line.get("key") in set(keys)
-    }
-    waiting = [(key, *row) for key, row in zip(keys, rows, strict=True) if key not in lines]
     # A picture of a benchmark cannot be replaced, so one without a face costs its own videos only.
-    scorer = make_clip_scorer(config, shown if waiting and asked is None else [])
+    checked = shown if asked is None else []
+    keys = score_files.keys_of(config, rows, checked)
+    part = out.with_name(f"{out.name}.part")
+    lines = score_files.finished_lines(part, report, keys)
+    waiting = [(key, *row) for key, row in zip(keys, rows, strict=True) if key not in lines]
+    scorer = make_clip_scorer(config, checked if waiting else [])
     recorder = None
     if report is not None:
         measure = {} if asked is None else {"measure": opens2v.measure}
         recorder = Recorder(config, scorer, report, base, **measure)
         prepare_workdir(report)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    written = journal.Journal(part, list(lines.values()))
-    refused: dict[str, dict[str, Any]] = {}
-    step, mine = jax.process_count(), jax.process_index()
-    with progress("scoring", len(rows), len(lines)) as update:
-        for first in range(0, len(waiting), step):
-            own = waiting[first + mine : first + mine + 1]
-            found = [
-                line
-                for part in gather_objects([_scored(scorer, recorder, *row) for row in own])
-                for line in part
-            ]
-            good = [line for line in found if "error" not in line]
-            lines |= {line["key"]: line for line in good}
-            written.add(good)
-            for line in found:
-                if "error" in line:
-                    refused[line["key"]] = line
-                    _complain(line["error"])
-            update(len(lines) + len(refused))
+    lines, refused = score_files.score_rows(scorer, recorder, waiting, part, lines)
     every = [lines.get(key) or refused[key] for key in keys]
     if report is not None:  # it is shared
         places = [videos if videos.is_dir() else videos.parent, base]
         for line in refused.values():
             line["error"] = score_page.without_folders(line["error"], places)
-    public = ({name: line[name] for name in line if name != "key"} for line in every)
-    run_once(write_text, out, journal.text_of(public))
-    rewards = [line["reward"] for line in lines.values()]
-    mean = f"; mean reward {np.mean(rewards):.4f}" if rewards else ""
-    print_once(f"{len(rewards)} scores in {out}{mean}")
+    score_files.write_scores(out, every)
     if report is not None:
         run_once(_report, config, videos, report, every, asked)
     if refused:
@@ -246,28 +204,34 @@ def score(
     run_once(part.unlink)
 
 
-def _scored(
-    scorer: FileScorer, recorder: Recorder | None, key: str, file: Path, prompt: Prompt
-) -> dict[str, Any]:
-    """Score a video and return its line: its values, or a null reward and the error."""
-    line: dict[str, Any] = {"key": key, "file": file.name, "prompt": prompt.text}
-    details: dict[str, Any] = {}
-    try:
-        clip = Clip.open(file)
-        if recorder is None:
-            values = scorer(clip, prompt)
-        else:
-            values, details = recorder(clip, prompt)
-        if not math.isfinite(values["reward"]):
-            raise UserError(f"video {file}: the reward is {values['reward']}")
-    except UserError as error:
-        if recorder is not None:
-            recorder.discard(file)
-        return line | {"reward": None, "error": str(error)}
-    line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-    if recorder is not None:
-        recorder.keep(file, line, details)
-    return line
+def _rows_to_score(
+    config: Config, videos: Path, prompts: Path, asked: opens2v.Benchmark | None
+) -> tuple[list[score_files.Row], Path]:
+    """Find the prompt of each video, and print which files are none of them.
+
+    Args:
+      config: settings of the reward.
+      videos: a folder of videos, or one video file.
+      prompts: the prompts CSV, or the folder of the benchmark.
+      asked: the benchmark, if any.
+
+    Returns:
+      The videos with their prompts, and the folder that the photos are relative to.
+
+    Raises:
+      UserError: no video is found, or the row of a video is unknown.
+    """
+    if asked is None:
+        listed, base = load_prompts(prompts, config.data.max_people), prompts.parent
+        rows, passed_over = list_rows(videos, prompts, listed)
+    else:
+        listed, base = asked.prompts, asked.folder
+        rows, passed_over = list_named(videos, asked.rows, prompts, listed)
+    if passed_over:
+        names = ", ".join(passed_over[:5]) + (", ..." if len(passed_over) > 5 else "")
+        print_once(f"{len(passed_over)} other files in {videos} are passed over: {names}")
+    assert_same_across_hosts(config, row_digests(listed), videos=videos)
+    return rows, base
 
 
 def _report(
@@ -297,11 +261,6 @@ def _report(
     print_once(f"report: {report / score_page.PAGE}")
 
 
-def _complain(text: str) -> None:
-    """Print an error in process 0 without ending the command."""
-    run_once(print, text, file=sys.stderr)
-
-
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
@@ -323,7 +282,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path 
       Failure: a video is not finite.
     """
     config = evaluated(config)
-    listed = load_prompts(prompts, config.data.max_people)
+    listed = load_prompts(prompts, config.data.max_people, decode=False)
     assert_same_across_hosts(
         config,
         row_digests(listed),
@@ -354,7 +313,8 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path 
         sampler = make_sampler(config)
         conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
         models = make_models(sampler, loras)
-        scorer = make_scorer(config, sampler.batch, sampler.pipe.transformer.config.mesh, listed)
+        mesh = sampler.pipe.transformer.config.mesh
+        scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.photo_encoder(listed))
         prepare_workdir(out)
         written = journal.Journal(out / SCORES, known)
         for name, model in models.items():

@@ -15,6 +15,7 @@ from jax_idgrpo.evaluation import bootstrap, recognition
 from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
+from jax_idgrpo.rewards.base import Reward
 from jax_idgrpo.sampling.pipeline import Pipeline
 from jax_idgrpo.workdir import write_text
 
@@ -37,26 +38,30 @@ class Watch:
     folder: Path
 
     @classmethod
-    def make(cls, config: Config, pipe: Pipeline, folder: Path) -> "Watch":
+    def make(cls, config: Config, pipe: Pipeline, reward: Reward, folder: Path) -> "Watch":
         """Use the first `run.watch_prompts` of `evaluate.prompts`, at the training video size.
 
         Args:
           config: the run.
           pipe: networks of the video model.
+          reward: the reward of the run, which is not loaded again.
           folder: output folder of the scores.
 
         Raises:
           UserError: the prompts or their photos cannot be used.
         """
-        listed = load_prompts(prompts_file(config.evaluate.prompts), config.data.max_people)[
-            : config.run.watch_prompts
-        ]
+        held_out = prompts_file(config.evaluate.prompts)
+        listed = load_prompts(held_out, config.data.max_people, decode=False)
+        listed = listed[: config.run.watch_prompts]
         few = min(config.evaluate.batch, len(listed))
         sampler = make_sampler(
             dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch=few)),
             pipe,
         )
-        scorer = make_scorer(config, sampler.batch, pipe.transformer.config.mesh, listed)
+        mesh = pipe.transformer.config.mesh
+        scorer = make_scorer(
+            config, sampler.batch, mesh, listed, sampler.photo_encoder(listed), reward
+        )
         return cls(sampler=sampler, scorer=scorer, rows=all_rows(listed, 1), folder=folder)
 
     def scores(self, model: Model, step: int) -> bootstrap.Scores:

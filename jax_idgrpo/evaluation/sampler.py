@@ -25,6 +25,7 @@ from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.rewards.base import Consumer
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling import conditioning, lora_sum, policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, lora_config
@@ -81,6 +82,10 @@ class Sampler:
     schedule: rollout.Schedule
     negative: Float[Array, "L D"]
     cache: conditioning.Cache
+
+    def photo_encoder(self, prompts: Sequence[Prompt]) -> Consumer:
+        """Return a function that encodes decoded photos, so that `videos` opens no file."""
+        return conditioning.photo_encoder(self.pipe, self.config, self.cache, prompts)
 
     def videos(self, model: Model, rows: Sequence[Row]) -> Float[Array, "B F H W 3"]:
         """Make one video in [-1, 1] per row. The videos are sharded over the devices by rows.

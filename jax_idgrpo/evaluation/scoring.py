@@ -19,7 +19,7 @@ from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.evaluation.recognition import Gallery
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
-from jax_idgrpo.rewards.base import References, Reward, Terms, check_references
+from jax_idgrpo.rewards.base import Consumer, References, Reward, Terms, check_references
 from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
 from jax_idgrpo.rewards.recognition import Assigner, judge_people
@@ -99,7 +99,15 @@ class BatchScorer:
     Without `reward.faces` there is no judge, and its metrics are absent (see `values`).
     """
 
-    def __init__(self, config: Config, batch: int, mesh: Mesh | None, prompts: Sequence[Prompt]):
+    def __init__(
+        self,
+        config: Config,
+        batch: int,
+        mesh: Mesh | None,
+        prompts: Sequence[Prompt],
+        consume: Consumer | None = None,
+        reward: Reward | None = None,
+    ):
         """Load the networks, and check the photos of the prompts before any video is made.
 
         Args:
@@ -108,17 +116,22 @@ class BatchScorer:
           mesh: devices of the videos; the networks are replicated over them.
           prompts: prompts of the videos. Their photos are the references among which people are
             recognised; without prompts this is not measured.
+          consume: gets every decoded photo as well.
+          reward: the reward of the configuration, if it is loaded already.
 
         Raises:
           UserError: a network or a photo cannot be used.
         """
-        self.reward, self.judge = make_reward(config, mesh), make_judge(config, mesh)
-        check_references(self.reward, prompts, self.judge)
+        self.reward = make_reward(config, mesh) if reward is None else reward
+        self.judge = make_judge(config, mesh)
         self.people, self.batch, self.mesh = config.data.max_people, batch, mesh
         self.gallery = self.assigner = None
-        if self.judge is not None and prompts:
-            self.gallery = Gallery.make(self.judge, prompts, self.people)
+        if self.judge is None or not prompts:
+            check_references(self.reward, prompts, consume=consume)
+        else:
             self.assigner = make_assigner(config, self.reward, mesh)
+            check_references(self.reward, prompts, [self.judge, self.assigner], consume)
+            self.gallery = Gallery.make(self.judge, prompts, self.people)
 
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
@@ -186,7 +199,12 @@ class BatchScorer:
 
 
 def make_scorer(
-    config: Config, batch: int, mesh: Mesh | None = None, prompts: Sequence[Prompt] = ()
+    config: Config,
+    batch: int,
+    mesh: Mesh | None = None,
+    prompts: Sequence[Prompt] = (),
+    consume: Consumer | None = None,
+    reward: Reward | None = None,
 ) -> Scorer:
     """Make the scorer of a configuration.
 
@@ -195,8 +213,10 @@ def make_scorer(
       batch: videos per program call, a multiple of the mesh's batch shards.
       mesh: devices of the videos; None uses the default device.
       prompts: prompts of the videos, whose photos are checked.
+      consume: gets every decoded photo as well.
+      reward: the reward of the configuration, if it is loaded already.
 
     Raises:
       UserError: a network or a photo cannot be used.
     """
-    return BatchScorer(config, batch, mesh, prompts)
+    return BatchScorer(config, batch, mesh, prompts, consume, reward)

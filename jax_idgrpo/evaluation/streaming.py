@@ -162,12 +162,14 @@ class ClipScorer:
           UserError: a network or a photo cannot be used.
         """
         self.reward, self.judge = make_reward(config), make_judge(config)
-        check_references(self.reward, prompts, self.judge)
         self.people = config.data.max_people
         self.gallery = self.assigner = None
-        if self.judge is not None and prompts:
-            self.gallery = Gallery.make(self.judge, prompts, self.people)
+        if self.judge is None or not prompts:
+            check_references(self.reward, prompts)
+        else:
             self.assigner = make_assigner(config, self.reward)
+            check_references(self.reward, prompts, [self.judge, self.assigner])
+            self.gallery = Gallery.make(self.judge, prompts, self.people)
 
     def __call__(
         self, clip: Clip, prompt: Prompt, observer: Observer | None = None

@@ -2,17 +2,23 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import PyTree
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, VideoConfig
+from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.sharding import shapes
+from jax_idgrpo.rewards.face_reward import FaceReward
+from jax_idgrpo.rewards.planned import Planned
+from jax_idgrpo.rewards.vlm.reward import VlmReward
 from jax_idgrpo.sampling.conditioning import MASK_CHANNELS, Conditioning
 from jax_idgrpo.training import update
 from jax_idgrpo.training.setup import Run
@@ -115,3 +121,30 @@ def scored(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
     values = jax.ShapeDtypeStruct((number, run.config.rows_per_call), jnp.float32)
     values = shapes(values, sharding.batch_sharding(run.mesh, 1))
     return dataclasses.replace(stacked(run, chunk, number), advantage=values, weight=values)
+
+
+def resident(run: Run, further: Sequence[FaceReward] = ()) -> float:
+    """Return the bytes per chip in memory during a whole training run.
+
+    These are all networks, the adapter with its moving average and optimizer, and the adapter as it
+    was read.
+
+    Args:
+      run: the run.
+      further: networks of an evaluation besides the reward, such as the judge's. They are included
+        if `run.watch_every` is set.
+    """
+    read = nnx.state(run.pipe.transformer, LoRAParam)
+    own = (run.state, run.base, read, run.vae, run.negative, run.schedule)
+    encoder = (
+        nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
+    )
+    scorers = [run.reward] if shares_devices(run, run.reward) else []
+    if run.config.run.watch_every:
+        scorers += further
+    return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
+
+
+def shares_devices(run: Run, reward: Planned) -> bool:
+    """Return whether a reward is on the devices of the video model."""
+    return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices

@@ -18,7 +18,6 @@ from jax_idgrpo.config import Config, VideoConfig
 from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
-from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig
 from jax_idgrpo.models.wan import WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
@@ -28,15 +27,24 @@ from jax_idgrpo.planning.arguments import (
     chip_bytes,
     conditioning_of,
     keys_of,
+    resident,
     rows_of,
     scored,
+    shares_devices,
     stacked,
     video_of,
     whole,
 )
 from jax_idgrpo.rewards.base import differentiable
 from jax_idgrpo.rewards.face_reward import FaceReward
-from jax_idgrpo.rewards.planned import HostReward, Planned, encoded_shapes, planned_judge
+from jax_idgrpo.rewards.planned import (
+    HostReward,
+    Planned,
+    encoded_shapes,
+    planned_assigner,
+    planned_judge,
+)
+from jax_idgrpo.rewards.recognition import Assigner, judge_program
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 from jax_idgrpo.sampling import rollout
 from jax_idgrpo.sampling.conditioning import Conditioning
@@ -130,7 +138,9 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     )
     run = setup.build(config, mesh, abstract=True, architecture=parts)
     judge = planned_judge(config, mesh)
-    held = resident(run, judge)
+    assigner = None if judge is None else planned_assigner(config, run.reward, mesh)
+    further = [scorer for scorer in (judge, assigner) if scorer not in (None, run.reward)]
+    held = resident(run, further)
     yield _text_encoder(run, held)
     yield from _photo_encoding(run, config.video, held, "")
     yield from _reference_photo(run, run.reward, "reference photo", held)
@@ -154,31 +164,9 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     yield from _updating(run, chunk, held)
 
     # ---- evaluation ------------------------------------------------------------------------------
-    if judge is not None and not config.run.watch_every:
-        held += chip_bytes(judge.state)
-    yield from _evaluation(run, judge, held)
-
-
-def resident(run: Run, judge: FaceReward | None = None) -> float:
-    """Return the bytes per chip in memory during a whole training run.
-
-    These are all networks, the adapter with its moving average and optimizer, and the adapter as it
-    was read. If `run.watch_every` is set, the judge and a second copy of the reward are included.
-    """
-    read = nnx.state(run.pipe.transformer, LoRAParam)
-    own = (run.state, run.base, read, run.vae, run.negative, run.schedule)
-    encoder = (
-        nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
-    )
-    scorers = [run.reward] if _shares(run, run.reward) else []
-    if run.config.run.watch_every:
-        scorers += [*scorers, *([judge] if judge is not None else [])]
-    return chip_bytes(own, encoder, *(scorer.state for scorer in scorers))
-
-
-def _shares(run: Run, reward: Planned) -> bool:
-    """Return whether a reward is on the devices of the video model."""
-    return not isinstance(reward, VlmReward) or not run.config.reward.vlm_devices
+    if not config.run.watch_every:
+        held += chip_bytes(*(scorer.state for scorer in further))
+    yield from _evaluation(run, judge, assigner, held)
 
 
 def _chunk(run: Run, sampling: Program) -> update.Rollout:
@@ -320,7 +308,7 @@ def _storing(
 def _scoring(
     run: Run, reward: Planned, name: str, video: jax.ShapeDtypeStruct, beside: float, calls: int
 ) -> Iterator[Program]:
-    """Score one batch by the reward or the judge. A reward on the host has no program.
+    """Score one batch by the reward. A reward on the host has no program.
 
     `beside` is in bytes per chip, and includes the networks of `reward` and the video.
     """
@@ -334,7 +322,7 @@ def _scoring(
     where = sharding.batch_sharding(mesh)
     encoded = shapes(encoded_shapes(reward, count, run.config.data.max_people, size), where)
     scored = shapes(jax.ShapeDtypeStruct((count, *video.shape[1:]), video.dtype), where)
-    beside = beside - chip_bytes(reward.state, video) if _shares(run, reward) else 0.0
+    beside = beside - chip_bytes(reward.state, video) if shares_devices(run, reward) else 0.0
     yield Program(
         name, jax.jit(reward.apply), (reward.state, scored, encoded), mesh.size, beside, calls
     )
@@ -369,17 +357,56 @@ def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]
     yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
 
 
-def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Program]:
+def _judging(
+    run: Run,
+    judge: FaceReward,
+    assigner: FaceReward,
+    video: jax.ShapeDtypeStruct,
+    beside: float,
+) -> Program:
+    """Score one batch by the judge, with the faces that the reward's embedder assigns to people.
+
+    Args:
+      run: the run.
+      judge: the judge.
+      assigner: the face reward of that embedder.
+      video: shape of the videos.
+      beside: bytes per chip, with both networks and the video.
+    """
+    count, people = video.shape[0], run.config.data.max_people
+    where = sharding.batch_sharding(run.mesh)
+    known, assigned = (shapes(reward.shapes(count, people), where) for reward in (judge, assigner))
+    given = Assigner.make(assigner, assigned.embeddings)
+    return Program(
+        "evaluation: judge",
+        judge_program,
+        ((judge.graph, judge.config), judge.state, video, known, given),
+        run.mesh.size,
+        beside - chip_bytes(judge.state, assigner.state, video),
+        0,
+    )
+
+
+def _evaluation(
+    run: Run, judge: FaceReward | None, assigner: FaceReward | None, held: float
+) -> Iterator[Program]:
     """Sample, decode and score one batch of `evaluate`.
 
-    The videos of the previous batch are still in memory during sampling. `held` is in bytes per
-    chip, and includes the judge.
+    The videos of the previous batch are still in memory during sampling.
+
+    Args:
+      run: the run.
+      judge: the judge, if there is one.
+      assigner: the face reward whose embedder assigns faces to people; None without a judge.
+      held: bytes per chip, with the networks of the judge and the assigner.
     """
     config = evaluated(run.config)
     size, count = config.video, sharding.rows_for(run.mesh, config.evaluate.batch)
     yield from _photo_encoding(run, size, held, "evaluation: ")
     if judge is not None:
         yield from _reference_photo(run, judge, "evaluation: judge's photo", held)
+    if assigner is not None and assigner is not run.reward:
+        yield from _reference_photo(run, assigner, "evaluation: assigner's photo", held)
     asked, video = conditioning_of(run, config, count), video_of(run, size, count)
     x = rows_of(run, jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32))
     schedule = rollout.Schedule.make(
@@ -405,5 +432,5 @@ def _evaluation(run: Run, judge: FaceReward | None, held: float) -> Iterator[Pro
         run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0
     )
     yield from _scoring(run, run.reward, "evaluation: reward", video, held + chip_bytes(video), 0)
-    if judge is not None:
-        yield from _scoring(run, judge, "evaluation: judge", video, held + chip_bytes(video), 0)
+    if judge is not None and assigner is not None:
+        yield _judging(run, judge, assigner, video, held + chip_bytes(video))

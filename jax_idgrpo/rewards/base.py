@@ -5,11 +5,15 @@ against the encoded references (`score`). Only `factory` names the reward classe
 use the protocol.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import io
-from collections.abc import Hashable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
@@ -17,14 +21,19 @@ from flax import struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from PIL import Image
 
-from jax_idgrpo.data.prompts import Prompt, load_reference
+from jax_idgrpo.data.photos import Decoded, decode_photo
+from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File, to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 
 Terms = dict[str, Float[Array, " B"]]
+Consumer = Callable[[File, Image.Image], None]
+"""Gets a photo's file and its pixels, upright RGB at the photo's own size."""
+Opened = concurrent.futures.Future[Image.Image]
 LISTED = 5  # photos that an error message names
+AHEAD = 3  # photos that are decoded while an earlier one is encoded; each is in memory
 
 # ---- reference photos ----------------------------------------------------------------------------
 
@@ -42,16 +51,29 @@ class Photo:
     where: str = ""
 
     def open(self) -> Image.Image:
-        """Return the photo at its own size, upright RGB; the file is decoded at the first call.
+        """Return the photo at its own size, upright RGB.
+
+        The file is decoded at the first call, and the pixels are held until `close`.
 
         Raises:
           UserError: the file is missing or damaged.
         """
-        return self._picture
+        return self._decoded.image
+
+    @property
+    def note(self) -> str:
+        """What looks odd about the file, or ""; it is decoded as by `open`."""
+        return self._decoded.note
 
     @functools.cached_property
-    def _picture(self) -> Image.Image:
-        return self.source if isinstance(self.source, Image.Image) else load_reference(self.source)
+    def _decoded(self) -> Decoded:
+        if isinstance(self.source, Image.Image):
+            return Decoded(self.source, "")
+        return decode_photo(self.source)
+
+    def close(self) -> None:
+        """Drop the pixels that `open` holds; it decodes the file again if it is called again."""
+        self.__dict__.pop("_decoded", None)
 
     def content(self) -> bytes:
         """Return the bytes of the file; of a picture without a file, those of a PNG.
@@ -277,16 +299,23 @@ def differentiable(reward: object) -> DifferentiableReward:
 
 
 def check_references(
-    reward: Reward, prompts: Sequence[Prompt], judge: Reward | None = None
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    further: Sequence[Reward] = (),
+    consume: Consumer | None = None,
 ) -> None:
-    """Check all photos of some prompts, each decoded once, before any expensive work.
+    """Decode each photo of some prompts once, and give it to everything that encodes it.
+
+    Every photo is decoded, whatever the reward reads, so that a damaged one is found before any
+    expensive work. Few photos are in memory at a time. A reward of another process is tried on the
+    first prompt.
 
     Args:
       reward: the reward.
       prompts: the prompts.
-      judge: a second reward that encodes the photos.
-
-    A reward of another process is tried on the first prompt.
+      further: other rewards that encode the photos, such as the judge.
+      consume: gets every usable photo and its pixels as well, such as the encoder of the video
+        model.
 
     Raises:
       UserError: photos cannot be used, or another process does not score. The message lists the
@@ -301,15 +330,18 @@ def check_references(
     refused: list[str] = []
     total = len(photos)
     with progress("looking at photos", total) as update:
-        for done, key in enumerate(list(photos), 1):
-            photo, text = photos.pop(key)  # a photo holds its pixels until it is dropped
+        for done, (photo, text, opened) in enumerate(_decoded_ahead(list(photos.values())), 1):
             one = References(((photo,),), 1)
             try:
-                reward.encode_references(one, [text])
-                if judge is not None:
-                    judge.encode_references(one, [text])
+                image = opened.result()
+                if photo.note:
+                    warnings.warn(f"{photo.where}: {photo.note}", stacklevel=2)
+                for encoder in (reward, *further):
+                    encoder.encode_references(one, [text])
+                if consume is not None and not isinstance(photo.source, Image.Image):
+                    consume(photo.source, image)
             except UserError as error:
-                refused.append(str(error))
+                refused.append(_with_line(photo, str(error)))
             update(done)
     if len(refused) == 1:
         raise UserError(refused[0])
@@ -320,6 +352,29 @@ def check_references(
         raise UserError(
             f"{len(refused)} of {total} reference photos cannot be used: {shown}{more}; {reasons[0][2]}"
         )
+
+
+def _decoded_ahead(photos: Sequence[tuple[Photo, str]]) -> Iterator[tuple[Photo, str, Opened]]:
+    """Iterate over photos and their texts, while threads decode the next `AHEAD` photos.
+
+    Yields:
+      A photo, its text, and the future of its picture. The pixels are dropped afterwards.
+    """
+    ahead: collections.deque[tuple[Photo, str, Opened]] = collections.deque()
+    readers = min(os.cpu_count() or 1, AHEAD)
+    with concurrent.futures.ThreadPoolExecutor(readers, "photos") as pool:
+        for number in range(len(photos) + readers):
+            if number < len(photos):
+                photo, text = photos[number]
+                ahead.append((photo, text, pool.submit(photo.open)))
+            if number >= readers:
+                yield ahead[0]
+                ahead.popleft()[0].close()
+
+
+def _with_line(photo: Photo, message: str) -> str:
+    """Add the line of the CSV to the message of an unreadable file, which lacks it."""
+    return f"{photo.where}: {message}" if photo.where and message.startswith("image") else message
 
 
 # ---- frames --------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.base import NumberedRows, Photo, References
 from jax_idgrpo.rewards.host import HostPool, Pending, Scored, in_time
 
+HELD = 16  # decoded photos that are held in memory
+
 Function = Callable[[np.ndarray, list[str], list[list[Image.Image]]], Any]
 
 
@@ -67,7 +69,7 @@ class CustomReward:
         self.reported: tuple[str, ...] = ()
         self._pool = HostPool(workers=1)
         self._rows = NumberedRows()
-        self._open = functools.lru_cache(maxsize=32)(Photo.open)
+        self._open = functools.lru_cache(maxsize=HELD)(_read)
 
     def encode_references(
         self,
@@ -142,6 +144,14 @@ class CustomReward:
             else Unusable(f"the reward is {terms['reward'][n]}")
             for n in range(len(videos))
         ]
+
+
+def _read(photo: Photo) -> Image.Image:
+    """Decode a photo; its pixels are not held by the photo itself."""
+    try:
+        return photo.open()
+    finally:
+        photo.close()
 
 
 def load_function(name: str) -> Function:

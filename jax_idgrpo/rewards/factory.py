@@ -101,8 +101,12 @@ def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> F
     """
     if isinstance(reward, FaceReward):
         return reward
-    embedder = dataclasses.replace(config.reward, head="", linear="", vlm="", custom="", backend="")
-    return make_face_reward(embedder, mesh)
+    return make_face_reward(assigning(config.reward), mesh)
+
+
+def assigning(config: RewardConfig) -> RewardConfig:
+    """Return the configuration of the face reward with the embedder of `reward.faces` alone."""
+    return dataclasses.replace(config, head="", linear="", vlm="", custom="", backend="")
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:

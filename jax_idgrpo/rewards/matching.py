@@ -40,7 +40,8 @@ def match(
     batch = similarity.shape[:-2]
     allowed = reference_mask[..., :, None] & face_mask[..., None, :]
     utility = jax.lax.stop_gradient(jnp.where(allowed, similarity, -jnp.inf))
-    sets, bits = np.arange(2**faces), 2 ** np.arange(faces)
+    # Computed by the program: XLA would fold a table of 2^K K elements for seconds when compiling.
+    sets, bits = jnp.arange(2**faces, dtype=jnp.int32), 2 ** np.arange(faces, dtype=np.int32)
     member = (sets[:, None] & bits) > 0
     without = sets[:, None] & ~bits
     value = jnp.zeros((*batch, 2**faces), utility.dtype)

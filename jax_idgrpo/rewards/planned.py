@@ -24,7 +24,12 @@ from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import FaceStack, Settings
-from jax_idgrpo.rewards.factory import identity_constants, make_face_reward, make_judge
+from jax_idgrpo.rewards.factory import (
+    assigning,
+    identity_constants,
+    make_face_reward,
+    make_judge,
+)
 from jax_idgrpo.rewards.photo_copy import PHOTOGRAPHS
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward
@@ -63,13 +68,32 @@ def planned_reward(config: Config, mesh: Mesh) -> Planned:
     for name in ("custom", "backend"):
         if value := getattr(wanted, name):
             return HostReward(f"reward.{name} {value}")
-    if wanted.vlm:
-        return _vlm(config, mesh)
-    if wanted.folder().is_dir():
-        return _described(make_face_reward(wanted), mesh)
-    _warn_of_absent(wanted)
-    constants = identity_constants(wanted, Settings(), PHOTOGRAPHS)
-    return _described(FaceReward(_published_faces("embedder"), constants, wanted.frames), mesh)
+    return _vlm(config, mesh) if wanted.vlm else _faces(wanted, mesh)
+
+
+def planned_assigner(config: Config, reward: Planned, mesh: Mesh) -> FaceReward:
+    """Describe the face reward that `factory.make_assigner` returns.
+
+    Args:
+      config: the configuration.
+      reward: the described reward of the configuration.
+      mesh: as for `planned_reward`.
+
+    Raises:
+      UserError: a file on this machine is damaged.
+    """
+    if isinstance(reward, FaceReward):
+        return reward
+    return _faces(assigning(config.reward), mesh)
+
+
+def _faces(config: RewardConfig, mesh: Mesh) -> FaceReward:
+    """Describe the face reward of a configuration."""
+    if config.folder().is_dir():
+        return _described(make_face_reward(config), mesh)
+    _warn_of_absent(config)
+    constants = identity_constants(config, Settings(), PHOTOGRAPHS)
+    return _described(FaceReward(_published_faces("embedder"), constants, config.frames), mesh)
 
 
 def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:

@@ -37,8 +37,10 @@ class Assigner:
     missing: float = struct.field(pytree_node=False)
 
     @classmethod
-    def make(cls, reward: FaceReward, references: Float[Array, "B M E"]) -> "Assigner":
-        """Take the networks of a face reward."""
+    def make(
+        cls, reward: FaceReward, references: Float[Array | jax.ShapeDtypeStruct, "B M E"]
+    ) -> "Assigner":
+        """Take the networks of a face reward; shapes instead of arrays describe them."""
         return cls(reward.graph, reward.state, references, reward.config.null_similarity)
 
 
@@ -87,13 +89,22 @@ def people_shown(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judge(
+def judge_program(
     static: tuple[nnx.GraphDef, IdentityConfig],
     state: nnx.State,
     videos: Float[Array, "B T H W 3"],
     people: ReferenceFaces,
     assigner: Assigner,
 ) -> tuple[Terms, PeopleShown]:
+    """Score videos as `judge_people` does.
+
+    Args:
+      static: graph and constants of the judge.
+      state: arrays of the judge.
+      videos: values in [-1, 1].
+      people: references encoded by the judge, one row per video.
+      assigner: the network that assigns faces to people.
+    """
     graph, config = static
     videos = videos.astype(jnp.float32)
     faces = nnx.merge(graph, state)[0](videos)
@@ -117,4 +128,4 @@ def judge_people(
       people: references encoded by the judge, one row per video.
       assigner: the network that assigns faces to people.
     """
-    return _judge((judge.graph, judge.config), judge.state, videos, people, assigner)
+    return judge_program((judge.graph, judge.config), judge.state, videos, people, assigner)

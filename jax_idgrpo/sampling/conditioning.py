@@ -23,7 +23,7 @@ Sources: diffusers, `pipeline_wan_vace.py` (`preprocess_conditions`, `prepare_vi
 import hashlib
 import logging
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -32,24 +32,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, DataConfig
-from jax_idgrpo.data.photos import ROOM as PHOTO_ROOM
-from jax_idgrpo.data.photos import PhotoCache, on_white
+from jax_idgrpo.data.photos import load_reference, on_white
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import memory_share, to_host
+from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.sampling.cache import Cache
 from jax_idgrpo.sampling.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 MASK_CHANNELS = 64  # one per pixel of an 8x8 cell
 CUT_SHOWN = 10  # prompts longer than the text length that get a separate warning each
-ROOM = 4 * 2**30  # bytes per machine that a run may fill with encoded prompts
 
 Values: TypeAlias = Array | np.ndarray
 
@@ -156,7 +156,9 @@ def canvas(image: Image.Image, height: int, width: int) -> Float[np.ndarray, "he
     """
     image = on_white(image)
     image = image.resize([max(size // 8, 1) * 8 for size in image.size], Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, np.float32) / np.float32(255) * 2 - 1
+    pixels = np.array(image, np.float32)
+    for operation, number in ((np.divide, 255), (np.multiply, 2), (np.subtract, 1)):
+        operation(pixels, np.float32(number), out=pixels)  # a large photo is not copied
     scale = min(height / pixels.shape[0], width / pixels.shape[1])
     rows, columns = (max(int(size * scale), 1) for size in pixels.shape[:2])
     out = np.ones((height, width, 3), np.float32)
@@ -339,28 +341,6 @@ def encode_negative(pipe: Pipeline, config: DataConfig) -> Float[np.ndarray, "L 
     return padded(encode_texts(pipe, [text], config.text_length)[0], config.text_length)
 
 
-class Cache(dict[Hashable, PyTree]):
-    """Encoded prompts of a run, on the host.
-
-    Attributes:
-      room: bytes left; entries that do not fit are not stored. By default this process's share of
-        `ROOM`.
-      photos: opened photos, so that a prompt that did not fit opens no file when it is encoded again.
-    """
-
-    def __init__(self, room: int | None = None):
-        super().__init__()
-        self.room = memory_share(ROOM) if room is None else room
-        self.photos = PhotoCache(memory_share(PHOTO_ROOM))
-
-    def keep(self, name: Hashable, made: PyTree) -> None:
-        """Store a pytree of numpy arrays under a name, if it fits."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-        if size <= self.room:
-            self.room -= size
-            self[name] = made
-
-
 def encode(
     pipe: Pipeline,
     prompts: Sequence[Prompt],
@@ -373,7 +353,7 @@ def encode(
       pipe: supplies VAE, text encoder and tokenizer.
       prompts: the prompts, one row each.
       config: of the run.
-      cache: one per run. A prompt is encoded once; if the cache is full, at every call.
+      cache: one per run. A prompt or photo is encoded once; if the cache is full, at every call.
 
     Returns:
       The conditioning, on the host.
@@ -383,17 +363,23 @@ def encode(
         `config.data.max_people`.
     """
     data, video = config.data, config.video
-    new = {prompt.id: prompt for prompt in prompts if (prompt.id, video) not in cache}
-    encoded = {
-        number: _encode_photos(pipe, prompt, config, cache.photos) for number, prompt in new.items()
+    different = {prompt.id: prompt for prompt in prompts}
+    photos = {
+        number: _encode_photos(pipe, config, cache, prompt) for number, prompt in different.items()
     }
-    texts = encode_texts(pipe, [prompt.text for prompt in new.values()], data.text_length)
-    made = {number: (text, encoded[number]) for number, text in zip(new, texts, strict=True)}
-    for number, row in made.items():
-        cache.keep((number, video), row)
-    rows = [made[prompt.id] if prompt.id in made else cache[prompt.id, video] for prompt in prompts]
+    new = [number for number in different if number not in cache]
+    texts = dict(
+        zip(
+            new,
+            encode_texts(pipe, [different[number].text for number in new], data.text_length),
+            strict=True,
+        )
+    )
+    for number, encoded in texts.items():
+        cache.keep(number, encoded)
+    texts |= {number: cache[number] for number in different if number not in texts}
     references = np.asarray([len(prompt.references) for prompt in prompts], np.int32)
-    text = np.stack([padded(text, data.text_length) for text, _ in rows])
+    text = np.stack([padded(texts[prompt.id], data.text_length) for prompt in prompts])
     frames = flow.latent_frames(video.frames)
     if config.model.kind == "vace":
         if ("grey", video) not in cache:
@@ -401,15 +387,19 @@ def encode(
             cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
         grey, order = cache["grey", video], data.reference_order
         controls = [
-            np.asarray(control(latents, grey, data.max_people, order)) for _, latents in rows
+            np.asarray(control(photos[prompt.id], grey, data.max_people, order))
+            for prompt in prompts
         ]
         mask = np.asarray(frame_mask(references, frames, data.max_people))
         return Conditioning(
             text=text, control=np.stack(controls), frame_mask=mask, references=references
         )
     reference_latents = [
-        np.pad(latents, ((0, config.reference_frames - len(latents)), (0, 0), (0, 0), (0, 0)))
-        for _, latents in rows
+        np.pad(
+            photos[prompt.id],
+            ((0, config.reference_frames - prompt.people), (0, 0), (0, 0), (0, 0)),
+        )
+        for prompt in prompts
     ]
     mask = np.ones((len(prompts), frames), bool)
     return Conditioning(
@@ -424,27 +414,76 @@ def encode(
 
 
 def _encode_photos(
-    pipe: Pipeline, prompt: Prompt, config: Config, photos: PhotoCache
+    pipe: Pipeline, config: Config, cache: Cache, prompt: Prompt
 ) -> Float[np.ndarray, "M H W C"]:
     """Encode a prompt's photos, one latent frame each."""
-    data, video = config.data, config.video
-    if not 1 <= len(prompt.references) <= data.max_people:
+    if not 1 <= prompt.people <= config.data.max_people:
         raise UserError(
-            f"prompt {prompt.id}: has {len(prompt.references)} reference photos; "
-            f"data.max_people allows 1 to {data.max_people}"
+            f"prompt {prompt.id}: has {prompt.people} reference photos; "
+            f"data.max_people allows 1 to {config.data.max_people}"
         )
+    return np.concatenate(
+        [_encode_photo(pipe, config, cache, prompt, number) for number in range(prompt.people)]
+    )
+
+
+def _encode_photo(
+    pipe: Pipeline,
+    config: Config,
+    cache: Cache,
+    prompt: Prompt,
+    number: int,
+    image: Image.Image | None = None,
+) -> Float[np.ndarray, "1 H W C"]:
+    """Return the latent frame of a prompt's photo from the cache, or make it.
+
+    Args:
+      pipe: supplies the VAE.
+      config: of the run.
+      cache: of the run.
+      prompt: the prompt.
+      number: of the photo in the prompt.
+      image: the photo, upright RGB; None decodes the file.
+    """
+    video, file = config.video, prompt.references[number]
+    sampled = config.kind.photos_sampled
+    name = (file, video, prompt.id, number) if sampled else (file, video)
+    if name in cache.photos:
+        return cache.photos[name]
     fit = canvas if config.model.kind == "vace" else whole_canvas
-    canvases = [photos.fitted(path, fit, video.height, video.width) for path in prompt.references]
-    noises: list[np.ndarray | None] = [None] * len(canvases)
-    if config.kind.photos_sampled:
-        root = rng.fold(rng.key(config.run.seed, "photo"), prompt.id)
+    # The canvas depends on the photo's own size: it is not made from a smaller copy.
+    pixels = fit(load_reference(file) if image is None else image, video.height, video.width)
+    noise = None
+    if sampled:
+        key = rng.fold(rng.fold(rng.key(config.run.seed, "photo"), prompt.id), number)
         shape = (1, 1, video.height // 8, video.width // 8, pipe.vae.config.z_dim)
-        noises = [
-            to_host(jax.random.normal(rng.fold(root, number), shape, jnp.float32))
-            for number in range(len(canvases))
-        ]
-    latents = [
-        to_host(_encode_video(pipe.vae, canvas[None, None], noise))[0]
-        for canvas, noise in zip(canvases, noises, strict=True)
-    ]
-    return np.concatenate(latents)
+        noise = to_host(jax.random.normal(key, shape, jnp.float32))
+    latents = to_host(_encode_video(pipe.vae, pixels[None, None], noise))[0]
+    cache.photos.keep(name, latents)
+    return latents
+
+
+def photo_encoder(
+    pipe: Pipeline, config: Config, cache: Cache, prompts: Sequence[Prompt]
+) -> Callable[[File, Image.Image], None]:
+    """Return a function that encodes a decoded photo for the prompts that show it.
+
+    Photos of other prompts are left out, and so are further photos once the cache is full.
+
+    Args:
+      pipe: supplies the VAE.
+      config: of the run.
+      cache: of the run.
+      prompts: the prompts that will be encoded.
+    """
+    uses: dict[File, list[tuple[Prompt, int]]] = {}
+    for prompt in prompts:
+        for number, file in enumerate(prompt.references):
+            uses.setdefault(file, []).append((prompt, number))
+
+    def encode(file: File, image: Image.Image) -> None:
+        for prompt, number in uses.get(file, []):
+            if not cache.photos.full:
+                _encode_photo(pipe, config, cache, prompt, number, image)
+
+    return encode

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
+from jax_idgrpo.data.prompts import Prompt, prompt_batch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.rewards.base import Reward, differentiable
+from jax_idgrpo.rewards.base import Consumer, Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.rewards.planned import Planned, planned_reward
 from jax_idgrpo.sampling import conditioning, lora_layers, lora_sum, policy, rollout
@@ -136,6 +137,21 @@ def build(
         ),
         passes=forward_passes(config, actor.branches),
     )
+
+
+def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache) -> Consumer:
+    """Return a function that encodes a decoded photo if a step of the run samples it.
+
+    Args:
+      run: the run.
+      prompts: all prompts of the run.
+      cache: encoded prompts of the whole run.
+    """
+    config = run.config
+    drawn = min(config.run.steps * config.rollout.prompts, len(prompts))  # then they repeat
+    chosen = prompt_batch(prompts, config.run.seed, 0, drawn)
+    sampled = [prompts[index] for index in chosen]
+    return conditioning.photo_encoder(run.pipe, config, cache, sampled)
 
 
 def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:

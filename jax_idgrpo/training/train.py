@@ -53,7 +53,7 @@ from jax_idgrpo.training.selection import (
     members,
     select_pairs,
 )
-from jax_idgrpo.training.setup import Run, build, sample
+from jax_idgrpo.training.setup import Run, build, photo_encoder, sample
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState
 from jax_idgrpo.training.update import Networks, Rollout, select_rows, store, update
@@ -95,7 +95,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     sharding.check_rows(
         mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
     )
-    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
     listed = row_digests(prompts)
     assert_same_across_hosts(
         config,
@@ -107,11 +107,11 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     run = build(config, mesh)
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
-    check_references(run.reward, prompts)
+    cache = conditioning.Cache()
+    check_references(run.reward, prompts, consume=photo_encoder(run, prompts, cache))
     warn_of_lookalikes(run.reward, prompts)
     # The first update donates the arrays of the state.
     run, fresh = dataclasses.replace(run, state=None), run.state
-    cache = conditioning.Cache()
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -216,7 +216,7 @@ def begin_watch(
     watched = dataclasses.replace(
         run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
     )
-    watch = Watch.make(config, run.pipe, folder)
+    watch = Watch.make(config, run.pipe, run.reward, folder)
     watch.begin(Model(watched, start, base))
     return lambda ema, step: watch(Model(watched, ema, base), step)
 

@@ -1,5 +1,6 @@
 """Conditioning: layout of the control, what padding may not change, and images of every kind."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,14 +11,15 @@ from flax import nnx
 from PIL import Image
 
 from jax_idgrpo.config import EMBEDDED, Config, DataConfig, MeshConfig, VideoConfig
-from jax_idgrpo.data import photos
 from jax_idgrpo.data.photos import load_reference
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.cache import PHOTO_ROOM, ROOM
 from jax_idgrpo.sampling.pipeline import load_pipeline
+from tests.helpers.decodes import count_decodes
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5
 
@@ -135,15 +137,14 @@ def test_reference_order_is_an_option(pipe, prompts, config):
     assert np.abs(one[:3] - other[:3]).max() > 0.1
 
 
-def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
-    )
+def test_each_prompt_is_encoded_once_and_each_photo_decoded_once(
+    pipe, prompts, config, monkeypatch
+):
+    decoded = count_decodes(monkeypatch)
     cache = conditioning.Cache()
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts[::-1], config, cache)
-    assert len(calls) == 4, "distinct photos"
+    assert list(decoded.values()) == [1] * 4, "distinct photos"
     np.testing.assert_array_equal(first.control[::-1], again.control)
     np.testing.assert_array_equal(first.text[::-1], again.text)
 
@@ -151,34 +152,72 @@ def test_each_prompt_is_encoded_once(pipe, prompts, config, monkeypatch):
 def test_what_is_encoded_waits_on_the_host_and_takes_bounded_room(
     pipe, prompts, config, monkeypatch
 ):
-    calls = []
-    monkeypatch.setattr(
-        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
-    )
+    decoded = count_decodes(monkeypatch)
     whole, none = conditioning.Cache(), conditioning.Cache(room=1000)
     first = conditioning.encode(pipe, prompts, config, whole)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(first))
-    assert 0 < conditioning.ROOM - whole.room < first.control.nbytes, (
-        "padding and masks are kept as well"
-    )
+    assert 0 < ROOM - whole.room < first.control.nbytes, "padding and masks are kept as well"
+    latents = HEIGHT // 8 * (WIDTH // 8) * 16 * 4
+    assert PHOTO_ROOM - whole.photos.room == 4 * latents
     for _ in range(2):
         got = conditioning.encode(pipe, prompts, config, none)
         jax.tree.map(np.testing.assert_array_equal, got, first)
-    assert len(calls) == 2 * 4, "once per cache"
+    assert list(decoded.values()) == [2] * 4, "once per cache"
 
 
-def test_a_photo_is_opened_once_even_if_its_prompt_is_encoded_again(
+def test_a_photo_is_decoded_once_even_if_its_prompt_is_encoded_again(
     pipe, prompts, config, monkeypatch
 ):
-    calls = []
-    monkeypatch.setattr(
-        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
-    )
+    decoded = count_decodes(monkeypatch)
     cache = conditioning.Cache(room=0)
     first = conditioning.encode(pipe, prompts, config, cache)
     again = conditioning.encode(pipe, prompts, config, cache)
-    assert sorted(calls) == sorted({path for prompt in prompts for path in prompt.references})
+    assert list(decoded.values()) == [1] * 4
     jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_photos_that_do_not_fit_are_decoded_again_and_give_the_same(
+    pipe, prompts, config, monkeypatch
+):
+    want = conditioning.encode(pipe, prompts, config, conditioning.Cache())
+    decoded = count_decodes(monkeypatch)
+    cache = conditioning.Cache(photo_room=5000)  # three photos of 1536 bytes each
+    for _ in range(2):
+        got = conditioning.encode(pipe, prompts, config, cache)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    latents = HEIGHT // 8 * (WIDTH // 8) * 16 * 4
+    assert cache.photos.room == 5000 - 3 * latents >= 0
+    assert sorted(decoded.values())[:3] == [1] * 3
+    assert max(decoded.values()) > 1
+
+
+def test_a_decoded_photo_is_encoded_as_its_file_and_sizes_do_not_mix(
+    pipe, prompts, config, monkeypatch
+):
+    small = dataclasses.replace(config, video=dataclasses.replace(config.video, height=16))
+    want = [
+        conditioning.encode(pipe, prompts, each, conditioning.Cache()) for each in (config, small)
+    ]
+    images = {file: load_reference(file) for prompt in prompts for file in prompt.references}
+    decoded, cache = count_decodes(monkeypatch), conditioning.Cache()
+    for each in (config, small):
+        encode = conditioning.photo_encoder(pipe, each, cache, prompts)
+        for file, image in images.items():
+            encode(file, image)
+    got = [conditioning.encode(pipe, prompts, each, cache) for each in (config, small)]
+    assert not decoded, "the second pass opens no photo"
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_no_photo_is_encoded_ahead_once_the_cache_is_full(pipe, prompts, config, monkeypatch):
+    cache = conditioning.Cache(photo_room=0)
+    image = load_reference(prompts[0].references[0])
+    encode = conditioning.photo_encoder(pipe, config, cache, prompts)
+    encode(prompts[0].references[0], image)
+    monkeypatch.setattr(conditioning, "_encode_video", None)
+    encode(prompts[1].references[0], image)
+    encode(Path("of-no-prompt.png"), image)
+    assert not cache.photos
 
 
 def test_what_a_prompt_loses_is_told_once_with_its_line():

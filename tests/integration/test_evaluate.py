@@ -30,6 +30,7 @@ from jax_idgrpo.models.umt5 import UMT5Encoder
 from jax_idgrpo.models.vae import WanVAE
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.rewards.base import References
+from jax_idgrpo.rewards.custom import CustomReward
 from jax_idgrpo.sampling import pipeline, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, save_lora
 from tests.helpers.command import stop_of
@@ -79,7 +80,7 @@ class Blocks(WanVAE):
     def chunk(self, frames, height, width):
         return None
 
-    def encode(self, video, chunk=None):
+    def encode(self, video, chunk=None, noise=None):
         batch, _, height, width, _ = video.shape
         blocks = video[:, ::4].reshape(batch, -1, height // 8, 8, width // 8, 8, 3).mean((3, 5))
         return blocks @ self.colours[...]
@@ -173,7 +174,7 @@ def adapters(pipe, tmp_path_factory):
 def stubbed(monkeypatch, pipe, prompts):
     """The commands' inputs replaced: the pipeline and the prompts above, and a face reward that looks at brightness alone."""
 
-    def make_scorer(config, batch, mesh=None, prompts=()):
+    def make_scorer(config, batch, *others):
         def score(videos, asked):
             videos = np.asarray(videos, np.float64)[: len(asked)]
             mean = videos.mean((1, 2, 3, 4))
@@ -201,7 +202,7 @@ def stubbed(monkeypatch, pipe, prompts):
     monkeypatch.setattr(
         sampler, "load_pipeline", lambda *args, **options: dataclasses.replace(pipe)
     )
-    monkeypatch.setattr(commands, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(commands, "load_prompts", lambda path, people, **_: prompts)
     monkeypatch.setattr(commands, "make_scorer", make_scorer)
     monkeypatch.setattr(commands, "make_clip_scorer", make_clip_scorer)
 
@@ -258,10 +259,10 @@ def test_watching_warns_when_reward_and_judge_part(
     pipe, prompts, config, adapters, tmp_path, monkeypatch
 ):
     """The scorer below pays for whatever differs from the base's videos, and its judge minds it."""
-    monkeypatch.setattr(monitor, "load_prompts", lambda path, people: prompts)
+    monkeypatch.setattr(monitor, "load_prompts", lambda path, people, **_: prompts)
     seen = []
 
-    def make_scorer(config, batch, mesh=None, prompts=()):
+    def make_scorer(config, batch, *others):
         def score(videos, asked):
             seen.append(videos)
             moved = np.abs(videos - seen[0][: len(videos)]).mean((1, 2, 3, 4))
@@ -276,7 +277,9 @@ def test_watching_warns_when_reward_and_judge_part(
 
     monkeypatch.setattr(monitor, "make_scorer", make_scorer)
     models = make_models(make_sampler(config, dataclasses.replace(pipe)), adapters)
-    watch = monitor.Watch.make(config, dataclasses.replace(pipe), tmp_path / "watch")
+    watch = monitor.Watch.make(
+        config, dataclasses.replace(pipe), CustomReward(len), tmp_path / "watch"
+    )
     sign = 1
     watch.begin(models["still"])
     assert watch(models["moved"], 5)["watch_parted"] == 0

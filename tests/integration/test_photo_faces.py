@@ -11,10 +11,11 @@ from PIL import Image
 from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import load_prompts, prompt_batch
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards import base, factory, photo_faces
+from jax_idgrpo.rewards import factory, photo_faces
 from jax_idgrpo.rewards.base import Photo, References, check_references
 from jax_idgrpo.synthetic import scenes
 from jax_idgrpo.training import train
+from tests.helpers.decodes import count_decodes
 from tests.helpers.tiny_run import tiny
 
 
@@ -189,22 +190,18 @@ def test_a_run_with_a_photo_without_a_face_is_refused_before_its_first_step(tmp_
 
 def test_photos_are_opened_in_the_first_pass_alone(tmp_path, monkeypatch):
     prompts = load_prompts(write_prompts(tmp_path, *portraits()[:3]), 1)
-    opened = []
-    read = base.load_reference
-    monkeypatch.setattr(base, "load_reference", lambda path: opened.append(path) or read(path))
+    decoded = count_decodes(monkeypatch)
     check_references(reward(), prompts)
     for _ in range(2):
         reward().encode_references(
             References.of_prompts(prompts, 2), [prompt.text for prompt in prompts]
         )
-    assert len(opened) == 3
+    assert decoded == {prompt.digests[0]: 1 for prompt in prompts}
 
 
 def test_reward_and_judge_share_the_decoded_photos(tmp_path, monkeypatch):
     prompts = load_prompts(write_prompts(tmp_path, *portraits()[:3]), 1)
-    opened = []
-    read = base.load_reference
-    monkeypatch.setattr(base, "load_reference", lambda path: opened.append(path) or read(path))
+    decoded = count_decodes(monkeypatch)
     fresh, judge = (factory.make_face_reward(c.RewardConfig()) for _ in range(2))
-    check_references(fresh, prompts, judge)
-    assert sorted(opened) == sorted(prompt.references[0] for prompt in prompts)
+    check_references(fresh, prompts, [judge])
+    assert decoded == {prompt.digests[0]: 1 for prompt in prompts}

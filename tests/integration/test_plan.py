@@ -12,9 +12,11 @@ import pytest
 from jax_idgrpo import config
 from jax_idgrpo.cli import run
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import cost_model, hardware, plan, programs
 from jax_idgrpo.rewards.planned import HostReward, planned_judge
+from jax_idgrpo.rewards.recognition import judge_program
 from jax_idgrpo.rewards.vlm.settings import Settings
 from jax_idgrpo.training import setup
 from tests.helpers.paths import CONFIGS
@@ -155,10 +157,12 @@ def test_every_published_configuration_has_programs_for_a_pod(name):
     assert (batch.conditioning.control is None) == ("phantom" in name)
     asked = found["evaluation: sample"].arguments[1].conditioning
     assert asked.frame_mask.shape[1] == 21 + (4 if "vace" in name else 0)
-    for name in ("evaluation: reward", "evaluation: judge"):
-        _, video, people = found[name].arguments
-        assert video.shape == (32, 81, 480, 832, 3)
-        assert people.embeddings.shape == (32, 4, 512)
+    _, _, video, people, assigner = found["evaluation: judge"].arguments
+    assert people.embeddings.shape == assigner.references.shape == (32, 4, 512)
+    assert video.shape == (32, 81, 480, 832, 3)
+    _, video, people = found["evaluation: reward"].arguments
+    assert video.shape == (32, 81, 480, 832, 3)
+    assert people.embeddings.shape == (32, 4, 512)
 
 
 def test_meshes_that_are_searched_divide_everything():
@@ -306,8 +310,8 @@ def compiled_memory(program):
     return traced.lower().compile().memory_analysis().temp_size_in_bytes
 
 
-def test_what_is_resident_is_what_a_run_holds():
-    """Every array that is alive once a run is built; a watched run loads its scorers as well."""
+def test_what_is_resident_is_what_a_run_holds(tmp_path):
+    """Every array that is alive once a run is built; a watched run loads its judge as well."""
     wanted, mesh = tiny(2), sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
     described = setup.build(wanted, mesh, abstract=True)
     judge = planned_judge(wanted, mesh)
@@ -317,11 +321,40 @@ def test_what_is_resident_is_what_a_run_holds():
     gc.collect()
     known = {id(array) for array in before}
     held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
-    assert programs.resident(described, judge) == held
-    watching = dataclasses.replace(wanted, run=config.RunConfig(watch_every=1))
+    assert programs.resident(described, [judge]) == held
+    watching = dataclasses.replace(wanted, run=config.RunConfig(watch_every=1, watch_prompts=2))
     watched = dataclasses.replace(described, config=watching)
-    scorers = programs.chip_bytes(run.reward.state, judge.state)
-    assert programs.resident(watched, judge) == held + scorers
+    watch = Watch.make(watching, run.pipe, run.reward, tmp_path)
+    gc.collect()
+    held = sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
+    own = programs.chip_bytes(watch.sampler.schedule, watch.sampler.negative)
+    few = held - own - programs.resident(watched, [judge])  # constants of the programs of photos
+    assert 0 <= few < programs.chip_bytes(run.reward.state) / 4, "the reward is loaded again"
+
+
+def test_the_judge_is_planned_with_the_embedder_that_assigns_faces():
+    """It is the reward's own, or is loaded beside a reward that has none."""
+    wanted = tiny(2)
+    shared = planned(wanted)
+    function = dataclasses.replace(wanted, reward=config.RewardConfig(custom="nowhere:score"))
+    loaded = planned(function)
+    weights = [programs.chip_bytes(shared["reward"].arguments[0])]
+    for found in (shared, loaded):
+        judge = found["evaluation: judge"]
+        _, state, video, _, assigner = judge.arguments
+        assert assigner.references.shape[:2] == (video.shape[0], 3)
+        weights.append(programs.chip_bytes(assigner.state))
+        assert judge.function is judge_program
+        assert plan.measure(judge, None).flops > 0
+        sampled = found["evaluation: sample"]
+        own = programs.chip_bytes(sampled.arguments[1].lora, sampled.arguments[1].base)
+        everything = sampled.beside + own
+        assert judge.beside + programs.chip_bytes(state, video, assigner.state) == everything
+    assert weights[0] == weights[1] == weights[2] > 0
+    assert {name for name in loaded if name not in shared} == {
+        "evaluation: assigner's photo: find",
+        "evaluation: assigner's photo: embed",
+    }
 
 
 def test_no_program_leaves_out_what_stays_on_the_device():

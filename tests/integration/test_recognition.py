@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo.config import Config, DataConfig
+from jax_idgrpo.config import Config, DataConfig, RewardConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, to_uint8, write_video
 from jax_idgrpo.evaluation import recognition, scoring, streaming
 from jax_idgrpo.preferences import corruptions
+from jax_idgrpo.rewards.base import References
 from jax_idgrpo.synthetic import scenes
+from tests.helpers.decodes import count_decodes
 
 COUNT = 24
 HEAD = 1.9  # a head in units of its face
@@ -42,6 +44,19 @@ def prompts(drawn, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorer(prompts):
     return scoring.make_scorer(Config(data=DataConfig(max_people=3)), COUNT, None, prompts)
+
+
+def test_reward_judge_and_assigner_share_one_decode_of_each_photo(prompts, monkeypatch):
+    decoded, consumed = count_decodes(monkeypatch), []
+    reward = RewardConfig(custom="math:fsum")
+    config = Config(data=DataConfig(max_people=3), reward=reward)
+    given = prompts[:2], lambda file, image: consumed.append(file)
+    scorer = scoring.make_scorer(config, 1, None, *given)
+    for encoder in (scorer.judge, scorer.assigner):
+        encoder.encode_references(References.of_prompts(prompts[:2], 3), ["", ""])
+    files = [file for prompt in prompts[:2] for file in prompt.references]
+    assert consumed == files
+    assert list(decoded.values()) == [1] * len(files)
 
 
 def measured(scorer, videos, prompts):

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jax_idgrpo import config as c
+from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling.adapters import saved_step
 from jax_idgrpo.training import keeper, train
+from tests.helpers.decodes import count_decodes
 from tests.helpers.prompts import write_bundled_prompts
 from tests.helpers.tiny_run import adapter, assert_same_adapter, failing, rows, tiny
 
@@ -62,9 +64,14 @@ def test_a_step_logs_more_than_its_mean_reward(straight):
         ) == (12, 8, 4)
 
 
-def test_resume_equals_never_having_stopped(straight, tmp_path):
+def test_resume_equals_never_having_stopped(straight, tmp_path, monkeypatch):
+    decoded = count_decodes(monkeypatch)
     train.train(tiny(2), tmp_path)
+    prompts = load_prompts(tiny(2).data.prompts_file(), 3, decode=False)
+    once = {digest: 1 for prompt in prompts for digest in prompt.digests}
+    assert decoded == once, "a run decodes every photo once"
     train.train(tiny(4), tmp_path)
+    assert decoded == dict.fromkeys(once, 2), "and so does the one that goes on"
     assert_same_adapter(straight, tmp_path)
     timing = (*train.PHASES, "videos_per_hour")
     for resumed, undisturbed in zip(rows(tmp_path), rows(straight), strict=True):

@@ -1,17 +1,19 @@
 """A reward of one's own: what it is given, what it may return, and that what goes wrong costs its own videos alone."""
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from jax_idgrpo import config as c
-from jax_idgrpo.data.prompts import load_prompts
+from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards.base import Photo, References, Reward, check_references
-from jax_idgrpo.rewards.custom import CustomReward, load_function
+from jax_idgrpo.rewards.custom import HELD, CustomReward, load_function
 from jax_idgrpo.rewards.host import collect
 
 
@@ -144,12 +146,31 @@ def test_a_call_that_hangs_is_given_up_and_the_next_is_made():
     gate.set()
 
 
-def test_photos_are_opened_for_the_function_alone(tmp_path):
+def test_photos_need_no_face_for_the_function(tmp_path):
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "nobody.png")
     (tmp_path / "my.csv").write_text("ref_paths,prompt\nnobody.png,A dog runs.\n")
-    check_references(
-        CustomReward(brightness), load_prompts(tmp_path / "my.csv", 1)
-    )  # who needs no face may have a photo without
+    check_references(CustomReward(brightness), load_prompts(tmp_path / "my.csv", 1))
+
+
+def test_few_decoded_photos_are_held_for_the_function(tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(HELD + 5)]
+    for file in files:
+        Image.new("RGB", (64, 64), "grey").save(file)
+    shown = []
+
+    def count(videos, prompts, references):
+        shown.extend(weakref.ref(image) for row in references for image in row)
+        return [0.0] * len(videos)
+
+    reward = CustomReward(count)
+    prompts = [Prompt(number, "x", (file,)) for number, file in enumerate(files)]
+    encoded = reward.encode_references(References.of_prompts(prompts, 1), ["x"] * len(files))
+    for _ in range(2):
+        for number in encoded:
+            collect(reward.score(videos(1), number[None]))
+    gc.collect()
+    held = {id(image) for one in shown if (image := one()) is not None}
+    assert 0 < len(held) <= HELD < len(files)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Photos: which files are read and how they look, what is said of the others, and how often a file is opened."""
+"""Photos: which files are read and how they look, and what is said of the others."""
 
+import hashlib
 import struct
 import sys
 import types
@@ -9,9 +10,15 @@ import pytest
 from PIL import Image, ImageFile
 
 from jax_idgrpo.data import photos
-from jax_idgrpo.data.photos import PhotoCache, check_photo, load_reference, on_white
+from jax_idgrpo.data.photos import (
+    check_photo,
+    decode_photo,
+    identify_photo,
+    load_reference,
+    on_white,
+)
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.sampling import conditioning
+from tests.helpers.decodes import count_decodes
 
 RAMP = np.tile(np.linspace(0, 255, 32, dtype=np.uint8), (16, 1))
 
@@ -220,59 +227,50 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         load_reference(tmp_path / "a.png")
 
 
-# ---- the cache -----------------------------------------------------------------------------------
+def test_a_photo_that_is_cut_off_is_found_without_decoding_whole_ones(tmp_path, monkeypatch):
+    decoded = count_decodes(monkeypatch)
+    for name in ("a.jpg", "a.png", "a.webp"):
+        noise(640, 480).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        identify_photo(tmp_path / name)
+        assert not decoded
+        for share in (0.5, 0.97):
+            (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+            with pytest.raises(UserError, match=name):
+                identify_photo(tmp_path / name)
+        decoded.clear()
+    noise(640, 480).save(tmp_path / "a.jpg")  # as a telephone stores a film after the photo
+    with (tmp_path / "a.jpg").open("ab") as file:
+        file.write(b"film \xff\xda")
+    assert len(identify_photo(tmp_path / "a.jpg").digest) == 64
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """Files that were opened, in order."""
-    calls = []
-    monkeypatch.setattr(
-        photos, "load_reference", lambda path: calls.append(path) or load_reference(path)
-    )
-    return calls
+def test_without_decoding_only_damaged_pixels_are_missed(tmp_path, monkeypatch):
+    noise(64, 48).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    decoded = count_decodes(monkeypatch)
+    assert identify_photo(tmp_path / "a.png").digest == hashlib.sha256(whole).hexdigest()
+    middle = len(whole) // 2
+    (tmp_path / "a.png").write_bytes(whole[:middle] + bytes(50) + whole[middle + 50 :])
+    identify_photo(tmp_path / "a.png")
+    assert not decoded
+    with pytest.raises(UserError, match=r"a.png: cannot be read"):
+        decode_photo(tmp_path / "a.png")
+    for content, says in FILES.values():
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(UserError, match="a.png: ") as caught:
+            identify_photo(tmp_path / "a.png")
+        assert says.partition(";")[0].split(" photo")[0] in str(caught.value)
 
 
-@pytest.fixture
-def files(tmp_path):
-    sizes = [(64, 64), (300, 200), (2200, 1500), (40, 1100)]
-    for number, size in enumerate(sizes):
-        noise(*size, seed=number).save(tmp_path / f"{number}.png")
-    return [tmp_path / f"{number}.png" for number in range(len(sizes))]
-
-
-def test_a_second_pass_opens_no_photo_and_shows_the_same(files, opened):
-    cache = PhotoCache()
-    for _ in range(3):
-        for file in files:
-            got = cache.fitted(file, conditioning.canvas, 64, 96)
-            want = conditioning.canvas(load_reference(file), 64, 96)
-            np.testing.assert_array_equal(got, want)
-            assert got.dtype == want.dtype == np.float32
-            got[:] = 7  # what is returned is the caller's
-    assert opened == files
-
-
-def test_canvases_of_other_sizes_and_kinds_do_not_mix(files, opened):
-    cache = PhotoCache()
-    for fit in (conditioning.canvas, conditioning.whole_canvas):
-        for size in ((64, 96), (96, 64)):
-            for _ in range(2):
-                for file in files[:2]:
-                    np.testing.assert_array_equal(
-                        cache.fitted(file, fit, *size), fit(load_reference(file), *size)
-                    )
-    assert opened == files[:2] * 4, "once per kind and size"
-
-
-def test_what_is_kept_stays_below_the_room_and_the_rest_is_right(files, opened):
-    cache = PhotoCache(room=100_000)
-    for _ in range(2):
-        for file in files:
-            np.testing.assert_array_equal(
-                cache.fitted(file, conditioning.canvas, 64, 96),
-                conditioning.canvas(load_reference(file), 64, 96),
-            )
-    assert cache.room >= 0
-    assert sum(made.nbytes for made in cache._kept.values()) == 100_000 - cache.room > 0
-    assert 0 < len(opened[4:]) < 4, "some are opened again, some are not"
+def test_a_decoded_photo_is_noted_as_a_checked_one(tmp_path):
+    Image.fromarray(RAMP.astype(np.uint16) * 16).save(tmp_path / "grey.tif")
+    Image.fromarray(np.repeat(RAMP[..., None] // 16, 3, -1)).save(tmp_path / "dark.png")
+    noise(32, 16).save(tmp_path / "bright.png")
+    for name in ("grey.tif", "dark.png", "bright.png"):
+        found = decode_photo(tmp_path / name)
+        assert found.note == check_photo(tmp_path / name).note
+        assert bool(found.note) == (name != "bright.png")
+        np.testing.assert_array_equal(
+            np.asarray(found.image), np.asarray(load_reference(tmp_path / name))
+        )

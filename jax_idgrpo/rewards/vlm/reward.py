@@ -25,12 +25,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
+from jax_idgrpo.parallel.hosts import memory_share
 from jax_idgrpo.rewards.base import Photo, References, Terms
 from jax_idgrpo.rewards.vlm import inputs
 from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, load
 from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting
 from jax_idgrpo.rewards.vlm.settings import Settings
-from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.sampling.cache import ROOM, BoundedCache
 
 
 def dimension_scores(scores: Float[Array, "B K O"], settings: Settings) -> Float[Array, "B O"]:
@@ -109,7 +110,7 @@ class VlmReward:
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
         self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
         self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
-        self._cache = conditioning.Cache()
+        self._cache = BoundedCache(memory_share(ROOM))
 
     def encode_references(
         self,
