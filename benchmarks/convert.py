@@ -3,7 +3,9 @@
     python benchmarks/convert.py streaming --folder DIR [--layers 4] [--dtype float32] [--repeats 2]
         A random checkpoint in the original layout with the widths of Wan 14B and a few of its
         layers is copied with cp, imported into the store, exported to the diffusers and the
-        original layout, and verified. Each step runs in its own process.
+        original layout, and verified. Each step runs in its own process. With --dtype
+        float8_e4m3fn, matrices are scaled fp8, and every step dequantizes them to bfloat16, which
+        writes twice the bytes that cp writes.
     python benchmarks/convert.py vace --folder DIR [--dtype float32]
         Wan2.1-VACE-1.3B (2.154 B parameters) with random weights, written by diffusers, is
         imported, compared with diffusers on a small input, exported and verified. Requires the
@@ -25,7 +27,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+FP8 = "float8_e4m3fn"
+DTYPES = {
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    FP8: ml_dtypes.float8_e4m3fn,
+}
 INPUTS = {"latents": (1, 3, 16, 16, 16), "control": (1, 3, 16, 16, 96), "text": (1, 16, 4096)}
 TIMESTEP = 666
 STEPS = ("source", "theirs", "ours")
@@ -43,7 +50,10 @@ def run_measured(name: str, *words: str) -> tuple[float, float]:
     if status:
         raise SystemExit(f"{name} failed: {output}")
     last = output.strip().splitlines()[-1] if output.strip() else ""
-    print(f"{name:<34} {seconds:7.1f} s   peak {peak:5.2f} GB   {last}", flush=True)
+    cpu = usage.ru_utime + usage.ru_stime
+    print(
+        f"{name:<34} {seconds:7.1f} s   cpu {cpu:6.1f} s   peak {peak:5.2f} GB   {last}", flush=True
+    )
     return seconds, peak
 
 
@@ -83,21 +93,28 @@ def write_14b_shaped(folder: Path, layers: int, dtype: str) -> None:
         nnx.eval_shape(lambda: WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)))
     )
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(DTYPES[dtype])
+    short = noise[: 1 << 16].astype(ml_dtypes.bfloat16)
 
     class Random:
         """An array whose values are generated when it is written."""
 
         def __init__(self, shape: tuple[int, ...]):
-            self.shape, self.dtype = shape, noise.dtype
+            values = short if dtype == FP8 and len(shape) != 2 else noise
+            self.shape, self.dtype, self.values = shape, values.dtype, values
 
         def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
-            return np.resize(noise, self.shape)
+            bits = self.values.view(f"u{self.dtype.itemsize}")
+            return np.resize(bits, self.shape).view(self.dtype)
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         slot.torch: Random(slot.torch_shape)
         for slot in rules.expand(wan.rules(config, "original"), shapes)
     }
+    if dtype == FP8:
+        for name in [name for name, tensor in tensors.items() if tensor.dtype == noise.dtype]:
+            layer = name.removesuffix(".weight")
+            tensors[f"{layer}.scale_weight"] = np.full((), 0.0123, np.float32)
     store.write_json(folder / "config.json", wan.config_to_original(config))
     store.write_file(folder / WEIGHTS, tensors)
     print(max(map(lazy.size, tensors.values())) / 1e9)
@@ -134,6 +151,7 @@ def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
     )
     os.sync()
     seconds = {}
+    exported = file.parent if dtype == FP8 else folder / "store"
     for repeat in range(repeats):
         for name, words in {
             "cp": ("cp", str(file), str(folder / "copy")),
@@ -144,15 +162,15 @@ def streaming(folder: Path, layers: int, dtype: str, repeats: int) -> None:
             ),
             "import": convert("import", file.parent, folder / "store"),
             "export --format diffusers": convert(
-                "export", folder / "store", folder / "diffusers", "--format", "diffusers"
+                "export", exported, folder / "diffusers", "--format", "diffusers"
             ),
             "export --format original": convert(
-                "export", folder / "store", folder / "original", "--format", "original"
+                "export", exported, folder / "original", "--format", "original"
             ),
         }.items():
             for leftover in (
                 "copy",
-                *(("store",) if name == "import" else ()),
+                *(("store",) if name == "import" or dtype == FP8 else ()),
                 "diffusers",
                 "original",
             ):

@@ -5,23 +5,12 @@ error, 130 interrupted.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from checkpoints_convert import (
     adapter,
@@ -34,16 +23,18 @@ from checkpoints_convert import (
     lora,
     lora_merge,
     photographs,
-    store,
+    quantized,
+    spiece,
     writing,
 )
 from checkpoints_convert.arguments import Parser
 from checkpoints_convert.checkpoint import Checkpoint
+from checkpoints_convert.contents import Options
 from checkpoints_convert.description import SHOWN, describe
 from checkpoints_convert.identify import FACE, TRANSFORMER
-from checkpoints_convert.lazy import blank, iter_chunks, size
 from checkpoints_convert.network import Network, blank_matrices, describe_blanks
 from checkpoints_convert.places import adapter_place, run_config, split_scale
+from checkpoints_convert.reporting import bar, check_values, print_notices, warn_of_blanks
 from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path
@@ -53,62 +44,13 @@ ADAPTER_FORMATS: tuple[str, ...] = (*adapter_writing.FORMATS, "merged")
 FACE_FORMATS: tuple[str, ...] = ("original",)
 
 
-@contextlib.contextmanager
-def bar(total: int, done: int, what: str = "writing") -> Iterator[store.Progress]:
-    """Show a progress bar in bytes on standard error if it is a terminal.
-
-    Args:
-      total: bytes in all.
-      done: bytes that were done before.
-      what: text before the bar.
-
-    Yields:
-      `update(name, count)`, to call with the bytes of each tensor as they are done.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+def options_of(arguments: argparse.Namespace) -> Options:
+    """Collect what the command line states about a checkpoint."""
+    return Options(
+        entry=arguments.entry,
+        dtype=quantized.DTYPES[getattr(arguments, "dtype", None) or quantized.DEFAULT],
+        base=getattr(arguments, "rest", None),
     )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, refresh_per_second=4
-    ) as progress:
-        task = progress.add_task(what, total=total, completed=done)
-        yield lambda name, count: progress.update(task, advance=count)
-
-
-def check_values(opened: Checkpoint) -> None:
-    """Read every tensor, and print a line for an adapter that changes nothing.
-
-    Raises:
-      UserError: a tensor holds NaN or infinite values.
-    """
-    tensors = [
-        (network, *pair) for network in opened.networks.values() for pair in network.matched()
-    ]
-    with bar(sum(size(tensor) for _, _, tensor in tensors), 0, "reading") as read:
-        for _, slot, tensor in tensors:
-            for chunk in iter_chunks(tensor, check=True):
-                read(slot.name, chunk.nbytes)
-    if opened.adapter is not None:
-        outputs = [
-            tensor for slot, tensor in opened.adapter.matched() if slot.name.endswith("lora_b")
-        ]
-        if all(map(blank, outputs)):
-            print("adapter: this adapter changes nothing: every lora_B is zero")
-
-
-def warn_of_blanks(opened: Checkpoint) -> None:
-    """Print a line on standard error for every network with matrices of only zeros."""
-    for network in opened.networks.values():
-        if blanks := blank_matrices(network):
-            print(
-                f"idgrpo-convert: warning: {network.source}: {describe_blanks(blanks)}",
-                file=sys.stderr,
-            )
 
 
 def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
@@ -121,18 +63,28 @@ def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
 
 
 def report_left_out(opened: Checkpoint) -> None:
-    """Print a line for every network with tensors that are not converted."""
+    """Print a line for every network with tensors that are not converted, and for a tokenizer."""
+    embedded = opened.tokenizer is None and opened.tokenizer_texts
     for network in opened.networks.values():
-        if network.extra:
+        taken = [spiece.TENSOR] if embedded else []
+        if extra := [name for name in network.extra if name not in taken]:
             print(
-                f"{network.part}: left out {len(network.extra)} tensors that it does not have: "
-                f"{', '.join(network.extra[:SHOWN])}"
+                f"{network.part}: left out {len(extra)} tensors that it does not have: "
+                f"{', '.join(extra[:SHOWN])}"
             )
+    if embedded:
+        print("tokenizer: made from the SentencePiece model in the text encoder's file")
 
 
-def run_inspect(path: Path, kind: str | None) -> int:
-    """Print what a checkpoint is and whether it is complete, and return the exit status."""
-    opened = checkpoint.open_checkpoint(path, kind)
+def run_inspect(path: Path, kind: str | None, options: Options) -> int:
+    """Print what a checkpoint is and whether it is complete, and return the exit status.
+
+    Args:
+      path: the checkpoint.
+      kind: kind of its transformer, if the user states it.
+      options: what the user states about it.
+    """
+    opened = checkpoint.open_checkpoint(path, kind, options=options)
     if opened.kind is not None:
         print(
             f"kind: {opened.kind}"
@@ -143,6 +95,7 @@ def run_inspect(path: Path, kind: str | None) -> int:
             )
         )
     describe(opened)
+    print_notices(opened)
     check_values(opened)
     report_unstated_alpha(opened, None)
     for network in opened.networks.values():
@@ -158,18 +111,22 @@ def run_inspect(path: Path, kind: str | None) -> int:
     return 0
 
 
-def run_verify(left: Path, right: Path, kind: str | None) -> int:
+def run_verify(left: Path, right: Path, kind: str | None, options: Options) -> int:
     """Compare two checkpoints.
 
     Args:
       left: the first checkpoint.
       right: the second checkpoint.
       kind: kind of both transformers, if the user states it.
+      options: what the user states; an entry is that of the first checkpoint.
 
     Returns:
       Exit status: 0 if they are equal, otherwise 1.
     """
-    sides = [checkpoint.open_checkpoint(path, kind) for path in (left, right)]
+    sides = [
+        checkpoint.open_checkpoint(left, kind, options=options),
+        checkpoint.open_checkpoint(right, kind, options=dataclasses.replace(options, entry=None)),
+    ]
     count = 0
     if None not in (sides[0].kind, sides[1].kind) and sides[0].kind != sides[1].kind:
         print(
@@ -194,7 +151,8 @@ def run_import(arguments: argparse.Namespace) -> int:
         getattr(arguments, name)
         for name in ("source", "destination", "kind", "rest", "alpha", "merge")
     )
-    opened = checkpoint.open_checkpoint(source, kind, alpha)
+    options = options_of(arguments)
+    opened = checkpoint.open_checkpoint(source, kind, alpha, options)
     if alpha is not None and opened.adapter is None:
         raise UserError(f"--alpha {alpha:g}: {source} is no adapter; leave it out")
     if opened.adapter is not None:
@@ -214,10 +172,12 @@ def run_import(arguments: argparse.Namespace) -> int:
                 f"--with {rest}: {source} is a face network, which needs none; leave it out"
             )
         if rest is not None:
-            opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest))
+            others = dataclasses.replace(options, entry=None, base=None)
+            opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest, options=others))
         if merge and TRANSFORMER not in opened.networks:
             raise UserError(f"--merge {merge[0]}: {source} holds no transformer; leave it out")
         merges = [lora_merge.open_merge(*split_scale(text, "--merge")) for text in merge]
+        print_notices(opened, arguments.dtype)
         warn_of_blanks(opened)
         report_left_out(opened)
         writing.write_store(opened, destination, bar, merges)
@@ -229,7 +189,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Export a checkpoint or an adapter to a published format."""
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
-    opened = checkpoint.open_checkpoint(source, arguments.kind)
+    options = options_of(arguments)
+    opened = checkpoint.open_checkpoint(source, arguments.kind, options=options)
     what, choices = "a pipeline", PIPELINE_FORMATS
     if opened.adapter is not None:
         what, choices = "an adapter", ADAPTER_FORMATS
@@ -247,6 +208,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     named = arguments.base_model or trained_on
     warn_of_blanks(opened)
     if opened.adapter is None:
+        print_notices(opened, arguments.dtype)
         write = writing.write_diffusers if form == "diffusers" else writing.write_original
         write(opened, destination, card_of(arguments, opened, named, training, None), bar)
     elif form == "merged":
@@ -255,7 +217,8 @@ def run_export(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"--format merged: the base model of {source} is unknown; give it with --base"
             )
-        base = checkpoint.open_checkpoint(place, arguments.kind)
+        base = checkpoint.open_checkpoint(place, arguments.kind, options=options)
+        print_notices(base, arguments.dtype)
         warn_of_blanks(base)
         merge = lora_merge.open_merge(source)
         text = card_of(arguments, base, str(named or place), training, opened.adapter)
@@ -326,7 +289,7 @@ def card_of(
     pipeline = writing.PIPELINE_CLASSES[base.kind or "vace"]
     scale = None if adapted is None else lora.common(adapted.config)
     license = arguments.license or MODEL_KINDS[base.kind or "vace"].license
-    return card.render(arguments.form, title, named, license, training, scale, pipeline)
+    return card.render(arguments.form, title, named, license, training, scale, pipeline, base.notes)
 
 
 def positive(text: str) -> float:
@@ -397,12 +360,25 @@ def parser() -> Parser:
             help="kind of the transformer; phantom and refalign have plain Wan's tensors, so state it "
             "here (the store records it)",
         )
+        command.add_argument(
+            "--entry",
+            metavar="NAME",
+            help="set of weights of a file with several, such as state_dict or ema (verify: of A)",
+        )
+    for command in (two, into, out):
+        command.add_argument(
+            "--dtype",
+            choices=quantized.DTYPES,
+            help="dtype of weights stored in fp8, which are dequantized; default: "
+            f"{quantized.DEFAULT}",
+        )
     into.add_argument(
         "--with",
         dest="rest",
         type=Path,
-        metavar="FOLDER",
-        help="folder with the networks and the tokenizer that SOURCE lacks",
+        metavar="PATH",
+        help="checkpoint with the networks and the tokenizer that SOURCE lacks, or the T2V model "
+        "under the VACE blocks of SOURCE",
     )
     into.add_argument(
         "--merge",
@@ -445,9 +421,9 @@ def run(words: Sequence[str]) -> int:
         if isinstance(value, Path):
             local_path(value, name)
     if arguments.command == "inspect":
-        return run_inspect(arguments.path, arguments.kind)
+        return run_inspect(arguments.path, arguments.kind, options_of(arguments))
     if arguments.command == "verify":
-        return run_verify(arguments.left, arguments.right, arguments.kind)
+        return run_verify(arguments.left, arguments.right, arguments.kind, options_of(arguments))
     if arguments.command == "import":
         return run_import(arguments)
     if arguments.command == "faces":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 FILE = "README.md"
 LICENSE = "apache-2.0"  # of Wan 2.1, Phantom and this project
@@ -35,6 +35,7 @@ def render(
     training: Mapping[str, object] | None,
     scale: tuple[int, float] | None = None,
     pipeline: str = "WanVACEPipeline",
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of a model card.
 
@@ -46,6 +47,7 @@ def render(
       training: configuration of the run; None when these weights were not trained here.
       scale: rank and alpha of an adapter.
       pipeline: class of diffusers that loads the export.
+      notes: what was chosen, left out or dequantized on the way.
     """
     fields = {
         "license": license,
@@ -71,6 +73,7 @@ def render(
             f"- LoRA: rank {scale[0]}, alpha {scale[1]:g}"
             + (", merged in float32" if form == "merged" else "")
         )
+    lines += [f"- {note}" for note in notes]
     if form in LOADING:
         lines += ["", "```python", LOADING[form].format(pipeline=pipeline), "```"]
     lines += ["", "## Training configuration", ""]

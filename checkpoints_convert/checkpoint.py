@@ -17,13 +17,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from flax import nnx
+import numpy as np
 
-from checkpoints_convert import faces, rules, store
+from checkpoints_convert import contents, faces, quantized, rules, spiece, store, vace_module
 from checkpoints_convert.adapter import open_adapter
+from checkpoints_convert.contents import Options
 from checkpoints_convert.identify import (
     ADAPTER,
     CLASSES,
@@ -31,13 +32,14 @@ from checkpoints_convert.identify import (
     FAMILIES,
     KINDS,
     STANDALONE,
+    TEXT_ENCODER,
     TRANSFORMER,
-    common_prefix,
     identify,
+    is_module,
     refuse_others,
 )
-from checkpoints_convert.lazy import LazyTensor
-from checkpoints_convert.network import Network, naming
+from checkpoints_convert.lazy import LazyTensor, size
+from checkpoints_convert.network import Network, naming, shapes_of
 from checkpoints_convert.places import ADAPTER_CONFIG, adapter_place, checkpoint_place
 from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
@@ -53,6 +55,7 @@ KIND_MISMATCH = {  # whether the stated kind is VACE -> message
     "phantom); the same for refalign and skyreels",
     False: "kind {stated!r} was given, this transformer is 'vace'; leave the kind out",
 }
+COMPUTING = Options()  # weights for computing, dequantized to float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Checkpoint:
       kind: one of `MODEL_KINDS`; None without a transformer.
       tokenizer: folder of the tokenizer, if there is one.
       scheduler: folder of the scheduler, if there is one.
+      embedded: tokenizer in the file of the text encoder, if there is no folder of one.
     """
 
     path: Path
@@ -72,6 +76,27 @@ class Checkpoint:
     kind: str | None
     tokenizer: Path | None = None
     scheduler: Path | None = None
+    embedded: spiece.Model | None = None
+
+    @functools.cached_property
+    def tokenizer_texts(self) -> dict[str, str]:
+        """The files of the tokenizer that is embedded in the text encoder, by name; {} for none."""
+        if self.embedded is None:
+            return {}
+        with naming(self.networks[TEXT_ENCODER].source):
+            return spiece.files(self.embedded)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen, left out or dequantized, here and when the store was imported."""
+        file = self.path / STORE
+        stored = store.read_json(file).get("notes") if file.is_file() else None
+        told = [str(note) for note in stored] if isinstance(stored, list) else []
+        return told + [
+            f"{network.part}: {notice}"
+            for network in self.networks.values()
+            for notice in network.notices
+        ]
 
     @property
     def adapter(self) -> Network | None:
@@ -83,44 +108,43 @@ class Checkpoint:
         if any(part in self.networks for part in STANDALONE):
             return []
         parts = [part for part in FAMILIES if part not in self.networks]
-        return parts + ["tokenizer"] * (self.tokenizer is None)
+        return parts + ["tokenizer"] * (self.tokenizer is None and self.embedded is None)
 
 
 # ---- networks ------------------------------------------------------------------------------------
 
 
-def open_network(path: Path, kind: str | None = None) -> Network:
+def open_network(path: Path, kind: str | None = None, options: Options = COMPUTING) -> Network:
     """Open one network: a folder with `config.json` and weights, or a file of weights.
 
     Args:
       path: the folder or file.
       kind: kind of the transformer; some allow additional tensors, which published files have.
+      options: what the user states about the file.
 
     Raises:
       UserError: there is no network that can be read.
     """
-    return _network(store.weights_file(path), kind)
+    return _network(store.weights_file(path), kind, options=options)
 
 
-@functools.lru_cache(maxsize=16)
-def _shapes(part: str, config: Hashable) -> nnx.State:
-    """Return the abstract parameters of a network. The result is shared: do not change it."""
-    return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
-
-
-def _network(file: Path, kind: str | None, alpha: float | None = None) -> Network:
+def _network(
+    file: Path, kind: str | None, alpha: float | None = None, options: Options = COMPUTING
+) -> Network:
     """Open the network in a file of weights or in the shards of an index.
 
     Args:
       file: file of weights or index.
       kind: as in `open_network`.
       alpha: as in `adapter_scale`.
+      options: as in `open_network`.
     """
-    tensors = store.open_tensors(file)
-    if (face := open_face(file, tensors)) is not None:
+    if not store.entries(file) and (face := open_face(file, store.open_tensors(file))) is not None:
         return face
-    prefix = common_prefix(tensors)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    found = contents.read(file, options.entry)
+    tensors = quantized.dequantized(found.tensors, file, options.dtype)
+    told = quantized.notice(tensors.values())
+    notices = (*found.notices, *([told] if told else []))
     identified = identify(tensors)
     if identified is None:
         names = ", ".join(sorted(tensors)[:3]) or "none"
@@ -131,11 +155,15 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
     part, layout = identified
     if part == ADAPTER:
         return open_adapter(file, alpha)
+    if part == TRANSFORMER and is_module(tensors) and options.base is not None:
+        base = open_part(options.base, TRANSFORMER, options=dataclasses.replace(options, base=None))
+        network = vace_module.overlay(tensors, layout, base, file)
+        return dataclasses.replace(network, notices=(*notices, *network.notices))
     with naming(file):
         refuse_others(tensors)
     family, beside, original = FAMILIES[part], file.parent / "config.json", None
-    # ComfyUI distributes the text encoder as a single file.
-    alone = part == "text_encoder" and layout == "transformers" and not beside.is_file()
+    # ComfyUI distributes the text encoder as a single file, beside a transformer or not.
+    alone = part == TEXT_ENCODER and layout == "transformers" and not _is_umt5_config(beside)
     if layout != "original" and not alone:
         values = store.read_json(beside)
         named = values.get("_class_name") or next(iter(values.get("architectures") or []), None)
@@ -157,14 +185,20 @@ def _network(file: Path, kind: str | None, alpha: float | None = None) -> Networ
         config=config,
         values=values,
         table=family.table.rules(config, family.published if layout == "store" else layout),
-        shapes=_shapes(part, config),
+        shapes=shapes_of(part, config),
         tensors=tensors,
         source=file,
         original=original,
         surplus=MODEL_KINDS[kind].surplus
         if kind is not None and part == TRANSFORMER and layout == "original"
         else "",
+        notices=notices,
     )
+
+
+def _is_umt5_config(file: Path) -> bool:
+    """Return whether a config.json may describe a text encoder; the original Wan's does not."""
+    return file.is_file() and "dim" not in store.read_json(file)
 
 
 def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
@@ -207,7 +241,10 @@ def open_face(file: Path, tensors: Mapping[str, LazyTensor]) -> Network | None:
 
 
 def open_checkpoint(
-    path: str | Path, kind: str | None = None, alpha: float | None = None
+    path: str | Path,
+    kind: str | None = None,
+    alpha: float | None = None,
+    options: Options = COMPUTING,
 ) -> Checkpoint:
     """Open a pipeline or some of its networks, an adapter, or a face network.
 
@@ -217,6 +254,7 @@ def open_checkpoint(
       kind: kind of the transformer. Required for a reference model without control unless the store
         or the class in its `config.json` states it, because its tensors are plain Wan's.
       alpha: alpha of an adapter that does not state it.
+      options: as in `open_network`; a folder of several files has no entry.
 
     Raises:
       UserError: `path` holds something else, or something damaged or unsupported.
@@ -232,7 +270,7 @@ def open_checkpoint(
         missing = [part for part in FAMILIES if not (path / part).is_dir()]
         if missing:
             raise UserError(f"{path}: has no folder {missing[0]}/; get the whole pipeline")
-        networks = [open_network(path / part, kind) for part in FAMILIES]
+        networks = [open_network(path / part, kind, options) for part in FAMILIES]
         for part, network in zip(FAMILIES, networks, strict=True):
             if network.part != part:
                 raise UserError(
@@ -241,7 +279,7 @@ def open_checkpoint(
                 )
     else:
         kind = _stated_kind(path, kind)
-        networks = [_network(file, kind, alpha) for file in store.weights_files(path)]
+        networks = [_network(file, kind, alpha, options) for file in store.weights_files(path)]
         if not networks:
             store.refuse_foreign(path)
             raise UserError(
@@ -258,13 +296,32 @@ def open_checkpoint(
             )
         by_part[network.part] = network
     scheduler = path / "scheduler"
+    tokenizer = None if set(STANDALONE) & set(by_part) else tokenizer_folder(path)
+    embedded = None
+    if tokenizer is None and TEXT_ENCODER in by_part:
+        by_part[TEXT_ENCODER], embedded = _embedded_tokenizer(by_part[TEXT_ENCODER])
     return Checkpoint(
         path=path,
         networks=by_part,
         kind=_kind(by_part[TRANSFORMER], kind) if TRANSFORMER in by_part else None,
-        tokenizer=None if set(STANDALONE) & set(by_part) else tokenizer_folder(path),
+        tokenizer=tokenizer,
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
+        embedded=embedded,
     )
+
+
+def _embedded_tokenizer(network: Network) -> tuple[Network, spiece.Model | None]:
+    """Read the tokenizer in the file of a text encoder; a notice says why one is not read."""
+    tensor = network.tensors.get(spiece.TENSOR)
+    if tensor is None:
+        return network, None
+    try:
+        if tensor.dtype != np.uint8 or size(tensor) > spiece.LIMIT:
+            raise ValueError(f"it is {tensor.dtype} of shape {list(tensor.shape)}")
+        return network, spiece.parse(np.asarray(tensor).tobytes())
+    except ValueError as error:
+        notice = f"its embedded tokenizer is left out, as it cannot be read ({error})"
+        return dataclasses.replace(network, notices=(*network.notices, notice)), None
 
 
 def _refuse_two_transformers(path: Path) -> None:
@@ -302,13 +359,16 @@ def tokenizer_folder(path: Path) -> Path | None:
     return next(places, None)
 
 
-def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
+def open_part(
+    path: str | Path, part: str, kind: str | None = None, options: Options = COMPUTING
+) -> Network:
     """Open one part of the pipeline at `path`, and no other if they are in separate folders.
 
     Args:
       path: a folder of any layout.
       part: transformer, vae or text_encoder.
       kind: as in `open_network`.
+      options: as in `open_network`.
 
     Raises:
       UserError: the part is missing or cannot be read.
@@ -317,13 +377,14 @@ def open_part(path: str | Path, part: str, kind: str | None = None) -> Network:
     if part == TRANSFORMER:
         _refuse_two_transformers(path)
     if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
-        network = open_network(path / part, kind)
+        inside = path / part if path.is_dir() else path
+        network = open_network(inside, kind, options)
         if network.part != part:
             raise UserError(
                 f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
             )
         return network
-    networks = open_checkpoint(path, kind).networks
+    networks = open_checkpoint(path, kind, options=options).networks
     if part not in networks:
         raise UserError(
             f"{path}: holds {', '.join(networks)}, no {part}; give the folder of a whole pipeline"
@@ -338,6 +399,7 @@ def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
         networks={**other.networks, **checkpoint.networks},
         kind=checkpoint.kind or other.kind,
         tokenizer=checkpoint.tokenizer or other.tokenizer,
+        embedded=checkpoint.embedded or other.embedded,
     )
 
 

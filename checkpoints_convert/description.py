@@ -4,6 +4,7 @@ import collections
 import math
 from collections.abc import Collection
 
+from checkpoints_convert import quantized
 from checkpoints_convert.checkpoint import Checkpoint
 from checkpoints_convert.identify import FACE
 from checkpoints_convert.lazy import size
@@ -26,7 +27,7 @@ def describe(opened: Checkpoint) -> None:
       UserError: the tensors do not fit the network.
     """
     for network in opened.networks.values():
-        tensors = network.tensors.values()
+        tensors = [quantized.stored(tensor) for tensor in network.tensors.values()]
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
         kinds = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.most_common())

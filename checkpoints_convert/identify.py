@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from checkpoints_convert import lora_checks, rules, umt5, vae, wan
+from checkpoints_convert.quantized import MARKER
 from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.umt5 import UMT5Encoder
@@ -19,6 +20,7 @@ from jax_idgrpo.models.wan import WanTransformer
 
 KINDS = tuple(MODEL_KINDS)
 TRANSFORMER = "transformer"
+TEXT_ENCODER = "text_encoder"
 ADAPTER = "adapter"
 FACE = "face"
 STANDALONE = (ADAPTER, FACE)  # networks that are no part of a pipeline
@@ -128,23 +130,26 @@ def refuse_others(names: Iterable[str]) -> None:
     names = list(names)
     if any(re.search(IMAGE_TO_VIDEO, name) for name in names):
         raise ValueError(wan.NO_IMAGE_TO_VIDEO)
-    if any(name.startswith(("ema.", "ema_model.")) for name in names):
+    if is_module(names):
         raise ValueError(
-            "holds an average of the weights (ema.) beside them; save only one of the two"
+            "these are VACE blocks without the main model; lay them over it with idgrpo-convert "
+            "import FILE STORE --with T2V, or give the whole VACE checkpoint"
         )
+
+
+def is_module(names: Iterable[str]) -> bool:
+    """Return whether these are the VACE blocks of a transformer without its main blocks."""
     stacks = {name.split(".")[0] for name in names}
-    if "vace_blocks" in stacks and "blocks" not in stacks:
-        raise ValueError(
-            "these are VACE blocks without the main model; give the whole VACE checkpoint"
-        )
+    return "vace_blocks" in stacks and "blocks" not in stacks
 
 
 def common_prefix(names: Iterable[str]) -> str:
     """Return the common prefix of the names of a known network, such as `model.diffusion_model.`.
 
     The prefix is empty if there is none, or if the names without it are of no known network.
+    ComfyUI's marker of scaled 8-bit floats may be without it.
     """
-    rest, start = list(names), ""
+    rest, start = [name for name in names if name != MARKER], ""
     while rest and identify(rest) is None:
         found = next(
             (prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in rest)), None

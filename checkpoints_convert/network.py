@@ -7,17 +7,18 @@ import dataclasses
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jaxtyping import PyTree
 from numpy.typing import DTypeLike
 
 from checkpoints_convert import rules
 from checkpoints_convert.identify import ADAPTER, FAMILIES, STANDALONE
-from checkpoints_convert.lazy import LazyTensor, Tensor, blank
+from checkpoints_convert.lazy import FileTensor, ScaledArray, Tensor, blank, deferred
 from checkpoints_convert.rules import Rule, Slot
 from jax_idgrpo.errors import UserError
 
@@ -37,6 +38,7 @@ class Network:
       source: the opened file or folder.
       original: config.json of the original layout, if there was one.
       surplus: pattern of additional tensors that are ignored, as in the published Phantom file.
+      notices: lines about what was chosen, left out or dequantized.
     """
 
     part: str
@@ -45,10 +47,11 @@ class Network:
     values: Mapping[str, Any]
     table: list[Rule]
     shapes: PyTree
-    tensors: Mapping[str, LazyTensor]
+    tensors: Mapping[str, FileTensor]
     source: Path
     original: Mapping[str, Any] | None = None
     surplus: str = ""
+    notices: tuple[str, ...] = ()
 
     @functools.cached_property
     def slots(self) -> list[Slot]:
@@ -63,7 +66,7 @@ class Network:
         known = {name for slot in self.slots for name in (slot.torch, *slot.aliases)}
         prefixes = () if self.part in STANDALONE else FAMILIES[self.part].ignored
 
-        def is_ignored(name: str, tensor: LazyTensor) -> bool:
+        def is_ignored(name: str, tensor: FileTensor) -> bool:
             # Integer scalars are counters, such as the number of a step.
             counter = not tensor.shape and np.issubdtype(tensor.dtype, np.integer)
             surplus = self.surplus != "" and re.match(self.surplus, name) is not None
@@ -75,12 +78,18 @@ class Network:
             if name not in known and is_ignored(name, tensor)
         )
 
-    def matched(self) -> list[tuple[Slot, LazyTensor]]:
+    def matched(self) -> list[tuple[Slot, FileTensor]]:
         """Pair each slot with its tensor; ConversionError if they do not fit."""
         extra = set(self.extra)
         used = {name: tensor for name, tensor in self.tensors.items() if name not in extra}
         by_name = rules.match(self.slots, used, str(self.source))
         return [(slot, by_name[slot.torch]) for slot in self.slots]
+
+
+@functools.lru_cache(maxsize=16)
+def shapes_of(part: str, config: Hashable) -> nnx.State:
+    """Return the abstract parameters of a network. The result is shared: do not change it."""
+    return nnx.state(nnx.eval_shape(lambda: FAMILIES[part].build(config)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +98,12 @@ class Moved:
 
     Attributes:
       tensor: a tensor of a file, or another `Moved`.
-      move: moves the axes of an array.
+      move: moves the axes of an array or a `ScaledArray`.
       shape: shape after the move.
     """
 
     tensor: Any
-    move: Callable[[np.ndarray], np.ndarray]
+    move: Callable[[Any], Any]
     shape: tuple[int, ...]
 
     @property
@@ -105,8 +114,12 @@ class Moved:
     def origin(self) -> str:
         return self.tensor.origin
 
+    def deferred(self) -> np.ndarray | ScaledArray:
+        """Return the moved values, not computed yet."""
+        return self.move(deferred(self.tensor))
+
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.move(np.asarray(self.tensor)), dtype=dtype, copy=copy)
+        return np.asarray(self.deferred(), dtype=dtype, copy=copy)
 
 
 def blank_matrices(network: Network) -> list[str]:
@@ -164,8 +177,11 @@ def renamed(
 def fill(network: Network, abstract: PyTree) -> PyTree:
     """Fill the tree `abstract` with the tensors of the network, as in `rules.to_jax`.
 
-    Each host reads the slices of its devices. Matrices of only zeros cause a warning.
+    Each host reads the slices of its devices. The notices of the network are warnings, and so are
+    matrices of only zeros.
     """
+    for notice in network.notices:
+        warnings.warn(f"{network.source}: {network.part}: {notice}", stacklevel=2)
     if blanks := blank_matrices(network):
         warnings.warn(f"{network.source}: {describe_blanks(blanks)}", stacklevel=2)
     table = rules.stored(network.table) if network.layout == "store" else network.table

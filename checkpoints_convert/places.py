@@ -1,71 +1,39 @@
-"""Resolve a user's path: an entry of the Hugging Face cache, or the workdir of a run."""
+"""Resolve a user's path: a name on the Hugging Face Hub, its cache, or the workdir of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import store
+from checkpoints_convert import hub, store
 from jax_idgrpo.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT, RUN_CONFIG = "export", "config.json"  # inside the workdir of a run
-HUB_NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"  # ORG/NAME
-HUB_ENTRY = "models--"
 
 
 def checkpoint_place(path: str | Path) -> Path:
     """Resolve the folder or file of a checkpoint.
 
-    An entry of the Hugging Face cache stands for its `main` snapshot.
+    An entry of the Hugging Face cache stands for its `main` snapshot, a name ORG/NAME for that
+    model on the Hub.
 
     Raises:
       UserError: there is nothing at `path`, or no such snapshot.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: does not exist; {hub_remedy(path) or 'check the path'}")
+        if hub.is_name(path):
+            return hub.fetched(path)
+        raise UserError(f"{path}: does not exist; check the path")
     if not path.is_dir():
         return path
-    snapshots = path / "snapshots"
-    if snapshots.is_dir() and any((path / name).is_dir() for name in ("refs", "blobs")):
-        return _snapshot(path, snapshots)
-    if entries := sorted(
-        entry.name for entry in store.visible(path.glob(f"{HUB_ENTRY}*")) if entry.is_dir()
-    ):
-        raise UserError(
-            f"{path}: is a Hugging Face cache; pass one of its entries, such as {path / entries[0]}"
-        )
+    if hub.is_entry(path):
+        return hub.snapshot(path)
+    hub.refuse_cache(path)
     return path
-
-
-def _snapshot(path: Path, snapshots: Path) -> Path:
-    main = path / "refs" / "main"
-    commit = main.read_text("utf-8", "replace").strip() if main.is_file() else ""
-    if re.fullmatch(r"[0-9a-zA-Z]+", commit) and (snapshots / commit).is_dir():
-        return snapshots / commit
-    there = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
-    if not there:
-        raise UserError(
-            f"{path}: is a Hugging Face cache entry without a snapshot; download the model again"
-        )
-    what = "is a Hugging Face cache entry without its main snapshot"
-    raise UserError(f"{path}: {what}; pass {snapshots / there[0]}")
-
-
-def hub_remedy(path: Path) -> str | None:
-    """Explain how to download the Hugging Face model that a missing path may name.
-
-    None if the path does not have the form ORG/NAME.
-    """
-    text = path.as_posix()
-    if re.fullmatch(HUB_NAME, text) and not path.parent.exists():
-        download = f"hf download {text} --local-dir {path.name}"
-        return f"if it is a model on the Hugging Face Hub, run: {download}; and pass {path.name}"
-    return None
 
 
 def run_config(workdir: Path) -> dict[str, Any] | None:

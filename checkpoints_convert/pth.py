@@ -39,8 +39,14 @@ STORAGES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+UNTYPED = {  # names of dtypes without a storage class, and of their storage
+    ("torch.storage", "UntypedStorage"): np.uint8,
+    ("torch", "float8_e4m3fn"): ml_dtypes.float8_e4m3fn,
+    ("torch", "float8_e5m2"): ml_dtypes.float8_e5m2,
+}
 NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 PICKLE_LIMIT = 100_000_000  # bytes; the pickle of a thousand tensors has some hundred thousand
+ENTRY_DEPTH = 3  # of mappings inside mappings
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PICKLES = 3  # magic number, protocol, machine; then the mapping and the list of storages
 ALIGNMENT = 64  # bytes, of every storage in the file, as PyTorch writes it
@@ -103,6 +109,27 @@ class _RebuildTensor:
         return _Tensor(storage, offset, shape, strides)
 
 
+class _RebuildTypedTensor:
+    """Replacement of torch's function for dtypes without a storage class, as `_RebuildTensor`."""
+
+    __slots__ = ()
+
+    def __call__(
+        self,
+        storage: object,
+        offset: object,
+        shape: object,
+        strides: object,
+        requires_grad: object,
+        hooks: object,
+        dtype: object,
+        *_: object,
+    ) -> _Tensor:
+        if type(storage) is not _Storage or type(dtype) is not _Type:
+            raise TypeError("a tensor without storage or dtype")
+        return _Tensor(_Storage(dtype.dtype, storage.key, None), offset, shape, strides)
+
+
 class _RebuildParameter:
     """Replacement of torch's function, as `_RebuildTensor`."""
 
@@ -116,14 +143,12 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_tensor"): _RebuildTensor(),
+    ("torch._utils", "_rebuild_tensor_v3"): _RebuildTypedTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     ("torch", "Size"): tuple,
 }
 
-UNREAD = {
-    ("torch._utils", name)
-    for name in ("_rebuild_tensor_v3", "_rebuild_qtensor", "_rebuild_sparse_tensor")
-}
+UNREAD = {("torch._utils", name) for name in ("_rebuild_qtensor", "_rebuild_sparse_tensor")}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -133,8 +158,11 @@ class _Unpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        # A new object each time, since a pickle can set its attributes.
         if module == "torch" and name in STORAGES:
             return _Type(np.dtype(STORAGES[name]))
+        if (module, name) in UNTYPED:
+            return _Type(np.dtype(UNTYPED[module, name]))
         if (module, name) in UNREAD or (module == "torch" and name.startswith("float8_")):
             raise _Unread(f"{module}.{name}")
         try:
@@ -164,7 +192,7 @@ def _naming(path: Path) -> Iterator[None]:
             "do not trust this file"
         ) from error
     except _Unread as error:
-        what = f"holds fp8, quantised or otherwise unusual tensors ({error}), which are not read"
+        what = f"holds quantised or otherwise unusual tensors ({error}), which are not read"
         raise UserError(
             f"{path}: {what}; get the bfloat16, float16 or float32 file of this model"
         ) from error
@@ -193,17 +221,62 @@ def is_pth(start: bytes) -> bool:
     return (start.startswith(ZIP_MAGIC) or pickled) and start[8:9] != b"{"
 
 
-def open_file(path: Path) -> dict[str, LazyTensor]:
+def open_file(path: Path, entry: str = "") -> dict[str, LazyTensor]:
     """Open the tensors of a `.pth` file by name; only the pickle is read.
 
+    Args:
+      path: the file.
+      entry: one of `entries`, or "" for the mapping of the whole file.
+
     Raises:
-      UserError: the file holds anything but plain weights.
+      UserError: the file holds anything but plain weights there.
     """
     with _naming(path), path.open("rb") as file:
-        archive = file.read(4) == ZIP_MAGIC
-        file.seek(0)
-        values, places = _open_archive(path, file) if archive else _open_legacy(path, file)
-        return _tensors(path, values, places)
+        values, places = _open(path, file)
+        return _tensors(path, _mappings(values)[entry] if entry else values, places)
+
+
+def entries(path: Path) -> dict[str, list[str]]:
+    """List the mappings of tensors inside a training checkpoint.
+
+    Returns:
+      Keys on the way, joined by dots -> names of tensors. Empty if the file is one mapping from
+      names to tensors, or holds none.
+    """
+    with _naming(path), path.open("rb") as file:
+        values, _ = _open(path, file)
+        return {
+            entry: [name for name, tensor in dict.items(mapping) if type(tensor) is _Tensor]
+            for entry, mapping in _mappings(values).items()
+        }
+
+
+def _open(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:
+    """Read the pickle of a file, as `_open_archive`."""
+    archive = file.read(4) == ZIP_MAGIC
+    file.seek(0)
+    return _open_archive(path, file) if archive else _open_legacy(path, file)
+
+
+def _mappings(values: object) -> dict[str, dict]:
+    """Find the mappings with tensors inside a mapping without; each is visited once."""
+    found: dict[str, dict] = {}
+    visited: set[int] = set()
+
+    def visit(mapping: dict, entry: str, depth: int) -> None:
+        if id(mapping) in visited or depth > ENTRY_DEPTH:
+            return
+        visited.add(id(mapping))
+        if any(type(value) is _Tensor for value in dict.values(mapping)):
+            found[entry] = mapping
+            return
+        for key, value in dict.items(mapping):
+            if isinstance(key, str) and isinstance(value, dict):
+                visit(value, f"{entry}.{key}" if entry else key, depth + 1)
+
+    if isinstance(values, dict):
+        visit(values, "", 0)
+    return found if "" not in found else {}
 
 
 def _open_archive(path: Path, file: BinaryIO) -> tuple[Any, Callable[[str], tuple[int, int]]]:

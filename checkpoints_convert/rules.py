@@ -26,10 +26,12 @@ import numpy as np
 from jax.tree_util import KeyPath
 from jaxtyping import PyTree
 
-from checkpoints_convert.lazy import Described, Shaped, Tensor, finite
+from checkpoints_convert.lazy import Described, ScaledArray, Shaped, Tensor, deferred, finite
 from jax_idgrpo.errors import UserError
 
 LISTED = 6  # names of one kind shown in an error line
+
+Array = TypeVar("Array", np.ndarray, ScaledArray, np.ndarray | ScaledArray)
 
 
 class ConversionError(UserError):
@@ -70,7 +72,7 @@ class Op:
         starts = np.cumsum((0, *self.groups))
         return [self.permutation[start:stop] for start, stop in itertools.pairwise(starts)]
 
-    def apply(self, tensor: np.ndarray) -> np.ndarray:
+    def apply(self, tensor: Array) -> Array:
         """Convert a tensor from torch's layout to ours."""
         return tensor.transpose(self.permutation).reshape(self.shape(tensor.shape))
 
@@ -78,7 +80,7 @@ class Op:
         """Return our shape of a tensor of torch's shape."""
         return tuple(math.prod(torch_shape[axis] for axis in axes) for axes in self._axes())
 
-    def invert(self, array: np.ndarray) -> np.ndarray:
+    def invert(self, array: Array) -> Array:
         """Convert an array from our layout to torch's."""
         shape = self.torch_shape(array.shape)
         return array.reshape([shape[axis] for axis in self.permutation]).transpose(
@@ -113,7 +115,7 @@ class FlattenedDense(Op):
 
     channels: int = 0
 
-    def apply(self, tensor: np.ndarray) -> np.ndarray:
+    def apply(self, tensor: Array) -> Array:
         size, inputs = tensor.shape
         return (
             tensor.reshape(size, self.channels, inputs // self.channels)
@@ -121,7 +123,7 @@ class FlattenedDense(Op):
             .reshape(inputs, size)
         )
 
-    def invert(self, array: np.ndarray) -> np.ndarray:
+    def invert(self, array: Array) -> Array:
         inputs, size = array.shape
         return (
             array.reshape(inputs // self.channels, self.channels, size)
@@ -432,9 +434,8 @@ def slices(
         rows = slots[within[0]] if stacked else slots
         values = np.empty([stop - start for start, stop in bounds], leaf.dtype)
         for row, slot in enumerate(rows):
-            value = slot.op.apply(np.asarray(tensors[slot.torch]))[
-                within[1:] if stacked else within
-            ]
+            moved = slot.op.apply(deferred(tensors[slot.torch]))
+            value = np.asarray(moved[within[1:] if stacked else within])
             if not finite(value):
                 raise ConversionError(
                     f"{source}: tensor {slot.torch} holds NaN or infinite values; get the file "

@@ -40,10 +40,13 @@ DTYPES = {
     "I8": np.int8,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-UNREAD_DTYPES = {"F8": "fp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
+UNREAD_DTYPES = {"F8": "mxfp8", "F6": "fp6", "F4": "fp4", "C64": "complex"}  # before the first "_"
 UNREAD_DTYPES |= dict.fromkeys(("U16", "U32", "U64"), "unsigned")
+LARGEST = 1 << 40  # of one axis; an empty tensor may claim any
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 INDEX = ".index.json"  # suffix of a list of shards
 INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"  # pattern of the same suffix, also of a variant
@@ -77,8 +80,12 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def open_file(path: str | Path, entry: str = "") -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """Open one file of safetensors or of `torch.save`.
+
+    Args:
+      path: the file.
+      entry: mapping inside a training checkpoint, as in `pth.entries`.
 
     Returns:
       (tensors by name, metadata).
@@ -89,7 +96,15 @@ def open_file(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     path = Path(path)
     file_types.refuse_others(path)
     is_pth = pth.is_pth(file_types.start_of(path))
-    return (pth.open_file(path), {}) if is_pth else _open_safetensors(path)
+    return (pth.open_file(path, entry), {}) if is_pth else _open_safetensors(path)
+
+
+def entries(path: Path) -> dict[str, list[str]]:
+    """List the mappings of tensors inside a file, as in `pth.entries`; {} for another format."""
+    if is_index(path):
+        return {}
+    file_types.refuse_others(path)
+    return pth.entries(path) if pth.is_pth(file_types.start_of(path)) else {}
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -108,14 +123,16 @@ def _open_safetensors(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]
         tensors: dict[str, LazyTensor] = {}
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
-            if (kind := UNREAD_DTYPES.get(entry["dtype"].partition("_")[0])) is not None:
+            kind = UNREAD_DTYPES.get(entry["dtype"].partition("_")[0])
+            if kind is not None and entry["dtype"] not in DTYPES:
                 raise UserError(
                     f"{path}: its tensor {name} is {kind} ({entry['dtype']}), and {kind} weights "
-                    "are not read; get the bfloat16, float16 or float32 file of this model"
+                    "are not read; get the bfloat16, float16, float32 or fp8 file of this model"
                 )
             dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
-            if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+            is_possible = min((*shape, begin)) >= 0 and max((*shape, 0)) < LARGEST
+            if not is_possible or end - begin != math.prod(shape) * dtype.itemsize:
                 raise broken(f"tensor {name} of shape {list(shape)} has {end - begin} bytes")
             if start + end > size:
                 raise broken(f"tensor {name} ends at byte {start + end} of {size}")
@@ -250,9 +267,14 @@ def is_index(path: Path) -> bool:
     return re.search(INDEX_NAME, path.name) is not None
 
 
-def open_weights(file: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """Open (tensors by name, metadata) of a file or of the shards of an index."""
-    return (open_index(file), {}) if is_index(file) else open_file(file)
+def open_weights(file: Path, entry: str = "") -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Open (tensors by name, metadata) of a file or of the shards of an index.
+
+    Args:
+      file: the file or index.
+      entry: as in `open_file`.
+    """
+    return (open_index(file), {}) if is_index(file) else open_file(file, entry)
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def config_from_shapes(tensors: Mapping[str, Shaped], layout: Layout) -> UMT5Con
     shapes = {}
     for ours in ("embedding", "attention.q.kernel", "attention.relative_bias", "ffn.gate.kernel"):
         shapes[ours] = tuple(tensors[rows[ours]].shape) if rows[ours] in tensors else ()
-        if len(shapes[ours]) != 2:
+        if len(shapes[ours]) != 2 or 0 in shapes[ours]:
             raise UserError(
                 f"tensor {rows[ours]} is missing or no matrix, so that the sizes are not known"
             )

@@ -197,7 +197,7 @@ def config_from_shapes(
 
     def axis(name: str, index: int) -> int:
         shape = tuple(tensors[name].shape) if name in tensors else ()
-        if len(shape) <= index:
+        if len(shape) <= index or 0 in shape:
             fault = "of another shape" if shape else "missing"
             raise UserError(f"tensor {name} is {fault}, so that the sizes are not known")
         return int(shape[index])

@@ -8,6 +8,8 @@ destination continues with the finished files.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +81,7 @@ def write_store(
 ) -> None:
     """Write the project's store of a pipeline or a single network.
 
-    The store records the kind, the original config, and what was merged.
+    The store records the kind, the original config, and what was chosen, dequantized or merged.
 
     Args:
       checkpoint: the checkpoint.
@@ -98,6 +100,8 @@ def write_store(
     )
     if original is not None:
         record["original_config"] = original
+    if checkpoint.notes:
+        record["notes"] = checkpoint.notes
     if merges:
         record["merged"] = [merge.described for merge in merges]
     files = []
@@ -226,7 +230,6 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
         f"{part}/config.json": dict(network.values) for part, network in networks.items()
     }
     assert checkpoint.kind is not None
-    assert checkpoint.tokenizer is not None
     if checkpoint.scheduler is None:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(
             MODEL_KINDS[checkpoint.kind].shift
@@ -238,9 +241,11 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     if (checkpoint.path / INDEX).is_file():
         texts[INDEX] = store.read_json(checkpoint.path / INDEX)
         return texts
-    tokenizer = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG).get(
-        "tokenizer_class", "T5TokenizerFast"
-    )
+    if checkpoint.tokenizer is None:
+        config = json.loads(checkpoint.tokenizer_texts[TOKENIZER_CONFIG])
+    else:
+        config = store.read_json(checkpoint.tokenizer / TOKENIZER_CONFIG)
+    tokenizer = config.get("tokenizer_class", "T5TokenizerFast")
     texts[INDEX] = {
         "_class_name": PIPELINE_CLASSES[checkpoint.kind],
         "_diffusers_version": wan.DIFFUSERS_VERSION,
@@ -314,6 +319,10 @@ def _write(
                 copy_function=shutil.copyfile,
                 dirs_exist_ok=True,
             )
+        else:
+            for name, text in checkpoint.tokenizer_texts.items():
+                (new / tokenizer).mkdir(parents=True, exist_ok=True)
+                (new / tokenizer / name).write_text(text, "utf-8")
         with bar(sum(sizes.values()), sum(done.values())) as written:
             for name, tensors in files.items():
                 if name not in done:
@@ -329,17 +338,28 @@ def _same_in_source(
     return path if path.is_file() and store.read_json(path) == content else None
 
 
-def _sources(checkpoint: Checkpoint, merges: Sequence[Merge]) -> dict[str, list[Any]]:
-    """Describe every source file; all must be the same when writing is resumed."""
-    files = {
-        tensor.file
-        for network in checkpoint.networks.values()
-        for tensor in network.tensors.values()
-    }
+def _sources(checkpoint: Checkpoint, merges: Sequence[Merge]) -> dict[str, Any]:
+    """Describe the sources, which must be the same when writing is resumed.
+
+    They are the size and time of every file, the scales of merged files, and the tensors that are
+    read.
+    """
+    tensors = [
+        tensor for network in checkpoint.networks.values() for tensor in network.tensors.values()
+    ]
+    read = sorted(f"{tensor.file} {tensor.name} {tensor.dtype}" for tensor in tensors)
     scales: dict[Path, list[float]] = {}
     for merge in merges:
         scales.setdefault(merge.file.weights, []).append(merge.scale)
+    files = {tensor.file for tensor in tensors} | set(scales)
     return {
-        str(file.absolute()): [file.stat().st_size, file.stat().st_mtime_ns, *scales.get(file, ())]
-        for file in sorted(files | set(scales))
+        "tensors": hashlib.sha256("\n".join(read).encode()).hexdigest(),
+        "files": {
+            str(file.absolute()): [
+                file.stat().st_size,
+                file.stat().st_mtime_ns,
+                *scales.get(file, ()),
+            ]
+            for file in sorted(files)
+        },
     }

@@ -15,6 +15,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
 )  # compiling takes most of the time: half as long

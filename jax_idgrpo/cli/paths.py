@@ -3,13 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_convert.places import (
-    LoRASum,
-    adapter_place,
-    hub_remedy,
-    is_export,
-    split_scale,
-)
+from checkpoints_convert.hub import is_name
+from checkpoints_convert.places import LoRASum, adapter_place, is_export, split_scale
 from jax_idgrpo import config as configuration
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.workdir import local_path
@@ -45,18 +40,14 @@ def prompts_path(name: str) -> Path:
 
 
 def adapter_path(path: str) -> Path:
-    """Return the adapter of `--lora path`; the path may be the workdir of a run.
+    """Return the adapter of `--lora path`, which may be the workdir of a run or a name on the Hub.
 
     Raises:
       UserError: there is no adapter.
     """
     place = local_path(path, "--lora")
-    if not place.exists() and not is_export(place):
-        existing(
-            path,
-            "--lora",
-            hub_remedy(place) or "pass an adapter folder, such as runs/quickstart/export",
-        )
+    if not place.exists() and not is_export(place) and not is_name(place):
+        existing(path, "--lora", "pass an adapter folder, such as runs/quickstart/export")
     return adapter_place(place)
 
 

@@ -12,6 +12,7 @@ complete folder or none.
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ from jaxtyping import PyTree
 
 from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
-from checkpoints_convert.places import LoRASum, checkpoint_place, hub_remedy
+from checkpoints_convert.hub import is_name
+from checkpoints_convert.places import LoRASum, checkpoint_place
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.config.model_kinds import MODEL_KINDS
@@ -40,7 +42,7 @@ from jax_idgrpo.sampling.adapters import (
     lora_config,
     with_adapter,
 )
-from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer
+from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer, load_tokenizer, read_tokenizer
 
 Network = TypeVar("Network", bound=nnx.Module)
 
@@ -109,7 +111,7 @@ def load_pipeline(
     """Read a pipeline: a diffusers folder, the original layout, or a store of `idgrpo-convert`.
 
     Args:
-      path: the folder.
+      path: the folder, or a name ORG/NAME on the Hugging Face Hub.
       dtype: "float32" or "bfloat16", of transformer and text encoder. Their parts that are
         sensitive to rounding and the VAE are always float32.
       kind: "vace", "wan", "phantom", "refalign" or "skyreels"; None takes it from the store, the
@@ -127,16 +129,15 @@ def load_pipeline(
     Raises:
       UserError: the folder is not a pipeline of a supported layout, or its parts do not fit.
     """
-    path = checkpoint_place(path) if Path(path).exists() else Path(path)
+    path = Path(path)
+    path = checkpoint_place(path) if path.exists() or is_name(path) else path
     if kind not in (None, *identify.KINDS):
         raise UserError(
             f"{path}: kind {kind!r} is unknown; "
             f"choose {', '.join(identify.KINDS)} or leave kind out"
         )
     if not path.is_dir():
-        remedy = (
-            hub_remedy(path) or f"give the folder that holds {INDEX}, or one of the original layout"
-        )
+        remedy = f"give the folder that holds {INDEX}, or one of the original layout"
         raise UserError(f"{path}: no such folder; {remedy}")
     source = checkpoint.open_checkpoint(path, kind)
     if missing := source.missing():
@@ -146,17 +147,24 @@ def load_pipeline(
     )
     if rank:
         transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
-    assert source.tokenizer is not None
     assert source.kind is not None
     return Pipeline(
         transformer=transformer,
         vae=_load_vae(source.networks["vae"], mesh),
         text_encoder=_load_text_encoder(source.networks["text_encoder"], dtype, mesh, text_memory),
-        tokenizer=load_tokenizer(path),
+        tokenizer=load_tokenizer(path) if source.tokenizer else _embedded_tokenizer(source),
         shift=_shift(source),
         kind=source.kind,
         path=path,
     )
+
+
+def _embedded_tokenizer(source: checkpoint.Checkpoint) -> ExtensibleTokenizer:
+    """Read the tokenizer in the file of the text encoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in source.tokenizer_texts.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        return read_tokenizer(Path(folder))
 
 
 def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> WanTransformer:

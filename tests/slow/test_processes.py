@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests.helpers.checkpoint import assert_fell_back, truncate_part
 from tests.helpers.process_runs import idgrpo, make_folder, train
-from tests.helpers.processes import finish, start
+from tests.helpers.processes import answers_of, finish, start
 from tests.helpers.prompts import write_bundled_prompts
 from tests.helpers.tiny_run import adapter, assert_same_adapter, rows
 
@@ -158,3 +159,54 @@ def test_supervised_training_of_two_processes_is_that_of_one(folder):
         found.append([row["loss"] for row in rows(folder, workdir.name)])
         assert (workdir / "export" / "detector.safetensors").exists()
     np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_a_process_may_come_late_to_the_first_exchange_along_an_axis(tmp_path):
+    """As one that compiles a program which the other finds in the cache; gloo connects within 30 seconds or never."""
+    for answer in answers_of(["-m", "tests.helpers.late_worker", "40"], 2, 2, tmp_path):
+        assert answer == [[2, 4], [1, 5]]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_damage_that_one_of_four_processes_meets_falls_back_in_all(tmp_path, number):
+    workdir, words = tmp_path / "run", ["-m", "tests.helpers.checkpoint_worker"]
+    answers_of([*words, "write", workdir], 4, 1, tmp_path)
+    truncate_part(workdir, 6, number)
+    assert_fell_back(answers_of([*words, "read", workdir], 4, 1, tmp_path), workdir)
+
+
+STOPPING = """
+import os, signal
+
+calls = []
+
+def score(videos, prompts, references):
+    calls.append(len(videos))
+    if len(calls) == 8 + 2 and os.environ["JAX_PROCESS_ID"] == "2":
+        os.kill(os.getpid(), signal.SIGTERM)
+    with open({path!r} + os.environ["JAX_PROCESS_ID"], "a") as file:
+        file.write("scored\\n")
+    return videos.mean(axis=(1, 2, 3, 4))
+"""
+
+
+def test_sigterm_to_one_of_four_within_a_rollout_of_many_chunks_stops_all_at_one_step(folder):
+    """The signal comes with the second of eight chunks of the second step."""
+    (folder / "stopping.py").write_text(STOPPING.format(path=str(folder / "scored-")))
+    workdir = folder / "within"
+    fields = {
+        "rollout.group": 16,
+        "rollout.micro_batch": 4,
+        "reward.custom": f"{folder / 'stopping.py'}:score",
+        "reward.faces": "",
+        "model.unroll": "false",
+    }
+    given = [f"--{name}={value}" for name, value in fields.items()]
+    words = ["train", folder / "short.py", "--workdir", workdir, *given]
+    worker = ["-m", "tests.helpers.writes_worker", workdir, *words]
+    assert [status for status, _ in finish(start(worker, 4, 1, folder))] == [143] * 4
+    assert len(rows(workdir)) == 1
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    for number in range(4):
+        scored = (folder / f"scored-{number}").read_text().splitlines()
+        assert 8 + 2 <= len(scored) < 8 + 8

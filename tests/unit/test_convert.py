@@ -535,7 +535,7 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(monkeypatch, capsy
 
 
 def test_an_interrupted_command_says_so_in_one_line(monkeypatch, capsys):
-    def interrupt(path, kind=None):
+    def interrupt(path, *arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "open_checkpoint", interrupt)

@@ -1,9 +1,12 @@
 """Files that people have mean what their writers meant; others are named in one true line."""
 
 import json
+import os
 import pickle
 import re
 import shutil
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 
 import jax_idgrpo as idg
 from checkpoints_convert import __main__ as command
-from checkpoints_convert import checkpoint, file_types, lora, places, store
+from checkpoints_convert import checkpoint, file_types, hub, lora, store
 from jax_idgrpo import cli
 from jax_idgrpo.cli import paths
 from jax_idgrpo.config import Config, ModelConfig, RewardConfig
@@ -379,7 +382,9 @@ def test_a_config_that_is_a_pointer_or_a_page_is_told(tmp_path):
         assert FOREIGN[kind][1] in refused("inspect", folder)
 
 
-@pytest.mark.parametrize(("code", "kind"), [("F8_E4M3", "fp8"), ("F8_E5M2", "fp8"), ("F4", "fp4")])
+@pytest.mark.parametrize(
+    ("code", "kind"), [("F8_E8M0", "mxfp8"), ("F6_E2M3", "fp6"), ("F4", "fp4")]
+)
 def test_small_floats_are_no_damage(tmp_path, code, kind):
     header = {
         "blocks.0.self_attn.q.weight": {"dtype": code, "shape": [2, 2], "data_offsets": [0, 4]}
@@ -392,12 +397,12 @@ def test_small_floats_are_no_damage(tmp_path, code, kind):
     assert "damaged" not in line
 
 
-def test_small_floats_of_torch_are_not_taken_for_an_attack(tmp_path):
-    data = b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v3\n)Rs."
+def test_quantised_tensors_of_torch_are_not_taken_for_an_attack(tmp_path):
+    data = b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_qtensor\n)Rs."
     with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
         archive.writestr("w/data.pkl", data)
     line = refused("inspect", tmp_path / "w.pth")
-    assert "fp8" in line
+    assert "quantised" in line
     assert "not read" in line
     assert "trust" not in line
 
@@ -513,7 +518,7 @@ def cached(tmp_path: Path, source: Path, commit: str = "0123abcd") -> Path:
         blob.parent.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, blob)
-        link.symlink_to(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
     (entry / "refs").mkdir()
     (entry / "refs" / "main").write_text(commit)
     return entry
@@ -534,16 +539,70 @@ def test_an_adapter_in_the_cache_is_found_too(tmp_path):
     assert adapters.lora_scale(cached(tmp_path, ADAPTER)) == (4, 8.0)
 
 
-def test_a_name_on_the_hub_is_answered_with_the_download(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"])
+def test_a_name_on_the_hub_means_its_snapshot_in_the_cache(tmp_path, monkeypatch, place):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    inside = {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}
+    folder = tmp_path / inside.get(place, "")
+    folder = tmp_path / ".cache/huggingface/hub" if place == "HOME" else folder
+    monkeypatch.setenv(place, str(tmp_path))
+    entry = cached(tmp_path, PIPELINE)
+    folder.mkdir(parents=True, exist_ok=True)
+    entry.rename(folder / entry.name)
     monkeypatch.chdir(tmp_path)
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    if place == "HOME":
+        assert idg.load_pipeline("Wan-AI/Wan").kind == "vace"
+
+
+def test_a_name_on_the_hub_that_cannot_be_had_is_answered_with_the_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     name = "Wan-AI/Wan2.1-VACE-1.3B-diffusers"
-    assert f"hf download {name} --local-dir Wan2.1-VACE-1.3B-diffusers" in refused("inspect", name)
+    command_line = f"hf download {name} --local-dir Wan2.1-VACE-1.3B-diffusers"
+    assert command_line in refused("inspect", name)
     with pytest.raises(UserError, match=f"hf download {name}"):
         idg.load_pipeline(name)
     with pytest.raises(UserError, match="hf download me/adapter"):
         paths.adapter_path("me/adapter")
-    assert places.hub_remedy(Path("runs/mine/export")) is None
-    assert places.hub_remedy(tmp_path / "x") is None
+    assert not hub.is_name(Path("runs/mine/export"))
+    assert not hub.is_name(tmp_path / "x")
+    (tmp_path / "runs").mkdir()
+    assert "does not exist; check the path" in refused("inspect", "runs/mine")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda _: None)
+    line = refused("inspect", name)
+    assert "huggingface_hub is not installed" in line
+    assert command_line in line
+
+
+def test_a_name_on_the_hub_is_downloaded_to_the_cache(tmp_path, monkeypatch, capsys):
+    """The library is replaced: tests have no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def download(name, cache_dir, ignore_patterns):
+        if name != "Wan-AI/Wan":
+            raise ConnectionError("no route\nto host")
+        (tmp_path / "cache").mkdir()
+        entry = cached(tmp_path, PIPELINE)
+        entry.rename(Path(cache_dir) / entry.name)
+        return str(Path(cache_dir) / entry.name / "snapshots" / "0123abcd")
+
+    library = types.SimpleNamespace(snapshot_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda _: library)
+    line = refused("inspect", "Wan-AI/Other")
+    assert "cannot be downloaded: no route to host" in line
+    assert "hf download Wan-AI/Other" in line
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    assert "downloading Wan-AI/Wan from the Hugging Face Hub" in capsys.readouterr().err
+    assert run("verify", PIPELINE, "Wan-AI/Wan") == 0
+    assert "downloading" not in capsys.readouterr().err
 
 
 def test_a_counter_beside_the_weights_is_passed_over_and_counted(tmp_path, capsys):
@@ -663,18 +722,13 @@ def test_image_to_video_models_are_named(tmp_path):
     assert "this is an image-to-video model" in refused("inspect", source)
 
 
-def test_vace_blocks_alone_and_averages_beside_the_weights_are_named(tmp_path):
+def test_vace_blocks_alone_are_named(tmp_path):
     tensors = values(VACE / WEIGHTS)
     written(
         tmp_path / "a" / "m.safetensors",
         {n: v for n, v in tensors.items() if n.startswith("vace_")},
     )
     assert "VACE blocks without the main model" in refused("inspect", tmp_path / "a")
-    written(
-        tmp_path / "b" / "m.safetensors",
-        tensors | {f"ema.{name}": value for name, value in tensors.items()},
-    )
-    assert "an average of the weights (ema.)" in refused("inspect", tmp_path / "b")
 
 
 # ---- runs and options ------------------------------------------------------------------------------------------------

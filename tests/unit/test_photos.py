@@ -113,6 +113,29 @@ def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
         photos._formats.cache_clear()
 
 
+def test_heic_files_of_the_real_package_are_read(tmp_path):
+    """Rows from blue to red, also under a name of JPEG, and cut off."""
+    library = pytest.importorskip("pillow_heif")
+    photos._formats.cache_clear()
+    try:
+        ramp = np.linspace(0, 255, 96).astype(np.uint8)
+        pixels = np.stack([ramp, np.full_like(ramp, 40), ramp[::-1]], -1)[:, None].repeat(64, 1)
+        library.from_pillow(Image.fromarray(pixels)).save(tmp_path / "a.heic", quality=95)
+        (tmp_path / "b.jpg").write_bytes((tmp_path / "a.heic").read_bytes())
+        for name in ("a.heic", "b.jpg"):
+            got = np.asarray(load_reference(tmp_path / name)).astype(int)
+            assert got.shape == pixels.shape
+            assert np.abs(got - pixels).max() <= 12
+            assert check_photo(tmp_path / name).note == ""
+        content = (tmp_path / "a.heic").read_bytes()
+        (tmp_path / "cut.heic").write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=r"cut\.heic") as caught:
+            load_reference(tmp_path / "cut.heic")
+        assert "\n" not in str(caught.value)
+    finally:
+        photos._formats.cache_clear()
+
+
 @pytest.mark.parametrize("bits", [8, 10, 12, 16])
 def test_grey_of_any_bits_in_words_of_16_keeps_its_brightness(tmp_path, bits):
     values = (RAMP.astype(np.uint16) * ((2**bits - 1) // 255)).astype(np.uint16)
