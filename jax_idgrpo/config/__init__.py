@@ -24,6 +24,7 @@ from jax_idgrpo.config.scoring import (
 )
 from jax_idgrpo.config.video_model import (
     EMBEDDED,
+    CurriculumSettings,
     DataConfig,
     MeshConfig,
     ModelConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "PENALTY_WEIGHTS",
     "REWARD_TASKS",
     "Config",
+    "CurriculumSettings",
     "DataConfig",
     "EvaluateConfig",
     "FinetuneConfig",

@@ -20,7 +20,10 @@ PENALTIES = (
     "area",
     "copied",
     "confused",
+    "unrecognised",
 )
+CONTRAST = "recognised_log"
+"""Term of `reward.mixture` that, like the penalty `unrecognised`, compares people across prompts."""
 DEEPFACE = r"deepface:[\w-]+/[\w-]+"
 ADDRESS = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%-]*)?"  # no user, no query
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
@@ -184,6 +187,11 @@ class RewardConfig(Section):
     def served(self) -> bool:
         """Whether `backend` is the address of a server that scores the videos."""
         return re.fullmatch(ADDRESS, self.backend) is not None
+
+    @property
+    def contrasted(self) -> bool:
+        """Whether a term compares the people of a video with those of all prompts of the run."""
+        return CONTRAST in self.mixture or self.penalty_weights().get("unrecognised", 0) > 0
 
     def penalty_weights(self) -> dict[str, float]:
         """Return the weights of penalties by name; the others have 0."""

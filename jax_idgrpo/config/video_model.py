@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +129,21 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class CurriculumSettings:
+    """Settings of `data.curriculum` (see `data.curriculum` in the package).
+
+    Attributes:
+      people: largest number of people of a simple prompt.
+      steps: training step from which on all prompts are drawn alike.
+      power: exponent of the share of prompts that are drawn from all rows.
+    """
+
+    people: int
+    steps: int
+    power: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
     """Prompts with reference photos."""
 
@@ -153,6 +169,34 @@ class DataConfig(Section):
         "have one order",
         choices=("diffusers", "original"),
     )
+
+    curriculum: dict[str, Any] = option(
+        {},
+        'begin with prompts of few people, as JSON such as {"people": 2, "steps": 200, "power": 1.0}: '
+        "all prompts are simple at step 0, and all rows are drawn alike from `steps` on; {} = none",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.curriculum:
+            return
+        names = [field.name for field in dataclasses.fields(CurriculumSettings)]
+        for name, value in self.curriculum.items():
+            require(name in names, f"data.curriculum has no {name!r}; use people, steps and power")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            real = name == "power" and isinstance(value, float) and math.isfinite(value)
+            require(
+                (whole or real) and value > 0,
+                f"data.curriculum: {name} is {value!r}; use a positive "
+                f"{'number' if name == 'power' else 'whole number'}",
+            )
+        for name in ("people", "steps"):
+            require(name in self.curriculum, f"data.curriculum needs {name}; add it")
+
+    @property
+    def curriculum_settings(self) -> CurriculumSettings | None:
+        """Settings of the curriculum; None without one."""
+        return CurriculumSettings(**self.curriculum) if self.curriculum else None
 
     def prompts_file(self) -> Path:
         """Return the path of the prompts CSV."""

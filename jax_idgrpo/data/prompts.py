@@ -390,8 +390,20 @@ def prompt_batch(prompts: Sequence[Prompt], seed: int, step: int, count: int) ->
     Returns:
       Indices of the step's prompts.
     """
-    order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
-    return [int(order[position]) for position in range(step * count, (step + 1) * count)]
+    return prompt_sequence(range(len(prompts)), seed, step * count, count)
+
+
+def prompt_sequence(rows: Sequence[int], seed: int, start: int, count: int) -> list[int]:
+    """Return a part of the endless sequence of permutations of rows.
+
+    Args:
+      rows: indices of prompts.
+      seed: seed of the permutations.
+      start: position of the first returned index.
+      count: number of returned indices.
+    """
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
+    return [rows[int(order[position])] for position in range(start, start + count)]
 
 
 # ---- changes of the data -------------------------------------------------------------------------

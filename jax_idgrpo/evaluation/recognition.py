@@ -2,7 +2,9 @@
 
 A person of a video has the mean m of the judge's embeddings of its face (see
 `rewards.recognition`). The references of all prompts are R photos, the same photo in several rows
-counted once. The person is taken for the reference that is most alike to m. Then
+counted once. The person is taken for the reference that is most alike to m. If the judge takes that
+reference and the person's own for photos of one person, the person is taken for themselves: several
+prompts may show somebody in different photos. Then
 
     recognised   share of people who are taken for themselves; chance is 1 / R
     identities   references that somebody is taken for, per reference asked for
@@ -46,22 +48,25 @@ class Gallery:
 
     Attributes:
       embeddings: unit vectors of R different photos.
+      same: cosine above which two photos show one person.
       of_prompt: id of a prompt -> index of the reference of each of its people.
       people: M, slots per prompt.
     """
 
     embeddings: Float[np.ndarray, "R E"]
+    same: float
     of_prompt: Mapping[int, Int[np.ndarray, " m"]]
     people: int
 
     @classmethod
-    def make(cls, judge: Reward, prompts: Sequence[Prompt], people: int) -> "Gallery":
+    def make(cls, judge: Reward, prompts: Sequence[Prompt], people: int, same: float) -> "Gallery":
         """Encode the photos of all prompts. Equal embeddings are one reference.
 
         Args:
           judge: the judge, which encodes each photo once.
           prompts: prompts of an evaluation.
           people: maximum number of people of a prompt.
+          same: cosine above which two photos show one person.
 
         Raises:
           UserError: a photo cannot be used.
@@ -75,6 +80,7 @@ class Gallery:
         rows = np.split(index.ravel(), ends)
         return cls(
             embeddings,
+            same,
             {prompt.id: row for prompt, row in zip(prompts, rows, strict=True)},
             people,
         )
@@ -92,11 +98,14 @@ class Gallery:
         count = len(prompts)
         alike = np.asarray(shown.total)[:count] @ self.embeddings.T
         found = np.asarray(shown.frames)[:count] > 0
-        taken = np.where(found, alike.argmax(-1), NOBODY)
-        asked = np.full_like(taken, NOBODY)
+        nearest = alike.argmax(-1)
+        asked = np.full_like(nearest, NOBODY)
         for n, prompt in enumerate(prompts):
             row = self.of_prompt[prompt.id]
             asked[n, : len(row)] = row
+        # Padding has no face, so that its index does not matter.
+        cosine = np.sum(self.embeddings[nearest] * self.embeddings[asked], -1)
+        taken = np.where(found, np.where(cosine > self.same, asked, nearest), NOBODY)
         return {
             f"{name}_{m}": values[:, m].astype(np.float64)
             for m in range(self.people)

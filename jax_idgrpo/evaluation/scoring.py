@@ -131,7 +131,7 @@ class BatchScorer:
         else:
             self.assigner = make_assigner(config, self.reward, mesh)
             check_references(self.reward, prompts, [self.judge, self.assigner], consume)
-            self.gallery = Gallery.make(self.judge, prompts, self.people)
+            self.gallery = Gallery.make(self.judge, prompts, self.people, self.judge.config.high)
 
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]

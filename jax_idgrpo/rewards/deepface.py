@@ -287,12 +287,17 @@ class HostFaceReward:
         self.faces, self.frames, self.config = faces, frames, config
         self._pool, self._device = pool or HostPool(), host_device()
         self._reward = jax.jit(functools.partial(reward_terms, config=config))
+        self._distractors: Float[np.ndarray, "R E"] | None = None
         self.encode_references = PhotoEncoder(self._photo_face)
 
-    @functools.cached_property
+    def contrast(self, distractors: Float[np.ndarray, "R E"]) -> None:
+        """Compare people with distractors from now on, as `FaceReward.contrast` does."""
+        self._distractors = distractors
+
+    @property
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms of every video."""
-        return term_names(self.config)
+        return term_names(self.config, self._distractors is not None)
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
         """Return the largest face of a photo; None if the photo shows none."""
@@ -327,7 +332,8 @@ class HostFaceReward:
                 crops,
                 asked,
             )
-            terms = jax.device_get(self._reward(*(jnp.asarray(leaf)[None] for leaf in given)))
+            video = (jnp.asarray(leaf)[None] for leaf in given)
+            terms = jax.device_get(self._reward(*video, distractors=self._distractors))
         return {name: float(value[0]) for name, value in terms.items()}
 
     def frames_read(self, total: int) -> np.ndarray | None:

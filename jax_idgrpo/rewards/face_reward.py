@@ -39,26 +39,30 @@ from jax_idgrpo.rewards.photo_faces import (
 )
 
 
-def _look(stack, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
+def _look(networks, config, frames, videos, people) -> tuple[Terms, Callable[[], Tokens]]:
     """Return the terms, and a function that makes the tokens of the same faces."""
     numbers = frame_numbers(videos.shape[1], frames)
     chosen = (videos if len(numbers) == videos.shape[1] else videos[:, numbers]).astype(jnp.float32)
+    stack, _, distractors = networks
     faces = stack(chosen)
     found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
-    terms = reward_terms(chosen, *found, people.embeddings, people.crops, people.mask, config)
+    known = people.embeddings, people.crops, people.mask
+    among = None if distractors is None else distractors[...]
+    terms = reward_terms(chosen, *found, *known, config, among)
     return terms, lambda: tokens(
         terms, faces, people.embeddings, people.mask, chosen.shape[2:4], config
     )
 
 
 def _read(graph, config, frames, state, *given) -> tuple[Terms, Tokens]:
-    terms, said = _look(nnx.merge(graph, state)[0], config, frames, *given)
+    terms, said = _look(nnx.merge(graph, state), config, frames, *given)
     return terms, said()
 
 
 def _score(graph, config, frames, state, *given) -> Terms:
-    stack, head = nnx.merge(graph, state)
-    terms, said = _look(stack, config, frames, *given)
+    networks = nnx.merge(graph, state)
+    terms, said = _look(networks, config, frames, *given)
+    head = networks[1]
     if head is None:
         return terms
     score = head(said())
@@ -95,8 +99,8 @@ class FaceReward:
         in it.
       read: jitted; from the arguments of `apply`, the terms without the head's and the tokens for a
         head.
-      graph: graph of the face stack and the head.
-      state: arrays of the face stack and the head.
+      graph: graph of the face stack, the head and the distractors.
+      state: arrays of the face stack, the head and the distractors.
       frames: number of evenly spaced frames that are scored; 0 means all.
     """
 
@@ -118,14 +122,8 @@ class FaceReward:
           frames: number of evenly spaced frames to score; 0 means all.
           head: optional learned reward; if given, reward = its score - penalties.
         """
-        self.graph, self.state = nnx.split((stack, head))
-        graph = self.graph
         self.config, self.frames, self.has_head = config, frames, head is not None
-        self.read = jax.jit(functools.partial(_read, graph, config, frames))
-        self._apply = jax.jit(functools.partial(_score, graph, config, frames))
-        self.find, self.embed = (
-            jax.jit(functools.partial(function, graph)) for function in (_find, _embed)
-        )
+        self._set(stack, head)
         # The small detector finds only faces of 8 to 64 pixels; the others resize by themselves.
         self._pyramid = isinstance(stack.detector, Detector)
         self._template, self._crop_side = (
@@ -134,10 +132,34 @@ class FaceReward:
         )
         self.encode_references = PhotoEncoder(self._photo_face)
 
-    @functools.cached_property
+    def _set(
+        self,
+        stack: FaceStack,
+        head: Head | None,
+        distractors: nnx.Variable | None = None,
+    ) -> None:
+        graph, self.state = nnx.split((stack, head, distractors))
+        self.graph, self.contrasted = graph, distractors is not None
+        self.read = jax.jit(functools.partial(_read, graph, self.config, self.frames))
+        self._apply = jax.jit(functools.partial(_score, graph, self.config, self.frames))
+        self.find, self.embed = (
+            jax.jit(functools.partial(function, graph)) for function in (_find, _embed)
+        )
+
+    def contrast(self, distractors: Float[ArrayLike, "R E"] | jax.ShapeDtypeStruct) -> None:
+        """Compare people with distractors from now on, which adds the terms of `distractors`.
+
+        Args:
+          distractors: unit vectors of the references of all prompts, in the embedding of the stack.
+        """
+        stack, head, _ = nnx.merge(self.graph, self.state)
+        self._set(stack, head, nnx.Variable(distractors))
+
+    @property
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms of every video."""
-        return (*term_names(self.config), *(["head"] if self.has_head else []))
+        names = term_names(self.config, self.contrasted)
+        return (*names, *(["head"] if self.has_head else []))
 
     def photo_shapes(
         self,

@@ -4,18 +4,21 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from jax.sharding import Mesh
 
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
+from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.bundled_detector import Detector
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards import photo_copy
-from jax_idgrpo.rewards.base import Reward
+from jax_idgrpo.rewards.base import Reward, check_references
 from jax_idgrpo.rewards.custom import CustomReward, load_function
 from jax_idgrpo.rewards.deepface import DeepFace, HostFaceReward
+from jax_idgrpo.rewards.distractors import encode_distractors
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import FaceStack, Settings, load_settings, load_stack, reward_settings
 from jax_idgrpo.rewards.head import Head, fingerprint, load_head
@@ -23,6 +26,8 @@ from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.linear import LinearReward, load_linear
 from jax_idgrpo.rewards.remote import HttpReward
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
+
+Contrasted = TypeVar("Contrasted", FaceReward, HostFaceReward)
 
 
 def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
@@ -45,12 +50,26 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
         video = config.video.frames, config.video.height, config.video.width
         return HttpReward(wanted.backend, video, wanted.http_timeout, wanted.http_retries)
     if wanted.backend:
-        return HostFaceReward(
+        host = HostFaceReward(
             DeepFace(wanted.backend, wanted.folder()),
             identity_constants(wanted, reward_settings(wanted), photo_copy.PHOTOGRAPHS),
             wanted.frames,
         )
-    return make_face_reward(wanted, mesh)
+        return _contrasted(config, host)
+    return _on_mesh(_contrasted(config, make_face_reward(wanted)), mesh)
+
+
+def _contrasted(config: Config, reward: Contrasted) -> Contrasted:
+    """Give a reward the people of `data.prompts` as distractors, if a term of the run needs them.
+
+    Raises:
+      UserError: the prompts or their photos cannot be used.
+    """
+    if config.reward.contrasted:
+        prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+        check_references(reward, prompts)
+        reward.contrast(encode_distractors(reward, prompts))
+    return reward
 
 
 def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jax_idgrpo.rewards import photo_copy
+from jax_idgrpo.rewards.distractors import recognition
 from jax_idgrpo.rewards.matching import (
     Matches,
     confusion,
@@ -330,6 +331,7 @@ def reward_terms(
     photos: Float[ArrayLike, "B M S S 3"],
     reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
+    distractors: Float[ArrayLike, "R E"] | None = None,
 ) -> dict[str, Float[ArrayLike, " B"]]:
     """Compute every term of the reward and the metrics that share its matching, each [B] in fp32.
 
@@ -345,12 +347,15 @@ def reward_terms(
       photos: `photo_copy.photo_crops` of the references.
       reference_mask: False on padding.
       config: constants of the reward.
+      distractors: unit vectors of the references of all prompts; None leaves out the terms that
+        need them.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     matches = match_videos(*faces, config.null_similarity)
     pixels = read_pixels(videos, boxes, landmarks, face_mask, matches, photos, config.copies)
     height, width = videos.shape[2:4]
-    return terms_of_faces(pixels, matches, boxes, *faces, (height, width), config)
+    size = height, width
+    return terms_of_faces(pixels, matches, boxes, *faces, size, config, distractors)
 
 
 def terms_of_faces(
@@ -363,6 +368,7 @@ def terms_of_faces(
     reference_mask: Bool[ArrayLike, "B M"],
     size: tuple[int, int],
     config: IdentityConfig,
+    distractors: Float[ArrayLike, "R E"] | None = None,
 ) -> dict[str, Float[ArrayLike, " B"]]:
     """Compute the terms from faces and the measurements of `read_pixels`, each [B] in fp32.
 
@@ -382,6 +388,7 @@ def terms_of_faces(
       missing, duplicated, swapped, switched, blended, area: see `tracks.penalties`.
       copied, apart, detail: see `of_photos`.
       confused: see `matching.confusion`.
+      recognised_log, unrecognised: see `distractors`.
 
     Args:
       pixels: measurements of `read_pixels`.
@@ -393,6 +400,8 @@ def terms_of_faces(
       reference_mask: False on padding.
       size: height and width of the frames in pixels.
       config: constants of the reward.
+      distractors: unit vectors of the references of all prompts; None leaves out the terms that
+        need them.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
@@ -407,8 +416,14 @@ def terms_of_faces(
     compared = of_photos(pixels, matches, reference_mask)
     prices["copied"] = compared.pop("copied")
     prices["confused"] = confusion(cosine, matches, reference_mask)
+    if distractors is not None:
+        known = references, reference_mask, distractors
+        compared |= recognition(embeddings, matches, *known, config.high)
+        prices["unrecognised"] = compared.pop("unrecognised")
     costs = config.extra_weight * extra + config.motion_weight * stillness
-    costs = costs + sum(weight * prices[name] for name, weight in config.penalties)
+    # The judge has no distractors.
+    priced = (pair for pair in config.penalties if pair[0] in prices)
+    costs = costs + sum(weight * prices[name] for name, weight in priced)
     raw = jnp.mean(matches.similarity, axis=1)
     asked = jnp.sum(reference_mask, -1)
     terms = {
@@ -438,8 +453,13 @@ def terms_of_faces(
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 
-def term_names(config: IdentityConfig) -> tuple[str, ...]:
-    """Return the names of the terms of `reward_terms`, derived from shapes only."""
+def term_names(config: IdentityConfig, contrasted: bool = False) -> tuple[str, ...]:
+    """Return the names of the terms of `reward_terms`, derived from shapes only.
+
+    Args:
+      config: constants of the reward.
+      contrasted: there are distractors.
+    """
 
     def zeros(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -447,7 +467,9 @@ def term_names(config: IdentityConfig) -> tuple[str, ...]:
     one, people = jax.ShapeDtypeStruct((1, 2, 1), jnp.bool), jax.ShapeDtypeStruct((1, 1), jnp.bool)
     seen = zeros(1, 2, 8, 8, 3), zeros(1, 2, 1, 4), zeros(1, 2, 1, 5, 2), zeros(1, 2, 1, 4), one
     known = zeros(1, 1, 4), zeros(1, 1, photo_copy.SIDE, photo_copy.SIDE, 3), people
-    return tuple(jax.eval_shape(functools.partial(reward_terms, config=config), *seen, *known))
+    distractors = zeros(1, 4) if contrasted else None
+    terms = functools.partial(reward_terms, config=config)
+    return tuple(jax.eval_shape(terms, *seen, *known, distractors=distractors))
 
 
 # Value of an unmatched reference: lower than any gain from exchanging cosines among a dozen people.

@@ -10,6 +10,7 @@ import math
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -35,6 +36,7 @@ from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
 WORDS = 1024  # text tokens of a planned question, beside its photos and frames
+DISTRACTORS = 1024  # planned people of all prompts; their photos need not exist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ def planned_reward(config: Config, mesh: Mesh) -> Planned:
     for name in ("custom", "backend"):
         if value := getattr(wanted, name):
             return HostReward(f"reward.{name} {value}")
-    return _vlm(config, mesh) if wanted.vlm else _faces(wanted, mesh)
+    return _vlm(config, mesh) if wanted.vlm else _faces(wanted, mesh, wanted.contrasted)
 
 
 def planned_assigner(config: Config, reward: Planned, mesh: Mesh) -> FaceReward:
@@ -87,13 +89,24 @@ def planned_assigner(config: Config, reward: Planned, mesh: Mesh) -> FaceReward:
     return _faces(assigning(config.reward), mesh)
 
 
-def _faces(config: RewardConfig, mesh: Mesh) -> FaceReward:
-    """Describe the face reward of a configuration."""
+def _faces(config: RewardConfig, mesh: Mesh, contrasted: bool = False) -> FaceReward:
+    """Describe the face reward of a configuration.
+
+    Args:
+      config: the reward.
+      mesh: as for `planned_reward`.
+      contrasted: compare people with distractors.
+    """
     if config.folder().is_dir():
-        return _described(make_face_reward(config), mesh)
-    _warn_of_absent(config)
-    constants = identity_constants(config, Settings(), PHOTOGRAPHS)
-    return _described(FaceReward(_published_faces("embedder"), constants, config.frames), mesh)
+        reward = make_face_reward(config)
+    else:
+        _warn_of_absent(config)
+        constants = identity_constants(config, Settings(), PHOTOGRAPHS)
+        reward = FaceReward(_published_faces("embedder"), constants, config.frames)
+    if contrasted:
+        size = reward.shapes(1, 1).embeddings.shape[-1]
+        reward.contrast(jax.ShapeDtypeStruct((DISTRACTORS, size), jnp.float32))
+    return _described(reward, mesh)
 
 
 def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import Prompt, load_prompts, prompt_batch, row_digests
+from jax_idgrpo.data.curriculum import check_curriculum, chosen_prompts, curriculum_metrics
+from jax_idgrpo.data.prompts import Prompt, load_prompts, row_digests
 from jax_idgrpo.data.video import write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.journal import decided
@@ -96,6 +97,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
     )
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
+    check_curriculum(config.data, prompts)
     listed = row_digests(prompts)
     assert_same_across_hosts(
         config,
@@ -172,6 +174,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
             row = step_metrics(run, rewards, values, advantage, scalars, np.diff(clock))
             if config.grpo.pairs == "dominance":
                 row |= select_pairs(config.grpo, rewards.reshape(-1, group), grouped)[2]
+            row |= curriculum_metrics(config.data, chosen, done)
             if watch is not None and (done + 1) % config.run.watch_every == 0:
                 row |= watch(state.ema, done + 1)
             writer.write(done, row)
@@ -259,7 +262,8 @@ def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.
       cache: encoded prompts of the whole run.
     """
     config, sampling, seed = run.config, run.config.rollout, run.config.run.seed
-    chosen = [prompts[index] for index in prompt_batch(prompts, seed, step, sampling.prompts)]
+    picks = chosen_prompts(config.data, prompts, seed, step, sampling.prompts)
+    chosen = [prompts[index] for index in picks]
     ids = [prompt.id for prompt in chosen]
     of_row = np.repeat(np.arange(sampling.prompts), sampling.group)
     asked = conditioning.encode(run.pipe, chosen, config, cache)

@@ -68,6 +68,9 @@ def test_scores_without_a_judge_stay_as_they_are():
     assert recognition.references_asked(scores) == 0
 
 
+SAME = 0.9
+
+
 class Lookup:
     """A judge whose embedding of a photo is the colour of its first pixel."""
 
@@ -103,7 +106,7 @@ def gallery(tmp_path):
         Prompt(1, "one", (files["again"],)),
         Prompt(2, "two", (files["c"], files["a"])),
     ]
-    return Gallery.make(Lookup(), prompts, 2), prompts
+    return Gallery.make(Lookup(), prompts, 2, SAME), prompts
 
 
 def test_a_photo_in_several_rows_is_one_reference(gallery):
@@ -125,6 +128,20 @@ def test_people_are_taken_for_the_reference_most_alike_to_their_mean_face(galler
     assert [found[f"asked_{m}"].tolist() for m in range(2)] == [[a, a, c], [b, NOBODY, a]]
     assert [found[f"taken_{m}"].tolist() for m in range(2)] == [[a, c, NOBODY], [b, NOBODY, a]]
     np.testing.assert_allclose(summarised(found)["recognised"], [1, 0, 0.5])
+
+
+def test_another_photo_of_the_same_person_is_no_mistake(tmp_path):
+    colours = {"a": (250, 0, 0), "again": (250, 60, 0), "relative": (250, 180, 0)}
+    files = {name: tmp_path / f"{name}.png" for name in colours}
+    for name, colour in colours.items():
+        Image.new("RGB", (32, 32), colour).save(files[name])
+    prompts = [Prompt(n, name, (file,)) for n, (name, file) in enumerate(files.items())]
+    gallery = Gallery.make(Lookup(), prompts, 1, SAME)
+    assert len(gallery.embeddings) == 3
+    total = gallery.embeddings[[gallery.of_prompt[n][0] for n in (1, 0, 0)]][:, None]
+    found = summarised(gallery.columns(prompts, PeopleShown(total, np.ones((3, 1)))))
+    np.testing.assert_array_equal(found["recognised"], [1, 1, 0])
+    assert found["identities"].mean() == pytest.approx(2 / 3), "the relative is shown by nobody"
 
 
 def test_photos_and_their_order_decide_whether_scores_of_a_stopped_run_hold(tmp_path):

@@ -71,7 +71,7 @@ def move(inputs, slot, b, t, i, vector):
 def test_an_honest_video_has_no_penalty_and_three_tracks():
     inputs, slot = honest()
     found = penalties(inputs)
-    assert {*found, "copied", "confused"} == set(PENALTIES)
+    assert {*found, "copied", "confused", "unrecognised"} == set(PENALTIES)
     for name, value in found.items():
         np.testing.assert_allclose(value, 0, atol=1e-6, err_msg=name)
     found = np.asarray(
