@@ -17,7 +17,7 @@ import jax
 
 from checkpoints_convert.places import LoRASum
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.prompts import Prompt, row_digests
+from jax_idgrpo.data.prompts import Prompt, load_prompts, row_digests
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import folder_facts, gather_objects
 from jax_idgrpo.sampling import lora_sum
@@ -64,14 +64,21 @@ def video_facts(config: Config, adapter: Path | LoRASum | None) -> list[object]:
 
 
 def reward_facts(config: Config) -> list[object]:
-    """Return all inputs of a score besides the video: the configuration and files of the reward."""
+    """Return all inputs of a score besides the video: the configuration and files of the reward.
+
+    A reward that compares people with those of all prompts depends on the photos of these prompts.
+    """
     wanted = config.reward
     named = [wanted.folder()] if wanted.faces else []
     named += [
         Path(name) for name in (wanted.head, wanted.linear, wanted.vlm, wanted.vlm_base) if name
     ]
     files = [folder_facts(path) for path in named if path.exists()]
-    return [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
+    facts = [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
+    if not wanted.contrasted:
+        return facts
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    return [*facts, row_digests(prompts)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

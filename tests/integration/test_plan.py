@@ -386,7 +386,9 @@ def test_memory_of_the_judge_does_not_grow_with_the_frames():
 def test_objectives_that_replay_nothing_are_planned():
     """The gradient of the reward with the decode and the reward inside the update; others with the adapter that sampled."""
     through = dict(objective="reward_gradient", gradient_steps=1, kl_units="velocity")
-    found = planned(tiny(2, grpo=through, window="none"))
+    contrasted = config.RewardConfig(frames=2, penalties={"unrecognised": 1.0})
+    wanted = dataclasses.replace(tiny(2, grpo=through, window="none"), reward=contrasted)
+    found = planned(wanted)
     networks = found["update"].arguments[2]
     assert networks.scorer is not None
     assert found["update"].arguments[3].people is not None

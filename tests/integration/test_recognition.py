@@ -15,6 +15,7 @@ from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import Clip, to_uint8, write_video
 from jax_idgrpo.evaluation import recognition, scoring, streaming
 from jax_idgrpo.preferences import corruptions
+from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards.base import References
 from jax_idgrpo.synthetic import scenes
 from tests.helpers.decodes import count_decodes
@@ -94,6 +95,26 @@ def test_average_faces_are_recognised_by_chance_alone(scorer, drawn, prompts):
     error = np.sqrt(chance * (1 - chance) / people)
     assert abs(recognised - chance) <= 3 * error
     assert identities < 0.5
+
+
+def test_the_penalty_across_prompts_tells_people_from_average_faces(drawn, prompts, tmp_path):
+    """By the reward's network: people of drawn clips, average faces, and people of other prompts."""
+    lines = [";".join(map(str, prompt.references)) + f",{prompt.text}\n" for prompt in prompts]
+    (tmp_path / "prompts.csv").write_text("ref_paths,prompt\n" + "".join(lines))
+    config = Config(
+        data=DataConfig(prompts=str(tmp_path / "prompts.csv"), max_people=3),
+        reward=RewardConfig(penalties={"copied": 0, "unrecognised": 1.0}),
+    )
+    reward = factory.make_reward(config)
+    people = reward.encode_references(References.of_prompts(prompts, 3), [""] * COUNT)
+    right, average, others = (
+        np.asarray(reward.score(np.asarray(videos, np.float32), people)["unrecognised"])
+        for videos in (drawn.video, with_average_faces(drawn), np.roll(drawn.video, 1, axis=0))
+    )
+    assert np.median(right) < 0.1
+    assert right.mean() < 0.2
+    assert average.mean() == pytest.approx(1, abs=0.2)
+    assert others.mean() > average.mean()
 
 
 def test_people_of_other_prompts_are_not_recognised(scorer, drawn, prompts):

@@ -7,6 +7,7 @@ import pytest
 
 from checkpoints_convert import adapter as adapter_file
 from checkpoints_convert import lora_names, store
+from jax_idgrpo import config as c
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.sampling import pipeline
 from jax_idgrpo.training import train
@@ -63,6 +64,25 @@ RECIPES = {
         (),
     ),
 }
+
+
+def test_a_curriculum_and_terms_across_prompts_continue_exactly(tmp_path):
+    config = dataclasses.replace(
+        tiny(4),
+        data=c.DataConfig(max_people=3, text_length=80, curriculum={"people": 1, "steps": 3}),
+        reward=c.RewardConfig(frames=2, mixture={"recognised_log": 1.0}),
+    )
+    stopped = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2))
+    train.train(config, tmp_path / "whole")
+    train.train(stopped, tmp_path / "again")
+    train.train(config, tmp_path / "again")
+    assert_same_adapter(tmp_path / "whole", tmp_path / "again")
+    logged = rows(tmp_path / "again")
+    assert [row["curriculum"] for row in logged] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [row["people"] for row in logged[:1]] == [1]
+    for row, other in zip(logged, rows(tmp_path / "whole"), strict=True):
+        assert row["recognised_log"] == other["recognised_log"] < 0
+        assert row["skipped"] == 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation import journal
 from jax_idgrpo.rewards import distractors, factory
 from jax_idgrpo.rewards.base import ReferenceFaces
 from jax_idgrpo.rewards.identity import IdentityConfig, term_names
@@ -218,3 +220,18 @@ def test_missing_prompts_are_one_line(tmp_path):
     )
     with pytest.raises(UserError, match="nowhere.csv: no such file"):
         factory.make_reward(config)
+
+
+def test_scores_of_a_stopped_evaluation_hold_for_the_same_people_only(tmp_path):
+    file = tmp_path / "prompts.csv"
+    for n, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{n}.png")
+
+    def facts(photo, **options):
+        file.write_text(f"ref_paths,prompt\n{photo},one person\n")
+        data = c.DataConfig(prompts=str(file))
+        return journal.reward_facts(c.Config(data=data, reward=c.RewardConfig(**options)))
+
+    assert facts("0.png") == facts("1.png")
+    priced = {"penalties": {"unrecognised": 1.0}}
+    assert facts("0.png", **priced) == facts("0.png", **priced) != facts("1.png", **priced)
