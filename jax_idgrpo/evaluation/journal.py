@@ -74,7 +74,7 @@ def reward_facts(config: Config) -> list[object]:
         Path(name) for name in (wanted.head, wanted.linear, wanted.vlm, wanted.vlm_base) if name
     ]
     files = [folder_facts(path) for path in named if path.exists()]
-    facts = [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
+    facts: list[object] = [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
     if not wanted.contrasted:
         return facts
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people)

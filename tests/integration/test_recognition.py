@@ -103,7 +103,7 @@ def test_the_penalty_across_prompts_tells_people_from_average_faces(drawn, promp
     (tmp_path / "prompts.csv").write_text("ref_paths,prompt\n" + "".join(lines))
     config = Config(
         data=DataConfig(prompts=str(tmp_path / "prompts.csv"), max_people=3),
-        reward=RewardConfig(penalties={"copied": 0, "unrecognised": 1.0}),
+        reward=RewardConfig(penalties={"copied": 0.0, "unrecognised": 1.0}),
     )
     reward = factory.make_reward(config)
     people = reward.encode_references(References.of_prompts(prompts, 3), [""] * COUNT)

@@ -203,7 +203,7 @@ def test_the_penalty_lowers_the_reward_by_its_weight():
     ("options", "expected"),
     [
         ({}, False),
-        ({"penalties": {"unrecognised": 0}}, False),
+        ({"penalties": {"unrecognised": 0.0}}, False),
         ({"penalties": {"unrecognised": 0.5}}, True),
         ({"mixture": {"recognised_log": 0.5}}, True),
     ],
