@@ -77,7 +77,7 @@ def reward_facts(config: Config) -> list[object]:
     facts: list[object] = [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
     if not wanted.contrasted:
         return facts
-    prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+    prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
     return [*facts, row_digests(prompts)]
 
 

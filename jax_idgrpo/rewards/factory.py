@@ -66,7 +66,7 @@ def _contrasted(config: Config, reward: Contrasted) -> Contrasted:
       UserError: the prompts or their photos cannot be used.
     """
     if config.reward.contrasted:
-        prompts = load_prompts(config.data.prompts_file(), config.data.max_people)
+        prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
         check_references(reward, prompts)
         reward.contrast(encode_distractors(reward, prompts))
     return reward
