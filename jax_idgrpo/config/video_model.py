@@ -130,8 +130,8 @@ class ModelConfig(Section):
         )
         require(
             not (full and self.adapter),
-            f"model.adapter {self.adapter} has no place with model.train full; merge it into the "
-            "model with idgrpo-convert export --format merged, and pass that as model.path",
+            f"model.adapter {self.adapter} has no place with model.train full; start from it with "
+            f"--lora {self.adapter}, which merges it into the base",
         )
 
     def folder(self) -> Path:
