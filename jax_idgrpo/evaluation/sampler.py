@@ -260,12 +260,12 @@ def make_models(
         return model(add_adapter(transformer, rank, alpha, rng.key(0, "init"), layers))
 
     models = {"base": without_adapter(sampler.pipe.transformer)}
-    for name, path in (checkpoints or {}).items():
+    for name, folder in (checkpoints or {}).items():
         running = dict(remat=base.remat, unroll=base.unroll, mesh=base.mesh)
-        other = load_transformer(path, config.model.dtype, **running)
+        other = load_transformer(folder, config.model.dtype, **running)
         if other.config != base:
             raise UserError(
-                f"--checkpoint {name}={path}: its transformer has other sizes than that of "
+                f"--checkpoint {name}={folder}: its transformer has other sizes than that of "
                 f"model.path {config.model.path}; pass a checkpoint of the same model"
             )
         models[name] = without_adapter(other)
