@@ -22,6 +22,11 @@ from tests.helpers.torch_models import channels_first, channels_last
 BOUND = 1e-5
 
 
+@nnx.jit
+def velocity(model, latents, timesteps, text, control):
+    return model(latents, timesteps, text, control=control)
+
+
 def test_an_export_of_weights_loads_in_diffusers_and_becomes_an_original_folder(tmp_path):
     """Also one that replaces another and takes over its unchanged parts."""
     pipe = pipeline.load_pipeline(GOLDEN / "tiny_vace")
@@ -53,9 +58,10 @@ def test_an_export_of_weights_loads_in_diffusers_and_becomes_an_original_folder(
         control_hidden_states=channels_first(given["control"]),
         return_dict=False,
     )
-    network = nnx.merge(graph, weights.merge(moved, frozen))
-    found = network(given["latents"], timesteps, given["text"], control=given["control"])
-    before = pipe.transformer(given["latents"], timesteps, given["text"], control=given["control"])
+    arrays = (jnp.asarray(value) for value in (given["latents"], timesteps, given["text"]))
+    inputs = (*arrays, jnp.asarray(given["control"]))
+    found = velocity(nnx.merge(graph, weights.merge(moved, frozen)), *inputs)
+    before = velocity(pipe.transformer, *inputs)
     assert relative_error(found, channels_last(theirs[0])) < BOUND
     assert relative_error(found, before) > 0.01
     assert loaded.scheduler.config.flow_shift == pipe.shift
