@@ -15,6 +15,7 @@ from jax_idgrpo.cli.paths import (
     adapter_sum,
     adapters,
     base_loras,
+    checkpoints,
     existing,
     prompts_path,
     start_runtime,
@@ -220,17 +221,27 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH[:SCALE]",
         help="adapters to compare with the base; those of one name are added",
     )
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="checkpoints of the same model to compare with the base, such as the export of a run "
+        "with model.train full",
+    )
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
     config = configuration.load(arguments.config, overrides)
     prompts = prompts_path(arguments.prompts or config.evaluate.prompts)
     loras = adapters(arguments.lora)
+    others = checkpoints(arguments.checkpoint, loras)
     out = require_writable(arguments.out, "--out")
     start_runtime()
     from jax_idgrpo.evaluation.commands import evaluate
 
-    evaluate(config, prompts, out, loras)
+    evaluate(config, prompts, out, loras, others)
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +353,7 @@ COMMANDS = {
         annotation.annotate,
     ),
     "evaluate": Command(
-        "base against adapters on held-out prompts, with bootstrap intervals",
+        "base against adapters or checkpoints on held-out prompts, with bootstrap intervals",
         _evaluate_options,
         _evaluate,
     ),

@@ -1,6 +1,6 @@
 """Check the paths that options name, and start the runtime of a command."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints_convert.hub import is_name
@@ -48,7 +48,13 @@ def adapter_path(path: str) -> Path:
     place = local_path(path, "--lora")
     if not place.exists() and not is_export(place) and not is_name(place):
         existing(path, "--lora", "pass an adapter folder, such as runs/quickstart/export")
-    return adapter_place(place)
+    found = adapter_place(place)
+    if (found / "transformer").is_dir():
+        raise UserError(
+            f"--lora {path}: is a complete checkpoint, not an adapter; pass {found} as --model.path, "
+            "or to evaluate as --checkpoint NAME=PATH"
+        )
+    return found
 
 
 def adapter_sum(texts: Sequence[str]) -> Path | LoRASum | None:
@@ -88,17 +94,51 @@ def adapters(pairs: Sequence[str]) -> dict[str, Path | LoRASum]:
     """
     texts: dict[str, list[str]] = {}
     for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"--lora {pair}: not NAME=PATH, such as tuned=runs/quickstart/export")
-        if name == "base" or not name.replace("-", "").replace("_", "").isalnum():
-            raise UserError(
-                f"--lora {pair}: the name {name!r} is taken or not made of letters, digits, - and "
-                "_; choose another"
-            )
+        name, path = _named(pair, "--lora", {}, "tuned=runs/quickstart/export")
         texts.setdefault(name, []).append(path)
     found = {name: adapter_sum(paths) for name, paths in texts.items()}
     return {name: lora for name, lora in found.items() if lora is not None}
+
+
+def checkpoints(pairs: Sequence[str], loras: Mapping[str, object]) -> dict[str, Path]:
+    """Parse `["NAME=PATH", ...]` of `--checkpoint` into a dictionary.
+
+    Args:
+      pairs: as the user gave them.
+      loras: names that are in use already.
+
+    Raises:
+      UserError: a pair has no `=`, a name is repeated or reserved, or a path does not exist.
+    """
+    paths: dict[str, Path] = {}
+    for pair in pairs:
+        name, path = _named(pair, "--checkpoint", {**loras, **paths}, "full=runs/full/export")
+        remedy = "pass a folder with a transformer, such as runs/full/export"
+        paths[name] = existing(path, f"--checkpoint {name}", remedy)
+    return paths
+
+
+def _named(pair: str, option: str, taken: Mapping[str, object], example: str) -> tuple[str, str]:
+    """Split NAME=PATH.
+
+    Args:
+      pair: as the user gave it.
+      option: the option that it comes from, for messages.
+      taken: names that are in use already.
+      example: a right pair, for messages.
+
+    Raises:
+      UserError: there is no `=`, or the name is repeated or reserved.
+    """
+    name, equals, path = pair.partition("=")
+    if not (name and equals and path):
+        raise UserError(f"{option} {pair}: not NAME=PATH, such as {example}")
+    if name in taken or name == "base" or not name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(
+            f"{option} {pair}: the name {name!r} is taken or not made of letters, digits, - and _; "
+            "choose another"
+        )
+    return name, path
 
 
 def start_runtime() -> None:

@@ -17,6 +17,9 @@ from jax_idgrpo.workdir import local_path
 RECIPES = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "configs")
 """Folders of the recipes: of an installed package, and of the repository."""
 
+ADAPTER_OPTIONS = ("model.rank", "model.alpha", "model.lora_")
+"""Beginnings of the names of options that describe a trained adapter."""
+
 
 def _parse(name: str, text: str, kind: Any) -> Any:
     """Parse `text` as a value of type `kind`; `name` is the field's, for messages."""
@@ -60,7 +63,23 @@ def override(config: Config, overrides: list[tuple[str, str]]) -> Config:
         name: dataclasses.replace(getattr(config, name), **values)
         for name, values in sections.items()
     }
+    _refuse_ineffective(dataclasses.replace(config, **changed), {name for name, _ in overrides})
     return _turned(dataclasses.replace(config, **changed), {name for name, _ in overrides})
+
+
+def _refuse_ineffective(config: Config, given: set[str]) -> None:
+    """Refuse options of an adapter for a run that trains none. Recipes set them for both.
+
+    Args:
+      config: the configuration with the options applied.
+      given: names of the options.
+
+    Raises:
+      UserError: names the option.
+    """
+    for name in sorted(given):
+        if config.model.train == "full" and name.startswith(ADAPTER_OPTIONS):
+            raise UserError(f"--{name}: model.train full trains no adapter; leave it out")
 
 
 def _turned(config: Config, given: set[str]) -> Config:

@@ -32,7 +32,7 @@ class GrpoConfig(Section):
     time_weights: bool = option(
         False, "weight steps by 1 / c(t) so that all contribute equally; for clip and divergence"
     )
-    kl: float = option(0.004, "coefficient of the distance to the base without LoRA", least=0)
+    kl: float = option(0.004, "coefficient of the distance to the frozen base", least=0)
     kl_units: str = option(
         "std",
         "units of the distance to the base: std of the step (as published, the KL divergence) or "
@@ -188,6 +188,11 @@ class GrpoConfig(Section):
     def through_reward(self) -> bool:
         """Whether the objective follows the gradient of the reward."""
         return self.definition.kind == REWARD
+
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether the objective evaluates the velocity of the frozen base."""
+        return self.kl > 0 or "base" in self.needs
 
     @property
     def optimizer_steps(self) -> int:

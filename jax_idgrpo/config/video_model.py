@@ -39,7 +39,7 @@ def require_size(section: str, frames: int, height: int, width: int, unset: str 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """The video model that is the policy, and its adapter."""
+    """The video model that is the policy, and what is trained of it."""
 
     section: ClassVar[str] = "model"
 
@@ -69,6 +69,18 @@ class ModelConfig(Section):
         "where the text encoder is kept while idle; host frees device memory and copies it for new "
         "prompts",
         choices=("device", "host"),
+    )
+    train: str = option(
+        "lora",
+        "what is trained: an adapter, or the transformer's own weights (float32 masters, a complete "
+        "checkpoint as export; rank and alpha have no effect)",
+        choices=("lora", "full"),
+    )
+    train_layers: str = option(
+        "",
+        "weights that train full trains: patterns joined by commas, in which * stands for any text "
+        "and ? for one character, and which match a weight's name in diffusers, its end, or a module "
+        'in it, such as blocks.2? or attn1; "" = all',
     )
     rank: int = option(32, "LoRA rank of the layers of lora_targets", least=1)
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / rank", above=0)
@@ -111,6 +123,17 @@ class ModelConfig(Section):
                 isinstance(alpha, int | float) and not isinstance(alpha, bool) and alpha > 0,
                 f"model.lora_alphas: {name} is {alpha!r}; use a positive number",
             )
+        full = self.train == "full"
+        require(
+            full or not self.train_layers,
+            f"model.train_layers {self.train_layers} selects weights, and model.train lora trains "
+            "none; use model.train full",
+        )
+        require(
+            not (full and self.adapter),
+            f"model.adapter {self.adapter} has no place with model.train full; start from it with "
+            f"--lora {self.adapter}, which merges it into the base",
+        )
 
     def folder(self) -> Path:
         """Return the checkpoint folder."""

@@ -264,8 +264,14 @@ def _report(
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
-def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path | LoRASum]) -> None:
-    """Compare the base with adapters on the CSV's prompts.
+def evaluate(
+    config: Config,
+    prompts: Path,
+    out: Path,
+    loras: Mapping[str, Path | LoRASum],
+    checkpoints: Mapping[str, Path] | None = None,
+) -> None:
+    """Compare the base with adapters and with other checkpoints on the CSV's prompts.
 
     Writes `metrics.json`, `table.md` (also printed), `scores.jsonl`, one line per model and video,
     and `videos/` for the report. Scores from an earlier run are kept if all their inputs are
@@ -276,27 +282,27 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path 
       prompts: the prompts CSV.
       out: output folder.
       loras: adapters, or sums of adapters, by name.
+      checkpoints: pipeline folders of the same architecture by name; no name is also an adapter's.
 
     Raises:
-      UserError: the CSV, a photo, the checkpoint or an adapter cannot be used.
+      UserError: the CSV, a photo, a checkpoint or an adapter cannot be used.
       Failure: a video is not finite.
     """
-    config = evaluated(config)
+    config, checkpoints = evaluated(config), checkpoints or {}
     listed = load_prompts(prompts, config.data.max_people, decode=False)
-    assert_same_across_hosts(
-        config,
-        row_digests(listed),
-        **{
-            label: place
-            for name, lora in loras.items()
-            for label, place in journal.lora_files(f"adapter {name}", lora).items()
-        },
-    )
+    compared = {**checkpoints, **loras}
+    folders = {
+        label: place
+        for name, lora in loras.items()
+        for label, place in journal.lora_files(f"adapter {name}", lora).items()
+    }
+    folders |= {f"checkpoint {name}": path for name, path in checkpoints.items()}
+    assert_same_across_hosts(config, row_digests(listed), **folders)
     rows = all_rows(listed, config.evaluate.videos)
     reward = journal.reward_facts(config), recognition.gallery_facts(config, listed)
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
     keys = {}
-    for name, path in {"base": None, **loras}.items():
+    for name, path in {"base": None, **compared}.items():
         facts = journal.video_facts(config, path)
         keys[name] = {
             row.name: journal.digest(facts, reward, of_prompt[row.prompt.id], row.member)
@@ -312,7 +318,7 @@ def evaluate(config: Config, prompts: Path, out: Path, loras: Mapping[str, Path 
     if any(len(scores) < len(rows) for scores in found.values()):
         sampler = make_sampler(config)
         conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
-        models = make_models(sampler, loras)
+        models = make_models(sampler, loras, checkpoints)
         mesh = sampler.pipe.transformer.config.mesh
         scorer = make_scorer(config, sampler.batch, mesh, listed, sampler.photo_encoder(listed))
         prepare_workdir(out)

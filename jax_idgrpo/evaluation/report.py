@@ -342,6 +342,12 @@ def gallery(evaluation: Evaluation, folder: Path) -> str:
     return f'<div class="gallery">{"".join(items)}</div>'
 
 
+def _trains_weights(path: Path) -> bool:
+    """Return whether a run's configuration has `model.train full`."""
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return bool(config.get("model", {}).get("train") == "full")
+
+
 def configuration(path: Path) -> str:
     """Format the configuration with one table per section."""
     if not path.is_file():
@@ -380,7 +386,8 @@ def page(workdir: Path) -> str:
             f"{gallery(evaluation, results.parent)}"
         )
     else:
-        command = "idgrpo evaluate CONFIG --out W/evaluation --lora tuned=W/export"
+        option = "--checkpoint" if _trains_weights(workdir / "config.json") else "--lora"
+        command = f"idgrpo evaluate CONFIG --out W/evaluation {option} tuned=W/export"
         compared = f'<p class="absent">No evaluation yet: <code>{command}</code></p>'
     name = html.escape(workdir.resolve().name)
     return (

@@ -20,7 +20,7 @@ from checkpoints_convert.places import LoRASum
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.errors import Failure
+from jax_idgrpo.errors import Failure, UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
@@ -29,7 +29,7 @@ from jax_idgrpo.rewards.base import Consumer
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling import conditioning, lora_sum, policy, rollout
 from jax_idgrpo.sampling.adapters import add_adapter, lora_config
-from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline
+from jax_idgrpo.sampling.pipeline import Pipeline, load_pipeline, load_transformer
 from jax_idgrpo.sampling.policy import PolicyInputs
 
 
@@ -223,13 +223,22 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
     )
 
 
-def make_models(sampler: Sampler, loras: Mapping[str, Path | LoRASum]) -> dict[str, Model]:
-    """Load the base and the adapters by name; the base has the name "base".
+def make_models(
+    sampler: Sampler,
+    loras: Mapping[str, Path | LoRASum],
+    checkpoints: Mapping[str, Path] | None = None,
+) -> dict[str, Model]:
+    """Load the base, adapters and checkpoints by name; the base has the name "base".
 
-    The base gets an adapter whose output is zero, so that one program runs all models.
+    Base and checkpoints get an adapter whose output is zero, so that one program runs all models.
+
+    Args:
+      sampler: holds the base.
+      loras: adapters.
+      checkpoints: folders whose transformers have the sizes of the base.
 
     Raises:
-      UserError: an adapter does not fit the checkpoint.
+      UserError: an adapter or a checkpoint does not fit the base.
     """
     config, mesh = sampler.config, sampler.pipe.transformer.config.mesh
     guidance = (
@@ -245,8 +254,21 @@ def make_models(sampler: Sampler, loras: Mapping[str, Path | LoRASum]) -> dict[s
     for lora in list(loras.values())[:1]:
         found = lora_config(lora, sampler.pipe.transformer.config)
         rank, alpha, layers = found.rank, found.alpha, found.lora
-    plain = add_adapter(sampler.pipe.transformer, rank, alpha, rng.key(0, "init"), layers)
-    models = {"base": model(plain)}
+    base = sampler.pipe.transformer.config
+
+    def without_adapter(transformer: WanTransformer) -> Model:
+        return model(add_adapter(transformer, rank, alpha, rng.key(0, "init"), layers))
+
+    models = {"base": without_adapter(sampler.pipe.transformer)}
+    for name, folder in (checkpoints or {}).items():
+        running = dict(remat=base.remat, unroll=base.unroll, mesh=base.mesh)
+        other = load_transformer(folder, config.model.dtype, **running)
+        if other.config != base:
+            raise UserError(
+                f"--checkpoint {name}={folder}: its transformer has other sizes than that of "
+                f"model.path {config.model.path}; pass a checkpoint of the same model"
+            )
+        models[name] = without_adapter(other)
     for name, path in loras.items():
         sampler.pipe.load_lora(path)
         models[name] = dataclasses.replace(

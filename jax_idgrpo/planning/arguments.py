@@ -126,8 +126,8 @@ def scored(run: Run, chunk: update.Rollout, number: int) -> update.Rollout:
 def resident(run: Run, further: Sequence[FaceReward] = ()) -> float:
     """Return the bytes per chip in memory during a whole training run.
 
-    These are all networks, the adapter with its moving average and optimizer, and the adapter as it
-    was read.
+    These are all networks, the trained parameters with their moving average and optimizer, the
+    reference, and an adapter as it was read.
 
     Args:
       run: the run.
@@ -135,7 +135,7 @@ def resident(run: Run, further: Sequence[FaceReward] = ()) -> float:
         if `run.watch_every` is set.
     """
     read = nnx.state(run.pipe.transformer, LoRAParam)
-    own = (run.state, run.base, read, run.vae, run.negative, run.schedule)
+    own = (run.state, run.base, run.reference, read, run.vae, run.negative, run.schedule)
     encoder = (
         nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()
     )

@@ -36,7 +36,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning.cost_model import flops, traffic
 from jax_idgrpo.planning.hardware import ABSENT_GPU, CHIPS, GPUS, Chip, devices
-from jax_idgrpo.planning.programs import Program, networks, programs
+from jax_idgrpo.planning.programs import Program, holdings, networks, programs
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.sampling.pipeline import Architecture
 from jax_idgrpo.workdir import write_text
@@ -258,9 +258,10 @@ def plan(
         f"{topology}, {len(found)} x {found[0].device_kind}, mesh {_sizes(mesh)}, {config.rows_per_call} rows per call, "
         f"remat {config.model.remat}, {config.model.dtype}"
     )
-    table = "\n".join(
-        [heading, "", *HEADER, *(row(cost) for cost in costs), "", *summary(config, costs, chip)]
-    )
+    held = holdings(config, parts, mesh)
+    sizes_held = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in held.items() if size)
+    lines = [*summary(config, costs, chip), f"Of the transformer, training holds: {sizes_held}."]
+    table = "\n".join([heading, "", *HEADER, *(row(cost) for cost in costs), "", *lines])
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "topology": topology,
@@ -270,6 +271,7 @@ def plan(
         "mesh": dict(mesh.shape),
         "config": json.loads(config.to_json()),
         "programs": [dataclasses.asdict(cost) for cost in costs],
+        "held": held,
         "tried": [
             {name: value for name, value in trial.items() if name != "config"} for trial in tried
         ],

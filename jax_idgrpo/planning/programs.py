@@ -169,6 +169,26 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     yield from _evaluation(run, judge, assigner, held)
 
 
+def holdings(config: Config, parts: Architecture, mesh: Mesh) -> dict[str, float]:
+    """Return the bytes per chip that training takes for the transformer, by purpose.
+
+    Args:
+      config: the run.
+      parts: networks of the video model.
+      mesh: devices of the video model, which need not exist on this machine.
+    """
+    run = setup.build(config, mesh, abstract=True, architecture=parts)
+    trained = chip_bytes(run.state.params)
+    return {
+        "frozen weights": chip_bytes(run.base),
+        "trained parameters": trained,
+        "gradient": trained,
+        "optimizer moments": chip_bytes(run.state.optimizer),
+        "moving average": chip_bytes(run.state.ema),
+        "reference": chip_bytes(run.reference),
+    }
+
+
 def _chunk(run: Run, sampling: Program) -> update.Rollout:
     """Return the shapes that a training step stores of one call of its rollout."""
     config, asked = run.config, sampling.arguments[0].conditioning
@@ -344,16 +364,20 @@ def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
 
 def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]:
     """Take one optimizer step."""
-    wanted = run.config.grpo
+    wanted, params = run.config.grpo, run.state.params
+    old = shapes(
+        jax.eval_shape(run.policy.snapshot, params), sharding.state_shardings(run.mesh, params)
+    )
     networks = update.Networks(
         base=run.base,
         negative=run.negative,
-        old=None if wanted.replays or wanted.on_policy else run.state.params,
+        reference=run.reference,
+        old=None if wanted.replays or wanted.on_policy else old,
         scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
     )
     batch = scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
     given = (run.rule, run.state, networks, batch, run.schedule, whole(run, dtype=jnp.int32))
-    beside = held - chip_bytes(run.state, run.base, *(networks.scorer or ()))
+    beside = held - chip_bytes(run.state, run.base, run.reference, *(networks.scorer or ()))
     yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
 
 

@@ -1,4 +1,4 @@
-"""Compute the policy's velocity: frozen transformer, optional LoRA, and guidance in one batch.
+"""Compute the policy's velocity: transformer, optional LoRA, and guidance in one batch.
 
 Rollout and replay both call `Policy.velocity`, and no other function maps latents to velocities.
 
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import PromptCache, WanTransformer, unstack_blocks
 from jax_idgrpo.sampling.conditioning import Conditioning
+from jax_idgrpo.sampling.weights import TrainedWeights
 
 
 @struct.dataclass
@@ -29,8 +30,8 @@ class PolicyInputs:
     """Arrays that a velocity depends on besides its latents and timestep.
 
     Attributes:
-      lora: adapter state; None is the frozen base.
-      base: base state.
+      lora: trained parameters: an adapter, for which None is the frozen base, or trained weights.
+      base: frozen weights.
       conditioning: of the B rows.
       negative: encoded negative prompt, shared by all rows; unused without guidance.
     """
@@ -45,6 +46,8 @@ class PolicyInputs:
 class Policy:
     """Structure of the transformer with and without its adapter; the arrays are arguments.
 
+    If the weights themselves are trained, both are the transformer.
+
     If all scales are 1, only the branch of prompt and photos runs.
 
     Attributes:
@@ -52,12 +55,14 @@ class Policy:
       plain: graph definition without it.
       guidance: scale of the prompt.
       image_guidance: scale of the photos; None for a model without that branch (VACE).
+      weights: the trained weights; None if an adapter is trained.
     """
 
     adapted: Any
     plain: Any
     guidance: float
     image_guidance: float | None = None
+    weights: TrainedWeights | None = None
 
     @property
     def branches(self) -> int:
@@ -137,8 +142,21 @@ class Policy:
         )[:, :frames]
         return jax.lax.optimization_barrier(self._combine(branches))
 
+    def snapshot(self, params: nnx.State) -> nnx.State:
+        """Copy trained parameters in the dtypes in which the network uses them."""
+        stored = params if self.weights is None else self.weights.stored(params)
+        return jax.tree.map(jnp.copy, stored)
+
+    def shard_gradient(self, gradient: nnx.State) -> nnx.State:
+        """Shard the gradient of trained weights as the weights; an adapter's is small."""
+        return gradient if self.weights is None else self.weights.shard(gradient)
+
     def _network(self, lora: nnx.State | None, base: nnx.State) -> WanTransformer:
-        return nnx.merge(self.plain, base) if lora is None else nnx.merge(self.adapted, base, lora)
+        if lora is None:
+            return nnx.merge(self.plain, base)
+        if self.weights is None:
+            return nnx.merge(self.adapted, base, lora)
+        return nnx.merge(self.adapted, self.weights.merge(lora, base))
 
     def _combine(
         self, branches: Float[Array, "rows frames H W C"]
@@ -163,15 +181,22 @@ def _together(branches: Sequence[Array]) -> Array:
 
 
 def split(
-    transformer: WanTransformer, guidance: float, image_guidance: float | None = None
+    transformer: WanTransformer,
+    guidance: float,
+    image_guidance: float | None = None,
+    weights: TrainedWeights | None = None,
 ) -> tuple[Policy, nnx.State, nnx.State]:
-    """Split a transformer with adapters into (policy, adapter state, base state).
+    """Split a transformer into (policy, trained parameters, frozen weights).
 
     Args:
-      transformer: transformer with adapters.
+      transformer: transformer with adapters; without, if weights are trained.
       guidance: guidance scale of the prompt; 1 has no negative branch.
       image_guidance: guidance scale of the photos; None for a model without that branch.
+      weights: the trained weights; None trains the adapter.
     """
+    if weights is not None:
+        graph, state = nnx.split(transformer)
+        return Policy(graph, graph, guidance, image_guidance, weights), *weights.split(state)
     adapted, lora, base = nnx.split(transformer, LoRAParam, ...)
     config = dataclasses.replace(transformer.config, rank=0)
     plain = nnx.split(

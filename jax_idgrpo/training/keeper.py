@@ -1,7 +1,7 @@
-"""Write checkpoints and the exported adapter, but never those of a diverged adapter."""
+"""Write checkpoints and the export, but never those of a diverged run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,27 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.models.wan import WanConfig
 from jax_idgrpo.parallel.hosts import any_process, to_host
 from jax_idgrpo.sampling.adapters import save_lora, saved_step
+from jax_idgrpo.sampling.exports import save_checkpoint
 from jax_idgrpo.training.checkpoint import save
-from jax_idgrpo.training.state import TrainState
+from jax_idgrpo.training.setup import Run
+from jax_idgrpo.training.state import Parameters, TrainState
 
 
 @dataclasses.dataclass
 class Keeper:
     """Write checkpoints with their exports, except after a step without a finite update.
 
-    Divergence of the adapter is detected in the following step, whose gradient is not finite. Such
+    Divergence is detected in the following step, whose gradient is not finite. Such
     a step changes nothing and is `doubtful`. It is not saved. A checkpoint that was due is written
     after the next step with a finite gradient.
 
     Attributes:
       manager: checkpoint manager of the workdir.
-      export: folder of the exported adapter.
+      export: folder of the exported adapter or checkpoint.
       config: the run.
       transformer: architecture of the policy, including its adapter.
+      write_weights: writes the export of a run that trains weights, from (folder, averaged weights,
+        training steps done, whether the folder is an export of this run); None for an adapter.
       kept: step of the newest checkpoint and its export.
       doubtful: whether the last step had no finite update.
       postponed: whether a checkpoint is due that was not written because of a doubtful step.
@@ -37,6 +41,7 @@ class Keeper:
     export: Path
     config: Config
     transformer: WanConfig
+    write_weights: Callable[[Path, Parameters, int, bool], None] | None = None
     kept: int = 0
     doubtful: bool = False
     postponed: bool = False
@@ -84,11 +89,31 @@ class Keeper:
         """
         again = "start again in another --workdir with a lower --optimizer.learning_rate"
         if 0 < self.kept < done - failed:
-            again += f", from this run's adapter of step {self.kept} with --model.adapter {self.export} or without"
+            field, what = (
+                ("adapter", "adapter") if self.write_weights is None else ("path", "weights")
+            )
+            again += f", from this run's {what} of step {self.kept} with --model.{field} {self.export} or without"
         return f"see rewards_failed and gradient_norm in {self.export.parent / 'metrics.jsonl'}, and {again}"
 
     def _export(self, state: TrainState, done: int) -> None:
-        ema = to_host(state.ema)
-        if jax.process_index() == 0:
-            save_lora(self.export, ema, self.transformer, dataclasses.asdict(self.config), done)
+        if self.write_weights is None:
+            ema = to_host(state.ema)
+            if jax.process_index() == 0:
+                save_lora(self.export, ema, self.transformer, dataclasses.asdict(self.config), done)
+        else:
+            reuse = self.kept > 0 and not any_process(saved_step(self.export) is None)
+            self.write_weights(self.export, state.ema, done, reuse)
         self.kept = done
+
+
+def weights_writer(run: Run) -> Callable[[Path, Parameters, int, bool], None] | None:
+    """Return `Keeper.write_weights` of a run."""
+    weights = run.policy.weights
+    if weights is None:
+        return None
+
+    def write(folder: Path, average: Parameters, done: int, reuse: bool) -> None:
+        state, training = weights.merge(average, run.base), dataclasses.asdict(run.config)
+        save_checkpoint(folder, run.pipe, state, training, done, reuse)
+
+    return write

@@ -15,6 +15,7 @@ from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt, prompt_batch
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards.base import Consumer, Reward, differentiable
 from jax_idgrpo.rewards.factory import make_reward
@@ -28,8 +29,9 @@ from jax_idgrpo.sampling.pipeline import (
     pipeline_shapes,
     read_architecture,
 )
+from jax_idgrpo.sampling.weights import select_weights
 from jax_idgrpo.training.selection import check_terms
-from jax_idgrpo.training.state import make_optimizer, start
+from jax_idgrpo.training.state import TrainState, make_optimizer, start
 from jax_idgrpo.training.update import UpdateRule
 
 
@@ -44,6 +46,8 @@ class Run:
       policy: structure of the transformer, without arrays.
       state: `TrainState` before the first step; None after training has taken it over.
       base: frozen weights of the transformer.
+      reference: the trained weights before training, in the dtypes of the network; None for an
+        adapter, and if the objective does not compare with the base.
       negative: [L,D] encoded negative prompt.
       vae: graph and state of the VAE.
       reward: scores videos; for planning, its substitute of `rewards.planned`.
@@ -58,6 +62,7 @@ class Run:
     policy: policy.Policy
     state: Any
     base: nnx.State
+    reference: nnx.State | None
     negative: Float[Array, "L D"] | jax.ShapeDtypeStruct
     vae: tuple[nnx.GraphDef, nnx.State]
     reward: Any
@@ -87,11 +92,9 @@ def build(
     )
     if abstract:
         found = architecture or read_architecture(model.folder())
-        running: dict[str, Any] = dict(
-            lora_layers.configured(model, found.transformer),
-            remat=model.remat,
-            unroll=model.unroll,
-        )
+        running: dict[str, Any] = dict(remat=model.remat, unroll=model.unroll)
+        if model.train == "lora":
+            running |= lora_layers.configured(model, found.transformer)
         found = dataclasses.replace(
             found, transformer=dataclasses.replace(found.transformer, **running)
         )
@@ -104,10 +107,28 @@ def build(
     else:
         pipe = load(config, mesh)
         negative = conditioning.encode_negative(pipe, config.data)
-    actor, lora, base = policy.split(pipe.transformer, sampling.guidance, config.image_guidance())
+    full = model.train == "full"
+    actor, trained, base = policy.split(
+        pipe.transformer,
+        sampling.guidance,
+        config.image_guidance(),
+        select_weights(pipe.transformer, model.train_layers) if full else None,
+    )
+    if full:  # else the device would hold the trained weights as they were read
+        pipe = dataclasses.replace(pipe, transformer=_described(pipe.transformer))
+    reference = trained if full and config.grpo.compares_with_base else None
     optimizer = make_optimizer(config.optimizer, config.run.steps * config.grpo.optimizer_steps)
-    first = functools.partial(start, optimizer)
-    state = jax.eval_shape(first, lora) if abstract else first(lora)
+
+    def first(params: nnx.State) -> TrainState:
+        return start(optimizer, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+    shapes = jax.eval_shape(first, trained)
+    where = sharding.state_shardings(mesh, shapes)
+    state = (
+        sharding.shapes(shapes, where)
+        if abstract
+        else jax.jit(first, out_shardings=where)(sharding.shard_params(mesh, trained))
+    )
     reward = _reward(config, mesh, abstract)
     through = config.grpo.through_reward
     schedule = rollout.Schedule.make(
@@ -118,8 +139,9 @@ def build(
         mesh=mesh,
         pipe=pipe,
         policy=actor,
-        state=place(state, sharding.state_shardings(mesh, state)),
+        state=state,
         base=place(base, sharding.state_shardings(mesh, base)),
+        reference=place(reference, sharding.state_shardings(mesh, reference)),
         negative=place(negative, whole),
         vae=nnx.split(pipe.vae),
         reward=reward,
@@ -152,6 +174,12 @@ def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache
     chosen = prompt_batch(prompts, config.run.seed, 0, drawn)
     sampled = [prompts[index] for index in chosen]
     return conditioning.photo_encoder(run.pipe, config, cache, sampled)
+
+
+def _described(transformer: WanTransformer) -> WanTransformer:
+    """Return the transformer with shapes in place of its arrays."""
+    graph, state = nnx.split(transformer)
+    return nnx.merge(graph, jax.eval_shape(lambda state: state, state))
 
 
 def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
@@ -239,7 +267,7 @@ def forward_passes(config: Config, branches: int) -> dict[str, float]:
         levels, trained = sampling.trained_steps, branches
     else:
         levels, trained = wanted.times, 1
-    base = wanted.kl > 0 or "base" in wanted.needs
+    base = wanted.compares_with_base
     old = not (wanted.replays or wanted.on_policy)
     backward = config.trained_rows * wanted.epochs * levels * trained
     return {
@@ -250,7 +278,7 @@ def forward_passes(config: Config, branches: int) -> dict[str, float]:
 
 
 def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
-    """Load the pipeline of `config.model` on a mesh, with a new adapter or `model.adapter`.
+    """Load the pipeline of `config.model` on a mesh, with the adapter that is trained, if any.
 
     Raises:
       UserError: the checkpoint or the adapter cannot be used.
@@ -266,6 +294,8 @@ def load(config: Config, mesh: Mesh | None = None) -> Pipeline:
         text_memory=model.text_memory,
     )
     lora_sum.merge_base(pipe.transformer, model)
+    if model.train == "full":
+        return pipe
     wanted = lora_layers.configured(model, pipe.transformer.config)
     if not model.adapter:
         pipe.transformer = add_adapter(

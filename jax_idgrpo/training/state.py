@@ -21,8 +21,8 @@ class TrainState:
 
     Attributes:
       step: int32 [], training steps done, which is the number of the next step.
-      params: trained parameters: the adapter in reinforcement learning, the whole network in
-        supervised training.
+      params: trained parameters: in reinforcement learning the adapter, or trained weights in
+        float32; in supervised training the whole network.
       ema: float32 moving average of `params`; these weights are evaluated and exported.
       optimizer: moments and counters of the optimizer.
       rest: variables of the network that change but are not parameters, such as running means.

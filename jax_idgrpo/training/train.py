@@ -1,8 +1,9 @@
-"""Train with GRPO: sample groups of videos, score them, update the adapter.
+"""Train with GRPO: sample groups of videos, score them, update the trained parameters.
 
 Prompts, noise and window of step k are functions of (seed, k), so an interrupted and resumed run
-yields the same adapter as an uninterrupted one. All data between prompts and updated weights stays
-on the devices: the programs of a step run under a transfer guard. After a step its data is freed.
+yields the same parameters as an uninterrupted one. All data between prompts and updated weights
+stays on the devices: the programs of a step run under a transfer guard. After a step its data is
+freed.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training.checkpoint import keep_base, open_checkpoints, resume, stored_steps
-from jax_idgrpo.training.keeper import Keeper
+from jax_idgrpo.training.keeper import Keeper, weights_writer
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.profiling import Profile
 from jax_idgrpo.training.selection import (
@@ -73,12 +74,13 @@ LeaveIfAsked = Callable[[Callable[[], TrainState]], None]
 
 @exclusive
 def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
-    """Train the adapter for `config.run.steps` steps; resume if the workdir has a run.
+    """Train for `config.run.steps` steps; resume if the workdir has a run.
 
-    Writes `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`. The export is a
-    PEFT adapter of the averaged weights, written with every checkpoint. SIGTERM, SIGHUP and Ctrl-C
-    take effect between the chunks of a rollout and between updates: the last finished step is
-    saved, and the process exits with status 128 plus the signal's number.
+    Writes `config.json metrics.jsonl tensorboard/ checkpoints/ samples/ export/`. The export is
+    written with every checkpoint. It holds the averaged parameters: a PEFT adapter, or the complete
+    checkpoint if weights are trained. SIGTERM, SIGHUP and Ctrl-C take effect between the chunks of
+    a rollout and between updates: the last finished step is saved, and the process exits with
+    status 128 plus the signal's number.
 
     Args:
       config: the run.
@@ -121,7 +123,9 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     keep_base(workdir, base, resumes=bool(stored_steps(manager)))
     state = resume(workdir, config, manager, fresh, listed)
     done = int(state.step)
-    keeper = Keeper(manager, workdir / "export", config, run.pipe.transformer.config)
+    keeper = Keeper(
+        manager, workdir / "export", config, run.pipe.transformer.config, weights_writer(run)
+    )
     keeper.begin(state)
     traced = Profile(profile, done, last)
     before = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"] < done]
@@ -208,11 +212,11 @@ def begin_watch(
 
     Args:
       run: the run.
-      start: initial adapter of the run.
+      start: initial parameters of the run.
       folder: output folder of the scores.
 
     Returns:
-      A function (adapter, training steps done) -> values to log.
+      A function (averaged parameters, training steps done) -> values to log.
     """
     config, base = run.config, run.base
     guidance = config.evaluate.guidance or config.rollout.guidance
@@ -423,7 +427,8 @@ def train_on(
     networks = Networks(
         base=run.base,
         negative=run.negative,
-        old=None if wanted.replays or wanted.on_policy else jax.tree.map(jnp.copy, state.params),
+        reference=run.reference,
+        old=None if wanted.replays or wanted.on_policy else run.policy.snapshot(state.params),
         scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
     )
     finished: PyTree = (

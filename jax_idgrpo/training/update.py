@@ -179,7 +179,9 @@ class Networks:
     Attributes:
       base: frozen weights of the transformer.
       negative: encoded negative prompt.
-      old: adapter that sampled the rollout; None if it equals the trained adapter, or if the
+      reference: trained parameters of the base, with which the objective compares; None for an
+        adapter, whose base is the network without it, and if the objective does not compare.
+      old: parameters that sampled the rollout; None if they equal the trained ones, or if the
         rollout stores its velocities.
       scorer: the VAE, and the state of the reward's networks; None unless the reward is
         differentiated.
@@ -187,6 +189,7 @@ class Networks:
 
     base: nnx.State
     negative: Float[Array, "L D"]
+    reference: nnx.State | None = None
     old: nnx.State | None = None
     scorer: Any = None
 
@@ -255,7 +258,7 @@ def replayed_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     )
     rows = wanted.definition.function(step, wanted)
     if wanted.kl > 0:
-        reference = jax.lax.stop_gradient(velocity(None))
+        reference = jax.lax.stop_gradient(velocity(given.networks.reference))
         in_std = wanted.kl_units == "std"
         rows["kl"] = (
             flow.divergence(transition, v, reference, mask)
@@ -304,7 +307,7 @@ def matched_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     v = velocity(lora)
     v_old = jax.lax.stop_gradient(v if networks.old is None else velocity(networks.old))
     base = (
-        jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 or "base" in wanted.needs else None
+        jax.lax.stop_gradient(velocity(networks.reference)) if wanted.compares_with_base else None
     )
     level = grpo.Noised(
         v=v,
@@ -349,7 +352,9 @@ def rewarded_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
             return rule.policy.velocity(given.policy_inputs(adapter), x, timestep)
 
         v = velocity(lora)
-        reference = jax.lax.stop_gradient(velocity(None)) if wanted.kl > 0 else v
+        reference = (
+            jax.lax.stop_gradient(velocity(given.networks.reference)) if wanted.kl > 0 else v
+        )
         return flow.ode_step(x, v, sigma, sigma_next), grpo.matching_error(
             v, reference, conditioning.frame_mask
         )
@@ -427,6 +432,7 @@ def _gradients(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c, keepdims=False), rollout
         )
         gradient, rows = jax.grad(loss, has_aux=True)(lora, chunk, number, weight, scale)
+        gradient = rule.policy.shard_gradient(gradient)
         return jax.tree.map(lambda sum_, leaf: sum_ + leaf / count, total, gradient), rows
 
     positions = (
@@ -435,7 +441,8 @@ def _gradients(
         weight.reshape(len(chunks) * levels, -1),
         scale.reshape(len(chunks) * levels, -1),
     )
-    total, rows = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, lora), positions)
+    zeros = rule.policy.shard_gradient(jax.tree.map(jnp.zeros_like, lora))
+    total, rows = jax.lax.scan(body, zeros, positions)
     return total, {name: value.reshape(len(chunks), levels, -1) for name, value in rows.items()}
 
 

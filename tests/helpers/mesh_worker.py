@@ -1,6 +1,8 @@
 """Run by test_parallel.py in a process of its own: one rollout, decode, reward and gradient on each mesh given, stored as arrays.
 
 python -m tests.helpers.mesh_worker OUT '{"data": 2, "seq": 4}' ...
+
+With "weights", patterns as in model.train_layers, these weights are trained in place of an adapter, and an optimizer step is taken.
 """
 
 import dataclasses
@@ -8,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
+from jax_idgrpo.sampling.weights import select_weights
 from jax_idgrpo.training import update
 from jax_idgrpo.training.state import start
 
@@ -50,7 +54,7 @@ def random(state: nnx.State) -> nnx.State:
     )
 
 
-def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+def run(mesh: jax.sharding.Mesh, patterns: str | None = None) -> dict[str, np.ndarray]:
     random_numbers = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
     condition = Conditioning(
@@ -62,10 +66,13 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
         references=references,
     )
     negative = jnp.asarray(random_numbers.normal(size=(5, 16)), jnp.float32)
-    transformer = WanTransformer(WanConfig(**SIZES, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
+    sizes = SIZES if patterns is None else SIZES | {"rank": 0}
+    transformer = WanTransformer(WanConfig(**sizes, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
     nnx.update(transformer, random(nnx.state(transformer)))
-    actor, lora, base = policy.split(transformer, 3.0)
-    state = sharding.shard_params(mesh, start(optax.adam(1e-3), lora))
+    weights = None if patterns is None else select_weights(transformer, patterns)
+    actor, lora, base = policy.split(transformer, 3.0, weights=weights)
+    optimizer = optax.adam(1e-3, eps=1e-4)
+    state = sharding.shard_params(mesh, start(optimizer, lora))
     base = sharding.shard_params(mesh, base)
     vae_config = vae.VAEConfig(
         base_dim=4,
@@ -109,17 +116,35 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     batch = dataclasses.replace(batch, advantage=advantage, weight=np.ones_like(advantage))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
     objective = update.UpdateRule(
-        policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9
+        policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optimizer, ema_decay=0.9
     )
-    networks = update.Networks(base=base, negative=negative)
+    reference = None
+    if weights is not None:
+        reference = jax.tree.map(lambda leaf: 0.9 * leaf, actor.snapshot(state.params))
+    networks = update.Networks(base=base, negative=negative, reference=reference)
     gradient, rows = jax.jit(update.gradients, static_argnums=0)(
         objective, state.params, networks, batch, schedule, jnp.int32(0)
     )
-    flat = {
-        sharding.leaf_name(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
-    }
-    return {
+    step = {}
+    if weights is not None:
+        largest = max(
+            leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves((state, gradient))
+        )
+        before = flat(state.params)
+        moved, _ = update.update(objective, state, networks, batch, schedule, jnp.int32(0))
+        after = flat(moved.params), flat(moved.ema), flat(moved.optimizer)
+        places = sharding.state_shardings(mesh, moved)
+        step = {
+            "step": np.concatenate([after[0] - before, after[1] - before, after[2]]),
+            "in_place": np.asarray(
+                [
+                    leaf.sharding.is_equivalent_to(place, leaf.ndim)
+                    for leaf, place in zip(*map(jax.tree.leaves, (moved, places)), strict=True)
+                ]
+            ),
+            "largest": np.asarray(largest),
+        }
+    return step | {
         "start": np.asarray(rollout._start(noise, condition)),
         "latents": np.asarray(trajectory.latents),
         "log_prob": np.asarray(trajectory.log_prob),
@@ -127,18 +152,28 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
         "exchanges": np.asarray(exchanges),
         "ratio": np.asarray(rows["ratio"]),
         "loss": np.asarray(rows["policy_loss"] + 0.1 * rows["kl"]),
-        "gradient": np.concatenate([flat[name].ravel() for name in sorted(flat)]),
+        "gradient": flat(gradient),
     }
+
+
+def flat(tree: Any) -> np.ndarray:
+    """Return all numbers of a tree in the order of its paths."""
+    leaves = {
+        sharding.leaf_name(path): np.asarray(leaf).ravel()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return np.concatenate([leaves[name] for name in sorted(leaves)])
 
 
 def main(out: str, *meshes: str) -> None:
     vae.ATTENTION_LOGITS = 1  # as of a large video: its frames attend one after the other
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
+        patterns = sizes.pop("weights", None)
         count = int(np.prod(list(sizes.values())))
         np.savez(
             Path(out) / f"{number}.npz",
-            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])),
+            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count]), patterns),
         )
 
 

@@ -1,5 +1,6 @@
 """The smallest run of the bundled models, and what it leaves."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,6 +34,20 @@ def tiny(steps, grpo=None, **rollout):
         reward=c.RewardConfig(frames=2),
         run=c.RunConfig(steps=steps, save_every=2, sample_every=2, give_up_after=2),
     )
+
+
+def full(steps, patterns="", **changes):
+    """Return the configuration of such a run that trains weights of the bundled model.
+
+    Args:
+      steps: as in `tiny`.
+      patterns: of the trained weights.
+      **changes: as in `tiny`.
+    """
+    config = tiny(steps, **changes)
+    model = dataclasses.replace(config.model, train="full", train_layers=patterns, remat="full")
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-4)
+    return dataclasses.replace(config, model=model, optimizer=optimizer)
 
 
 def rows(workdir):

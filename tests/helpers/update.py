@@ -16,6 +16,7 @@ from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.sampling import policy, rollout
 from jax_idgrpo.sampling.conditioning import Conditioning, frame_mask
 from jax_idgrpo.sampling.policy import PolicyInputs
+from jax_idgrpo.sampling.weights import select_weights
 from jax_idgrpo.training import update
 from tests.helpers.noise import add_noise
 
@@ -42,6 +43,17 @@ def model(dtype="float32", guidance=3.0, remat="none"):
     transformer = WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
     add_noise(transformer)
     return policy.split(transformer, guidance)
+
+
+@functools.cache
+def trained(patterns="", dtype="float32", guidance=3.0, remat="none"):
+    """Return a policy whose weights are trained, the float32 weights, and the frozen ones."""
+    config = dataclasses.replace(CONFIG, remat=remat, rank=0)
+    transformer = WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0))
+    add_noise(transformer)
+    weights = select_weights(transformer, patterns)
+    actor, params, base = policy.split(transformer, guidance, weights=weights)
+    return actor, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), base
 
 
 @functools.cache
@@ -122,9 +134,9 @@ def objective(actor, **changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(fixed, lora, base, batch, schedule=SCHEDULE, old=None, step=0):
+def gradients(fixed, lora, base, batch, schedule=SCHEDULE, old=None, step=0, reference=None):
     """Return the gradient of an update, and its numbers per step and row."""
-    networks = update.Networks(base=base, negative=NEGATIVE, old=old)
+    networks = update.Networks(base=base, negative=NEGATIVE, reference=reference, old=old)
     return update.gradients(fixed, lora, networks, batch, schedule, jnp.int32(step))
 
 

@@ -27,6 +27,10 @@ MESHES = [
 ]
 
 
+WEIGHTS = [{"data": 1, "weights": "blocks.[12],vace_*,proj_out"}]
+WEIGHTS.append(WEIGHTS[0] | {"fsdp": 2, "tensor": 2})
+
+
 def fake_mesh(**sizes: int) -> Mesh:
     """A mesh of many devices that is never run on."""
     shape = [sizes.get(name, 1) for name in sharding.AXES]
@@ -35,17 +39,21 @@ def fake_mesh(**sizes: int) -> Mesh:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("meshes")
+    return run_meshes(tmp_path_factory.mktemp("meshes"), MESHES)
+
+
+def run_meshes(out, meshes):
+    """Run the worker and return the arrays of each mesh."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
     command = [
         sys.executable,
         "-m",
         "tests.helpers.mesh_worker",
         str(out),
-        *map(json.dumps, MESHES),
+        *map(json.dumps, meshes),
     ]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags})
-    return [dict(np.load(out / f"{number}.npz")) for number in range(len(MESHES))]
+    return [dict(np.load(out / f"{number}.npz")) for number in range(len(meshes))]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,19 @@ def test_rows_are_decoded_where_they_are(runs, number):
 )
 def test_on_policy_ratio_is_one_on_every_mesh(runs, number):
     np.testing.assert_array_equal(runs[number]["ratio"], np.ones_like(runs[number]["ratio"]))
+
+
+def test_a_step_of_trained_weights_on_a_mesh_equals_one_device(tmp_path):
+    """Weights, moments and average after a step, to rounding; each lies where the table puts it, and no device holds a whole kernel."""
+    one, other = run_meshes(tmp_path, WEIGHTS)
+    for run in (one, other):
+        np.testing.assert_array_equal(run["ratio"], np.ones_like(run["ratio"]))
+        assert run["in_place"].all()
+    for name in ("loss", "gradient", "step"):
+        assert np.linalg.norm(one[name]) > 0
+        error = np.linalg.norm(other[name] - one[name]) / np.linalg.norm(one[name])
+        assert error < 1e-5, (name, error)
+    assert other["largest"] <= one["largest"] / 2
 
 
 def test_rows_of_a_rollout_are_taken_without_gathering_it():

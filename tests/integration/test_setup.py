@@ -6,26 +6,30 @@ import pytest
 from jax_idgrpo import config as c
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.training import setup
-from tests.helpers.tiny_run import tiny
+from tests.helpers.tiny_run import full, tiny
 
 
 @pytest.mark.parametrize(
-    "values",
+    "config",
     [
-        dict(),
-        dict(
-            grpo=dict(objective="nft", kl_units="velocity", updates=2), window="none", guidance=3.0
+        tiny(2),
+        tiny(
+            2,
+            grpo=dict(objective="nft", kl_units="velocity", updates=2),
+            window="none",
+            guidance=3.0,
         ),
+        full(2, "blocks.1,attn2"),
     ],
-    ids=["clip", "nft"],
+    ids=["clip", "nft", "full"],
 )
-def test_shapes_are_those_of_the_arrays(values):
-    config = tiny(2, **values)
+def test_shapes_are_those_of_the_arrays(config):
     mesh = sharding.make_mesh(c.MeshConfig(), jax.devices()[:1])
     real, planned = setup.build(config, mesh), setup.build(config, mesh, abstract=True)
 
     def parts(run):
-        networks = (jax.tree.map(lambda x: x, part) for part in (run.base, run.vae[1]))
+        frozen = (run.base, run.reference, run.vae[1])
+        networks = (jax.tree.map(lambda x: x, part) for part in frozen)
         return run.state, *networks, run.negative, run.schedule, run.reward.state
 
     leaves, shapes = (jax.tree_util.tree_leaves_with_path(parts(run)) for run in (real, planned))

@@ -123,7 +123,10 @@ def test_evaluate_takes_adapters_in_both_spellings(
         "--lora",
         f"three={tmp_path / 'c'}",
     ]
-    _, prompts, out, loras = call("jax_idgrpo.evaluation.commands:evaluate", monkeypatch, arguments)
+    _, prompts, out, loras, checkpoints = call(
+        "jax_idgrpo.evaluation.commands:evaluate", monkeypatch, arguments
+    )
+    assert checkpoints == {}
     assert loras == {"one": tmp_path / "a", "two": tmp_path / "b", "three": tmp_path / "c"}
     assert (prompts, out) == (prompts_file, tmp_path / "o")
 

@@ -12,6 +12,7 @@ from jax_idgrpo.config import (
     Config,
     EvaluateConfig,
     GrpoConfig,
+    ModelConfig,
     RewardConfig,
     RolloutConfig,
     RunConfig,
@@ -104,6 +105,16 @@ WRONG = {
         grpo=GrpoConfig(objective="reward_gradient", kl_units="velocity"),
         reward=RewardConfig(mixture={"mimr": 1.0}),
     ),
+    "train_layers blocks.1 selects weights, and model.train lora trains none": lambda: ModelConfig(
+        train_layers="blocks.1"
+    ),
+    "model.adapter runs/a has no place with model.train full": lambda: ModelConfig(
+        train="full", adapter="runs/a"
+    ),
+    "--model.rank: model.train full trains no adapter; leave it out": lambda: override(
+        Config(), [("model.train", "full"), ("model.rank", "4")]
+    ),
+    "model.train is 'all'; use lora or full": lambda: ModelConfig(train="all"),
     "solver is 'heun'": lambda: EvaluateConfig(solver="heun"),
     "config: evaluate.frames is 10; use 4n+1, such as 33 or 81, or 0 for video's": lambda: (
         EvaluateConfig(frames=10)
