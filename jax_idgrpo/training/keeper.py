@@ -25,7 +25,7 @@ class Keeper:
 
     Attributes:
       manager: checkpoint manager of the workdir.
-      export: folder of the exported adapter.
+      export: folder of the exported adapter, or of those of two experts.
       config: the run.
       transformer: architecture of the policy, including its adapter.
       kept: step of the newest checkpoint and its export.

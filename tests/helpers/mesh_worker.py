@@ -1,6 +1,8 @@
 """Run by test_parallel.py in a process of its own: one rollout, decode, reward and gradient on each mesh given, stored as arrays.
 
 python -m tests.helpers.mesh_worker OUT '{"data": 2, "seq": 4}' ...
+
+With {"experts": 2} beside the axes, the model has two, and the window reaches both.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from flax import nnx
 from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig, MeshConfig
 from jax_idgrpo.models import vae
+from jax_idgrpo.models.experts import together
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
@@ -41,16 +44,16 @@ SIZES = dict(
 )
 
 
-def random(state: nnx.State) -> nnx.State:
+def random(state: nnx.State, seed: int = 1) -> nnx.State:
     """The state with every leaf random, also those that start at zero."""
     leaves, tree = jax.tree.flatten(state)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     return jax.tree.unflatten(
         tree, [jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
     )
 
 
-def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
+def run(mesh: jax.sharding.Mesh, experts: int) -> dict[str, np.ndarray]:
     random_numbers = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
     condition = Conditioning(
@@ -62,10 +65,14 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
         references=references,
     )
     negative = jnp.asarray(random_numbers.normal(size=(5, 16)), jnp.float32)
-    transformer = WanTransformer(WanConfig(**SIZES, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
-    nnx.update(transformer, random(nnx.state(transformer)))
-    actor, lora, base = policy.split(transformer, 3.0)
-    state = sharding.shard_params(mesh, start(optax.adam(1e-3), lora))
+    transformers = []
+    for seed in range(1, experts + 1):
+        config = WanConfig(**SIZES, mesh=mesh)
+        transformers.append(WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)))
+        nnx.update(transformers[-1], random(nnx.state(transformers[-1]), seed))
+    actor, lora, base = policy.split_experts(transformers, [3.0] * experts)
+    optimizer = together([optax.adam(1e-3)] * experts)
+    state = sharding.shard_params(mesh, start(optimizer, lora))
     base = sharding.shard_params(mesh, base)
     vae_config = vae.VAEConfig(
         base_dim=4,
@@ -80,11 +87,11 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     def on_mesh(tree):
         return jax.device_put(tree, sharding.batch_sharding(mesh))
 
-    schedule = rollout.Schedule.make(STEPS, 3.0)
+    schedule = rollout.Schedule.make(STEPS, 3.0, boundary=0.9 if experts == 2 else None)
     noise = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
-    trajectory = rollout.sample(
+    trajectory = rollout.sample_experts(
         actor,
         policy.PolicyInputs(state.params, base, condition, negative),
         schedule,
@@ -109,11 +116,17 @@ def run(mesh: jax.sharding.Mesh) -> dict[str, np.ndarray]:
     batch = dataclasses.replace(batch, advantage=advantage, weight=np.ones_like(advantage))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh, 1))
     objective = update.UpdateRule(
-        policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optax.adam(1e-3), ema_decay=0.9
+        policy=actor, grpo=GrpoConfig(kl=0.1), optimizer=optimizer, ema_decay=0.9
     )
     networks = update.Networks(base=base, negative=negative)
-    gradient, rows = jax.jit(update.gradients, static_argnums=0)(
-        objective, state.params, networks, batch, schedule, jnp.int32(0)
+    gradient, rows = jax.jit(update.gradients, static_argnums=0, static_argnames="trained")(
+        objective,
+        state.params,
+        networks,
+        batch,
+        schedule,
+        jnp.int32(0),
+        trained=tuple(range(experts)),
     )
     flat = {
         sharding.leaf_name(path): np.asarray(leaf)
@@ -135,10 +148,11 @@ def main(out: str, *meshes: str) -> None:
     vae.ATTENTION_LOGITS = 1  # as of a large video: its frames attend one after the other
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
+        experts = sizes.pop("experts", 1)
         count = int(np.prod(list(sizes.values())))
         np.savez(
             Path(out) / f"{number}.npz",
-            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])),
+            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count]), experts),
         )
 
 
