@@ -30,7 +30,7 @@ from checkpoints_convert.places import LoRASum, checkpoint_place
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import Dtypes
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
@@ -250,9 +250,12 @@ def _load_text_encoder(
 
 
 def _transformer_shapes(config: WanConfig, dtype: str, memory: str = "device") -> WanTransformer:
-    def shardings_of(state: PyTree) -> PyTree:
+    def shardings_of(state: nnx.State) -> nnx.State:
         shardings = sharding.state_shardings(config.mesh, state)
-        return sharding.in_host_memory(shardings) if memory == "host" else shardings
+        if memory == "host":  # but the adapter, which is small, stays on the devices
+            lora, base = nnx.split_state(shardings, LoRAParam, ...)
+            shardings = nnx.merge_state(lora, sharding.in_host_memory(base))
+        return shardings
 
     where = None if config.mesh is None else shardings_of
     return _shapes(
