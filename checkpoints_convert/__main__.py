@@ -18,6 +18,7 @@ from checkpoints_convert import (
     card,
     checkpoint,
     compare,
+    experts,
     face_folder,
     identify,
     lora,
@@ -65,11 +66,11 @@ def report_unstated_alpha(opened: Checkpoint, alpha: float | None) -> None:
 def report_left_out(opened: Checkpoint) -> None:
     """Print a line for every network with tensors that are not converted, and for a tokenizer."""
     embedded = opened.tokenizer is None and opened.tokenizer_texts
-    for network in opened.networks.values():
+    for part, network in opened.networks.items():
         taken = [spiece.TENSOR] if embedded else []
         if extra := [name for name in network.extra if name not in taken]:
             print(
-                f"{network.part}: left out {len(extra)} tensors that it does not have: "
+                f"{part}: left out {len(extra)} tensors that it does not have: "
                 f"{', '.join(extra[:SHOWN])}"
             )
     if embedded:
@@ -94,13 +95,15 @@ def run_inspect(path: Path, kind: str | None, options: Options) -> int:
                 else ""
             )
         )
+    if opened.boundary is not None:
+        print(experts.description(opened.boundary))
     describe(opened)
     print_notices(opened)
     check_values(opened)
     report_unstated_alpha(opened, None)
-    for network in opened.networks.values():
+    for part, network in opened.networks.items():
         if blanks := blank_matrices(network):
-            print(f"{network.part}: {describe_blanks(blanks)}")
+            print(f"{part}: {describe_blanks(blanks)}")
     missing = opened.missing()
     print(
         "complete: every tensor of "
@@ -176,6 +179,7 @@ def run_import(arguments: argparse.Namespace) -> int:
             opened = checkpoint.completed(opened, checkpoint.open_checkpoint(rest, options=others))
         if merge and TRANSFORMER not in opened.networks:
             raise UserError(f"--merge {merge[0]}: {source} holds no transformer; leave it out")
+        experts.require_one(source, opened.boundary if merge else None)
         merges = [lora_merge.open_merge(*split_scale(text, "--merge")) for text in merge]
         print_notices(opened, arguments.dtype)
         warn_of_blanks(opened)
@@ -189,6 +193,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Export a checkpoint or an adapter to a published format."""
     form, destination = arguments.form, arguments.destination
     source = adapter_place(arguments.source)
+    if pair := experts.exports_of_experts(source, destination, form):
+        for one in pair:
+            run_export(argparse.Namespace(**(vars(arguments) | one)))
+        return 0
     options = options_of(arguments)
     opened = checkpoint.open_checkpoint(source, arguments.kind, options=options)
     what, choices = "a pipeline", PIPELINE_FORMATS
@@ -203,7 +211,8 @@ def run_export(arguments: argparse.Namespace) -> int:
             f"--base {arguments.base}: only --format merged needs it; name the base model with "
             "--base-model"
         )
-    training = run_config(source.absolute().parent)
+    parents = source.absolute().parents  # an adapter of two is one folder deeper in its workdir
+    training = next(filter(None, map(run_config, parents[:2])), None)
     trained_on = (training or {}).get("model", {}).get("path") or None
     named = arguments.base_model or trained_on
     warn_of_blanks(opened)
@@ -218,6 +227,7 @@ def run_export(arguments: argparse.Namespace) -> int:
                 f"--format merged: the base model of {source} is unknown; give it with --base"
             )
         base = checkpoint.open_checkpoint(place, arguments.kind, options=options)
+        experts.require_one(base.path, base.boundary)
         print_notices(base, arguments.dtype)
         warn_of_blanks(base)
         merge = lora_merge.open_merge(source)

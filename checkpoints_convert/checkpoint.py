@@ -22,7 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_convert import contents, faces, quantized, rules, spiece, store, vace_module
+from checkpoints_convert import (
+    contents,
+    experts,
+    faces,
+    quantized,
+    rules,
+    spiece,
+    store,
+    vace_module,
+)
 from checkpoints_convert.adapter import open_adapter
 from checkpoints_convert.contents import Options
 from checkpoints_convert.identify import (
@@ -64,11 +73,14 @@ class Checkpoint:
 
     Attributes:
       path: folder or file.
-      networks: networks by part.
+      networks: networks by part. With two experts, "transformer" is the one for high noise and
+        "transformer_2" the one for low noise.
       kind: one of `MODEL_KINDS`; None without a transformer.
       tokenizer: folder of the tokenizer, if there is one.
       scheduler: folder of the scheduler, if there is one.
       embedded: tokenizer in the file of the text encoder, if there is no folder of one.
+      boundary: share of the timesteps from which the high-noise expert runs; None for one
+        transformer.
     """
 
     path: Path
@@ -77,6 +89,7 @@ class Checkpoint:
     tokenizer: Path | None = None
     scheduler: Path | None = None
     embedded: spiece.Model | None = None
+    boundary: float | None = None
 
     @functools.cached_property
     def tokenizer_texts(self) -> dict[str, str]:
@@ -93,8 +106,8 @@ class Checkpoint:
         stored = store.read_json(file).get("notes") if file.is_file() else None
         told = [str(note) for note in stored] if isinstance(stored, list) else []
         return told + [
-            f"{network.part}: {notice}"
-            for network in self.networks.values()
+            f"{part}: {notice}"
+            for part, network in self.networks.items()
             for notice in network.notices
         ]
 
@@ -261,40 +274,55 @@ def open_checkpoint(
     """
     path = Path(path)
     path = checkpoint_place(path) if (path / INDEX).is_file() else adapter_place(path)
-    _refuse_two_transformers(path)
+    boundary = _boundary(path)
+    found: list[tuple[str, Network]]
     if (path / ADAPTER_CONFIG).is_file():
-        networks = [open_adapter(path, alpha)]
+        found = [(ADAPTER, open_adapter(path, alpha))]
     elif (path / INDEX).is_file():
-        store.read_json(path / INDEX)
         kind = _stated_kind(path, kind)
-        missing = [part for part in FAMILIES if not (path / part).is_dir()]
+        parts = [*FAMILIES] + [experts.SECOND] * (boundary is not None)
+        missing = [part for part in parts if not (path / part).is_dir()]
         if missing:
             raise UserError(f"{path}: has no folder {missing[0]}/; get the whole pipeline")
-        networks = [open_network(path / part, kind, options) for part in FAMILIES]
-        for part, network in zip(FAMILIES, networks, strict=True):
-            if network.part != part:
+        found = [(part, open_network(path / part, kind, options)) for part in parts]
+        for part, network in found:
+            if network.part != experts.family(part):
                 raise UserError(
                     f"{network.source}: holds a {network.part}, not the {part}; get the pipeline "
                     "again"
                 )
     else:
         kind = _stated_kind(path, kind)
-        networks = [_network(file, kind, alpha, options) for file in store.weights_files(path)]
-        if not networks:
+        opened = [_network(file, kind, alpha, options) for file in store.weights_files(path)]
+        found = [(network.part, network) for network in opened]
+        for part, folder in experts.original_folders(path).items():
+            found.append((part, open_network(folder, kind, options)))
+        if not found:
             store.refuse_foreign(path)
+            if pair := experts.expert_adapters(path):
+                names = " and ".join(place.name for place in pair)
+                raise UserError(
+                    f"{path}: holds the adapters of two transformers, {names}; give one of them"
+                )
             raise UserError(
                 f"{path}: no {INDEX} in it, and no weights; give a diffusers folder, original "
                 "folder, adapter or store"
             )
     by_part: dict[str, Network] = {}
-    for network in networks:
-        if network.part in by_part:
-            first = by_part[network.part].source
+    for part, network in found:
+        if part in by_part:
+            first = by_part[part].source
             raise UserError(
-                f"{path}: holds two of {network.part}, {first.name} and {network.source.name}; "
+                f"{path}: holds two of {part}, {first.name} and {network.source.name}; "
                 "give one file, or keep one"
             )
-        by_part[network.part] = network
+        by_part[part] = network
+    second = by_part.get(experts.SECOND)
+    if second is not None and second.config != by_part[TRANSFORMER].config:
+        raise UserError(
+            f"{second.source}: describes another network than {by_part[TRANSFORMER].source}; two "
+            "transformers must have equal sizes"
+        )
     scheduler = path / "scheduler"
     tokenizer = None if set(STANDALONE) & set(by_part) else tokenizer_folder(path)
     embedded = None
@@ -307,6 +335,7 @@ def open_checkpoint(
         tokenizer=tokenizer,
         scheduler=scheduler if (scheduler / SCHEDULER_CONFIG).is_file() else None,
         embedded=embedded,
+        boundary=boundary,
     )
 
 
@@ -324,25 +353,18 @@ def _embedded_tokenizer(network: Network) -> tuple[Network, spiece.Model | None]
         return dataclasses.replace(network, notices=(*network.notices, notice)), None
 
 
-def _refuse_two_transformers(path: Path) -> None:
-    """Raise a UserError for Wan 2.2, whose two transformers do not work separately."""
-    values = store.read_json(path / INDEX) if (path / INDEX).is_file() else {}
-    second = [name for name in values.get("transformer_2") or [] if name is not None]
-    folders = ("transformer_2", "high_noise_model", "low_noise_model")
-    if (
-        second
-        or values.get("boundary_ratio") is not None
-        or any((path / name).is_dir() for name in folders)
-    ):
-        raise UserError(
-            f"{path}: has two transformers (Wan 2.2); only Wan 2.1 is supported, give one of its "
-            "checkpoints"
-        )
-    if values.get("expand_timesteps"):
-        raise UserError(
-            f"{path}: has expand_timesteps (Wan 2.2 TI2V); only Wan 2.1 is supported, give one of "
-            "its checkpoints"
-        )
+def _boundary(path: Path) -> float | None:
+    """Return the boundary between two experts; None for one transformer."""
+    if (path / INDEX).is_file():
+        return experts.index_boundary(path / INDEX, store.read_json(path / INDEX))
+    return experts.BOUNDARY if path.is_dir() and experts.original_folders(path) else None
+
+
+def default_shift(checkpoint: Checkpoint) -> float:
+    """Return the flow shift of a checkpoint whose layout has no scheduler config."""
+    if checkpoint.boundary is not None:
+        return experts.SHIFT
+    return MODEL_KINDS[str(checkpoint.kind)].shift
 
 
 def tokenizer_folder(path: Path) -> Path | None:
@@ -366,7 +388,7 @@ def open_part(
 
     Args:
       path: a folder of any layout.
-      part: transformer, vae or text_encoder.
+      part: transformer, transformer_2, vae or text_encoder.
       kind: as in `open_network`.
       options: as in `open_network`.
 
@@ -374,12 +396,11 @@ def open_part(
       UserError: the part is missing or cannot be read.
     """
     path = checkpoint_place(path)
-    if part == TRANSFORMER:
-        _refuse_two_transformers(path)
-    if (path / part).is_dir() or not path.is_dir() or (path / INDEX).is_file():
-        inside = path / part if path.is_dir() else path
-        network = open_network(inside, kind, options)
-        if network.part != part:
+    folders = experts.original_folders(path)
+    folder = folders.get(part, path / part)
+    if folder.is_dir() or not path.is_dir() or (path / INDEX).is_file():
+        network = open_network(folder if path.is_dir() else path, kind, options)
+        if network.part != experts.family(part):
             raise UserError(
                 f"{network.source}: holds a {network.part}, not a {part}; get the folder again"
             )
@@ -392,11 +413,27 @@ def open_part(
     return networks[part]
 
 
+def boundary_of(path: str | Path) -> float | None:
+    """Read the boundary between two experts of a folder of any layout; None for one transformer.
+
+    Raises:
+      UserError: the folder does not exist, or is half of a pipeline with two experts.
+    """
+    return _boundary(checkpoint_place(path))
+
+
 def completed(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     """Take the missing parts of `checkpoint` from `other`, such as Wan's VAE for Phantom."""
+    whole = TRANSFORMER in checkpoint.networks  # then a second transformer of `other` is not taken
+    rest = {
+        part: network
+        for part, network in other.networks.items()
+        if not (whole and experts.family(part) == TRANSFORMER)
+    }
     return dataclasses.replace(
         checkpoint,
-        networks={**other.networks, **checkpoint.networks},
+        networks={**rest, **checkpoint.networks},
+        boundary=checkpoint.boundary if whole else other.boundary,
         kind=checkpoint.kind or other.kind,
         tokenizer=checkpoint.tokenizer or other.tokenizer,
         embedded=checkpoint.embedded or other.embedded,

@@ -26,7 +26,7 @@ def describe(opened: Checkpoint) -> None:
     Raises:
       UserError: the tensors do not fit the network.
     """
-    for network in opened.networks.values():
+    for part, network in opened.networks.items():
         tensors = [quantized.stored(tensor) for tensor in network.tensors.values()]
         count = sum(math.prod(tensor.shape) for tensor in tensors)
         dtypes = collections.Counter(str(tensor.dtype) for tensor in tensors)
@@ -35,7 +35,7 @@ def describe(opened: Checkpoint) -> None:
             network.values.get("name") if network.part == FACE else SIZES.get((len(tensors), count))
         )
         print(
-            f"{network.part}: {f'{name}, ' if name else ''}{network.layout} layout, "
+            f"{part}: {f'{name}, ' if name else ''}{network.layout} layout, "
             f"{len(tensors)} tensors, {count:,} parameters, {sum(map(size, tensors)):,} bytes, "
             f"{kinds} ({network.source})"
         )
@@ -43,10 +43,7 @@ def describe(opened: Checkpoint) -> None:
             print(f"adapter: {describe_adapter(network)}")
         if network.extra:
             more = ", ..." if len(network.extra) > SHOWN else ""
-            print(
-                f"{network.part}: {len(network.extra)} extra: "
-                f"{', '.join(network.extra[:SHOWN])}{more}"
-            )
+            print(f"{part}: {len(network.extra)} extra: {', '.join(network.extra[:SHOWN])}{more}")
     for network in opened.networks.values():
         network.matched()
 

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert import faces, rules, store, wan
+from checkpoints_convert import experts, faces, rules, store, wan
 from checkpoints_convert.card import FILE as CARD
 from checkpoints_convert.checkpoint import (
     INDEX,
@@ -25,6 +25,7 @@ from checkpoints_convert.checkpoint import (
     STORE_VERSION,
     TOKENIZER_CONFIG,
     Checkpoint,
+    default_shift,
 )
 from checkpoints_convert.identify import FACE, FAMILIES, TRANSFORMER
 from checkpoints_convert.lazy import Tensor, size
@@ -92,22 +93,18 @@ def write_store(
     Raises:
       UserError: a file does not fit the transformer.
     """
-    networks = checkpoint.networks.values()
-    alone = len(networks) == 1
+    alone = len(checkpoint.networks) == 1
     record: dict[str, Any] = {"kind": checkpoint.kind, "version": STORE_VERSION}
-    original = next(
-        (network.original for network in networks if network.original is not None), None
-    )
-    if original is not None:
-        record["original_config"] = original
     if checkpoint.notes:
         record["notes"] = checkpoint.notes
     if merges:
         record["merged"] = [merge.described for merge in merges]
     files = []
-    for network in networks:
+    for part, network in checkpoint.networks.items():
+        if network.original is not None:
+            record[_original_field(part)] = network.original
         tensors = renamed(_parameters(network, merges), rules.stored(network.table), network.shapes)
-        files.append(Files("" if alone else network.part, STORE_STEM, tensors))
+        files.append(Files("" if alone else part, STORE_STEM, tensors))
     _write(
         checkpoint,
         destination,
@@ -150,14 +147,14 @@ def write_diffusers(
     """
     alone = len(checkpoint.networks) == 1
     files = []
-    for network in checkpoint.networks.values():
+    for part, network in checkpoint.networks.items():
         family = FAMILIES[network.part]
         tensors = renamed(
             _parameters(network, merges),
             family.table.rules(network.config, family.published),
             network.shapes,
         )
-        files.append(Files("" if alone else network.part, family.weights, tensors, shard))
+        files.append(Files("" if alone else part, family.weights, tensors, shard))
     texts = _diffusers_texts(checkpoint) | {CARD: card}
     _write(checkpoint, destination, files, texts, "tokenizer", bar, merges)
 
@@ -180,7 +177,7 @@ def write_original(
     """
     files = []
     texts: dict[str, Any] = {CARD: card}
-    for network in checkpoint.networks.values():
+    for part, network in checkpoint.networks.items():
         if network.part == FACE:
             files.append(
                 Files(
@@ -194,21 +191,28 @@ def write_original(
         tensors = renamed(
             ours(network), family.table.rules(network.config, "original"), network.shapes
         )
-        name = family.original
+        name, folder = family.original, ""
         if network.part == TRANSFORMER:
-            texts["config.json"] = _original_config(checkpoint, network)
+            folder = experts.FOLDERS[part] if checkpoint.boundary is not None else ""
+            texts[str(Path(folder, "config.json"))] = _original_config(checkpoint, part)
             if checkpoint.kind == "phantom":
                 small = sum(map(size, tensors.values())) <= shard
                 name = "Phantom-Wan-1.3B.pth" if small else "Phantom_Wan_14B.safetensors"
-        files.append(Files("", name.removesuffix(".safetensors"), tensors, shard))
+        files.append(Files(folder, name.removesuffix(".safetensors"), tensors, shard))
     _write(checkpoint, destination, files, texts, ORIGINAL_TOKENIZER, bar)
 
 
-def _original_config(checkpoint: Checkpoint, network: Network) -> Mapping[str, object]:
+def _original_field(part: str) -> str:
+    """Return the field of the store's record with the original config of a transformer."""
+    return "original_config" + part.removeprefix(TRANSFORMER)
+
+
+def _original_config(checkpoint: Checkpoint, part: str) -> Mapping[str, object]:
     """Return the config of the source if it describes the same network, otherwise a new one."""
+    network = checkpoint.networks[part]
     found = network.original
     if found is None and (checkpoint.path / STORE).is_file():
-        found = store.read_json(checkpoint.path / STORE).get("original_config")
+        found = store.read_json(checkpoint.path / STORE).get(_original_field(part))
     made = wan.config_to_original(network.config)
     sizes = ("dim", "eps", "num_heads", "num_layers", "vace_layers")
     return (
@@ -231,9 +235,7 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
     }
     assert checkpoint.kind is not None
     if checkpoint.scheduler is None:
-        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(
-            MODEL_KINDS[checkpoint.kind].shift
-        )
+        texts[f"scheduler/{SCHEDULER_CONFIG}"] = wan.scheduler_to_json(default_shift(checkpoint))
     else:
         texts[f"scheduler/{SCHEDULER_CONFIG}"] = store.read_json(
             checkpoint.scheduler / SCHEDULER_CONFIG
@@ -255,6 +257,11 @@ def _diffusers_texts(checkpoint: Checkpoint) -> dict[str, Any]:
         "transformer": ["diffusers", texts[f"{TRANSFORMER}/config.json"]["_class_name"]],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+    if checkpoint.boundary is not None:
+        texts[INDEX] |= {
+            "boundary_ratio": checkpoint.boundary,
+            experts.SECOND: texts[INDEX][TRANSFORMER],
+        }
     return texts
 
 

@@ -295,7 +295,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         metavar="S",
-        help="published sizes, 1.3b or 14b, for a checkpoint that is not on this machine",
+        help="published sizes, 1.3b, 14b or a14b (two transformers), for a checkpoint that is not on this machine",
     )
     parser.add_argument(
         "--programs",

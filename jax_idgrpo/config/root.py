@@ -147,6 +147,37 @@ class Config:
         """Number of latent frames for the photos of every row, with padding."""
         return self.kind.slots or self.data.max_people
 
+    def guidance(self, evaluation: bool = False) -> tuple[float, float]:
+        """Return the guidance scales of the prompt in rollouts or in evaluation.
+
+        The first is of the only transformer or of the high-noise expert, the second of the
+        low-noise expert.
+        """
+        first = self.rollout.guidance
+        second = self.rollout.guidance_2 or first
+        if evaluation:
+            own = self.evaluate
+            first, second = own.guidance or first, own.guidance_2 or own.guidance or second
+        return first, second
+
+    def require_experts(self, experts: int) -> None:
+        """Refuse fields that a model with this number of transformers does not have.
+
+        Raises:
+          UserError: a field of the second expert is set, and there is one transformer.
+        """
+        only_of_two = {
+            "rollout.guidance_2": self.rollout.guidance_2 != 0,
+            "evaluate.guidance_2": self.evaluate.guidance_2 != 0,
+            "model.experts_idle": self.model.experts_idle != "device",
+        }
+        for name, used in only_of_two.items():
+            require(
+                experts > 1 or not used,
+                f"{name} is for a model with two transformers, and that at model.path "
+                f"{self.model.path} has one; leave it out",
+            )
+
     def image_guidance(self, evaluation: bool = False) -> float | None:
         """Return the guidance scale of the photos in rollouts or in evaluation.
 

@@ -216,6 +216,11 @@ class EvaluateConfig(Section):
         "euler", "solver of the ODE; euler is as published", choices=("euler", "unipc")
     )
     guidance: float = option(0.0, "guidance scale of the prompt; 0 = the rollout's")
+    guidance_2: float = option(
+        0.0,
+        "guidance scale of the prompt for the low-noise expert of a model with two; 0 = "
+        "evaluate.guidance if set, else the rollout's",
+    )
     image_guidance: float = option(
         0.0, "guidance scale of the photos, for all kinds but vace; 0 = the rollout's"
     )
@@ -227,7 +232,7 @@ class EvaluateConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("guidance", "image_guidance"):
+        for name in ("guidance", "guidance_2", "image_guidance"):
             scale = getattr(self, name)
             require(scale >= 0, f"evaluate.{name} is {scale}; use a scale, or 0 for the rollout's")
         require_size("evaluate", self.frames, self.height, self.width, "video's")

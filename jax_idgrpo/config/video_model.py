@@ -82,6 +82,12 @@ class ModelConfig(Section):
         "and ? for one character, and which match a weight's name in diffusers, its end, or a module "
         'in it, such as blocks.2? or attn1; "" = all',
     )
+    experts_idle: str = option(
+        "device",
+        "where the experts of a model with two transformers are kept while they do not run; host "
+        "frees device memory and copies an expert for every program that runs it",
+        choices=("device", "host"),
+    )
     rank: int = option(32, "LoRA rank of the layers of lora_targets", least=1)
     alpha: float = option(32.0, "LoRA alpha; the adapter is scaled by alpha / rank", above=0)
     lora_targets: str = option(
@@ -261,6 +267,7 @@ class RolloutConfig(Section):
         Flash-GRPO's iso-temporal step.
       progressive: starts at window_start and moves by one step every window_every training steps
         (MixGRPO).
+    With two experts, random and per_prompt draw from all steps of one expert (window_low_noise).
       none: no stochastic step, for objectives that train on final latents.
     """
 
@@ -274,6 +281,11 @@ class RolloutConfig(Section):
     steps: int = option(25, "denoising steps", least=2)
     shift: float = option(0.0, "flow shift; 0 = the checkpoint's", least=0)
     guidance: float = option(4.5, "guidance scale of the prompt; 1 = no negative branch")
+    guidance_2: float = option(
+        0.0,
+        "guidance scale of the prompt for the low-noise expert of a model with two; 0 = guidance",
+        least=0,
+    )
     image_guidance: float = option(
         0.0,
         "guidance scale of the photos, for all kinds but vace; 0 = 5.0, and 1.0 for skyreels",
@@ -295,6 +307,13 @@ class RolloutConfig(Section):
     window_start: int = option(0, "first step of a fixed or progressive window")
     window_size: int = option(0, "steps of a window")
     window_every: int = option(25, "training steps between moves of a progressive window", least=1)
+    window_low_noise: float = option(
+        0.5,
+        "share of the training steps whose random window has steps of the low-noise expert, for a "
+        "model with two; the other windows have steps of the high-noise expert",
+        least=0,
+        most=1,
+    )
     final_step: str = option(
         "ode",
         "last step of the schedule; it is never trained; sde is as published",

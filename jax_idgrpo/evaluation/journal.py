@@ -58,7 +58,7 @@ def video_facts(config: Config, adapter: Path | LoRASum | None) -> list[object]:
         [model.path, model.kind, model.dtype, folder_facts(model.folder()), *merged],
         lora_facts(adapter),
         [config.data.max_people, config.data.text_length, dataclasses.asdict(config.video)],
-        [wanted.steps, wanted.solver, wanted.guidance or config.rollout.guidance],
+        [wanted.steps, wanted.solver, *dict.fromkeys(config.guidance(evaluation=True))],
         [config.rollout.shift, config.image_guidance(evaluation=True), config.run.seed],
     ]
 

@@ -16,12 +16,14 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from checkpoints_convert.experts import expert_places
 from checkpoints_convert.places import LoRASum
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.errors import Failure, UserError
 from jax_idgrpo.metrics import progress
+from jax_idgrpo.models import experts
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import to_host
@@ -59,8 +61,8 @@ class Model:
     """One of the compared models: the policy, and the arrays of its adapter and its base."""
 
     policy: policy.Policy
-    lora: nnx.State
-    base: nnx.State
+    lora: nnx.State | experts.Pair[nnx.State]
+    base: nnx.State | experts.Pair[nnx.State]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +202,15 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
             unroll=model.unroll,
             mesh=mesh,
             text_memory=model.text_memory,
+            experts_idle=model.experts_idle,
         )
-        lora_sum.merge_base(pipe.transformer, model)
+        lora_sum.merge_base(pipe.transformers, model)
+    config.require_experts(len(pipe.transformers))
     schedule = rollout.Schedule.make(
-        config.evaluate.steps, config.rollout.shift or pipe.shift, solver=config.evaluate.solver
+        config.evaluate.steps,
+        config.rollout.shift or pipe.shift,
+        solver=config.evaluate.solver,
+        boundary=pipe.boundary,
     )
     given = schedule, conditioning.encode_negative(pipe, config.data)
     mesh = pipe.transformer.config.mesh
@@ -221,6 +228,33 @@ def make_sampler(config: Config, pipe: Pipeline | None = None) -> Sampler:
         negative=negative,
         cache=conditioning.Cache(),
     )
+
+
+def _load_checkpoint(sampler: Sampler, name: str, folder: Path) -> WanTransformer:
+    """Load the transformer of a checkpoint that has the sizes of the base.
+
+    Args:
+      sampler: holds the base.
+      name: name of the checkpoint, for messages.
+      folder: folder of the checkpoint.
+
+    Raises:
+      UserError: the model has two transformers, or other sizes.
+    """
+    config, base = sampler.config, sampler.pipe.transformer.config
+    if len(sampler.pipe.transformers) > 1:
+        raise UserError(
+            f"--checkpoint {name}={folder}: {config.model.path} has two transformers; compare "
+            "adapters with --lora"
+        )
+    running = dict(remat=base.remat, unroll=base.unroll, mesh=base.mesh)
+    other = load_transformer(folder, config.model.dtype, **running)
+    if other.config != base:
+        raise UserError(
+            f"--checkpoint {name}={folder}: its transformer has other sizes than that of "
+            f"model.path {config.model.path}; pass a checkpoint of the same model"
+        )
+    return other
 
 
 def make_models(
@@ -241,37 +275,33 @@ def make_models(
       UserError: an adapter or a checkpoint does not fit the base.
     """
     config, mesh = sampler.config, sampler.pipe.transformer.config.mesh
-    guidance = (
-        config.evaluate.guidance or config.rollout.guidance,
-        config.image_guidance(evaluation=True),
-    )
+    bare = sampler.pipe.transformers
 
-    def model(transformer: WanTransformer) -> Model:
-        actor, lora, base = policy.split(transformer, *guidance)
+    def model(transformers: Sequence[WanTransformer]) -> Model:
+        actor, lora, base = policy.split_experts(
+            transformers, config.guidance(evaluation=True), config.image_guidance(evaluation=True)
+        )
         return Model(actor, lora if mesh is None else sharding.shard_params(mesh, lora), base)
 
-    rank, alpha, layers = 1, 1.0, None
-    for lora in list(loras.values())[:1]:
-        found = lora_config(lora, sampler.pipe.transformer.config)
-        rank, alpha, layers = found.rank, found.alpha, found.lora
-    base = sampler.pipe.transformer.config
-
-    def without_adapter(transformer: WanTransformer) -> Model:
-        return model(add_adapter(transformer, rank, alpha, rng.key(0, "init"), layers))
-
-    models = {"base": without_adapter(sampler.pipe.transformer)}
+    zero: list[WanTransformer] = []
+    first = next(iter(loras.values()), None)
+    places = [None] * len(bare) if first is None else expert_places(first, len(bare))
+    for transformer, place in zip(bare, places, strict=True):
+        rank, alpha, layers = 1, 1.0, None
+        if place is not None:
+            found = lora_config(place, transformer.config)
+            rank, alpha, layers = found.rank, found.alpha, found.lora
+        zero.append(add_adapter(transformer, rank, alpha, rng.key(0, "init"), layers))
+    models = {"base": model(zero)}
     for name, folder in (checkpoints or {}).items():
-        running = dict(remat=base.remat, unroll=base.unroll, mesh=base.mesh)
-        other = load_transformer(folder, config.model.dtype, **running)
-        if other.config != base:
-            raise UserError(
-                f"--checkpoint {name}={folder}: its transformer has other sizes than that of "
-                f"model.path {config.model.path}; pass a checkpoint of the same model"
-            )
-        models[name] = without_adapter(other)
+        other = _load_checkpoint(sampler, name, folder)
+        lora = zero[0].config
+        models[name] = model(
+            [add_adapter(other, lora.rank, lora.alpha, rng.key(0, "init"), lora.lora)]
+        )
     for name, path in loras.items():
         sampler.pipe.load_lora(path)
         models[name] = dataclasses.replace(
-            model(sampler.pipe.transformer), base=models["base"].base
+            model(sampler.pipe.transformers), base=models["base"].base
         )
     return models

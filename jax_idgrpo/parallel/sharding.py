@@ -293,11 +293,30 @@ def on_devices(network: Network) -> Network:
     Returns the network itself if its arrays are there already.
     """
     graph, state = nnx.split(network)
-    leaves = jax.tree.leaves(state)
-    if all(leaf.sharding.memory_kind != "pinned_host" for leaf in leaves):
-        return network
-    there = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), state)
-    return nnx.merge(graph, device_put_global(state, there))
+    there = fetched(state)
+    return network if there is state else nnx.merge(graph, there)
+
+
+def is_in_host_memory(tree: PyTree) -> bool:
+    """Return whether arrays, or shapes with shardings, are in pinned host memory."""
+    return any(
+        isinstance(where := getattr(leaf, "sharding", None), NamedSharding)
+        and where.memory_kind == "pinned_host"
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def fetched(tree: Tree) -> Tree:
+    """Copy arrays from host memory to their devices; returns a tree on devices itself.
+
+    Shapes with shardings become shapes on the devices.
+    """
+    if not is_in_host_memory(tree):
+        return tree
+    there = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), tree)
+    if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
+        return shapes(tree, there)
+    return device_put_global(tree, there)
 
 
 # ---- inside a program ----------------------------------------------------------------------------

@@ -29,9 +29,14 @@ LATENT_CHANNELS = 16
 
 
 def chip_bytes(*trees: PyTree) -> float:
-    """Return the bytes per chip of shapes with shardings."""
+    """Return the bytes in the memory of a chip of shapes with shardings.
+
+    Shapes in host memory take none.
+    """
 
     def one(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+        if sharding.is_in_host_memory(leaf):
+            return 0
         return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return float(sum(map(one, jax.tree.leaves(trees))))
@@ -134,7 +139,7 @@ def resident(run: Run, further: Sequence[FaceReward] = ()) -> float:
       further: networks of an evaluation besides the reward, such as the judge's. They are included
         if `run.watch_every` is set.
     """
-    read = nnx.state(run.pipe.transformer, LoRAParam)
+    read = [nnx.state(transformer, LoRAParam) for transformer in run.pipe.transformers]
     own = (run.state, run.base, run.reference, read, run.vae, run.negative, run.schedule)
     encoder = (
         nnx.split(run.pipe.text_encoder)[1] if run.config.model.text_memory == "device" else ()

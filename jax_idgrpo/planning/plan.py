@@ -53,7 +53,7 @@ class Cost:
 
     Attributes:
       program: name of the program.
-      calls: calls per training step.
+      calls: calls per training step, on average.
       peak: bytes of memory at the peak; None if the compiler ran out of memory.
       fits: whether the peak leaves `SPARE` of the memory free.
       flops: floating-point operations.
@@ -67,7 +67,7 @@ class Cost:
     """
 
     program: str
-    calls: int
+    calls: int | float
     peak: float | None
     fits: bool
     flops: float
@@ -224,7 +224,7 @@ def plan(
             costs = [
                 measure(each, chip, options)
                 for each in programs(candidate, parts, mesh)
-                if each.name in ("rollout", "update")
+                if phase(each.name) in ("rollout", "update")
             ]
             tried.append(
                 {
@@ -251,7 +251,7 @@ def plan(
     mesh = sharding.make_mesh(config.mesh, found)
     costs = []
     for program in programs(config, parts, mesh):
-        if not wanted or program.name in wanted:
+        if not wanted or program.name in wanted or phase(program.name) in wanted:
             costs.append(measure(program, chip, options))
             print(row(costs[-1]), flush=True)
     heading = (
@@ -280,6 +280,12 @@ def plan(
     write_text(out / "table.md", table + "\n")
     print(table)
     return all(cost.fits for cost in costs)
+
+
+def phase(name: str) -> str:
+    """Return "rollout" or "update" for a program that runs one of two experts, else its name."""
+    first = name.partition(": ")[0]
+    return first if first in ("rollout", "update") else name
 
 
 HEADER = (
@@ -345,7 +351,7 @@ def summary(config: Config, costs: Sequence[Cost], chip: Chip | None) -> list[st
         for cost in costs
         if cost.calls and cost.seconds is not None
     }
-    if {"rollout", "update"} <= set(seconds):
+    if {"rollout", "update"} <= set(map(phase, seconds)):
         total = sum(seconds.values())
         rate = 3600 * config.rollout.rows / total
         lines.append(

@@ -3,6 +3,7 @@
 The shapes of networks and state come from `training.setup.build`, which also sets up real runs.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from checkpoints_convert.experts import BOUNDARY
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, VideoConfig
 from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import evaluated
+from jax_idgrpo.models import experts
 from jax_idgrpo.models.umt5 import UMT5Config
 from jax_idgrpo.models.vae import PIXELS_PER_LATENT, VAEConfig
 from jax_idgrpo.models.wan import WanConfig, vace_1_3b, vace_14b, wan_1_3b, wan_14b
@@ -56,7 +59,9 @@ from jax_idgrpo.training.setup import Run
 SIZES: dict[str, dict[str, Callable[..., WanConfig]]] = {
     "1.3b": dict.fromkeys(REFERENCE_KINDS, wan_1_3b) | {"vace": vace_1_3b},
     "14b": dict.fromkeys(REFERENCE_KINDS, wan_14b) | {"vace": vace_14b},
+    "a14b": {"vace": vace_14b},
 }
+TWO_EXPERTS = "a14b"  # sizes with two transformers of equal sizes, as in Wan 2.2
 PUBLISHED_VAE = VAEConfig(
     base_dim=96,
     dim_mult=(1, 2, 4, 4),
@@ -81,12 +86,18 @@ def networks(config: Config, sizes: str | None) -> Architecture:
     """
     folder, model = config.model.folder(), config.model
     if sizes is not None:
-        if sizes not in SIZES:
+        if model.kind not in SIZES.get(sizes, {}):
+            known = " or ".join(name for name, kinds in SIZES.items() if model.kind in kinds)
             raise UserError(
-                f"--sizes {sizes}: unknown; choose {' or '.join(SIZES)}, or leave it out and name a "
-                "checkpoint in model.path"
+                f"--sizes {sizes}: unknown for model.kind {model.kind}; choose {known}, or leave it "
+                "out and name a checkpoint in model.path"
             )
-        return Architecture(SIZES[sizes][model.kind](), PUBLISHED_VAE, PUBLISHED_TEXT_ENCODER)
+        return Architecture(
+            SIZES[sizes][model.kind](),
+            PUBLISHED_VAE,
+            PUBLISHED_TEXT_ENCODER,
+            boundary=BOUNDARY if sizes == TWO_EXPERTS else None,
+        )
     if not folder.is_dir():
         raise UserError(
             f"model.path {folder}: no such folder; pass --sizes {' or '.join(SIZES)} to plan for "
@@ -108,8 +119,8 @@ class Program:
       arguments: shapes of the positional arguments.
       devices: number of devices that share the work.
       beside: bytes per chip in memory during a call, besides the arguments.
-      calls: calls per training step with empty caches; 0 for programs of the evaluation and for
-        programs that run once.
+      calls: calls per training step with empty caches, on average; 0 for programs of the evaluation
+        and for programs that run once.
       options: keyword arguments.
     """
 
@@ -118,7 +129,7 @@ class Program:
     arguments: tuple[Any, ...]
     devices: int
     beside: float
-    calls: int
+    calls: int | float
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -146,14 +157,12 @@ def programs(config: Config, parts: Architecture, mesh: Mesh) -> Iterator[Progra
     yield from _reference_photo(run, run.reward, "reference photo", held)
 
     # ---- a training step -------------------------------------------------------------------------
-    sampling = _sampling(run)
-    chunk, video = _chunk(run, sampling), video_of(run, config.video, config.rows_per_call)
+    chunk, video = _chunk(run), video_of(run, config.video, config.rows_per_call)
     count = config.rollout.rows // config.rows_per_call
     stored = stacked(run, chunk, count)
     # The previous chunk is in memory until it is scored, while the next one is sampled.
     beside = held + chip_bytes(chunk, video, stored)
-    own = chip_bytes(run.state.params, run.base)
-    yield dataclasses.replace(sampling, beside=beside - own, calls=count)
+    yield from _sampling(run, chunk.trajectory, beside, count)
     latents = chunk.trajectory.latents
     own = chip_bytes(run.vae, latents)
     yield _decoding(run, "decode", latents, chunk.conditioning, beside - own, count)
@@ -189,10 +198,13 @@ def holdings(config: Config, parts: Architecture, mesh: Mesh) -> dict[str, float
     }
 
 
-def _chunk(run: Run, sampling: Program) -> update.Rollout:
+def _chunk(run: Run) -> update.Rollout:
     """Return the shapes that a training step stores of one call of its rollout."""
-    config, asked = run.config, sampling.arguments[0].conditioning
-    trajectory = rows_of(run, jax.eval_shape(sampling.function, *sampling.arguments))
+    config, given = run.config, _sampled(run)
+    fetched = dataclasses.replace(given[0], base=sharding.fetched(run.base))
+    function = functools.partial(setup.sample, config, run.policy)
+    trajectory = rows_of(run, jax.eval_shape(function, fetched, *given[1:]))
+    asked = given[0].conditioning
     people, count, size = None, config.rows_per_call, config.video
     if config.grpo.through_reward:
         people = rows_of(
@@ -270,29 +282,55 @@ def _reference_photo(run: Run, reward: Planned, name: str, held: float) -> Itera
     yield Program(f"{name}: embed", reward.embed, (reward.state, *face), 1, beside, photos)
 
 
-def _sampling(run: Run) -> Program:
-    """Sample one chunk of the rollout for the objective."""
+def _sampled(run: Run) -> tuple[Any, ...]:
+    """Return the shapes of the arguments that sample one chunk, with all experts."""
     config, count = run.config, run.config.rows_per_call
     asked, keys = conditioning_of(run, config, count), keys_of(run, count)
-    start = rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32))
     window = rollout.Window(
-        start=start,
+        start=rows_of(run, jax.ShapeDtypeStruct((count,), jnp.int32)),
         size=config.rollout.trained_steps,
         final_noise=config.rollout.final_step == "sde",
     )
-
-    def sample(
-        inputs: PolicyInputs,
-        schedule: rollout.Schedule,
-        starts: jax.Array,
-        noise: jax.Array,
-        window: rollout.Window,
-    ) -> rollout.Trajectory:
-        return setup.sample(config, run.policy, inputs, schedule, starts, noise, window)
-
     inputs = PolicyInputs(run.state.params, run.base, asked, run.negative)
-    given = (inputs, run.schedule, keys, keys, window)
-    return Program("rollout", jax.jit(sample), given, run.mesh.size, 0.0, 0)
+    return inputs, run.schedule, keys, keys, window
+
+
+def _named(run: Run, name: str, expert: int) -> str:
+    """Return the name of a program that runs one expert."""
+    if len(run.schedule.counts) == 1:
+        return name
+    return f"{name}: {experts.NAMES[expert].replace('_', ' ')}"
+
+
+def _own(run: Run, expert: int) -> float:
+    """Return the bytes per chip of an expert's adapter and base while it does not run."""
+    return chip_bytes(experts.each(run.state.params)[expert], experts.each(run.base)[expert])
+
+
+def _sampling(
+    run: Run, trajectory: rollout.Trajectory, beside: float, calls: int
+) -> Iterator[Program]:
+    """Sample one chunk of the rollout for the objective, with one expert after the other.
+
+    `beside` is in bytes per chip, and includes all experts.
+    """
+    inputs, *rest = _sampled(run)
+    if len(run.schedule.counts) == 1:
+        function = jax.jit(functools.partial(setup.sample, run.config, run.policy))
+        own = beside - _own(run, 0)
+        yield Program("rollout", function, (inputs, *rest), run.mesh.size, own, calls)
+        return
+    for expert in run.schedule.experts:
+        first = expert == run.schedule.experts[0]
+        yield Program(
+            _named(run, "rollout", expert),
+            rollout.sample,
+            (run.policy.of(expert), inputs.of(expert), *rest),
+            run.mesh.size,
+            beside - _own(run, expert),
+            calls,
+            {"so_far": None if first else trajectory, "expert": expert},
+        )
 
 
 def _decoding(
@@ -363,22 +401,47 @@ def _selecting(run: Run, stored: update.Rollout, held: float) -> Program:
 
 
 def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]:
-    """Take one optimizer step."""
-    wanted, params = run.config.grpo, run.state.params
+    """Take one optimizer step. With two experts, one program per set of trained experts."""
+    config, wanted, params = run.config, run.config.grpo, run.state.params
+    batch = scored(run, chunk, config.trained_rows // config.rows_per_call)
     old = shapes(
         jax.eval_shape(run.policy.snapshot, params), sharding.state_shardings(run.mesh, params)
     )
-    networks = update.Networks(
-        base=run.base,
-        negative=run.negative,
-        reference=run.reference,
-        old=None if wanted.replays or wanted.on_policy else old,
-        scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
-    )
-    batch = scored(run, chunk, run.config.trained_rows // run.config.rows_per_call)
-    given = (run.rule, run.state, networks, batch, run.schedule, whole(run, dtype=jnp.int32))
-    beside = held - chip_bytes(run.state, run.base, run.reference, *(networks.scorer or ()))
-    yield Program("update", update.update, given, run.mesh.size, beside, wanted.optimizer_steps)
+    for trained, share in _trained(run).items():
+        networks = update.Networks(
+            base=experts.together(
+                [
+                    sharding.fetched(base) if expert in trained else None
+                    for expert, base in enumerate(experts.each(run.base))
+                ]
+            ),
+            negative=run.negative,
+            reference=run.reference,
+            old=None if wanted.replays or wanted.on_policy else old,
+            scorer=(run.vae, differentiable(run.reward).state) if wanted.through_reward else None,
+        )
+        given = (run.rule, run.state, networks, batch, run.schedule, whole(run, dtype=jnp.int32))
+        used = [experts.each(run.base)[expert] for expert in trained]
+        yield Program(
+            _named(run, "update", trained[0]) if len(trained) == 1 else "update",
+            update.update,
+            given,
+            run.mesh.size,
+            held - chip_bytes(run.state, used, run.reference, *(networks.scorer or ())),
+            wanted.optimizer_steps * share,
+            {"trained": trained},
+        )
+
+
+def _trained(run: Run) -> dict[tuple[int, ...], float]:
+    """Return the sets of experts that the run's updates train, with their share of the steps."""
+    if len(run.schedule.counts) == 1:
+        return {(0,): 1}
+    steps, found = run.config.run.steps, collections.Counter[tuple[int, ...]]()
+    for step in range(steps):
+        levels = rollout.trained_levels(run.config.rollout, step, run.schedule.counts)
+        found[tuple(expert for expert, count in enumerate(levels) if count)] += 1
+    return {trained: found[trained] / steps for trained in sorted(found)}
 
 
 def _judging(
@@ -434,24 +497,25 @@ def _evaluation(
     asked, video = conditioning_of(run, config, count), video_of(run, size, count)
     x = rows_of(run, jax.ShapeDtypeStruct((count, *asked.latent_shape), jnp.float32))
     schedule = rollout.Schedule.make(
-        config.evaluate.steps, config.rollout.shift or 3.0, solver=config.evaluate.solver
+        config.evaluate.steps,
+        config.rollout.shift or 3.0,
+        solver=config.evaluate.solver,
+        boundary=run.pipe.boundary,
     )
     schedule = shapes(schedule, sharding.replicated(run.mesh))
-    guidance = config.evaluate.guidance or config.rollout.guidance
-    actor = dataclasses.replace(
-        run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
+    actor = run.policy.with_guidance(
+        config.guidance(evaluation=True), config.image_guidance(evaluation=True)
     )
     inputs = PolicyInputs(run.state.params, run.base, asked, run.negative)
-    given = (actor, inputs, schedule, x)
     beside = held + chip_bytes(video)
-    yield Program(
-        "evaluation: sample",
-        rollout.denoise,
-        given,
-        run.mesh.size,
-        beside - chip_bytes(run.state.params, run.base),
-        0,
-    )
+    state: Any = x
+    for expert in schedule.experts:
+        given = (actor.of(expert), inputs.of(expert), schedule, state)
+        options = {"expert": expert} if len(schedule.counts) > 1 else {}
+        name = _named(run, "evaluation: sample", expert)
+        own = beside - _own(run, expert)
+        yield Program(name, rollout.denoise, given, run.mesh.size, own, 0, options)
+        state = rows_of(run, jax.eval_shape(flow.SolverState.start, x))
     yield _decoding(
         run, "evaluation: decode", x, asked, beside + chip_bytes(asked) - chip_bytes(run.vae), 0
     )

@@ -1,7 +1,7 @@
 """Initialise, load and save LoRA adapters of the transformer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,9 @@ from checkpoints_convert import adapter, card, lora, store
 from checkpoints_convert.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints_convert.places import LoRASum
 from checkpoints_convert.rules import to_jax, to_torch
+from jax_idgrpo import rng
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.experts import NAMES, Pair, each
 from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.lora import LayerLoRA
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
@@ -66,6 +68,29 @@ def add_adapter(
     return with_adapter(transformer, config, fresh(key))
 
 
+def add_adapters(
+    transformers: Sequence[WanTransformer],
+    rank: int,
+    alpha: float,
+    key: Key[Array, ""],
+    layers: tuple[LayerLoRA, ...] | None = None,
+) -> list[WanTransformer]:
+    """Add a new adapter to every expert; that of the first one is independent of their number.
+
+    Args:
+      transformers: one, or the experts for high and low noise.
+      rank: as in `add_adapter`.
+      alpha: as in `add_adapter`.
+      key: as in `add_adapter`.
+      layers: as in `add_adapter`.
+    """
+    keys = [key, *(rng.fold(key, expert) for expert in range(1, len(transformers)))]
+    return [
+        add_adapter(transformer, rank, alpha, own, layers)
+        for transformer, own in zip(transformers, keys, strict=True)
+    ]
+
+
 def lora_scale(path: str | Path) -> tuple[int, float]:
     """Read (rank, alpha) of an adapter: see `checkpoints_convert.adapter.adapter_scale`."""
     return adapter.adapter_scale(Path(path))
@@ -104,7 +129,7 @@ def load_lora_state(path: str | Path | LoRASum, config: WanConfig) -> nnx.State:
 
 def save_lora(
     path: str | Path,
-    state: nnx.State,
+    state: nnx.State | Pair[nnx.State],
     config: WanConfig,
     training: Mapping[str, Mapping[str, object]] | None = None,
     step: int | None = None,
@@ -112,15 +137,34 @@ def save_lora(
     """Write LoRA leaves as a PEFT directory with a model card.
 
     `peft` loads the directory onto diffusers' transformer. A folder at `path` is replaced if it is
-    an adapter or empty.
+    an adapter or empty. For two experts, it holds the directories high_noise and low_noise.
 
     Args:
-      path: the folder.
-      state: LoRA leaves of `WanTransformer(config)`.
+      path: the folder, which appears complete or not at all.
+      state: LoRA leaves of `WanTransformer(config)`, of both experts if there are two.
       config: of the transformer, with rank and alpha.
       training: configuration of the run, for the card.
       step: completed training steps, which `saved_step` reads; None if no run trained the adapter.
     """
+    parts = each(state)
+    if len(parts) == 1:
+        _save_one(path, parts[0], config, training, step)
+        return
+    with store.atomic_path(path, f"{NAMES[0]}/{ADAPTER_CONFIG}") as new:
+        new.mkdir()
+        for name, part in zip(NAMES, parts, strict=True):
+            _save_one(new / name, part, config, training, step)
+        if step is not None:
+            store.write_json(new / PROGRESS, {"step": step})
+
+
+def _save_one(
+    path: str | Path,
+    state: nnx.State,
+    config: WanConfig,
+    training: Mapping[str, Mapping[str, object]] | None,
+    step: int | None,
+) -> None:
     path_of_base = (training or {}).get("model", {}).get("path")
     base = str(path_of_base) if path_of_base else None
     text = card.render(

@@ -5,7 +5,7 @@ the scaled B_k one below the other, and whose alpha is its rank.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from checkpoints_convert import adapter
+from checkpoints_convert.experts import expert_places
 from checkpoints_convert.lazy import Tensor, finite
 from checkpoints_convert.lora import Scale, Scales
 from checkpoints_convert.lora_names import Layer
@@ -79,14 +80,25 @@ def base_loras(model: ModelConfig) -> LoRASum | None:
     return LoRASum(parts) if parts else None
 
 
-def merge_base(transformer: WanTransformer, model: ModelConfig) -> None:
-    """Add `model.base_loras` to the kernels of a transformer, in float32, in their dtype.
+def merge_base(transformers: Sequence[WanTransformer], model: ModelConfig) -> None:
+    """Add `model.base_loras` to the kernels of a model, in float32, in their dtype.
+
+    Args:
+      transformers: one, or the experts for high and low noise.
+      model: names the adapters.
 
     Raises:
       UserError: as in `read_adapter`.
     """
     if (parts := base_loras(model)) is None:
         return
+    places = expert_places(parts, len(transformers))
+    for transformer, place in zip(transformers, places, strict=True):
+        _merge(transformer, place)
+
+
+def _merge(transformer: WanTransformer, parts: Path | LoRASum) -> None:
+    """Add adapters to the kernels of a transformer."""
     scales, matrices = read_adapter(parts, transformer.config)
     by_leaf: dict[str, dict[int, Layer]] = {}
     for layer in scales:
@@ -95,7 +107,8 @@ def merge_base(transformer: WanTransformer, model: ModelConfig) -> None:
         linear = functools.reduce(getattr, leaf.split("."), transformer)
         stacked = transformer.config.depth(leaf) > 0
         kernel = linear.kernel[...]
-        whole = kernel if stacked else kernel[None]
+        there = sharding.fetched(kernel)
+        whole = there if stacked else there[None]
         rank = max(scales[layer].rank for layer in blocks.values())
         a = np.zeros((len(whole), whole.shape[1], rank), np.float32)
         b = np.zeros((len(whole), rank, whole.shape[2]), np.float32)

@@ -22,22 +22,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from checkpoints_convert import checkpoint, identify, network, store, umt5, vae, wan
+from checkpoints_convert import checkpoint, experts, identify, network, store, umt5, vae, wan
 from checkpoints_convert.checkpoint import INDEX
+from checkpoints_convert.experts import expert_places
 from checkpoints_convert.hub import is_name
 from checkpoints_convert.places import LoRASum, checkpoint_place
 from checkpoints_convert.rules import Rule, leaves, to_torch
 from jax_idgrpo import rng
-from jax_idgrpo.config.model_kinds import MODEL_KINDS
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import Dtypes
+from jax_idgrpo.models.layers import Dtypes, LoRAParam
 from jax_idgrpo.models.umt5 import UMT5Config, UMT5Encoder
 from jax_idgrpo.models.vae import VAEConfig, WanVAE
 from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.adapters import (
     BASE,
-    add_adapter,
+    add_adapters,
     load_lora_state,
     lora_config,
     with_adapter,
@@ -51,6 +51,7 @@ PARTS = {  # part -> library, and the file and key that name the part's class
     "text_encoder": ("transformers", "config.json", "architectures"),
     "tokenizer": ("transformers", "tokenizer_config.json", "tokenizer_class"),
     "transformer": ("diffusers", "config.json", "_class_name"),
+    experts.SECOND: ("diffusers", "config.json", "_class_name"),
     "vae": ("diffusers", "config.json", "_class_name"),
 }
 
@@ -60,7 +61,8 @@ class Pipeline:
     """The networks of one video model.
 
     Attributes:
-      transformer: the velocity network, with or without an adapter.
+      transformer: the velocity network, with or without an adapter; with two experts, the one for
+        high noise.
       vae: the video autoencoder.
       text_encoder: the prompt encoder.
       tokenizer: of transformers. With padding="max_length", max_length=L and truncation=True it
@@ -68,6 +70,8 @@ class Pipeline:
       shift: of the schedule, the scheduler's `flow_shift`.
       kind: one of `config.model_kinds.MODEL_KINDS`.
       path: the folder that was read.
+      transformer_2: the expert for low noise; None for a model with one transformer.
+      boundary: share of the timesteps from which `transformer` runs; None for one transformer.
     """
 
     transformer: WanTransformer
@@ -77,19 +81,42 @@ class Pipeline:
     shift: float
     kind: str
     path: Path
+    transformer_2: WanTransformer | None = None
+    boundary: float | None = None
+
+    @property
+    def transformers(self) -> tuple[WanTransformer, ...]:
+        """The transformer, or the experts for high and low noise."""
+        if self.transformer_2 is None:
+            return (self.transformer,)
+        return self.transformer, self.transformer_2
+
+    @transformers.setter
+    def transformers(self, networks: Sequence[WanTransformer]) -> None:
+        self.transformer, *second = networks
+        self.transformer_2 = second[0] if second else None
 
     def load_lora(self, path: str | Path | LoRASum) -> None:
         """Load the adapter at `path` into the transformer, replacing an adapter that it has.
 
         Args:
           path: a PEFT directory, the workdir of a run, or a file of weights in any dialect of
-            `checkpoints_convert.lora_dialects`; or a sum of these.
+            `checkpoints_convert.lora_dialects`; or a sum of these. For a model with two experts, a
+            folder with two of these, whose names hold `high_noise` and `low_noise`, or a workdir.
 
         Raises:
           UserError: the adapter is of another model or of an unsupported kind.
         """
-        config = lora_config(path, self.transformer.config)
-        self.transformer = with_adapter(self.transformer, config, load_lora_state(path, config))
+        places = expert_places(path, len(self.transformers))
+        self.transformers = [
+            _with_lora(transformer, place)
+            for transformer, place in zip(self.transformers, places, strict=True)
+        ]
+
+
+def _with_lora(transformer: WanTransformer, path: Path | LoRASum) -> WanTransformer:
+    config = lora_config(path, transformer.config)
+    return with_adapter(transformer, config, load_lora_state(path, config))
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -107,6 +134,7 @@ def load_pipeline(
     unroll: bool = False,
     mesh: Mesh | None = None,
     text_memory: str = "device",
+    experts_idle: str = "device",
 ) -> Pipeline:
     """Read a pipeline: a diffusers folder, the original layout, or a store of `idgrpo-convert`.
 
@@ -125,6 +153,8 @@ def load_pipeline(
       mesh: as in `WanConfig`. Each tensor of the transformer is loaded directly to its sharding in
         `sharding.TABLE`, the text encoder is sharded over all devices, and the VAE is replicated.
       text_memory: memory of the text encoder while idle, "device" or "host"; needs a mesh.
+      experts_idle: memory of the experts while they do not run, "device" or "host"; needs a mesh.
+        A model with one transformer keeps it on the devices.
 
     Raises:
       UserError: the folder is not a pipeline of a supported layout, or its parts do not fit.
@@ -142,20 +172,27 @@ def load_pipeline(
     source = checkpoint.open_checkpoint(path, kind)
     if missing := source.missing():
         raise UserError(f"{path}: has no {', '.join(missing)}; give the folder of a whole pipeline")
-    transformer = _load_transformer(
-        source.networks["transformer"], dtype, remat=remat, unroll=unroll, mesh=mesh
-    )
+    parts = ["transformer"] if source.boundary is None else ["transformer", experts.SECOND]
+    memory = "device" if source.boundary is None else experts_idle
+    transformers = [
+        _load_transformer(
+            source.networks[part], dtype, memory, remat=remat, unroll=unroll, mesh=mesh
+        )
+        for part in parts
+    ]
     if rank:
-        transformer = add_adapter(transformer, rank, alpha, rng.key(seed, "init"))
+        transformers = add_adapters(transformers, rank, alpha, rng.key(seed, "init"))
     assert source.kind is not None
     return Pipeline(
-        transformer=transformer,
+        transformer=transformers[0],
         vae=_load_vae(source.networks["vae"], mesh),
         text_encoder=_load_text_encoder(source.networks["text_encoder"], dtype, mesh, text_memory),
         tokenizer=load_tokenizer(path) if source.tokenizer else _embedded_tokenizer(source),
         shift=_shift(source),
         kind=source.kind,
         path=path,
+        transformer_2=transformers[1] if len(transformers) > 1 else None,
+        boundary=source.boundary,
     )
 
 
@@ -174,7 +211,14 @@ def load_transformer(path: str | Path, dtype: str = "float32", **run: Any) -> Wa
       path: the folder.
       dtype: as in `load_pipeline`.
       **run: fields of `WanConfig` that no checkpoint contains: remat, unroll, mesh.
+
+    Raises:
+      UserError: the folder has no transformer, or two.
     """
+    if checkpoint.boundary_of(path) is not None:
+        raise UserError(
+            f"{path}: has two transformers, and one is needed here; give the folder of one"
+        )
     return _load_transformer(checkpoint.open_part(path, "transformer"), dtype, **run)
 
 
@@ -188,8 +232,11 @@ def load_text_encoder(path: str | Path, dtype: str = "float32") -> UMT5Encoder:
     return _load_text_encoder(checkpoint.open_part(path, "text_encoder"), dtype)
 
 
-def _load_transformer(source: network.Network, dtype: str, **run: Any) -> WanTransformer:
-    return _fill(_transformer_shapes(dataclasses.replace(source.config, **run), dtype), source)
+def _load_transformer(
+    source: network.Network, dtype: str, memory: str = "device", **run: Any
+) -> WanTransformer:
+    config = dataclasses.replace(source.config, **run)
+    return _fill(_transformer_shapes(config, dtype, memory), source)
 
 
 def _load_vae(source: network.Network, mesh: Mesh | None = None) -> WanVAE:
@@ -202,10 +249,15 @@ def _load_text_encoder(
     return _fill(_text_encoder_shapes(source.config, dtype, mesh, memory), source)
 
 
-def _transformer_shapes(config: WanConfig, dtype: str) -> WanTransformer:
-    where = (
-        None if config.mesh is None else functools.partial(sharding.state_shardings, config.mesh)
-    )
+def _transformer_shapes(config: WanConfig, dtype: str, memory: str = "device") -> WanTransformer:
+    def shardings_of(state: nnx.State) -> nnx.State:
+        shardings = sharding.state_shardings(config.mesh, state)
+        if memory == "host":  # but the adapter, which is small, stays on the devices
+            lora, base = nnx.split_state(shardings, LoRAParam, ...)
+            shardings = nnx.merge_state(lora, sharding.in_host_memory(base))
+        return shardings
+
+    where = None if config.mesh is None else shardings_of
     return _shapes(
         lambda: WanTransformer(config, dtypes=Dtypes.named(dtype), rngs=nnx.Rngs(0)), where
     )
@@ -235,11 +287,19 @@ def _text_encoder_shapes(
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Configurations of a video model's networks."""
+    """Configurations of a video model's networks.
+
+    Attributes:
+      transformer: of the transformer, or of both experts.
+      vae: of the video autoencoder.
+      text_encoder: of the prompt encoder.
+      boundary: as in `Pipeline`.
+    """
 
     transformer: WanConfig
     vae: VAEConfig
     text_encoder: UMT5Config
+    boundary: float | None = None
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -248,10 +308,10 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
       UserError: a network is missing, or its configuration cannot be used.
     """
-    parts = (
+    transformer, vae_config, text_encoder = (
         checkpoint.open_part(path, part).config for part in ("transformer", "vae", "text_encoder")
     )
-    return Architecture(*parts)
+    return Architecture(transformer, vae_config, text_encoder, checkpoint.boundary_of(path))
 
 
 def pipeline_shapes(
@@ -261,6 +321,7 @@ def pipeline_shapes(
     *,
     mesh: Mesh | None = None,
     text_memory: str = "device",
+    experts_idle: str = "device",
 ) -> Pipeline:
     """Build the pipeline of an architecture with shapes and shardings in place of arrays.
 
@@ -270,14 +331,17 @@ def pipeline_shapes(
       kind: as in `load_pipeline`.
       mesh: of the planned devices, which need not exist on this machine.
       text_memory: as in `load_pipeline`.
+      experts_idle: as in `load_pipeline`.
 
     Returns:
       The pipeline, without tokenizer, path and schedule shift.
     """
+    config, pair = dataclasses.replace(architecture.transformer, mesh=mesh), architecture.boundary
+    memory = "device" if pair is None else experts_idle
     return Pipeline(
-        transformer=_transformer_shapes(
-            dataclasses.replace(architecture.transformer, mesh=mesh), dtype
-        ),
+        transformer=_transformer_shapes(config, dtype, memory),
+        transformer_2=None if pair is None else _transformer_shapes(config, dtype, memory),
+        boundary=pair,
         vae=_vae_shapes(architecture.vae, mesh),
         text_encoder=_text_encoder_shapes(architecture.text_encoder, dtype, mesh, text_memory),
         tokenizer=None,
@@ -295,7 +359,7 @@ def _shift(source: checkpoint.Checkpoint) -> float:
     if source.scheduler is None:
         if (source.path / INDEX).is_file():
             raise UserError(f"{source.path}: has no folder scheduler/; get the whole pipeline")
-        return MODEL_KINDS[str(source.kind)].shift
+        return checkpoint.default_shift(source)
     file = source.scheduler / checkpoint.SCHEDULER_CONFIG
     shift = store.read_json(file).get("flow_shift")
     if not isinstance(shift, int | float) or shift <= 0:
@@ -334,7 +398,10 @@ def save_pipeline(pipe: Pipeline, path: str | Path) -> None:
     with store.atomic_path(path, INDEX) as new:
         save_vae(pipe.vae, new)
         save_text_encoder(pipe.text_encoder, pipe.tokenizer, new)
+        if pipe.transformer_2 is not None:
+            _save_velocity_network(pipe.transformer_2, new / experts.SECOND)
         save_transformer(pipe.transformer, new, pipe.shift)
+        _write_index(new, pipe.boundary)
 
 
 def save_transformer(transformer: WanTransformer, path: str | Path, shift: float) -> None:
@@ -345,12 +412,16 @@ def save_transformer(transformer: WanTransformer, path: str | Path, shift: float
       path: the pipeline folder.
       shift: of the schedule.
     """
-    config, state = transformer.config, nnx.state(transformer, BASE)
-    _save_network(Path(path) / "transformer", wan.config_to_json(config), wan.rules(config), state)
+    _save_velocity_network(transformer, Path(path) / "transformer")
     with store.atomic_path(Path(path) / "scheduler", "scheduler_config.json") as new:
         new.mkdir()
         store.write_json(new / "scheduler_config.json", wan.scheduler_to_json(shift))
     _write_index(Path(path))
+
+
+def _save_velocity_network(transformer: WanTransformer, folder: Path) -> None:
+    config, state = transformer.config, nnx.state(transformer, BASE)
+    _save_network(folder, wan.config_to_json(config), wan.rules(config), state)
 
 
 def save_vae(network: WanVAE, path: str | Path) -> None:
@@ -389,12 +460,13 @@ def _save_network(
         new.mkdir()
         store.write_json(new / "config.json", config)
         store.write_file(
-            new / f"{identify.FAMILIES[folder.name].weights}.safetensors", to_torch(rules, state)
+            new / f"{identify.FAMILIES[experts.family(folder.name)].weights}.safetensors",
+            to_torch(rules, state),
         )
 
 
-def _write_index(path: Path) -> None:
-    """Write `model_index.json`: library and class of every part in the folder."""
+def _write_index(path: Path, boundary: float | None = None) -> None:
+    """Write `model_index.json`: library and class of every part in the folder, and the boundary."""
     values: dict[str, Any] = {
         "_class_name": "WanPipeline",
         "_diffusers_version": wan.DIFFUSERS_VERSION,
@@ -405,4 +477,6 @@ def _write_index(path: Path) -> None:
             values[part] = [library, name[0] if isinstance(name, list) else name]
     if values.get("transformer", ["", ""])[1] == "WanVACETransformer3DModel":
         values["_class_name"] = "WanVACEPipeline"
+    if boundary is not None:
+        values["boundary_ratio"] = boundary
     store.write_json(path / INDEX, values)

@@ -8,6 +8,8 @@ Rollout and replay both call `Policy.velocity`, and no other function maps laten
 v_both is conditioned on the prompt and the photos, v_photos on the negative prompt and the photos,
 v_none on the negative prompt and zeros in place of the photos.
 Sources: those of `config.model_kinds`.
+
+A model with two experts has one policy for each; `Policy.of` and `PolicyInputs.of` select one.
 """
 
 import dataclasses
@@ -19,8 +21,10 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
+from jax_idgrpo.models import experts
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import PromptCache, WanTransformer, unstack_blocks
+from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.weights import TrainedWeights
 
@@ -31,15 +35,23 @@ class PolicyInputs:
 
     Attributes:
       lora: trained parameters: an adapter, for which None is the frozen base, or trained weights.
-      base: frozen weights.
+      base: frozen weights, which may be in host memory if there are two experts.
       conditioning: of the B rows.
       negative: encoded negative prompt, shared by all rows; unused without guidance.
     """
 
-    lora: nnx.State | None
-    base: nnx.State
+    lora: nnx.State | experts.Pair[nnx.State] | None
+    base: nnx.State | experts.Pair[nnx.State]
     conditioning: Conditioning
     negative: Float[Array, "L D"]
+
+    def of(self, expert: int) -> "PolicyInputs":
+        """Return the inputs of one expert, with its base on the devices."""
+        return dataclasses.replace(
+            self,
+            lora=None if self.lora is None else experts.each(self.lora)[expert],
+            base=sharding.fetched(experts.each(self.base)[expert]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +68,8 @@ class Policy:
       guidance: scale of the prompt.
       image_guidance: scale of the photos; None for a model without that branch (VACE).
       weights: the trained weights; None if an adapter is trained.
+      low_noise: policy of the low-noise expert, if there are two; the other fields are then of the
+        high-noise expert.
     """
 
     adapted: Any
@@ -63,6 +77,17 @@ class Policy:
     guidance: float
     image_guidance: float | None = None
     weights: TrainedWeights | None = None
+    low_noise: "Policy | None" = None
+
+    @property
+    def experts(self) -> "tuple[Policy, ...]":
+        """Policies of the experts, each of one transformer."""
+        own = dataclasses.replace(self, low_noise=None)
+        return (own,) if self.low_noise is None else (own, self.low_noise)
+
+    def of(self, expert: int) -> "Policy":
+        """Return the policy of one expert."""
+        return self.experts[expert]
 
     @property
     def branches(self) -> int:
@@ -73,8 +98,20 @@ class Policy:
 
     def unguided(self) -> "Policy":
         """Return the policy without guidance: only the branch of prompt and photos runs."""
-        return dataclasses.replace(
-            self, guidance=1.0, image_guidance=None if self.image_guidance is None else 1.0
+        return self.with_guidance((1.0, 1.0), None if self.image_guidance is None else 1.0)
+
+    def with_guidance(self, guidance: Sequence[float], image_guidance: float | None) -> "Policy":
+        """Return the policy with other scales.
+
+        Args:
+          guidance: scale of the prompt, per expert.
+          image_guidance: scale of the photos; None for a model without that branch.
+        """
+        return _chained(
+            [
+                dataclasses.replace(policy, guidance=scale, image_guidance=image_guidance)
+                for policy, scale in zip(self.experts, guidance, strict=False)
+            ]
         )
 
     # Optimization barriers isolate both functions so XLA compiles them identically in rollout and
@@ -208,4 +245,35 @@ def split(
         Policy(adapted=adapted, plain=plain, guidance=guidance, image_guidance=image_guidance),
         lora,
         base,
+    )
+
+
+def split_experts(
+    transformers: Sequence[WanTransformer],
+    guidance: Sequence[float],
+    image_guidance: float | None = None,
+    weights: TrainedWeights | None = None,
+) -> tuple[Policy, nnx.State | experts.Pair[nnx.State], nnx.State | experts.Pair[nnx.State]]:
+    """Split the transformers of a model into (policy, trained parameters, frozen weights).
+
+    Args:
+      transformers: one, or the experts for high and low noise, with adapters.
+      guidance: guidance scale of the prompt, per expert; further ones are ignored.
+      image_guidance: guidance scale of the photos; None for a model without that branch.
+      weights: the trained weights of one transformer; None trains adapters.
+    """
+    parts = [
+        split(transformer, scale, image_guidance, weights)
+        for transformer, scale in zip(transformers, guidance, strict=False)
+    ]
+    policies, loras, bases = zip(*parts, strict=True)
+    return _chained(policies), experts.together(loras), experts.together(bases)
+
+
+def _chained(policies: Sequence[Policy]) -> Policy:
+    """Join the policies of one or two experts; inverse of `Policy.experts`."""
+    return (
+        policies[0]
+        if len(policies) == 1
+        else dataclasses.replace(policies[0], low_noise=policies[1])
     )

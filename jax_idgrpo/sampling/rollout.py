@@ -1,10 +1,17 @@
 """Sample videos: one jitted scan over the denoising steps, stochastic inside a window.
 
 The states and velocities of the window are stored in float32; updates compute ratios from them.
+
+A model with two experts runs the first steps with one and the last steps with the other. Noise
+levels fall from step to step, so this is one scan per expert, each a program of its own that
+continues from the state of the other. A program reads the weights of one expert only, so those of
+the other may be in host memory.
 """
 
 import functools
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import flax.struct
 import jax
@@ -15,8 +22,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import RolloutConfig
+from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.conditioning import Conditioning, video_latents
 from jax_idgrpo.sampling.policy import Policy, PolicyInputs
+
+Result = TypeVar("Result")
+
+TRAIN_TIMESTEPS = 1000
+"""Timesteps of the training of Wan; a boundary between experts is a share of them."""
 
 
 @flax.struct.dataclass
@@ -29,6 +42,7 @@ class Schedule:
       shift: of the flow.
       transition: coefficients of the stochastic step, every leaf [S,...].
       solver: coefficients of the deterministic step, every leaf [S,...].
+      counts: steps of each expert, in the order of the steps.
     """
 
     sigma: Float[Array, " S+1"]
@@ -36,6 +50,7 @@ class Schedule:
     shift: Float[Array, ""]
     transition: flow.Transition
     solver: flow.Solver
+    counts: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     @classmethod
     def make(
@@ -45,6 +60,7 @@ class Schedule:
         sampler: str = "identity",
         noise_level: float = 0.0,
         solver: str = "euler",
+        boundary: float | None = None,
     ) -> "Schedule":
         """Build the schedule of `flow.sigmas`.
 
@@ -54,17 +70,31 @@ class Schedule:
           sampler: name in `flow.SAMPLERS`.
           noise_level: of the sampler; 0 is the sampler's default.
           solver: name in `flow.SOLVERS`.
+          boundary: share of the timesteps from which the high-noise expert runs; None for one
+            transformer.
         """
-        sigma = flow.sigmas(steps, shift)
+        sigma, timestep = flow.sigmas(steps, shift), flow.timesteps(steps, shift)
+        high = steps if boundary is None else int(np.sum(timestep >= boundary * TRAIN_TIMESTEPS))
         level = {"noise_level": noise_level} if noise_level else {}
         made = cls(
             sigma=sigma,
-            timestep=flow.timesteps(steps, shift),
+            timestep=timestep,
             shift=np.float32(shift),
             transition=flow.SAMPLERS[sampler](sigma[:-1], sigma[1:], sigma[1], **level),
             solver=flow.SOLVERS[solver](sigma),
+            counts=(steps,) if boundary is None else (high, steps - high),
         )
         return jax.tree.map(jnp.asarray, made)
+
+    def steps_of(self, expert: int) -> slice:
+        """Return the steps of an expert."""
+        first = sum(self.counts[:expert])
+        return slice(first, first + self.counts[expert])
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The experts that have steps, in their order."""
+        return tuple(expert for expert, count in enumerate(self.counts) if count)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def part(self, first: int, last: int) -> "Schedule":
@@ -75,12 +105,14 @@ class Schedule:
         steps = slice(first, last)
         cut = jax.tree.map(lambda leaf: leaf[steps], (self.timestep, self.transition, self.solver))
         timestep, transition, solver = cut
+        own = (self.steps_of(expert) for expert in range(len(self.counts)))
         return Schedule(
             sigma=self.sigma[first : last + 1],
             timestep=timestep,
             shift=self.shift,
             transition=transition,
             solver=solver,
+            counts=tuple(len(range(max(first, on.start), min(last, on.stop))) for on in own),
         )
 
 
@@ -117,28 +149,83 @@ class Trajectory:
     log_prob: Float[Array, "B K"] | None = None
 
 
-def window_starts(config: RolloutConfig, seed: int, step: int) -> Int[np.ndarray, " P"]:
+def window_starts(
+    config: RolloutConfig, seed: int, step: int, counts: Sequence[int] = ()
+) -> Int[np.ndarray, " P"]:
     """Return the first denoising step of the window, per prompt.
+
+    With two experts, a random window has steps of one expert only: the low-noise expert's in a
+    share of `rollout.window_low_noise` of the training steps, evenly spaced, else the other's.
 
     Args:
       config: kind and size of the window.
       seed: seed of the run.
       step: number of the training step.
+      counts: denoising steps of each expert; one transformer needs none.
     """
-    first, last = config.window_start, config.steps - 1 - config.window_size
     root = rng.fold(rng.key(seed, "window"), step)
-    start: Any = 0
-    if config.window == "fixed":
-        start = first
-    if config.window == "progressive":
-        start = first + step // config.window_every % (last - first + 1)
-    if config.window == "random":
-        start = jax.random.randint(root, (), 0, config.steps // 2 - config.window_size + 1)
-    if config.window == "per_prompt":
-        start = jax.random.randint(
-            root, (config.prompts,), 0, config.steps // 2 - config.window_size + 1
-        )
+    start: Any
+    if config.window in ("random", "per_prompt"):
+        low, high = 0, config.steps // 2 - config.window_size
+        if len(counts) > 1:
+            low, high = random_starts(config, counts, expert_of_step(config, step))
+        shape = (config.prompts,) if config.window == "per_prompt" else ()
+        start = jax.random.randint(root, shape, low, high + 1)
+    else:
+        start = _planned_start(config, step)
     return np.broadcast_to(np.asarray(start, np.int32), config.prompts)
+
+
+def _planned_start(config: RolloutConfig, step: int) -> int:
+    """Return the first denoising step of a window that is not random."""
+    if config.window == "progressive":
+        last = config.steps - 1 - config.window_size
+        moved = step // config.window_every
+        return config.window_start + moved % (last - config.window_start + 1)
+    return config.window_start if config.window == "fixed" else 0
+
+
+def trained_levels(config: RolloutConfig, step: int, counts: Sequence[int]) -> tuple[int, ...]:
+    """Count the denoising steps of each expert in the windows of a training step.
+
+    Args:
+      config: kind and size of the window.
+      step: number of the training step.
+      counts: denoising steps of each expert.
+    """
+    size = config.trained_steps
+    if len(counts) == 1:
+        return (size,)
+    if config.window in ("random", "per_prompt"):
+        chosen = expert_of_step(config, step)
+        return tuple(size if expert == chosen else 0 for expert in range(len(counts)))
+    start = _planned_start(config, step)
+    firsts = [sum(counts[:expert]) for expert in range(len(counts))]
+    return tuple(
+        max(0, min(start + size, first + count) - max(start, first))
+        for first, count in zip(firsts, counts, strict=True)
+    )
+
+
+def expert_of_step(config: RolloutConfig, step: int) -> int:
+    """Return the expert whose steps a random window of a training step has, with two experts."""
+    share = config.window_low_noise
+    return math.floor((step + 1) * share) - math.floor(step * share)
+
+
+def random_starts(config: RolloutConfig, counts: Sequence[int], expert: int) -> tuple[int, int]:
+    """Return the first and the last start of a random window inside the steps of an expert.
+
+    The last step of the schedule is never trained.
+
+    Args:
+      config: size of the window.
+      counts: denoising steps of each expert.
+      expert: number of the expert.
+    """
+    first = sum(counts[:expert])
+    end = min(first + counts[expert], config.steps - 1)
+    return first, end - config.window_size
 
 
 @jax.jit
@@ -159,7 +246,7 @@ Record = tuple[
 ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="expert", donate_argnames="so_far")
 def sample(
     policy: Policy,
     inputs: PolicyInputs,
@@ -167,18 +254,31 @@ def sample(
     starts: Key[Array, " B"],
     rows: Key[Array, " B"],
     window: Window,
+    so_far: Trajectory | None = None,
+    expert: int = 0,
 ) -> Trajectory:
-    """Sample one batch and store the steps of its window.
+    """Sample one batch with one expert and store the steps of its window.
 
     Args:
-      policy: structure of the transformer.
-      inputs: adapter, weights and prompts of the B rows.
-      schedule: the denoising steps.
+      policy: structure of the expert's transformer.
+      inputs: adapter and weights of the expert, and prompts of the B rows.
+      schedule: the denoising steps of all experts.
       starts: keys of the videos' start noise.
       rows: keys of the videos (`rng.row_keys`).
       window: the stochastic steps.
+      so_far: result of the expert before, donated; None for the first one.
+      expert: number of the expert.
     """
-    x = _start(starts, inputs.conditioning)
+    if so_far is None:
+        x = _start(starts, inputs.conditioning)
+        count, size = x.shape[0], window.size
+        record = (
+            jnp.zeros((count, size + 1, *x.shape[1:])),
+            jnp.zeros((count, size, *x.shape[1:])),
+            jnp.zeros((count, size)),
+        )
+    else:
+        x, record = so_far.latents, (so_far.x, so_far.velocity, so_far.log_prob)
     cache = policy.prefill(inputs)
     last = schedule.timestep.shape[0] - 1
 
@@ -209,12 +309,6 @@ def sample(
             record,
         ), None
 
-    count, size = x.shape[0], window.size
-    record = (
-        jnp.zeros((count, size + 1, *x.shape[1:])),
-        jnp.zeros((count, size, *x.shape[1:])),
-        jnp.zeros((count, size)),
-    )
     steps = (
         jnp.arange(last + 1),
         schedule.timestep,
@@ -222,27 +316,56 @@ def sample(
         schedule.sigma[1:],
         schedule.transition,
     )
+    steps = jax.tree.map(lambda leaf: leaf[schedule.steps_of(expert)], steps)
     latents, (states, velocity, log_prob) = jax.lax.scan(body, (x, record), steps)[0]
     return Trajectory(latents=latents, x=states, velocity=velocity, log_prob=log_prob)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def sample_experts(
+    policy: Policy,
+    inputs: PolicyInputs,
+    schedule: Schedule,
+    starts: Key[Array, " B"],
+    rows: Key[Array, " B"],
+    window: Window,
+) -> Trajectory:
+    """Sample one batch with all experts in turn; the arguments are those of `sample`."""
+    trajectory = None
+    for expert in schedule.experts:
+        result = sample(
+            policy.of(expert),
+            inputs.of(expert),
+            schedule,
+            starts,
+            rows,
+            window,
+            so_far=trajectory,
+            expert=expert,
+        )
+        trajectory = _finished(inputs, result)
+    assert trajectory is not None
+    return trajectory
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="expert")
 def denoise(
     policy: Policy,
     inputs: PolicyInputs,
     schedule: Schedule,
-    x: Float[Array, "B frames H W C"],
-) -> Float[Array, "B frames H W C"]:
-    """Integrate the ODE from x with the schedule's solver.
+    x: Float[Array, "B frames H W C"] | flow.SolverState,
+    expert: int = 0,
+) -> Float[Array, "B frames H W C"] | flow.SolverState:
+    """Integrate the ODE from x with the schedule's solver over the steps of one expert.
 
     Args:
-      policy: structure of the transformer.
-      inputs: adapter, weights and prompts of the B rows.
-      schedule: the denoising steps.
-      x: latents at the schedule's first noise level.
+      policy: structure of the expert's transformer.
+      inputs: adapter and weights of the expert, and prompts of the B rows.
+      schedule: the denoising steps of all experts.
+      x: latents at the schedule's first noise level, or the result of the expert before.
+      expert: number of the expert.
 
     Returns:
-      Latents at the schedule's last noise level.
+      Latents at the schedule's last noise level; before another expert, the solver's state.
     """
     cache = policy.prefill(inputs)
 
@@ -251,9 +374,31 @@ def denoise(
         v = policy.velocity(inputs, state.x, timestep, cache)
         return flow.solver_step(solver, state, v, sigma), None
 
-    return jax.lax.scan(
-        body, flow.SolverState.start(x), (schedule.timestep, schedule.sigma[:-1], schedule.solver)
-    )[0].x
+    start = x if isinstance(x, flow.SolverState) else flow.SolverState.start(x)
+    steps = (schedule.timestep, schedule.sigma[:-1], schedule.solver)
+    steps = jax.tree.map(lambda leaf: leaf[schedule.steps_of(expert)], steps)
+    state = jax.lax.scan(body, start, steps)[0]
+    return state.x if expert == schedule.experts[-1] else state
+
+
+def denoise_experts(
+    policy: Policy,
+    inputs: PolicyInputs,
+    schedule: Schedule,
+    x: Float[Array, "B frames H W C"],
+) -> Float[Array, "B frames H W C"]:
+    """Integrate the ODE from x with all experts in turn; the arguments are those of `denoise`."""
+    for expert in schedule.experts:
+        result = denoise(policy.of(expert), inputs.of(expert), schedule, x, expert=expert)
+        x = _finished(inputs, result)
+    return x
+
+
+def _finished(inputs: PolicyInputs, result: Result) -> Result:
+    """Wait for the result of an expert if the next expert takes its place on the devices."""
+    if sharding.is_in_host_memory(inputs.base):
+        jax.block_until_ready(result)
+    return result
 
 
 def generate(
@@ -265,12 +410,12 @@ def generate(
     """Sample one batch deterministically, as evaluation does; return the final latents.
 
     Args:
-      policy: structure of the transformer.
-      inputs: adapter, weights and prompts of the B rows.
+      policy: structure of the transformers.
+      inputs: adapters, weights and prompts of the B rows.
       schedule: the denoising steps.
       rows: keys of the videos' start noise.
     """
-    return denoise(policy, inputs, schedule, _start(rows, inputs.conditioning))
+    return denoise_experts(policy, inputs, schedule, _start(rows, inputs.conditioning))
 
 
 @functools.partial(jax.jit, static_argnames="frames")

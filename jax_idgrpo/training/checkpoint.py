@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "run.watch_*",
     "run.wandb",
     "model.text_memory",
+    "model.experts_idle",
     "mesh.*",
     "evaluate.*",
     "reward.http_*",

@@ -27,7 +27,7 @@ class Keeper:
 
     Attributes:
       manager: checkpoint manager of the workdir.
-      export: folder of the exported adapter or checkpoint.
+      export: folder of the exported adapter or checkpoint, or of the adapters of two experts.
       config: the run.
       transformer: architecture of the policy, including its adapter.
       write_weights: writes the export of a run that trains weights, from (folder, averaged weights,

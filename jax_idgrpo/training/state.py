@@ -1,6 +1,7 @@
 """Define the training state (the content of a checkpoint), optimizer and moving average."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import flax.struct
@@ -10,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.config import OptimizerConfig
+from jax_idgrpo.models import experts
 
 Parameters: TypeAlias = PyTree
 """A nested state of arrays, as returned by `flax.nnx.split`; or of their shapes or shardings."""
@@ -22,7 +24,8 @@ class TrainState:
     Attributes:
       step: int32 [], training steps done, which is the number of the next step.
       params: trained parameters: in reinforcement learning the adapter, or trained weights in
-        float32; in supervised training the whole network.
+        float32; in supervised training the whole network. With two experts, params, ema and
+        optimizer are an `experts.Pair`.
       ema: float32 moving average of `params`; these weights are evaluated and exported.
       optimizer: moments and counters of the optimizer.
       rest: variables of the network that change but are not parameters, such as running means.
@@ -37,14 +40,16 @@ class TrainState:
 
 
 def start(
-    optimizer: optax.GradientTransformation, params: Parameters, rest: Parameters = ()
+    optimizer: optax.GradientTransformation | experts.Pair[optax.GradientTransformation],
+    params: Parameters,
+    rest: Parameters = (),
 ) -> TrainState:
     """Make the state before the first step.
 
     It shares no buffer with the arguments, so that it can be donated.
 
     Args:
-      optimizer: as made by `make_optimizer`.
+      optimizer: as made by `make_optimizer`, one per expert.
       params: initial trained parameters.
       rest: variables that change but are not parameters.
     """
@@ -52,9 +57,32 @@ def start(
         step=jnp.zeros((), jnp.int32),
         params=jax.tree.map(jnp.copy, params),
         ema=jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params),
-        optimizer=optimizer.init(params),
+        optimizer=experts.together(
+            [
+                own.init(part)
+                for own, part in zip(experts.each(optimizer), experts.each(params), strict=True)
+            ]
+        ),
         rest=jax.tree.map(jnp.copy, rest),
     )
+
+
+def of_experts(state: TrainState) -> list[TrainState]:
+    """Split a state into those of the experts; the state of one transformer is the only one."""
+    parts = zip(*map(experts.each, (state.params, state.ema, state.optimizer)), strict=True)
+    return [
+        dataclasses.replace(state, params=params, ema=ema, optimizer=optimizer)
+        for params, ema, optimizer in parts
+    ]
+
+
+def join_experts(states: Sequence[TrainState]) -> TrainState:
+    """Join the states of the experts; inverse of `of_experts`."""
+    parts = {
+        name: experts.together([getattr(state, name) for state in states])
+        for name in ("params", "ema", "optimizer")
+    }
+    return dataclasses.replace(states[0], **parts)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -29,6 +29,7 @@ from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.monitor import Watch
 from jax_idgrpo.evaluation.sampler import Model
 from jax_idgrpo.metrics import MetricsWriter, progress, read_metrics
+from jax_idgrpo.models import experts
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import (
     any_process,
@@ -219,9 +220,8 @@ def begin_watch(
       A function (averaged parameters, training steps done) -> values to log.
     """
     config, base = run.config, run.base
-    guidance = config.evaluate.guidance or config.rollout.guidance
-    watched = dataclasses.replace(
-        run.policy, guidance=guidance, image_guidance=config.image_guidance(evaluation=True)
+    watched = run.policy.with_guidance(
+        config.guidance(evaluation=True), config.image_guidance(evaluation=True)
     )
     watch = Watch.make(config, run.pipe, run.reward, folder)
     watch.begin(Model(watched, start, base))
@@ -291,7 +291,7 @@ def prepare(run: Run, prompts: Sequence[Prompt], step: int, cache: conditioning.
             rng.key(seed, "forward"), first if "pairs" in config.grpo.needs else numbers
         ),
         window=rollout.Window(
-            start=rollout.window_starts(sampling, seed, step)[of_row],
+            start=rollout.window_starts(sampling, seed, step, run.schedule.counts)[of_row],
             size=sampling.trained_steps,
             final_noise=sampling.final_step == "sde",
         ),
@@ -424,8 +424,15 @@ def train_on(
       The state after the step, and the values to log.
     """
     wanted, on_mesh = run.config.grpo, sharding.state_shardings(run.mesh, state)
+    levels = rollout.trained_levels(run.config.rollout, done, run.schedule.counts)
+    trained = tuple(expert for expert, count in enumerate(levels) if count) or (0,)
     networks = Networks(
-        base=run.base,
+        base=experts.together(
+            [
+                sharding.fetched(part) if expert in trained else None
+                for expert, part in enumerate(experts.each(run.base))
+            ]
+        ),
         negative=run.negative,
         reference=run.reference,
         old=None if wanted.replays or wanted.on_policy else run.policy.snapshot(state.params),
@@ -445,7 +452,9 @@ def train_on(
             jnp.int32(done * wanted.optimizer_steps + number), sharding.replicated(run.mesh)
         )
         with jax.transfer_guard("disallow"):
-            state, scalars = update(run.rule, state, networks, sampled, run.schedule, step)
+            state, scalars = update(
+                run.rule, state, networks, sampled, run.schedule, step, trained=trained
+            )
         logged.append(scalars)
     return dataclasses.replace(state, step=state.step + 1), summary(to_host(logged))
 

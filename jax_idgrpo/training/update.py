@@ -11,11 +11,15 @@ The update is one program. `config.objectives.OBJECTIVES` assigns each objective
 The devices store a rollout only once. Chunks are written in place as they are sampled (`store`),
 and an update reads its share in place. If only some rows are trained, only those are moved
 (`select_rows`).
+
+With two experts, the rows of a call are in the steps of the same expert at each step of their
+windows, and only this expert gets a gradient. An update changes the experts that the windows
+reach. The other one, its average and its moments stay as they are.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -29,11 +33,12 @@ from jaxtyping import Array, Float, Int, Key
 from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.config.objectives import LATENTS, REPLAY, REWARD
+from jax_idgrpo.models import experts
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.policy import Policy, PolicyInputs
 from jax_idgrpo.sampling.rollout import Schedule, Trajectory
-from jax_idgrpo.training.state import TrainState, apply_gradients
+from jax_idgrpo.training.state import TrainState, apply_gradients, join_experts, of_experts
 
 Rows = dict[str, Float[Array, " R"]]
 
@@ -150,9 +155,9 @@ class UpdateRule:
     """Static part of an update, fixed for a run. Hashable: one program is compiled per value.
 
     Attributes:
-      policy: structure of the transformer.
+      policy: structure of the transformer, or of both experts.
       grpo: settings of the objective.
-      optimizer: as made by `make_optimizer`.
+      optimizer: as made by `make_optimizer`, one per expert.
       ema_decay: decay of the moving average after its warm-up, in [0, 1).
       score: (Networks.scorer, latents, conditioning, people) -> reward [R]; None unless the reward
         is differentiated.
@@ -160,9 +165,15 @@ class UpdateRule:
 
     policy: Policy
     grpo: GrpoConfig
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation | experts.Pair[optax.GradientTransformation]
     ema_decay: float
     score: Callable[..., Float[Array, " R"]] | None = None
+
+    def of(self, expert: int) -> "UpdateRule":
+        """Return the rule of one expert."""
+        return dataclasses.replace(
+            self, policy=self.policy.of(expert), optimizer=experts.each(self.optimizer)[expert]
+        )
 
     def noise_levels(self, rollout: Rollout) -> int:
         """Return the number of steps or noise levels at which each row is trained."""
@@ -177,7 +188,8 @@ class Networks:
     """Arrays that an update does not change.
 
     Attributes:
-      base: frozen weights of the transformer.
+      base: frozen weights of the transformer, or of both experts; None for an expert that the
+        update does not run.
       negative: encoded negative prompt.
       reference: trained parameters of the base, with which the objective compares; None for an
         adapter, whose base is the network without it, and if the objective does not compare.
@@ -187,11 +199,15 @@ class Networks:
         differentiated.
     """
 
-    base: nnx.State
+    base: nnx.State | experts.Pair[nnx.State | None]
     negative: Float[Array, "L D"]
     reference: nnx.State | None = None
     old: nnx.State | None = None
     scorer: Any = None
+
+    def of(self, expert: int) -> "Networks":
+        """Return the arrays of one expert."""
+        return dataclasses.replace(self, base=experts.each(self.base)[expert])
 
 
 @flax.struct.dataclass
@@ -373,12 +389,13 @@ LOSSES = {REPLAY: replayed_loss, LATENTS: matched_loss, REWARD: rewarded_loss}
 
 def gradients(
     rule: UpdateRule,
-    lora: nnx.State,
+    lora: nnx.State | experts.Pair[nnx.State],
     networks: Networks,
     rollout: Rollout,
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
-) -> tuple[nnx.State, dict[str, Float[Array, "C K R"]]]:
+    trained: tuple[int, ...] = (0,),
+) -> tuple[nnx.State | experts.Pair[nnx.State], dict[str, Float[Array, "C K R"]]]:
     """Compute the gradient of the mean loss over all rows with weight 1 and their K noise levels.
 
     If no row has weight 1, the mean is 0 / 0. Such an update is not finite and changes nothing.
@@ -390,25 +407,33 @@ def gradients(
       rollout: C chunks of R rows, with advantages and weights.
       schedule: noise schedule of the rollout.
       optimizer_step: optimizer steps done before this one.
+      trained: experts that the windows of the rollout reach.
 
     Returns:
-      The gradient, and the logged values per row and noise level.
+      The gradient of the trained experts, and the logged values per row and noise level.
     """
-    return _gradients(
-        rule, lora, networks, rollout, jnp.arange(len(rollout.start)), schedule, optimizer_step
+    chunks = jnp.arange(len(rollout.start))
+    gradient, rows = _gradients(
+        rule, lora, networks, rollout, chunks, schedule, optimizer_step, trained
     )
+    return experts.together(gradient), rows
 
 
 def _gradients(
     rule: UpdateRule,
-    lora: nnx.State,
+    lora: nnx.State | experts.Pair[nnx.State],
     networks: Networks,
     rollout: Rollout,
     chunks: Int[Array, " c"],
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
-) -> tuple[nnx.State, dict[str, Float[Array, "c K R"]]]:
-    """Compute `gradients` over some chunks of a rollout, which are read in place."""
+    trained: tuple[int, ...],
+) -> tuple[tuple[nnx.State, ...], dict[str, Float[Array, "c K R"]]]:
+    """Compute `gradients` over some chunks of a rollout, which are read in place.
+
+    The gradients of several experts are computed by branches of a `switch` around the whole
+    forward and backward pass, so that the activations of one expert are in memory at a time.
+    """
     wanted, levels = rule.grpo, rule.noise_levels(rollout)
     weight = rollout.weight[chunks]
     weight = jnp.broadcast_to(weight[:, None], (len(chunks), levels, weight.shape[1]))
@@ -418,21 +443,46 @@ def _gradients(
         steps = rollout.start[chunks][:, None] + jnp.arange(levels)[:, None]
         scale = grpo.time_weights(schedule.transition.at(steps).weight, weight)
 
-    def loss(
-        lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array
-    ) -> tuple[Array, Rows]:
-        given = LossInputs(networks, chunk, schedule, number, optimizer_step)
-        rows = LOSSES[wanted.definition.kind](rule, lora, given)
-        total = scale * rows["policy_loss"] + wanted.kl * rows.get("kl", 0.0)
-        return jnp.sum(jnp.where(weight > 0, weight * total, 0.0)), rows
+    parts = [experts.each(lora)[expert] for expert in trained]
+    zeros = tuple(
+        rule.of(expert).policy.shard_gradient(jax.tree.map(jnp.zeros_like, part))
+        for expert, part in zip(trained, parts, strict=True)
+    )
 
-    def body(total: nnx.State, position: tuple[Array, ...]) -> tuple[nnx.State, Rows]:
+    def gradient_of(place: int) -> Callable[..., tuple[tuple[nnx.State, ...], Rows]]:
+        """Return the function of a chunk that differentiates one of the trained experts."""
+        own, arrays = rule.of(trained[place]), networks.of(trained[place])
+
+        def loss(
+            lora: nnx.State, chunk: Rollout, number: Array, weight: Array, scale: Array
+        ) -> tuple[Array, Rows]:
+            given = LossInputs(arrays, chunk, schedule, number, optimizer_step)
+            rows = LOSSES[wanted.definition.kind](own, lora, given)
+            total = scale * rows["policy_loss"] + wanted.kl * rows.get("kl", 0.0)
+            return jnp.sum(jnp.where(weight > 0, weight * total, 0.0)), rows
+
+        def gradient(*position: Any) -> tuple[tuple[nnx.State, ...], Rows]:
+            found, rows = jax.grad(loss, has_aux=True)(parts[place], *position)
+            found = own.policy.shard_gradient(found)
+            return (*zeros[:place], found, *zeros[place + 1 :]), rows
+
+        return gradient
+
+    branches = [gradient_of(place) for place in range(len(trained))]
+
+    def body(
+        total: tuple[nnx.State, ...], position: tuple[Array, ...]
+    ) -> tuple[tuple[nnx.State, ...], Rows]:
         c, number, weight, scale = position
         chunk = jax.tree.map(
             lambda leaf: jax.lax.dynamic_index_in_dim(leaf, c, keepdims=False), rollout
         )
-        gradient, rows = jax.grad(loss, has_aux=True)(lora, chunk, number, weight, scale)
-        gradient = rule.policy.shard_gradient(gradient)
+        # The experts share the steps in order, and all rows are on one side of the boundary.
+        place = (chunk.start[0] + number >= schedule.counts[0]).astype(jnp.int32)
+        given = (chunk, number, weight, scale)
+        gradient, rows = (
+            branches[0](*given) if len(branches) == 1 else jax.lax.switch(place, branches, *given)
+        )
         return jax.tree.map(lambda sum_, leaf: sum_ + leaf / count, total, gradient), rows
 
     positions = (
@@ -441,7 +491,6 @@ def _gradients(
         weight.reshape(len(chunks) * levels, -1),
         scale.reshape(len(chunks) * levels, -1),
     )
-    zeros = rule.policy.shard_gradient(jax.tree.map(jnp.zeros_like, lora))
     total, rows = jax.lax.scan(body, zeros, positions)
     return total, {name: value.reshape(len(chunks), levels, -1) for name, value in rows.items()}
 
@@ -458,7 +507,7 @@ def share(optimizer_step: int | Int[Array, ""], chunks: int, shares: int) -> Int
     return optimizer_step % shares * size + jnp.arange(size)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="trained", donate_argnums=1)
 def update(
     rule: UpdateRule,
     state: TrainState,
@@ -466,11 +515,12 @@ def update(
     rollout: Rollout,
     schedule: Schedule,
     optimizer_step: Int[Array, ""],
+    trained: tuple[int, ...] = (0,),
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Take one optimizer step on one of the `grpo.updates` equal shares of a rollout.
 
-    A non-finite gradient changes nothing and is logged as `skipped`. The caller increments
-    `state.step`.
+    A non-finite gradient of a transformer leaves it as it is and is logged as `skipped`. The caller
+    increments `state.step`.
 
     Args:
       rule: static part of the update.
@@ -479,15 +529,24 @@ def update(
       rollout: C chunks of R rows, with advantages and weights.
       schedule: noise schedule of the rollout.
       optimizer_step: optimizer steps done before this one; selects the share.
+      trained: experts that the windows of the rollout reach.
 
     Returns:
       The new state, and the values to log.
     """
     chunks = share(optimizer_step, len(rollout.start), rule.grpo.updates)
-    gradient, rows = _gradients(
-        rule, state.params, networks, rollout, chunks, schedule, optimizer_step
+    gradients, rows = _gradients(
+        rule, state.params, networks, rollout, chunks, schedule, optimizer_step, trained
     )
-    state, norms = apply_gradients(state, gradient, rule.optimizer, optimizer_step, rule.ema_decay)
+    states, norms = of_experts(state), {}
+    for expert, gradient in zip(trained, gradients, strict=True):
+        states[expert], norms[expert] = apply_gradients(
+            states[expert],
+            gradient,
+            rule.of(expert).optimizer,
+            optimizer_step,
+            rule.ema_decay,
+        )
     counted = rollout.weight[chunks][:, None] > 0
     ratio = rows.pop("ratio", None)
     scalars = {name: jnp.mean(value, where=counted) for name, value in rows.items()}
@@ -496,4 +555,26 @@ def update(
             "ratio_min": jnp.min(ratio, where=counted, initial=jnp.inf),
             "ratio_max": jnp.max(ratio, where=counted, initial=0.0),
         }
-    return state, {**scalars, **norms}
+    return join_experts(states), {**scalars, **_norms(norms, len(states))}
+
+
+def _norms(
+    found: Mapping[int, dict[str, Float[Array, ""]]], count: int
+) -> dict[str, Float[Array, ""]]:
+    """Return the logged values of `apply_gradients` over the trained experts.
+
+    Args:
+      found: values of each trained expert.
+      count: number of experts; the norm of each is logged too if there are two.
+    """
+    if count == 1:
+        return found[0]
+    norms = {
+        f"gradient_norm_{experts.NAMES[expert]}": values["gradient_norm"]
+        for expert, values in found.items()
+    }
+    return {
+        "gradient_norm": jnp.sqrt(sum(jnp.square(norm) for norm in norms.values())),
+        "skipped": jnp.max(jnp.stack([values["skipped"] for values in found.values()])),
+        **norms,
+    }

@@ -3,7 +3,8 @@
 python -m tests.helpers.default_flags_worker FOLDER
 
 Trains the bundled VACE model in FOLDER/whole without a stop and in FOLDER/stopped with one, and stores the ratios of a first update of
-Phantom in FOLDER/phantom.npy, and of the other models with photos behind the video in FOLDER/others.npy.
+Phantom in FOLDER/phantom.npy, of the other models with photos behind the video in FOLDER/others.npy, and of two experts in
+FOLDER/experts.npy.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_idgrpo.training.train import train
-from tests.helpers import phantom
+from tests.helpers import experts, phantom
 from tests.helpers.tiny_run import tiny
 
 
@@ -42,4 +43,5 @@ if __name__ == "__main__":
     # The properties of RefAlign and SkyReels-V3 in one program.
     others = ratio(1.0, 1.0, padding_attended=True, photos_read_text=False)
     np.save(Path(sys.argv[1]) / "others.npy", others)
+    np.save(Path(sys.argv[1]) / "experts.npy", experts.ratios(remat="full"))
     runs(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 python -m tests.helpers.mesh_worker OUT '{"data": 2, "seq": 4}' ...
 
 With "weights", patterns as in model.train_layers, these weights are trained in place of an adapter, and an optimizer step is taken.
+With {"experts": 2} beside the axes, the model has two, and the window reaches both.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from flax import nnx
 from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig, MeshConfig
 from jax_idgrpo.models import vae
+from jax_idgrpo.models.experts import together
 from jax_idgrpo.models.layers import FLOAT32
 from jax_idgrpo.models.wan import VaceConfig, WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
@@ -45,16 +47,18 @@ SIZES = dict(
 )
 
 
-def random(state: nnx.State) -> nnx.State:
+def random(state: nnx.State, seed: int = 1) -> nnx.State:
     """The state with every leaf random, also those that start at zero."""
     leaves, tree = jax.tree.flatten(state)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     return jax.tree.unflatten(
         tree, [jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
     )
 
 
-def run(mesh: jax.sharding.Mesh, patterns: str | None = None) -> dict[str, np.ndarray]:
+def run(
+    mesh: jax.sharding.Mesh, patterns: str | None = None, experts: int = 1
+) -> dict[str, np.ndarray]:
     random_numbers = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
     condition = Conditioning(
@@ -67,11 +71,14 @@ def run(mesh: jax.sharding.Mesh, patterns: str | None = None) -> dict[str, np.nd
     )
     negative = jnp.asarray(random_numbers.normal(size=(5, 16)), jnp.float32)
     sizes = SIZES if patterns is None else SIZES | {"rank": 0}
-    transformer = WanTransformer(WanConfig(**sizes, mesh=mesh), dtypes=FLOAT32, rngs=nnx.Rngs(0))
-    nnx.update(transformer, random(nnx.state(transformer)))
-    weights = None if patterns is None else select_weights(transformer, patterns)
-    actor, lora, base = policy.split(transformer, 3.0, weights=weights)
-    optimizer = optax.adam(1e-3, eps=1e-4)
+    transformers = []
+    for seed in range(1, experts + 1):
+        config = WanConfig(**sizes, mesh=mesh)
+        transformers.append(WanTransformer(config, dtypes=FLOAT32, rngs=nnx.Rngs(0)))
+        nnx.update(transformers[-1], random(nnx.state(transformers[-1]), seed))
+    weights = None if patterns is None else select_weights(transformers[0], patterns)
+    actor, lora, base = policy.split_experts(transformers, [3.0] * experts, weights=weights)
+    optimizer = together([optax.adam(1e-3, eps=1e-4)] * experts)
     state = sharding.shard_params(mesh, start(optimizer, lora))
     base = sharding.shard_params(mesh, base)
     vae_config = vae.VAEConfig(
@@ -87,11 +94,11 @@ def run(mesh: jax.sharding.Mesh, patterns: str | None = None) -> dict[str, np.nd
     def on_mesh(tree):
         return jax.device_put(tree, sharding.batch_sharding(mesh))
 
-    schedule = rollout.Schedule.make(STEPS, 3.0)
+    schedule = rollout.Schedule.make(STEPS, 3.0, boundary=0.9 if experts == 2 else None)
     noise = rng.row_keys(rng.key(0, "noise"), jnp.asarray([7, 7, 9, 9]), jnp.asarray([0, 1, 0, 1]))
     window = rollout.Window(start=jnp.zeros(ROWS, jnp.int32), size=STEPS - 1, final_noise=False)
     condition, noise, window = on_mesh((condition, noise, window))
-    trajectory = rollout.sample(
+    trajectory = rollout.sample_experts(
         actor,
         policy.PolicyInputs(state.params, base, condition, negative),
         schedule,
@@ -122,8 +129,14 @@ def run(mesh: jax.sharding.Mesh, patterns: str | None = None) -> dict[str, np.nd
     if weights is not None:
         reference = jax.tree.map(lambda leaf: 0.9 * leaf, actor.snapshot(state.params))
     networks = update.Networks(base=base, negative=negative, reference=reference)
-    gradient, rows = jax.jit(update.gradients, static_argnums=0)(
-        objective, state.params, networks, batch, schedule, jnp.int32(0)
+    gradient, rows = jax.jit(update.gradients, static_argnums=0, static_argnames="trained")(
+        objective,
+        state.params,
+        networks,
+        batch,
+        schedule,
+        jnp.int32(0),
+        trained=tuple(range(experts)),
     )
     step = {}
     if weights is not None:
@@ -169,12 +182,10 @@ def main(out: str, *meshes: str) -> None:
     vae.ATTENTION_LOGITS = 1  # as of a large video: its frames attend one after the other
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
-        patterns = sizes.pop("weights", None)
+        patterns, experts = sizes.pop("weights", None), sizes.pop("experts", 1)
         count = int(np.prod(list(sizes.values())))
-        np.savez(
-            Path(out) / f"{number}.npz",
-            **run(sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count]), patterns),
-        )
+        mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+        np.savez(Path(out) / f"{number}.npz", **run(mesh, patterns, experts))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_the_ratio_of_a_first_update_is_exactly_one(folder):
     for row in rows(folder / "whole"):
         assert row["ratio_min"] == row["ratio_max"] == 1
         assert row["gradient_norm"] > 0
-    for name in ("phantom", "others"):
+    for name in ("phantom", "others", "experts"):
         ratio = np.load(folder / f"{name}.npy")
         np.testing.assert_array_equal(ratio, np.ones_like(ratio))
 

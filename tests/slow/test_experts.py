@@ -1,0 +1,28 @@
+"""Two experts on a mesh."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.helpers.paths import ROOT
+
+
+def test_two_experts_on_a_mesh_equal_one_device(tmp_path):
+    meshes = [{"experts": 2}, {"data": 2, "fsdp": 2, "experts": 2}]
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    worker = [sys.executable, "-m", "tests.helpers.mesh_worker", str(tmp_path)]
+    subprocess.run(
+        [*worker, *map(json.dumps, meshes)],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+    one, other = (dict(np.load(tmp_path / f"{number}.npz")) for number in range(2))
+    for name in ("latents", "log_prob", "loss", "gradient"):
+        assert np.linalg.norm(one[name]) > 0
+        error = np.linalg.norm(other[name] - one[name]) / np.linalg.norm(one[name])
+        assert error < 1e-5, (name, error)
+    np.testing.assert_array_equal(other["ratio"], 1)
