@@ -29,6 +29,10 @@ from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.weights import TrainedWeights
 
 
+Parameters = nnx.State | experts.Pair[nnx.State]
+"""Trained parameters or frozen weights of the transformer, or of both experts."""
+
+
 @struct.dataclass
 class PolicyInputs:
     """Arrays that a velocity depends on besides its latents and timestep.
@@ -179,7 +183,7 @@ class Policy:
         )[:, :frames]
         return jax.lax.optimization_barrier(self._combine(branches))
 
-    def snapshot(self, params: nnx.State) -> nnx.State:
+    def snapshot(self, params: Parameters) -> Parameters:
         """Copy trained parameters in the dtypes in which the network uses them."""
         stored = params if self.weights is None else self.weights.stored(params)
         return jax.tree.map(jnp.copy, stored)
