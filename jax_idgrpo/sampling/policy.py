@@ -14,7 +14,7 @@ A model with two experts has one policy for each; `Policy.of` and `PolicyInputs.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,7 @@ from jax_idgrpo.parallel import sharding
 from jax_idgrpo.sampling.conditioning import Conditioning
 from jax_idgrpo.sampling.weights import TrainedWeights
 
-
-Parameters = nnx.State | experts.Pair[nnx.State]
+Parameters: TypeAlias = nnx.State | experts.Pair[nnx.State]
 """Trained parameters or frozen weights of the transformer, or of both experts."""
 
 
