@@ -183,6 +183,9 @@ def _process_all(
 
     Returns:
       Folder and description of every film; rows of the films that cannot be used.
+
+    Raises:
+      UserError: a network is missing or damaged, or the folder cannot be written.
     """
     options = json.dumps([dataclasses.asdict(settings), folder_facts(networks)], sort_keys=True)
     reader: ClipReader | None = None
@@ -192,21 +195,26 @@ def _process_all(
         print(f"film {number} of {len(films)}: {film.name}", file=sys.stderr)
         try:
             content = content_hash(film)
-            if content in seen:
-                refused.append(_left_out(film, f"the same content as {seen[content].name}"))
-                continue
-            seen[content] = film
-            name = hashlib.sha256(f"{content}\n{options}".encode()).hexdigest()[:16]
-            folder = out / "films" / name
-            if not (folder / FILE).is_file():
-                if reader is None:
-                    longest = max(2, round(settings.limits.seconds[1] * RATE)) + 1
-                    reader = ClipReader(networks, longest)
+        except OSError as error:
+            refused.append(_left_out(film, f"cannot be read ({error.strerror})"))
+            continue
+        if content in seen:
+            refused.append(_left_out(film, f"the same content as {seen[content].name}"))
+            continue
+        seen[content] = film
+        name = hashlib.sha256(f"{content}\n{options}".encode()).hexdigest()[:16]
+        folder = out / "films" / name
+        if not (folder / FILE).is_file():
+            if reader is None:
+                longest = max(2, round(settings.limits.seconds[1] * RATE)) + 1
+                reader = ClipReader(networks, longest)
+            try:
                 process(film, folder, settings, reader)
-            described.append((folder, json.loads((folder / FILE).read_text())))
-        except (UserError, OSError) as error:
-            print(f"{error}; left out", file=sys.stderr)
-            refused.append(_left_out(film, str(error)))
+            except UserError as error:
+                print(f"{error}; left out", file=sys.stderr)
+                refused.append(_left_out(film, str(error)))
+                continue
+        described.append((folder, json.loads((folder / FILE).read_text())))
     return described, refused
 
 

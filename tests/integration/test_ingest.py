@@ -126,6 +126,17 @@ def test_a_rerun_continues_and_gives_the_same_tables(done, monkeypatch):
     assert (done / "out" / "clips.csv").read_bytes() == before
 
 
+def test_missing_networks_are_one_line_before_any_film(done, tmp_path):
+    with pytest.raises(UserError, match=r"detector.json: cannot be read"):
+        cli.run(
+            [
+                *("ingest", "--videos", str(done / "films"), "--out", str(tmp_path / "out")),
+                *("--faces", str(tmp_path / "nowhere")),
+            ]
+        )
+    assert not (tmp_path / "out" / "clips.csv").exists()
+
+
 def test_no_clip_left_is_one_line(tmp_path, capsys):
     write_video(tmp_path / "still.mp4", np.full((40, 32, 32, 3), 90, np.uint8), 8)
     with pytest.raises(UserError, match="no clip is left"):
