@@ -436,7 +436,7 @@ def _updating(run: Run, chunk: update.Rollout, held: float) -> Iterator[Program]
 def _trained(run: Run) -> dict[tuple[int, ...], float]:
     """Return the sets of experts that the run's updates train, with their share of the steps."""
     if len(run.schedule.counts) == 1:
-        return {(0,): 1}
+        return {(0,): 1.0}
     steps, found = run.config.run.steps, collections.Counter[tuple[int, ...]]()
     for step in range(steps):
         levels = rollout.trained_levels(run.config.rollout, step, run.schedule.counts)

@@ -187,7 +187,10 @@ def test_meshes_that_are_searched_divide_everything():
             "--topology h200:eight: GPUs take a number, or hosts x GPUs of each",
         ),
         (["--topology", "gpu"], "--topology gpu: JAX finds no GPU here"),
-        (["--topology", "cpu:1", "--sizes", "7b"], "--sizes 7b: unknown; choose 1.3b or 14b"),
+        (
+            ["--topology", "cpu:1", "--sizes", "7b"],
+            "--sizes 7b: unknown for model.kind vace; choose 1.3b or 14b or a14b",
+        ),
         (["--topology", "cpu:1"], "pass --sizes 1.3b or 14b"),
         (
             ["--topology", "cpu:1", "--sizes", "1.3b", "--mesh.tensor", "5"],
