@@ -135,7 +135,7 @@ class FaceReward:
     def _set(
         self,
         stack: FaceStack,
-        head: Head | None,
+        head: Head | LinearReward | None,
         distractors: nnx.Variable | None = None,
     ) -> None:
         graph, self.state = nnx.split((stack, head, distractors))

@@ -135,7 +135,9 @@ def test_mistakes_in_the_options_are_named(base, tmp_path):
             train_vlm.make(configuration(base, pairs, 1, **options))
     with pytest.raises(UserError, match="no such file"):
         train_vlm.make(configuration(base, tmp_path / "nowhere.csv", 1))
-    with pytest.raises(UserError, match="train-reward trains reward_face, reward_vlm"):
+    with pytest.raises(
+        UserError, match="train-reward trains reward_face, reward_linear, reward_vlm"
+    ):
         cli.run(
             [
                 "train-reward",

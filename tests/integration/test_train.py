@@ -170,11 +170,11 @@ def stopped_by(monkeypatch, module, name, count, number):
     """Send this process a signal at the `count`-th call of a function, which still runs."""
     real, calls = getattr(module, name), []
 
-    def function(*given):
+    def function(*given, **named):
         calls.append(0)
         if len(calls) == count:
             os.kill(os.getpid(), number)
-        return real(*given)
+        return real(*given, **named)
 
     monkeypatch.setattr(module, name, function)
     return calls

@@ -33,7 +33,7 @@ ELSEWHERE = {
     13: "test_train.py::test_what_is_trained_is_decided_on_all_groups",
     15: "test_evaluate.py::test_a_video_does_not_depend_on_its_batch",
     16: "test_evaluate.py::test_a_video_does_not_depend_on_its_batch",
-    17: "test_conditioning.py::test_each_prompt_is_encoded_once",
+    17: "test_conditioning.py::test_each_prompt_is_encoded_once_and_each_photo_decoded_once",
     19: "test_grpo.py::test_loss_and_gradient_equal_the_published_code",
     21: "test_prompts.py::test_every_mode_becomes_rgb",
     22: "test_train.py::test_a_step_logs_more_than_its_mean_reward",

@@ -77,9 +77,9 @@ def test_a_sum_adds_every_adapter_at_its_strength(style):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_base_holds_what_is_merged_into_it(style, dtype):
     base, moved = (pipeline.load_transformer(PIPELINE, dtype) for _ in range(2))
-    lora_sum.merge_base(base, ModelConfig())
+    lora_sum.merge_base([base], ModelConfig())
     model = ModelConfig(base_loras={str(ADAPTER): 0.5, str(style): 1})
-    lora_sum.merge_base(moved, model)
+    lora_sum.merge_base([moved], model)
     want = added(change(ADAPTER, 0.5), change(style))
     before, after = (rules.leaves(nnx.state(each)) for each in (base, moved))
     changed = {name for name, leaf in before.items() if not np.array_equal(leaf, after[name])}

@@ -43,10 +43,7 @@ def box(brand, *others):
 
 FILES = {
     "empty file": (b"", "is an empty file"),
-    "HEIC": (
-        box("heic", "mif1", "heic"),
-        "is a HEIC photo; pip install pillow-heif to read it, or store it as JPEG",
-    ),
+    "HEIC": (box("heic", "mif1", "heic"), "is a HEIC photo"),
     "HEIC of several pictures": (box("mif1", "heic"), "is a HEIC photo"),
     "video": (box("isom", "mp42"), "is a video"),
     "JPEG XL": (b"\xff\x0a" + bytes(40), "is a JPEG XL photo"),
@@ -109,6 +106,17 @@ def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
         (tmp_path / "b.heic").write_bytes(box("heix"))
         with pytest.raises(UserError, match="is a HEIC photo that pillow-heif cannot read"):
             load_reference(tmp_path / "b.heic")
+    finally:
+        photos._formats.cache_clear()
+
+
+def test_heic_without_the_package_names_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    photos._formats.cache_clear()
+    try:
+        (tmp_path / "a.jpg").write_bytes(box("heic", "mif1", "heic"))
+        with pytest.raises(UserError, match="pip install pillow-heif to read it"):
+            load_reference(tmp_path / "a.jpg")
     finally:
         photos._formats.cache_clear()
 
