@@ -62,6 +62,7 @@ FILES = {
 def without_heif(monkeypatch):
     """As if pillow-heif were not installed."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)  # another test may have registered it
     photos._formats.cache_clear()
     yield
     photos._formats.cache_clear()
@@ -112,6 +113,7 @@ def test_heic_is_read_when_its_package_is_there(tmp_path, monkeypatch):
 
 def test_heic_without_the_package_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)  # another test may have registered it
     photos._formats.cache_clear()
     try:
         (tmp_path / "a.jpg").write_bytes(box("heic", "mif1", "heic"))
