@@ -22,17 +22,8 @@ import numpy as np
 from jax_idgrpo import cli
 from jax_idgrpo.data.video import FINE, Clip, write_video
 from jax_idgrpo.ingest.frames import Statistics, find_cuts
-from tests.helpers.films import FPS, FRAMES, drawn_clips, faulty
+from tests.helpers.films import FPS, FRAMES, REASONS, drawn_clips, faulty
 
-REASONS = {
-    "dark": "dark",
-    "bright": "bright",
-    "blurred": "blurred",
-    "freeze": "still",
-    "nobody": "nobody",
-    "swap": "exchanged",
-    "duplicate": "the same person twice",
-}
 TIMES = 5  # faulty clips of each kind
 
 

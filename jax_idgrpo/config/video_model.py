@@ -78,8 +78,8 @@ class ModelConfig(Section):
     )
     train_layers: str = option(
         "",
-        "weights that train full trains: patterns joined by commas, in which * stands for any text "
-        "and ? for one character, and which match a weight's name in diffusers, its end, or a module "
+        "weights that train full trains: patterns joined by commas, in which * matches any text "
+        "and ? one character, and which match a weight's name in diffusers, its end, or a module "
         'in it, such as blocks.2? or attn1; "" = all',
     )
     experts_idle: str = option(

@@ -31,8 +31,8 @@ from jax_idgrpo.preferences.couples import (
     by_prompt,
     couple,
     couples,
-    exchanged,
     kappa,
+    labelled,
     margins,
     path_hash,
     select_couples,
@@ -125,11 +125,7 @@ def _with_second(
       bands: its margins.
     """
     of_file = {video.file: video for video in videos}
-    theirs = [couple(of_file[pair.a.file], of_file[pair.b.file], bands) for pair in first]
-    theirs = [
-        other if other.a.file == pair.a.file else exchanged(other)
-        for pair, other in zip(first, theirs, strict=True)
-    ]
+    theirs = [labelled(of_file[pair.a.file], of_file[pair.b.file], bands) for pair in first]
     for name in bands:
         sides = ([pair.labels[name] for pair in pairs] for pairs in (first, theirs))
         print_once(f"agreement of the annotators in {name}: kappa {kappa(*sides):.3f}")

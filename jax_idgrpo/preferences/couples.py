@@ -64,7 +64,7 @@ def margins(
       videos: all scored videos.
       dimensions: names of the dimensions.
       spreads: margin in standard deviations of the dimension over all videos.
-      log_odds: whether the reward speaks in log-odds. Its margin is then the difference below which
+      log_odds: whether the reward is in log-odds. Its margin is then the difference below which
         a tie is the most likely outcome of the loss that it was trained with.
     """
     found = {}
@@ -122,8 +122,24 @@ def path_hash(*files: Path) -> int:
 
 
 def couple(one: Scored, other: Scored, margins: Mapping[str, float]) -> Couple:
-    """Label one pair; a hash of the paths decides which video is A."""
-    a, b = (one, other) if path_hash(one.file, other.file) % 2 else (other, one)
+    """Label one pair; a hash of the paths decides which video is A.
+
+    Args:
+      one, other: the videos.
+      margins: see `margins`.
+    """
+    sides = (one, other) if path_hash(one.file, other.file) % 2 else (other, one)
+    return labelled(*sides, margins)
+
+
+def labelled(a: Scored, b: Scored, margins: Mapping[str, float]) -> Couple:
+    """Label one pair.
+
+    Args:
+      a: video A.
+      b: video B.
+      margins: see `margins`.
+    """
     differences = {name: a.values[name] - b.values[name] for name in margins}
     labels = {
         name: label(differences[name], margin, name in LESS_IS_BETTER)
@@ -184,17 +200,6 @@ def kappa(ours: Sequence[str], theirs: Sequence[str]) -> float:
     first, second = (np.asarray(side) for side in zip(*both, strict=True))
     chance = sum(np.mean(first == name) * np.mean(second == name) for name in ("A", "B", "same"))
     return float((np.mean(first == second) - chance) / (1 - chance)) if chance < 1 else math.nan
-
-
-def exchanged(pair: Couple) -> Couple:
-    """Return the same pair with A and B exchanged."""
-    names = {"A": "B", "B": "A"}
-    return Couple(
-        pair.b,
-        pair.a,
-        {name: names.get(text, text) for name, text in pair.labels.items()},
-        {name: -value for name, value in pair.differences.items()},
-    )
 
 
 def by_prompt(videos: Sequence[Scored]) -> Iterator[list[Scored]]:

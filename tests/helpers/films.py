@@ -10,6 +10,16 @@ from jax_idgrpo.preferences.clip_pairs import Shape, from_synthetic
 from jax_idgrpo.preferences.corruptions import DISTORTIONS
 
 SIZE, FRAMES, FPS = 64, 24, 8
+REASONS = {
+    "dark": "dark",
+    "bright": "bright",
+    "blurred": "blurred",
+    "freeze": "still",
+    "nobody": "nobody",
+    "swap": "exchanged",
+    "duplicate": "the same person twice",
+}
+"""Fault of a clip -> reason for which `idgrpo ingest` leaves it out."""
 
 
 def drawn_clips(seed, people=None):

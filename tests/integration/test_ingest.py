@@ -13,18 +13,9 @@ from jax_idgrpo.data.video import Clip, write_video
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.ingest import command
 from jax_idgrpo.preferences.video_clips import load_clips
-from tests.helpers.films import FPS, FRAMES, write_film
+from tests.helpers.films import FPS, FRAMES, REASONS, write_film
 
 FAULTS = ["", "dark", "", "blurred", "freeze", "nobody", "duplicate", "swap", "", "bright"]
-REASONS = {
-    "dark": "dark",
-    "bright": "bright",
-    "blurred": "blurred",
-    "freeze": "still",
-    "nobody": "nobody",
-    "duplicate": "the same person twice",
-    "swap": "exchanged",
-}
 
 
 def rows(path):
