@@ -1,6 +1,7 @@
 """Two experts: updates of each, a training run that is stopped and resumed, and its plan."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from checkpoints_convert.__main__ import run as convert
+from checkpoints_convert.experts import expert_places
 from jax_idgrpo import config as c
 from jax_idgrpo.config import GrpoConfig
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.evaluation.commands import sample
+from jax_idgrpo.evaluation.commands import evaluate, sample
 from jax_idgrpo.models.experts import NAMES, Pair, each
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.planning import programs
@@ -147,13 +149,14 @@ def test_the_adapters_of_a_run_are_sampled_with(config, straight, tmp_path):
     assert files[0] != files[1]
     with pytest.raises(UserError, match="is one adapter, and this model has two transformers"):
         sample(few, tmp_path / "prompts.csv", tmp_path / "x", straight / "export" / NAMES[0])
-    assert (
-        convert(["export", str(straight), str(tmp_path / "o"), "--format", "diffusers-lora"]) == 0
-    )
-    assert {place.name for place in (tmp_path / "o").iterdir()} == set(NAMES)
-    for name in NAMES:
-        pair = str(straight / "export" / name), str(tmp_path / "o" / name)
-        assert convert(["verify", *pair]) == 0
+    for form in ("diffusers-lora", "comfyui", "kohya"):
+        out = tmp_path / form
+        assert convert(["export", str(straight), str(out), "--format", form]) == 0
+        assert {place.name for place in out.iterdir()} == set(NAMES)
+        for name in NAMES:
+            assert convert(["verify", str(straight / "export" / name), str(out / name)]) == 0
+    pair = tuple(tmp_path / "comfyui" / name for name in NAMES)
+    assert expert_places(tmp_path / "comfyui", 2) == pair
     merged = ["export", str(straight), str(tmp_path / "m"), "--format", "merged"]
     with pytest.raises(UserError, match="export each onto its own, with --base MODEL/transformer"):
         convert(merged)
@@ -166,6 +169,20 @@ def test_the_adapters_of_a_run_are_sampled_with(config, straight, tmp_path):
     )
     with pytest.raises(UserError, match="of two experts, and this model has one transformer"):
         sample(one, tmp_path / "prompts.csv", tmp_path / "y", straight)
+
+
+def test_a_pair_is_evaluated_against_its_base(config, straight, tmp_path):
+    write_bundled_prompts(tmp_path / "prompts.csv", "eval", 2)
+    sampling = c.EvaluateConfig(videos=1, steps=STEPS, batch=2, guidance_2=2.0)
+    few = dataclasses.replace(config, evaluate=sampling)
+    pair = straight / "export"
+    evaluate(few, tmp_path / "prompts.csv", tmp_path / "out", {"run": straight, "pair": pair})
+    scores: dict[str, list] = {"base": [], "run": [], "pair": []}
+    for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        scores[row["model"]].append(row["values"]["reward"])
+    assert len(scores["base"]) == 2
+    assert scores["run"] == scores["pair"] != scores["base"]
 
 
 def test_what_cannot_train_two_experts_is_refused(config):
