@@ -20,6 +20,7 @@ from jax_idgrpo.errors import UserError
 
 NAME = r"[A-Za-z0-9][\w-]*/[A-Za-z0-9][\w.-]*"  # ORG/NAME
 ENTRY = "models--"
+UNFINISHED = "unfinished-download-of-idgrpo"  # file in an entry while it is downloaded
 TRUE = ("1", "ON", "YES", "TRUE")  # values of HF_HUB_OFFLINE, as in huggingface_hub
 PICTURES = ["assets/*", "examples/*", *(f"*.{suffix}" for suffix in ("mp4", "gif", "png", "jpg"))]
 
@@ -77,6 +78,8 @@ def cache() -> Path:
 def fetched(name: Path) -> Path:
     """Return the folder of a model on the Hub: in the local cache, or downloaded to it.
 
+    A download that was interrupted is continued.
+
     Args:
       name: ORG/NAME.
 
@@ -84,7 +87,8 @@ def fetched(name: Path) -> Path:
       UserError: it is not in the cache and cannot be downloaded; the message has the command.
     """
     entry = cache() / f"{ENTRY}{name.as_posix().replace('/', '--')}"
-    if is_entry(entry):
+    unfinished = entry / UNFINISHED
+    if is_entry(entry) and not unfinished.exists():
         return snapshot(entry)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in TRUE:
         raise _missing(name, "HF_HUB_OFFLINE is set")
@@ -93,18 +97,24 @@ def fetched(name: Path) -> Path:
     print(f"downloading {name} from the Hugging Face Hub to {entry.parent}", file=sys.stderr)
     library = importlib.import_module("huggingface_hub")
     try:
+        entry.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()
         found = library.snapshot_download(
             name.as_posix(), cache_dir=entry.parent, ignore_patterns=PICTURES
         )
     except Exception as error:  # the library passes on those of its network and file libraries
+        if list(entry.iterdir()) == [unfinished]:  # no such model, or no network
+            unfinished.unlink()
+            entry.rmdir()
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise _missing(name, f"cannot be downloaded: {reason}") from error
+    unfinished.unlink()
     return Path(found)
 
 
 def _missing(name: Path, reason: str) -> UserError:
     download = f"hf download {name.as_posix()} --local-dir {name.name}"
     return UserError(
-        f"{name.as_posix()}: does not exist here or in {cache()} ({reason}); if it is a model on "
+        f"{name.as_posix()}: does not exist here and is not complete in {cache()} ({reason}); if it is a model on "
         f"the Hugging Face Hub, run: {download}; and pass {name.name}"
     )
