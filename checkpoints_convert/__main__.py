@@ -22,6 +22,7 @@ from checkpoints_convert import (
     face_folder,
     identify,
     lora,
+    lora_add,
     lora_merge,
     photographs,
     quantized,
@@ -359,6 +360,14 @@ def parser() -> Parser:
         metavar="FILE",
         help="another embedder, which is used for evaluation but never as a reward",
     )
+    plus = commands.add_parser("add", help="several adapters of one model as one PEFT adapter")
+    plus.add_argument("destination", type=Path, help="folder to write")
+    plus.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER[:SCALE]",
+        help="adapters of any dialect, or workdirs of runs, and their strengths",
+    )
     for command in (into, out):
         command.add_argument("source", type=Path)
         command.add_argument("destination", type=Path)
@@ -438,6 +447,11 @@ def run(words: Sequence[str]) -> int:
         return run_import(arguments)
     if arguments.command == "faces":
         return run_faces(arguments)
+    if arguments.command == "add":
+        parts = [split_scale(text, "adapter") for text in arguments.adapters]
+        lora_add.write_added(parts, arguments.destination)
+        print(f"wrote {arguments.destination}")
+        return 0
     return run_export(arguments)
 
 

@@ -1,11 +1,7 @@
-"""Add adapters, each at a strength, and merge them into the weights of a transformer.
-
-sum_k s_k (alpha_k / R_k) (x A_k) B_k is one adapter whose A are the A_k side by side, whose B are
-the scaled B_k one below the other, and whose alpha is its rank.
-"""
+"""Read sums of adapters (`checkpoints_convert.lora_add`), and merge them into a transformer."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from checkpoints_convert import adapter
+from checkpoints_convert import adapter, lora_add
 from checkpoints_convert.experts import expert_places
-from checkpoints_convert.lazy import Tensor, finite
-from checkpoints_convert.lora import Scale, Scales
+from checkpoints_convert.lora_add import Parts
 from checkpoints_convert.lora_names import Layer
 from checkpoints_convert.places import LoRASum
 from jax_idgrpo.config import ModelConfig
@@ -26,7 +21,7 @@ from jax_idgrpo.models.wan import WanConfig, WanTransformer
 from jax_idgrpo.parallel import sharding
 
 
-def read_adapter(path: Path | LoRASum, config: WanConfig) -> tuple[Scales, Mapping[str, Tensor]]:
+def read_adapter(path: Path | LoRASum, config: WanConfig) -> Parts:
     """Read an adapter or a sum of adapters.
 
     Args:
@@ -41,37 +36,11 @@ def read_adapter(path: Path | LoRASum, config: WanConfig) -> tuple[Scales, Mappi
         finite.
     """
     if isinstance(path, LoRASum):
-        return _added([(read_adapter(part, config), scale) for part, scale in path.parts])
+        return lora_add.added([(read_adapter(part, config), scale) for part, scale in path.parts])
     found = adapter.open_adapter(path)
     if (problem := adapter.misfit(found, config)) is not None:
         raise UserError(f"{found.source}: {problem}; pass an adapter of this model")
-    matrices = {slot.name: tensor for slot, tensor in found.matched()}
-    for tensor in matrices.values():
-        if not finite(np.asarray(tensor)):
-            raise UserError(f"{tensor.origin} holds NaN or infinite values; get the file again")
-    return found.config, matrices
-
-
-def _added(
-    parts: list[tuple[tuple[Scales, Mapping[str, Tensor]], float]],
-) -> tuple[Scales, Mapping[str, Tensor]]:
-    """Add adapters; their strengths and scales go into B."""
-    downs: dict[Layer, list[np.ndarray]] = {}
-    ups: dict[Layer, list[np.ndarray]] = {}
-    for (scales, matrices), strength in parts:
-        for layer, (rank, alpha) in scales.items():
-            a, b = (
-                np.asarray(matrices[f"{layer.name}.lora_{part}"]).astype(np.float32)
-                for part in "ab"
-            )
-            downs.setdefault(layer, []).append(a)
-            ups.setdefault(layer, []).append(np.float32(strength * alpha / rank) * b)
-    added: dict[str, Tensor] = {}
-    for layer in downs:
-        added[f"{layer.name}.lora_a"] = np.concatenate(downs[layer])
-        added[f"{layer.name}.lora_b"] = np.concatenate(ups[layer], axis=1)
-    ranks = {layer: sum(map(len, each)) for layer, each in downs.items()}
-    return {layer: Scale(rank, float(rank)) for layer, rank in ranks.items()}, added
+    return lora_add.read_parts(path)
 
 
 def base_loras(model: ModelConfig) -> LoRASum | None:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import adapter, lora, rules, store
+from checkpoints_convert.__main__ import run as convert
 from checkpoints_convert.network import ours
 from checkpoints_convert.places import LoRASum, split_scale
 from jax_idgrpo.cli import paths
@@ -132,3 +133,27 @@ def test_a_strength_is_part_of_what_a_video_depends_on(tmp_path, style):
     facts = {json.dumps(journal.lora_facts(LoRASum(((style, scale),)))) for scale in (0.5, 1.0)}
     assert len(facts | {json.dumps(journal.lora_facts(style)), '""'}) == 4
     assert journal.lora_facts(None) == ""
+
+
+def test_a_sum_is_written_as_one_adapter_of_peft(style, tmp_path, capsys):
+    place = str(tmp_path / "both")
+    assert convert(["add", place, f"{ADAPTER}:0.5", f"{style}:2"]) == 0
+    assert convert(["add", str(tmp_path / "turned"), f"{style}:2", f"{ADAPTER}:0.5"]) == 0
+    want = added(change(ADAPTER, 0.5), change(style, 2.0))
+    for folder in (tmp_path / "both", tmp_path / "turned"):
+        got = change(folder)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4)
+    assert convert(["export", place, str(tmp_path / "c"), "--format", "comfyui"]) == 0
+    assert convert(["verify", place, str(tmp_path / "c")]) == 0
+
+
+def test_adapters_of_different_models_are_not_added(style, tmp_path):
+    wide = {name: np.asarray(value) for name, value in store.open_weights(style)[0].items()}
+    name = "diffusion_model.blocks.0.self_attn.q.lora_down.weight"
+    wide[name] = np.concatenate([wide[name], wide[name]], axis=1)
+    store.write_file(tmp_path / "wide.safetensors", wide)
+    with pytest.raises(UserError, match=r"lora_a is 96 wide, that of .* 48; add adapters of one"):
+        convert(["add", str(tmp_path / "out"), str(style), str(tmp_path / "wide.safetensors")])
+    assert not (tmp_path / "out").exists()
