@@ -277,7 +277,8 @@ class FinetuneConfig(Section):
 
     task: str = option(
         "transformer",
-        "vae, text, transformer, detector, embedder, reward_face, reward_linear or reward_vlm",
+        "vae, text, transformer, adapter, detector, embedder, reward_face, reward_linear or "
+        "reward_vlm",
     )
     batch: int = option(32, "rows per step", least=1)
     out: str = option(

@@ -4,7 +4,8 @@ The folder holds `clips.csv`: a prompts CSV (`data.prompts`) with an additional 
 video file of the row's prompt and people. A person is identified by the name in the column `people`
 (names joined by `;` in the order of `ref_paths`, as `idgrpo ingest` writes it). Without that column,
 the content of the photo identifies the person: rows with the same file, or with copies of it, show
-the same person, and every person needs exactly one photo.
+the same person, and every person needs exactly one photo. The optional column `more_paths` lists
+further photos, joined by `|` for one person and by `;` between people.
 
 People who co-occur in a clip, directly or through others, form one identity cluster; clusters are
 never split across train and test. A hash of the cluster's photos selects its split: "train" with
@@ -30,6 +31,7 @@ class Clip:
     """A row of clips.csv.
 
     people: hash of each person's name or photo. cluster: smallest hash of the identity cluster.
+    more: further photos of each person.
     """
 
     video: Path
@@ -37,6 +39,7 @@ class Clip:
     references: tuple[File, ...]
     people: tuple[str, ...]
     cluster: str = ""
+    more: tuple[tuple[File, ...], ...] = ()
 
 
 def load_clips(folder: Path, split: str) -> list[Clip]:
@@ -53,7 +56,23 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
             f"--clips {folder}: no such folder; "
             f"name one with clips.csv, whose header is path,{','.join(COLUMNS)}"
         )
-    csv = folder / "clips.csv"
+    clips = read_clips(folder / "clips.csv")
+    chosen = [clip for clip in clips if split_of(clip.cluster) == split]
+    if not chosen:
+        raise UserError(
+            f"--clips {folder}: none of the {len({clip.cluster for clip in clips})} identity "
+            f"clusters belongs to the split {split}; add clips of other people"
+        )
+    return chosen
+
+
+def read_clips(csv: Path) -> list[Clip]:
+    """Read all rows of a clips.csv, in order.
+
+    Raises:
+      UserError: the CSV or a photo is invalid, or a video is missing.
+    """
+    folder = csv.parent
     rows, clips = list(read_rows(csv, ("path", *COLUMNS))), []
     for prompt, (line, row) in zip(load_prompts(csv, MOST), rows, strict=True):
         video = folder / (row["path"] or "").strip()
@@ -81,20 +100,47 @@ def load_clips(folder: Path, split: str) -> list[Clip]:
                 f"clips {csv}, line {line}: two of the people are the same; "
                 "name one photo per person"
             )
-        clips.append(Clip(video, prompt.text, prompt.references, people))
+        more = _more_photos(
+            row.get("more_paths") or "", prompt.people, folder, f"{csv}, line {line}"
+        )
+        clips.append(Clip(video, prompt.text, prompt.references, people, more=more))
     of = {
         person: min(cluster)
         for cluster in identity_clusters([clip.people for clip in clips])
         for person in cluster
     }
-    clips = [dataclasses.replace(clip, cluster=of[clip.people[0]]) for clip in clips]
-    chosen = [clip for clip in clips if split_of(clip.cluster) == split]
-    if not chosen:
+    return [dataclasses.replace(clip, cluster=of[clip.people[0]]) for clip in clips]
+
+
+def _more_photos(text: str, people: int, folder: Path, where: str) -> tuple[tuple[File, ...], ...]:
+    """Parse the column `more_paths`.
+
+    Args:
+      text: the field.
+      people: number of people of the row.
+      folder: folder of the CSV.
+      where: the row, for messages.
+
+    Raises:
+      UserError: a photo is missing, or the photos are not listed for every person.
+    """
+    if not text.strip():
+        return ((),) * people
+    groups = [
+        tuple(folder / name.strip() for name in group.split("|") if name.strip())
+        for group in text.split(SEPARATOR)
+    ]
+    if len(groups) != people:
         raise UserError(
-            f"--clips {folder}: none of the {len(set(of.values()))} identity clusters belongs to "
-            f"the split {split}; add clips of other people"
+            f"clips {where}: more_paths has photos of {len(groups)} people and ref_paths of "
+            f"{people}; join photos of one person by | and people by {SEPARATOR}"
         )
-    return chosen
+    for photo in (photo for group in groups for photo in group):
+        if not photo.is_file():
+            raise UserError(
+                f"clips {where}: {photo} is no file; write the photo's path relative to the CSV"
+            )
+    return tuple(groups)
 
 
 def identity_clusters(groups: Sequence[Sequence[str]]) -> list[set[str]]:

@@ -227,9 +227,16 @@ def control(
 
 
 @nnx.jit
-def _encode_video(
+def encode_video(
     vae: nnx.Module, video: Float[Values, "B F H W 3"], noise: Values | None = None
 ) -> Float[Array, "B T h w C"]:
+    """Encode videos in [-1, 1] to normalised latents.
+
+    Args:
+      vae: the video autoencoder.
+      video: B videos.
+      noise: standard normal noise that draws from the posterior; None returns its mean.
+    """
     _, frames, height, width, _ = video.shape
     return vae.encode(video, vae.chunk(flow.latent_frames(frames), height // 8, width // 8), noise)
 
@@ -384,7 +391,7 @@ def encode(
     if config.model.kind == "vace":
         if ("grey", video) not in cache:
             blank = np.zeros((1, video.frames, video.height, video.width, 3), np.float32)
-            cache["grey", video] = to_host(_encode_video(pipe.vae, blank))[0]
+            cache["grey", video] = to_host(encode_video(pipe.vae, blank))[0]
         grey, order = cache["grey", video], data.reference_order
         controls = [
             np.asarray(control(photos[prompt.id], grey, data.max_people, order))
@@ -458,7 +465,7 @@ def _encode_photo(
         key = rng.fold(rng.fold(rng.key(config.run.seed, "photo"), prompt.id), number)
         shape = (1, 1, video.height // 8, video.width // 8, pipe.vae.config.z_dim)
         noise = to_host(jax.random.normal(key, shape, jnp.float32))
-    latents = to_host(_encode_video(pipe.vae, pixels[None, None], noise))[0]
+    latents = to_host(encode_video(pipe.vae, pixels[None, None], noise))[0]
     cache.photos.keep(name, latents)
     return latents
 

@@ -102,6 +102,8 @@ def finetune(config: Config, workdir: Path) -> None:
         workdir=workdir / "checkpoints",
         start=Path(config.finetune.start or workdir / "none"),
     )
+    if task.prepare is not None:
+        task.prepare(workdir)
     graphdef, params, frozen, rest = nnx.split(
         task.init(rng.key(seed, "init")), task.trained, task.frozen, ...
     )
@@ -109,19 +111,31 @@ def finetune(config: Config, workdir: Path) -> None:
     del params, rest
     step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
-    def batch(number: int) -> PyTree:
+    def place(made: PyTree) -> PyTree:
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-        made = task.batch(seed, number)
         return sharding.device_put_global(
             made, jax.tree.map(lambda x: rows if np.ndim(x) else whole, made)
         )
 
-    def averaged(state: TrainState) -> nnx.Module:
-        average, kept, rest = to_device((state.ema, frozen, state.rest))
+    def batch(number: int) -> PyTree:
+        return place(task.batch(seed, number))
+
+    def with_average(state: TrainState, average: PyTree, kept: PyTree, rest: PyTree) -> nnx.Module:
         ema = jax.tree.map(
             lambda average, value: average.astype(value.dtype), average, state.params
         )
         return nnx.merge(graphdef, ema, kept, rest, copy=True)
+
+    def averaged(state: TrainState) -> nnx.Module:
+        return with_average(state, *to_device((state.ema, frozen, state.rest)))
+
+    def evaluating(done: int) -> bool:
+        return task.evaluate is not None and (done % task.evaluate_every == 0 or done == last)
+
+    def held_out(state: TrainState, done: int) -> dict[str, float]:
+        if task.evaluate is None or not evaluating(done):
+            return {}
+        return task.evaluate(with_average(state, state.ema, frozen, state.rest), place)
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
@@ -163,7 +177,7 @@ def finetune(config: Config, workdir: Path) -> None:
 
             # A checkpoint ends a row of metrics, so that a resumed run averages the same steps as
             # an uninterrupted one.
-            closing = done % config.finetune.log_every == 0 or saving or stop
+            closing = done % config.finetune.log_every == 0 or saving or stop or evaluating(done)
             if closing:
                 rows = to_host(pending)
                 means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -174,6 +188,7 @@ def finetune(config: Config, workdir: Path) -> None:
                     )
                 seconds = time.monotonic() - began
                 speed = len(rows) * config.finetune.batch / seconds
+                means |= held_out(state, done)
                 writer.write(done - 1, {**means, "rows_per_second": speed})
                 update(done, {"loss": means["loss"], "rows/s": speed})
             else:

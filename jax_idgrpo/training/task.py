@@ -24,6 +24,7 @@ TASKS = {
     "embedder": "jax_idgrpo.synthetic.training.embedder",
     "reward_face": "jax_idgrpo.preferences.train_head",
     "reward_vlm": "jax_idgrpo.preferences.train_vlm",
+    "adapter": "jax_idgrpo.preferences.train_adapter",
 }
 """Task -> module with `make(config)`.
 
@@ -52,6 +53,12 @@ class Task:
       frozen: filter of the variables that never change and are in no checkpoint. Variables that
         match neither filter, such as running means, change with the network.
       rows: digests of the user's rows in the batches. A run resumes only on the same rows.
+      prepare: makes, in a folder of the workdir, what batches read; called before `init` in every
+        process. None prepares nothing.
+      evaluate: (network with averaged weights, function that places a batch on the devices) ->
+        values to log about held-out data; called every `evaluate_every` steps and after the last
+        one, in every process. None evaluates nothing.
+      evaluate_every: steps between evaluations.
     """
 
     init: Callable[[jax.Array], nnx.Module]
@@ -62,6 +69,9 @@ class Task:
     trained: Any = nnx.Param
     frozen: Any = False
     rows: Sequence[str] = ()
+    prepare: Callable[[Path], None] | None = None
+    evaluate: Callable[[nnx.Module, Callable[[Any], Any]], dict[str, float]] | None = None
+    evaluate_every: int = 100
 
 
 def make_task(config: Config) -> Task:

@@ -284,10 +284,16 @@ def replayed_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     return rows
 
 
-def _noise_level(
+def noise_level(
     levels: str, u: Float[Array, " R"], schedule: Schedule
 ) -> tuple[Float[Array, " R"], Int[Array, " R"]]:
-    """Map a number in [0, 1) per row to sigma and timestep."""
+    """Map a number in [0, 1) per row to sigma and timestep.
+
+    Args:
+      levels: `grpo.levels`.
+      u: the numbers.
+      schedule: noise schedule of the rollout.
+    """
     if levels == "grid":
         noisiest = int(0.9 * schedule.timestep.shape[0])
         index = (u * noisiest).astype(jnp.int32)
@@ -312,7 +318,7 @@ def matched_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     mask, x0 = chunk.conditioning.frame_mask, chunk.trajectory.latents
     draw = given.optimizer_step * wanted.times + given.number
     u = (given.number + rng.step_uniform(chunk.noise, draw)) / wanted.times
-    sigma, timestep = _noise_level(wanted.levels, u, given.schedule)
+    sigma, timestep = noise_level(wanted.levels, u, given.schedule)
     noise = rng.step_noise(chunk.noise, draw, x0.shape[1:])
     along = sigma[:, None, None, None, None]
     x, target = (1 - along) * x0 + along * noise, noise - x0

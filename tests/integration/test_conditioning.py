@@ -214,7 +214,7 @@ def test_no_photo_is_encoded_ahead_once_the_cache_is_full(pipe, prompts, config,
     image = load_reference(prompts[0].references[0])
     encode = conditioning.photo_encoder(pipe, config, cache, prompts)
     encode(prompts[0].references[0], image)
-    monkeypatch.setattr(conditioning, "_encode_video", None)
+    monkeypatch.setattr(conditioning, "encode_video", None)
     encode(prompts[1].references[0], image)
     encode(Path("of-no-prompt.png"), image)
     assert not cache.photos

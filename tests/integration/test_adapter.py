@@ -1,0 +1,316 @@
+"""The task `adapter`: training a LoRA on clips and on pairs, its cache, and what it exports."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_idgrpo import config as c
+from jax_idgrpo import rng
+from jax_idgrpo.data.prompts import load_prompts
+from jax_idgrpo.errors import UserError
+from jax_idgrpo.evaluation import commands
+from jax_idgrpo.models.layers import LoRAParam
+from jax_idgrpo.preferences import train_adapter
+from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
+from jax_idgrpo.sampling import conditioning, pipeline
+from jax_idgrpo.training import setup
+from jax_idgrpo.training.adapter_task import Learner
+from jax_idgrpo.training.clip_latents import Encoder
+from jax_idgrpo.training.finetune import finetune
+from tests.helpers.adapter_runs import (
+    adapter_config,
+    make_checkpoint,
+    write_clips,
+    write_csv,
+    write_pairs,
+)
+from tests.helpers.tiny_run import adapter, assert_same_adapter
+from tests.helpers.tiny_run import rows as metrics_of
+
+KINDS = ("vace", "phantom")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of drawn clips of 7 frames."""
+    folder = tmp_path_factory.mktemp("clips") / "clips"
+    write_clips(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A tiny pipeline of every kind."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {kind: make_checkpoint(folder / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Folder of encoded clips that the tests share."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, clips, checkpoints, cache):
+    """Workdirs of undisturbed runs of four steps."""
+    found = {}
+    for kind in KINDS:
+        found[kind] = tmp_path_factory.mktemp(f"whole-{kind}")
+        options = {"clips": str(clips), "cache": cache}
+        finetune(adapter_config(checkpoints[kind], kind, options, steps=4), found[kind])
+    return found
+
+
+def prepared(checkpoint, kind, options, folder, batch=2):
+    """Return pipeline, learner, configuration, options and encoded rows, without training."""
+    config = adapter_config(checkpoint, kind, options, batch=batch)
+    pipe, given = setup.load(config), read_options(config.finetune.options)
+    rows = train_adapter.prepare_rows(
+        pipe, config, given, read_rows_of(given, config.data.max_people), Path(folder)
+    )
+    return pipe, Learner.make(pipe.transformer, config, 3.0, rows.grey), config, given, rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_a_whole_one_and_trains_the_adapter(
+    kind, clips, checkpoints, cache, whole, tmp_path
+):
+    options = {"clips": str(clips), "cache": cache}
+    for steps in (2, 4):
+        finetune(adapter_config(checkpoints[kind], kind, options, steps=steps), tmp_path)
+    assert_same_adapter(whole[kind], tmp_path)
+    last = metrics_of(whole[kind])[-1]
+    assert last["held_out_loss"] != last["held_out_loss_base"]
+    assert any(tensor.any() for name, tensor in adapter(tmp_path).items() if "lora_B" in name)
+
+
+def test_the_base_stays_bitwise_and_only_the_adapter_is_in_the_state(
+    clips, checkpoints, cache, tmp_path, monkeypatch
+):
+    config = adapter_config(checkpoints["vace"], "vace", {"clips": str(clips), "cache": cache})
+    task = train_adapter.make(config)
+    task.prepare(tmp_path)
+    network = task.init(jax.random.key(0))
+    _, params, frozen, rest = nnx.split(network, task.trained, task.frozen, ...)
+    assert not jax.tree.leaves(rest)
+    before = jax.tree.map(np.array, frozen)
+    monkeypatch.setattr("jax_idgrpo.training.finetune.make_task", lambda config: task)
+    finetune(config, tmp_path)
+    after = nnx.state(network, nnx.Not(LoRAParam))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, after))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert sum(tensor.size for tensor in adapter(tmp_path).values()) == count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_independent_and_an_adapter_of_zeros_is_the_base(
+    kind, clips, checkpoints, cache, tmp_path
+):
+    given = {"clips": str(clips), "split": "all", "text_dropout": 0, "photo_dropout": 0}
+    pipe, learner, config, options, rows = prepared(checkpoints[kind], kind, given, cache)
+    one, two, three = (
+        next(item[0] for item in rows.items if len(item[0].references) == count)
+        for count in (1, 2, 3)
+    )
+    read = lambda video: train_adapter.read_row(rows, config, options, video, None)  # noqa: E731
+    batch = lambda *videos: jax.tree.map(lambda *x: jnp.stack(x), *map(read, videos))  # noqa: E731
+    _, lora, base = nnx.split(pipe.transformer, LoRAParam, ...)
+    program = jax.jit(learner.flow_rows)
+    key = rng.key(0, "augment")
+    first, second = (program(lora, base, batch(two, other), key) for other in (one, three))
+    np.testing.assert_allclose(first["loss"][0], second["loss"][0], rtol=1e-6)
+    assert abs(first["loss"][1] - second["loss"][1]) > 1e-4
+    plain = jax.jit(learner.flow_rows)(None, base, batch(two, three), key)
+    np.testing.assert_allclose(second["loss"], plain["loss"], rtol=1e-6)
+
+
+def test_inputs_are_those_of_sampling(clips, checkpoints, cache):
+    """The control and photos of a row equal those that `conditioning.encode` makes of its prompt."""
+    for kind in KINDS:
+        given = {"clips": str(clips), "split": "all"}
+        pipe, learner, config, options, rows = prepared(checkpoints[kind], kind, given, cache)
+        prompts = load_prompts(clips / "clips.csv", 3)[:3]
+        wanted = conditioning.encode(pipe, prompts, config, conditioning.Cache())
+        videos = [item[0] for item in rows.items[:3]]
+        read = [train_adapter.read_row(rows, config, options, video, None) for video in videos]
+        _, weight, found = learner.inputs(jax.tree.map(lambda *x: jnp.stack(x), *read))
+        # The cache is float16.
+        for name in ("text", "control", "frame_mask", "references", "reference_latents"):
+            want, have = getattr(wanted, name), getattr(found, name)
+            assert (want is None) == (have is None)
+            if want is not None:
+                np.testing.assert_allclose(np.asarray(have, np.float32), want, atol=6e-3)
+        assert (np.asarray(weight) == 0).any() == (kind == "vace")  # the padding has none
+
+
+def test_dropping_photos_leaves_text_alone(clips, checkpoints, cache):
+    for kind in KINDS:
+        given = {"clips": str(clips), "split": "all", "photo_dropout": 0.999, "text_dropout": 0}
+        _, learner, config, options, rows = prepared(checkpoints[kind], kind, given, cache)
+        batch = train_adapter.make_batch(rows, config, options, 1, 0)
+        assert not batch.photos.any()
+        assert (batch.people == 0).all() == (kind == "vace")
+        _, weight, condition = learner.inputs(jax.tree.map(jnp.asarray, batch))
+        if kind == "vace":
+            assert (np.asarray(condition.frame_mask).sum(axis=1) == batch.video.shape[1]).all()
+            assert (np.asarray(weight[:, : batch.video.shape[1]]) == 1).all()
+
+
+def test_batches_are_pure_and_draw_photos_and_windows(clips, checkpoints, cache):
+    given = {"clips": str(clips), "split": "all"}
+    _, _, config, options, rows = prepared(checkpoints["vace"], "vace", given, cache, batch=8)
+    batches = [train_adapter.make_batch(rows, config, options, 3, step) for step in (0, 1, 0)]
+    jax.tree.map(np.testing.assert_array_equal, batches[0], batches[2])
+    assert not np.array_equal(batches[0].video, batches[1].video)
+    video = next(item[0] for item in rows.items if len(item[0].references) == 1)
+    seen = {
+        tuple(part.tobytes() for part in (row.video, row.photos))
+        for n in range(24)
+        for row in [
+            train_adapter.read_row(
+                rows, config, dataclasses.replace(options, photo_dropout=0.0), video,
+                np.random.default_rng(n),
+            )
+        ]
+    }  # fmt: skip
+    assert len(seen) == 6  # three windows of a clip with two frames more, two photos
+
+
+def test_the_cache_is_reused_and_follows_the_content(clips, checkpoints, tmp_path, monkeypatch):
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    made = []
+    real = Encoder._encode
+    monkeypatch.setattr(
+        Encoder, "_encode", lambda self, video: made.append(video.shape[1]) or real(self, video)
+    )
+    given, kept = {"clips": str(folder), "split": "all"}, tmp_path / "latents"
+
+    def run():
+        made.clear()
+        return prepared(checkpoints["vace"], "vace", given, kept)[4]
+
+    run()
+    assert made.count(5) == 8 * 3 + 1  # three windows of each clip, and the grey video
+    run()
+    assert made == [5]  # the grey video
+    shutil.copy(folder / "1.mp4", folder / "0.mp4")
+    rows = run()
+    assert made == [5]  # the content is known under another name
+    names = [rows.names[item[0]].clip for item in rows.items]
+    assert names[0] == names[1] != names[2]
+    (folder / "0.mp4").write_bytes((folder / "1.mp4").read_bytes() + b"\0")
+    rows = run()
+    assert made.count(5) == 4
+    damaged = kept / f"{rows.names[rows.items[3][0]].clip}.npy"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    run()
+    assert made.count(5) == 4
+
+
+def test_the_export_starts_reinforcement_learning_and_sampling(clips, checkpoints, whole, tmp_path):
+    export = whole["vace"] / "export"
+    config = adapter_config(checkpoints["vace"], "vace", {})
+    model = dataclasses.replace(config.model, adapter=str(export))
+    pipe = setup.load(dataclasses.replace(config, model=model))
+    stored = pipeline.load_pipeline(checkpoints["vace"])
+    stored.load_lora(export)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.state(pipe.transformer, LoRAParam),
+        nnx.state(stored.transformer, LoRAParam),
+    )
+    prompts = tmp_path / "clips" / "clips.csv"
+    shutil.copytree(clips, prompts.parent)
+    rows = prompts.read_text().splitlines()
+    prompts.write_text("\n".join(rows[:2]))
+    commands.sample(config, prompts, tmp_path / "base", None)
+    commands.sample(config, prompts, tmp_path / "tuned", export)
+    videos = [(tmp_path / name / "0000-0.mp4").read_bytes() for name in ("base", "tuned")]
+    assert videos[0] != videos[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dpo_starts_at_log_2_and_logs_both_errors(kind, clips, checkpoints, cache, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    pairs = write_pairs(folder, ["A", "same", "B", "invalid"])
+    options = {"clips": "", "pairs": str(pairs), "loss": "dpo", "cache": cache}
+    config = adapter_config(checkpoints[kind], kind, options)
+    grpo = dataclasses.replace(config.grpo, dpo_beta=20.0)
+    finetune(dataclasses.replace(config, grpo=grpo), tmp_path / "run")
+    first, last = metrics_of(tmp_path / "run")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["winner_error"] == pytest.approx(first["winner_error_base"], rel=1e-6)
+    assert last["winner_error"] != last["winner_error_base"]
+    assert last["loser_error"] != last["winner_error"]
+    given = read_options(config.finetune.options)
+    rows = read_rows_of(given, 3)
+    assert [[video.path.name for video in pair] for pair in rows.pairs] == [
+        ["0.mp4", "1.mp4"],
+        ["3.mp4", "2.mp4"],
+    ]
+
+
+def test_short_clips_are_left_out_and_a_folder_of_them_is_refused(
+    clips, checkpoints, cache, tmp_path, capsys
+):
+    folder = tmp_path / "clips"
+    rows = write_clips(folder, count=3, frames=4, seed=9)
+    given = {"clips": str(folder), "split": "all", "cache": cache}
+    with pytest.raises(
+        UserError, match=r"3 of 3 rows have a clip with fewer frames than video\.fr"
+    ):
+        prepared(checkpoints["vace"], "vace", given, tmp_path / "latents")
+    shutil.copy(clips / "0.mp4", folder / "0.mp4")
+    write_csv(folder, rows)
+    found = prepared(checkpoints["vace"], "vace", given, tmp_path / "latents")[4]
+    assert [item[0].path.name for item in found.items] == ["0.mp4"]
+    assert "2 of 3 rows" in capsys.readouterr().out
+
+
+def test_two_experts_are_refused(clips, checkpoints, tmp_path, monkeypatch):
+    real = setup.load
+    monkeypatch.setattr(
+        train_adapter,
+        "load",
+        lambda *given: (lambda p: dataclasses.replace(p, transformer_2=p.transformer))(
+            real(given[0])
+        ),
+    )
+    config = adapter_config(checkpoints["vace"], "vace", {"clips": str(clips)})
+    with pytest.raises(UserError, match="has two transformers; the task adapter trains one"):
+        finetune(config, tmp_path)
+
+
+def test_the_bundled_model_trains_with_augmented_photos_and_face_weights(clips, tmp_path, cache):
+    recipe = adapter_config("embedded", "vace", {"clips": str(clips), "augment": True,
+                            "face_weight": 3.0, "split": "all"})  # fmt: skip
+    run = dataclasses.replace(recipe.run, sample_every=2)
+    finetune(dataclasses.replace(recipe, run=run), tmp_path)
+    assert (tmp_path / "samples" / "000002" / "clips.png").is_file()
+    assert np.isfinite(metrics_of(tmp_path)[-1]["loss"])
+    pipe = setup.load(recipe)
+    options = read_options(recipe.finetune.options)
+    rows = train_adapter.prepare_rows(
+        pipe, recipe, options, read_rows_of(options, 3), tmp_path / "latents"
+    )
+    weights = np.stack(
+        [train_adapter.read_row(rows, recipe, options, item[0], None).weight for item in rows.items]
+    )
+    assert weights.min() == 1
+    assert 2 < weights.max() <= 3 + 1e-2
+    assert (weights.max(axis=(1, 2, 3)) > 2).mean() >= 0.75  # faces are found in most clips
+
+
+def test_recipe_is_for_the_task():
+    config = c.load("adapter", [])
+    assert config.finetune.task == "adapter"
+    assert read_options(config.finetune.options).loss == "flow"
