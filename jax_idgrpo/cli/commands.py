@@ -132,6 +132,14 @@ def _sample_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH[:SCALE]",
         help="adapter to sample with, at a strength; several are added; without it the base model",
     )
+    parser.add_argument(
+        "--best-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make N videos from different noise for each that is written, and keep the one with the "
+        "highest reward (default 1: no reward is loaded)",
+    )
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:
@@ -139,10 +147,12 @@ def _sample(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> 
     prompts = prompts_path(arguments.prompts)
     lora = adapter_sum(arguments.lora)
     out = require_writable(arguments.out, "--out")
+    if arguments.best_of < 1:
+        raise UserError(f"--best-of is {arguments.best_of}; use 1 or more")
     start_runtime()
     from jax_idgrpo.evaluation.commands import sample
 
-    sample(config, prompts, out, lora)
+    sample(config, prompts, out, lora, arguments.best_of)
 
 
 def _score_options(parser: argparse.ArgumentParser) -> None:

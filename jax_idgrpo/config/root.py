@@ -14,6 +14,7 @@ from jax_idgrpo.config.video_model import (
     RolloutConfig,
     VideoConfig,
 )
+from jax_idgrpo.config.weakened import weak_branch
 from jax_idgrpo.workdir import refuse_addresses
 
 NOT_PATHS = ("data.negative_prompt", "run.wandb", "reward.backend")
@@ -51,6 +52,19 @@ class Config:
                     f"{section}.image_guidance {scale} scales a branch that model.kind "
                     f"{self.model.kind} does not have (only {others}); leave it out",
                 )
+        for section, evaluation in (("rollout", False), ("evaluate", True)):
+            own = getattr(self, section)
+            require(
+                own.control_scale == 1 or self.model.kind == "vace",
+                f"{section}.control_scale {own.control_scale} is of VACE's hints, which model.kind "
+                f"{self.model.kind} does not have; leave it out",
+            )
+            weak = weak_branch(f"{section}.weakened", own.weakened)
+            require(
+                weak is None or weak.source != "negative" or 1 not in self.guidance(evaluation),
+                f"{section}.weakened: from negative needs a negative branch, and the guidance is 1; "
+                "raise it, or use from prompt",
+            )
         require(
             self.data.max_people <= self.kind.most_photos,
             f"data.max_people is {self.data.max_people}; model.kind {self.model.kind} takes up to "

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from jax_idgrpo.config.options import Section, option, require
 from jax_idgrpo.config.video_model import EMBEDDED, require_size
+from jax_idgrpo.config.weakened import HELP, weak_branch
 from jax_idgrpo.errors import closest
 
 PENALTIES = (
@@ -224,6 +225,10 @@ class EvaluateConfig(Section):
     image_guidance: float = option(
         0.0, "guidance scale of the photos, for all kinds but vace; 0 = the rollout's"
     )
+    weakened: dict[str, Any] = option({}, HELP)
+    control_scale: float = option(
+        1.0, "strength of the photos' hints in the main blocks, for vace; 1 = as trained", least=0
+    )
     batch: int = option(32, "videos per program call, rounded up to what the mesh divides", least=1)
     bootstrap: int = option(2000, "resamples of a bootstrap interval", least=1)
     frames: int = option(0, "frames of the videos; 0 = video.frames")
@@ -235,4 +240,5 @@ class EvaluateConfig(Section):
         for name in ("guidance", "guidance_2", "image_guidance"):
             scale = getattr(self, name)
             require(scale >= 0, f"evaluate.{name} is {scale}; use a scale, or 0 for the rollout's")
+        weak_branch("evaluate.weakened", self.weakened)
         require_size("evaluate", self.frames, self.height, self.width, "video's")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from jax_idgrpo.config.model_kinds import REFERENCE_KINDS
 from jax_idgrpo.config.options import Section, option, require
+from jax_idgrpo.config.weakened import HELP, weak_branch
 
 EMBEDDED = Path(__file__).parents[1] / "synthetic" / "assets"
 PUBLISHED_VAE_WIDTH = 96  # first channels of the published VAE; the bundled one has fewer
@@ -291,6 +292,10 @@ class RolloutConfig(Section):
         "guidance scale of the photos, for all kinds but vace; 0 = 5.0, and 1.0 for skyreels",
         least=0,
     )
+    weakened: dict[str, Any] = option({}, HELP)
+    control_scale: float = option(
+        1.0, "strength of the photos' hints in the main blocks, for vace; 1 = as trained", least=0
+    )
     sampler: str = option(
         "identity",
         "stochastic steps; identity is as published",
@@ -332,6 +337,7 @@ class RolloutConfig(Section):
             f"rollout.group is {self.group}; a group needs 2 or more videos to be compared",
         )
         super().__post_init__()
+        weak_branch("rollout.weakened", self.weakened)
         rows = self.prompts * self.group
         require(
             self.micro_batch == 0 or rows % self.micro_batch == 0,

@@ -35,12 +35,13 @@ from jax_idgrpo.evaluation.recorder import Recorder
 from jax_idgrpo.evaluation.sampler import (
     Row,
     all_rows,
+    best_videos,
     evaluated,
     fetch,
     make_models,
     make_sampler,
 )
-from jax_idgrpo.evaluation.scoring import make_scorer
+from jax_idgrpo.evaluation.scoring import RewardScorer, make_scorer
 from jax_idgrpo.evaluation.streaming import make_clip_scorer
 from jax_idgrpo.parallel.hosts import (
     assert_same_across_hosts,
@@ -59,16 +60,20 @@ SCORES = "scores.jsonl"
 # ---- sample --------------------------------------------------------------------------------------
 
 
-def sample(config: Config, prompts: Path, out: Path, lora: Path | LoRASum | None) -> None:
+def sample(
+    config: Config, prompts: Path, out: Path, lora: Path | LoRASum | None, best_of: int = 1
+) -> None:
     """Write `evaluate.videos` videos per row of the CSV, and `samples.jsonl`, one line per video.
 
-    Videos from an earlier run of the same command are kept.
+    Videos from an earlier run of the same command are kept. With `best_of`, each video is the one
+    with the highest reward of that many, and its line has the rewards of all.
 
     Args:
       config: model and sampling settings.
       prompts: the prompts CSV.
       out: output folder.
       lora: adapter, or a sum of adapters; None samples from the base.
+      best_of: number of videos from which each written one is chosen; 1 loads no reward.
 
     Raises:
       UserError: the CSV, a photo, the checkpoint or the adapter cannot be used, or the folder
@@ -80,6 +85,8 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | LoRASum | None
     assert_same_across_hosts(config, row_digests(listed), **journal.lora_files("adapter", lora))
     rows = all_rows(listed, config.evaluate.videos)
     facts = journal.video_facts(config, lora)
+    if best_of > 1:
+        facts = [*facts, best_of, journal.reward_facts(config)]
     of_prompt = {prompt.id: journal.prompt_facts(prompt) for prompt in listed}
     lines = {row.name: _sample_line(row, config, lora) for row in rows}
     for row in rows:
@@ -92,15 +99,24 @@ def sample(config: Config, prompts: Path, out: Path, lora: Path | LoRASum | None
         sampler = make_sampler(config)
         conditioning.warn_of_cut(sampler.pipe.tokenizer, listed, config.data.text_length)
         name, model = list(make_models(sampler, {"tuned": lora} if lora else {}).items())[-1]
+        scorer = None
+        if best_of > 1:
+            mesh = sampler.pipe.transformer.config.mesh
+            scorer = RewardScorer(config, sampler.batch, mesh, listed)
         prepare_workdir(out)
+        known = {line["file"]: line for line in journal.read_lines(out / SAMPLES)}
+        for row in rows:
+            if row.name in kept:
+                lines[row.name] = known[lines[row.name]["file"]]
         ours = [lines[row.name] for row in rows if row.name in kept]
         written = journal.Journal(out / SAMPLES, ours)
-        for batch, videos in sampler.batches(model, missing, f"sampling {name}"):
-            for number, row in enumerate(batch):
-                pixels = fetch(videos, number)
-                # The line is written first, because a video without a line is refused on resume.
-                written.add([lines[row.name]])
-                run_once(write_video, out / lines[row.name]["file"], pixels, config.video.fps)
+        label = f"sampling {name}"
+        for row, pixels, rewards in best_videos(sampler, model, missing, best_of, scorer, label):
+            if rewards:
+                lines[row.name]["rewards"] = rewards
+            # The line is written first, because a video without a line is refused on resume.
+            written.add([lines[row.name]])
+            run_once(write_video, out / lines[row.name]["file"], pixels, config.video.fps)
     run_once(write_text, out / SAMPLES, journal.text_of(lines.values()))
     print_once(f"{len(lines)} videos in {out}")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 
 from checkpoints_convert.places import LoRASum
-from jax_idgrpo.config import Config
+from jax_idgrpo.config import Config, EvaluateConfig
 from jax_idgrpo.data.prompts import Prompt, load_prompts, row_digests
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import folder_facts, gather_objects
@@ -60,7 +60,13 @@ def video_facts(config: Config, adapter: Path | LoRASum | None) -> list[object]:
         [config.data.max_people, config.data.text_length, dataclasses.asdict(config.video)],
         [wanted.steps, wanted.solver, *dict.fromkeys(config.guidance(evaluation=True))],
         [config.rollout.shift, config.image_guidance(evaluation=True), config.run.seed],
+        *([wanted.weakened, wanted.control_scale] if _reweighted(wanted) else []),
     ]
+
+
+def _reweighted(wanted: EvaluateConfig) -> bool:
+    """Return whether videos are sampled with a weakened branch, or with scaled hints."""
+    return bool(wanted.weakened) or wanted.control_scale != 1
 
 
 def reward_facts(config: Config) -> list[object]:

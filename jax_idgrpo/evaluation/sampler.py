@@ -6,6 +6,7 @@ noise, so differences between models are paired.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -179,6 +180,49 @@ def fetch(videos: Float[Array, "B F H W 3"], number: int) -> UInt8[np.ndarray, "
     return to_host(_pixels(None if mesh is None else sharding.replicated(mesh))(videos, number))
 
 
+def best_videos(
+    sampler: Sampler,
+    model: Model,
+    rows: Sequence[Row],
+    count: int,
+    scorer: Callable[[Array, Sequence[Prompt]], Float[np.ndarray, " n"]] | None,
+    label: str,
+) -> Iterator[tuple[Row, UInt8[np.ndarray, "F H W 3"], list[float | None]]]:
+    """Make `count` videos for each row, and yield the one with the highest reward (collective).
+
+    Video k of a prompt is chosen among the members k count to (k + 1) count - 1. A reward that is no
+    number loses. Only the best video so far of one row is held.
+
+    Args:
+      sampler: makes the videos.
+      model: the model to sample from.
+      rows: the videos to yield.
+      count: number of videos to choose from; 1 needs no scorer.
+      scorer: returns the rewards of a batch; None with a count of 1.
+      label: text of the progress bar and prefix of errors.
+
+    Yields:
+      The row, its video as bytes, and the rewards of all its candidates, None for one that is no
+      number; an empty list without a scorer.
+    """
+    tried = [Row(row.prompt, row.member * count + n) for row in rows for n in range(count)]
+    rewards: list[float] = []
+    best, place = None, 0
+    for batch, videos in sampler.batches(model, tried, label):
+        prompts = [row.prompt for row in batch]
+        scored = [0.0] * len(batch) if scorer is None else scorer(videos, prompts).tolist()
+        for number, reward in enumerate(scored):
+            value = reward if math.isfinite(reward) else -math.inf
+            if not rewards or value > max(rewards):
+                best = fetch(videos, number)
+            rewards.append(value)
+            if len(rewards) == count:
+                assert best is not None
+                told = [value if math.isfinite(value) else None for value in rewards]
+                yield rows[place], best, [] if scorer is None else told
+                rewards, place = [], place + 1
+
+
 def evaluated(config: Config) -> Config:
     """Return the configuration with the video size of the evaluation."""
     chosen = {
@@ -281,6 +325,7 @@ def make_models(
         actor, lora, base = policy.split_experts(
             transformers, config.guidance(evaluation=True), config.image_guidance(evaluation=True)
         )
+        actor = actor.configured(config, sampler.pipe.shift, evaluation=True)
         return Model(actor, lora if mesh is None else sharding.shard_params(mesh, lora), base)
 
     zero: list[WanTransformer] = []

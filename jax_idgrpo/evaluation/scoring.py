@@ -93,6 +93,35 @@ def values(
     return found
 
 
+class RewardScorer:
+    """Score batches of sampled videos by the reward of a configuration alone."""
+
+    def __init__(self, config: Config, batch: int, mesh: Mesh | None, prompts: Sequence[Prompt]):
+        """Load the reward, and check the photos of the prompts before any video is made.
+
+        Args:
+          config: settings of the reward.
+          batch: videos per program call, a multiple of the mesh's batch shards.
+          mesh: devices of the videos.
+          prompts: prompts of the videos.
+
+        Raises:
+          UserError: a network or a photo cannot be used.
+        """
+        self.reward = make_reward(config, mesh)
+        self.people, self.batch, self.mesh = config.data.max_people, batch, mesh
+        check_references(self.reward, prompts)
+
+    def __call__(
+        self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
+    ) -> Float[np.ndarray, " n"]:
+        """Return the rewards of the first videos of a batch, one per prompt (collective)."""
+        filled = [prompts[min(n, len(prompts) - 1)] for n in range(self.batch)]
+        encoded = _encoded(self.reward, videos, filled, self.people, self.mesh)
+        found = collect(self.reward.score(videos, encoded))["reward"]
+        return np.asarray(found, np.float64)[: len(prompts)]
+
+
 class BatchScorer:
     """Score batches of sampled videos by the reward and the judge of a configuration.
 
@@ -145,6 +174,11 @@ class BatchScorer:
         """
         return reward.score(videos, self._encoded(reward, videos, prompts))
 
+    def _encoded(
+        self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
+    ) -> PyTree:
+        return _encoded(reward, videos, prompts, self.people, self.mesh)
+
     def __call__(
         self, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
     ) -> bootstrap.Scores:
@@ -180,22 +214,33 @@ class BatchScorer:
         )
         return judged, self.gallery.columns(prompts[:count], shown)
 
-    def _encoded(
-        self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]
-    ) -> PyTree:
-        """Encode the references of every row, on the devices of the videos."""
-        shown = {prompt.id: prompt for prompt in prompts}
-        numbers = {name: number for number, name in enumerate(shown)}
-        of_row = np.array([numbers[prompt.id] for prompt in prompts])
-        texts = [prompt.text for prompt in shown.values()]
-        photos = References.of_prompts(list(shown.values()), self.people)
-        encoded = reward.encode_references(photos, texts, tuple(videos.shape[1:4]))
-        return self._placed(jax.tree.map(lambda leaf: np.asarray(leaf)[of_row], encoded))
 
-    def _placed(self, tree: PyTree) -> PyTree:
-        if self.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
-        return sharding.device_put_global(tree, sharding.batch_sharding(self.mesh))
+def _encoded(
+    reward: Reward,
+    videos: Float[ArrayLike, "B F H W 3"],
+    prompts: Sequence[Prompt],
+    people: int,
+    mesh: Mesh | None,
+) -> PyTree:
+    """Encode the references of every row, on the devices of the videos.
+
+    Args:
+      reward: encodes them.
+      videos: the rows.
+      prompts: one prompt per video.
+      people: slots of a prompt.
+      mesh: devices of the videos; None is the default device.
+    """
+    shown = {prompt.id: prompt for prompt in prompts}
+    numbers = {name: number for number, name in enumerate(shown)}
+    of_row = np.array([numbers[prompt.id] for prompt in prompts])
+    texts = [prompt.text for prompt in shown.values()]
+    photos = References.of_prompts(list(shown.values()), people)
+    encoded = reward.encode_references(photos, texts, tuple(videos.shape[1:4]))
+    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[of_row], encoded)
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, rows)
+    return sharding.device_put_global(rows, sharding.batch_sharding(mesh))
 
 
 def make_scorer(

@@ -266,6 +266,32 @@ KeyValue = tuple[Float[Array, "B keys heads d"], Float[Array, "B keys heads d"]]
 """Keys and values of an attention, in the compute dtype."""
 
 
+class Skipped(NamedTuple):
+    """Main blocks that some rows skip, each with the hint that it would receive.
+
+    Attributes:
+      blocks: numbers of the blocks.
+      rows: the rows that skip them.
+    """
+
+    blocks: tuple[int, ...]
+    rows: Bool[Array, " B"]
+
+    def keep(self, block: int | Array, before: Array, after: Array) -> Array:
+        """Return the stream after a block: that before it where it is skipped.
+
+        Args:
+          block: number of the block.
+          before: stream before the block.
+          after: stream after the block and its hint.
+        """
+        rows = self.rows[:, None, None]
+        if isinstance(block, int):
+            return jnp.where(rows, before, after) if block in self.blocks else after
+        chosen = jnp.any(block == jnp.asarray(self.blocks, jnp.int32))
+        return jnp.where(rows & chosen, before, after)
+
+
 class PromptCache(NamedTuple):
     """Activations that depend only on text and control, computed once for all noise levels.
 
@@ -608,6 +634,7 @@ class WanTransformer(nnx.Module):
         control_scale: float | Array = 1.0,
         frame_mask: Array | None = None,
         text_frames: int | None = None,
+        skipped: Skipped | None = None,
     ) -> Float[Array, "B T H W C"]:
         """Compute the velocity as `__call__` does, from the cache of the prompt.
 
@@ -619,12 +646,19 @@ class WanTransformer(nnx.Module):
           frame_mask: as in `__call__`.
           text_frames: only the tokens of the first `text_frames` frames attend to the text; None is
             all.
+          skipped: blocks that some rows skip.
 
         Raises:
           UserError: shapes do not fit.
         """
         config = self.config
         self._check(latents, timesteps, cache, frame_mask)
+        last = config.num_layers - 1
+        _require(
+            skipped is None or max(skipped.blocks, default=0) <= last,
+            f"weakened: blocks {list(skipped.blocks if skipped else ())} are to be skipped, and the "
+            f"transformer has blocks 0 to {last}",
+        )
         b, frames, height, width, _ = latents.shape
         grid = (frames, height // PATCH, width // PATCH)
         tokens = frames * grid[1] * grid[2]
@@ -647,10 +681,10 @@ class WanTransformer(nnx.Module):
         )
         conditions = Conditions(modulation, (cos, sin), lengths, reads_text)
         if cache.control is None:
-            x = self._run_plain(x, cache, conditions)
+            x = self._run_plain(x, cache, conditions, skipped)
         else:
             x = self._run_groups(
-                x, _add(x, cache.control), self._scale(control_scale), cache, conditions
+                x, _add(x, cache.control), self._scale(control_scale), cache, conditions, skipped
             )
 
         rows = self.scale_shift_table[...] + time[:, None, :]
@@ -682,18 +716,34 @@ class WanTransformer(nnx.Module):
             return tuple(key_value(block) for block in _unstack(parameters))
         return jax.lax.map(key_value, parameters)
 
-    def _run_plain(self, x: Array, cache: PromptCache, conditions: Conditions) -> Array:
+    def _run_plain(
+        self, x: Array, cache: PromptCache, conditions: Conditions, skipped: Skipped | None
+    ) -> Array:
         apply, blocks = self._applied("blocks", conditions)
         if self.config.unroll:
-            for block, text in zip(_unstack(blocks), cache.main, strict=True):
-                x = apply(block, x, text)
+            for number, (block, text) in enumerate(zip(_unstack(blocks), cache.main, strict=True)):
+                y = apply(block, x, text)
+                x = y if skipped is None else skipped.keep(number, x, y)
             return x
+        if skipped is None:
+            return jax.lax.scan(
+                lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, cache.main)
+            )[0]
+        numbers = jnp.arange(self.config.num_layers)
         return jax.lax.scan(
-            lambda x, part: (apply(part[0], x, part[1]), None), x, (blocks, cache.main)
+            lambda x, part: (skipped.keep(part[2], x, apply(part[0], x, part[1])), None),
+            x,
+            (blocks, cache.main, numbers),
         )[0]
 
     def _run_groups(
-        self, x: Array, c: Array, scale: Array, cache: PromptCache, conditions: Conditions
+        self,
+        x: Array,
+        c: Array,
+        scale: Array,
+        cache: PromptCache,
+        conditions: Conditions,
+        skipped: Skipped | None,
     ) -> Array:
         apply, blocks = self._applied("blocks", conditions)
         apply_control, controls = self._applied("vace_blocks", conditions)
@@ -706,28 +756,30 @@ class WanTransformer(nnx.Module):
             return c, scale * nnx.merge(control_graph, parameters).hint(c)
 
         if self.config.unroll:
-            mains = zip(_unstack(blocks), cache.main, strict=True)
+            mains = enumerate(zip(_unstack(blocks), cache.main, strict=True))
             for parameters, key_value, s, size in zip(
                 _unstack(controls), cache.vace, scale, group_sizes(self.config), strict=True
             ):
                 c, hint = control(c, parameters, key_value, s)
-                for number, (block, text) in enumerate(itertools.islice(mains, size)):
-                    x = apply(block, x, text)
-                    if number == 0:
-                        x = x + hint
+                for place, (number, (block, text)) in enumerate(itertools.islice(mains, size)):
+                    y = apply(block, x, text)
+                    if place == 0:
+                        y = y + hint
+                    x = y if skipped is None else skipped.keep(number, x, y)
             return x
 
         def group(carry: tuple[Array, Array], parts: tuple) -> tuple[tuple[Array, Array], None]:
             x, c = carry
-            (parameters, text), scale, mains, first = parts
+            (parameters, text), scale, mains, first, *numbers = parts
             c, hint = control(c, parameters, text, scale)
 
             def main(x: Array, part: tuple) -> tuple[Array, None]:
-                (block, text), first = part
+                (block, text), first, *number = part
                 # One body for first and later blocks halves the program.
-                return apply(block, x, text) + jnp.where(first, hint, 0), None
+                y = apply(block, x, text) + jnp.where(first, hint, 0)
+                return y if skipped is None else skipped.keep(number[0], x, y), None
 
-            return (jax.lax.scan(main, x, (mains, first))[0], c), None
+            return (jax.lax.scan(main, x, (mains, first, *numbers))[0], c), None
 
         at = done = 0
         for size, run in itertools.groupby(group_sizes(self.config)):
@@ -739,6 +791,7 @@ class WanTransformer(nnx.Module):
                 scale[done : done + count],
                 mains,
                 first,
+                *(() if skipped is None else (at + jnp.arange(count * size).reshape(count, size),)),
             )
             (x, c), _ = jax.lax.scan(group, (x, c), parts)
             at, done = at + count * size, done + count

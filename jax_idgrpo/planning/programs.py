@@ -503,9 +503,7 @@ def _evaluation(
         boundary=run.pipe.boundary,
     )
     schedule = shapes(schedule, sharding.replicated(run.mesh))
-    actor = run.policy.with_guidance(
-        config.guidance(evaluation=True), config.image_guidance(evaluation=True)
-    )
+    actor = run.policy.configured(config, 3.0, evaluation=True)
     inputs = PolicyInputs(run.state.params, run.base, asked, run.negative)
     beside = held + chip_bytes(video)
     state: Any = x

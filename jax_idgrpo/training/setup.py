@@ -126,6 +126,7 @@ def build(
         config.image_guidance(),
         select_weights(pipe.transformer, model.train_layers) if full else None,
     )
+    actor = actor.configured(config, pipe.shift)
     if full:  # else the device would hold the trained weights as they were read
         pipe = dataclasses.replace(pipe, transformer=_described(pipe.transformer))
     reference = trained if full and config.grpo.compares_with_base else None

@@ -220,9 +220,7 @@ def begin_watch(
       A function (averaged parameters, training steps done) -> values to log.
     """
     config, base = run.config, run.base
-    watched = run.policy.with_guidance(
-        config.guidance(evaluation=True), config.image_guidance(evaluation=True)
-    )
+    watched = run.policy.configured(config, run.pipe.shift, evaluation=True)
     watch = Watch.make(config, run.pipe, run.reward, folder)
     watch.begin(Model(watched, start, base))
     return lambda ema, step: watch(Model(watched, ema, base), step)

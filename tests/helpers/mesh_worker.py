@@ -3,7 +3,8 @@
 python -m tests.helpers.mesh_worker OUT '{"data": 2, "seq": 4}' ...
 
 With "weights", patterns as in model.train_layers, these weights are trained in place of an adapter, and an optimizer step is taken.
-With {"experts": 2} beside the axes, the model has two, and the window reaches both.
+With {"experts": 2} beside the axes, the model has two, and the window reaches both. With "weakened", as in rollout.weakened,
+there is a weakened branch.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from flax import nnx
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import GrpoConfig, MeshConfig
+from jax_idgrpo.config.weakened import weak_branch
 from jax_idgrpo.models import vae
 from jax_idgrpo.models.experts import together
 from jax_idgrpo.models.layers import FLOAT32
@@ -57,7 +59,10 @@ def random(state: nnx.State, seed: int = 1) -> nnx.State:
 
 
 def run(
-    mesh: jax.sharding.Mesh, patterns: str | None = None, experts: int = 1
+    mesh: jax.sharding.Mesh,
+    patterns: str | None = None,
+    experts: int = 1,
+    weakened: dict[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     random_numbers = np.random.default_rng(2)
     references = jnp.asarray([1, 2, 2, 1])
@@ -78,6 +83,8 @@ def run(
         nnx.update(transformers[-1], random(nnx.state(transformers[-1]), seed))
     weights = None if patterns is None else select_weights(transformers[0], patterns)
     actor, lora, base = policy.split_experts(transformers, [3.0] * experts, weights=weights)
+    if (branch := weak_branch("weakened", weakened or {})) is not None:
+        actor = actor.weakened(policy.Weakening.make(branch, STEPS, 3.0))
     optimizer = together([optax.adam(1e-3, eps=1e-4)] * experts)
     state = sharding.shard_params(mesh, start(optimizer, lora))
     base = sharding.shard_params(mesh, base)
@@ -89,7 +96,7 @@ def run(
         latents_mean=(0.0,) * 16,
         latents_std=(1.0,) * 16,
     )
-    graph, weights = nnx.split(vae.WanVAE(vae_config, rngs=nnx.Rngs(0)))
+    graph, decoder = nnx.split(vae.WanVAE(vae_config, rngs=nnx.Rngs(0)))
 
     def on_mesh(tree):
         return jax.device_put(tree, sharding.batch_sharding(mesh))
@@ -106,7 +113,7 @@ def run(
         noise,
         window,
     )
-    whole = sharding.device_put_global(random(weights), sharding.replicated(mesh))
+    whole = sharding.device_put_global(random(decoder), sharding.replicated(mesh))
     decoded = (graph, whole), trajectory.latents, condition.references, FRAMES
     video = rollout.decode(*decoded)
     exchanges = re.findall(
@@ -183,9 +190,10 @@ def main(out: str, *meshes: str) -> None:
     for number, text in enumerate(meshes):
         sizes = {"data": 1} | json.loads(text)
         patterns, experts = sizes.pop("weights", None), sizes.pop("experts", 1)
+        weakened = sizes.pop("weakened", None)
         count = int(np.prod(list(sizes.values())))
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-        np.savez(Path(out) / f"{number}.npz", **run(mesh, patterns, experts))
+        np.savez(Path(out) / f"{number}.npz", **run(mesh, patterns, experts, weakened))
 
 
 if __name__ == "__main__":

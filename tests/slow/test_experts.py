@@ -1,4 +1,4 @@
-"""Two experts on a mesh."""
+"""Two experts, and a weakened branch, on a mesh."""
 
 import json
 import os
@@ -6,12 +6,16 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from tests.helpers.paths import ROOT
 
+WEAK = {"scale": 0.5, "blocks": [1], "photos": "none"}
 
-def test_two_experts_on_a_mesh_equal_one_device(tmp_path):
-    meshes = [{"experts": 2}, {"data": 2, "fsdp": 2, "experts": 2}]
+
+@pytest.mark.parametrize("extra", [{"experts": 2}, {"weakened": WEAK}], ids=["experts", "weakened"])
+def test_two_experts_and_a_weakened_branch_on_a_mesh_equal_one_device(extra, tmp_path):
+    meshes = [extra, {"data": 2, "seq" if "weakened" in extra else "fsdp": 2} | extra]
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     worker = [sys.executable, "-m", "tests.helpers.mesh_worker", str(tmp_path)]
     subprocess.run(
