@@ -367,6 +367,37 @@ def test_videos_of_all_kinds_are_scored_and_hidden_files_are_not(stubbed, config
     assert "notes.txt" in printed
 
 
+def test_the_best_of_several_videos_is_kept(stubbed, config, tmp_path, monkeypatch):
+    """Video k of a prompt is the best of the members 2 k and 2 k + 1 of a plain command."""
+    brightness = commands.make_scorer(config, 4)
+    monkeypatch.setattr(
+        commands,
+        "RewardScorer",
+        lambda *_: lambda videos, asked: brightness(videos, asked)["reward"],
+    )
+    commands.sample(config, tmp_path / "any.csv", tmp_path / "best", None, 2)
+    four = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, videos=4))
+    commands.sample(four, tmp_path / "any.csv", tmp_path / "all", None)
+    lines = scores_of(tmp_path / "best" / "samples.jsonl")
+    assert [line["file"] for line in lines] == [
+        f"{row:04d}-{member}.mp4" for row in range(3) for member in range(2)
+    ]
+    for line in lines:
+        row, member = map(int, line["file"].removesuffix(".mp4").split("-"))
+        first, second = line["rewards"]
+        better = 2 * member + (second > first)
+        assert (tmp_path / "best" / line["file"]).read_bytes() == (
+            tmp_path / "all" / f"{row:04d}-{better}.mp4"
+        ).read_bytes()
+    assert {line["rewards"][0] < line["rewards"][1] for line in lines} == {True, False}
+    before = (tmp_path / "best" / "samples.jsonl").read_text()
+    (tmp_path / "best" / lines[3]["file"]).unlink()
+    commands.sample(config, tmp_path / "any.csv", tmp_path / "best", None, 2)
+    assert (tmp_path / "best" / "samples.jsonl").read_text() == before
+    with pytest.raises(UserError, match="holds 6 videos that were made otherwise"):
+        commands.sample(config, tmp_path / "any.csv", tmp_path / "best", None, 3)
+
+
 def test_videos_with_names_of_their_own_are_found_by_the_csv_or_by_samples(
     stubbed, config, prompts, tmp_path
 ):
