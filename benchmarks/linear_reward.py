@@ -55,13 +55,13 @@ def fit(train: list[Pair], held_out: list[Pair], folder: Path) -> None:
     Args:
       train: training pairs.
       held_out: pairs of other people.
-      folder: folder of the fitted reward.
+      folder: folder of the fitted reward; what is read of the videos is kept beside it.
     """
     base = configuration.load(ROOT / "configs" / "reward_face.py", [])
     reward = make_face_reward(base.reward)
     networks, labels = fingerprint(reward.state), np.asarray([p.labels[0] for p in held_out])
-    sides, _ = read(reward, train, base)
-    held_sides, fixed = read(reward, held_out, base)
+    sides, _ = read(reward, train, base, folder.parent / "train.safetensors")
+    held_sides, fixed = read(reward, held_out, base, folder.parent / "eval.safetensors")
     print("| reward | without ties | with ties |\n| --- | --- | --- |")
     for name in ("MIMR", "fixed part"):
         print(row(name, fixed[name], labels), flush=True)
@@ -74,6 +74,7 @@ def fit(train: list[Pair], held_out: list[Pair], folder: Path) -> None:
     found = differences(head, held_sides)(held_out)[:, 0]
     print(row(f"head, {len(train)} pairs", found, labels))
     print("\n" + "\n".join(summary(fitted)) + "\n", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_linear(fitted.reward, fitted.intervals, folder, networks, base.reward)
 
 
@@ -103,7 +104,7 @@ def main() -> None:
     for name, value in dict(train=2400, held_out=400, clips=64).items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     options.add_argument(
-        "--folder", type=Path, help="folder of the pairs; existing pairs are reused"
+        "--folder", type=Path, help="folder of the pairs; existing pairs and readings are reused"
     )
     arguments = options.parse_args()
     sets = {"train": (arguments.train, 11), "eval": (arguments.held_out, 3)}

@@ -28,15 +28,18 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from checkpoints_convert import store
 from jax_idgrpo import config as configuration
 from jax_idgrpo import rng
+from jax_idgrpo.config import Config
 from jax_idgrpo.preferences.batches import PairOptions, accuracy, confirmed_pairs
 from jax_idgrpo.preferences.corruptions import DISTORTIONS
 from jax_idgrpo.preferences.csv_source import LABELS, Pair, load_pairs
 from jax_idgrpo.preferences.synthesis import write_pairs
 from jax_idgrpo.preferences.train_head import Sides, differences, head_task, read_one
+from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.factory import make_face_reward
-from jax_idgrpo.rewards.head import Head, fingerprint
+from jax_idgrpo.rewards.head import Head, Tokens, fingerprint
 from jax_idgrpo.training.finetune import make_step
 from jax_idgrpo.training.state import make_optimizer, start
 
@@ -70,21 +73,60 @@ def column(folder: Path, name: str) -> list[str]:
         return [row[name] for row in csv.DictReader(file)]
 
 
-def read(reward, pairs: Sequence[Pair], config) -> tuple[Sides, dict[str, np.ndarray]]:
+def read_videos(
+    reward: FaceReward, pairs: Sequence[Pair], config: Config, cache: Path | None = None
+) -> tuple[Sides, dict[str, np.ndarray]]:
+    """Compute the tokens of every pair, and the fixed rewards of both videos, each [pairs, 2].
+
+    Args:
+      reward: face reward.
+      pairs: pairs to read.
+      config: configuration of the run.
+      cache: file that keeps the results; an existing file of as many pairs is used as it is.
+    """
+    fields = [field.name for field in dataclasses.fields(Tokens)]
+    if cache is not None and cache.is_file():
+        kept = {name: np.asarray(value) for name, value in store.open_tensors(cache).items()}
+        if kept["term.reward"].shape[0] == len(pairs):
+            sides = {
+                pair: tuple(
+                    Tokens(**{name: kept[f"token.{name}"][row, side] for name in fields})
+                    for side in (0, 1)
+                )
+                for row, pair in enumerate(pairs)
+            }
+            return sides, {term: kept[f"term.{term}"] for term in FIXED.values()}
+    sides, fixed = {}, {term: [] for term in FIXED.values()}
+    for pair in pairs:
+        (terms, a), (others, b) = (read_one(reward, pair, path, config) for path in pair.videos)
+        sides[pair] = a, b
+        for term in FIXED.values():
+            fixed[term].append((terms[term], others[term]))
+    values = {term: np.asarray(rows) for term, rows in fixed.items()}
+    if cache is not None:
+        tokens = {
+            f"token.{name}": np.stack(
+                [[np.asarray(getattr(side, name)) for side in sides[pair]] for pair in pairs]
+            )
+            for name in fields
+        }
+        store.write_file(cache, tokens | {f"term.{term}": rows for term, rows in values.items()})
+    return sides, values
+
+
+def read(
+    reward: FaceReward, pairs: Sequence[Pair], config: Config, cache: Path | None = None
+) -> tuple[Sides, dict[str, np.ndarray]]:
     """Compute the tokens of every pair, and the fixed rewards' differences (A minus B).
 
     Args:
       reward: face reward.
       pairs: pairs to read.
       config: configuration of the run.
+      cache: see `read_videos`.
     """
-    found, fixed = {}, {name: [] for name in FIXED}
-    for pair in pairs:
-        (terms, a), (others, b) = (read_one(reward, pair, path, config) for path in pair.videos)
-        found[pair] = a, b
-        for name, term in FIXED.items():
-            fixed[name].append(terms[term] - others[term])
-    return found, {name: np.asarray(values) for name, values in fixed.items()}
+    sides, values = read_videos(reward, pairs, config, cache)
+    return sides, {name: values[term] @ (1, -1) for name, term in FIXED.items()}
 
 
 def trained(

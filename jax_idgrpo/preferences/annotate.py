@@ -39,6 +39,7 @@ from jax_idgrpo.preferences.couples import (
     write_couples,
 )
 from jax_idgrpo.preferences.csv_source import check_dimensions
+from jax_idgrpo.rewards.vlm.checklist import is_checklist
 
 MAX_PEOPLE = 64  # photos of a prompt that a page can show
 NO_PAIR = "no prompt has two videos; sample two or more per prompt, or name several folders"
@@ -87,9 +88,8 @@ def annotate(
             )
         ]
         wanted = annotator.reward
-        bands = margins(
-            scored, dimensions, margin, bool(wanted.head or wanted.linear or wanted.vlm)
-        )
+        trained = wanted.vlm and not is_checklist(wanted.vlm)
+        bands = margins(scored, dimensions, margin, bool(wanted.head or wanted.linear or trained))
         found.append((scored, bands))
     first = couples(*found[0], per_prompt)
     if not first:

@@ -25,6 +25,8 @@ from jax_idgrpo.rewards.head import Head, fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.linear import LinearReward, load_linear
 from jax_idgrpo.rewards.remote import HttpReward
+from jax_idgrpo.rewards.vlm.checklist import is_checklist
+from jax_idgrpo.rewards.vlm.checklist_reward import load_checklist
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
 
 Contrasted = TypeVar("Contrasted", FaceReward, HostFaceReward)
@@ -207,4 +209,5 @@ def make_vlm(config: Config, mesh: Mesh | None) -> VlmReward:
     if own:
         policy_devices(config)
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[-own:])
-    return load_vlm(config.reward, (video.frames, video.height, video.width), mesh)
+    load = load_checklist if is_checklist(config.reward.vlm) else load_vlm
+    return load(config.reward, (video.frames, video.height, video.width), mesh)

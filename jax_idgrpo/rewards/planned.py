@@ -33,6 +33,7 @@ from jax_idgrpo.rewards.factory import (
 )
 from jax_idgrpo.rewards.photo_copy import PHOTOGRAPHS
 from jax_idgrpo.rewards.vlm import files, inputs
+from jax_idgrpo.rewards.vlm.checklist import is_checklist
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
 WORDS = 1024  # text tokens of a planned question, beside its photos and frames
@@ -162,6 +163,10 @@ def _described(reward: FaceReward, mesh: Mesh) -> FaceReward:
 
 def _vlm(config: Config, mesh: Mesh) -> VlmReward:
     wanted, own = config.reward, config.reward.vlm_devices
+    if is_checklist(wanted.vlm):
+        raise UserError(
+            f"plan: reward.vlm {wanted.vlm} is a checklist, which is not planned; plan without it"
+        )
     if own > mesh.size:
         raise UserError(
             f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video "

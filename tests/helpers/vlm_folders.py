@@ -127,6 +127,19 @@ def write_base(folder: Path, dtype: torch.dtype = torch.float32) -> TorchReward:
     return model
 
 
+def write_instruct(folder: Path, tied: bool) -> Qwen2_5_VLForConditionalGeneration:
+    """A published model's folder, whose tokenizer has a token for yes and for no; -> the network."""
+    words = tokenizer()
+    words.add_tokens(["Yes", "yes", "No", " no"])
+    sizes = config()
+    sizes.tie_word_embeddings = sizes.text_config.tie_word_embeddings = tied
+    model = Qwen2_5_VLForConditionalGeneration(sizes)
+    randomise(model, 3)
+    model.eval().save_pretrained(folder)
+    words.save_pretrained(folder)
+    return model
+
+
 def old_name(name: str) -> str:
     """As transformers 4 wrote it."""
     return name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")

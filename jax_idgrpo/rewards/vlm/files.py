@@ -129,19 +129,19 @@ def newest(folder: Path) -> Path:
     return found[max(found)]
 
 
-def _named(path: Path) -> dict[str, Tensor]:
-    """Open the tensors of a file or folder under the names of transformers 4.
+def named(path: Path) -> dict[str, Tensor]:
+    """Open the tensors of a file or folder under the names of transformers 4."""
+    return {table.canonical(name): tensor for name, tensor in store.open_tensors(path).items()}
 
-    The tied output layer is omitted, because no reward reads it.
-    """
-    found: dict[str, Tensor] = {
-        table.canonical(name): tensor for name, tensor in store.open_tensors(path).items()
-    }
+
+def _named(path: Path) -> dict[str, Tensor]:
+    """Open the tensors without the output layer, which a reward with a head does not read."""
+    found = named(path)
     found.pop(table.TIED, None)
     return found
 
 
-def _base(base: Path | None, settings: Settings, reason: str) -> Path:
+def base_folder(base: Path | None, settings: Settings, reason: str) -> Path:
     if base is None:
         raise UserError(
             f"{reason} needs the files of {settings.base}: get that model's folder and name it in reward.vlm_base"
@@ -183,7 +183,7 @@ def load(
     if (checkpoint / WHOLE).is_file():
         tensors = _named(checkpoint / WHOLE)
     else:
-        tensors = _named(_base(base, settings, str(checkpoint / ADAPTER))) | _named(
+        tensors = _named(base_folder(base, settings, str(checkpoint / ADAPTER))) | _named(
             checkpoint / TRAINED
         )
         if settings.rank or (checkpoint / ADAPTER).is_file():
@@ -191,13 +191,14 @@ def load(
     holder = (
         folder
         if (folder / TOKENIZER).is_file()
-        else _base(base, settings, f"{folder}, which has no tokenizer,")
+        else base_folder(base, settings, f"{folder}, which has no tokenizer,")
     )
     tokenizer = load_tokenizer(holder, settings.tokens)
     sizes = store.read_json(
-        (folder if (folder / CONFIG).is_file() else _base(base, settings, str(folder))) / CONFIG
+        (folder if (folder / CONFIG).is_file() else base_folder(base, settings, str(folder)))
+        / CONFIG
     )
-    network = _fill(sizes, settings, tensors, tokenizer, dtype, merge, mesh, str(checkpoint))
+    network = fill(sizes, settings, tensors, tokenizer, dtype, merge, mesh, str(checkpoint))
     return RewardModel(network, tokenizer, settings, described, sizes)
 
 
@@ -270,7 +271,7 @@ def start(
     Raises:
       UserError: a file is missing or damaged, or is of another model.
     """
-    base = _base(Path(base), settings, "training")
+    base = base_folder(Path(base), settings, "training")
     tokenizer = load_tokenizer(base, settings.tokens)
     sizes = store.read_json(base / CONFIG)
     tensors = _named(base)
@@ -289,7 +290,7 @@ def start(
     if settings.rank:
         tensors |= rules.to_torch(table.lora_rules("model."), adapter)
     described = settings.to_json()
-    network = _fill(sizes, settings, tensors, tokenizer, dtype, False, mesh, str(base))
+    network = fill(sizes, settings, tensors, tokenizer, dtype, False, mesh, str(base))
     return RewardModel(
         network, tokenizer, settings, described, sizes | {"vocab_size": len(tokenizer)}
     )
@@ -309,7 +310,7 @@ def _config(
     return dataclasses.replace(config, vocabulary=vocabulary, outputs=count, rank=rank, alpha=alpha)
 
 
-def _fill(
+def fill(
     sizes: Mapping[str, Any],
     settings: Settings,
     tensors: dict[str, Tensor],

@@ -444,17 +444,72 @@ def ask(
       questions: sequence of each row; the videos have the same number of temporal grids.
       config: sizes of the patches.
     """
-    group = config.merge**2
+    return Asked(**_slots(photos, config), **_sequences(photos, questions, config))
+
+
+def ask_each(
+    photos: Sequence[Sequence[Picture]],
+    questions: Sequence[Sequence[Question]],
+    config: VisionConfig,
+) -> Asked:
+    """Pad the photos of each row and its Q sequences to common capacities.
+
+    The fields of the sequences have a second axis of length Q.
+
+    Args:
+      photos: photos of each row.
+      questions: Q sequences of each row.
+      config: sizes of the patches.
+    """
+    shown = [row for row, asked in zip(photos, questions, strict=True) for _ in asked]
+    found = _sequences(shown, [one for row in questions for one in row], config)
+    split = {
+        name: value.reshape(len(questions), -1, *value.shape[1:]) for name, value in found.items()
+    }
+    return Asked(**_slots(photos, config), **split)
+
+
+def _rooms(photos: Sequence[Sequence[Picture]], config: VisionConfig) -> tuple[int, int, int]:
+    """Return slots per row, and the capacities of a slot in patches and windows."""
     grids = [picture.grid.tolist() for row in photos for picture in row]
-    slots = max(len(row) for row in photos)
-    room = capacity(max(h * w for h, w in grids), PATCHES)
-    count = capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS)
-    frame_room = capacity(max(math.prod(row.video[1:].tolist()) for row in questions), PATCHES)
+    return (
+        max(len(row) for row in photos),
+        capacity(max(h * w for h, w in grids), PATCHES),
+        capacity(max(len(windows(h, w, config)) for h, w in grids), WINDOWS),
+    )
+
+
+def _slots(photos: Sequence[Sequence[Picture]], config: VisionConfig) -> dict[str, np.ndarray]:
+    """Pad the photos of each row; the result has the fields of `Grids`."""
+    slots, room, count = _rooms(photos, config)
 
     def slot(values: Float[np.ndarray, "P F"], grid: Sequence[int]) -> dict[str, np.ndarray]:
         return padded_grid(values, (grid[0], grid[1]), config, room, count)
 
     empty = slot(np.zeros((0, config.features), np.float32), (0, 0))
+    rows = [
+        [slot(shown.patches, shown.grid.tolist()) for shown in row] + [empty] * (slots - len(row))
+        for row in photos
+    ]
+    return {
+        name: np.stack([np.stack([table[name] for table in tables]) for tables in rows])
+        for name in empty
+    }
+
+
+def _sequences(
+    photos: Sequence[Sequence[Picture]], questions: Sequence[Question], config: VisionConfig
+) -> dict[str, np.ndarray]:
+    """Pad the sequence of each row.
+
+    Args:
+      photos: photos of each row.
+      questions: sequence of each row.
+      config: sizes of the patches.
+    """
+    group = config.merge**2
+    slots, room, _ = _rooms(photos, config)
+    frame_room = capacity(max(math.prod(row.video[1:].tolist()) for row in questions), PATCHES)
     rows = []
     for row, asked in zip(photos, questions, strict=True):
         video = asked.video.tolist()
@@ -466,39 +521,22 @@ def ask(
             for t in range(video[0])
         ]
         vision = np.where(asked.order >= 0, np.concatenate(features)[asked.order], -1)
-        tables = [slot(shown.patches, shown.grid.tolist()) for shown in row] + [empty] * (
-            slots - len(row)
-        )
-        rows.append(
-            (
-                tables,
-                {
-                    "ids": asked.ids,
-                    "vision": vision,
-                    "position": asked.position,
-                    "token": asked.token,
-                },
-            )
-        )
-    length = -(-max(len(given["ids"]) for _, given in rows) // TOKENS) * TOKENS
+        rows.append({"ids": asked.ids, "vision": vision, "position": asked.position})
+    length = -(-max(len(given["ids"]) for given in rows) // TOKENS) * TOKENS
 
     def padded(name: str, fill: int) -> np.ndarray:
-        out = np.full((len(rows), *rows[0][1][name].shape[:-1], length), fill, np.int32)
-        for into, (_, given) in zip(out, rows, strict=True):
+        out = np.full((len(rows), *rows[0][name].shape[:-1], length), fill, np.int32)
+        for into, given in zip(out, rows, strict=True):
             into[..., : given[name].shape[-1]] = given[name]
         return out
 
-    return Asked(
-        **{
-            name: np.stack([np.stack([table[name] for table in tables]) for tables, _ in rows])
-            for name in empty
-        },
-        ids=padded("ids", 0),
-        vision=padded("vision", -1),
-        position=padded("position", 0),
-        token=np.stack([given["token"] for _, given in rows]).astype(np.int32),
-        tokens=np.stack([np.arange(length) < len(given["ids"]) for _, given in rows]),
-    )
+    return {
+        "ids": padded("ids", 0),
+        "vision": padded("vision", -1),
+        "position": padded("position", 0),
+        "token": np.stack([asked.token for asked in questions]).astype(np.int32),
+        "tokens": np.stack([np.arange(length) < len(given["ids"]) for given in rows]),
+    }
 
 
 def padded_grid(

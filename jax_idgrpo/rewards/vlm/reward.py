@@ -29,7 +29,7 @@ from jax_idgrpo.parallel.hosts import memory_share
 from jax_idgrpo.rewards.base import Photo, References, Terms
 from jax_idgrpo.rewards.vlm import inputs
 from jax_idgrpo.rewards.vlm.files import PROMPT, RewardModel, load
-from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting
+from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting, Question
 from jax_idgrpo.rewards.vlm.settings import Settings
 from jax_idgrpo.sampling.cache import ROOM, BoundedCache
 
@@ -61,13 +61,20 @@ def _score(
         network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings
     )
     named = {name: values[:, n] for n, name in enumerate(settings.dimensions)}
+    return common_terms({"reward": jnp.sum(values, axis=1), **named}, videos, asked)
+
+
+def common_terms(scores: Terms, videos: Float[Array, "B T H W 3"], asked: Asked) -> Terms:
+    """Add motion and the number of photos to the scores, in float32.
+
+    Args:
+      scores: the reward and its dimensions.
+      videos: the scored videos.
+      asked: their inputs.
+    """
+    videos = videos.astype(jnp.float32)
     motion = jnp.mean(jnp.abs(videos[:, 1:] - videos[:, :-1]), axis=(1, 2, 3, 4))
-    terms = {
-        "reward": jnp.sum(values, axis=1),
-        **named,
-        "motion": motion,
-        "faces_asked": asked.people(),
-    }
+    terms = {**scores, "motion": motion, "faces_asked": asked.people()}
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 
@@ -108,7 +115,7 @@ class VlmReward:
         self.term_names = ("reward", *dimensions, "motion", "faces_asked")
         self.reported = dimensions if len(dimensions) > 1 else ()
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
-        self.prompting = Prompting(model.tokenizer, text, model.settings.tokens)
+        self.promptings = (Prompting(model.tokenizer, text, model.settings.tokens),)
         self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
         self._cache = BoundedCache(memory_share(ROOM))
 
@@ -136,16 +143,23 @@ class VlmReward:
         photos = [[self._picture(photo) for photo in row] for row in references.photos]
         questions = []
         for row, shown, text in zip(references.photos, photos, prompts, strict=True):
-            name = (text, tuple(photo.key for photo in row), grid, seconds)
+            common = (text, tuple(photo.key for photo in row), grid, seconds)
             questions.append(
-                self._kept(
-                    name,
-                    lambda: inputs.question(
-                        shown, text, grid, seconds, self.prompting, self.vision
-                    ),
-                )
+                [
+                    self._kept(
+                        (number, *common),
+                        lambda: inputs.question(shown, text, grid, seconds, prompting, self.vision),
+                    )
+                    for number, prompting in enumerate(self.promptings)
+                ]
             )
-        return inputs.ask(photos, questions, self.vision)
+        return self._ask(photos, questions)
+
+    def _ask(
+        self, photos: Sequence[Sequence[Picture]], questions: Sequence[Sequence[Question]]
+    ) -> Asked:
+        """Pad the inputs of the rows; every row has one question."""
+        return inputs.ask(photos, [asked for (asked,) in questions], self.vision)
 
     def _picture(self, photo: Photo) -> Picture:
         """Cut a photo into patches."""
