@@ -1,7 +1,7 @@
 """Run the whole chain of docs/your-people.md on drawn films, and time and measure every stage.
 
     python -m benchmarks.chain --folder runs/chain [--films 60] [--pairs 400] [--labels 200]
-        [--adapter-steps 600] [--grpo-steps 40] [--prompts 64]
+        [--adapter-steps 600] [--grpo-steps 40] [--held-out-films 48]
 
     films            drawn films of two clips with a hard cut between them
     ingest           clips, photos and the texts of the clips
@@ -12,7 +12,7 @@
     train-reward     a linear reward on both
     finetune         an adapter on the clips
     train            GRPO from that adapter, with the linear reward
-    evaluate         base, adapter and adapter after GRPO, on prompts of held-out people
+    evaluate         base, adapter and adapter after GRPO, on the clips of films of other people
 
 The judge of the evaluation takes part in nothing before it. A stage that is complete is not
 repeated, so the command continues where it was stopped.
@@ -63,13 +63,18 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def make_films(folder: Path, count: int) -> None:
+def make_films(folder: Path, count: int, split: str) -> None:
     """Write films of two clips with other people each, and `texts.json`: film -> texts of its clips.
 
     The two clips of the same people are in neighbouring films.
+
+    Args:
+      folder: folder to create.
+      count: number of films.
+      split: whose people are drawn, "train" or "eval".
     """
     folder.mkdir(parents=True)
-    pairs = list(itertools.islice(drawn_clips(17), count))
+    pairs = list(itertools.islice(drawn_clips(17, split=split), count))
     texts = {}
     for number, (pair, other) in enumerate(zip(pairs, [pairs[-1], *pairs[:-1]], strict=True)):
         name = f"film-{number:03d}.mp4"
@@ -152,7 +157,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--folder", type=Path, required=True)
-    sizes = dict(films=60, pairs=400, labels=200, adapter_steps=600, grpo_steps=40, prompts=64)
+    sizes = dict(
+        films=60, pairs=400, labels=200, adapter_steps=600, grpo_steps=40, held_out_films=48
+    )
     for name, value in sizes.items():
         options.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = options.parse_args()
@@ -161,6 +168,7 @@ def main() -> None:
     clips, videos, labels = folder / "clips", folder / "videos", folder / "labels"
     automatic, pairs, linear = folder / "automatic.csv", folder / "pairs.csv", folder / "linear"
     adapter, tuned, out = folder / "adapter", folder / "tuned", folder / "evaluation"
+    others, held_out = folder / "other_films", folder / "held_out"
 
     def stage(name: str, result: Path, run: Callable[[], object]) -> None:
         """Run a stage whose result is missing, and note its seconds."""
@@ -197,7 +205,7 @@ def main() -> None:
         task = json.dumps({"pairs": str(pairs), "held_out": str(pairs)})
         idgrpo("train-reward", "reward_linear", "--workdir", linear, "--finetune.options", task)
 
-    stage("films", folder / "films", lambda: make_films(folder / "films", given.films))
+    stage("films", folder / "films", lambda: make_films(folder / "films", given.films, "train"))
     stage(
         "ingest",
         clips / "clips.csv",
@@ -231,25 +239,18 @@ def main() -> None:
             "--reward.linear", linear / "export", "--reward.frames", 9,
         ),
     )  # fmt: skip
+    stage("other films", others, lambda: make_films(others, given.held_out_films, "eval"))
     stage(
-        "prompts",
-        folder / "held_out",
-        lambda: idgrpo(
-            "draw-prompts",
-            "--out",
-            folder / "held_out",
-            "--split",
-            "eval",
-            "--count",
-            given.prompts,
-        ),
+        "ingest of other films",
+        held_out / "clips.csv",
+        lambda: ingest(others, held_out, folder / "other_captions.csv"),
     )
     stage(
         "evaluate",
         out / "table.md",
         lambda: idgrpo(
             "evaluate", "quickstart", "--out", out, "--lora", f"adapter={adapter / 'export'}",
-            "--lora", f"grpo={tuned / 'export'}", "--prompts", folder / "held_out" / "prompts.csv",
+            "--lora", f"grpo={tuned / 'export'}", "--prompts", held_out / "clips.csv",
         ),
     )  # fmt: skip
     print((folder / "seconds.jsonl").read_text())

@@ -22,9 +22,9 @@ REASONS = {
 """Fault of a clip -> reason for which `idgrpo ingest` leaves it out."""
 
 
-def drawn_clips(seed, people=None):
+def drawn_clips(seed, people=None, split="train"):
     """Yield drawn clips without end; with `people`, those with so many people."""
-    for pair in from_synthetic(seed, "train", Shape(frames=FRAMES, size=(SIZE, SIZE), fps=FPS)):
+    for pair in from_synthetic(seed, split, Shape(frames=FRAMES, size=(SIZE, SIZE), fps=FPS)):
         if people is None or len(pair.photos) == people:
             yield pair
 
