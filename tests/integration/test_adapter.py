@@ -1,7 +1,6 @@
 """The task `adapter`: training a LoRA on clips and on pairs, its cache, and what it exports."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -17,9 +16,8 @@ from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import commands
 from jax_idgrpo.models.layers import LoRAParam
-from jax_idgrpo.preferences import pool, train_adapter
+from jax_idgrpo.preferences import train_adapter
 from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
-from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.sampling import conditioning, pipeline
 from jax_idgrpo.training import setup
 from jax_idgrpo.training.adapter_task import Learner
@@ -261,36 +259,6 @@ def test_dpo_starts_at_log_2_and_logs_both_errors(kind, clips, checkpoints, cach
     ]
 
 
-def test_a_pool_of_models_clips_and_stills_gives_pairs_for_dpo(clips, checkpoints, whole, tmp_path):
-    prompts = tmp_path / "clips" / "clips.csv"
-    shutil.copytree(clips, prompts.parent)
-    rows = prompts.read_text().splitlines()
-    prompts.write_text("\n".join(rows[:3]))
-    config = adapter_config(checkpoints["vace"], "vace", {})
-    models = {"base": None, "tuned": whole["vace"] / "export"}
-    rule = pool.Rule({"motion": -1.0}, {})
-    out = tmp_path / "pool"
-    for _ in range(2):  # an interrupted command continues
-        pool.make_pool(config, prompts, out, models, prompts, True, rule)
-    lines = [json.loads(line) for line in (out / "pool.jsonl").read_text().splitlines()]
-    assert sorted((line["source"], line["prompt"]) for line in lines) == [
-        *(("base", n) for n in range(2)),
-        *(("clip", n) for n in range(2)),
-        ("still", 0),  # the prompt with one person
-        *(("tuned", n) for n in range(2)),
-    ]
-    motion = {line["file"]: line["motion"] for line in lines}
-    assert motion["videos/still/0000-0.mp4"] < 0.003  # h264 is lossy
-    options = {"pairs": str(out / "pairs.csv"), "loss": "dpo"}
-    pairs = read_rows_of(read_options(options), 3).pairs
-    assert len(pairs) == 2
-    for winner, loser in pairs:
-        names = [video.path.resolve().relative_to(out).as_posix() for video in (winner, loser)]
-        assert motion[names[0]] < motion[names[1]]
-    assert pairs[0][0].path.parent.name == "still"
-    assert len(load_pairs(out / "pairs.csv", ("SA",))) == 2
-
-
 def test_short_clips_are_left_out_and_a_folder_of_them_is_refused(
     clips, checkpoints, cache, tmp_path, capsys
 ):
@@ -320,26 +288,6 @@ def test_two_experts_are_refused(clips, checkpoints, tmp_path, monkeypatch):
     config = adapter_config(checkpoints["vace"], "vace", {"clips": str(clips)})
     with pytest.raises(UserError, match="has two transformers; the task adapter trains one"):
         finetune(config, tmp_path)
-
-
-def test_the_bundled_model_trains_with_augmented_photos_and_face_weights(clips, tmp_path, cache):
-    recipe = adapter_config("embedded", "vace", {"clips": str(clips), "augment": True,
-                            "face_weight": 3.0, "split": "all"})  # fmt: skip
-    run = dataclasses.replace(recipe.run, sample_every=2)
-    finetune(dataclasses.replace(recipe, run=run), tmp_path)
-    assert (tmp_path / "samples" / "000002" / "clips.png").is_file()
-    assert np.isfinite(metrics_of(tmp_path)[-1]["loss"])
-    pipe = setup.load(recipe)
-    options = read_options(recipe.finetune.options)
-    rows = train_adapter.prepare_rows(
-        pipe, recipe, options, read_rows_of(options, 3), tmp_path / "latents"
-    )
-    weights = np.stack(
-        [train_adapter.read_row(rows, recipe, options, item[0], None).weight for item in rows.items]
-    )
-    assert weights.min() == 1
-    assert 2 < weights.max() <= 3 + 1e-2
-    assert (weights.max(axis=(1, 2, 3)) > 2).mean() >= 0.75  # faces are found in most clips
 
 
 def test_recipe_is_for_the_task():
