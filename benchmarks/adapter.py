@@ -1,7 +1,7 @@
 r"""Measure what an adapter of one kind of people gains, and what random references are worth.
 
     python -m benchmarks.adapter [--folder DIR] [--clips 400] [--steps 600] [--batch 16]
-        [--prompts 48] [--videos 2] [--arms random same]
+        [--prompts 48] [--videos 2] [--rate 1e-3] [--photo-dropout 0.1] [--arms random same]
 
 The clips show synthetic people who all wear a hat and glasses. Two adapters of rank 8 are trained on
 them by `idgrpo finetune`: `random`, whose photos are portraits of the person, drawn anew at every
@@ -116,6 +116,7 @@ def configured(folder: Path, arm: str, arguments: argparse.Namespace) -> Config:
         "clips": str(folder / f"{arm}.csv"),
         "references": "random" if arm == "random" else "listed",
         "augment": False,
+        "photo_dropout": arguments.photo_dropout,
         "split": "all",
         "cache": str(folder.parent / "latents"),
     }
@@ -176,6 +177,7 @@ def main() -> None:
     for name, value in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--photo-dropout", type=float, default=0.1, help="rows without photos")
     parser.add_argument("--arms", nargs="+", default=["random", "same"])
     parser.add_argument("--folder", type=Path, help="folder of clips and runs, which are reused")
     arguments = parser.parse_args()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import annotation, generators, ingesting
+from jax_idgrpo.cli import annotation, generators, ingesting, pooling
 from jax_idgrpo.cli.paths import (
     adapter_sum,
     adapters,
@@ -361,6 +361,11 @@ COMMANDS = {
         "label pairs of videos, by a reward or by people on a local web page",
         annotation.annotate_options,
         annotation.annotate,
+    ),
+    "pool": Command(
+        "videos of several models and real clips for the same prompts, and pairs of them",
+        pooling.pool_options,
+        pooling.pool,
     ),
     "evaluate": Command(
         "base against adapters or checkpoints on held-out prompts, with bootstrap intervals",

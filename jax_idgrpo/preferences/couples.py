@@ -210,7 +210,11 @@ def by_prompt(videos: Sequence[Scored]) -> Iterator[list[Scored]]:
 
 
 def write_couples(
-    out: Path, pairs: Sequence[Couple], dimensions: Sequence[str], annotator: str
+    out: Path,
+    pairs: Sequence[Couple],
+    dimensions: Sequence[str],
+    annotator: str,
+    makers: Mapping[Path, str] | None = None,
 ) -> None:
     """Write the CSV of pairs; paths are relative to it.
 
@@ -219,6 +223,7 @@ def write_couples(
       pairs: labelled pairs.
       dimensions: columns of labels.
       annotator: content of the column `annotator`.
+      makers: what made every video, for the columns `made_by_A` and `made_by_B`; None writes none.
     """
 
     def relative(path: Path) -> str:
@@ -232,6 +237,7 @@ def write_couples(
             *("path_A", "path_B", "prompt", "ref_paths", "fps_A", "fps_B"),
             *("num_frames_A", "num_frames_B", *dimensions, "source", "annotator"),
             *(f"difference_{name}" for name in dimensions),
+            *(("made_by_A", "made_by_B") if makers is not None else ()),
         )
     )
     for pair in pairs:
@@ -247,6 +253,7 @@ def write_couples(
                 "automatic",
                 annotator,
                 *(f"{pair.differences[name]:.6g}" for name in dimensions),
+                *((makers[file] for file in sides) if makers is not None else ()),
             )
         )
     write_text(out, text.getvalue())

@@ -290,26 +290,6 @@ def test_two_experts_are_refused(clips, checkpoints, tmp_path, monkeypatch):
         finetune(config, tmp_path)
 
 
-def test_the_bundled_model_trains_with_augmented_photos_and_face_weights(clips, tmp_path, cache):
-    recipe = adapter_config("embedded", "vace", {"clips": str(clips), "augment": True,
-                            "face_weight": 3.0, "split": "all"})  # fmt: skip
-    run = dataclasses.replace(recipe.run, sample_every=2)
-    finetune(dataclasses.replace(recipe, run=run), tmp_path)
-    assert (tmp_path / "samples" / "000002" / "clips.png").is_file()
-    assert np.isfinite(metrics_of(tmp_path)[-1]["loss"])
-    pipe = setup.load(recipe)
-    options = read_options(recipe.finetune.options)
-    rows = train_adapter.prepare_rows(
-        pipe, recipe, options, read_rows_of(options, 3), tmp_path / "latents"
-    )
-    weights = np.stack(
-        [train_adapter.read_row(rows, recipe, options, item[0], None).weight for item in rows.items]
-    )
-    assert weights.min() == 1
-    assert 2 < weights.max() <= 3 + 1e-2
-    assert (weights.max(axis=(1, 2, 3)) > 2).mean() >= 0.75  # faces are found in most clips
-
-
 def test_recipe_is_for_the_task():
     config = c.load("adapter", [])
     assert config.finetune.task == "adapter"

@@ -1,0 +1,68 @@
+"""The task `adapter` on the bundled model, and pools of videos whose pairs it trains on."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from jax_idgrpo.preferences import pool, train_adapter
+from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
+from jax_idgrpo.preferences.csv_source import load_pairs
+from jax_idgrpo.training import setup
+from jax_idgrpo.training.finetune import finetune
+from tests.helpers.adapter_runs import adapter_config, make_checkpoint, write_clips
+from tests.helpers.tiny_run import rows as metrics_of
+
+
+def test_a_pool_of_models_clips_and_stills_gives_pairs_for_dpo(tmp_path):
+    prompts = tmp_path / "clips" / "clips.csv"
+    write_clips(prompts.parent)
+    checkpoint = make_checkpoint(tmp_path / "pipeline", "vace")
+    config = adapter_config(checkpoint, "vace", {"clips": str(prompts)})
+    finetune(config, tmp_path / "run")
+    rows = prompts.read_text().splitlines()
+    prompts.write_text("\n".join(rows[:3]))
+    models = {"base": None, "tuned": tmp_path / "run" / "export"}
+    rule = pool.Rule({"motion": -1.0}, {})
+    out = tmp_path / "pool"
+    for _ in range(2):  # an interrupted command continues
+        pool.make_pool(config, prompts, out, models, prompts, True, rule)
+    lines = [json.loads(line) for line in (out / "pool.jsonl").read_text().splitlines()]
+    assert sorted((line["source"], line["prompt"]) for line in lines) == [
+        *(("base", n) for n in range(2)),
+        *(("clip", n) for n in range(2)),
+        ("still", 0),  # the prompt with one person
+        *(("tuned", n) for n in range(2)),
+    ]
+    motion = {line["file"]: line["motion"] for line in lines}
+    assert motion["videos/still/0000-0.mp4"] < 0.003  # h264 is lossy
+    options = {"pairs": str(out / "pairs.csv"), "loss": "dpo"}
+    pairs = read_rows_of(read_options(options), 3).pairs
+    assert len(pairs) == 2
+    for winner, loser in pairs:
+        names = [video.path.resolve().relative_to(out).as_posix() for video in (winner, loser)]
+        assert motion[names[0]] < motion[names[1]]
+    assert pairs[0][0].path.parent.name == "still"
+    assert len(load_pairs(out / "pairs.csv", ("SA",))) == 2
+
+
+def test_the_bundled_model_trains_with_augmented_photos_and_face_weights(tmp_path):
+    clips = tmp_path / "clips"
+    write_clips(clips)
+    recipe = adapter_config("embedded", "vace", {"clips": str(clips), "augment": True,
+                            "face_weight": 3.0, "split": "all"})  # fmt: skip
+    run = dataclasses.replace(recipe.run, sample_every=2)
+    finetune(dataclasses.replace(recipe, run=run), tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "000002" / "clips.png").is_file()
+    assert np.isfinite(metrics_of(tmp_path / "run")[-1]["loss"])
+    pipe = setup.load(recipe)
+    options = read_options(recipe.finetune.options)
+    rows = train_adapter.prepare_rows(
+        pipe, recipe, options, read_rows_of(options, 3), tmp_path / "run" / "latents"
+    )
+    weights = np.stack(
+        [train_adapter.read_row(rows, recipe, options, item[0], None).weight for item in rows.items]
+    )
+    assert weights.min() == 1
+    assert 2 < weights.max() <= 3 + 1e-2
+    assert (weights.max(axis=(1, 2, 3)) > 2).mean() >= 0.75  # faces are found in most clips
