@@ -86,7 +86,9 @@ class RewardConfig(Section):
         "", 'folder of a fitted linear reward, which replaces the formula; "" = none'
     )
     vlm: str = option(
-        "", 'folder of a vision-language reward, which replaces the face reward; "" = none'
+        "",
+        "folder of a vision-language reward or of a checklist.json, which replaces the face reward; "
+        '"" = none',
     )
     vlm_base: str = option("", "base Qwen2.5-VL checkpoint; supplies files missing from reward.vlm")
     vlm_prompt: str = option("", 'file with the prompt of the VLM; "" = prompt.txt in its folder')

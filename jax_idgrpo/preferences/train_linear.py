@@ -12,12 +12,15 @@ the head; and `features`, the names of terms to use (default: all of `rewards.li
 All pairs count alike: `mixing` is "random", "trusted" or "automatic". `teacher` is a folder of a
 reward head. `finetune.batch`, `optimizer` and `run.steps` have no effect.
 
+With a checklist in `reward.vlm`, its questions take the place of the terms: x is the soft answer,
+or 0 where a gate is not answered with yes. The export is then the checklist with fitted weights.
+
 Source: VisionReward, arXiv 2412.21059; the bound, the ridge and the intervals are ours.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,12 @@ import scipy.special
 from jaxtyping import Float, Int
 
 from jax_idgrpo.config import Config
+from jax_idgrpo.data.video import File, read_video
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.metrics import progress
 from jax_idgrpo.preferences.batches import (
     MIXINGS,
+    Differences,
     filter_automatic,
     read_options,
     write_accuracy,
@@ -42,9 +48,16 @@ from jax_idgrpo.preferences.train_head import (
     differences,
     read_tokens,
 )
+from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.rewards.head import VIDEO, fingerprint, load_head
 from jax_idgrpo.rewards.linear import DIRECTIONS, LinearReward, check_features, save_linear
+from jax_idgrpo.rewards.vlm.checklist import CHECKLIST, is_checklist, write_checklist
+from jax_idgrpo.rewards.vlm.checklist_reward import (
+    ChecklistReward,
+    counted_answers,
+    load_checklist,
+)
 
 RIDGE = 0.001
 DRAWS = 200
@@ -231,7 +244,8 @@ def summary(fitted: Fitted) -> list[str]:
 def train(config: Config, workdir: Path) -> None:
     """Fit the reward of `configs/reward_linear.py`, print it, and write it to the workdir.
 
-    Writes `export/linear.json` (also to `finetune.out`) and, with held-out pairs, `accuracy.json`.
+    Writes `export/linear.json`, or `export/checklist.json` for a checklist (also to `finetune.out`),
+    and, with held-out pairs, `accuracy.json`.
 
     Raises:
       UserError: an option is invalid, or a file cannot be read.
@@ -239,8 +253,6 @@ def train(config: Config, workdir: Path) -> None:
     options = read_options(LinearOptions, config.finetune.options)
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
-    reward = make_face_reward(dataclasses.replace(config.reward, head="", linear=""))
-    networks = fingerprint(reward.state)
     if options.mixing != "random":
         pairs = [pair for pair in pairs if pair.source == options.mixing]
     if not any(pair.labels[0] in (-1, 1) for pair in pairs):
@@ -248,6 +260,35 @@ def train(config: Config, workdir: Path) -> None:
             f"{options.pairs}: no {options.mixing if options.mixing != 'random' else 'labelled'} "
             "pair has a better video; label some with A or B"
         )
+    folders = {workdir / "export", Path(config.finetune.out or workdir / "export")}
+    if config.reward.vlm:
+        scores = _fit_checklist(config, options, pairs, held_out, folders)
+    else:
+        scores = _fit_faces(config, options, pairs, held_out, folders)
+    write_accuracy(workdir, held_out, scores, options, config.run.seed)
+
+
+def _fit_faces(
+    config: Config,
+    options: LinearOptions,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    folders: Collection[Path],
+) -> Differences:
+    """Fit the reward of face terms, print it and write it.
+
+    Args:
+      config: configuration of the run.
+      options: options of the task.
+      pairs: training pairs.
+      held_out: further pairs that will be scored.
+      folders: destinations.
+
+    Returns:
+      The function that scores pairs.
+    """
+    reward = make_face_reward(dataclasses.replace(config.reward, head="", linear=""))
+    networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
     pairs = filter_automatic(
         pairs,
@@ -256,8 +297,93 @@ def train(config: Config, workdir: Path) -> None:
     )
     fitted = fit_linear(pairs, sides, options, config.run.seed)
     print("\n".join(summary(fitted)))
-    scores = differences(fitted.reward, sides)
-    write_accuracy(workdir, held_out, scores, options, config.run.seed)
-    for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         save_linear(fitted.reward, fitted.intervals, folder, networks, config.reward)
+    return differences(fitted.reward, sides)
+
+
+def _fit_checklist(
+    config: Config,
+    options: LinearOptions,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    folders: Collection[Path],
+) -> Differences:
+    """Fit the weights of a checklist, print them and write the checklist.
+
+    Args: as for `_fit_faces`.
+
+    Returns:
+      The function that scores pairs, in log-odds.
+
+    Raises:
+      UserError: an option has no effect here, `reward.vlm` is no checklist, or no weight of a
+        question without a gate is positive.
+    """
+    if options.tokens or options.teacher or options.features != tuple(DIRECTIONS):
+        raise UserError(
+            "finetune.options: tokens, teacher and features have no effect on a checklist; leave "
+            "them out"
+        )
+    if not is_checklist(config.reward.vlm):
+        raise UserError(
+            f"reward.vlm {config.reward.vlm}: holds no {CHECKLIST}; reward_linear fits the weights "
+            "of a checklist or, without reward.vlm, of face terms"
+        )
+    reward = load_checklist(config.reward)
+    inputs = _read_answers(reward, [*pairs, *held_out])
+    difference = np.stack([inputs[pair][0] - inputs[pair][1] for pair in pairs])
+    labels = np.asarray([pair.labels[0] for pair in pairs])
+    weights = fit_weights(difference, labels, options.theta)
+    intervals = bootstrap_intervals(difference, labels, options.theta, config.run.seed)
+    fitted = [
+        dataclasses.replace(asked, weight=round(float(weight), 6))
+        for asked, weight in zip(reward.checklist, weights, strict=True)
+    ]
+    if not any(asked.weight > 0 and asked.gate is None for asked in fitted):
+        raise UserError(
+            f"{options.pairs}: no answer to a question without a gate agrees with the labels; label "
+            "more pairs, or ask other questions"
+        )
+    print(f"{'weight':>7}  {'95 % interval':<16}  question")
+    for asked, (low, high) in zip(fitted, intervals.T, strict=True):
+        interval = f"[{low:.3f}, {high:.3f}]"
+        print(f"{asked.weight:>7.3f}  {interval:<16}  {asked.question}")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checklist(fitted, folder / CHECKLIST)
+    return lambda chosen: np.stack(
+        [(inputs[pair][0] - inputs[pair][1]) @ weights for pair in chosen]
+    )[:, None]
+
+
+def _read_answers(
+    reward: ChecklistReward, pairs: Sequence[Pair]
+) -> dict[Pair, tuple[np.ndarray, np.ndarray]]:
+    """Compute the soft answers that count, [Q], for both videos of every pair."""
+    known: dict[tuple[object, ...], np.ndarray] = {}
+    listed = list(dict.fromkeys(pairs))
+    with progress("answering questions", len(listed)) as update:
+        for done, pair in enumerate(listed, 1):
+            for path in pair.videos:
+                key = (pair.references, pair.prompt, path)
+                if key not in known:
+                    known[key] = _answers_of(reward, pair, path)
+            update(done)
+    return {
+        pair: (
+            known[pair.references, pair.prompt, pair.videos[0]],
+            known[pair.references, pair.prompt, pair.videos[1]],
+        )
+        for pair in listed
+    }
+
+
+def _answers_of(reward: ChecklistReward, pair: Pair, path: File) -> Float[np.ndarray, " Q"]:
+    """Compute the soft answers that count for one video of a pair."""
+    video = read_video(path)
+    photos = References((tuple(map(Photo, pair.references)),), len(pair.references))
+    encoded = reward.encode_references(photos, [pair.prompt], video.shape[:3])
+    answers = counted_answers(reward.log_odds(video[None], encoded), reward.checklist)
+    return np.asarray(answers[0])

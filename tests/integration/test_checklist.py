@@ -1,5 +1,7 @@
 """The checklist reward: answers as transformers gives them, gates in whole scores, rows that stand alone, annotation, fitting."""
 
+import csv
+import dataclasses
 import json
 
 import jax
@@ -9,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from jax_idgrpo import config as c
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.preferences.annotate import annotate
+from jax_idgrpo.preferences.train_linear import train
 from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.vlm import inputs
-from jax_idgrpo.rewards.vlm.checklist import CHECKLIST
+from jax_idgrpo.rewards.vlm.checklist import CHECKLIST, read_checklist
 from jax_idgrpo.rewards.vlm.checklist_reward import load_checklist
-from tests.helpers import vlm_folders
+from tests.helpers import vlm_folders, vlm_pairs
 
 QUESTIONS = [
     {"question": "Is a face seen?", "dimension": "face"},
@@ -148,3 +153,39 @@ def test_an_untied_model_without_output_layer_is_refused(tmp_path):
     (tmp_path / CHECKLIST).write_text(json.dumps(QUESTIONS))
     with pytest.raises(UserError, match="no tensor lm_head.weight"):
         loaded(tmp_path)
+
+
+def test_scores_annotation_and_fit_by_command(tmp_path):
+    """One checklist scores videos, labels them, and gets its weights from the labels."""
+    vlm_folders.write_instruct(tmp_path / "model", True)
+    (tmp_path / "model" / CHECKLIST).write_text(json.dumps(QUESTIONS))
+    vlm_pairs.write_pairs(tmp_path / "films", 6, 0)
+    reward = c.RewardConfig(vlm=str(tmp_path / "model"), vlm_dtype="float32", faces="")
+    rows = [
+        {"ref_paths": f"films/{number}.png", "prompt": "a person", "id": str(number)}
+        for number in range(6)
+    ]
+    prompts = vlm_pairs.write_rows(tmp_path / "prompts.csv", rows)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(6):
+        for member, side in enumerate("AB"):
+            (tmp_path / "films" / f"{number}{side}.mp4").rename(videos / f"{number}-{member}.mp4")
+    config = c.Config(reward=reward, video=c.VideoConfig(frames=5, height=64, width=64, fps=10))
+    annotate(config, [videos], prompts, tmp_path / "pairs.csv", ("SA", "face"))
+    with (tmp_path / "pairs.csv").open() as file:
+        pairs = list(csv.DictReader(file))
+    assert {"A", "B"} & {pair["SA"] for pair in pairs}, "answers in [-1, 1] are not all ties"
+    for pair in pairs:
+        assert abs(float(pair["difference_SA"])) < 2
+
+    options = {"pairs": str(tmp_path / "pairs.csv"), "held_out": str(tmp_path / "pairs.csv")}
+    fit = dataclasses.replace(
+        config, finetune=c.FinetuneConfig(task="reward_linear", options=options)
+    )
+    train(fit, tmp_path / "run")
+    fitted = read_checklist(tmp_path / "run" / "export" / CHECKLIST)
+    assert [asked.question for asked in fitted] == [row["question"] for row in QUESTIONS]
+    assert [asked.weight for asked in fitted] != [1.0, 2.0, 0.5]
+    assert json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]["without_ties"]
+    loaded(tmp_path / "run" / "export", vlm_base=str(tmp_path / "model"))

@@ -132,13 +132,14 @@ def _gate(gate: object, number: int, where: str) -> int | None:
 
 
 def _weight(weight: object, where: str) -> float:
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight) or weight < 0:
-        raise UserError(
-            f"{where}: weight {weight!r} is no number of 0 or more; ask the opposite question "
-            "instead of a negative weight"
-        )
-    return float(weight)
+    if isinstance(weight, int | float) and not isinstance(weight, bool):
+        number = float(weight)
+        if math.isfinite(number) and number >= 0:
+            return number
+    raise UserError(
+        f"{where}: weight {weight!r} is no number of 0 or more; ask the opposite question instead "
+        "of a negative weight"
+    )
 
 
 def write_checklist(checklist: Sequence[ChecklistQuestion], file: Path) -> None:

@@ -188,6 +188,11 @@ def counted(logits: Float[Array, "B Q"], checklist: Checklist) -> Float[Array, "
     return jnp.stack(found, axis=1)
 
 
+def counted_answers(logits: Float[Array, "B Q"], checklist: Checklist) -> Float[Array, "B Q"]:
+    """Return the answers in [-1, 1], and 0 for questions that do not count."""
+    return counted(logits, checklist) * (2 * jax.nn.sigmoid(logits) - 1)
+
+
 def checklist_terms(logits: Float[Array, "B Q"], checklist: Checklist) -> Terms:
     """Compute the reward and one term per dimension, in [-1, 1].
 
@@ -195,7 +200,7 @@ def checklist_terms(logits: Float[Array, "B Q"], checklist: Checklist) -> Terms:
       logits: log-odds of yes of every question.
       checklist: the questions.
     """
-    answers = 2 * jax.nn.sigmoid(logits) - 1
+    answers = counted_answers(logits, checklist)
     weights = counted(logits, checklist) * jnp.asarray([asked.weight for asked in checklist])
 
     def mean(columns: Sequence[int]) -> Array:

@@ -115,7 +115,9 @@ class VlmReward:
         self.term_names = ("reward", *dimensions, "motion", "faces_asked")
         self.reported = dimensions if len(dimensions) > 1 else ()
         self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
-        self.promptings = (Prompting(model.tokenizer, text, model.settings.tokens),)
+        self.promptings: tuple[Prompting, ...] = (
+            Prompting(model.tokenizer, text, model.settings.tokens),
+        )
         self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
         self._cache = BoundedCache(memory_share(ROOM))
 
