@@ -31,6 +31,13 @@ def _generator_options(parser: argparse.ArgumentParser, holds: str, unit: str) -
 def draw_prompts_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `draw-prompts`."""
     _generator_options(parser, "prompts.csv and PNG portraits", "rows of prompts.csv")
+    parser.add_argument(
+        "--photos",
+        type=int,
+        default=1,
+        metavar="N",
+        help="portraits of every person; further ones are in the column more_paths (default 1)",
+    )
 
 
 def draw_prompts(arguments: argparse.Namespace, overrides: list[tuple[str, str]]) -> None:

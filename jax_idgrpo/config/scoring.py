@@ -66,6 +66,12 @@ class RewardConfig(Section):
         3, "further attempts of a failed request to an http reward.backend", least=0
     )
     frames: int = option(5, "evenly spaced frames of a video that are scored", least=1)
+    pool: str = option(
+        "photo",
+        "what a person is compared with: the photo of ref_paths, or the mean of it and the pool of "
+        "photos in the column more_paths of the prompts",
+        choices=("photo", "pool"),
+    )
     similarity_low: float | None = option(
         None, "cosine that scores 0; none = the embedder's own setting"
     )
@@ -157,6 +163,12 @@ class RewardConfig(Section):
             not ((self.head or self.linear) and self.backend),
             "reward.head and reward.linear read the faces of reward.faces, and reward.backend takes "
             "others; leave one empty",
+        )
+        reads_photos = not (self.head or self.linear or self.vlm or self.custom or self.served)
+        require(
+            self.pool == "photo" or reads_photos,
+            "reward.pool pool changes the formula over faces, and this reward was trained on or reads "
+            "one photo per person; leave it out",
         )
         low, high = self.similarity_low, self.similarity_high
         require(

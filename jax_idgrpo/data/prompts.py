@@ -2,7 +2,9 @@
 
 The CSV has the header `ref_paths,prompt` and one row per prompt. `ref_paths` are image files joined
 by `;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows may have
-different numbers of people; further columns are ignored. Everything is checked before a run starts,
+different numbers of people. The optional column `more_paths` lists further photos of these people,
+which `reward.pool` reads: people joined by `;`, photos of one person by `|`, such as
+`a2.jpg|a3.jpg;` for two people of whom the second has none. Further columns are ignored. Everything is checked before a run starts,
 photos included, so that a broken photo cannot stop it hours later.
 """
 
@@ -12,6 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -40,6 +43,7 @@ __all__ = [
     "load_prompts",
     "load_reference",
     "on_white",
+    "parse_more",
     "prompt_batch",
     "prompts_digest",
     "read_rows",
@@ -66,6 +70,8 @@ class Prompt:
       references: photos, one per person in the order of the prompt.
       where: the CSV and the line in it, for messages; "" for prompts that come from no CSV.
       digests: SHA-256 of each photo's bytes; () for prompts that come from no CSV.
+      more: further photos of each person; () if nobody has any.
+      more_digests: SHA-256 of the bytes of the photos in `more`.
     """
 
     id: int
@@ -73,6 +79,8 @@ class Prompt:
     references: tuple[File, ...]
     where: str = dataclasses.field(default="", compare=False)
     digests: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    more: tuple[tuple[File, ...], ...] = ()
+    more_digests: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def people(self) -> int:
@@ -106,23 +114,28 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
             f"prompts {path}: no rows below the header; write one prompt per line: "
             f"{','.join(COLUMNS)}"
         )
-    parsed: list[tuple[int, str, tuple[File, ...]]] = []
+    parsed: list[tuple[int, str, tuple[File, ...], tuple[tuple[File, ...], ...]]] = []
     problems: list[tuple[int, str]] = []
     for line, row in rows:
         try:
             text, names = _parse(row, max_people)
+            further = parse_more(row.get("more_paths") or "", len(names))
         except UserError as error:
             problems.append((line, str(error)))
             continue
         found: list[File] = []
-        for name in names:
+        for name in [*names, *itertools.chain(*further)]:
             try:
                 found.append(_find(name, path.parent))
             except UserError as error:
                 problems.append((line, str(error)))
-        parsed.append((line, text, tuple(found)))
+        rest = iter(found[len(names) :])
+        more = tuple(tuple(itertools.islice(rest, len(group))) for group in further)
+        parsed.append((line, text, tuple(found[: len(names)]), more if any(more) else ()))
     lines = {
-        reference: line for line, _, references in reversed(parsed) for reference in references
+        photo: line
+        for line, _, references, more in reversed(parsed)
+        for photo in (*references, *itertools.chain(*more))
     }
     check = check_photo if decode else identify_photo
     checked = _check_photos(sorted(lines, key=lines.__getitem__), check)
@@ -138,15 +151,40 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
         if photo.note:
             warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)
     prompts = []
-    for number, (line, text, references) in enumerate(parsed):
+    for number, (line, text, references, more) in enumerate(parsed):
         where = f"prompts {path}, line {line}"
         digests = tuple(known[file].digest for file in references)
         if len(set(digests)) < len(digests):
             warnings.warn(
                 f"{where}: shows one photo twice; name one photo per person", stacklevel=2
             )
-        prompts.append(Prompt(number, text, references, where, digests))
+        of_more = tuple(tuple(known[file].digest for file in group) for group in more)
+        prompts.append(Prompt(number, text, references, where, digests, more, of_more))
     return prompts
+
+
+def parse_more(text: str, people: int) -> tuple[tuple[str, ...], ...]:
+    """Split the column `more_paths` into the names of the further photos of each person.
+
+    Args:
+      text: the field; empty for nobody.
+      people: number of people of the row.
+
+    Raises:
+      UserError: the photos are not listed for every person.
+    """
+    if not text.strip():
+        return ((),) * people
+    groups = [
+        tuple(name.strip() for name in group.split("|") if name.strip())
+        for group in text.split(SEPARATOR)
+    ]
+    if len(groups) != people:
+        raise UserError(
+            f"more_paths has photos of {len(groups)} people and ref_paths of {people}; join photos "
+            f"of one person by | and people by {SEPARATOR}"
+        )
+    return tuple(groups)
 
 
 def _check_photos(
@@ -421,12 +459,13 @@ def row_digests(prompts: Sequence[Prompt]) -> list[str]:
     def short(value: object) -> str:
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
-    def photos(prompt: Prompt) -> Sequence[str]:
-        return prompt.digests or [
+    def photos(prompt: Prompt) -> list[object]:
+        found: list[object] = list(prompt.digests) or [
             hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references
         ]
+        return [*found, *([prompt.more_digests] if prompt.more else [])]
 
-    return [f"{short(prompt.text)}-{short(list(photos(prompt)))}" for prompt in prompts]
+    return [f"{short(prompt.text)}-{short(photos(prompt))}" for prompt in prompts]
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:

@@ -100,9 +100,7 @@ def read_clips(csv: Path) -> list[Clip]:
                 f"clips {csv}, line {line}: two of the people are the same; "
                 "name one photo per person"
             )
-        more = _more_photos(
-            row.get("more_paths") or "", prompt.people, folder, f"{csv}, line {line}"
-        )
+        more = prompt.more or ((),) * prompt.people
         clips.append(Clip(video, prompt.text, prompt.references, people, more=more))
     of = {
         person: min(cluster)
@@ -110,37 +108,6 @@ def read_clips(csv: Path) -> list[Clip]:
         for person in cluster
     }
     return [dataclasses.replace(clip, cluster=of[clip.people[0]]) for clip in clips]
-
-
-def _more_photos(text: str, people: int, folder: Path, where: str) -> tuple[tuple[File, ...], ...]:
-    """Parse the column `more_paths`.
-
-    Args:
-      text: the field.
-      people: number of people of the row.
-      folder: folder of the CSV.
-      where: the row, for messages.
-
-    Raises:
-      UserError: a photo is missing, or the photos are not listed for every person.
-    """
-    if not text.strip():
-        return ((),) * people
-    groups = [
-        tuple(folder / name.strip() for name in group.split("|") if name.strip())
-        for group in text.split(SEPARATOR)
-    ]
-    if len(groups) != people:
-        raise UserError(
-            f"clips {where}: more_paths has photos of {len(groups)} people and ref_paths of "
-            f"{people}; join photos of one person by | and people by {SEPARATOR}"
-        )
-    for photo in (photo for group in groups for photo in group):
-        if not photo.is_file():
-            raise UserError(
-                f"clips {where}: {photo} is no file; write the photo's path relative to the CSV"
-            )
-    return tuple(groups)
 
 
 def identity_clusters(groups: Sequence[Sequence[str]]) -> list[set[str]]:

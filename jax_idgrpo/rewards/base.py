@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -108,10 +109,13 @@ class References:
     Attributes:
       photos: the photos of each prompt, in its order.
       people: slots per prompt in encoded arrays; a prompt with fewer photos is padded.
+      more: further photos of each person of each prompt, in the order of `photos`; () if there are
+        none.
     """
 
     photos: tuple[tuple[Photo, ...], ...]
     people: int
+    more: tuple[tuple[tuple[Photo, ...], ...], ...] = ()
 
     @property
     def mask(self) -> Bool[np.ndarray, "P M"]:
@@ -126,6 +130,13 @@ class References:
                 tuple(Photo(file, prompt.where) for file in prompt.references) for prompt in prompts
             ),
             people,
+            tuple(
+                tuple(
+                    tuple(Photo(file, prompt.where) for file in group)
+                    for group in prompt.more or ((),) * prompt.people
+                )
+                for prompt in prompts
+            ),
         )
 
     @classmethod
@@ -298,6 +309,11 @@ def differentiable(reward: object) -> DifferentiableReward:
     return reward
 
 
+def reads_pools(reward: Reward) -> bool:
+    """Return whether a reward compares people with several photos of each."""
+    return getattr(reward.encode_references, "pooled", False)
+
+
 def check_references(
     reward: Reward,
     prompts: Sequence[Prompt],
@@ -324,9 +340,20 @@ def check_references(
     if isinstance(reward, RemoteReward) and prompts:
         reward.check(References.of_prompts(prompts[:1], 1), [prompts[0].text])
     photos: dict[Hashable, tuple[Photo, str]] = {}
-    for prompt, row in zip(prompts, References.of_prompts(prompts, 1).photos, strict=True):
+    listed = References.of_prompts(prompts, 1)
+    for prompt, row in zip(prompts, listed.photos, strict=True):
         for photo in row:
             photos.setdefault(photo.key, (photo, prompt.text))
+    conditioning = set(photos)
+    if reads_pools(reward):
+        if prompts and not any(prompt.more for prompt in prompts):
+            raise UserError(
+                "reward.pool pool: no row of the prompts has further photos; add the column "
+                "more_paths, or leave out reward.pool"
+            )
+        for prompt, groups in zip(prompts, listed.more, strict=True):
+            for photo in itertools.chain(*groups):
+                photos.setdefault(photo.key, (photo, prompt.text))
     refused: list[str] = []
     total = len(photos)
     with progress("looking at photos", total) as update:
@@ -336,13 +363,25 @@ def check_references(
                 image = opened.result()
                 if photo.note:
                     warnings.warn(f"{photo.where}: {photo.note}", stacklevel=2)
-                for encoder in (reward, *further):
+                for encoder in (reward, *further) if photo.key in conditioning else (reward,):
                     encoder.encode_references(one, [text])
-                if consume is not None and not isinstance(photo.source, Image.Image):
+                if (
+                    photo.key in conditioning
+                    and consume is not None
+                    and not isinstance(photo.source, Image.Image)
+                ):
                     consume(photo.source, image)
             except UserError as error:
                 refused.append(_with_line(photo, str(error)))
             update(done)
+    if reads_pools(reward) and not refused:
+        for prompt in prompts:
+            try:
+                reward.encode_references(
+                    References.of_prompts([prompt], prompt.people), [prompt.text]
+                )
+            except UserError as error:
+                refused.append(str(error))
     if len(refused) == 1:
         raise UserError(refused[0])
     if refused:

@@ -275,6 +275,7 @@ class HostFaceReward:
         config: IdentityConfig,
         frames: int = 0,
         pool: HostPool | None = None,
+        photo_pool: bool = False,
     ):
         """Set up the reward and its threads.
 
@@ -283,12 +284,15 @@ class HostFaceReward:
           config: constants of the identity reward.
           frames: number of evenly spaced frames to score; 0 scores all.
           pool: threads that score the videos; a new pool by default.
+          photo_pool: whether a person is compared with the mean of all their photos.
         """
         self.faces, self.frames, self.config = faces, frames, config
         self._pool, self._device = pool or HostPool(), host_device()
         self._reward = jax.jit(functools.partial(reward_terms, config=config))
         self._distractors: Float[np.ndarray, "R E"] | None = None
-        self.encode_references = PhotoEncoder(self._photo_face)
+        self.encode_references = PhotoEncoder(
+            self._photo_face, config.null_similarity if photo_pool else None
+        )
 
     def contrast(self, distractors: Float[np.ndarray, "R E"]) -> None:
         """Compare people with distractors from now on, as `FaceReward.contrast` does."""

@@ -113,6 +113,7 @@ class FaceReward:
         config: IdentityConfig,
         frames: int = 0,
         head: Head | LinearReward | None = None,
+        pool: bool = False,
     ):
         """Split the networks and compile the programs lazily.
 
@@ -121,6 +122,7 @@ class FaceReward:
           config: constants of the identity reward.
           frames: number of evenly spaced frames to score; 0 means all.
           head: optional learned reward; if given, reward = its score - penalties.
+          pool: whether a person is compared with the mean of all their photos.
         """
         self.config, self.frames, self.has_head = config, frames, head is not None
         self._set(stack, head)
@@ -130,7 +132,9 @@ class FaceReward:
             np.asarray(stack.template, np.float32),
             stack.embedder.config.input_size,
         )
-        self.encode_references = PhotoEncoder(self._photo_face)
+        self.encode_references = PhotoEncoder(
+            self._photo_face, config.null_similarity if pool else None
+        )
 
     def _set(
         self,

@@ -56,6 +56,7 @@ def make_reward(config: Config, mesh: Mesh | None = None) -> Reward:
             DeepFace(wanted.backend, wanted.folder()),
             identity_constants(wanted, reward_settings(wanted), photo_copy.PHOTOGRAPHS),
             wanted.frames,
+            photo_pool=wanted.pool == "pool",
         )
         return _contrasted(config, host)
     return _on_mesh(_contrasted(config, make_face_reward(wanted)), mesh)
@@ -127,7 +128,9 @@ def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> F
 
 def assigning(config: RewardConfig) -> RewardConfig:
     """Return the configuration of the face reward with the embedder of `reward.faces` alone."""
-    return dataclasses.replace(config, head="", linear="", vlm="", custom="", backend="")
+    return dataclasses.replace(
+        config, head="", linear="", vlm="", custom="", backend="", pool="photo"
+    )
 
 
 def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
@@ -143,7 +146,8 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     elif config.linear:
         head = load_linear(Path(config.linear), fingerprint(stack), config)
     constants = identity_constants(config, reward_settings(config), copy_calibration(stack))
-    return _on_mesh(FaceReward(stack, constants, config.frames, head), mesh)
+    pool = config.pool == "pool"
+    return _on_mesh(FaceReward(stack, constants, config.frames, head, pool), mesh)
 
 
 def copy_calibration(stack: FaceStack) -> photo_copy.Calibration:

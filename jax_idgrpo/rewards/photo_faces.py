@@ -180,13 +180,16 @@ def photo_crop(
 class PhotoEncoder:
     """Encode photos as `Reward.encode_references` does; each photo is encoded once."""
 
-    def __init__(self, look: Callable[[Image.Image], PhotoFace | None]):
+    def __init__(self, look: Callable[[Image.Image], PhotoFace | None], least: float | None = None):
         """Start with an empty cache.
 
         Args:
           look: finds the largest face of a photo; returns None if the photo shows none.
+          least: smallest cosine of a photo with the person's other photos, with which the embedding
+            of a person is the direction of the mean over all photos; None takes the photo of
+            `References.photos` alone.
         """
-        self._look = look
+        self._look, self._least = look, least
         self._found: dict[Hashable, PhotoFace] = {}
 
     def __call__(
@@ -212,6 +215,11 @@ class PhotoEncoder:
             ]
             for row, text in zip(references.photos, prompts, strict=True)
         ]
+        if self.pooled and references.more:
+            rows = [
+                [self._pool(face, group, text) for face, group in zip(row, groups, strict=True)]
+                for row, groups, text in zip(rows, references.more, prompts, strict=True)
+            ]
         first = next(face for row in rows for face in row)
         shape = (len(rows), references.people)
         embeddings, crops = (np.zeros((*shape, *leaf.shape), np.float32) for leaf in first[:2])
@@ -219,6 +227,39 @@ class PhotoEncoder:
             for m, face in enumerate(row):
                 embeddings[n, m], crops[n, m] = face.embedding, face.crop
         return ReferenceFaces(embeddings, crops, references.mask)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the further photos of a person are read."""
+        return self._least is not None
+
+    def _pool(self, face: PhotoFace, group: Sequence[Photo], text: str) -> PhotoFace:
+        """Return a face with the direction of the mean embedding of all photos of its person.
+
+        The inner product with this unit vector is, up to a factor of the person, the mean cosine
+        with all photos (IPRO, arXiv 2510.14255).
+
+        Args:
+          face: of the photo that conditions the model.
+          group: further photos of the person.
+          text: of the prompt, for messages.
+
+        Raises:
+          UserError: a further photo shows no face, or somebody else.
+        """
+        assert self._least is not None
+        found = [self._face(photo, f"a further photo of the prompt {text!r}") for photo in group]
+        every = np.stack([face.embedding, *(other.embedding for other in found)])
+        for number, photo in enumerate(group, 1):
+            rest = np.delete(every, number, axis=0).mean(axis=0)
+            cosine = float(every[number] @ rest / np.linalg.norm(rest))
+            if cosine < self._least:
+                raise UserError(
+                    f"{photo.name or text}: is unlike the other photos of its person (cosine "
+                    f"{cosine:.2f}, at least {self._least:g}); take it out of more_paths"
+                )
+        mean = every.mean(axis=0)
+        return face._replace(embedding=mean / np.linalg.norm(mean)) if found else face
 
     def _face(self, photo: Photo, otherwise: str) -> PhotoFace:
         """Return the face of a photo; `otherwise` names a photo without a name in messages."""

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool
 from PIL import Image
@@ -128,43 +129,64 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split()})
 
 
-@functools.partial(jax.jit, static_argnames=("count", "split"))
-def _sample_prompts(seed, count: int, split: str):
-    """Sample portraits [count,M,64,64,3], scenes, people and mask: a batch without its clips."""
+@functools.partial(jax.jit, static_argnames=("count", "split", "portraits"))
+def _sample_prompts(seed, count: int, split: str, portraits: int = 1):
+    """Sample portraits [count,M,n,64,64,3], scenes, people and mask: a batch without its clips."""
     id_key, mask_key, scene_key, portrait_key = jax.random.split(rng.key(seed, "data"), 4)
     ids, mask = sample_ids(id_key, count, split), sample_mask(mask_key, count)
     people = identity(ids)
-    photos = jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(portrait_key, ids.shape))
+    keys = [portrait_key, *(rng.fold(portrait_key, number) for number in range(1, portraits))]
+    photos = jnp.stack(
+        [
+            jax.vmap(jax.vmap(render_portrait))(people, jax.random.split(key, ids.shape))
+            for key in keys
+        ],
+        axis=2,
+    )
     # Fold in the split, so that splits share no scenes either.
     scene_keys = jax.random.split(rng.fold(scene_key, SPLITS[split][0]), count)
     return photos, jax.vmap(sample_scene)(scene_keys, mask), people, mask
 
 
-def write_prompts(out: Path, split: str, count: int, seed: int = 0) -> None:
-    """Write a folder with prompts.csv and one portrait (PNG) of every person in its prompts.
+def write_prompts(out: Path, split: str, count: int, seed: int = 0, photos: int = 1) -> None:
+    """Write a folder with prompts.csv and portraits (PNG) of every person in its prompts.
 
     Args:
       out: folder to create.
       split: "train", "rl" or "eval".
       count: number of prompts.
       seed: seed of people and scenes.
+      photos: portraits of every person; those after the first are in the column `more_paths`.
 
     Raises:
       UserError: `out` exists or cannot be created, or an argument is invalid.
     """
     check_request(split, count, seed)
+    if photos < 1:
+        raise UserError(f"--photos {photos}: use 1 or more")
     with workdir.new_folder(out) as folder:
-        photos, scenes, people, mask = jax.device_get(_sample_prompts(seed, count, split))
-        pixels = np.rint((photos + 1.0) * 127.5).astype(np.uint8)
+        portraits, scenes, people, mask = jax.device_get(
+            _sample_prompts(seed, count, split, photos)
+        )
+        pixels = np.rint((portraits + 1.0) * 127.5).astype(np.uint8)
         with (folder / "prompts.csv").open("w", encoding="utf-8", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(("ref_paths", "prompt"))
+            rows.writerow(("ref_paths", "prompt", *(["more_paths"] if photos > 1 else [])))
             for k in range(count):
-                names = [f"{k:04d}-{slot}.png" for slot in np.flatnonzero(mask[k])]
-                for slot, name in enumerate(names):
-                    Image.fromarray(pixels[k, slot]).save(folder / name, optimize=True)
+                slots = np.flatnonzero(mask[k])
+                names = [
+                    [f"{k:04d}-{slot}{f'-{n}' if n else ''}.png" for n in range(photos)]
+                    for slot in slots
+                ]
+                for slot, of_person in zip(slots, names, strict=True):
+                    for n, name in enumerate(of_person):
+                        Image.fromarray(pixels[k, slot, n]).save(folder / name, optimize=True)
                 scene, who = jax.tree.map(lambda leaf: leaf[k], (scenes, people))
-                rows.writerow((";".join(names), prompt(scene, who, mask[k])))
+                first, *more = zip(*names, strict=True)
+                further = [";".join("|".join(row) for row in zip(*more, strict=True))]
+                rows.writerow(
+                    (";".join(first), prompt(scene, who, mask[k]), *(further if more else []))
+                )
 
 
 def check_request(split: str, count: int, seed: int) -> None:

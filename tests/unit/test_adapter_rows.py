@@ -60,7 +60,7 @@ def test_whole_numbers_are_numbers():
             None,
             "more_paths has photos of 1 people and ref_paths of 2",
         ),
-        ("v.mp4,a.png,x.png,one", None, "x.png is no file"),
+        ("v.mp4,a.png,x.png,one", None, "x.png: no such file"),
         ("w.mp4,a.png,,one", None, "w.mp4 is no file; write the video's path"),
         ("v.mp4,,,nobody", None, "no reference photo"),
         ("v.mp4,a.png,one", "path,ref_paths,text", "needs one column prompt"),
