@@ -1,7 +1,10 @@
 """The first contact with a GPU runs on a CPU at toy size, so that it runs where it is needed."""
 
-from tests.helpers.gpu_benchmark import SLOW, assert_parts_run
+import pytest
+
+from tests.helpers.gpu_benchmark import QUICK, SLOW, assert_parts_run
 
 
-def test_every_slow_part_runs_and_its_properties_hold(tmp_path):
-    assert_parts_run(SLOW, tmp_path)
+@pytest.mark.parametrize("parts", [QUICK, SLOW], ids=["quick", "slow"])
+def test_every_part_runs_and_its_properties_hold(parts, tmp_path):
+    assert_parts_run(parts, tmp_path)
