@@ -4,7 +4,8 @@ The CSV has the header `ref_paths,prompt` and one row per prompt. `ref_paths` ar
 by `;`, one per person in the order of the prompt, relative to the CSV or absolute. Rows may have
 different numbers of people. The optional column `more_paths` lists further photos of these people,
 which `reward.pool` reads: people joined by `;`, photos of one person by `|`, such as
-`a2.jpg|a3.jpg;` for two people of whom the second has none. Further columns are ignored. Everything is checked before a run starts,
+`a2.jpg|a3.jpg;` for two people of whom the second has none. The optional columns `control` and
+`mask` name inputs of VACE (`controls`). Further columns are ignored. Everything is checked before a run starts,
 photos included, so that a broken photo cannot stop it hours later.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import grain
 
+from jax_idgrpo.data.controls import file_digest, find_controls
 from jax_idgrpo.data.photos import (
     Checked,
     check_photo,
@@ -72,6 +74,9 @@ class Prompt:
       digests: SHA-256 of each photo's bytes; () for prompts that come from no CSV.
       more: further photos of each person; () if nobody has any.
       more_digests: SHA-256 of the bytes of the photos in `more`.
+      control: video that VACE follows; None for none.
+      mask: video or picture, white where the control video is generated; None for everywhere.
+      control_digests: SHA-256 of the bytes of `control` and `mask`; () without them.
     """
 
     id: int
@@ -81,6 +86,9 @@ class Prompt:
     digests: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     more: tuple[tuple[File, ...], ...] = ()
     more_digests: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
+    control: Path | None = None
+    mask: Path | None = None
+    control_digests: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def people(self) -> int:
@@ -114,12 +122,14 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
             f"prompts {path}: no rows below the header; write one prompt per line: "
             f"{','.join(COLUMNS)}"
         )
-    parsed: list[tuple[int, str, tuple[File, ...], tuple[tuple[File, ...], ...]]] = []
+    parsed: list[Prompt] = []
+    numbers: list[int] = []  # of the lines of `parsed`
     problems: list[tuple[int, str]] = []
     for line, row in rows:
         try:
             text, names = _parse(row, max_people)
             further = parse_more(row.get("more_paths") or "", len(names))
+            video, mask = find_controls(row, path.parent)
         except UserError as error:
             problems.append((line, str(error)))
             continue
@@ -131,11 +141,22 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
                 problems.append((line, str(error)))
         rest = iter(found[len(names) :])
         more = tuple(tuple(itertools.islice(rest, len(group))) for group in further)
-        parsed.append((line, text, tuple(found[: len(names)]), more if any(more) else ()))
+        prompt = Prompt(
+            id=len(parsed),
+            text=text,
+            references=tuple(found[: len(names)]),
+            where=f"prompts {path}, line {line}",
+            more=more if any(more) else (),
+            control=video,
+            mask=mask,
+            control_digests=tuple(file_digest(file) for file in (video, mask) if file),
+        )
+        parsed.append(prompt)
+        numbers.append(line)
     lines = {
         photo: line
-        for line, _, references, more in reversed(parsed)
-        for photo in (*references, *itertools.chain(*more))
+        for line, prompt in zip(reversed(numbers), reversed(parsed), strict=True)
+        for photo in (*prompt.references, *itertools.chain(*prompt.more))
     }
     check = check_photo if decode else identify_photo
     checked = _check_photos(sorted(lines, key=lines.__getitem__), check)
@@ -151,15 +172,14 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
         if photo.note:
             warnings.warn(f"prompts {path}, line {lines[file]}: {photo.note}", stacklevel=2)
     prompts = []
-    for number, (line, text, references, more) in enumerate(parsed):
-        where = f"prompts {path}, line {line}"
-        digests = tuple(known[file].digest for file in references)
+    for prompt in parsed:
+        digests = tuple(known[file].digest for file in prompt.references)
         if len(set(digests)) < len(digests):
             warnings.warn(
-                f"{where}: shows one photo twice; name one photo per person", stacklevel=2
+                f"{prompt.where}: shows one photo twice; name one photo per person", stacklevel=2
             )
-        of_more = tuple(tuple(known[file].digest for file in group) for group in more)
-        prompts.append(Prompt(number, text, references, where, digests, more, of_more))
+        of_more = tuple(tuple(known[file].digest for file in group) for group in prompt.more)
+        prompts.append(dataclasses.replace(prompt, digests=digests, more_digests=of_more))
     return prompts
 
 
@@ -463,7 +483,8 @@ def row_digests(prompts: Sequence[Prompt]) -> list[str]:
         found: list[object] = list(prompt.digests) or [
             hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references
         ]
-        return [*found, *([prompt.more_digests] if prompt.more else [])]
+        controls = ["control", *prompt.control_digests] if prompt.control else []
+        return [*found, *([prompt.more_digests] if prompt.more else []), *controls]
 
     return [f"{short(prompt.text)}-{short(photos(prompt))}" for prompt in prompts]
 

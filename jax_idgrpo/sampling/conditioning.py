@@ -31,12 +31,14 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx, struct
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from PIL import Image
 
 from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, DataConfig
+from jax_idgrpo.data.controls import read_control
 from jax_idgrpo.data.photos import load_reference, on_white
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File
@@ -206,6 +208,7 @@ def control(
     grey: Float[Values, "T H W C"],
     max_people: int,
     order: str = "diffusers",
+    video: Float[Values, "T H W control"] | None = None,
 ) -> Float[Array, "frames H W control"]:
     """Build VACE's control of one row, with 2 C + 64 channels.
 
@@ -214,11 +217,13 @@ def control(
       grey: latents of a mid-grey video.
       max_people: people per row with padding; the result has max_people + T frames.
       order: "diffusers" puts the last photo first, "original" keeps the order.
+      video: control of the video's frames, from `video_control`; None generates all of a grey video.
     """
     if order == "diffusers":
         references = references[::-1]
-    mask = jnp.ones((*grey.shape[:-1], MASK_CHANNELS), jnp.float32)
-    video = jnp.concatenate([grey, grey, mask], axis=-1)
+    if video is None:
+        mask = jnp.ones((*grey.shape[:-1], MASK_CHANNELS), jnp.float32)
+        video = jnp.concatenate([grey, grey, mask], axis=-1)
     people = jnp.pad(
         references, ((0, 0), (0, 0), (0, 0), (0, video.shape[-1] - references.shape[-1]))
     )
@@ -370,6 +375,7 @@ def encode(
         `config.data.max_people`.
     """
     data, video = config.data, config.video
+    refuse_controls(prompts, config.model.kind)
     different = {prompt.id: prompt for prompt in prompts}
     photos = {
         number: _encode_photos(pipe, config, cache, prompt) for number, prompt in different.items()
@@ -394,7 +400,15 @@ def encode(
             cache["grey", video] = to_host(encode_video(pipe.vae, blank))[0]
         grey, order = cache["grey", video], data.reference_order
         controls = [
-            np.asarray(control(photos[prompt.id], grey, data.max_people, order))
+            np.asarray(
+                control(
+                    photos[prompt.id],
+                    grey,
+                    data.max_people,
+                    order,
+                    _encode_control(pipe, config, cache, prompt),
+                )
+            )
             for prompt in prompts
         ]
         mask = np.asarray(frame_mask(references, frames, data.max_people))
@@ -418,6 +432,54 @@ def encode(
         padding_attended=config.kind.slots > 0,
         photos_read_text=config.kind.photos_read_text,
     )
+
+
+def refuse_controls(prompts: Sequence[Prompt], kind: str) -> None:
+    """Raise a UserError if a prompt has a control video and the model is not VACE."""
+    for prompt in prompts:
+        if prompt.control is not None and kind != "vace":
+            raise UserError(
+                f"{prompt.where or f'prompt {prompt.id}'}: control is an input of VACE, and model.kind "
+                f"is {kind}; leave the columns control and mask out"
+            )
+
+
+def mask_channels(mask: Float[np.ndarray, "F H W"], frames: int) -> Float[np.ndarray, "T h w 64"]:
+    """Cut a mask into cells of 8 x 8 pixels, which become channels, at the nearest latent frames.
+
+    Args:
+      mask: values in [0, 1].
+      frames: T, latent frames.
+    """
+    chosen = mask[((np.arange(frames) + 0.5) * (len(mask) / frames)).astype(int)]
+    return rearrange(chosen, "t (h p) (w q) -> t h w (p q)", p=8, q=8)
+
+
+def _encode_control(
+    pipe: Pipeline, config: Config, cache: Cache, prompt: Prompt
+) -> Float[np.ndarray, "T h w control"] | None:
+    """Return VACE's control of the frames of a prompt with a control video, from the cache or made.
+
+    The part that is kept and the part that is generated are encoded apart, each with mid-grey in
+    place of the other.
+    """
+    if prompt.control is None:
+        return None
+    video = config.video
+    name = ("control", prompt.control, prompt.mask, video)
+    if name in cache.photos:
+        return cache.photos[name]
+    pixels, mask = read_control(
+        prompt.control, prompt.mask, video.frames, (video.height, video.width), video.fps
+    )
+    made = np.where(mask > 0.5, 1.0, 0.0).astype(np.float32)[..., None]
+    kept, generated = (
+        to_host(encode_video(pipe.vae, (pixels * part)[None]))[0] for part in (1 - made, made)
+    )
+    cells = mask_channels(mask, len(kept))
+    whole = np.concatenate([kept, generated, cells], axis=-1, dtype=np.float32)
+    cache.photos.keep(name, whole)
+    return whole
 
 
 def _encode_photos(

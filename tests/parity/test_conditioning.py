@@ -9,7 +9,9 @@ from flax import nnx
 from PIL import Image
 
 from jax_idgrpo.config import Config, DataConfig, VideoConfig
+from jax_idgrpo.data import controls
 from jax_idgrpo.data.prompts import Prompt
+from jax_idgrpo.data.video import from_uint8
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.sampling.pipeline import load_vae
 from tests.helpers import torch_models
@@ -73,10 +75,10 @@ def smooth(size, seed):
     return small.resize(size, Image.Resampling.BICUBIC)
 
 
-def their_control(pipe, images):
+def their_control(pipe, images, video=None, mask=None):
     with torch.no_grad():
         video, mask, references = pipe.preprocess_conditions(
-            None, None, images, 1, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu"
+            video, mask, images, 1, HEIGHT, WIDTH, FRAMES, torch.float32, "cpu"
         )
         latents = pipe.prepare_video_latents(video, mask, references, None, "cpu")
         masks = pipe.prepare_masks(mask, references)
@@ -112,3 +114,58 @@ def test_canvas_and_control_equal_diffusers(theirs, ours, tmp_path, people, firs
         assert np.linalg.norm(got[:people][::-1] - want[:people]) > 0.05 * np.linalg.norm(
             want[:people]
         )
+
+
+MASKS = {
+    "without": lambda y, x, n: None,
+    "everything": lambda y, x, n: np.ones_like(x),
+    "nothing": lambda y, x, n: np.zeros_like(x),
+    "half": lambda y, x, n: x < WIDTH / 2,
+    "moving": lambda y, x, n: (np.abs(y - 40) < 17) & (np.abs(x - 10 * n) < 13),
+}
+
+
+@pytest.mark.parametrize("people", [1, 2])
+@pytest.mark.parametrize("kind", MASKS)
+def test_control_videos_and_masks_equal_diffusers(
+    theirs, ours, tmp_path, monkeypatch, people, kind
+):
+    """Both get the frames that our reader returns: codecs and resizing are not compared."""
+    images = [smooth((WIDTH, HEIGHT), k) for k in range(people)]
+    paths = [tmp_path / f"{k}.png" for k in range(people)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    frames = [smooth((WIDTH, HEIGHT), 50 + n) for n in range(FRAMES)]
+    mask = [MASKS[kind](y, x, n) for n in range(FRAMES)]
+    given = None
+    if mask[0] is not None:
+        given = [Image.fromarray(np.uint8(255 * part)).convert("RGB") for part in mask]
+    _, want = their_control(theirs, images, frames, given)
+
+    stored = {"control.mp4": frames, "mask.mp4": given}
+
+    def read(path, count, size, fps):
+        pixels = np.stack([np.asarray(frame) for frame in stored[path.name]])
+        return from_uint8(pixels)
+
+    monkeypatch.setattr(controls, "read_frames", read)
+    config = Config(
+        data=DataConfig(max_people=3, text_length=4),
+        video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH),
+    )
+    prompt = Prompt(
+        0,
+        "",
+        tuple(paths),
+        control=tmp_path / "control.mp4",
+        mask=None if given is None else tmp_path / "mask.mp4",
+    )
+    cache = conditioning.Cache()
+    got = np.asarray(conditioning.encode(ours, [prompt], config, cache).control[0])
+    assert got[: people + 3].shape == want.shape
+    assert np.linalg.norm(got[: people + 3] - want) <= 1e-5 * np.linalg.norm(want)
+    assert not got[people + 3 :].any()
+    monkeypatch.undo()  # the files do not exist: the second time comes from the cache
+    again = np.asarray(conditioning.encode(ours, [prompt], config, cache).control[0])
+    np.testing.assert_array_equal(again, got)
