@@ -23,8 +23,8 @@ from jax_idgrpo.evaluation.scoring import make_scorer
 from tests.helpers.paths import ROOT
 
 SETTINGS: list[dict] = [
-    *({"scale": scale, "photos": "none"} for scale in (0.25, 0.5, 1.0)),
-    *({"scale": scale, "photos": "blank"} for scale in (0.25, 0.5, 1.0)),
+    *({"scale": scale, "photos": "none"} for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
+    *({"scale": scale, "photos": "blank"} for scale in (0.25, 0.5, 1.0, 2.0, 3.0)),
     *({"scale": 0.5, "blocks": [block]} for block in (1, 3, 4)),
     *({"scale": 1.0, "blocks": [block]} for block in (1, 3, 4)),
     {"scale": 0.5, "blocks": [3], "photos": "none"},
