@@ -60,8 +60,14 @@ class Config:
                 f"{self.model.kind} does not have; leave it out",
             )
             weak = weak_branch(f"{section}.weakened", own.weakened)
+            negative = weak is not None and weak.source == "negative"
             require(
-                weak is None or weak.source != "negative" or 1 not in self.guidance(evaluation),
+                not negative or self.kind.image_guidance is None,
+                f"{section}.weakened: from negative is for VACE; model.kind {self.model.kind} has a "
+                "branch without photos already, use from prompt",
+            )
+            require(
+                not negative or 1 not in self.guidance(evaluation),
                 f"{section}.weakened: from negative needs a negative branch, and the guidance is 1; "
                 "raise it, or use from prompt",
             )

@@ -254,6 +254,14 @@ def test_settings_that_the_model_cannot_have_are_refused():
             model=c.ModelConfig(path="embedded"),
             rollout=c.RolloutConfig(guidance=1.0, weakened=negative),
         )
+    with pytest.raises(
+        UserError, match="from negative is for VACE; model.kind phantom has a branch"
+    ):
+        c.Config(
+            model=c.ModelConfig(path="x", kind="phantom"),
+            evaluate=c.EvaluateConfig(weakened=negative),
+            reward=c.RewardConfig(faces="faces"),
+        )
     with pytest.raises(UserError, match="rollout.control_scale 0.5 is of VACE's hints"):
         c.Config(
             model=c.ModelConfig(path="x", kind="phantom"),
