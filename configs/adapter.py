@@ -5,8 +5,7 @@ r"""Train an adapter on your own clips, as `idgrpo ingest` writes them, before G
     idgrpo train configs/quickstart.py --workdir runs/after \
         --model.adapter runs/adapter/export
 
-The values are for the bundled model. For Wan2.1-VACE-1.3B, take the sections model, data, video and
-reward of `vace_1_3b.py`, a batch of 8, a learning rate of 1e-4, and 1000 to 3000 steps.
+The values are for the bundled model; `adapter_vace_1_3b.py` has those for Wan2.1-VACE-1.3B.
 """
 
 from jax_idgrpo import config as c
