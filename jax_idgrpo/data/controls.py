@@ -30,9 +30,11 @@ def find_controls(row: dict, folder: Path) -> tuple[Path | None, Path | None]:
       folder: folder of the CSV.
 
     Raises:
-      UserError: a file is missing or is no video, or there is a mask without a control video.
+      UserError: a file is missing or is no video, or there is a mask without a control video or of
+        another length.
     """
     found: list[Path | None] = []
+    frames: list[int] = []
     for name in COLUMNS:
         text = (row.get(name) or "").strip()
         path = folder / Path(text).expanduser() if text else None
@@ -40,7 +42,7 @@ def find_controls(row: dict, folder: Path) -> tuple[Path | None, Path | None]:
             raise UserError(f"{name} {path}: no such file; {name} is relative to the CSV")
         if path is not None and not (name == "mask" and path.suffix.lower() in PICTURES):
             try:
-                Clip.open(path)
+                frames.append(len(Clip.open(path).numbers))
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         elif path is not None:
@@ -49,6 +51,11 @@ def find_controls(row: dict, folder: Path) -> tuple[Path | None, Path | None]:
     control, mask = found
     if mask is not None and control is None:
         raise UserError("mask without control; name the video whose white part is to be generated")
+    if len(set(frames)) > 1:
+        raise UserError(
+            f"mask {mask} has {frames[1]} frames and its control video {frames[0]}; make them equally "
+            "long, or use a picture"
+        )
     return control, mask
 
 

@@ -82,6 +82,7 @@ def sample(
     """
     config = evaluated(config)
     listed = load_prompts(prompts, config.data.max_people)
+    conditioning.refuse_controls(listed, config.model.kind)
     assert_same_across_hosts(config, row_digests(listed), **journal.lora_files("adapter", lora))
     rows = all_rows(listed, config.evaluate.videos)
     facts = journal.video_facts(config, lora)
@@ -306,6 +307,7 @@ def evaluate(
     """
     config, checkpoints = evaluated(config), checkpoints or {}
     listed = load_prompts(prompts, config.data.max_people, decode=False)
+    conditioning.refuse_controls(listed, config.model.kind)
     compared = {**checkpoints, **loras}
     folders = {
         label: place

@@ -16,6 +16,7 @@ from jax_idgrpo.evaluation.journal import decided
 from jax_idgrpo.evaluation.sampler import Model, Row, Sampler, all_rows, make_sampler
 from jax_idgrpo.evaluation.scoring import Scorer, make_scorer
 from jax_idgrpo.rewards.base import Reward
+from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.sampling.pipeline import Pipeline
 from jax_idgrpo.workdir import write_text
 
@@ -52,6 +53,7 @@ class Watch:
         """
         held_out = prompts_file(config.evaluate.prompts)
         listed = load_prompts(held_out, config.data.max_people, decode=False)
+        conditioning.refuse_controls(listed, config.model.kind)
         listed = listed[: config.run.watch_prompts]
         few = min(config.evaluate.batch, len(listed))
         sampler = make_sampler(

@@ -375,7 +375,6 @@ def encode(
         `config.data.max_people`.
     """
     data, video = config.data, config.video
-    refuse_controls(prompts, config.model.kind)
     different = {prompt.id: prompt for prompt in prompts}
     photos = {
         number: _encode_photos(pipe, config, cache, prompt) for number, prompt in different.items()

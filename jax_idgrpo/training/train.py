@@ -100,6 +100,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
         mesh, config.rows_per_call, "rows of one program call (rollout.micro_batch)"
     )
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
+    conditioning.refuse_controls(prompts, config.model.kind)
     check_curriculum(config.data, prompts)
     listed = row_digests(prompts)
     assert_same_across_hosts(

@@ -11,7 +11,7 @@ from PIL import Image
 from jax_idgrpo.config import Config, DataConfig, VideoConfig
 from jax_idgrpo.data import controls
 from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.data.video import from_uint8
+from jax_idgrpo.data.video import from_uint8, write_video
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.sampling.pipeline import load_vae
 from tests.helpers import torch_models
@@ -169,3 +169,23 @@ def test_control_videos_and_masks_equal_diffusers(
     monkeypatch.undo()  # the files do not exist: the second time comes from the cache
     again = np.asarray(conditioning.encode(ours, [prompt], config, cache).control[0])
     np.testing.assert_array_equal(again, got)
+
+
+def test_rows_with_and_without_control_do_not_depend_on_one_another(ours, tmp_path):
+    smooth((WIDTH, HEIGHT), 3).save(tmp_path / "a.png")
+    frames = np.stack([np.asarray(smooth((WIDTH, HEIGHT), 60 + n)) for n in range(FRAMES)])
+    write_video(tmp_path / "control.mp4", frames, 16)
+    config = Config(
+        data=DataConfig(max_people=3, text_length=4),
+        video=VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH, fps=16),
+    )
+    photo = (tmp_path / "a.png",)
+    plain, led = Prompt(0, "", photo), Prompt(1, "", photo, control=tmp_path / "control.mp4")
+
+    def controls_of(*prompts):
+        return conditioning.encode(ours, prompts, config, conditioning.Cache()).control
+
+    both = controls_of(plain, led)
+    np.testing.assert_array_equal(both[:1], controls_of(plain))
+    np.testing.assert_array_equal(both[1:], controls_of(led))
+    assert np.abs(both[0] - both[1]).max() > 0.1

@@ -1,5 +1,6 @@
 """Control videos and masks: the columns of the CSV, what is read, and what is refused."""
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +24,18 @@ def folder(tmp_path):
         shades = np.arange(frames, dtype=np.uint8)[:, None, None, None] * 25
         write_video(tmp_path / name, np.broadcast_to(shades, (frames, *SIZE, 3)), FPS, FINE)
     return tmp_path
+
+
+def write_sound(path):
+    """Write a file with sound and no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
 
 
 def prompts(folder, *rows):
@@ -71,12 +84,15 @@ def test_pixels_of_a_cell_become_its_channels():
         ("a.png,One.,none.mp4,", "line 2: control .*none.mp4: no such file; control is relative"),
         ("a.png,One.,nine.mp4,none.png", "line 2: mask .*none.png: no such file"),
         ("a.png,One.,,half.png", "line 2: mask without control"),
+        ("a.png,One.,nine.mp4,five.mp4", "line 2: mask .* has 5 frames and its control video 9"),
+        ("a.png,One.,sound.mp4,", "line 2: control: .*sound.mp4"),
         ("a.png,One.,a.png,", "line 2: control: .*a.png"),
         ("a.png,One.,text.mp4,", "line 2: control: .*text.mp4"),
     ],
 )
 def test_files_that_are_no_control_are_refused_in_one_line(folder, row, reason):
     (folder / "text.mp4").write_text("no video")
+    write_sound(folder / "sound.mp4")
     with pytest.raises(UserError, match=reason) as error:
         prompts(folder, row)
     assert "\n" not in str(error.value)
