@@ -39,6 +39,12 @@ class GrpoConfig(Section):
         "velocity (mean squared difference)",
         choices=("std", "velocity"),
     )
+    kl_weights: str = option(
+        "even",
+        "weights of the distance to the base over the steps of reward_gradient: even, or sigma (the "
+        "step's noise level, scaled to mean 1)",
+        choices=("even", "sigma"),
+    )
     advantage_clip: float = option(5.0, "largest absolute advantage", above=0)
     advantage_eps: float = option(1e-4, "added to the spread of a group's rewards", above=0)
     global_std: bool = option(
@@ -118,6 +124,11 @@ class GrpoConfig(Section):
             f"{self.worst} are none; use 1 and 1",
         )
         self._check_pairs()
+        require(
+            self.kl_weights == "even" or self.through_reward,
+            "grpo.kl_weights sigma weighs the steps of reward_gradient, and grpo.objective is "
+            f"{self.objective}; leave it out",
+        )
         require(
             "on_policy" not in needs or self.on_policy,
             f"grpo.objective {self.objective} is on-policy, and {self.optimizer_steps} updates per "

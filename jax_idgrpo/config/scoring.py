@@ -245,6 +245,12 @@ class EvaluateConfig(Section):
     )
     batch: int = option(32, "videos per program call, rounded up to what the mesh divides", least=1)
     bootstrap: int = option(2000, "resamples of a bootstrap interval", least=1)
+    same: float = option(
+        0.5,
+        "cosine by the judge above which two faces of a frame are one person twice, for unique",
+        above=-1,
+        most=1,
+    )
     frames: int = option(0, "frames of the videos; 0 = video.frames")
     height: int = option(0, "height in pixels; 0 = video.height")
     width: int = option(0, "width in pixels; 0 = video.width")

@@ -32,8 +32,19 @@ LABELS = {
     "swapped": "swapped (less is better)",
     "duplicated": "duplicated (less)",
     "blended": "blended (less)",
+    "unique": "videos, no face twice",
+    "copied": "copied (less)",
+    "stalled": "stalled (less)",
+    "hacked": "hacked (less)",
 }
-LESS = ("swapped", "duplicated", "blended")  # metrics for which lower is better
+LESS = (
+    "swapped",
+    "duplicated",
+    "blended",
+    "copied",
+    "stalled",
+    "hacked",
+)  # metrics for which lower is better
 
 
 @dataclasses.dataclass(frozen=True)

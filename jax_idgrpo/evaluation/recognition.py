@@ -20,6 +20,11 @@ videos' shares of the references found, b those of the references asked for, and
     identities + (a - identities b) N / R
 
 which is the linear approximation of a ratio (delta method).
+
+Without references, UFA of DisCo is
+
+    unique       share of videos in which no frame has two faces whose cosine exceeds
+                 `evaluate.same`
 """
 
 import dataclasses
@@ -51,15 +56,19 @@ class Gallery:
       same: cosine above which two photos show one person.
       of_prompt: id of a prompt -> index of the reference of each of its people.
       people: M, slots per prompt.
+      alike: cosine above which two faces of a frame count as one person twice.
     """
 
     embeddings: Float[np.ndarray, "R E"]
     same: float
     of_prompt: Mapping[int, Int[np.ndarray, " m"]]
     people: int
+    alike: float
 
     @classmethod
-    def make(cls, judge: Reward, prompts: Sequence[Prompt], people: int, same: float) -> "Gallery":
+    def make(
+        cls, judge: Reward, prompts: Sequence[Prompt], people: int, same: float, alike: float
+    ) -> "Gallery":
         """Encode the photos of all prompts. Equal embeddings are one reference.
 
         Args:
@@ -67,6 +76,7 @@ class Gallery:
           prompts: prompts of an evaluation.
           people: maximum number of people of a prompt.
           same: cosine above which two photos show one person.
+          alike: cosine above which two faces of a frame count as one person twice.
 
         Raises:
           UserError: a photo cannot be used.
@@ -83,12 +93,13 @@ class Gallery:
             same,
             {prompt.id: row for prompt, row in zip(prompts, rows, strict=True)},
             people,
+            alike,
         )
 
     def columns(self, prompts: Sequence[Prompt], shown: PeopleShown) -> dict[str, np.ndarray]:
-        """Return who was asked for and who each person is taken for, as one value per video.
+        """Return `unique`, who was asked for and who each person is taken for, by video.
 
-        The names are `asked_0`, `taken_0`, `asked_1` and so on; the values are indices of
+        The other names are `asked_0`, `taken_0`, `asked_1` and so on; the values are indices of
         references, or `NOBODY`.
 
         Args:
@@ -106,7 +117,8 @@ class Gallery:
         # Padding has no face, so that its index does not matter.
         cosine = np.sum(self.embeddings[nearest] * self.embeddings[asked], -1)
         taken = np.where(found, np.where(cosine > self.same, asked, nearest), NOBODY)
-        return {
+        unique = np.asarray(shown.alike)[:count] <= self.alike
+        return {"unique": unique.astype(np.float64)} | {
             f"{name}_{m}": values[:, m].astype(np.float64)
             for m in range(self.people)
             for name, values in (("asked", asked), ("taken", taken))
@@ -114,7 +126,7 @@ class Gallery:
 
 
 def gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
-    """Hash the photos of all prompts, which decide who a person is taken for; "" without a judge.
+    """Hash what decides who a person is taken for, photos and settings; "" without a judge.
 
     Args:
       config: says whether there is a judge.
@@ -122,8 +134,9 @@ def gallery_facts(config: Config, prompts: Sequence[Prompt]) -> str:
     """
     if not config.judged:
         return ""
-    photos = [digest.partition("-")[2] for digest in row_digests(prompts)]
-    return hashlib.sha256("\n".join(photos).encode()).hexdigest()[:24]
+    facts = [digest.partition("-")[2] for digest in row_digests(prompts)]
+    facts.append(str(config.evaluate.same))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
 
 def _indices(scores: Scores, name: str) -> Int[np.ndarray, "N M"] | None:

@@ -38,15 +38,15 @@ JUDGED = {
     "swapped": "swapped",
     "duplicated": "duplicated",
     "blended": "blended",
+    "copied": "copied",
+    "stalled": "stalled",
 }
 """Metric -> term of the judge."""
 FURTHER = (
-    "copied",
     "missing",
     "switched",
     "area",
     "extra",
-    "stalled",
     "apart",
     "detail",
     "faces_asked",
@@ -78,7 +78,7 @@ def values(
         count              share of frames with the right number of faces
         motion             mean change between neighbouring frames outside the faces
 
-    `recognition` adds the metrics of who is recognised. Other terms that a reward reports, such as
+    `recognition` adds the metrics of who is recognised, and `hacking` that of hacked videos. Other terms that a reward reports, such as
     its separate dimensions, keep their names.
 
     Args:
@@ -160,7 +160,13 @@ class BatchScorer:
         else:
             self.assigner = make_assigner(config, self.reward, mesh)
             check_references(self.reward, prompts, [self.judge, self.assigner], consume)
-            self.gallery = Gallery.make(self.judge, prompts, self.people, self.judge.config.high)
+            self.gallery = Gallery.make(
+                self.judge,
+                prompts,
+                self.people,
+                self.judge.config.high,
+                config.evaluate.same,
+            )
 
     def terms(
         self, reward: Reward, videos: Float[ArrayLike, "B F H W 3"], prompts: Sequence[Prompt]

@@ -169,7 +169,13 @@ class ClipScorer:
         else:
             self.assigner = make_assigner(config, self.reward)
             check_references(self.reward, prompts, [self.judge, self.assigner])
-            self.gallery = Gallery.make(self.judge, prompts, self.people, self.judge.config.high)
+            self.gallery = Gallery.make(
+                self.judge,
+                prompts,
+                self.people,
+                self.judge.config.high,
+                config.evaluate.same,
+            )
 
     def __call__(
         self, clip: Clip, prompt: Prompt, observer: Observer | None = None

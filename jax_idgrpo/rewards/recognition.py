@@ -17,7 +17,7 @@ from jax_idgrpo.rewards.base import ReferenceFaces, Terms
 from jax_idgrpo.rewards.face_reward import FaceReward
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.rewards.matching import match_videos
+from jax_idgrpo.rewards.matching import match_videos, most_alike
 
 
 @struct.dataclass
@@ -51,14 +51,20 @@ class PeopleShown:
     Attributes:
       total: sum of the judge's embeddings of the faces assigned to a person.
       frames: number of frames in which the person has a face.
+      alike: largest cosine of two faces of a frame by the judge; -1 without two faces.
     """
 
     total: Float[ArrayLike, "B M E"]
     frames: Float[ArrayLike, "B M"]
+    alike: Float[ArrayLike, " B"]
 
     def __add__(self, other: "PeopleShown") -> "PeopleShown":
         """Add further frames of the same videos."""
-        return PeopleShown(self.total + other.total, self.frames + other.frames)
+        return PeopleShown(
+            self.total + other.total,
+            self.frames + other.frames,
+            jnp.maximum(self.alike, other.alike),
+        )
 
 
 def people_shown(
@@ -82,10 +88,12 @@ def people_shown(
     references = assigner.references, reference_mask
     matches = match_videos(seen, faces.mask, *references, assigner.missing)
     picked = jax.nn.one_hot(matches.face, faces.mask.shape[-1])
+    alike = most_alike(faces.embeddings, faces.mask)
     if counted is not None:
         picked = picked * counted[:, None, None]
+        alike = jnp.where(counted, alike, -1.0)
     total = jnp.einsum("btmk,btke->bme", picked, faces.embeddings, precision="highest")
-    return PeopleShown(total, jnp.sum(picked, (1, 3)))
+    return PeopleShown(total, jnp.sum(picked, (1, 3)), jnp.max(alike, 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -349,7 +349,7 @@ def matched_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
 def rewarded_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     """Compute the objective of kind "reward": minus the reward after `gradient_steps` Euler steps.
 
-    The distance from the base is summed over these steps. The method is DRaFT-K (arXiv 2309.17400),
+    The distance from the base is summed over these steps, weighted by `grpo.kl_weights`. The method is DRaFT-K (arXiv 2309.17400),
     and IPRO with the distance from the base. The backward pass rematerialises the denoising steps,
     the chunks of the decoder and the reward one at a time. The activations of one decoder chunk
     dominate the memory.
@@ -386,6 +386,8 @@ def rewarded_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     assert rule.score is not None
     reward = jax.checkpoint(rule.score)(given.networks.scorer, latents, conditioning, chunk.people)
     rows = wanted.definition.function(reward, wanted)
+    if wanted.kl_weights == "sigma":
+        away = away * (last.sigma[:-1] / jnp.mean(last.sigma[:-1]))[:, None]
     return rows | ({"kl": jnp.sum(away, axis=0)} if wanted.kl > 0 else {})
 
 

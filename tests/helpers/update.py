@@ -250,3 +250,23 @@ def assert_reward_gradient_climbs(last):
     _, after = through(jax.tree.map(lambda leaf, slope: leaf - size * slope, lora, gradient), chunk)
     gained = float(rows["policy_loss"].mean() - after["policy_loss"].mean())
     np.testing.assert_allclose(gained, 0.01 * float(optax.global_norm(gradient)), rtol=0.1)
+
+
+def distance_from_the_base(kl_weights, gradient_steps):
+    """The distance of every row in the loss of `reward_gradient`, from the same latents."""
+    actor, lora, base = model()
+    given = (actor, PolicyInputs(lora, base, asked(), NEGATIVE))
+    middle = rollout.generate(*given, SCHEDULE.part(0, STEPS - gradient_steps), NOISE)
+    chunk = update.Rollout(
+        trajectory=rollout.Trajectory(latents=middle, x=middle[:, None]),
+        conditioning=asked(),
+        start=FIRST,
+        noise=AGAIN,
+        people=jnp.ones(4),
+    )
+    wanted = dict(objective="reward_gradient", kl_units="velocity", kl=1.0)
+    rule = objective(actor, **wanted, kl_weights=kl_weights, gradient_steps=gradient_steps)
+    networks = update.Networks(base=base, negative=NEGATIVE, scorer=jnp.float32(1))
+    inputs = update.LossInputs(networks, chunk, SCHEDULE, jnp.int32(0), jnp.int32(0))
+    rows = update.rewarded_loss(dataclasses.replace(rule, score=pull), lora, inputs)
+    return np.asarray(rows["kl"])

@@ -35,6 +35,7 @@ from tests.helpers.update import (
     assert_micro_batches_equal_one_batch,
     assert_reward_gradient_climbs,
     chunked,
+    distance_from_the_base,
     generated,
     gradients,
     model,
@@ -169,6 +170,19 @@ def test_sampling_without_a_trajectory_reads_nothing_from_the_host(kind):
 
 def test_reward_gradient_runs_the_last_steps_again_and_climbs():
     assert_reward_gradient_climbs(STEPS - 1)
+
+
+def test_weights_by_noise_have_mean_one_over_the_last_steps():
+    """By the distances of two steps, of which that of the last one is known alone."""
+    even, sigma, alone = (
+        distance_from_the_base(kl_weights=weights, gradient_steps=last)
+        for weights, last in (("even", 2), ("sigma", 2), ("sigma", 1))
+    )
+    noise = np.asarray(SCHEDULE.sigma[STEPS - 2 : STEPS])
+    assert float(noise[0]) > float(noise[1]) > 0
+    expected = ((even - alone) * noise[0] + alone * noise[1]) / noise.mean()
+    np.testing.assert_allclose(sigma, expected, rtol=1e-4)
+    assert np.abs(sigma / even - 1).max() > 1e-3
 
 
 def test_a_pair_is_noised_alike():

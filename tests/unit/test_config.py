@@ -90,6 +90,7 @@ WRONG = {
     "use fewer than the 4 of rollout.steps": lambda: build(
         **LATENTS | dict(rollout=dict(window="none", steps=4)), objective="reward_gradient"
     ),
+    "kl_weights sigma weighs the steps of reward_gradient": lambda: build(kl_weights="sigma"),
     "is on-policy": lambda: build(**LATENTS, objective="reward_gradient", epochs=2),
     "more than the 8 videos of a group": lambda: build(best=5, worst=4),
     "time_weights has no effect with objective 'guard'": lambda: build(

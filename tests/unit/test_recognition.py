@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_idgrpo.config import Config, ModelConfig, RewardConfig
+from jax_idgrpo.config import Config, EvaluateConfig, ModelConfig, RewardConfig
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.evaluation import recognition
 from jax_idgrpo.evaluation.recognition import NOBODY, Gallery, summarised
@@ -69,6 +69,8 @@ def test_scores_without_a_judge_stay_as_they_are():
 
 
 SAME = 0.9
+ALIKE = np.array([-1.0, 0.5, 0.6])
+"""Most alike faces of a frame: of one face, at the threshold, and above it."""
 
 
 class Lookup:
@@ -106,7 +108,7 @@ def gallery(tmp_path):
         Prompt(1, "one", (files["again"],)),
         Prompt(2, "two", (files["c"], files["a"])),
     ]
-    return Gallery.make(Lookup(), prompts, 2, SAME), prompts
+    return Gallery.make(Lookup(), prompts, 2, SAME, 0.5), prompts
 
 
 def test_a_photo_in_several_rows_is_one_reference(gallery):
@@ -122,12 +124,13 @@ def test_people_are_taken_for_the_reference_most_alike_to_their_mean_face(galler
     red, green, blue = np.eye(3)
     total = np.array([[9 * red + green, green - blue], [blue, 0 * red], [0 * red, red + green / 2]])
     frames = np.array([[9, 2], [1, 0], [0, 3]])
-    found = gallery.columns(prompts, PeopleShown(total, frames))
+    found = gallery.columns(prompts, PeopleShown(total, frames, ALIKE))
     a, b = gallery.of_prompt[0]
     c = gallery.of_prompt[2][0]
     assert [found[f"asked_{m}"].tolist() for m in range(2)] == [[a, a, c], [b, NOBODY, a]]
     assert [found[f"taken_{m}"].tolist() for m in range(2)] == [[a, c, NOBODY], [b, NOBODY, a]]
     np.testing.assert_allclose(summarised(found)["recognised"], [1, 0, 0.5])
+    np.testing.assert_array_equal(summarised(found)["unique"], [1, 1, 0])
 
 
 def test_another_photo_of_the_same_person_is_no_mistake(tmp_path):
@@ -136,10 +139,10 @@ def test_another_photo_of_the_same_person_is_no_mistake(tmp_path):
     for name, colour in colours.items():
         Image.new("RGB", (32, 32), colour).save(files[name])
     prompts = [Prompt(n, name, (file,)) for n, (name, file) in enumerate(files.items())]
-    gallery = Gallery.make(Lookup(), prompts, 1, SAME)
+    gallery = Gallery.make(Lookup(), prompts, 1, SAME, 0.5)
     assert len(gallery.embeddings) == 3
     total = gallery.embeddings[[gallery.of_prompt[n][0] for n in (1, 0, 0)]][:, None]
-    found = summarised(gallery.columns(prompts, PeopleShown(total, np.ones((3, 1)))))
+    found = summarised(gallery.columns(prompts, PeopleShown(total, np.ones((3, 1)), ALIKE)))
     np.testing.assert_array_equal(found["recognised"], [1, 1, 0])
     assert found["identities"].mean() == pytest.approx(2 / 3), "the relative is shown by nobody"
 
@@ -152,6 +155,8 @@ def test_photos_and_their_order_decide_whether_scores_of_a_stopped_run_hold(tmp_
     facts = recognition.gallery_facts(Config(), [one, other])
     assert facts == recognition.gallery_facts(Config(), [Prompt(0, "new text", (files[0],)), other])
     assert facts != recognition.gallery_facts(Config(), [one])
+    other_bound = Config(evaluate=EvaluateConfig(same=0.6))
+    assert facts != recognition.gallery_facts(other_bound, [one, other])
     Image.new("RGB", (32, 32), "white").save(files[1])
     assert facts != recognition.gallery_facts(Config(), [one, other])
 
