@@ -314,6 +314,18 @@ def reads_pools(reward: Reward) -> bool:
     return getattr(reward.encode_references, "pooled", False)
 
 
+def require_pools(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Refuse `reward.pool pool` for training prompts of which none has further photos.
+
+    Held-out prompts may do without: their people are compared with one photo.
+    """
+    if reads_pools(reward) and not any(prompt.more for prompt in prompts):
+        raise UserError(
+            "reward.pool pool: no row of data.prompts has further photos; add the column more_paths, "
+            "or leave out reward.pool"
+        )
+
+
 def check_references(
     reward: Reward,
     prompts: Sequence[Prompt],
@@ -346,11 +358,6 @@ def check_references(
             photos.setdefault(photo.key, (photo, prompt.text))
     conditioning = set(photos)
     if reads_pools(reward):
-        if prompts and not any(prompt.more for prompt in prompts):
-            raise UserError(
-                "reward.pool pool: no row of the prompts has further photos; add the column "
-                "more_paths, or leave out reward.pool"
-            )
         for prompt, groups in zip(prompts, listed.more, strict=True):
             for photo in itertools.chain(*groups):
                 photos.setdefault(photo.key, (photo, prompt.text))

@@ -37,7 +37,12 @@ from jax_idgrpo.parallel.hosts import (
     folder_facts,
     to_host,
 )
-from jax_idgrpo.rewards.base import References, check_references, differentiable
+from jax_idgrpo.rewards.base import (
+    References,
+    check_references,
+    differentiable,
+    require_pools,
+)
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
@@ -114,6 +119,7 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     conditioning.warn_of_cut(run.pipe.tokenizer, prompts, config.data.text_length)
     conditioning.warn_of_padding(prompts, config.data.max_people)
     cache = conditioning.Cache()
+    require_pools(run.reward, prompts)
     check_references(run.reward, prompts, consume=photo_encoder(run, prompts, cache))
     warn_of_lookalikes(run.reward, prompts)
     # The first update donates the arrays of the state.

@@ -7,7 +7,7 @@ from jax_idgrpo import cli
 from jax_idgrpo import config as c
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.rewards.base import References, check_references
+from jax_idgrpo.rewards.base import References, check_references, require_pools
 from jax_idgrpo.rewards.factory import make_face_reward
 
 
@@ -31,5 +31,7 @@ def test_drawn_pools_are_of_the_right_people(tmp_path):
     assert cosine.min() > 0.7
     assert cosine.max() < 0.9999
     np.testing.assert_array_equal(with_pool.crops, alone.crops)
-    with pytest.raises(UserError, match="no row of the prompts has further photos"):
-        check_references(pooled, one)
+    check_references(pooled, one)  # held-out prompts may have one photo per person
+    require_pools(photo, one)
+    with pytest.raises(UserError, match="no row of data.prompts has further photos"):
+        require_pools(pooled, one)
