@@ -101,7 +101,9 @@ def test_sample_adds_the_adapters_that_it_is_given(
         (tmp_path / name).mkdir()
     words = ["sample", str(config_file), "--prompts", str(prompts_file), "--out", str(tmp_path)]
     words += ["--lora", f"{tmp_path / 'a'}:0.5", "--lora", str(tmp_path / "b")]
-    *_, lora = call("jax_idgrpo.evaluation.commands:sample", monkeypatch, words)
+    words += ["--best-of", "4"]
+    *_, lora, best_of = call("jax_idgrpo.evaluation.commands:sample", monkeypatch, words)
+    assert best_of == 4
     assert lora == LoRASum(((tmp_path / "a", 0.5), (tmp_path / "b", 1.0)))
 
 
@@ -144,7 +146,10 @@ def test_sample_and_score(monkeypatch, config_file, prompts_file, tmp_path):
         prompts_file,
         tmp_path / "o",
         None,
+        1,
     )
+    with pytest.raises(UserError, match="--best-of is 0; use 1 or more"):
+        cli.run([*arguments, "--best-of", "0"])
     arguments = [
         "score",
         str(config_file),
