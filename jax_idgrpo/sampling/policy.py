@@ -90,15 +90,15 @@ class Weakening:
           shift: of the flow.
 
         Raises:
-          UserError: no step of the schedule lies in `branch.steps`.
+          UserError: no step of the schedule is in `branch.steps`.
         """
         first, last = branch.steps
         timesteps = flow.timesteps(steps, shift)
         acts = timesteps[[first <= index / steps < last for index in range(steps)]]
         if not len(acts):
             raise UserError(
-                f"weakened: none of the {steps} steps lies in its steps {list(branch.steps)}; widen "
-                "them"
+                f"weakened: none of the {steps} denoising steps is in {list(branch.steps)}; widen "
+                "its steps"
             )
         return cls(branch, (int(acts[-1]), int(acts[0])))
 
@@ -192,7 +192,7 @@ class Policy:
           evaluation: whether to take those of the evaluation.
 
         Raises:
-          UserError: the transformer lacks a block that is to be skipped, or no step is weakened.
+          UserError: no step is weakened.
         """
         own: RolloutConfig | EvaluateConfig = config.evaluate if evaluation else config.rollout
         name = f"{own.section}.weakened"

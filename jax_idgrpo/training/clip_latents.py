@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from jax_idgrpo import flow
 from jax_idgrpo.config import Config, VideoConfig
+from jax_idgrpo.data.controls import file_digest
 from jax_idgrpo.data.photos import load_reference
 from jax_idgrpo.data.video import File, read_frames
 from jax_idgrpo.errors import UserError
@@ -110,8 +111,7 @@ def content_hash(file: File) -> str:
     try:
         if not isinstance(file, Path):
             return hashlib.sha256(file.read_bytes()).hexdigest()
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_digest(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check its path") from None
 

@@ -349,7 +349,8 @@ def matched_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
 def rewarded_loss(rule: UpdateRule, lora: nnx.State, given: LossInputs) -> Rows:
     """Compute the objective of kind "reward": minus the reward after `gradient_steps` Euler steps.
 
-    The distance from the base is summed over these steps, weighted by `grpo.kl_weights`. The method is DRaFT-K (arXiv 2309.17400),
+    The distance from the base is summed over these steps, weighted by `grpo.kl_weights`. The method
+    is DRaFT-K (arXiv 2309.17400),
     and IPRO with the distance from the base. The backward pass rematerialises the denoising steps,
     the chunks of the decoder and the reward one at a time. The activations of one decoder chunk
     dominate the memory.

@@ -157,7 +157,7 @@ def test_it_acts_on_the_steps_that_are_asked():
     changed = [velocity(parts, time=jnp.full(ROWS, time)) for time in times]
     np.testing.assert_allclose(changed[0], plain[0], rtol=1e-5, atol=1e-5)
     assert np.abs(changed[1] - plain[1]).max() > 1e-3
-    with pytest.raises(UserError, match=r"none of the 3 steps lies in its steps \[0.4, 0.5\]"):
+    with pytest.raises(UserError, match=r"none of the 3 denoising steps is in \[0.4, 0.5\]"):
         weakening(steps=[0.4, 0.5], scale=0.5, photos="none")
 
 
