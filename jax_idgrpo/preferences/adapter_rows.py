@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_idgrpo.data.controls import file_digest
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import print_once
@@ -196,14 +197,14 @@ def _check_people(name: str, people: int, most: int) -> None:
 
 
 def _digest(clip: Clip) -> str:
-    """Digest a clip in the form of `data.prompts.row_digests`: by name and size of its files."""
+    """Digest a clip in the form of `data.prompts.row_digests`, by the content of its files."""
 
     def short(*values: object) -> str:
         return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
     photos = [*clip.references, *(photo for group in clip.more for photo in group)]
     files = [clip.video, *(photo for photo in photos if isinstance(photo, Path))]
-    return f"{short(clip.prompt)}-{short(*((f.name, f.stat().st_size) for f in files))}"
+    return f"{short(clip.prompt)}-{short(*map(file_digest, files))}"
 
 
 def _trained(clip: Clip, options: AdapterOptions) -> TrainedVideo:
