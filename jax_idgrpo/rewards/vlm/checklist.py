@@ -7,7 +7,7 @@
 
 The questions are such that yes is the good answer. `gate` is the number, from 1, of an earlier
 question; unless its answer is yes, the question does not count. `{text_prompt}` in a question
-stands for the prompt of the video.
+is replaced by the prompt of the video.
 
 Source: VisionReward, arXiv 2412.21059; the format and the questions of this project are its own.
 """
