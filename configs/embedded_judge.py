@@ -4,11 +4,19 @@ Network, crop, seed and people differ from those of `embedded_embedder.py`. It t
 minutes on two CPU cores.
 """
 
-from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, OptimizerConfig, RunConfig
+from jax_idgrpo.config import (
+    EMBEDDED,
+    Config,
+    FinetuneConfig,
+    OptimizerConfig,
+    RunConfig,
+    VideoConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
+        video=VideoConfig(frames=9, height=64, width=64, fps=8),
         optimizer=OptimizerConfig(
             learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99
         ),

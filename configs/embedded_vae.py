@@ -10,7 +10,7 @@ and two, which take 20 and 23 minutes on two shared CPU cores. Part three would 
 without changing the latents that the transformer was trained on.
 """
 
-from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig
+from jax_idgrpo.config import Config, FinetuneConfig, OptimizerConfig, RunConfig, VideoConfig
 
 NETWORK = {"base_dim": 8, "dim_mult": [1, 2, 4, 5], "num_res_blocks": 1}
 LOSS = {
@@ -37,9 +37,10 @@ def get_config() -> Config:
         "clips_from": 1781,
         "clips_every": 1,
         "frames": 9,
-        "crop": 64,
+        "crop": 0,
     }
     return Config(
+        video=VideoConfig(frames=9, height=64, width=64, fps=8),
         run=RunConfig(steps=2768, seed=7, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,
         finetune=FinetuneConfig(

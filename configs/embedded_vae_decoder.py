@@ -8,7 +8,7 @@ import dataclasses
 
 from embedded_vae import LOSS, NETWORK, OPTIMIZER
 
-from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
+from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig, VideoConfig
 
 COLOURS = [[0.5774, 0.5774, 0.5774], [1.0607, 0.0, -1.0607], [1.2247, -2.4495, 1.2247]]
 
@@ -24,6 +24,7 @@ def get_config() -> Config:
     }
     options = {"train": "decoder"} | NETWORK | seen | LOSS | {"colours": COLOURS}
     return Config(
+        video=VideoConfig(frames=9, height=64, width=64, fps=8),
         run=RunConfig(steps=1500, seed=9, save_every=250, keep=2, sample_every=500),
         optimizer=dataclasses.replace(OPTIMIZER, learning_rate=2e-3),
         finetune=FinetuneConfig(

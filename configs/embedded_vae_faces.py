@@ -2,7 +2,7 @@
 
 from embedded_vae import LOSS, NETWORK, OPTIMIZER
 
-from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig
+from jax_idgrpo.config import EMBEDDED, Config, FinetuneConfig, RunConfig, VideoConfig
 
 
 def get_config() -> Config:
@@ -15,6 +15,7 @@ def get_config() -> Config:
         "crop": 32,
     }
     return Config(
+        video=VideoConfig(frames=9, height=64, width=64, fps=8),
         run=RunConfig(steps=3880, seed=8, save_every=250, keep=2, sample_every=500),
         optimizer=OPTIMIZER,
         finetune=FinetuneConfig(

@@ -218,10 +218,15 @@ class GrpoConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """AdamW after clipping to a global norm."""
+    """The optimizer, after clipping to a global norm."""
 
     section: ClassVar[str] = "optimizer"
 
+    name: str = option(
+        "adamw",
+        "adamw, or muon: Muon for the weight matrices of layers and AdamW for all other parameters",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = option(1e-4, "peak learning rate", above=0)
     beta1: float = option(0.9, "decay of the first moment")
     beta2: float = option(0.999, "decay of the second moment")

@@ -255,6 +255,11 @@ class VideoConfig(Section):
         super().__post_init__()
         require_size("video", self.frames, self.height, self.width)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width) in pixels."""
+        return self.height, self.width
+
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig(Section):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jax_idgrpo.synthetic.people import Identity, _Shape
 
-POINTS = 64.0  # height and width of a picture in points
+POINTS = 64.0  # height of a picture in points; points are square
 
 
 class Pose(NamedTuple):
@@ -88,7 +88,7 @@ def _paint_person(canvas, person: Identity, pose: Pose, light: Light, present, x
     )
     crown, brim_width, brim_thickness, brim_offset, hat_height = person.headwear
     garment, hat = person.labels[3], person.labels[4]
-    per_unit = pose.scale * (x.shape[1] / POINTS)  # pixels per head unit
+    per_unit = pose.scale * (x.shape[0] / POINTS)  # pixels per head unit
 
     per_point = 1.0 / pose.scale
     dx, dy = (x - pose.x) * per_point, (y - pose.y) * per_point
@@ -355,18 +355,23 @@ def _truth(person: Identity, pose: Pose) -> tuple[Float[Array, "4"], Float[Array
     return box, turned * pose.scale + jnp.stack([pose.x, pose.y])
 
 
+def points_wide(size: tuple[int, int]) -> float:
+    """Return the width in points of a picture of (height, width) in pixels."""
+    return POINTS * size[1] / size[0]
+
+
 def _grid(size: tuple[int, int]):
     """Return the pixel centres (x, y) in points, each [H,W]."""
     height, width = size
-    x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * (POINTS / width)
+    x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * (points_wide(size) / width)
     y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * (POINTS / height)
     return jnp.meshgrid(x, y)
 
 
-def _portrait_pose(u: Float[Array, "12"]) -> Pose:
-    """Make the pose of a portrait from numbers in [-1, 1]."""
+def _portrait_pose(u: Float[Array, "12"], width: float) -> Pose:
+    """Make the pose of a portrait that is `width` points wide from numbers in [-1, 1]."""
     return Pose(
-        x=32.0 + u[0],
+        x=width / 2 + u[0],
         y=34.0 + u[1],
         scale=20.5 + 1.0 * u[2],
         yaw=0.22 * u[3],
@@ -387,10 +392,11 @@ def portrait_truth(
 
     Args: those of `render_portrait`, which renders the portrait.
     """
-    pose = _portrait_pose(jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0))
+    u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
+    pose = _portrait_pose(u, points_wide(size))
     box, landmarks = _truth(person, pose)
-    ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
-    return box * jnp.tile(ratio, 2), landmarks * ratio
+    ratio = size[0] / POINTS
+    return box * ratio, landmarks * ratio
 
 
 def render_portrait(
@@ -404,7 +410,7 @@ def render_portrait(
       size: (height, width) in pixels.
     """
     u = jax.random.uniform(key, (12,), jnp.float32, -1.0, 1.0)
-    pose = _portrait_pose(u)
+    pose = _portrait_pose(u, points_wide(size))
     light = Light(colour=jnp.ones(3) * (1.0 + 0.06 * u[8]), direction=0.07 * u[9])
     x, y = _grid(size)
     canvas, _, _ = _paint_person(jnp.ones((3, *size), jnp.float32), person, pose, light, 1.0, x, y)

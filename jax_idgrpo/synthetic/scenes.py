@@ -12,6 +12,7 @@ pixels. Times are in seconds; a clip has 8 frames per second.
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -41,6 +42,7 @@ from jax_idgrpo.synthetic.renderer import (
     _grid,
     _paint_person,
     _truth,
+    points_wide,
     portrait_truth,
     render_portrait,
 )
@@ -69,6 +71,27 @@ class Scene:
     decor: Float[Array, "*n 4"]  # numbers in [0, 1] that vary the background
 
 
+class Framing(NamedTuple):
+    """How close the people of a clip are and how fast they move.
+
+    Attributes:
+      scales: points per head unit with one, two and three people.
+      spread: largest relative deviation of a person's scale.
+      pace: speed of all movements, 1 for that of square clips.
+    """
+
+    scales: tuple[float, float, float]
+    spread: float
+    pace: float
+
+
+def framing_of(size: tuple[int, int]) -> Framing:
+    """Return the framing of pictures of (height, width): wide pictures are closer and calmer."""
+    if size[1] > size[0]:
+        return Framing(scales=(17.0, 16.0, 15.0), spread=0.05, pace=0.5)
+    return Framing(scales=(13.4, 12.4, 10.6), spread=0.09, pace=1.0)
+
+
 # Random numbers of a scene that its prompt describes: colours, light and background.
 _DESCRIBED_NUMBERS = (3, 8, 9, 10)
 
@@ -87,7 +110,10 @@ def pose_at(scene: Scene, time: Float[Array, ""]) -> Pose:
 
 
 def sample_scene(
-    key: PRNGKeyArray, mask: Bool[Array, " M"], variant: int | Int[Array, ""] = 0
+    key: PRNGKeyArray,
+    mask: Bool[Array, " M"],
+    variant: int | Int[Array, ""] = 0,
+    size: tuple[int, int] = (64, 64),
 ) -> Scene:
     """Sample a scene: positions in random order, actions, light and background.
 
@@ -96,7 +122,9 @@ def sample_scene(
       mask: people who are present.
       variant: variants of a scene share everything in the prompt and the order of the people; all
         other numbers are sampled independently.
+      size: (height, width) of the pictures in pixels, which decides the framing.
     """
+    width, framing = points_wide(size), framing_of(size)
     people = mask.shape[0]
     count = jnp.maximum(jnp.sum(mask), 1)
     fields = len(Pose._fields)
@@ -122,13 +150,16 @@ def sample_scene(
 
     # Absent people rank last, so the present ones share the width evenly.
     rank = jnp.argsort(jnp.argsort(jnp.where(mask, place, 2.0)))
-    centre = POINTS * (rank + 0.5) / count + u[:, 0] * jnp.where(count > 1, 2.5, 7.0)
-    scale = jnp.where(count > 2, 10.6, jnp.where(count > 1, 12.4, 13.4)) * (1.0 + 0.09 * u[:, 1])
+    centre = width * (rank + 0.5) / count + u[:, 0] * jnp.where(count > 1, 2.5, 7.0)
+    scale = jnp.asarray(framing.scales)[jnp.minimum(count, 3) - 1]
+    scale = scale * (1.0 + framing.spread * u[:, 1])
     top = jnp.where(count > 2, 27.0, 28.0) + 4.0 * u[:, 2]
 
     action = index(0.5 * (u[:, 23] + 1.0), len(_ACTIONS))
     action = jnp.where(
-        (action == 0) & (centre < 20), 1, jnp.where((action == 1) & (centre > 44), 0, action)
+        (action == 0) & (centre < 20),
+        1,
+        jnp.where((action == 1) & (centre > width - 20), 0, action),
     )
     does = lambda k: (action == k).astype(jnp.float32)  # noqa: E731
     walk, turn, nod, talk, dance = does(1) - does(0), does(2), does(3), does(4), does(5)
@@ -179,9 +210,9 @@ def sample_scene(
     other = (first + 1 + index(w[3], len(_COLOURS) - 1)) % len(_COLOURS)
     return Scene(
         base=base,
-        slope=slope,
+        slope=framing.pace * slope,
         amplitude=amplitude,
-        rate=rate,
+        rate=framing.pace * rate,
         phase=phase,
         depth=scale + 3.0 * (w[12] - 0.5) * jnp.where(rank == 0, 1.0, -1.0),
         action=action,
@@ -308,10 +339,10 @@ def render_clip(
         boxes, landmarks = jax.vmap(_truth)(people, poses)
         # Divide by the area of the whole oval, so that parts outside the picture count as hidden.
         shapes = people.shape
-        ratio = jnp.array([size[1] / POINTS, size[0] / POINTS])
-        area = _oval_area(shapes) * poses.scale**2 * ratio[0] * ratio[1]
+        ratio = size[0] / POINTS
+        area = _oval_area(shapes) * poses.scale**2 * ratio**2
         visible = jnp.clip(jnp.sum(faces, axis=(1, 2)) / area, 0.0, 1.0)
-        return canvas, boxes * jnp.tile(ratio, 2), landmarks * ratio, visible
+        return canvas, boxes * ratio, landmarks * ratio, visible
 
     video, boxes, landmarks, visible = jax.vmap(frame)(
         jnp.arange(frames, dtype=jnp.float32) / FRAMES_PER_SECOND
@@ -379,7 +410,7 @@ def draw(
     """
     people = identity(ids)
     scene_key, portrait_key = jax.random.split(key)
-    scene = jax.vmap(lambda k, m: sample_scene(k, m, variant))(
+    scene = jax.vmap(lambda k, m: sample_scene(k, m, variant, size))(
         jax.random.split(scene_key, ids.shape[0]), mask
     )
     clip = jax.vmap(lambda p, m, s: render_clip(p, m, s, frames, size))(people, mask, scene)

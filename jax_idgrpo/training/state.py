@@ -8,9 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.config import OptimizerConfig
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.models import experts
 
 Parameters: TypeAlias = PyTree
@@ -102,23 +104,65 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warm, then], [config.warmup]) if config.warmup else then
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Make AdamW with gradient clipping to a global norm of `max_norm`.
+MUON_RMS = 0.2
+"""Root mean square of Muon's updates relative to the learning rate, as measured for AdamW.
 
-    `eps` is added outside the square root. Weight decay is decoupled and scaled by the learning
+Source: arXiv 2502.16982. One learning rate then serves both optimizers.
+"""
+
+
+def matrices(params: Parameters) -> PyTree:
+    """Mark the parameters that Muon trains, for `optax.contrib.muon`.
+
+    They are the kernels of stacked layers, [layers, in, out]. Muon orthogonalises the update of
+    each layer. Kernels outside the layers (embeddings, output) are left to AdamW, as published.
+
+    Raises:
+      UserError: there is no such kernel.
+    """
+
+    def mark(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        stacked = leaf.ndim == 3 and "kernel" in jax.tree_util.keystr(path)
+        return optax.contrib.MuonDimensionNumbers(1, 2) if stacked else None
+
+    marked = jax.tree_util.tree_map_with_path(mark, params)
+    if not jax.tree.leaves(marked):
+        raise UserError(
+            "optimizer.name is muon, and the trained network has no stacked weight matrices; use "
+            "adamw"
+        )
+    return marked
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Make AdamW or Muon with gradient clipping to a global norm of `max_norm`.
+
+    Muon's momentum, also that of the parameters that AdamW trains, is Nesterov's. AdamW adds `eps` outside the square root. Weight decay is decoupled and scaled by the learning
     rate.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_norm),
-        optax.adamw(
-            learning_rate(config, total_steps),
+    rate = learning_rate(config, total_steps)
+    if config.name == "muon":
+        update = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            mu_dtype=jnp.float32,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        update = optax.adamw(
+            rate,
             config.beta1,
             config.beta2,
             config.eps,
             mu_dtype=jnp.float32,
             weight_decay=config.weight_decay,
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.max_norm), update)
 
 
 def ema_decay(step: int | Int[Array, ""], decay: float) -> Float[Array, ""]:

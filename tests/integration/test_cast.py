@@ -277,6 +277,21 @@ def test_other_sizes_show_the_same_scene(drawn):
     assert np.abs(halved - drawn.video[:, 0]).mean() < 0.03
 
 
+def test_wide_clips_are_closer_and_calmer(drawn):
+    wide = jax.device_get(scenes.batch(5, 2, ROWS, "train", FRAMES, (64, 96)))
+    seen = drawn.mask[:, None] & (drawn.visible > 0.9) & (wide.visible > 0.9)
+    height, square = (b.boxes[..., 3] - b.boxes[..., 1] for b in (wide, drawn))
+    assert np.quantile(height[seen], 0.05) > 27
+    assert np.median(height[seen] / square[seen]) > 1.2
+    moved = [
+        np.abs(np.diff(b.boxes, axis=1))[drawn.mask[:, None].repeat(2, 1)] for b in (wide, drawn)
+    ]
+    assert moved[0].mean() < 0.8 * moved[1].mean()
+    # A photo is the square photo with white at both sides.
+    np.testing.assert_allclose(wide.portraits[:, :, :, 16:80], drawn.portraits, atol=2e-3)
+    assert (wide.portraits[:, :, :8, :8] > 0.99).all()
+
+
 def test_prompts_use_the_vocabulary_and_name_what_is_drawn(drawn):
     words = captions.vocabulary()
     assert len(words) < 200

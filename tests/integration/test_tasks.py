@@ -131,7 +131,7 @@ def pool(rows=40):
 def test_batches_hold_equally_many_people_and_sometimes_the_negative_prompt():
     made = pool()
     rows = {count: np.flatnonzero(made.people == count) for count in (1, 2, 3)}
-    batches = [transformer.pick(made, rows, 16, 0.25, seed=1, step=step) for step in range(30)]
+    batches = [transformer.pick(made, rows, 16, 0.25, 0.0, seed=1, step=step) for step in range(30)]
     assert {batch["photos"].shape[1] for batch in batches} == {1, 2, 3}
     for batch in batches:
         people = batch["photos"].shape[1]
@@ -144,9 +144,34 @@ def test_batches_hold_equally_many_people_and_sometimes_the_negative_prompt():
         [(batch["text"] == made.negative.astype(np.float32)).all(axis=(1, 2)) for batch in batches]
     )
     assert 0.15 < dropped < 0.35
-    again = transformer.pick(made, rows, 16, 0.25, seed=1, step=4)
+    again = transformer.pick(made, rows, 16, 0.25, 0.0, seed=1, step=4)
     for name in again:
         np.testing.assert_array_equal(again[name], batches[4][name])
+
+
+def test_some_batches_have_no_photos_and_train_text_to_video():
+    made = pool()
+    rows = {count: np.flatnonzero(made.people == count) for count in (1, 2, 3)}
+    batches = [transformer.pick(made, rows, 4, 0.0, 0.3, seed=1, step=step) for step in range(60)]
+    shown = np.array([batch["photos"].shape[1] for batch in batches])
+    assert 0.15 < np.mean(shown == 0) < 0.45
+    frames = []
+
+    def network(latents, timesteps, text, control):
+        frames.append(latents.shape[1])
+        return jnp.zeros_like(latents)
+
+    without = batches[int(np.flatnonzero(shown == 0)[0])]
+    value, _ = transformer.loss(
+        network,
+        without,
+        jax.random.key(0),
+        grey=jnp.zeros((2, 4, 4, 16)),
+        order="diffusers",
+        shift=3.0,
+    )
+    assert frames == [2]  # the video's own: there is no slot for a photo
+    assert value > 0.5
 
 
 def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
@@ -181,7 +206,9 @@ def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
 
 
 def test_faces_weigh_more():
-    batch = transformer.pick(pool(), {k: np.arange(k - 1, 40, 3) for k in (1, 2, 3)}, 8, 0.0, 0, 0)
+    batch = transformer.pick(
+        pool(), {k: np.arange(k - 1, 40, 3) for k in (1, 2, 3)}, 8, 0.0, 0.0, 0, 0
+    )
     people = batch["photos"].shape[1]
     mark = np.zeros((8, people + 2, 4, 4, 16), np.float32)
     mark[:, people:, 1, 1] = 50.0  # an error in one cell of every video frame

@@ -178,6 +178,6 @@ def test_face_weights():
 
 
 def test_windows_hold_a_face_of_every_row():
-    view = task_vae.View("train", face_weight=3.0, crop=32)
+    view = task_vae.View("train", (64, 64), face_weight=3.0, crop=32)
     group = task_vae._draw_pictures(rng.key(3, "data"), 24, 8, view)
     assert (jnp.mean(group.weight == 3.0, axis=(1, 2, 3)) > 0.15).all()

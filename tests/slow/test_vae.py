@@ -74,7 +74,7 @@ def test_the_decoder_alone_leaves_the_encoder():
 
 def test_saved_statistics_normalise_the_latents():
     graph, state = tiny_vae()
-    network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1)
+    network = task_vae.with_statistics(nnx.merge(graph, state), seed=1, frames=1, size=(64, 64))
     assert network.config.latents_mean != TINY.latents_mean
     groups = [
         task_vae._draw_pictures(rng.key(seed, "data"), 32, 32, task_vae.View("train"))

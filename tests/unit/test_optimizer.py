@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_idgrpo.config import OptimizerConfig
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.training.state import (
     apply_gradients,
     ema_decay,
@@ -60,6 +61,35 @@ def test_equals_clipping_then_adamw(scale):
         assert float(logged["gradient_norm"]) == pytest.approx(norm, rel=1e-6)
     ours = np.concatenate([np.ravel(leaf) for leaf in state.params])
     np.testing.assert_allclose(ours, adamw(config, params, gradients), rtol=2e-6, atol=2e-6)
+
+
+def test_muon_makes_the_update_of_every_layer_orthogonal():
+    config = OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.0, max_norm=1e9)
+    random = np.random.default_rng(0)
+    params = {
+        "blocks": {"kernel": jnp.zeros((2, 8, 12)), "bias": jnp.zeros((2, 12))},
+        "out": {"kernel": jnp.zeros((8, 4))},
+    }
+    gradient = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
+    optimizer = make_optimizer(config, total_steps=3)
+    state, _ = apply_gradients(start(optimizer, params), gradient, optimizer, 0, 0.9)
+    moved = jax.device_get(state.params)
+    for layer in moved["blocks"]["kernel"]:
+        values = np.linalg.svd(layer, compute_uv=False)
+        # Five Newton-Schulz steps bring singular values near 1; the scale is that of AdamW.
+        assert values.max() / values.min() < 2.5
+        assert np.sqrt(np.mean(layer**2)) == pytest.approx(0.2 * config.learning_rate, rel=0.3)
+    # All other parameters take AdamW's first step (with Nesterov momentum): the gradient's sign.
+    for part, name in (("out", "kernel"), ("blocks", "bias")):
+        steps = moved[part][name] / -np.sign(gradient[part][name])
+        np.testing.assert_allclose(steps, steps.max(), rtol=1e-4)
+        assert config.learning_rate <= steps.max() < 2 * config.learning_rate
+
+
+def test_muon_is_refused_where_there_is_nothing_for_it():
+    optimizer = make_optimizer(OptimizerConfig(name="muon"), total_steps=3)
+    with pytest.raises(UserError, match="no stacked weight matrices; use adamw"):
+        start(optimizer, {"lora_a": jnp.ones((2, 8, 4))})
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

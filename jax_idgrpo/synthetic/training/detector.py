@@ -46,7 +46,7 @@ from jax_idgrpo.training.task import Task
 SEEN, HIDDEN = 0.4, 0.1
 
 
-@functools.partial(jax.jit, static_argnames=("frames", "portraits"))
+@functools.partial(jax.jit, static_argnames=("frames", "portraits", "size"))
 def draw(
     seed: int | Array,
     step: int | Array,
@@ -54,6 +54,7 @@ def draw(
     portraits: int,
     first_id: int | Array,
     last_id: int | Array,
+    size: tuple[int, int] = (64, 64),
 ) -> FacePictures:
     """Render frames and portraits of random people: a pure function of the arguments.
 
@@ -63,13 +64,13 @@ def draw(
       frames: number of frames.
       portraits: number of portraits.
       first_id, last_id: range of the people's ids; last_id is exclusive.
+      size: (height, width) in pixels.
     """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     ids = jax.random.randint(keys[0], (frames, people.MAX_PEOPLE), first_id, last_id)
-    clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames))
-    return join(
-        clips, draw_portraits(keys[4], jax.random.randint(keys[3], (portraits,), first_id, last_id))
-    )
+    clips = draw_frames(keys[2], ids, scenes.sample_mask(keys[1], frames), size)
+    shown = jax.random.randint(keys[3], (portraits,), first_id, last_id)
+    return join(clips, draw_portraits(keys[4], shown, size))
 
 
 def targets(
@@ -123,6 +124,7 @@ def levels(
     faces: int,
     threshold: float,
     blur: float,
+    size: tuple[int, int] = (64, 64),
     rounds: int = 8,
 ) -> dict[str, float]:
     """Measure recall, false detections per picture and landmark error on held-out people.
@@ -136,6 +138,7 @@ def levels(
       faces: largest number of detections per picture.
       threshold: smallest score of a detection.
       blur: largest blur width in pixels.
+      size: (height, width) in pixels.
       rounds: number of rounds.
     """
     graph, state = nnx.split(module)
@@ -163,7 +166,7 @@ def levels(
 
     sums: dict[str, float] = {}
     for number in range(rounds):
-        truth = draw(7, number, frames, portraits, *people.SPLITS["eval"])
+        truth = draw(7, number, frames, portraits, *people.SPLITS["eval"], size)
         for name, value in jax.device_get(measure(state, truth, jax.random.key(number))).items():
             sums[name] = sums.get(name, 0.0) + float(value)
     pictures = rounds * (frames + portraits)
@@ -176,6 +179,7 @@ def make(config: Config) -> Task:
     options: dict[str, Any] = dict(config.finetune.options)
     portraits = round(config.finetune.batch * options["portraits"])
     frames, blur = config.finetune.batch - portraits, options["blur"]
+    size = config.video.size
     network = DetectorConfig(**options["network"])
     stored = {"max_faces": options["max_faces"], "threshold": options["threshold"]}
 
@@ -185,7 +189,7 @@ def make(config: Config) -> Task:
         return Detector(network, rngs=nnx.Rngs(key))
 
     def batch(seed: int, step: int) -> FacePictures:
-        return draw(seed, step, frames, portraits, *people.SPLITS["train"])
+        return draw(seed, step, frames, portraits, *people.SPLITS["train"], size)
 
     def loss(
         module: nnx.Module, truth: FacePictures, key: jax.Array
@@ -195,7 +199,13 @@ def make(config: Config) -> Task:
     def save(module: nnx.Module, folder: Path) -> None:
         measured = {
             name: levels(
-                module, frames, portraits, options["max_faces"], options["threshold"], strength
+                module,
+                frames,
+                portraits,
+                options["max_faces"],
+                options["threshold"],
+                strength,
+                size,
             )
             for name, strength in (("sharp", 0.0), ("blurred", blur))
         }

@@ -41,6 +41,7 @@ from jax_idgrpo.training.task import Task
 
 # The landmarks of an average head seen from the front, in head units from the face's centre.
 _HEAD = ((-0.36, -0.05), (0.36, -0.05), (0.0, 0.31), (-0.295, 0.60), (0.295, 0.60))
+PORTRAIT = (64, 64)  # height and width of the portraits that start the class centres
 _MIDDLE = -0.1  # height of the crop's centre, in head units
 _JITTER = 0.06  # standard deviation of the landmark error, relative to the eye-mouth distance
 
@@ -96,9 +97,14 @@ def arcface_loss(
     return jnp.sum(weight * losses) / total, {"accuracy": jnp.sum(weight * right) / total}
 
 
-@functools.partial(jax.jit, static_argnames="rows")
+@functools.partial(jax.jit, static_argnames=("rows", "size"))
 def draw(
-    seed: int | Array, step: int | Array, rows: int, people: int | Array, first_id: int | Array
+    seed: int | Array,
+    step: int | Array,
+    rows: int,
+    people: int | Array,
+    first_id: int | Array,
+    size: tuple[int, int] = (64, 64),
 ) -> FacePictures:
     """Render `rows` frames of up to three people, and one portrait for each row.
 
@@ -108,6 +114,7 @@ def draw(
       rows: number of frames, and of portraits.
       people: number of training people.
       first_id: first id of these people.
+      size: (height, width) in pixels.
     """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step), 5)
     part = people // MAX_PEOPLE
@@ -119,7 +126,7 @@ def draw(
     count = 1 + jax.random.choice(keys[1], 3, (rows,), p=jnp.array([0.2, 0.3, 0.5]))
     mask = jnp.arange(MAX_PEOPLE) < count[:, None]
     ids = jax.random.permutation(keys[2], ids, axis=1, independent=True)
-    return join(draw_frames(keys[3], ids, mask), draw_portraits(keys[4], ids[:, -1]))
+    return join(draw_frames(keys[3], ids, mask, size), draw_portraits(keys[4], ids[:, -1], size))
 
 
 def crops_of(
@@ -175,7 +182,7 @@ def embed_portraits(
 
     @jax.jit
     def embed(state: Any, ids: Array) -> Array:
-        portraits = draw_portraits(jax.random.key(0), ids)
+        portraits = draw_portraits(jax.random.key(0), ids, PORTRAIT)
         return normalise(
             nnx.merge(graph, state)(
                 align(portraits.pictures, portraits.landmarks, points, embedder.config.input_size)[
@@ -197,7 +204,12 @@ def area_under_curve(same: np.ndarray, different: np.ndarray) -> float:
 
 
 def verify(
-    embedder: nnx.Module, points: Points, blur: float | None, rows: int, rounds: int = 12
+    embedder: nnx.Module,
+    points: Points,
+    blur: float | None,
+    rows: int,
+    size: tuple[int, int] = (64, 64),
+    rounds: int = 12,
 ) -> dict[str, float]:
     """Verify portraits against frames of held-out people.
 
@@ -206,23 +218,24 @@ def verify(
       points: landmarks in the crop.
       blur: see `degrade`; None for clean pictures.
       rows: frames per round.
+      size: (height, width) of the pictures.
       rounds: number of rounds.
 
     Returns:
       The AUC, and quantiles of the cosines of same and different people.
     """
-    size = embedder.config.input_size
+    crop = embedder.config.input_size
     graph, state = nnx.split(embedder)
     first, last = SPLITS["eval"]
 
     @jax.jit
     def embed(state, truth, key):
-        crops, ids, seen = crops_of(key, truth, points, size, blur)
+        crops, ids, seen = crops_of(key, truth, points, crop, blur)
         return normalise(nnx.merge(graph, state)(crops)), ids, seen
 
     same, different = [], []
     for number in range(rounds):
-        truth = draw(7, number, rows, last - first, first)
+        truth = draw(7, number, rows, last - first, first, size)
         embeddings, ids, seen = (np.asarray(x) for x in embed(state, truth, jax.random.key(number)))
         slots = rows * MAX_PEOPLE
         frames, portraits = np.flatnonzero(seen[:slots]), np.arange(slots, len(ids))
@@ -259,7 +272,7 @@ def make(config: Config) -> Task:
         return classifier
 
     def batch(seed: int, step: int) -> FacePictures:
-        return draw(seed, step, rows, people, first_id)
+        return draw(seed, step, rows, people, first_id, config.video.size)
 
     def loss(
         module: nnx.Module, truth: FacePictures, key: jax.Array
@@ -272,7 +285,7 @@ def make(config: Config) -> Task:
 
     def save(module: nnx.Module, folder: Path) -> None:
         levels = {
-            name: verify(module.embedder, points, blur, rows)
+            name: verify(module.embedder, points, blur, rows, config.video.size)
             for name, blur in (("clean", None), ("degraded", options["blur"]))
         }
         save_network(

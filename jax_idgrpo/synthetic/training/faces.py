@@ -30,7 +30,10 @@ class FacePictures:
 
 
 def draw_frames(
-    key: PRNGKeyArray, ids: Int[Array, "N M"], mask: Bool[Array, "N M"]
+    key: PRNGKeyArray,
+    ids: Int[Array, "N M"],
+    mask: Bool[Array, "N M"],
+    size: tuple[int, int],
 ) -> FacePictures:
     """Render one frame per row, at a random moment of a clip.
 
@@ -38,15 +41,18 @@ def draw_frames(
       key: key of scenes and moments.
       ids: ids of the people.
       mask: people who are present.
+      size: (height, width) in pixels.
     """
     scene_key, time_key = jax.random.split(key)
     people = identity(ids)
-    scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, ids.shape[0]), mask)
+    scene = jax.vmap(lambda k, m: scenes.sample_scene(k, m, size=size))(
+        jax.random.split(scene_key, ids.shape[0]), mask
+    )
     moment = jax.random.uniform(time_key, (ids.shape[0], 1, 1))
     scene = dataclasses.replace(
         scene, base=scene.base + scene.slope * moment, phase=scene.phase + scene.rate * moment
     )
-    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames=1))(people, mask, scene)
+    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, 1, size))(people, mask, scene)
     return FacePictures(
         pictures=clip.video[:, 0],
         boxes=clip.boxes[:, 0] - 0.5,
@@ -56,12 +62,18 @@ def draw_frames(
     )
 
 
-def draw_portraits(key: PRNGKeyArray, ids: Int[Array, " N"]) -> FacePictures:
-    """Render the reference photo of each person; M = 1."""
+def draw_portraits(key: PRNGKeyArray, ids: Int[Array, " N"], size: tuple[int, int]) -> FacePictures:
+    """Render the reference photo of each person; M = 1.
+
+    Args:
+      key: key of the poses.
+      ids: ids of the people.
+      size: (height, width) in pixels.
+    """
     people, keys = identity(ids), jax.random.split(key, ids.shape[0])
-    boxes, landmarks = jax.vmap(renderer.portrait_truth)(people, keys)
+    boxes, landmarks = jax.vmap(lambda p, k: renderer.portrait_truth(p, k, size))(people, keys)
     return FacePictures(
-        pictures=jax.vmap(renderer.render_portrait)(people, keys),
+        pictures=jax.vmap(lambda p, k: renderer.render_portrait(p, k, size))(people, keys),
         boxes=boxes[:, None] - 0.5,
         landmarks=landmarks[:, None] - 0.5,
         visible=jnp.ones((ids.shape[0], 1)),

@@ -8,7 +8,10 @@ denoised like any other frame, and the control branch supplies the clean photos.
 sigma = shift u / (1 + (shift - 1) u) with stratified u, and t = trunc(1000 sigma), as in the
 sampler's schedule. A share of the prompts is replaced by the negative prompt, so that the model
 learns the unconditional branch of guidance. All clips of a batch have the same number of people, so
-there is no padding.
+there is no padding. A share of the batches has no photos and no slots for them: text to video, which
+is the weakened branch of photo guidance (`evaluate.weakened`).
+
+With `video.frames` 1 the clips are pictures, which cost a third and teach faces before motion.
 
 Clips and photos are rendered and encoded once into a pool, a pure function of (seed, index); steps
 sample from the pool.
@@ -73,6 +76,7 @@ class Options:
       pool_file: file that stores the pool between runs; "" for none.
       face_weight: loss weight of latent cells inside faces; other cells have 1.
       text_dropout: share of prompts that are replaced by the negative prompt.
+      photo_dropout: share of batches without photos.
     """
 
     num_layers: int
@@ -86,6 +90,7 @@ class Options:
     pool_file: str = ""
     face_weight: float = 1.0
     text_dropout: float = 0.1
+    photo_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pool < CHUNK or self.pool % CHUNK:
@@ -147,12 +152,9 @@ def cell_weight(
         overlap(top, bottom, y)[..., :, None] * overlap(left, right, x)[..., None, :]
     )  # [B,F,M,h,w]
     share = jnp.max(share * (visible > 0.2)[..., None, None], axis=2)
-    rest = (
-        share[:, 1:]
-        .reshape(share.shape[0], -1, flow.FRAMES_PER_LATENT, *share.shape[2:])
-        .mean(axis=2)
-    )
-    return 1 + (face - 1) * jnp.concatenate([share[:, :1], rest], axis=1)
+    groups = (share.shape[1] - 1) // flow.FRAMES_PER_LATENT
+    rest = share[:, 1:].reshape(share.shape[0], groups, flow.FRAMES_PER_LATENT, *share.shape[2:])
+    return 1 + (face - 1) * jnp.concatenate([share[:, :1], rest.mean(axis=2)], axis=1)
 
 
 def build_pool(
@@ -257,7 +259,13 @@ def stored_pool(
 
 
 def pick(
-    pool: Pool, rows_of: dict[int, np.ndarray], size: int, text_dropout: float, seed: int, step: int
+    pool: Pool,
+    rows_of: dict[int, np.ndarray],
+    size: int,
+    text_dropout: float,
+    photo_dropout: float,
+    seed: int,
+    step: int,
 ) -> dict[str, np.ndarray]:
     """Sample a float32 batch of clips with the same number of people.
 
@@ -266,6 +274,7 @@ def pick(
       rows_of: indices of the clips by number of people.
       size: clips per batch.
       text_dropout: share of prompts that are replaced by the negative prompt.
+      photo_dropout: share of batches without photos.
       seed: seed of the run.
       step: training step.
     """
@@ -273,9 +282,10 @@ def pick(
     people = int(rng.choice(pool.people))
     rows = rng.choice(rows_of[people], size)
     dropped = rng.random(size) < text_dropout
+    shown = 0 if rng.random() < photo_dropout else people
     return {
         "video": pool.video[rows].astype(np.float32),
-        "photos": pool.photos[rows, :people].astype(np.float32),
+        "photos": pool.photos[rows, :shown].astype(np.float32),
         "text": np.where(dropped[:, None, None], pool.negative, pool.text[rows]).astype(np.float32),
         "weight": pool.weight[rows].astype(np.float32),
     }
@@ -460,7 +470,14 @@ def make(config: Config) -> Task:
         )
 
     def batch(seed: int, step: int) -> dict[str, np.ndarray]:
-        return pick(*pool(), config.finetune.batch, options.text_dropout, seed, step)
+        return pick(
+            *pool(),
+            config.finetune.batch,
+            options.text_dropout,
+            options.photo_dropout,
+            seed,
+            step,
+        )
 
     def flow_loss(transformer: WanTransformer, batch: dict[str, ArrayLike], key: Array) -> Loss:
         grey = jnp.asarray(pool()[0].grey, jnp.float32)

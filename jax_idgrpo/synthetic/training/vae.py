@@ -10,13 +10,13 @@ pictures. The convolutions are initialised to ignore earlier frames (`WanVAE`), 
 pictures carries over to clips. Windows of `crop` pixels around a face give more faces per second
 than whole pictures. Training the decoder only leaves the latents unchanged.
 
-`finetune.options`:
+`config.video` supplies the size of the pictures. `finetune.options`:
     base_dim, dim_mult, num_res_blocks  sizes of the network (`VAEConfig`)
     train                               "all", or "decoder": decode the posterior's mean, and keep
                                         the latents' statistics
     pictures, pictures_beside_clips     [frames of clips, portraits] in steps without and with clips
     clips_from, clips_every, frames     steps with clips, and the length of clips, 1 + 4n
-    crop                                height and width of a window; 64 is the whole picture
+    crop                                height and width of a window; 0 for the whole picture
     face_weight, edges, kl, colours     parameters of the loss; colours is a 3x3 matrix on RGB
 """
 
@@ -41,7 +41,6 @@ from jax_idgrpo.training.task import Loss, Task
 
 TEMPORAL_DOWNSAMPLE = (False, True, True)
 Z_DIM = 16
-SIZE = 64  # height and width of the pictures in pixels
 # Batches and rows (of clips, and of portraits) for the mean and spread of the latents.
 STATISTICS_BATCHES, STATISTICS_ROWS = 8, 16
 PREVIEW_ROWS = 6
@@ -61,6 +60,7 @@ class Group:
 def make(config: Config) -> Task:
     """Make the task; the module's docstring lists its options."""
     options = config.finetune.options
+    size = config.video.size
     decoder_only = {"all": False, "decoder": True}[options["train"]]
 
     def init(key: Key[Array, ""]) -> WanVAE:
@@ -80,7 +80,7 @@ def make(config: Config) -> Task:
     def batch(seed: int, step: int) -> tuple[Group, ...]:
         key, view = (
             rng.fold(rng.key(seed, "data"), step),
-            View("train", options["face_weight"], options["crop"]),
+            View("train", size, options["face_weight"], options["crop"]),
         )
         if step < options["clips_from"] or (step + 1) % options["clips_every"]:
             return (_draw_pictures(key, *options["pictures"], view),)
@@ -95,13 +95,18 @@ def make(config: Config) -> Task:
 
     def save(network: WanVAE, folder: Path) -> None:
         if not decoder_only:
-            network = with_statistics(network, config.run.seed, options["frames"])
+            network = with_statistics(network, config.run.seed, options["frames"], size)
         pipeline.save_vae(network, folder)
 
     def preview(network: WanVAE, folder: Path) -> None:
         key = rng.key(config.run.seed, "evaluate")
         groups = _draw_mixed(
-            key, PREVIEW_ROWS, options["frames"], PREVIEW_ROWS // 2, PREVIEW_ROWS // 2, View("eval")
+            key,
+            PREVIEW_ROWS,
+            options["frames"],
+            PREVIEW_ROWS // 2,
+            PREVIEW_ROWS // 2,
+            View("eval", size),
         )
         for name, group in zip(("clips", "pictures"), groups, strict=True):
             strips = np.concatenate(
@@ -118,11 +123,19 @@ def make(config: Config) -> Task:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The split of the people, the loss weight of their faces, and the size of the window."""
+    """What a batch shows.
+
+    Attributes:
+      split: split of the people.
+      size: (height, width) of the pictures in pixels.
+      face_weight: loss weight of pixels in faces.
+      crop: height and width of a window around a face; 0 for the whole picture.
+    """
 
     split: str
+    size: tuple[int, int] = (64, 64)
     face_weight: float = 1.0
-    crop: int = SIZE
+    crop: int = 0
 
 
 def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[Identity, Bool[Array, "B M"]]:
@@ -133,8 +146,12 @@ def _people(key: Key[Array, ""], rows: int, split: str) -> tuple[Identity, Bool[
 def _draw_clips(key: Key[Array, ""], rows: int, frames: int, view: View) -> Group:
     people_key, scene_key, crop_key = jax.random.split(key, 3)
     people, mask = _people(people_key, rows, view.split)
-    scene = jax.vmap(scenes.sample_scene)(jax.random.split(scene_key, rows), mask)
-    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames))(people, mask, scene)
+    scene = jax.vmap(lambda k, m: scenes.sample_scene(k, m, size=view.size))(
+        jax.random.split(scene_key, rows), mask
+    )
+    clip = jax.vmap(lambda p, m, s: scenes.render_clip(p, m, s, frames, view.size))(
+        people, mask, scene
+    )
     return _around_faces(crop_key, clip.video, clip.boxes, view)
 
 
@@ -142,9 +159,11 @@ def _draw_portraits(key: Key[Array, ""], rows: int, view: View) -> Group:
     people_key, portrait_key, crop_key = jax.random.split(key, 3)
     people = jax.tree.map(lambda leaf: leaf[:, 0], _people(people_key, rows, view.split)[0])
     portrait_keys = jax.random.split(portrait_key, rows)
-    video = jax.vmap(renderer.render_portrait)(people, portrait_keys)[:, None]
-    boxes = jax.vmap(renderer.portrait_truth)(people, portrait_keys)[0][:, None, None]
-    return _around_faces(crop_key, video, boxes, view)
+    video = jax.vmap(lambda p, k: renderer.render_portrait(p, k, view.size))(people, portrait_keys)
+    boxes = jax.vmap(lambda p, k: renderer.portrait_truth(p, k, view.size)[0])(
+        people, portrait_keys
+    )
+    return _around_faces(crop_key, video[:, None], boxes[:, None, None], view)
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "portraits", "view"))
@@ -190,6 +209,8 @@ def _around_faces(
     """
     height, width = video.shape[2:4]
     weight = face_weights(boxes, (height, width), view.face_weight)
+    if not view.crop:
+        return Group(video, weight)
 
     def window(key, video, weight, boxes):
         which, where = jax.random.split(key)
@@ -283,7 +304,7 @@ def _round_trip(network: WanVAE, video: Float[Array, "B F H W 3"]) -> Float[Arra
     return network.decode(network.encode(video))
 
 
-def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
+def with_statistics(network: WanVAE, seed: int, frames: int, size: tuple[int, int]) -> WanVAE:
     """Return the network with the statistics of its latents in its configuration.
 
     The mean and standard deviation per channel are measured over clips and portraits, with equal
@@ -293,14 +314,16 @@ def with_statistics(network: WanVAE, seed: int, frames: int) -> WanVAE:
       network: autoencoder.
       seed: seed of the clips.
       frames: frames per clip.
+      size: (height, width) of the pictures.
     """
+    view = View("train", size)
 
     @nnx.jit
     def moments(network: WanVAE, key: Key[Array, ""]) -> Float[Array, "2 z"]:
         clip_key, portrait_key = jax.random.split(key)
         videos = (
-            _draw_clips(clip_key, STATISTICS_ROWS, frames, View("train")).video,
-            _draw_portraits(portrait_key, STATISTICS_ROWS, View("train")).video,
+            _draw_clips(clip_key, STATISTICS_ROWS, frames, view).video,
+            _draw_portraits(portrait_key, STATISTICS_ROWS, view).video,
         )
         values = jnp.concatenate(
             [network.posterior(video)[0].reshape(-1, Z_DIM) for video in videos]
