@@ -8,10 +8,13 @@ transformers 4 writes `visual.*` and `model.layers.*`, transformers 5 `model.vis
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from checkpoints_convert.lazy import Tensor
 from checkpoints_convert.rules import MATRIX, TRANSPOSE, VECTOR, Op, Rule, linear
+from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.qwen_vl import QwenConfig, VisionConfig
 
 Spelling = Literal["transformers4", "transformers5"]
@@ -123,6 +126,38 @@ def lora_rules(prefix: str = f"{PEFT_PREFIX}model.") -> list[Rule]:
         for name in ADAPTED
         for part in ("A", "B")
     ]
+
+
+def pop_language_head(
+    tensors: dict[str, Tensor], sizes: Mapping[str, Any], source: Path
+) -> tuple[Tensor, bool]:
+    """Take the output layer [vocabulary, D] of the language model out of the tensors.
+
+    The 3B model's output layer is its token embedding, the 7B model's is a matrix of its own:
+    `tie_word_embeddings` decides.
+
+    Args:
+      tensors: named as transformers 4 names them; the entry of an own output layer is removed.
+      sizes: contents of `config.json`.
+      source: the model's folder, for the message.
+
+    Returns:
+      The output layer, and whether it is the token embedding.
+
+    Raises:
+      UserError: the tensor is missing.
+    """
+    head = tensors.pop(TIED, None)
+    text = sizes.get("text_config") or {}
+    tied = sizes.get("tie_word_embeddings", text.get("tie_word_embeddings", head is None))
+    embedding = f"{PREFIXES['transformers4'][1]}{EMBEDDING}"
+    found = tensors.get(embedding) if tied else head
+    if found is None:
+        raise UserError(
+            f"{source}: has no tensor {embedding if tied else TIED}, which answers the questions; "
+            "use the folder of a published Qwen2.5-VL"
+        )
+    return found, bool(tied)
 
 
 def config_from_json(values: dict[str, Any]) -> QwenConfig:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from jax_idgrpo import config as configuration
-from jax_idgrpo.cli import annotation, generators, ingesting, pooling
+from jax_idgrpo.cli import annotation, describing, generators, ingesting, pooling
 from jax_idgrpo.cli.paths import (
     adapter_sum,
     adapters,
@@ -356,6 +356,12 @@ COMMANDS = {
         "the reward of existing videos of any model, with a page that shows the faces",
         _score_options,
         _score,
+    ),
+    "describe": Command(
+        "prompts that describe the people of their photos, by a Qwen2.5-VL or your own words",
+        describing.describe_options,
+        describing.describe,
+        configured=False,
     ),
     "annotate": Command(
         "label pairs of videos, by a reward or by people on a local web page",

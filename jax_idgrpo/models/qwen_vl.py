@@ -4,7 +4,7 @@ The vision tower encodes pictures and video frames. The language model reads one
 and vision tokens. Every picture, and every pair of frames of a video, is a separate grid of
 patches: attention in the tower is within a grid. Patches are in 2 x 2 merge order. Tables that
 depend on the grid's shape are inputs (`Grids`), so one program serves all shapes of one capacity.
-Blocks of both stacks are scanned. There is no key/value cache and no generation.
+Blocks of both stacks are scanned. `qwen_decoding` writes text with a key/value cache.
 
 Sources: Qwen2.5-VL, arXiv 2502.13923, transformers `models/qwen2_5_vl`; the reward head as in
 `alibaba/identity-grpo` and `KwaiVGI/VideoAlign`.
@@ -499,7 +499,7 @@ class VisionTower(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with biases on q, k and v."""
+    """Projections of causal grouped-query attention, with biases on q, k and v."""
 
     def __init__(self, config: QwenConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         def linear(inside: int, outside: int, bias: bool) -> Linear:
@@ -522,15 +522,17 @@ class Attention(nnx.Module):
         self.o_proj = linear(width, width, False)
         self.head_dim = config.head_dim
 
-    def __call__(
+    def project(
         self, x: Float[Array, "B L D"], rotary: tuple[Array, Array]
-    ) -> Float[Array, "B L D"]:
+    ) -> tuple[
+        Float[Array, "B L heads d"], Float[Array, "B L groups d"], Float[Array, "B L groups d"]
+    ]:
+        """Compute queries and keys with rotary positions, and values."""
         q, k, v = (
             rearrange(layer(x), "b n (heads d) -> b n heads d", d=self.head_dim)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = causal(rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype), v)
-        return self.o_proj(rearrange(out, "b n heads d -> b n (heads d)"))
+        return rotate(q, *rotary).astype(v.dtype), rotate(k, *rotary).astype(v.dtype), v
 
 
 class Block(nnx.Module):
@@ -551,7 +553,18 @@ class Block(nnx.Module):
         )
 
     def __call__(self, x: Array, rotary: tuple[Array, Array]) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), rotary).astype(x.dtype)
+        return self.finish(x, causal(*self.project(x, rotary)))
+
+    def project(self, x: Array, rotary: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Compute queries, keys and values of the stream x."""
+        return self.self_attn.project(self.input_layernorm(x), rotary)
+
+    def finish(
+        self, x: Float[Array, "B L D"], attended: Float[Array, "B L heads d"]
+    ) -> Float[Array, "B L D"]:
+        """Add the output of the attention and of the feed-forward layer to the stream x."""
+        attended = rearrange(attended, "b n heads d -> b n (heads d)")
+        x = x + self.self_attn.o_proj(attended).astype(x.dtype)
         return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype)
 
 
@@ -588,13 +601,7 @@ class QwenReward(nnx.Module):
         `vision` contains the features that `sequences.vision` numbers.
         """
         config = self.config
-        text = jnp.take(self.embed_tokens[...], sequences.ids, axis=0)
-        picture = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
-        x = jnp.where(
-            (sequences.vision >= 0)[..., None],
-            picture.astype(jnp.float32),
-            text.astype(jnp.float32),
-        ).astype(self.dtypes.residual)
+        x = self.embed(sequences, vision)
         rotary = text_rotary(sequences.position, config)
         x = _scan(
             self.layers,
@@ -604,6 +611,18 @@ class QwenReward(nnx.Module):
             config.remat,
         )
         return self.norm(x)
+
+    def embed(
+        self, sequences: Sequences, vision: Float[Array, "B cells D"]
+    ) -> Float[Array, "B L D"]:
+        """Return the language model's inputs, in the stream's dtype."""
+        text = jnp.take(self.embed_tokens[...], sequences.ids, axis=0)
+        picture = jnp.take_along_axis(vision, jnp.maximum(sequences.vision, 0)[..., None], axis=1)
+        return jnp.where(
+            (sequences.vision >= 0)[..., None],
+            picture.astype(jnp.float32),
+            text.astype(jnp.float32),
+        ).astype(self.dtypes.residual)
 
     def __call__(
         self,

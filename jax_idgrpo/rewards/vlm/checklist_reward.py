@@ -101,18 +101,9 @@ def load_answering(
     tokenizer = files.load_tokenizer(folder, ())
     yes, no = (_spelled(tokenizer, words, folder) for words in SPELLINGS)
     tensors = files.named(folder)
-    head = tensors.pop(table.TIED, None)
-    text = sizes.get("text_config") or {}
-    tied = sizes.get("tie_word_embeddings", text.get("tie_word_embeddings", head is None))
-    source = tensors.get(files.EMBEDDING) if tied else head
-    if source is None:
-        missing = files.EMBEDDING if tied else table.TIED
-        raise UserError(
-            f"{folder}: has no tensor {missing}, which answers the questions; use the folder of a "
-            "published Qwen2.5-VL"
-        )
+    head, _ = table.pop_language_head(tensors, sizes, folder)
     ids = [*yes.values(), *no.values()]
-    rows = np.asarray(source)
+    rows = np.asarray(head)
     if max(ids) >= len(rows):
         raise UserError(
             f"{folder}: the tokenizer numbers a word {max(ids)}, but the model has {len(rows)} "
