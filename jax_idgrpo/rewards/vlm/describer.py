@@ -169,7 +169,7 @@ class Describer:
                 filled = pictures + pictures[-1:] * (rows - len(pictures))
                 answers = self.tokens(self.ask(filled))[: len(pictures)]
                 found += [self._phrase(answer) for answer in answers]
-                update(len(found))
+                update(len(found), {})
         return found
 
     def _phrase(self, tokens: Sequence[int]) -> str:
