@@ -102,13 +102,35 @@ def regions(
     return jnp.stack([x0, whole[..., 1], x1, whole[..., 3]], -1)
 
 
+def reach_of(
+    region: Float[ArrayLike, "*n 4"], boxes: Float[ArrayLike, "*n 4"]
+) -> Float[Array, "*n 4"]:
+    """Compute how far regions reach beyond the faces: left, up, right, down, in widths and heights."""
+    return (region - boxes) / _steps(boxes)
+
+
+def cut(
+    region: Float[ArrayLike, "... 4"],
+    boxes: Float[ArrayLike, "... 4"],
+    reach: Float[ArrayLike, "... 4"],
+) -> Float[Array, "... 4"]:
+    """Cut regions to what photos show; leading axes are broadcast.
+
+    Args:
+      region: x0 y0 x1 y1 of regions.
+      boxes: x0 y0 x1 y1 of their faces.
+      reach: how far the photos' regions reach beyond the face, as `reach_of` returns it.
+    """
+    return _common(region, boxes + reach * _steps(boxes))
+
+
 @jax.jit
 def _of_photo(
     boxes: Float[Array, "K 4"], mask: Bool[Array, " K"], size: Float[Array, "2"]
 ) -> tuple[Float[Array, "4"], Float[Array, "4"], Float[Array, ""]]:
     """Return the region of the first face, its reach, and its height in heights of the face."""
     region = regions(boxes, mask, size)[0]
-    reach = (region - boxes[0]) / _steps(boxes[0])
+    reach = reach_of(region, boxes[0])
     return region, reach, (region[3] - region[1]) / (boxes[0, 3] - boxes[0, 1])
 
 
@@ -244,7 +266,7 @@ def person_terms(
     box, whole = (
         jnp.take_along_axis(leaf, face, axis=2) for leaf in (boxes, regions(boxes, face_mask, size))
     )
-    region = _common(whole, box + people.reach[:, None] * _steps(box))
+    region = cut(whole, box, people.reach[:, None])
     counts = people.counts & reference_mask
     shown = jnp.any(own, -1) & counts[:, None]
     shown &= jnp.all(region[..., 2:] - region[..., :2] >= 1, -1)

@@ -130,8 +130,7 @@ def make_case(rows=2, noise=0.0):
     mask[:, :, 3] = False
     size = np.asarray(SIZE, np.float32)
     photo = np.asarray(people.regions(boxes[:, 0], mask[:, 0], size))[:, :PEOPLE]
-    sides = boxes[:, 0, :PEOPLE, 2:] - boxes[:, 0, :PEOPLE, :2]
-    reach = (photo - boxes[:, 0, :PEOPLE]) / np.concatenate([-sides, sides], -1)
+    reach = np.asarray(people.reach_of(photo, boxes[:, 0, :PEOPLE]))
     features = np.stack(
         [[describe(v[0], r) for r in p] for v, p in zip(videos, photo, strict=True)]
     )
