@@ -1,6 +1,6 @@
 r"""Measure the comparison of whole people: does it see the clothes that the face cannot tell?
 
-    python -m benchmarks.people [--steps 400] [--pairs 200] [--folder DIR]
+    python -m benchmarks.people [--steps 1000] [--pairs 200] [--folder DIR]
 
 No published network knows drawn people, so a small one with the architecture of DINO is trained
 first, on drawn regions of 64 x 64 pixels: photos and frames of one person in the same clothes are
@@ -41,8 +41,9 @@ from jax_idgrpo.synthetic.people import SPLITS, Identity, identity, with_body_of
 from jax_idgrpo.synthetic.training.detector import SEEN
 from jax_idgrpo.synthetic.training.faces import degrade
 
-SMALL = DinoConfig(depth=4, width=96, heads=4, ffn=192, patch=8, image_size=64, eps=1e-6)
+SMALL = DinoConfig(depth=4, width=96, heads=4, ffn=192, patch=16, image_size=64, eps=1e-6)
 TERMS = ("person_similarity", "person_similarity_min", "similarity")
+CASES = tuple(itertools.product(("clothes", "head"), ("same", "different")))
 HEADS = 20  # heads of a training batch, each in two sets of clothes
 TEMPERATURE = 0.07
 JITTER = 0.04  # standard deviation of the edges of boxes, in sides of the box
@@ -222,38 +223,44 @@ def encoded(
 
 
 def measure(
-    reward: FaceReward, pairs: int, kind: str, figures: bool, same_scene: bool
-) -> dict[str, np.ndarray]:
-    """Return the terms of the right video minus those of the other one, each [pairs].
+    reward: FaceReward, pairs: int, figures: bool
+) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """Return the terms of the right video minus those of another one, each [pairs].
 
     Args:
       reward: face reward with whole people.
       pairs: number of pairs.
-      kind: what is wrong in the other video, "clothes" or "head".
       figures: photos are whole figures.
-      same_scene: both videos have the same scene.
+
+    Returns:
+      (what is wrong, whether the scene is the same) -> differences by term.
     """
-    differences = []
+    found: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {case: [] for case in CASES}
     for number in itertools.count():
         keys = jax.random.split(jax.random.key(1000 + number), 6)
-        ids = scenes.sample_ids(keys[0], BATCH, "eval")
-        people, mask = identity(ids), scenes.sample_mask(keys[1], BATCH)
-        others = identity(scenes.sample_ids(keys[2], BATCH, "eval"))
-        colours = [np.asarray(one.labels[:, 0, 2]) for one in (people, others)]
-        wrong = replaced(people, others, kind)
+        people = identity(scenes.sample_ids(keys[0], BATCH, "eval"))
+        others = identity(scenes.sample_ids(keys[1], BATCH, "eval"))
+        mask = scenes.sample_mask(keys[2], BATCH)
         photos = np.asarray(render_photos(keys[3], people, figures))
-        scene = keys[4], keys[4] if same_scene else keys[5]
-        videos = [
-            np.asarray(render(k, p, mask)) for k, p in zip(scene, (people, wrong), strict=True)
-        ]
         kept, references = encoded(reward, photos, np.asarray(mask))
+
+        def score(key: jax.Array, shown: Identity) -> dict[str, np.ndarray]:
+            video = np.asarray(render(key, shown, mask))[kept]
+            return jax.device_get(reward.score(video, references))
+
         # People in clothes of the same colour are no pair.
-        apart = np.flatnonzero((colours[0] != colours[1])[kept])
-        right, other = (jax.device_get(reward.score(video[kept], references)) for video in videos)
-        differences.append({name: (right[name] - other[name])[apart] for name in TERMS})
-        if sum(len(part[TERMS[0]]) for part in differences) >= pairs:
+        colours = [np.asarray(one.labels[:, 0, 2])[kept] for one in (people, others)]
+        apart = np.flatnonzero(colours[0] != colours[1])
+        right = score(keys[4], people)
+        for kind, scene in CASES:
+            wrong = score(keys[4 if scene == "same" else 5], replaced(people, others, kind))
+            found[kind, scene].append({name: (right[name] - wrong[name])[apart] for name in TERMS})
+        if sum(len(part[TERMS[0]]) for part in found[CASES[0]]) >= pairs:
             break
-    return {name: np.concatenate([part[name] for part in differences])[:pairs] for name in TERMS}
+    return {
+        case: {name: np.concatenate([part[name] for part in parts])[:pairs] for name in TERMS}
+        for case, parts in found.items()
+    }
 
 
 def order(difference: np.ndarray) -> str:
@@ -267,7 +274,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--steps", type=int, default=400)
+    options.add_argument("--steps", type=int, default=1000)
     options.add_argument("--pairs", type=int, default=200)
     options.add_argument(
         "--folder", type=Path, help="folder of the network; an existing one is reused"
@@ -279,15 +286,12 @@ def main() -> None:
             train(arguments.steps, folder)
         reward = make_face_reward(RewardConfig(frames=5, people=str(folder)))
         print("| other | photos | scenes | " + " | ".join(TERMS) + " |\n|" + " --- |" * 6)
-        for kind, figures, same in itertools.product(
-            ("clothes", "head"), (False, True), (True, False)
-        ):
-            found = measure(reward, arguments.pairs, kind, figures, same)
-            names = kind, "figures" if figures else "portraits", "same" if same else "different"
-            print(
-                "| " + " | ".join([*names, *(order(found[name]) for name in TERMS)]) + " |",
-                flush=True,
-            )
+        for figures in (False, True):
+            measured = measure(reward, arguments.pairs, figures)
+            for (kind, scene), found in measured.items():
+                names = kind, "figures" if figures else "portraits", scene
+                row = [*names, *(order(found[name]) for name in TERMS)]
+                print("| " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":
