@@ -1,6 +1,6 @@
 r"""Measure the comparison of whole people: does it see the clothes that the face cannot tell?
 
-    python -m benchmarks.people [--steps 1000] [--pairs 200] [--folder DIR]
+    python -m benchmarks.people [--steps 500] [--pairs 200] [--folder DIR]
 
 No published network knows drawn people, so a small one with the architecture of DINO is trained
 first, on drawn regions of 64 x 64 pixels: photos and frames of one person in the same clothes are
@@ -274,7 +274,7 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--steps", type=int, default=1000)
+    options.add_argument("--steps", type=int, default=500)
     options.add_argument("--pairs", type=int, default=200)
     options.add_argument(
         "--folder", type=Path, help="folder of the network; an existing one is reused"
