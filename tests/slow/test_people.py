@@ -22,4 +22,4 @@ def test_a_run_trains_by_whole_people_beside_the_reward(tmp_path):
     assert np.isfinite(mixed["person_similarity"])
     assert "person_similarity" not in plain
     assert mixed["reward"] == plain["reward"]
-    assert mixed["grad_norm"] != plain["grad_norm"]
+    assert mixed["gradient_norm"] != plain["gradient_norm"]
