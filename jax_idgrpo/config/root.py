@@ -123,6 +123,7 @@ class Config:
             f"reward.mixture weights advantages, and grpo.objective {grpo.objective} has none; use "
             "reward.penalties",
         )
+        self.reward.require_faces_beside_people("grpo.pair_terms", grpo.pair_terms)
         smooth = "smooth_reward" in grpo.needs
         for name in ("backend", "custom"):
             require(

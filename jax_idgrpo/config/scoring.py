@@ -25,6 +25,8 @@ PENALTIES = (
 )
 CONTRAST = "recognised_log"
 """Term of `reward.mixture` that, like the penalty `unrecognised`, compares people across prompts."""
+PERSON_TERMS = ("person_similarity", "person_similarity_min")
+"""Terms of the network of `reward.people`."""
 DEEPFACE = r"deepface:[\w-]+/[\w-]+"
 ADDRESS = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%-]*)?"  # no user, no query
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
@@ -90,6 +92,12 @@ class RewardConfig(Section):
     head: str = option("", 'folder of a trained reward head, which replaces the formula; "" = none')
     linear: str = option(
         "", 'folder of a fitted linear reward, which replaces the formula; "" = none'
+    )
+    people: str = option(
+        "",
+        "folder of a vision transformer such as facebook/dino-vits16, which compares whole people "
+        "with their photos: the terms person_similarity and person_similarity_min; "
+        '"" = none',
     )
     vlm: str = option(
         "",
@@ -170,6 +178,12 @@ class RewardConfig(Section):
             "reward.pool pool changes the formula over faces, and this reward was trained on or reads "
             "one photo per person; leave it out",
         )
+        require(
+            not self.people or not (self.vlm or self.custom or self.backend),
+            "reward.people extends the face reward in JAX; leave out reward.people, or reward.vlm, "
+            "reward.custom and reward.backend",
+        )
+        self.require_faces_beside_people("reward.mixture", {"reward": 1} | self.mixture)
         low, high = self.similarity_low, self.similarity_high
         require(
             low is None or high is None or low < high,
@@ -190,6 +204,30 @@ class RewardConfig(Section):
                 and not isinstance(weight, bool)
                 and math.isfinite(weight),
                 f"reward.mixture: {name} is {weight!r}; use a number",
+            )
+
+    def require_faces_beside_people(self, field: str, weights: dict[str, Any]) -> None:
+        """Refuse terms of whole people without their network, or without the reward.
+
+        Args:
+          field: name of the field that weighs terms, for messages.
+          weights: its weights by term.
+
+        Raises:
+          UserError: the terms cannot be used so.
+        """
+        for name in PERSON_TERMS:
+            if weights.get(name, 0) == 0:
+                continue
+            require(
+                self.people != "",
+                f"{field}: {name} needs a network of whole people; give its folder as reward.people",
+            )
+            reward = weights.get("reward", 0)
+            require(
+                isinstance(reward, int | float) and reward > 0,
+                f"{field}: {name} without the reward teaches clothes alone; give reward a weight "
+                "above 0",
             )
 
     @property

@@ -28,6 +28,8 @@ LABELS = {
     "recognised": "people recognised",
     "identities": "identities shown / asked",
     "embedder_identity": "embedder identity",
+    "person_similarity": "whole person",
+    "person_similarity_min": "whole person, least person",
     "count": "frames, right count",
     "swapped": "swapped (less is better)",
     "duplicated": "duplicated (less)",

@@ -76,9 +76,8 @@ def reward_facts(config: Config) -> list[object]:
     """
     wanted = config.reward
     named = [wanted.folder()] if wanted.faces else []
-    named += [
-        Path(name) for name in (wanted.head, wanted.linear, wanted.vlm, wanted.vlm_base) if name
-    ]
+    folders = wanted.head, wanted.linear, wanted.people, wanted.vlm, wanted.vlm_base
+    named += [Path(name) for name in folders if name]
     files = [folder_facts(path) for path in named if path.exists()]
     facts: list[object] = [version("jax-idgrpo"), dataclasses.asdict(wanted), files]
     if not wanted.contrasted:

@@ -8,12 +8,13 @@ Sources: LoRA, arXiv 2106.09685; rotary positions, arXiv 2104.09864; RMSNorm, ar
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_idgrpo.errors import UserError
 
@@ -209,6 +210,42 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return layer_norm(x, self.eps) * self.scale[...] + self.bias[...]
+
+
+def stack_blocks(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Initialise `count` blocks as one module whose leaves have a leading axis.
+
+    Args:
+      build: maps random streams to a block.
+      count: number of blocks.
+      rngs: split over the blocks.
+    """
+    return nnx.split_rngs(splits=count)(nnx.vmap(build))(rngs)
+
+
+def scan_blocks(
+    stack: nnx.Module,
+    run: Callable[..., Array],
+    x: Array,
+    per_block: PyTree = None,
+    remat: bool = False,
+) -> Array:
+    """Apply the blocks of a stack to x with one scan.
+
+    Args:
+      stack: of `stack_blocks`.
+      run: maps (block, x, entry of `per_block`) to x.
+      x: the stream.
+      per_block: pytree of arrays with a leading layer axis.
+      remat: whether the backward pass recomputes each block.
+    """
+    graph, parameters = nnx.split(stack)
+
+    def body(x: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, None]:
+        block, extra = layer
+        return run(nnx.merge(graph, block), x, extra), None
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (parameters, per_block))[0]
 
 
 @functools.lru_cache(maxsize=16)

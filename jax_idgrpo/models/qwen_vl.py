@@ -18,10 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_idgrpo.errors import UserError
-from jax_idgrpo.models.layers import FLOAT32, Dtypes, Linear, RMSNorm, precision
+from jax_idgrpo.models.layers import (
+    FLOAT32,
+    Dtypes,
+    Linear,
+    RMSNorm,
+    precision,
+    scan_blocks,
+    stack_blocks,
+)
 
 QUERIES = 512  # queries whose logits are in memory at once
 
@@ -349,42 +357,6 @@ def causal(
     return attend_in_parts(q, k, v, lambda queries: jnp.arange(q.shape[1]) <= queries[:, None])
 
 
-def _stack(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Initialise `count` blocks as one module whose leaves have a leading axis.
-
-    Args:
-      build: maps random streams to a block.
-      count: number of blocks.
-      rngs: split over the blocks.
-    """
-    return nnx.split_rngs(splits=count)(nnx.vmap(build))(rngs)
-
-
-def _scan(
-    stack: nnx.Module,
-    run: Callable[..., Array],
-    x: Array,
-    per_block: PyTree = None,
-    remat: bool = False,
-) -> Array:
-    """Apply the blocks of a stack to x with one scan.
-
-    Args:
-      stack: of `_stack`.
-      run: maps (block, x, entry of `per_block`) to x.
-      x: the stream.
-      per_block: pytree of arrays with a leading layer axis.
-      remat: whether the backward pass recomputes each block.
-    """
-    graph, parameters = nnx.split(stack)
-
-    def body(x: Array, layer: tuple[nnx.State, PyTree]) -> tuple[Array, None]:
-        block, extra = layer
-        return run(nnx.merge(graph, block), x, extra), None
-
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, (parameters, per_block))[0]
-
-
 # ---- vision tower --------------------------------------------------------------------------------
 
 
@@ -479,7 +451,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = Linear(
             config.features, config.width, use_bias=False, dtypes=dtypes, rngs=rngs
         )
-        self.blocks = _stack(
+        self.blocks = stack_blocks(
             lambda rngs: VisionBlock(config, dtypes=dtypes, rngs=rngs), config.depth, rngs
         )
         self.merger = Merger(config, width, dtypes=dtypes, rngs=rngs)
@@ -489,7 +461,7 @@ class VisionTower(nnx.Module):
         rotary = vision_rotary(grids.place, config.width // config.heads)
         full = jnp.isin(jnp.arange(config.depth), np.asarray(config.full_blocks, np.int32))
         x = self.patch_embed(grids.patches).astype(self.residual)
-        x = _scan(
+        x = scan_blocks(
             self.blocks, lambda block, x, full: block(x, rotary, grids, full), x, full, self.remat
         )
         return self.merger(x)
@@ -580,7 +552,7 @@ class QwenReward(nnx.Module):
             rngs.params(), (config.vocabulary, config.width), jnp.float32
         )
         self.embed_tokens = nnx.Param(table.astype(dtypes.parameters))
-        self.layers = _stack(
+        self.layers = stack_blocks(
             lambda rngs: Block(config, dtypes=dtypes, rngs=rngs), config.layers, rngs
         )
         self.norm = RMSNorm(config.width, eps=config.eps)
@@ -603,7 +575,7 @@ class QwenReward(nnx.Module):
         config = self.config
         x = self.embed(sequences, vision)
         rotary = text_rotary(sequences.position, config)
-        x = _scan(
+        x = scan_blocks(
             self.layers,
             lambda block, x, _: block(x, rotary),
             x,

@@ -311,8 +311,8 @@ def assert_same_across_hosts(config: Config, rows: Sequence[str], **folders: Pat
     faces = str(reward.folder()) if reward.faces else ""
     custom = reward.custom.rpartition(":")[0]
     own = custom if custom.endswith(".py") else ""  # the user's own reward function
-    names = (faces, reward.head, reward.linear, reward.vlm, reward.vlm_base, reward.vlm_prompt, own)
-    files = [Path(name) for name in names if name]
+    networks = reward.head, reward.linear, reward.people, reward.vlm, reward.vlm_base
+    files = [Path(name) for name in (faces, *networks, reward.vlm_prompt, own) if name]
     assert_facts_match(
         {
             "the configuration": config.to_json(),

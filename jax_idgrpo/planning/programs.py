@@ -268,7 +268,7 @@ def _photo_encoding(run: Run, size: VideoConfig, held: float, prefix: str) -> It
 
 
 def _reference_photo(run: Run, reward: Planned, name: str, held: float) -> Iterator[Program]:
-    """Detect and embed the face of one reference photo, on every device."""
+    """Detect and embed the face of one reference photo, and describe its person, on every device."""
     if not isinstance(reward, FaceReward):
         return
     photos = (
@@ -280,6 +280,9 @@ def _reference_photo(run: Run, reward: Planned, name: str, held: float) -> Itera
     beside = held - chip_bytes(reward.state)
     yield Program(f"{name}: find", reward.find, (reward.state, picture), 1, beside, photos)
     yield Program(f"{name}: embed", reward.embed, (reward.state, *face), 1, beside, photos)
+    if (region := reward.person_shape()) is not None:
+        given = reward.state, shapes(region, sharding.replicated(run.mesh))
+        yield Program(f"{name}: whole person", reward.describe, given, 1, beside, photos)
 
 
 def _sampled(run: Run) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ from jax_idgrpo.preferences.csv_source import Pair, by_source, pair_digests
 from jax_idgrpo.preferences.tfds_source import open_pairs
 from jax_idgrpo.rewards.base import Photo, References
 from jax_idgrpo.rewards.face_reward import FaceReward
-from jax_idgrpo.rewards.factory import make_face_reward
+from jax_idgrpo.rewards.factory import faces_alone, make_face_reward
 from jax_idgrpo.rewards.head import (
     PEOPLE,
     VIDEO,
@@ -262,7 +262,7 @@ def make(config: Config) -> Task:
         )
     pairs = open_pairs(options.pairs, options.dimensions)
     held_out = open_pairs(options.held_out, options.dimensions) if options.held_out else []
-    reward = make_face_reward(dataclasses.replace(config.reward, head=""))
+    reward = make_face_reward(dataclasses.replace(faces_alone(config.reward), head=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
     pairs = filter_automatic(

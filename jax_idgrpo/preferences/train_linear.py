@@ -49,7 +49,7 @@ from jax_idgrpo.preferences.train_head import (
     read_tokens,
 )
 from jax_idgrpo.rewards.base import Photo, References
-from jax_idgrpo.rewards.factory import make_face_reward
+from jax_idgrpo.rewards.factory import faces_alone, make_face_reward
 from jax_idgrpo.rewards.head import VIDEO, fingerprint, load_head
 from jax_idgrpo.rewards.linear import DIRECTIONS, LinearReward, check_features, save_linear
 from jax_idgrpo.rewards.vlm.checklist import CHECKLIST, is_checklist, write_checklist
@@ -287,7 +287,7 @@ def _fit_faces(
     Returns:
       The function that scores pairs.
     """
-    reward = make_face_reward(dataclasses.replace(config.reward, head="", linear=""))
+    reward = make_face_reward(dataclasses.replace(faces_alone(config.reward), head="", linear=""))
     networks = fingerprint(reward.state)
     sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
     pairs = filter_automatic(

@@ -28,6 +28,7 @@ from jax_idgrpo.data.video import File, to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
+from jax_idgrpo.rewards.people import ReferencePeople
 
 Terms = dict[str, Float[Array, " B"]]
 Consumer = Callable[[File, Image.Image], None]
@@ -193,11 +194,13 @@ class ReferenceFaces:
       embeddings: unit vectors.
       crops: crops of the faces (see `photo_copy`).
       mask: True where there is a person.
+      people: the whole people; None if they are not compared.
     """
 
     embeddings: Float[Array, "P M E"]
     crops: Float[Array, "P M S S 3"]
     mask: Bool[Array, "P M"]
+    people: ReferencePeople | None = None
 
 
 # ---- the protocol --------------------------------------------------------------------------------

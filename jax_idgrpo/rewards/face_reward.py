@@ -2,8 +2,8 @@
 
 Reference people are matched to faces frame by frame. Their similarity is the reward (`identity`),
 or a trained network (`head`) or
-weighted sum (`linear`) scores the matched and tracked faces. Each reference photo is encoded
-once, at its own size (`photo_faces`).
+weighted sum (`linear`) scores the matched and tracked faces. Optionally whole people are compared
+as well (`people`). Each reference photo is encoded once, at its own size (`photo_faces`).
 """
 
 import functools
@@ -16,12 +16,21 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, PyTree
 from PIL import Image
 
+from jax_idgrpo.config.scoring import PERSON_TERMS
+from jax_idgrpo.models.dino import Dino
 from jax_idgrpo.models.faces.bundled_detector import Detections, Detector
 from jax_idgrpo.rewards.base import ReferenceFaces, Terms, frame_numbers
 from jax_idgrpo.rewards.faces import FaceStack, align, normalise
 from jax_idgrpo.rewards.head import Head, Tokens, tokens
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.linear import LinearReward
+from jax_idgrpo.rewards.people import (
+    ReferencePeople,
+    describe,
+    person_terms,
+    photo_picture,
+    photo_region,
+)
 from jax_idgrpo.rewards.photo_copy import SIDE
 from jax_idgrpo.rewards.photo_faces import (
     RATIOS,
@@ -29,6 +38,7 @@ from jax_idgrpo.rewards.photo_faces import (
     Level,
     PhotoEncoder,
     PhotoFace,
+    PhotoPerson,
     closer,
     largest,
     levels,
@@ -43,12 +53,16 @@ def _look(networks, config, frames, videos, people) -> tuple[Terms, Callable[[],
     """Return the terms, and a function that makes the tokens of the same faces."""
     numbers = frame_numbers(videos.shape[1], frames)
     chosen = (videos if len(numbers) == videos.shape[1] else videos[:, numbers]).astype(jnp.float32)
-    stack, _, distractors = networks
+    stack, _, distractors, whole = networks
     faces = stack(chosen)
     found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
     known = people.embeddings, people.crops, people.mask
     among = None if distractors is None else distractors[...]
     terms = reward_terms(chosen, *found, *known, config, among)
+    if whole is not None:
+        seen = faces.boxes, faces.embeddings, faces.mask
+        named = people.embeddings, people.mask, people.people
+        terms |= person_terms(whole, chosen, *seen, *named, config.null_similarity, config.tracks)
     return terms, lambda: tokens(
         terms, faces, people.embeddings, people.mask, chosen.shape[2:4], config
     )
@@ -86,6 +100,10 @@ def _embed(
     return normalise(stack.embedder(crop[0]))[0]
 
 
+def _describe(graph, state, picture: Float[Array, "S S 3"]) -> Float[Array, " D"]:
+    return describe(nnx.merge(graph, state)[3], picture[None])[0]
+
+
 # Minimum score of a face in a close-up for the small detector; hair and ears reach 0.79.
 SURE = 0.8
 
@@ -97,14 +115,15 @@ class FaceReward:
       find: jitted; the faces of a reference photo.
       embed: jitted; the embedding of a face, from a window of a reference photo and the landmarks
         in it.
+      describe: jitted; the features of a whole person, from the resized region of a reference
+        photo; only with a network of whole people.
       read: jitted; from the arguments of `apply`, the terms without the head's and the tokens for a
         head.
-      graph: graph of the face stack, the head and the distractors.
-      state: arrays of the face stack, the head and the distractors.
+      graph: graph of the face stack, the head, the distractors and the network of whole people.
+      state: arrays of the same.
       frames: number of evenly spaced frames that are scored; 0 means all.
     """
 
-    reported = ("similarity",)
     motion_of_all_frames = False
 
     def __init__(
@@ -114,6 +133,7 @@ class FaceReward:
         frames: int = 0,
         head: Head | LinearReward | None = None,
         pool: bool = False,
+        people: Dino | None = None,
     ):
         """Split the networks and compile the programs lazily.
 
@@ -123,9 +143,11 @@ class FaceReward:
           frames: number of evenly spaced frames to score; 0 means all.
           head: optional learned reward; if given, reward = its score - penalties.
           pool: whether a person is compared with the mean of all their photos.
+          people: optional network that compares whole people, which adds the terms of `people`.
         """
         self.config, self.frames, self.has_head = config, frames, head is not None
-        self._set(stack, head)
+        self._people = None if people is None else people.config
+        self._set(stack, head, people)
         # The small detector finds only faces of 8 to 64 pixels; the others resize by themselves.
         self._pyramid = isinstance(stack.detector, Detector)
         self._template, self._crop_side = (
@@ -140,14 +162,15 @@ class FaceReward:
         self,
         stack: FaceStack,
         head: Head | LinearReward | None,
+        people: Dino | None,
         distractors: nnx.Variable | None = None,
     ) -> None:
-        graph, self.state = nnx.split((stack, head, distractors))
+        graph, self.state = nnx.split((stack, head, distractors, people))
         self.graph, self.contrasted = graph, distractors is not None
         self.read = jax.jit(functools.partial(_read, graph, self.config, self.frames))
         self._apply = jax.jit(functools.partial(_score, graph, self.config, self.frames))
-        self.find, self.embed = (
-            jax.jit(functools.partial(function, graph)) for function in (_find, _embed)
+        self.find, self.embed, self.describe = (
+            jax.jit(functools.partial(function, graph)) for function in (_find, _embed, _describe)
         )
 
     def contrast(self, distractors: Float[ArrayLike, "R E"] | jax.ShapeDtypeStruct) -> None:
@@ -156,14 +179,23 @@ class FaceReward:
         Args:
           distractors: unit vectors of the references of all prompts, in the embedding of the stack.
         """
-        stack, head, _ = nnx.merge(self.graph, self.state)
-        self._set(stack, head, nnx.Variable(distractors))
+        stack, head, _, people = nnx.merge(self.graph, self.state)
+        self._set(stack, head, people, nnx.Variable(distractors))
 
     @property
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms of every video."""
         names = term_names(self.config, self.contrasted)
-        return (*names, *(["head"] if self.has_head else []))
+        return (*names, *self._whole, *(["head"] if self.has_head else []))
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """Names of the terms that an evaluation reports beside the reward."""
+        return ("similarity", *self._whole)
+
+    @property
+    def _whole(self) -> tuple[str, ...]:
+        return () if self._people is None else PERSON_TERMS
 
     def photo_shapes(
         self,
@@ -173,13 +205,28 @@ class FaceReward:
         largest = jax.ShapeDtypeStruct((SHORT, int(max(RATIOS) * SHORT), 3), jnp.float32)
         return largest, (jax.ShapeDtypeStruct((side, side, 3), jnp.float32), places)
 
+    def person_shape(self) -> jax.ShapeDtypeStruct | None:
+        """Return the shape of the argument of `describe`; None without the network."""
+        if self._people is None:
+            return None
+        side = self._people.image_size
+        return jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
+
     def shapes(self, rows: int, people: int) -> ReferenceFaces:
         """Return the shapes of encoded references for `rows` videos with `people` slots each."""
         one = jax.eval_shape(self.embed, self.state, *self.photo_shapes()[1])
+        whole = None
+        if self._people is not None:
+            whole = ReferencePeople(
+                features=jax.ShapeDtypeStruct((rows, people, self._people.width), jnp.float32),
+                reach=jax.ShapeDtypeStruct((rows, people, 4), jnp.float32),
+                counts=jax.ShapeDtypeStruct((rows, people), jnp.bool),
+            )
         return ReferenceFaces(
             embeddings=jax.ShapeDtypeStruct((rows, people, *one.shape), jnp.float32),
             crops=jax.ShapeDtypeStruct((rows, people, SIDE, SIDE, 3), jnp.float32),
             mask=jax.ShapeDtypeStruct((rows, people), jnp.bool),
+            people=whole,
         )
 
     def _photo_face(self, image: Image.Image) -> PhotoFace | None:
@@ -194,7 +241,21 @@ class FaceReward:
             return None
         picture, points = window(image, landmarks[0], self._template, 4 * self._crop_side)
         embedding = np.asarray(self.embed(self.state, picture, points))
-        return PhotoFace(embedding, photo_crop(image, landmarks[0]), len(boxes))
+        crop = photo_crop(image, landmarks[0])
+        return PhotoFace(embedding, crop, len(boxes), self._photo_person(image, boxes))
+
+    def _photo_person(
+        self, image: Image.Image, boxes: Float[np.ndarray, "N 4"]
+    ) -> PhotoPerson | None:
+        """Describe the whole person of the first face of a photo; None without the network."""
+        if self._people is None:
+            return None
+        found = photo_region(boxes, (image.height, image.width))
+        if found is None:
+            return PhotoPerson(np.zeros(self._people.width), np.zeros(4), False)
+        region, reach = found
+        picture = photo_picture(image, region, self._people.image_size)
+        return PhotoPerson(np.asarray(self.describe(self.state, picture)), reach, True)
 
     def _search(
         self, pictures: Sequence[Level], least: float = 0.0

@@ -9,9 +9,11 @@ from typing import TypeVar
 import jax
 from jax.sharding import Mesh
 
+from checkpoints_convert import dino
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.dino import Dino
 from jax_idgrpo.models.faces.bundled_detector import Detector
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.rewards import photo_copy
@@ -129,12 +131,24 @@ def make_assigner(config: Config, reward: Reward, mesh: Mesh | None = None) -> F
 def assigning(config: RewardConfig) -> RewardConfig:
     """Return the configuration of the face reward with the embedder of `reward.faces` alone."""
     return dataclasses.replace(
-        config, head="", linear="", vlm="", custom="", backend="", pool="photo"
+        faces_alone(config), head="", linear="", vlm="", custom="", backend="", pool="photo"
     )
 
 
-def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceReward:
+def faces_alone(config: RewardConfig) -> RewardConfig:
+    """Return the configuration of the reward without whole people, and without the mixture."""
+    return dataclasses.replace(config, people="", mixture={})
+
+
+def make_face_reward(
+    config: RewardConfig, mesh: Mesh | None = None, people: Dino | None = None
+) -> FaceReward:
     """Create the face reward from the networks of `reward.faces`, with the configured learned reward if any.
+
+    Args:
+      config: the reward.
+      mesh: as for `make_reward`.
+      people: network of whole people; None loads that of `reward.people`, if one is configured.
 
     Raises:
       UserError: a network is missing or damaged, or the learned reward was trained on others.
@@ -146,8 +160,10 @@ def make_face_reward(config: RewardConfig, mesh: Mesh | None = None) -> FaceRewa
     elif config.linear:
         head = load_linear(Path(config.linear), fingerprint(stack), config)
     constants = identity_constants(config, reward_settings(config), copy_calibration(stack))
+    if people is None and config.people:
+        people = dino.load(Path(config.people))
     pool = config.pool == "pool"
-    return _on_mesh(FaceReward(stack, constants, config.frames, head, pool), mesh)
+    return _on_mesh(FaceReward(stack, constants, config.frames, head, pool, people), mesh)
 
 
 def copy_calibration(stack: FaceStack) -> photo_copy.Calibration:

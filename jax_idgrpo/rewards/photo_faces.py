@@ -20,12 +20,21 @@ from PIL import Image
 
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.base import Photo, ReferenceFaces, References
+from jax_idgrpo.rewards.people import ReferencePeople
 from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crops
 
 SHORT = 1024  # maximum of the shorter side in pixels; more does not improve an embedding
 SIDES = (64, 128, 256, 512, SHORT)  # shorter sides of a padded picture, in pixels
 CLOSER = 1.8  # side of a portrait, in units of its face
 RATIOS = (1.0, 1.5, 2.0)  # ratios of the longer to the shorter side of a padded picture
+
+
+class PhotoPerson(NamedTuple):
+    """The person of the largest face of a photo (see `people.ReferencePeople`)."""
+
+    features: Float[np.ndarray, " D"]
+    reach: Float[np.ndarray, "4"]
+    counts: bool
 
 
 class PhotoFace(NamedTuple):
@@ -35,11 +44,13 @@ class PhotoFace(NamedTuple):
       embedding: unit vector.
       crop: crop of the face for `photo_copy`.
       faces: number of faces in the photo.
+      person: the whole person; None if it is not read.
     """
 
     embedding: Float[np.ndarray, " E"]
     crop: Float[np.ndarray, "S S 3"]
     faces: int
+    person: PhotoPerson | None = None
 
 
 class Level(NamedTuple):
@@ -226,7 +237,7 @@ class PhotoEncoder:
         for n, row in enumerate(rows):
             for m, face in enumerate(row):
                 embeddings[n, m], crops[n, m] = face.embedding, face.crop
-        return ReferenceFaces(embeddings, crops, references.mask)
+        return ReferenceFaces(embeddings, crops, references.mask, _whole_people(rows, shape[1]))
 
     @property
     def pooled(self) -> bool:
@@ -273,8 +284,32 @@ class PhotoEncoder:
                 warnings.warn(
                     f"{name}: shows {face.faces} faces; the largest is taken", stacklevel=2
                 )
+            if face.person is not None and not face.person.counts:
+                warnings.warn(
+                    f"{name}: shows hardly more than a face; person_similarity leaves the person "
+                    "out",
+                    stacklevel=2,
+                )
             self._found[photo.key] = face
         return self._found[photo.key]
+
+
+def _whole_people(rows: Sequence[Sequence[PhotoFace]], slots: int) -> ReferencePeople | None:
+    """Stack the people of photos, padded to `slots` per row; None if they are not read."""
+    first = next(face for row in rows for face in row).person
+    if first is None:
+        return None
+    shape = len(rows), slots
+    stacked = ReferencePeople(
+        np.zeros((*shape, len(first.features)), np.float32),
+        np.zeros((*shape, len(first.reach)), np.float32),
+        np.zeros(shape, bool),
+    )
+    for n, row in enumerate(rows):
+        for m, face in enumerate(row):
+            assert face.person is not None
+            stacked.features[n, m], stacked.reach[n, m], stacked.counts[n, m] = face.person
+    return stacked
 
 
 def largest(

@@ -1,13 +1,14 @@
 """Describe the reward of a plan: its networks as shapes on a mesh, with or without their files.
 
 Networks without files on this machine are planned with published sizes, with a warning:
-RetinaFace-R50 with ArcFace-R34 as embedder and Facenet512 as judge, and Qwen2.5-VL with 3 billion
-parameters.
+RetinaFace-R50 with ArcFace-R34 as embedder and Facenet512 as judge, ViT-S/16 for whole people, and
+Qwen2.5-VL with 3 billion parameters.
 """
 
 import dataclasses
 import math
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from checkpoints_convert import dino
 from checkpoints_convert.faces import NETWORKS
 from jax_idgrpo.config import Config, MeshConfig, RewardConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.dino import Dino, DinoConfig
 from jax_idgrpo.models.faces.arcface import ARCFACE_R34, ArcFace
 from jax_idgrpo.models.faces.facenet import Facenet, FacenetConfig
 from jax_idgrpo.models.faces.retinaface import RetinaFace, RetinaFaceConfig
@@ -98,16 +101,27 @@ def _faces(config: RewardConfig, mesh: Mesh, contrasted: bool = False) -> FaceRe
       mesh: as for `planned_reward`.
       contrasted: compare people with distractors.
     """
+    people = _whole_people(config)
     if config.folder().is_dir():
-        reward = make_face_reward(config)
+        reward = make_face_reward(config, people=people)
     else:
         _warn_of_absent(config)
         constants = identity_constants(config, Settings(), PHOTOGRAPHS)
-        reward = FaceReward(_published_faces("embedder"), constants, config.frames)
+        reward = FaceReward(_published_faces("embedder"), constants, config.frames, people=people)
     if contrasted:
         size = reward.shapes(1, 1).embeddings.shape[-1]
         reward.contrast(jax.ShapeDtypeStruct((DISTRACTORS, size), jnp.float32))
     return _described(reward, mesh)
+
+
+def _whole_people(config: RewardConfig) -> Dino | None:
+    """Describe the network of `reward.people`; None if none is configured."""
+    if not config.people or Path(config.people).is_dir():
+        return dino.load(Path(config.people)) if config.people else None
+    warnings.warn(
+        f"reward.people {config.people}: no such folder; planned with ViT-S/16", stacklevel=3
+    )
+    return nnx.eval_shape(lambda: Dino(DinoConfig(), rngs=nnx.Rngs(0)))
 
 
 def planned_judge(config: Config, mesh: Mesh) -> FaceReward | None:

@@ -101,6 +101,27 @@ WRONG = {
     "penalties has no 'swap'; did you mean swapped": lambda: RewardConfig(penalties={"swap": 1.0}),
     "swapped is 'much'; use a number": lambda: RewardConfig(penalties={"swapped": "much"}),
     "reward.mixture: mimr is 'much'; use a number": lambda: RewardConfig(mixture={"mimr": "much"}),
+    "person_similarity needs a network of whole people": lambda: RewardConfig(
+        mixture={"person_similarity": 0.5}
+    ),
+    "person_similarity_min without the reward teaches clothes alone": lambda: RewardConfig(
+        people="dino", mixture={"reward": 0, "person_similarity_min": 1, "motion": 1}
+    ),
+    "grpo.pair_terms: person_similarity without the reward": lambda: Config(
+        rollout=RolloutConfig(window="none"),
+        grpo=GrpoConfig(
+            objective="dpo",
+            kl_units="velocity",
+            pairs="dominance",
+            pair_terms={"person_similarity": 1.0},
+            best=1,
+            worst=1,
+        ),
+        reward=RewardConfig(people="dino"),
+    ),
+    "reward.people extends the face reward in JAX": lambda: RewardConfig(
+        people="dino", backend="deepface:opencv/ArcFace"
+    ),
     "reward.mixture weights advantages": lambda: Config(
         rollout=RolloutConfig(window="none"),
         grpo=GrpoConfig(objective="reward_gradient", kl_units="velocity"),
