@@ -6,7 +6,7 @@ prompt, the pair with the largest gap is kept whose winner is at least as good i
 (`grpo.dominant_pairs`).
 
     OUT/videos/SOURCE/NUMBER-MEMBER.mp4
-    OUT/pool.jsonl    source, file and scores of every video
+    OUT/pool.jsonl    source, file and scores of every video, by the reward and by the judge
     OUT/pairs.csv     pairs for task "adapter" with loss dpo, and for `train-reward`
 
 Source: MagicID, arXiv 2503.12689. Still photos are its winners of identity; real clips of the same
@@ -38,6 +38,8 @@ from jax_idgrpo.preferences.couples import REWARD, Couple, Scored, path_hash, wr
 from jax_idgrpo.preferences.video_clips import read_clips
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import write_text
+
+JUDGE = "judge_"  # prefix of the terms of the judge's own embedder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +215,21 @@ def _scored(
 
 
 def check_terms(rule: Rule, members: Sequence[Member]) -> None:
-    """Refuse terms that no video has a score of.
+    """Refuse terms that no video has a score of, and the identity that the judge measures.
 
     Args:
       rule: names the terms.
       members: the scored videos.
 
     Raises:
-      UserError: a term is unknown.
+      UserError: a term is unknown, or would train on the judge.
     """
+    for name in rule.terms:
+        if name.startswith(JUDGE):
+            raise UserError(
+                f"--terms: {name} is how evaluations measure identity, so a model must not be "
+                "trained on it; use reward"
+            )
     known = sorted({name for member in members for name in member.video.values})
     for name in rule.terms:
         if name not in known:

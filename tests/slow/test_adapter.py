@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 
-from jax_idgrpo.preferences import pool, train_adapter
+from jax_idgrpo.evaluation.scoring import JUDGED
+from jax_idgrpo.preferences import adapter_batches, pool
 from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
 from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.training import setup
@@ -34,6 +35,7 @@ def test_a_pool_of_models_clips_and_stills_gives_pairs_for_dpo(tmp_path):
         ("still", 0),  # the prompt with one person
         *(("tuned", n) for n in range(2)),
     ]
+    assert all({"reward", "embedder_identity", *JUDGED} <= set(line) for line in lines)
     motion = {line["file"]: line["motion"] for line in lines}
     assert motion["videos/still/0000-0.mp4"] < 0.003  # h264 is lossy
     options = {"pairs": str(out / "pairs.csv"), "loss": "dpo"}
@@ -57,11 +59,14 @@ def test_the_bundled_model_trains_with_augmented_photos_and_face_weights(tmp_pat
     assert np.isfinite(metrics_of(tmp_path / "run")[-1]["loss"])
     pipe = setup.load(recipe)
     options = read_options(recipe.finetune.options)
-    rows = train_adapter.prepare_rows(
+    rows = adapter_batches.prepare_rows(
         pipe, recipe, options, read_rows_of(options, 3), tmp_path / "run" / "latents"
     )
     weights = np.stack(
-        [train_adapter.read_row(rows, recipe, options, item[0], None).weight for item in rows.items]
+        [
+            adapter_batches.read_row(rows, recipe, options, item[0], None).weight
+            for item in rows.items
+        ]
     )
     assert weights.min() == 1
     assert 2 < weights.max() <= 3 + 1e-2
