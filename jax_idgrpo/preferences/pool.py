@@ -16,7 +16,6 @@ people take their place here wherever there are any.
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,13 +27,12 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.photos import load_reference
 from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.data.video import FINE, list_videos, read_frames, write_video
-from jax_idgrpo.errors import Failure, UserError, closest
-from jax_idgrpo.evaluation.commands import sample, score
-from jax_idgrpo.evaluation.listing import list_rows
+from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.evaluation.commands import sample
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.parallel.hosts import print_once, run_once
-from jax_idgrpo.preferences.annotate import annotator_name
-from jax_idgrpo.preferences.couples import REWARD, Couple, Scored, path_hash, write_couples
+from jax_idgrpo.preferences.annotate import annotator_name, score_folder
+from jax_idgrpo.preferences.couples import REWARD, Couple, Scored, in_order, write_couples
 from jax_idgrpo.preferences.video_clips import read_clips
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import write_text
@@ -195,22 +193,14 @@ def _scored(
       listed: its prompts.
     """
     folder, lines = out / "videos" / name, out / "scores" / f"{name}.jsonl"
-    try:
-        score(config, folder, prompts, lines)
-    except Failure as failure:
-        run_once(print, f"{failure}; these videos are in no pair", file=sys.stderr)
-    prompt_of = {
-        file.name: (file, prompt) for file, prompt in list_rows(folder, prompts, listed)[0]
-    }
     found = []
-    for text in lines.read_text().splitlines():
-        line = json.loads(text)
+    for file, prompt, line in score_folder(config, folder, prompts, listed, lines):
         values = {
             key: float(value)
             for key, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        found.append(Member(name, Scored(*prompt_of[line["file"]], values)))
+        found.append(Member(name, Scored(file, prompt, values)))
     return found
 
 
@@ -281,8 +271,7 @@ def dominant_couples(members: Sequence[Member], rule: Rule) -> list[tuple[Couple
 
 
 def _couple(winner: Scored, loser: Scored) -> Couple:
-    """Label a pair; a hash of the paths decides which video is A."""
-    first = path_hash(winner.file, loser.file) % 2 == 0
-    a, b = (winner, loser) if first else (loser, winner)
+    """Label a pair by its winner."""
+    a, b = in_order(winner, loser)
     difference = a.values.get("reward", math.nan) - b.values.get("reward", math.nan)
-    return Couple(a, b, {REWARD: "A" if first else "B"}, {REWARD: difference})
+    return Couple(a, b, {REWARD: "A" if a is winner else "B"}, {REWARD: difference})

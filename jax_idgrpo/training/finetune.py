@@ -189,7 +189,9 @@ def finetune(config: Config, workdir: Path) -> None:
             closing = done % config.finetune.log_every == 0 or saving or stop or evaluating(done)
             gave_up = ""
             if closing:
-                rows = to_host(pending)
+                rows = [
+                    {name: float(value) for name, value in row.items()} for row in to_host(pending)
+                ]
                 means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
                 if not math.isfinite(means["loss"]):
                     raise UserError(
