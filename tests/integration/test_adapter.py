@@ -425,6 +425,11 @@ def test_the_identity_loss_reaches_the_adapter_and_each_row_alone(clips, checkpo
     np.testing.assert_allclose(means["identity_rows"], 0.25)
 
 
+def second_sigma(key):
+    """Noise level of row 1 of 4 at shift 1."""
+    return (1 + float(jax.random.uniform(rng.fold(key, 4), (4,))[1])) / 4
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 def test_all_rows_below_the_limit_are_decoded_and_few_others(rows, shift):
