@@ -32,8 +32,8 @@ from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.evaluation.commands import evaluate
 from jax_idgrpo.ingest.faces import cut_photo
 from jax_idgrpo.models.layers import LoRAParam
+from jax_idgrpo.preferences.adapter_batches import prepare_rows, read_row
 from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
-from jax_idgrpo.preferences.train_adapter import prepare_rows, read_row
 from jax_idgrpo.synthetic import captions, scenes
 from jax_idgrpo.synthetic.people import FRAMES_PER_SECOND, SPLITS, _Labels, identity
 from jax_idgrpo.training.adapter_task import Learner

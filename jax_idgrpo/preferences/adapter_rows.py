@@ -31,6 +31,8 @@ class AdapterOptions:
       text_dropout: share of texts that are replaced by the negative prompt, in [0, 1).
       photo_dropout: share of rows that are trained without photos, in [0, 1).
       face_weight: loss weight of cells inside faces; others have 1.
+      identity_weight: weight of 1 - the configuration's reward of the denoised video, on rows with
+        little noise (`training.identity_loss`), for loss "flow"; 0 decodes nothing.
       augment: crop photos about the face and replace the background by white, in half of the draws.
       split: "train" holds out the identity clusters of the splits "rl" and "eval"; "all" trains on
         every clip and measures no held-out loss.
@@ -46,6 +48,7 @@ class AdapterOptions:
     text_dropout: float = 0.1
     photo_dropout: float = 0.1
     face_weight: float = 1.0
+    identity_weight: float = 0.0
     augment: bool = True
     split: str = "train"
     evaluate_every: int = 100
@@ -64,7 +67,12 @@ class AdapterOptions:
                 )
         for name in ("text_dropout", "photo_dropout"):
             _check(name, getattr(self, name), 0.0, 1.0)
-        _check("face_weight", self.face_weight, 0.0, 1e6)
+        for name in ("face_weight", "identity_weight"):
+            _check(name, getattr(self, name), 0.0, 1e6)
+        if self.identity_weight and self.loss == "dpo":
+            raise UserError(
+                "finetune.options: identity_weight is a part of loss flow; leave it out of loss dpo"
+            )
         _check("evaluate_every", float(self.evaluate_every), 1.0, 2.0**31)
         needed, other = ("clips", "pairs") if self.loss == "flow" else ("pairs", "clips")
         if not getattr(self, needed):

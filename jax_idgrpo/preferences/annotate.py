@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jax_idgrpo.config import Config
@@ -162,6 +162,36 @@ def annotator_name(config: Config) -> str:
     return f"reward.faces {wanted.faces}"
 
 
+def score_folder(
+    config: Config, videos: Path, prompts: Path, listed: Sequence[Prompt], out: Path
+) -> Iterator[tuple[Path, Prompt, dict[str, object]]]:
+    """Score a folder of videos; of those that cannot be scored, the reward is None.
+
+    Args:
+      config: its reward scores.
+      videos: the folder.
+      prompts: the prompts CSV.
+      listed: its prompts.
+      out: file of the scores.
+
+    Yields:
+      A video, its prompt, and the line of its scores.
+
+    Raises:
+      UserError: the videos or prompts cannot be used.
+    """
+    try:
+        score(config, videos, prompts, out)
+    except Failure as failure:
+        run_once(print, f"{failure}; these videos are in no pair", file=sys.stderr)
+    prompt_of = {
+        file.name: (file, prompt) for file, prompt in list_rows(videos, prompts, listed)[0]
+    }
+    for text in out.read_text().splitlines():
+        line = json.loads(text)
+        yield *prompt_of[line["file"]], line
+
+
 def _score(
     config: Config,
     videos: Path,
@@ -170,7 +200,7 @@ def _score(
     out: Path,
     dimensions: Sequence[str],
 ) -> list[Scored]:
-    """Score a folder of videos; those that cannot be scored have no values.
+    """Read the dimensions of the videos of a folder; those that cannot be scored have none.
 
     Args:
       config: the annotator.
@@ -183,16 +213,8 @@ def _score(
     Raises:
       UserError: a dimension is no term of the reward, or the videos or prompts cannot be used.
     """
-    try:
-        score(config, videos, prompts, out)
-    except Failure as failure:
-        run_once(print, f"{failure}; these videos are in no pair", file=sys.stderr)
-    prompt_of = {
-        file.name: (file, prompt) for file, prompt in list_rows(videos, prompts, listed)[0]
-    }
     found = []
-    for text in out.read_text().splitlines():
-        line = json.loads(text)
+    for file, prompt, line in score_folder(config, videos, prompts, listed, out):
         if line["reward"] is not None:
             for name in dimensions:
                 if name != REWARD and name not in line:
@@ -203,7 +225,7 @@ def _score(
         values = {
             name: _number(line.get("reward" if name == REWARD else name)) for name in dimensions
         }
-        found.append(Scored(*prompt_of[line["file"]], values))
+        found.append(Scored(file, prompt, values))
     return found
 
 

@@ -121,15 +121,19 @@ def path_hash(*files: Path) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def in_order(one: Scored, other: Scored) -> tuple[Scored, Scored]:
+    """Return video A and video B of a pair, which a hash of the paths decides."""
+    return (one, other) if path_hash(one.file, other.file) % 2 else (other, one)
+
+
 def couple(one: Scored, other: Scored, margins: Mapping[str, float]) -> Couple:
-    """Label one pair; a hash of the paths decides which video is A.
+    """Label one pair.
 
     Args:
       one, other: the videos.
       margins: see `margins`.
     """
-    sides = (one, other) if path_hash(one.file, other.file) % 2 else (other, one)
-    return labelled(*sides, margins)
+    return labelled(*in_order(one, other), margins)
 
 
 def labelled(a: Scored, b: Scored, margins: Mapping[str, float]) -> Couple:

@@ -6,7 +6,7 @@ prompt, the pair with the largest gap is kept whose winner is at least as good i
 (`grpo.dominant_pairs`).
 
     OUT/videos/SOURCE/NUMBER-MEMBER.mp4
-    OUT/pool.jsonl    source, file and scores of every video
+    OUT/pool.jsonl    source, file and scores of every video, by the reward and by the judge
     OUT/pairs.csv     pairs for task "adapter" with loss dpo, and for `train-reward`
 
 Source: MagicID, arXiv 2503.12689. Still photos are its winners of identity; real clips of the same
@@ -16,7 +16,6 @@ people take their place here wherever there are any.
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,16 +27,17 @@ from jax_idgrpo.config import Config
 from jax_idgrpo.data.photos import load_reference
 from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.data.video import FINE, list_videos, read_frames, write_video
-from jax_idgrpo.errors import Failure, UserError, closest
-from jax_idgrpo.evaluation.commands import sample, score
-from jax_idgrpo.evaluation.listing import list_rows
+from jax_idgrpo.errors import UserError, closest
+from jax_idgrpo.evaluation.commands import sample
 from jax_idgrpo.evaluation.sampler import evaluated
 from jax_idgrpo.parallel.hosts import print_once, run_once
-from jax_idgrpo.preferences.annotate import annotator_name
-from jax_idgrpo.preferences.couples import REWARD, Couple, Scored, path_hash, write_couples
+from jax_idgrpo.preferences.annotate import annotator_name, score_folder
+from jax_idgrpo.preferences.couples import REWARD, Couple, Scored, in_order, write_couples
 from jax_idgrpo.preferences.video_clips import read_clips
 from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import write_text
+
+JUDGE = "judge_"  # prefix of the terms of the judge's own embedder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,35 +193,33 @@ def _scored(
       listed: its prompts.
     """
     folder, lines = out / "videos" / name, out / "scores" / f"{name}.jsonl"
-    try:
-        score(config, folder, prompts, lines)
-    except Failure as failure:
-        run_once(print, f"{failure}; these videos are in no pair", file=sys.stderr)
-    prompt_of = {
-        file.name: (file, prompt) for file, prompt in list_rows(folder, prompts, listed)[0]
-    }
     found = []
-    for text in lines.read_text().splitlines():
-        line = json.loads(text)
+    for file, prompt, line in score_folder(config, folder, prompts, listed, lines):
         values = {
             key: float(value)
             for key, value in line.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
-        found.append(Member(name, Scored(*prompt_of[line["file"]], values)))
+        found.append(Member(name, Scored(file, prompt, values)))
     return found
 
 
 def check_terms(rule: Rule, members: Sequence[Member]) -> None:
-    """Refuse terms that no video has a score of.
+    """Refuse terms that no video has a score of, and the identity that the judge measures.
 
     Args:
       rule: names the terms.
       members: the scored videos.
 
     Raises:
-      UserError: a term is unknown.
+      UserError: a term is unknown, or would train on the judge.
     """
+    for name in rule.terms:
+        if name.startswith(JUDGE):
+            raise UserError(
+                f"--terms: {name} is how evaluations measure identity, so a model must not be "
+                "trained on it; use reward"
+            )
     known = sorted({name for member in members for name in member.video.values})
     for name in rule.terms:
         if name not in known:
@@ -273,8 +271,7 @@ def dominant_couples(members: Sequence[Member], rule: Rule) -> list[tuple[Couple
 
 
 def _couple(winner: Scored, loser: Scored) -> Couple:
-    """Label a pair; a hash of the paths decides which video is A."""
-    first = path_hash(winner.file, loser.file) % 2 == 0
-    a, b = (winner, loser) if first else (loser, winner)
+    """Label a pair by its winner."""
+    a, b = in_order(winner, loser)
     difference = a.values.get("reward", math.nan) - b.values.get("reward", math.nan)
-    return Couple(a, b, {REWARD: "A" if first else "B"}, {REWARD: difference})
+    return Couple(a, b, {REWARD: "A" if a is winner else "B"}, {REWARD: difference})

@@ -1,9 +1,10 @@
-"""Task "adapter": train a LoRA of the video model on your own clips or pairs of videos.
+"""Task "adapter": train the video model on your own clips or pairs of videos.
 
 The clips are those of `video_clips`, as `idgrpo ingest` writes them; the pairs those of
-`csv_source`. The base is frozen. The export is the PEFT adapter that `model.adapter` of
-reinforcement learning starts from. Losses: `training.adapter_task`; encoded clips, photos and texts:
-`training.clip_latents`.
+`csv_source`. As in reinforcement learning, `model.train` selects what is trained and exported: a
+LoRA on the frozen base, as the PEFT adapter that `model.adapter` starts from; or weights, as the
+checkpoint that `model.path` starts from. Losses: `training.adapter_task`; encoded clips, photos and
+texts: `training.clip_latents`.
 
 The clip, window, photos and dropout of a row are functions of (seed, step, row). A photo of each
 person is drawn from the person's photos ("random references"), so that the model cannot learn to
@@ -13,311 +14,50 @@ there is no other, and is then mirrored and relit.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jax_idgrpo.config import Config
-from jax_idgrpo.data.photos import load_reference
-from jax_idgrpo.data.prompts import Prompt
-from jax_idgrpo.data.video import File, contact_sheet
+from jax_idgrpo.data.video import contact_sheet
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.sampler import Model, Row, make_sampler
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
 from jax_idgrpo.parallel import sharding
-from jax_idgrpo.parallel.hosts import print_once, to_host
-from jax_idgrpo.preferences.adapter_rows import (
-    AdapterOptions,
-    Reference,
-    Rows,
-    TrainedVideo,
-    read_options,
-    read_rows_of,
+from jax_idgrpo.parallel.hosts import to_host
+from jax_idgrpo.preferences.adapter_batches import (
+    Prepared,
+    face_encoder,
+    held_out_batches,
+    make_batch,
+    prepare_rows,
+    prompt_of,
 )
-from jax_idgrpo.preferences.clip_pairs import locate
-from jax_idgrpo.preferences.video_clips import MOST
-from jax_idgrpo.rewards.faces import load_settings, load_stack
-from jax_idgrpo.rewards.head import fingerprint
-from jax_idgrpo.sampling import conditioning
+from jax_idgrpo.preferences.adapter_rows import read_options, read_rows_of
+from jax_idgrpo.rewards.base import DifferentiableReward, differentiable
+from jax_idgrpo.rewards.factory import make_reward
 from jax_idgrpo.sampling.adapters import save_lora
+from jax_idgrpo.sampling.exports import save_checkpoint
 from jax_idgrpo.sampling.pipeline import Pipeline
-from jax_idgrpo.synthetic.training.transformer import cell_weight
-from jax_idgrpo.training.adapter_task import ClipBatch, Learner, make_held_out, sampling_policy
-from jax_idgrpo.training.clip_latents import (
-    Encoder,
-    Entry,
-    FindFace,
-    Latents,
-    clip_windows,
-    content_hash,
-    name_of,
-    stacked,
+from jax_idgrpo.sampling.weights import TrainedWeights, select_weights
+from jax_idgrpo.training.adapter_task import (
+    WINNERS_WORSE,
+    ClipBatch,
+    Fixed,
+    Learner,
+    make_held_out,
+    sampling_policy,
 )
-from jax_idgrpo.training.setup import load
+from jax_idgrpo.training.identity_loss import IdentityLoss
+from jax_idgrpo.training.setup import described, load, score_latents
 from jax_idgrpo.training.task import Loss, Task
 
-HELD_OUT = 64  # held-out clips that the loss is measured on, at most
 SHOWN = 4  # clips of a preview
 KINDS = ("vace", "phantom", "refalign")
-
-
-# ---- encoded rows --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """Names of the arrays of one video in the cache; faces: "" without a face weight."""
-
-    clip: str
-    text: str
-    photos: tuple[tuple[str, ...], ...]
-    faces: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A run's encoded rows, in the order in which steps index them.
-
-    Attributes:
-      latents: the cache.
-      items: videos of each row: one, or winner and loser.
-      held_out: held-out videos.
-      names: names of the arrays by video.
-      negative: [L,D] embedding of the negative prompt.
-      grey: latents of a mid-grey video.
-    """
-
-    latents: Latents
-    items: Sequence[tuple[TrainedVideo, ...]]
-    held_out: Sequence[TrainedVideo]
-    names: Mapping[TrainedVideo, Names]
-    negative: Float[np.ndarray, "L D"]
-    grey: Float[np.ndarray, "T h w C"]
-
-
-def prepare_rows(
-    pipe: Pipeline, config: Config, options: AdapterOptions, rows: Rows, folder: Path
-) -> Prepared:
-    """Encode all clips, photos and texts that are not in the cache (collective).
-
-    Clips that are shorter than `video.frames` are left out.
-
-    Args:
-      pipe: encodes.
-      config: of the run.
-      options: of the task.
-      rows: what the run trains on.
-      folder: folder of the cache.
-
-    Raises:
-      UserError: a file cannot be read, or no clip is long enough.
-    """
-    encoder, latents = Encoder.make(pipe, config), Latents(folder)
-    faces = config.reward.folder() if options.augment or options.face_weight != 1 else None
-    find_face, mark = _face_finder(faces) if faces is not None and options.augment else (None, "")
-    share = _face_shares(config, faces) if faces is not None and options.face_weight != 1 else None
-    entries: list[Entry] = []
-    names: dict[TrainedVideo, Names] = {}
-    known: dict[tuple[File, bool], str] = {}
-
-    def keep(entry: Entry) -> str:
-        entries.append(entry)
-        return entry.name
-
-    def photo(reference: Reference) -> str:
-        key = (reference.file, reference.own)
-        if key not in known:
-            known[key] = keep(encoder.photo(*key, find_face, mark))
-        return known[key]
-
-    for video in dict.fromkeys(rows.all):
-        names[video] = Names(
-            keep(encoder.clip(video.path)),
-            keep(encoder.text(video.prompt)),
-            tuple(tuple(map(photo, group)) for group in video.references),
-            keep(share(video)) if share is not None else "",
-        )
-    latents.fill(entries)
-
-    def usable(video: TrainedVideo) -> bool:
-        return len(latents.read(names[video].clip)) > 0
-
-    items = list(rows.pairs or ((video,) for video in rows.videos))
-    whole = [item for item in items if all(map(usable, item))]
-    if len(whole) < len(items):
-        first = next(video for item in items for video in item if not usable(video))
-        text = (
-            f"{len(items) - len(whole)} of {len(items)} rows have a clip with fewer frames than "
-            f"video.frames {config.video.frames} at {config.video.fps} per second, such as "
-            f"{first.path}"
-        )
-        if not whole:
-            raise UserError(f"{text}; use a smaller --video.frames, or longer clips")
-        print_once(f"{text}; they are left out")
-    return Prepared(
-        latents,
-        whole,
-        [video for video in rows.held_out if usable(video)],
-        names,
-        conditioning.encode_negative(pipe, config.data),
-        encoder.grey() if config.model.kind == "vace" else np.zeros((1, 1, 1, 1), np.float32),
-    )
-
-
-def _face_finder(folder: Path) -> tuple[FindFace, str]:
-    """Return a function that finds the best face of a photo, and a fingerprint of its networks."""
-    stack = load_stack(folder, "embedder")
-    graph, state = nnx.split(stack)
-
-    @jax.jit
-    def program(state: nnx.State, photo: Float[Array, "H W 3"]) -> tuple[Array, Array]:
-        faces = nnx.merge(graph, state)(photo[None, None])
-        return faces.boxes[0, 0, 0], faces.mask[0, 0, 0]
-
-    def find(photo: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "4"] | None:
-        box, found = jax.device_get(program(state, photo))
-        return box if found else None
-
-    return find, fingerprint(state)
-
-
-def _face_shares(config: Config, folder: Path) -> Callable[[TrainedVideo], Entry]:
-    """Return a function that describes the share of each latent cell that faces cover.
-
-    Args:
-      config: of the run.
-      folder: folder of face networks.
-    """
-    stack, video = load_stack(folder, "embedder"), config.video
-    program = locate(stack, load_settings(folder, "embedder").missing)
-    mark, size = fingerprint(nnx.state(stack)), (video.height, video.width)
-
-    def entry(row: TrainedVideo) -> Entry:
-        files = [group[0].file for group in row.references]
-
-        def make() -> np.ndarray:
-            photos = np.ones((MOST, *size, 3), np.float32)
-            for number, file in enumerate(files):
-                photos[number] = conditioning.canvas(load_reference(file), *size)
-            present = np.arange(MOST) < len(files)
-            found = []
-            for window in clip_windows(row.path, video):
-                boxes = program(window, photos, present)[0]
-                seen = (boxes[..., 2] > boxes[..., 0]).astype(jnp.float32)
-                found.append(np.asarray(cell_weight(boxes[None], seen[None], size, 2.0) - 1)[0])
-            return np.stack(found) if found else np.zeros((0, 1, 1, 1))
-
-        parts = [content_hash(file) for file in (row.path, *files)]
-        return Entry(name_of("faces", parts, video, mark), make)
-
-    return entry
-
-
-def make_batch(
-    prepared: Prepared, config: Config, options: AdapterOptions, seed: int, step: int
-) -> ClipBatch:
-    """Read the rows of a training step: a pure function of (seed, step).
-
-    Args:
-      prepared: the encoded rows.
-      config: of the run.
-      options: of the task.
-      seed: seed of the run.
-      step: training step.
-    """
-    count = config.finetune.batch
-    order = grain.MapDataset.range(len(prepared.items)).seed(seed).shuffle().repeat()
-    rows: list[ClipBatch] = []
-    for number in range(count):
-        item = prepared.items[int(order[step * count + number])]
-        for video in item:
-            random = np.random.default_rng((seed, step, number))  # one draw for both of a pair
-            rows.append(read_row(prepared, config, options, video, random))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-
-
-def read_row(
-    prepared: Prepared,
-    config: Config,
-    options: AdapterOptions,
-    video: TrainedVideo,
-    random: np.random.Generator | None,
-) -> ClipBatch:
-    """Read one row, without a batch axis.
-
-    Args:
-      prepared: the encoded rows.
-      config: of the run.
-      options: of the task.
-      video: the row.
-      random: draws window, photos and dropout; None reads the first window with the listed photos
-        as they are.
-    """
-    names, read = prepared.names[video], prepared.latents.read
-
-    def pick(count: int) -> int:
-        # A fixed amount of the generator's output, so that both rows of a pair draw the same.
-        return 0 if random is None else int(random.random() * count)
-
-    windows = read(names.clip)
-    window = pick(len(windows))
-    latents = np.asarray(windows[window], np.float32)
-    weight = np.ones(latents.shape[:-1], np.float32)
-    if names.faces:
-        weight += (options.face_weight - 1) * np.asarray(read(names.faces)[window], np.float32)
-    photos = []
-    for group in names.photos:
-        variants = read(group[pick(len(group))])
-        photos.append(variants[pick(len(variants))])
-    no_text = no_photos = False
-    if options.loss == "flow" and random is not None:
-        no_text = random.random() < options.text_dropout
-        no_photos = random.random() < options.photo_dropout
-    vace = config.model.kind == "vace"
-    if vace and config.data.reference_order == "diffusers":
-        photos.reverse()
-    if no_photos:
-        photos = []
-    slots = config.data.max_people if vace else config.reference_frames
-    text = prepared.negative if no_text else read(names.text)
-    return ClipBatch(
-        video=latents,
-        photos=stacked(photos, slots, latents.shape[1:]),
-        people=np.int32(len(photos) if vace else len(names.photos)),
-        text=conditioning.padded(np.asarray(text, np.float32), config.data.text_length),
-        weight=weight,
-    )
-
-
-def held_out_batches(
-    prepared: Prepared, config: Config, options: AdapterOptions
-) -> list[ClipBatch]:
-    """Read up to `HELD_OUT` held-out clips in whole batches; the last batch repeats the first rows.
-
-    Args:
-      prepared: the encoded rows.
-      config: of the run.
-      options: of the task.
-    """
-    chosen = list(prepared.held_out[:HELD_OUT])
-    size = config.finetune.batch
-    missing = -len(chosen) % size
-    filled = [*chosen, *(chosen[n % len(chosen)] for n in range(missing))] if chosen else []
-    rows = [read_row(prepared, config, options, video, None) for video in filled]
-    return [
-        jax.tree.map(lambda *leaves: np.stack(leaves), *rows[start : start + size])
-        for start in range(0, len(rows), size)
-    ]
-
-
-# ---- the task ------------------------------------------------------------------------------------
 
 
 def check_config(config: Config) -> None:
@@ -331,12 +71,10 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"model.kind {model.kind}: the task adapter trains {', '.join(KINDS)}; use one of them"
         )
-    if model.train == "full":
-        raise UserError("model.train full: the task adapter trains a LoRA; leave it out")
     if config.finetune.start:
         raise UserError(
             f"finetune.start {config.finetune.start}: the task adapter continues an adapter with "
-            "--model.adapter; leave finetune.start out"
+            "--model.adapter, and a checkpoint with --model.path; leave finetune.start out"
         )
 
 
@@ -349,6 +87,7 @@ def make(config: Config) -> Task:
     options = read_options(config.finetune.options)
     check_config(config)
     rows = read_rows_of(options, config.data.max_people)
+    full = config.model.train == "full"
     held: dict[str, Prepared] = {}
 
     @functools.cache
@@ -361,35 +100,70 @@ def make(config: Config) -> Task:
         return made
 
     @functools.cache
+    def reward() -> DifferentiableReward:
+        return differentiable(make_reward(config, sharding.make_mesh(config.mesh)))
+
+    @functools.cache
+    def weights() -> TrainedWeights:
+        return select_weights(pipe().transformer, config.model.train_layers)
+
+    @functools.cache
     def learner() -> Learner:
         shift = config.rollout.shift or pipe().shift
-        return Learner.make(pipe().transformer, config, shift, held["rows"].grey)
+        identity = None
+        if options.identity_weight:
+            scored = functools.partial(score_latents, reward().apply, config.data.max_people)
+            identity = IdentityLoss(options.identity_weight, scored)
+        chosen = weights() if full else None
+        made = pipe().transformer, config, shift, held["rows"].grey
+        return Learner.make(*made, chosen, identity)
 
     def prepare(workdir: Path) -> None:
         folder = Path(options.cache) if options.cache else workdir / "latents"
-        held["rows"] = prepare_rows(pipe(), config, options, rows, folder)
+        found = prepare_rows(pipe(), config, options, rows, folder)
+        if options.identity_weight:
+            videos = [video for item in found.items for video in item]
+            faces = face_encoder(reward(), videos, config.data.max_people)
+            found = dataclasses.replace(found, faces=faces)
+        held["rows"] = found
+
+    def init(key: Array) -> WanTransformer:
+        network = pipe().transformer
+        if full:  # else the devices would hold the weights as they were read
+            weights()
+            pipe().transformer = described(network)
+        return network
+
+    def fixed(network: WanTransformer) -> Fixed:
+        reference = learner().parts(network)[0] if full and options.loss == "dpo" else None
+        scorer = None
+        if options.identity_weight:
+            scorer = nnx.split(pipe().vae), reward().state
+        return Fixed(reference, scorer)
 
     def batch(seed: int, step: int) -> ClipBatch:
         return make_batch(held["rows"], config, options, seed, step)
 
-    def loss(network: WanTransformer, batch: ClipBatch, key: Array) -> Loss:
+    def loss(network: WanTransformer, batch: ClipBatch, key: Array, *fixed: Fixed) -> Loss:
         function = learner().flow_loss if options.loss == "flow" else learner().dpo_loss
-        return function(network, batch, key)
+        return function(network, batch, key, *fixed)
 
     def save(network: WanTransformer, folder: Path) -> None:
-        state = to_host(nnx.state(network, LoRAParam))
-        save_lora(folder, state, network.config, dataclasses.asdict(config), config.run.steps)
+        training, steps = dataclasses.asdict(config), config.run.steps
+        if full:
+            save_checkpoint(folder, pipe(), nnx.state(network), training, steps, reuse=False)
+        else:
+            save_lora(
+                folder, to_host(nnx.state(network, LoRAParam)), network.config, training, steps
+            )
 
     def preview(network: WanTransformer, folder: Path) -> None:
         if jax.process_count() > 1:  # the network spans processes, and one of them calls this
             return
         shown = held["rows"].held_out or [item[0] for item in held["rows"].items]
-        prompts = [
-            Prompt(number, video.prompt, tuple(group[0].file for group in video.references))
-            for number, video in enumerate(shown[:SHOWN])
-        ]
+        prompts = [prompt_of(video, number) for number, video in enumerate(shown[:SHOWN])]
         sampler = make_sampler(config, pipe())
-        model = Model(*sampling_policy(network, config))
+        model = Model(*sampling_policy(network, config, weights() if full else None))
         videos = sampler.videos(model, [Row(prompt, 0) for prompt in prompts])
         contact_sheet(np.asarray(videos)[: len(prompts)]).save(folder / "clips.png")
 
@@ -401,15 +175,18 @@ def make(config: Config) -> Task:
             config.run.seed,
         )
     return Task(
-        init=lambda key: pipe().transformer,
+        init=init,
         batch=batch,
         loss=loss,
         save=save,
         preview=preview,
         trained=LoRAParam,
         frozen=nnx.Not(LoRAParam),
+        weights=(lambda network: weights()) if full else None,
+        fixed=fixed if options.identity_weight or (full and options.loss == "dpo") else None,
         rows=rows.digests,
         prepare=prepare,
         evaluate=evaluate,
         evaluate_every=options.evaluate_every,
+        stop=WINNERS_WORSE if options.loss == "dpo" else None,
     )

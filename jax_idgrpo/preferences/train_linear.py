@@ -261,58 +261,51 @@ def train(config: Config, workdir: Path) -> None:
             "pair has a better video; label some with A or B"
         )
     folders = {workdir / "export", Path(config.finetune.out or workdir / "export")}
-    if config.reward.vlm:
-        scores = _fit_checklist(config, options, pairs, held_out, folders)
-    else:
-        scores = _fit_faces(config, options, pairs, held_out, folders)
+    fit = _fit_checklist if config.reward.vlm else _fit_faces
+    scores = fit(FitInputs(config, options, pairs, held_out, folders))
     write_accuracy(workdir, held_out, scores, options, config.run.seed)
 
 
-def _fit_faces(
-    config: Config,
-    options: LinearOptions,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folders: Collection[Path],
-) -> Differences:
-    """Fit the reward of face terms, print it and write it.
+@dataclasses.dataclass(frozen=True)
+class FitInputs:
+    """What a reward is fitted with.
 
-    Args:
+    Attributes:
       config: configuration of the run.
       options: options of the task.
       pairs: training pairs.
       held_out: further pairs that will be scored.
       folders: destinations.
-
-    Returns:
-      The function that scores pairs.
     """
+
+    config: Config
+    options: LinearOptions
+    pairs: Sequence[Pair]
+    held_out: Sequence[Pair]
+    folders: Collection[Path]
+
+
+def _fit_faces(given: FitInputs) -> Differences:
+    """Fit the reward of face terms, print it and write it; return the function that scores pairs."""
+    config, options = given.config, given.options
     reward = make_face_reward(dataclasses.replace(faces_alone(config.reward), head="", linear=""))
     networks = fingerprint(reward.state)
-    sides = read_tokens(reward, [*pairs, *held_out], config, options.tokens)
+    sides = read_tokens(reward, [*given.pairs, *given.held_out], config, options.tokens)
     pairs = filter_automatic(
-        pairs,
+        given.pairs,
         options,
         lambda: differences(load_head(Path(options.teacher), networks, config.reward), sides),
     )
     fitted = fit_linear(pairs, sides, options, config.run.seed)
     print("\n".join(summary(fitted)))
-    for folder in folders:
+    for folder in given.folders:
         folder.mkdir(parents=True, exist_ok=True)
         save_linear(fitted.reward, fitted.intervals, folder, networks, config.reward)
     return differences(fitted.reward, sides)
 
 
-def _fit_checklist(
-    config: Config,
-    options: LinearOptions,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
-    folders: Collection[Path],
-) -> Differences:
+def _fit_checklist(given: FitInputs) -> Differences:
     """Fit the weights of a checklist, print them and write the checklist.
-
-    Args: as for `_fit_faces`.
 
     Returns:
       The function that scores pairs, in log-odds.
@@ -321,6 +314,7 @@ def _fit_checklist(
       UserError: an option has no effect here, `reward.vlm` is no checklist, or no weight of a
         question without a gate is positive.
     """
+    config, options, pairs = given.config, given.options, given.pairs
     if options.tokens or options.teacher or options.features != tuple(DIRECTIONS):
         raise UserError(
             "finetune.options: tokens, teacher and features have no effect on a checklist; leave "
@@ -332,7 +326,7 @@ def _fit_checklist(
             "of a checklist or, without reward.vlm, of face terms"
         )
     reward = load_checklist(config.reward)
-    inputs = _read_answers(reward, [*pairs, *held_out])
+    inputs = _read_answers(reward, [*pairs, *given.held_out])
     difference = np.stack([inputs[pair][0] - inputs[pair][1] for pair in pairs])
     labels = np.asarray([pair.labels[0] for pair in pairs])
     weights = fit_weights(difference, labels, options.theta)
@@ -350,7 +344,7 @@ def _fit_checklist(
     for asked, (low, high) in zip(fitted, intervals.T, strict=True):
         interval = f"[{low:.3f}, {high:.3f}]"
         print(f"{asked.weight:>7.3f}  {interval:<16}  {asked.question}")
-    for folder in folders:
+    for folder in given.folders:
         folder.mkdir(parents=True, exist_ok=True)
         write_checklist(fitted, folder / CHECKLIST)
     return lambda chosen: np.stack(

@@ -37,6 +37,7 @@ from jax_idgrpo.rewards.factory import (
 from jax_idgrpo.rewards.photo_copy import PHOTOGRAPHS
 from jax_idgrpo.rewards.vlm import files, inputs
 from jax_idgrpo.rewards.vlm.checklist import is_checklist
+from jax_idgrpo.rewards.vlm.checklist_reward import describe_checklist
 from jax_idgrpo.rewards.vlm.reward import VlmReward
 
 WORDS = 1024  # text tokens of a planned question, beside its photos and frames
@@ -177,10 +178,6 @@ def _described(reward: FaceReward, mesh: Mesh) -> FaceReward:
 
 def _vlm(config: Config, mesh: Mesh) -> VlmReward:
     wanted, own = config.reward, config.reward.vlm_devices
-    if is_checklist(wanted.vlm):
-        raise UserError(
-            f"plan: reward.vlm {wanted.vlm} is a checklist, which is not planned; plan without it"
-        )
     if own > mesh.size:
         raise UserError(
             f"plan: reward.vlm_devices {own} is more than the {mesh.size} devices of the video "
@@ -188,9 +185,11 @@ def _vlm(config: Config, mesh: Mesh) -> VlmReward:
         )
     if own:  # the video model's devices serve as placeholders, as all devices are equal
         mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), list(mesh.devices.flat)[:own])
+    size = config.video.frames, config.video.height, config.video.width
+    if is_checklist(wanted.vlm):
+        return describe_checklist(wanted, size, mesh)
     model = files.describe(wanted.vlm, wanted.vlm_base or None, wanted.vlm_dtype, mesh)
-    text, video = inputs.own_text(model.settings.tokens), config.video
-    size = video.frames, video.height, video.width
+    text = inputs.own_text(model.settings.tokens)
     return VlmReward(model, text, fps=wanted.vlm_fps, video=size, rows=wanted.vlm_rows, mesh=mesh)
 
 
@@ -220,7 +219,10 @@ def encoded_shapes(
 
 
 def _longest_question(reward: VlmReward, people: int, video: tuple[int, int, int]) -> inputs.Asked:
-    """Encode one row with the largest photos and `WORDS` tokens of text; values are arbitrary."""
+    """Encode one row with the largest photos and `WORDS` tokens of text; values are arbitrary.
+
+    A checklist asks as many such questions as it has.
+    """
     settings, vision = reward.settings, reward.vision
     total, height, width = video
     count = len(inputs.frame_indices(total, settings.frames, settings.fps, reward.fps))
@@ -241,4 +243,4 @@ def _longest_question(reward: VlmReward, people: int, video: tuple[int, int, int
         token=np.zeros(max(len(settings.tokens), 1), np.int32),
         video=np.asarray(grid),
     )
-    return inputs.ask([[photo] * people], [question], vision)
+    return reward.padded([[photo] * people], [[question] * len(reward.promptings)])

@@ -1,4 +1,4 @@
-"""Train the LoRA of a video model on stored clips: flow matching, or DPO on stored pairs.
+"""Train a video model on stored clips: flow matching, or DPO on stored pairs.
 
     x_sigma = (1 - sigma) x0 + sigma noise,    target = noise - x0
     flow    = sum of w |v(x_sigma, t, text, photos) - target|^2 / sum of w,    mean over rows
@@ -9,9 +9,11 @@ have the weight `SLOT_WEIGHT`, because the control contains the clean photos. Th
 `Policy.velocity`, the function that sampling and reinforcement learning call. Every row has its own
 noise, and its padding is masked, so the loss of a row does not depend on the other rows.
 
+What is trained is an adapter, or the weights that `model.train_layers` selects.
+
 For flow, sigma = shift u / (1 + (shift - 1) u) with u spread evenly over the batch. For DPO, both
 rows of a pair share noise and sigma, which follow `grpo.levels`. The reference is the velocity
-without the adapter.
+without the adapter, or with the weights before training.
 
 Sources: ID-Animator (arXiv 2404.15275) for random references; MagicID (arXiv 2503.12689) for pairs.
 """
@@ -26,20 +28,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from jax_idgrpo import flow, grpo, rng
 from jax_idgrpo.config import Config
 from jax_idgrpo.models.layers import LoRAParam
 from jax_idgrpo.models.wan import WanTransformer
+from jax_idgrpo.rewards.base import ReferenceFaces
 from jax_idgrpo.sampling import conditioning, policy
 from jax_idgrpo.sampling.policy import Policy, PolicyInputs
 from jax_idgrpo.sampling.rollout import Schedule
-from jax_idgrpo.training.task import Loss
+from jax_idgrpo.sampling.weights import TrainedWeights
+from jax_idgrpo.training.identity_loss import IdentityLoss, decoded_rows
+from jax_idgrpo.training.task import Loss, StopRule
 from jax_idgrpo.training.update import noise_level
 
 SLOT_WEIGHT = 0.25
 """Loss weight of VACE's photo slots; that of the video's cells is 1 outside faces."""
+
+WORSE = 0.1  # relative rise of the winners' error over the base's that counts as worse
+WORSE_STEPS = 20  # worse steps in a row that end a run
+WINNERS_WORSE = StopRule(
+    lambda row: row["winner_error"] > (1 + WORSE) * row["winner_error_base"],
+    WORSE_STEPS,
+    f"the error of the winners was more than {WORSE:.0%} above the base's, so the model unlearns the "
+    "better videos too; the checkpoint of this step is kept; start again in another --workdir with "
+    "a lower --optimizer.learning_rate or a higher --grpo.dpo_beta",
+)
+"""Ends DPO that raises the errors of both videos of a pair."""
 
 
 @flax.struct.dataclass
@@ -52,6 +69,7 @@ class ClipBatch:
       people: number of photos; 0 in a row of VACE that is trained on text alone.
       text: text embeddings, zero after the end.
       weight: loss weight of the video's cells.
+      faces: the people's encoded references; None without an identity loss.
     """
 
     video: Float[Array, "B T h w C"]
@@ -59,6 +77,24 @@ class ClipBatch:
     people: Int[Array, " B"]
     text: Float[Array, "B L D"]
     weight: Float[Array, "B T h w"]
+    faces: ReferenceFaces | None = None
+
+
+@flax.struct.dataclass
+class Fixed:
+    """Arrays that a loss reads besides network and batch, and that no step changes.
+
+    Attributes:
+      reference: trained weights before training, with which DPO compares; None for an adapter,
+        whose base is the network without it, and for flow matching.
+      scorer: the VAE, and the state of the reward's networks; None without an identity loss.
+    """
+
+    reference: nnx.State | None = None
+    scorer: Any = None
+
+
+NOTHING = Fixed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,26 +106,42 @@ class Learner:
       config: of the run.
       shift: shift of the noise schedule.
       grey: latents of a mid-grey video; unused by kinds without control.
+      identity: the identity loss of flow matching; None without one.
+      mesh: devices of the rows.
     """
 
     policy: Policy
     config: Config
     shift: float
     grey: Float[np.ndarray, "T h w C"]
+    identity: IdentityLoss | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def make(
-        cls, transformer: WanTransformer, config: Config, shift: float, grey: np.ndarray
+        cls,
+        transformer: WanTransformer,
+        config: Config,
+        shift: float,
+        grey: np.ndarray,
+        weights: TrainedWeights | None = None,
+        identity: IdentityLoss | None = None,
     ) -> "Learner":
-        """Make the learner of a transformer with an adapter.
+        """Make the learner of a transformer.
 
         Args:
-          transformer: arrays or shapes.
+          transformer: arrays or shapes; with an adapter, unless weights are trained.
           config: of the run.
           shift: of the schedule.
           grey: see the attributes.
+          weights: the trained weights; None trains the adapter.
+          identity: see the attributes.
         """
         image_guidance = None if config.kind.image_guidance is None else 1.0
+        if weights is not None:
+            graph = nnx.graphdef(transformer)
+            whole = Policy(graph, graph, 1.0, image_guidance, weights)
+            return cls(whole, config, shift, grey, identity, transformer.config.mesh)
         adapted, _, _ = nnx.split(transformer, LoRAParam, ...)
         shape = dataclasses.replace(transformer.config, rank=0)
         plain = nnx.graphdef(
@@ -102,7 +154,16 @@ class Learner:
             config,
             shift,
             grey,
+            identity,
+            transformer.config.mesh,
         )
+
+    def parts(self, network: WanTransformer) -> tuple[nnx.State, nnx.State]:
+        """Split a network into trained parameters and frozen weights."""
+        if self.policy.weights is not None:
+            return self.policy.weights.split(nnx.state(network))
+        _, lora, base = nnx.split(network, LoRAParam, ...)
+        return lora, base
 
     # ---- rows ------------------------------------------------------------------------------------
 
@@ -162,15 +223,21 @@ class Learner:
     # ---- losses ----------------------------------------------------------------------------------
 
     def flow_rows(
-        self, lora: nnx.State | None, base: nnx.State, batch: ClipBatch, key: Key[Array, ""]
+        self,
+        lora: nnx.State | None,
+        base: nnx.State,
+        batch: ClipBatch,
+        key: Key[Array, ""],
+        scorer: Any = None,
     ) -> dict[str, Float[Array, " B"]]:
         """Compute the flow-matching loss of every row, and its unweighted error on the video.
 
         Args:
-          lora: the adapter; None for the base.
+          lora: the adapter or the trained weights; None for the base without an adapter.
           base: frozen weights.
           batch: the rows.
           key: key of noise and sigma.
+          scorer: VAE and reward, which adds the identity loss of every row; None leaves it out.
         """
         x0, weight, given = self.inputs(batch)
         rows = len(x0)
@@ -186,35 +253,68 @@ class Learner:
         frames = batch.video.shape[1]
         of_video = conditioning.video_latents(error[..., None], given.video_start, frames)
         cells = tuple(range(1, error.ndim))
-        return {
+        found = {
             "loss": jnp.sum(weight * error, axis=cells) / jnp.sum(weight, axis=cells),
             "video_error": jnp.mean(of_video, axis=(1, 2, 3, 4)),
         }
+        if scorer is None or self.identity is None:
+            return found
+        shown = jnp.any(batch.photos != 0, axis=(1, 2, 3, 4)).astype(jnp.float32)
+        return found | self.identity.rows(
+            scorer,
+            x - along * velocity,
+            x0,
+            sigma,
+            shown,
+            (given, batch.faces),
+            decoded_rows(rows, self.shift, self.mesh),
+            self.mesh,
+        )
 
-    def flow_loss(self, network: WanTransformer, batch: ClipBatch, key: Key[Array, ""]) -> Loss:
-        """Compute the mean flow-matching loss of a batch.
+    def flow_loss(
+        self,
+        network: WanTransformer,
+        batch: ClipBatch,
+        key: Key[Array, ""],
+        fixed: Fixed = NOTHING,
+    ) -> Loss:
+        """Compute the mean flow-matching loss of a batch, with the identity loss if there is one.
+
+        `identity_loss` is a mean over all rows, and `identity_rows` the share of the rows that have
+        one.
 
         Args:
-          network: transformer with an adapter.
+          network: the transformer.
           batch: the rows.
           key: key of noise and sigma.
+          fixed: the scorer of the identity loss.
         """
-        _, lora, base = nnx.split(network, LoRAParam, ...)
-        rows = self.flow_rows(lora, base, batch, key)
-        return jnp.mean(rows["loss"]), {"video_error": jnp.mean(rows["video_error"])}
+        rows = self.flow_rows(*self.parts(network), batch, key, fixed.scorer)
+        means = {name: jnp.mean(values) for name, values in rows.items()}
+        loss = means.pop("loss")
+        if self.identity is not None:
+            loss += self.identity.weight * means["identity_loss"]
+        return loss, means
 
-    def dpo_loss(self, network: WanTransformer, batch: ClipBatch, key: Key[Array, ""]) -> Loss:
+    def dpo_loss(
+        self,
+        network: WanTransformer,
+        batch: ClipBatch,
+        key: Key[Array, ""],
+        fixed: Fixed = NOTHING,
+    ) -> Loss:
         """Compute the mean DPO loss of pairs: rows 0, 2, ... are preferred to rows 1, 3, ...
 
         The errors of winners and of losers are logged apart, with those of the base: DPO can raise
         both.
 
         Args:
-          network: transformer with an adapter.
+          network: the transformer.
           batch: the rows.
           key: key of noise and sigma.
+          fixed: the reference, if weights are trained.
         """
-        _, lora, base = nnx.split(network, LoRAParam, ...)
+        lora, base = self.parts(network)
         x0, _, given = self.inputs(batch)
         pairs, settings = len(x0) // 2, self.config.grpo
         keys = jax.vmap(lambda pair: rng.fold(key, pair))(jnp.arange(pairs))
@@ -225,7 +325,7 @@ class Learner:
         along = sigma[:, None, None, None, None]
         x, target = (1 - along) * x0 + along * noise, noise - x0
         velocity = self._velocity(lora, base, given, x, timestep)
-        reference = jax.lax.stop_gradient(self._velocity(None, base, given, x, timestep))
+        reference = jax.lax.stop_gradient(self._velocity(fixed.reference, base, given, x, timestep))
         place = jnp.arange(x0.shape[1]) - given.video_start[:, None]
         mask = (place >= 0) & (place < batch.video.shape[1])
         loss = grpo.dpo_loss(velocity, reference, target, beta=settings.dpo_beta, mask=mask)
@@ -265,9 +365,10 @@ def _arranged(
 def make_held_out(
     learner: Callable[[], Learner], batches: Callable[[], Sequence[ClipBatch]], seed: int
 ) -> Callable[[nnx.Module, Callable[[Any], Any]], dict[str, float]]:
-    """Make the function that measures the loss of held-out clips with and without the adapter.
+    """Make the function that measures the loss of held-out clips, and that of the base.
 
-    Every call uses the same noise, so the values of different steps are comparable.
+    The base of an adapter is the network without it. If weights are trained, it is the network of
+    the first call. Every call uses the same noise, so the values of different steps are comparable.
 
     Args:
       learner: returns the learner.
@@ -291,25 +392,29 @@ def make_held_out(
     known: dict[str, float] = {}
 
     def evaluate(network: nnx.Module, place: Callable[[Any], Any]) -> dict[str, float]:
-        _, lora, base = nnx.split(network, LoRAParam, ...)
+        made = learner()
+        lora, base = made.parts(network)
         if "held_out_loss_base" not in known:
-            known["held_out_loss_base"] = rows_of(None, base, place)
+            before = None if made.policy.weights is None else lora
+            known["held_out_loss_base"] = rows_of(before, base, place)
         return {"held_out_loss": rows_of(lora, base, place), **known}
 
     return evaluate
 
 
 def sampling_policy(
-    network: WanTransformer, config: Config
+    network: WanTransformer, config: Config, weights: TrainedWeights | None = None
 ) -> tuple[policy.Policy, nnx.State, nnx.State]:
     """Split a network for sampling with the guidance of the evaluation.
 
     Args:
-      network: transformer with an adapter.
+      network: the transformer.
       config: of the run.
+      weights: the trained weights; None for an adapter.
     """
     return policy.split(
         network,
         config.guidance(evaluation=True)[0],
         config.image_guidance(evaluation=True),
+        weights,
     )

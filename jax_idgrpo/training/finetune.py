@@ -28,25 +28,25 @@ from jax_idgrpo.training.checkpoint import open_checkpoints, resume, save
 from jax_idgrpo.training.lock import exclusive
 from jax_idgrpo.training.signals import TERMINATED, stop_on_signals
 from jax_idgrpo.training.state import TrainState, apply_gradients, make_optimizer, start
-from jax_idgrpo.training.task import FITTED, Task, make_task
+from jax_idgrpo.training.task import FITTED, Division, Task, make_task
 
-Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[[TrainState, PyTree, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_step(
     task: Task,
-    graphdef: nnx.GraphDef,
+    division: Division,
     optimizer: optax.GradientTransformation,
     decay: float,
     seed: int,
 ) -> Step:
-    """Compile the training step: (state, frozen variables, batch) -> (state, scalars to log).
+    """Compile the training step: (state, frozen variables, batch, fixed) -> (state, scalars to log).
 
-    The step donates its state.
+    `fixed` is a tuple of further arguments of the loss. The step donates its state.
 
     Args:
       task: the task to train.
-      graphdef: graph of the network.
+      division: of the network.
       optimizer: as made by `make_optimizer`.
       decay: decay of the moving average after its warm-up, in [0, 1).
       seed: seed of the run.
@@ -54,14 +54,14 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(
-        state: TrainState, frozen: PyTree, batch: PyTree
+        state: TrainState, frozen: PyTree, batch: PyTree, fixed: tuple[PyTree, ...]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = rng.fold(rng.key(seed, "augment"), state.step)
 
         def loss(params: PyTree) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
-            network = nnx.merge(graphdef, params, frozen, state.rest, copy=True)
-            value, scalars = task.loss(network, batch, key)
-            return value, (scalars, nnx.split(network, task.trained, task.frozen, ...)[3])
+            network = division.merge(params, frozen, state.rest)
+            value, scalars = task.loss(network, batch, key, *fixed)
+            return value, (scalars, division.split(network)[2])
 
         (value, (scalars, rest)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         state, norms = apply_gradients(state, gradients, optimizer, state.step, decay)
@@ -104,12 +104,6 @@ def finetune(config: Config, workdir: Path) -> None:
     )
     if task.prepare is not None:
         task.prepare(workdir)
-    graphdef, params, frozen, rest = nnx.split(
-        task.init(rng.key(seed, "init")), task.trained, task.frozen, ...
-    )
-    frozen, parts = sharding.shard_params(mesh, frozen), (params, rest)
-    del params, rest
-    step = make_step(task, graphdef, optimizer, config.optimizer.ema_decay, seed)
 
     def place(made: PyTree) -> PyTree:
         rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -120,11 +114,22 @@ def finetune(config: Config, workdir: Path) -> None:
     def batch(number: int) -> PyTree:
         return place(task.batch(seed, number))
 
+    network = task.init(rng.key(seed, "init"))
+    division = Division.of(task, network)
+    if division.weights is not None and task.evaluate is not None:
+        task.evaluate(network, place)
+    fixed = () if task.fixed is None else (task.fixed(network),)
+    params, frozen, rest = division.split(network)
+    del network
+    frozen, parts = sharding.shard_params(mesh, frozen), (params, rest)
+    del params, rest
+    step = make_step(task, division, optimizer, config.optimizer.ema_decay, seed)
+
     def with_average(state: TrainState, average: PyTree, kept: PyTree, rest: PyTree) -> nnx.Module:
         ema = jax.tree.map(
             lambda average, value: average.astype(value.dtype), average, state.params
         )
-        return nnx.merge(graphdef, ema, kept, rest, copy=True)
+        return division.merge(ema, kept, rest)
 
     def averaged(state: TrainState) -> nnx.Module:
         return with_average(state, *to_device((state.ema, frozen, state.rest)))
@@ -139,7 +144,10 @@ def finetune(config: Config, workdir: Path) -> None:
 
     # ---- resume ----------------------------------------------------------------------------------
     manager = open_checkpoints(workdir, config.run.keep)
-    fresh = functools.partial(start, optimizer)
+
+    def fresh(params: PyTree, rest: PyTree) -> TrainState:
+        return start(optimizer, division.masters(params), rest)
+
     shardings = sharding.state_shardings(mesh, jax.eval_shape(fresh, *parts))
     state = resume(
         workdir,
@@ -162,9 +170,10 @@ def finetune(config: Config, workdir: Path) -> None:
     ):
         upcoming = batch(done) if done < last else None
         pending: list[dict[str, jax.Array]] = []
+        worse = 0  # steps in a row, see `Task.stop`
         began = time.monotonic()
         while done < last:
-            state, scalars = step(state, frozen, upcoming)
+            state, scalars = step(state, frozen, upcoming, fixed)
             pending.append(scalars)
             done += 1
             saving, stop = (
@@ -178,14 +187,21 @@ def finetune(config: Config, workdir: Path) -> None:
             # A checkpoint ends a row of metrics, so that a resumed run averages the same steps as
             # an uninterrupted one.
             closing = done % config.finetune.log_every == 0 or saving or stop or evaluating(done)
+            gave_up = ""
             if closing:
-                rows = to_host(pending)
+                rows = [
+                    {name: float(value) for name, value in row.items()} for row in to_host(pending)
+                ]
                 means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
                 if not math.isfinite(means["loss"]):
                     raise UserError(
                         f"finetune {config.finetune.task}: the loss is {means['loss']} by step {done}; "
                         "start again in another --workdir with a lower --optimizer.learning_rate"
                     )
+                if task.stop is not None:
+                    worse = task.stop.count(rows, worse)
+                    if worse == task.stop.steps:
+                        gave_up = f"in {worse} steps in a row, by step {done}, {task.stop.reason}"
                 seconds = time.monotonic() - began
                 speed = len(rows) * config.finetune.batch / seconds
                 means |= held_out(state, done)
@@ -193,8 +209,10 @@ def finetune(config: Config, workdir: Path) -> None:
                 update(done, {"loss": means["loss"], "rows/s": speed})
             else:
                 update(done)
-            if saving or stop:
+            if saving or stop or gave_up:
                 save(manager, done, state)
+            if gave_up:
+                raise UserError(f"finetune {config.finetune.task}: {gave_up}")
             if (
                 task.preview is not None
                 and config.run.sample_every
@@ -212,8 +230,10 @@ def finetune(config: Config, workdir: Path) -> None:
                 raise SystemExit(stopping() or TERMINATED)
 
     # ---- store -----------------------------------------------------------------------------------
-    network = averaged(state)
-    for folder in {workdir / "export", Path(config.finetune.out or workdir / "export")}:
+    whole = division.weights is not None  # too large for the devices of one process
+    network = with_average(state, state.ema, frozen, state.rest) if whole else averaged(state)
+    for folder in sorted({workdir / "export", Path(config.finetune.out or workdir / "export")}):
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+        if whole or jax.process_index() == 0:
             task.save(network, folder)

@@ -128,7 +128,7 @@ def build(
     )
     actor = actor.configured(config, pipe.shift)
     if full:  # else the device would hold the trained weights as they were read
-        pipe = dataclasses.replace(pipe, transformer=_described(pipe.transformer))
+        pipe = dataclasses.replace(pipe, transformer=described(pipe.transformer))
     reference = trained if full and config.grpo.compares_with_base else None
     schedule = rollout.Schedule.make(
         sampling.steps,
@@ -202,7 +202,7 @@ def photo_encoder(run: Run, prompts: Sequence[Prompt], cache: conditioning.Cache
     return conditioning.photo_encoder(run.pipe, config, cache, sampled)
 
 
-def _described(transformer: WanTransformer) -> WanTransformer:
+def described(transformer: WanTransformer) -> WanTransformer:
     """Return the transformer with shapes in place of its arrays."""
     graph, state = nnx.split(transformer)
     return nnx.merge(graph, jax.eval_shape(lambda state: state, state))

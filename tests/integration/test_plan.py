@@ -423,27 +423,29 @@ def test_a_vision_language_reward_is_planned_with_published_sizes(vlm_devices, t
     )
 
 
+QWEN = {
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {"mrope_section": [2, 3, 3]},
+    "vision_config": {
+        "depth": 4,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "fullatt_block_indexes": [1, 3],
+        "window_size": 112,
+    },
+}
+
+
 def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
-    sizes = {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 300,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": {"mrope_section": [2, 3, 3]},
-        "vision_config": {
-            "depth": 4,
-            "hidden_size": 32,
-            "num_heads": 2,
-            "intermediate_size": 48,
-            "fullatt_block_indexes": [1, 3],
-            "window_size": 112,
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
     (tmp_path / "model_config.json").write_text(json.dumps(Settings(pixels=4 * 28**2).to_json()))
     wanted = dataclasses.replace(tiny(2), reward=config.RewardConfig(vlm=str(tmp_path)))
     found = planned(wanted)
@@ -452,6 +454,28 @@ def test_a_vision_language_reward_is_planned_from_its_files(tmp_path):
     cost = plan.measure(found["reward"], None)
     assert cost.peak > found["reward"].beside
     assert cost.flops > 0
+
+
+def test_a_checklist_is_planned_with_one_sequence_per_question(tmp_path):
+    """A language model's pass per question, and one of the vision tower per video."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(QWEN))
+    rows = [{"question": f"Is it {n}?", "dimension": f"d{n}"} for n in range(4)]
+
+    def found(count):
+        (tmp_path / "checklist.json").write_text(json.dumps(rows[:count]))
+        reward = config.RewardConfig(vlm=str(tmp_path), vlm_base=str(base))
+        return planned(dataclasses.replace(tiny(2), reward=reward))["reward"]
+
+    one, four = found(1), found(4)
+    state, video, asked = four.arguments
+    assert asked.ids.shape[:2] == (video.shape[0], 4)
+    assert asked.patches.shape == one.arguments[2].patches.shape
+    terms = jax.eval_shape(four.function, state, video, asked)
+    assert {"reward", "d0", "d3"} <= set(terms)
+    costs = [plan.measure(program, None).flops for program in (one, four)]
+    assert 1.5 < costs[1] / costs[0] < 4
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def write_folder(folder, row, header="path,ref_paths,more_paths,prompt"):
         ({"clips": "x", "augment": "no"}, "augment is 'no'; use true or false"),
         ({"clips": "x", "text_dropout": 1}, "text_dropout is 1.0; use a number from 0 to below 1"),
         ({"clips": "x", "face_weight": True}, "face_weight is True; use a number"),
+        ({"clips": "x", "identity_weight": -1}, "identity_weight is -1.0; use a number from 0"),
+        (
+            {"pairs": "x", "loss": "dpo", "identity_weight": 1},
+            "identity_weight is a part of loss flow; leave it out of loss dpo",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line(options, message):
@@ -98,7 +103,6 @@ def test_pairs_without_a_winner_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"kind": "skyreels"}, "the task adapter trains vace, phantom, refalign"),
-        ({"train": "full"}, "the task adapter trains a LoRA"),
     ],
 )
 def test_models_that_the_task_cannot_train_are_refused(change, message):

@@ -67,6 +67,12 @@ def test_unknown_terms_name_the_closest(tmp_path):
         pool.check_terms(pool.Rule({"moton": 1.0}, {}), members)
 
 
+def test_the_judge_chooses_no_pairs(tmp_path):
+    members = [member(tmp_path, "base", 0, reward=0.2, judge_identity=0.1)]
+    with pytest.raises(UserError, match="must not be trained on it; use reward"):
+        pool.check_terms(pool.Rule({"judge_identity": 1.0}, {}), members)
+
+
 def test_clips_without_the_text_of_a_prompt_and_stills_of_several_people_are_refused(tmp_path):
     Image.new("RGB", (32, 32), (90, 150, 30)).save(tmp_path / "a.png")
     write_video(tmp_path / "v.mp4", np.zeros((5, 32, 32, 3), np.float32), 8)

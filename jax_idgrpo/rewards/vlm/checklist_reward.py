@@ -41,7 +41,7 @@ from jax_idgrpo.rewards.vlm.checklist import (
 )
 from jax_idgrpo.rewards.vlm.files import RewardModel
 from jax_idgrpo.rewards.vlm.inputs import Asked, Picture, Prompting, Question
-from jax_idgrpo.rewards.vlm.reward import VlmReward, common_terms
+from jax_idgrpo.rewards.vlm.reward import VlmReward, common_terms, scored_frames
 from jax_idgrpo.rewards.vlm.settings import Settings
 from jax_idgrpo.sampling.tokenizer import ExtensibleTokenizer
 
@@ -110,11 +110,47 @@ def load_answering(
             "tokens; get both from the same folder"
         )
     tensors[table.HEAD] = rows[ids].astype(np.float32)
-    settings = Settings(
-        dimensions=(*yes, *no), pooling="last", rank=0, alpha=0.0, base=folder.name, dtype=dtype
-    )
+    settings = answering(folder, dtype, (*yes, *no))
     network = files.fill(sizes, settings, tensors, tokenizer, dtype, True, mesh, str(folder))
     return RewardModel(network, tokenizer, settings, {}, sizes), len(yes)
+
+
+def answering(folder: Path, dtype: str, words: Sequence[str]) -> Settings:
+    """Return the settings of a network whose outputs are the logits of words.
+
+    Args:
+      folder: the model's folder.
+      dtype: dtype of the weights.
+      words: the words.
+    """
+    return Settings(
+        dimensions=tuple(words), pooling="last", rank=0, alpha=0.0, base=folder.name, dtype=dtype
+    )
+
+
+def describe_checklist(
+    config: RewardConfig, video: tuple[int, int, int], mesh: Mesh | None = None
+) -> "ChecklistReward":
+    """Describe the reward of `load_checklist` for a plan, without reading a tensor.
+
+    Every spelling counts as a token, as in the published tokenizer.
+
+    Args:
+      config: configuration of the reward.
+      video: frames, height and width of the videos to prepare for.
+      mesh: devices of the weights and the computation.
+
+    Raises:
+      UserError: a file on this machine cannot be used.
+    """
+    folder = Path(config.vlm)
+    words = [word for spellings in SPELLINGS for word in spellings]
+    settings = answering(folder, config.vlm_dtype, words)
+    model = files.describe(folder, config.vlm_base or None, config.vlm_dtype, mesh, settings)
+    checklist, yes = read_checklist(folder / CHECKLIST), len(SPELLINGS[0])
+    return ChecklistReward(
+        model, checklist, yes, fps=config.vlm_fps, video=video, rows=config.vlm_rows, mesh=mesh
+    )
 
 
 def _spelled(tokenizer: ExtensibleTokenizer, words: Sequence[str], folder: Path) -> dict[str, int]:
@@ -236,28 +272,24 @@ class ChecklistReward(VlmReward):
         """
         super().__init__(model, "", fps=fps, video=video, rows=rows, mesh=mesh)
         self.checklist = checklist
-        dimensions = dimensions_of(checklist)
-        self.term_names = ("reward", *dimensions, "motion", "faces_asked")
-        self.reported = dimensions if len(dimensions) > 1 else ()
-        self.promptings = tuple(
-            Prompting(model.tokenizer, f"\n{asked.question} {ASKING}", ()) for asked in checklist
-        )
         graph = nnx.graphdef(model.network)
 
         def answers(state: nnx.State, videos: Array, asked: Asked) -> Float[Array, "B Q"]:
-            videos = videos.astype(jnp.float32)
-            settings = self.settings
-            chosen = inputs.frame_indices(videos.shape[1], settings.frames, settings.fps, fps)
-            frames = inputs.frames_of(videos, chosen, self.vision, settings.pixels)
+            frames = scored_frames(videos, self.settings, self.vision, fps)
             return log_odds(nnx.merge(graph, state), asked, frames, yes)
 
         def terms(state: nnx.State, videos: Array, asked: Asked) -> Terms:
             found = checklist_terms(answers(state, videos, asked), checklist)
             return common_terms(found, videos, asked)
 
-        self._answers, self._apply = jax.jit(answers), jax.jit(terms)
+        self._answers = jax.jit(answers)
+        self._ask_for(
+            dimensions_of(checklist),
+            [Prompting(model.tokenizer, f"\n{asked.question} {ASKING}", ()) for asked in checklist],
+            terms,
+        )
 
-    def _ask(
+    def padded(
         self, photos: Sequence[Sequence[Picture]], questions: Sequence[Sequence[Question]]
     ) -> Asked:
         """Pad the inputs of the rows; every row has all questions."""

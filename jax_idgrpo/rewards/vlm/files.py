@@ -207,6 +207,7 @@ def describe(
     base: str | Path | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    settings: Settings | None = None,
 ) -> RewardModel:
     """Describe a reward folder for a plan, without tokenizer and without reading a tensor.
 
@@ -218,17 +219,21 @@ def describe(
       base: base Qwen2.5-VL folder.
       dtype: dtype of the weights.
       mesh: shards the weights by the table of `parallel.sharding`.
+      settings: settings of a model without a reward's own file; None reads that file.
 
     Raises:
       UserError: a file on this machine cannot be used.
     """
     holders = [Path(place) for place in (folder, base) if place]
     stated = Path(folder) / MODEL_CONFIG
-    described = store.read_json(stated) if stated.is_file() else Settings().to_json()
-    settings = Settings.from_json(described, stated)
+    described: dict[str, Any] = {}
+    complete = settings is not None or stated.is_file()
+    if settings is None:
+        described = store.read_json(stated) if complete else Settings().to_json()
+        settings = Settings.from_json(described, stated)
     source = next((holder / CONFIG for holder in holders if (holder / CONFIG).is_file()), None)
     sizes = table.config_to_json(QwenConfig()) if source is None else store.read_json(source)
-    if source is None or not stated.is_file():
+    if source is None or not complete:
         lacking = MODEL_CONFIG if source else CONFIG
         warnings.warn(
             f"reward.vlm {folder}: has no {lacking} on this machine; planned with the published one",

@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from jax_idgrpo.config import RewardConfig
 from jax_idgrpo.errors import UserError
+from jax_idgrpo.models.qwen_vl import Grids, VisionConfig
 from jax_idgrpo.parallel import sharding
 from jax_idgrpo.parallel.hosts import memory_share
 from jax_idgrpo.rewards.base import Photo, References, Terms
@@ -54,14 +55,27 @@ def _score(
     asked: Asked,
 ) -> Terms:
     network = nnx.merge(graph, state)
-    videos = videos.astype(jnp.float32)
-    chosen = inputs.frame_indices(videos.shape[1], settings.frames, settings.fps, fps)
-    frames = inputs.frames_of(videos, chosen, network.config.vision, settings.pixels)
+    frames = scored_frames(videos, settings, network.config.vision, fps)
     values = dimension_scores(
         network(asked.sequences(), asked.pictures(), frames, settings.pooling), settings
     )
     named = {name: values[:, n] for n, name in enumerate(settings.dimensions)}
     return common_terms({"reward": jnp.sum(values, axis=1), **named}, videos, asked)
+
+
+def scored_frames(
+    videos: Float[Array, "B T H W 3"], settings: Settings, vision: VisionConfig, fps: float
+) -> Grids:
+    """Cut the frames that the model sees into patches.
+
+    Args:
+      videos: values in [-1, 1].
+      settings: number and size of the frames.
+      vision: sizes of the patches.
+      fps: frame rate reported to the model.
+    """
+    chosen = inputs.frame_indices(videos.shape[1], settings.frames, settings.fps, fps)
+    return inputs.frames_of(videos.astype(jnp.float32), chosen, vision, settings.pixels)
 
 
 def common_terms(scores: Terms, videos: Float[Array, "B T H W 3"], asked: Asked) -> Terms:
@@ -111,15 +125,31 @@ class VlmReward:
         """
         graph, self.state = nnx.split(model.network)
         self.settings, self.vision = model.settings, model.network.config.vision
-        dimensions = model.settings.dimensions
+        self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
+        self._cache = BoundedCache(memory_share(ROOM))
+        self._ask_for(
+            model.settings.dimensions,
+            [Prompting(model.tokenizer, text, model.settings.tokens)],
+            functools.partial(_score, graph, model.settings, fps),
+        )
+
+    def _ask_for(
+        self,
+        dimensions: tuple[str, ...],
+        promptings: Sequence[Prompting],
+        program: Callable[[nnx.State, Array, Asked], Terms],
+    ) -> None:
+        """Set the questions, and the program that computes the terms of their answers.
+
+        Args:
+          dimensions: names of the terms beside the common ones.
+          promptings: texts of the questions.
+          program: (state, videos, inputs of the rows) -> terms.
+        """
         self.term_names = ("reward", *dimensions, "motion", "faces_asked")
         self.reported = dimensions if len(dimensions) > 1 else ()
-        self.fps, self.video, self.rows, self.mesh = fps, video, rows, mesh
-        self.promptings: tuple[Prompting, ...] = (
-            Prompting(model.tokenizer, text, model.settings.tokens),
-        )
-        self._apply = jax.jit(functools.partial(_score, graph, model.settings, fps))
-        self._cache = BoundedCache(memory_share(ROOM))
+        self.promptings = tuple(promptings)
+        self._apply = jax.jit(program)
 
     def encode_references(
         self,
@@ -155,9 +185,9 @@ class VlmReward:
                     for number, prompting in enumerate(self.promptings)
                 ]
             )
-        return self._ask(photos, questions)
+        return self.padded(photos, questions)
 
-    def _ask(
+    def padded(
         self, photos: Sequence[Sequence[Picture]], questions: Sequence[Sequence[Question]]
     ) -> Asked:
         """Pad the inputs of the rows; every row has one question."""
