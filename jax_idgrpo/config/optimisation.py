@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from jax_idgrpo.config.objectives import OBJECTIVES, REPLAY, REWARD, Objective
 from jax_idgrpo.config.options import Section, option, require, require_seed
+from jax_idgrpo.config.scoring import PLACED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +173,12 @@ class GrpoConfig(Section):
             not dominance or any(self.pair_terms.values()),
             "grpo.pair_terms weighs no term; name some as JSON, such as "
             '{"reward": 1, "motion": 0.5}',
+        )
+        require(
+            not self.pair_terms.get(PLACED)
+            or any(weight for name, weight in self.pair_terms.items() if name != PLACED),
+            "grpo.pair_terms placed cannot be the only term, because rows without places have none; "
+            'add another, such as {"reward": 1, "placed": 0.5}',
         )
         for name in self.pair_slack:
             require(

@@ -27,6 +27,8 @@ CONTRAST = "recognised_log"
 """Term of `reward.mixture` that, like the penalty `unrecognised`, compares people across prompts."""
 PERSON_TERMS = ("person_similarity", "person_similarity_min")
 """Terms of the network of `reward.people`."""
+PLACED = "placed"
+"""Term of `reward.mixture` that says whether people are where the column `places` puts them."""
 DEEPFACE = r"deepface:[\w-]+/[\w-]+"
 ADDRESS = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%-]*)?"  # no user, no query
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
@@ -205,6 +207,13 @@ class RewardConfig(Section):
                 and math.isfinite(weight),
                 f"reward.mixture: {name} is {weight!r}; use a number",
             )
+        others: dict[str, Any] = {"reward": 1} | self.mixture
+        placed = others.pop(PLACED, 0)
+        require(
+            not placed or any(others.values()),
+            "reward.mixture placed cannot be the only reward, because rows without places have none; "
+            'give another term a weight, such as {"reward": 1, "placed": 0.5}',
+        )
 
     def require_faces_beside_people(self, field: str, weights: dict[str, Any]) -> None:
         """Refuse terms of whole people without their network, or without the reward.
@@ -235,6 +244,11 @@ class RewardConfig(Section):
         """Whether the reward itself, and not only the judge, uses the networks of `faces`."""
         deepface_alone = self.backend and not self.backend.endswith("/embedder")
         return not (self.vlm or self.custom or self.served or deepface_alone)
+
+    @property
+    def follows_people(self) -> bool:
+        """Whether the reward assigns faces to people, which the term `placed` needs."""
+        return not (self.vlm or self.custom or self.served)
 
     @property
     def served(self) -> bool:

@@ -199,6 +199,12 @@ class DataConfig(Section):
         "have one order",
         choices=("diffusers", "original"),
     )
+    places_colours: str = option(
+        "person",
+        "outlines of the boxes in the column places of the prompts, for vace: a colour per person, or "
+        "black, as published checkpoints saw boxes",
+        choices=("person", "black"),
+    )
 
     curriculum: dict[str, Any] = option(
         {},

@@ -5,8 +5,8 @@ by `;`, one per person in the order of the prompt, relative to the CSV or absolu
 different numbers of people. The optional column `more_paths` lists further photos of these people,
 which `reward.pool` reads: people joined by `;`, photos of one person by `|`, such as
 `a2.jpg|a3.jpg;` for two people of whom the second has none. The optional columns `control` and
-`mask` name inputs of VACE (`controls`). Further columns are ignored. Everything is checked before a run starts,
-photos included, so that a broken photo cannot stop it hours later.
+`mask` name inputs of VACE (`controls`), and `places` says where the people stand (`places`). Further
+columns are ignored. Everything is checked before a run starts, photos included, so that a broken photo cannot stop it hours later.
 """
 
 import concurrent.futures
@@ -34,6 +34,7 @@ from jax_idgrpo.data.photos import (
     load_reference,
     on_white,
 )
+from jax_idgrpo.data.places import Places, parse_places
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 
@@ -77,6 +78,7 @@ class Prompt:
       control: video that VACE follows; None for none.
       mask: video or picture, white where the control video is generated; None for everywhere.
       control_digests: SHA-256 of the bytes of `control` and `mask`; () without them.
+      places: where the people stand; None if the CSV has no such column.
     """
 
     id: int
@@ -89,6 +91,7 @@ class Prompt:
     control: Path | None = None
     mask: Path | None = None
     control_digests: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    places: Places | None = None
 
     @property
     def people(self) -> int:
@@ -129,6 +132,7 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
         try:
             text, names = _parse(row, max_people)
             further = parse_more(row.get("more_paths") or "", len(names))
+            places = parse_places(row, len(names))
             video, mask = find_controls(row, path.parent)
         except UserError as error:
             problems.append((line, str(error)))
@@ -150,6 +154,7 @@ def load_prompts(path: str | Path, max_people: int, decode: bool = True) -> list
             control=video,
             mask=mask,
             control_digests=tuple(file_digest(file) for file in (video, mask) if file),
+            places=places,
         )
         parsed.append(prompt)
         numbers.append(line)
@@ -484,7 +489,8 @@ def row_digests(prompts: Sequence[Prompt]) -> list[str]:
             hashlib.sha256(file.read_bytes()).hexdigest() for file in prompt.references
         ]
         controls = ["control", *prompt.control_digests] if prompt.control else []
-        return [*found, *([prompt.more_digests] if prompt.more else []), *controls]
+        places = [dataclasses.astuple(prompt.places)] if prompt.places else []
+        return [*found, *([prompt.more_digests] if prompt.more else []), *controls, *places]
 
     return [f"{short(prompt.text)}-{short(photos(prompt))}" for prompt in prompts]
 

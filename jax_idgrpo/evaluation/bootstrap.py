@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jax_idgrpo import rng
 
@@ -27,6 +27,7 @@ LABELS = {
     "judge_largest": "judge, largest face",
     "recognised": "people recognised",
     "identities": "identities shown / asked",
+    "placed": "people in their places",
     "embedder_identity": "embedder identity",
     "person_similarity": "whole person",
     "person_similarity_min": "whole person, least person",
@@ -47,6 +48,8 @@ LESS = (
     "stalled",
     "hacked",
 )  # metrics for which lower is better
+PARTIAL = ("placed",)
+"""Metrics that only some videos have. Their other values are NaN and are left out of means."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +93,45 @@ def bootstrap(
     return Interval(mean=float(values.mean()), low=float(low), high=float(high))
 
 
+def without_absent(scores: Scores) -> dict[str, Float[np.ndarray, " N"]]:
+    """Leave out the metrics of `PARTIAL` that no video has."""
+    return {
+        name: values
+        for name, values in scores.items()
+        if name not in PARTIAL or not np.isnan(values).all()
+    }
+
+
+def _known(name: str, values: Float[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
+    """Return which values of a metric count: all, except NaN in a metric of `PARTIAL`."""
+    return ~np.isnan(values) if name in PARTIAL else np.ones(len(values), bool)
+
+
+def mean(name: str, values: Float[np.ndarray, " N"]) -> float:
+    """Average a metric over the videos that have it."""
+    return float(values[_known(name, values)].mean())
+
+
+def _bootstrap_known(
+    name: str,
+    values: Float[np.ndarray, " N"],
+    clusters: Int[np.ndarray, " N"],
+    seed: int,
+    resamples: int,
+) -> Interval:
+    """Call `bootstrap` with the videos that have a metric.
+
+    Args:
+      name: the metric.
+      values: one value per video.
+      clusters: prompt of each video.
+      seed: seed of the resampling.
+      resamples: number of resamples.
+    """
+    known = _known(name, values)
+    return bootstrap(values[known], clusters[known], seed, resamples)
+
+
 def summarise(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"], seed: int, resamples: int
 ) -> tuple[Intervals, Intervals]:
@@ -107,13 +149,14 @@ def summarise(
     """
     means = {
         model: {
-            name: bootstrap(values, clusters, seed, resamples) for name, values in metrics.items()
+            name: _bootstrap_known(name, values, clusters, seed, resamples)
+            for name, values in metrics.items()
         }
         for model, metrics in scores.items()
     }
     changes = {
         model: {
-            name: bootstrap(values - scores["base"][name], clusters, seed, resamples)
+            name: _bootstrap_known(name, values - scores["base"][name], clusters, seed, resamples)
             for name, values in metrics.items()
         }
         for model, metrics in scores.items()
@@ -154,8 +197,8 @@ def pairs(
     def compare(name: str, left: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> Pair:
         better = np.sign(right - left if name in LESS else left - right)
         return Pair(
-            difference=bootstrap(left - right, clusters, seed, resamples),
-            wins=bootstrap((better + 1) / 2, clusters, seed, resamples),
+            difference=_bootstrap_known(name, left - right, clusters, seed, resamples),
+            wins=_bootstrap_known(name, (better + 1) / 2, clusters, seed, resamples),
         )
 
     return {
@@ -210,16 +253,28 @@ def document(means: Intervals, changes: Intervals, compared: Pairs) -> dict[str,
     }
 
 
+def lines(scores: Scores) -> list[dict[str, float]]:
+    """List the values of each video by metric, without metrics that it does not have."""
+    count = len(next(iter(scores.values())))
+    known = {name: _known(name, values) for name, values in scores.items()}
+    return [
+        {name: float(values[n]) for name, values in scores.items() if known[name][n]}
+        for n in range(count)
+    ]
+
+
+def column(lines: Sequence[Mapping[str, float]], name: str) -> Float[np.ndarray, " N"]:
+    """Collect a metric of the lines of `lines`; NaN where one of `PARTIAL` is absent."""
+    return np.asarray([line.get(name, np.nan) if name in PARTIAL else line[name] for line in lines])
+
+
 def per_video(
     scores: Mapping[str, Scores], clusters: Int[np.ndarray, " N"]
 ) -> list[dict[str, object]]:
     """List the prompt and every model's values of each video."""
+    of_models = {model: lines(metrics) for model, metrics in scores.items()}
     return [
-        {"prompt": int(prompt)}
-        | {
-            model: {name: float(values[n]) for name, values in metrics.items()}
-            for model, metrics in scores.items()
-        }
+        {"prompt": int(prompt)} | {model: values[n] for model, values in of_models.items()}
         for n, prompt in enumerate(clusters)
     ]
 

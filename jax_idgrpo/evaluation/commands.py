@@ -349,8 +349,8 @@ def evaluate(
                 _keep_shown(videos, batch, name, config.video.fps, out)
                 lines = [
                     {"model": name, "video": row.name, "key": keys[name][row.name]}
-                    | {"values": {metric: float(value[n]) for metric, value in values.items()}}
-                    for n, row in enumerate(batch)
+                    | {"values": scores}
+                    for row, scores in zip(batch, bootstrap.lines(values), strict=True)
                 ]
                 written.add(lines)
                 found[name] |= {line["video"]: line["values"] for line in lines}
@@ -406,8 +406,8 @@ def _conclude(
     """
     measured = {
         name: {
-            metric: np.asarray([values[row.name][metric] for row in rows])
-            for metric in values[rows[0].name]
+            metric: bootstrap.column([values[row.name] for row in rows], metric)
+            for metric in dict.fromkeys(metric for row in rows for metric in values[row.name])
         }
         for name, values in found.items()
     }
@@ -466,4 +466,5 @@ def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:
         paths.append(f"videos/{prompt.id:04d}/reference-{m}.png")
         (out / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_uint8(photo)).save(out / paths[-1])
-    return {"prompt": prompt.text, "references": paths, "videos": {}}
+    boxes = {"places": prompt.places.boxes} if prompt.places and prompt.places.boxes else {}
+    return {"prompt": prompt.text, "references": paths, "videos": {}} | boxes

@@ -61,6 +61,7 @@ def video_facts(config: Config, adapter: Path | LoRASum | None) -> list[object]:
         [wanted.steps, wanted.solver, *dict.fromkeys(config.guidance(evaluation=True))],
         [config.rollout.shift, config.image_guidance(evaluation=True), config.run.seed],
         *([wanted.weakened, wanted.control_scale] if _reweighted(wanted) else []),
+        *([config.data.places_colours] if config.data.places_colours != "person" else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,21 +75,28 @@ class Watch:
             self.scorer(self.sampler.videos(model, batch), [row.prompt for row in batch])
             for batch in batches
         ]
-        found = recognition.summarised(
-            {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = bootstrap.without_absent(
+            recognition.summarised(
+                {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            )
         )
         if jax.process_index() == 0:
             self.folder.mkdir(exist_ok=True)
             write_text(
                 self._file(step),
-                json.dumps({name: values.tolist() for name, values in found.items()}),
+                json.dumps(
+                    {
+                        name: [None if math.isnan(value) else value for value in values.tolist()]
+                        for name, values in found.items()
+                    }
+                ),
             )
         return found
 
     def initial(self) -> bootstrap.Scores:
         """Return the scores of the initial model, which process 0 reads (collective)."""
         stored = decided(lambda: json.loads(self._file(0).read_text()))
-        return {name: np.asarray(values) for name, values in stored.items()}
+        return {name: np.asarray(values, np.float64) for name, values in stored.items()}
 
     def begin(self, model: Model) -> None:
         """Score the initial model, unless process 0 finds its scores from before a resume."""
@@ -120,7 +128,8 @@ class Watch:
                 "samples/, raise grpo.kl, or go back to an earlier checkpoint",
                 stacklevel=2,
             )
-        return {f"watch_{name}": float(values.mean()) for name, values in now.items()} | {
+        means = {name: bootstrap.mean(name, values) for name, values in now.items()}
+        return {f"watch_{name}": value for name, value in means.items()} | {
             "watch_parted": float(parted)
         }
 

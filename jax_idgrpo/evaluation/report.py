@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from jax_idgrpo.data.places import COLOURS
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import read_metrics
 from jax_idgrpo.workdir import write_text
@@ -91,11 +92,15 @@ class ShownVideo(TypedDict, total=False):
 
 
 class ShownPrompt(TypedDict):
-    """A prompt of the gallery, with its photos, and with its videos by model."""
+    """A prompt of the gallery, with its photos, its videos by model, and the boxes of its people.
+
+    The boxes are x0 y0 x1 y1 in the first and in the last frame, in shares of the picture.
+    """
 
     prompt: str
     references: list[str]
     videos: dict[str, ShownVideo]
+    places: NotRequired[list[list[list[float]]]]
 
 
 class Evaluation(TypedDict):
@@ -319,6 +324,26 @@ def _told(video: ShownVideo) -> str:
     )
 
 
+def outlines(places: Sequence[Sequence[Sequence[float]]]) -> str:
+    """Draw the boxes of people over a video: the first one solid, the last one dashed if it differs.
+
+    Args:
+      places: x0 y0 x1 y1 of each person in the first and in the last frame, in shares of the picture.
+    """
+    parts = []
+    for person, (first, last) in enumerate(places):
+        colour = "#{:02x}{:02x}{:02x}".format(*COLOURS[person % len(COLOURS)])
+        for box, style in ((first, ""), (last, ' stroke-dasharray="4 3"'))[: 1 + (first != last)]:
+            x0, y0, x1, y1 = (100 * float(value) for value in box)
+            parts.append(
+                f'<rect x="{x0:.4g}" y="{y0:.4g}" width="{x1 - x0:.4g}" height="{y1 - y0:.4g}" '
+                f'stroke="{colour}"{style}/>'
+            )
+    if not parts:
+        return ""
+    return f'<svg class="places" viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(parts)}</svg>'
+
+
 def gallery(evaluation: Evaluation, folder: Path) -> str:
     """Format the reference photos and every model's video of the shown prompts."""
 
@@ -330,9 +355,10 @@ def gallery(evaluation: Evaluation, folder: Path) -> str:
         photos = "".join(
             f'<img src="{source(path)}" alt="reference photo">' for path in shown["references"]
         )
+        boxes = outlines(shown.get("places", []))
         videos = "".join(
-            f'<div><video src="{source(video["path"])}" autoplay loop muted playsinline></video>'
-            f"<span>{html.escape(model)} <small>{_told(video)}</small></span></div>"
+            f'<div><div class="frame"><video src="{source(video["path"])}" autoplay loop muted playsinline></video>'
+            f"{boxes}</div><span>{html.escape(model)} <small>{_told(video)}</small></span></div>"
             for model, video in shown["videos"].items()
         )
         prompt = html.escape(shown["prompt"])

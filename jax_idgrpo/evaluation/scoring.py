@@ -40,8 +40,9 @@ JUDGED = {
     "blended": "blended",
     "copied": "copied",
     "stalled": "stalled",
+    "placed": "placed",
 }
-"""Metric -> term of the judge."""
+"""Metric -> term of the judge; it has `placed` only for prompts with the column `places`."""
 FURTHER = (
     "missing",
     "switched",
@@ -77,6 +78,7 @@ def values(
         faces              detected faces per requested person, at most 1
         count              share of frames with the right number of faces
         motion             mean change between neighbouring frames outside the faces
+        placed             people who are in their places (`rewards.placed`); NaN without places
 
     `recognition` adds the metrics of who is recognised, and `hacking` that of hacked videos. Other terms that a reward reports, such as
     its separate dimensions, keep their names.
@@ -89,7 +91,7 @@ def values(
     reported = ("reward", "motion", *reward.reported)
     found = {REPORTED.get(name, name): terms[name] for name in reported if name in terms}
     if judged is not None:
-        found |= {name: judged[term] for name, term in JUDGED.items()}
+        found |= {name: judged[term] for name, term in JUDGED.items() if term in judged}
     return found
 
 

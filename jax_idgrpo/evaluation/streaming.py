@@ -95,7 +95,8 @@ def _conclude(
     """Compute the terms of a video from the faces and pixel statistics of all its frames."""
     faces = seen.embeddings, seen.mask, people.embeddings, people.mask
     matches = match_videos(*faces, config.null_similarity)
-    return terms_of_faces(seen.pixels, matches, seen.boxes, *faces, size, config)
+    given = seen.pixels, matches, seen.boxes, *faces, size, config
+    return terms_of_faces(*given, places=people.places)
 
 
 class Stream:

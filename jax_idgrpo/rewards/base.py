@@ -23,12 +23,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from PIL import Image
 
 from jax_idgrpo.data.photos import Decoded, decode_photo
+from jax_idgrpo.data.places import Places
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File, to_uint8
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.metrics import progress
 from jax_idgrpo.rewards.host import Pending
 from jax_idgrpo.rewards.people import ReferencePeople
+from jax_idgrpo.rewards.placed import PlaceTargets
 
 Terms = dict[str, Float[Array, " B"]]
 Consumer = Callable[[File, Image.Image], None]
@@ -110,13 +112,14 @@ class References:
     Attributes:
       photos: the photos of each prompt, in its order.
       people: slots per prompt in encoded arrays; a prompt with fewer photos is padded.
-      more: further photos of each person of each prompt, in the order of `photos`; () if there are
-        none.
+      more: further photos of each person of each prompt, in the order of `photos`; () without any.
+      places: where the people of each prompt stand; () if the prompts come without that column.
     """
 
     photos: tuple[tuple[Photo, ...], ...]
     people: int
     more: tuple[tuple[tuple[Photo, ...], ...], ...] = ()
+    places: tuple[Places, ...] = ()
 
     @property
     def mask(self) -> Bool[np.ndarray, "P M"]:
@@ -138,7 +141,14 @@ class References:
                 )
                 for prompt in prompts
             ),
+            tuple(prompt.places or Places() for prompt in prompts)
+            * any(prompt.places is not None for prompt in prompts),
         )
+
+    @property
+    def targets(self) -> PlaceTargets | None:
+        """The places as arrays; None if there are none."""
+        return PlaceTargets.make(self.places, self.people) if self.places else None
 
     @classmethod
     def of_pixels(
@@ -195,12 +205,14 @@ class ReferenceFaces:
       crops: crops of the faces (see `photo_copy`).
       mask: True where there is a person.
       people: the whole people; None if they are not compared.
+      places: where the people should stand; None leaves out the term `placed`.
     """
 
     embeddings: Float[Array, "P M E"]
     crops: Float[Array, "P M S S 3"]
     mask: Bool[Array, "P M"]
     people: ReferencePeople | None = None
+    places: PlaceTargets | None = None
 
 
 # ---- the protocol --------------------------------------------------------------------------------

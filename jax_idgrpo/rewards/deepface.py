@@ -46,6 +46,7 @@ from jax_idgrpo.rewards.faces import align, load_embedder, normalise
 from jax_idgrpo.rewards.host import HostPool, Pending
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms, term_names
 from jax_idgrpo.rewards.photo_faces import PhotoEncoder, PhotoFace, levels, padded, photo_crop
+from jax_idgrpo.rewards.placed import PlaceTargets
 
 OWN = "embedder"
 # Left and right are the person's, so the left of the picture comes first.
@@ -321,6 +322,7 @@ class HostFaceReward:
         references: np.ndarray,
         crops: np.ndarray,
         asked: np.ndarray,
+        *places: np.ndarray,
     ) -> dict[str, float]:
         boxes, landmarks, embeddings, mask = self.faces(frames)
         if not mask.any():  # the embedding size is unknown without a face
@@ -337,7 +339,10 @@ class HostFaceReward:
                 asked,
             )
             video = (jnp.asarray(leaf)[None] for leaf in given)
-            terms = jax.device_get(self._reward(*video, distractors=self._distractors))
+            targets = PlaceTargets(*(leaf[None] for leaf in places)) if places else None
+            terms = jax.device_get(
+                self._reward(*video, distractors=self._distractors, places=targets)
+            )
         return {name: float(value[0]) for name, value in terms.items()}
 
     def frames_read(self, total: int) -> np.ndarray | None:
@@ -346,7 +351,9 @@ class HostFaceReward:
 
     def score(self, videos: Float[ArrayLike, "B T H W 3"], encoded: ReferenceFaces) -> Pending:
         """Start computing every term (see `identity.reward_terms`) without waiting for them."""
-        batch = (_pixels(self.frames, videos), encoded.embeddings, encoded.crops, encoded.mask)
+        known = (encoded.embeddings, encoded.crops, encoded.mask)
+        places = jax.tree.leaves(encoded.places)
+        batch = (_pixels(self.frames, videos), *known, *places)
         return self._pool.submit(self._score, batch, "face reward")
 
 

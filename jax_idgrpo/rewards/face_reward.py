@@ -58,7 +58,7 @@ def _look(networks, config, frames, videos, people) -> tuple[Terms, Callable[[],
     found = (faces.boxes, faces.landmarks, faces.embeddings, faces.mask)
     known = people.embeddings, people.crops, people.mask
     among = None if distractors is None else distractors[...]
-    terms = reward_terms(chosen, *found, *known, config, among)
+    terms = reward_terms(chosen, *found, *known, config, among, people.places)
     if whole is not None:
         seen = faces.boxes, faces.embeddings, faces.mask
         named = people.embeddings, people.mask, people.people

@@ -37,6 +37,7 @@ from jax_idgrpo.rewards.matching import (
     match_videos,
     most_alike,
 )
+from jax_idgrpo.rewards.placed import PlaceTargets, placed
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
 
 
@@ -332,6 +333,7 @@ def reward_terms(
     reference_mask: Bool[ArrayLike, "B M"],
     config: IdentityConfig,
     distractors: Float[ArrayLike, "R E"] | None = None,
+    places: PlaceTargets | None = None,
 ) -> dict[str, Float[ArrayLike, " B"]]:
     """Compute every term of the reward and the metrics that share its matching, each [B] in fp32.
 
@@ -349,13 +351,14 @@ def reward_terms(
       config: constants of the reward.
       distractors: unit vectors of the references of all prompts; None leaves out the terms that
         need them.
+      places: where the people should stand; None leaves out `placed`.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     matches = match_videos(*faces, config.null_similarity)
     pixels = read_pixels(videos, boxes, landmarks, face_mask, matches, photos, config.copies)
     height, width = videos.shape[2:4]
     size = height, width
-    return terms_of_faces(pixels, matches, boxes, *faces, size, config, distractors)
+    return terms_of_faces(pixels, matches, boxes, *faces, size, config, distractors, places)
 
 
 def terms_of_faces(
@@ -369,6 +372,7 @@ def terms_of_faces(
     size: tuple[int, int],
     config: IdentityConfig,
     distractors: Float[ArrayLike, "R E"] | None = None,
+    places: PlaceTargets | None = None,
 ) -> dict[str, Float[ArrayLike, " B"]]:
     """Compute the terms from faces and the measurements of `read_pixels`, each [B] in fp32.
 
@@ -389,6 +393,7 @@ def terms_of_faces(
       copied, apart, detail: see `of_photos`.
       confused: see `matching.confusion`.
       recognised_log, unrecognised: see `distractors`.
+      placed: see `placed`.
 
     Args:
       pixels: measurements of `read_pixels`.
@@ -402,6 +407,7 @@ def terms_of_faces(
       config: constants of the reward.
       distractors: unit vectors of the references of all prompts; None leaves out the terms that
         need them.
+      places: where the people should stand; None leaves out `placed`.
     """
     faces = (embeddings, face_mask, references, reference_mask)
     cosine = cosines(embeddings, references)
@@ -450,6 +456,8 @@ def terms_of_faces(
         **compared,
         **prices,
     }
+    if places is not None:
+        terms["placed"] = placed(matches, boxes, reference_mask, size, places)
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 

@@ -237,7 +237,8 @@ class PhotoEncoder:
         for n, row in enumerate(rows):
             for m, face in enumerate(row):
                 embeddings[n, m], crops[n, m] = face.embedding, face.crop
-        return ReferenceFaces(embeddings, crops, references.mask, _whole_people(rows, shape[1]))
+        whole = _whole_people(rows, shape[1])
+        return ReferenceFaces(embeddings, crops, references.mask, whole, references.targets)
 
     @property
     def pooled(self) -> bool:

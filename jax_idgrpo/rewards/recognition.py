@@ -118,7 +118,7 @@ def judge_program(
     faces = nnx.merge(graph, state)[0](videos)
     found = faces.boxes, faces.landmarks, faces.embeddings, faces.mask
     known = people.embeddings, people.crops, people.mask
-    terms = reward_terms(videos, *found, *known, config)
+    terms = reward_terms(videos, *found, *known, config, places=people.places)
     return terms, people_shown(faces, videos, people.mask, assigner)
 
 

@@ -40,6 +40,7 @@ from jax_idgrpo import flow, rng
 from jax_idgrpo.config import Config, DataConfig
 from jax_idgrpo.data.controls import read_control
 from jax_idgrpo.data.photos import load_reference, on_white
+from jax_idgrpo.data.places import draw_places
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
@@ -434,12 +435,14 @@ def encode(
 
 
 def refuse_controls(prompts: Sequence[Prompt], kind: str) -> None:
-    """Raise a UserError if a prompt has a control video and the model is not VACE."""
+    """Raise a UserError if a prompt has a control video or places, and the model is not VACE."""
     for prompt in prompts:
-        if prompt.control is not None and kind != "vace":
+        name = "control" if prompt.control is not None else "places" if prompt.places else ""
+        if name and kind != "vace":
+            columns = "columns control and mask" if name == "control" else "column places"
             raise UserError(
-                f"{prompt.where or f'prompt {prompt.id}'}: control is an input of VACE, and model.kind "
-                f"is {kind}; leave the columns control and mask out"
+                f"{prompt.where or f'prompt {prompt.id}'}: {name} is an input of VACE, and model.kind "
+                f"is {kind}; leave the {columns} out"
             )
 
 
@@ -457,20 +460,30 @@ def mask_channels(mask: Float[np.ndarray, "F H W"], frames: int) -> Float[np.nda
 def _encode_control(
     pipe: Pipeline, config: Config, cache: Cache, prompt: Prompt
 ) -> Float[np.ndarray, "T h w control"] | None:
-    """Return VACE's control of the frames of a prompt with a control video, from the cache or made.
+    """Return VACE's control of the frames of a prompt with a control video or boxes.
+
+    It is taken from the cache or made.
 
     The part that is kept and the part that is generated are encoded apart, each with mid-grey in
     place of the other.
     """
-    if prompt.control is None:
+    places, video = prompt.places, config.video
+    size, coloured = (video.height, video.width), config.data.places_colours == "person"
+    name: tuple[object, ...]
+    if prompt.control is not None:
+        name = ("control", prompt.control, prompt.mask, video)
+    elif places is not None and places.boxes:
+        name = ("places", places, coloured, video)
+    else:
         return None
-    video = config.video
-    name = ("control", prompt.control, prompt.mask, video)
     if name in cache.photos:
         return cache.photos[name]
-    pixels, mask = read_control(
-        prompt.control, prompt.mask, video.frames, (video.height, video.width), video.fps
-    )
+    if prompt.control is not None:
+        pixels, mask = read_control(prompt.control, prompt.mask, video.frames, size, video.fps)
+    else:
+        assert places is not None
+        pixels = draw_places(places, video.frames, size, coloured)
+        mask = np.ones(pixels.shape[:-1], np.float32)
     made = np.where(mask > 0.5, 1.0, 0.0).astype(np.float32)[..., None]
     kept, generated = (
         to_host(encode_video(pipe.vae, (pixels * part)[None]))[0] for part in (1 - made, made)

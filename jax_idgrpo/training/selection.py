@@ -90,7 +90,9 @@ def choose(
     advantage, weight = mixture.get("reward", 1.0) * advantages(rewards), np.isfinite(rewards)
     for name, factor in mixture.items():
         if name != "reward":
-            advantage = advantage + factor * advantages(terms[name])
+            # A term that no video of the step has must not spread its NaN.
+            known = np.isfinite(terms[name])
+            advantage = advantage + np.where(known, factor * advantages(terms[name]), 0)
     advantage = np.where(weight, advantage, 0).astype(np.float32)
     if config.pairs == "dominance":
         members, usable, _ = select_pairs(config, rewards, terms)
@@ -127,7 +129,9 @@ def select_pairs(
       pairs, their mean gap, and their mean difference in each term, in spreads (NaN without pairs).
     """
     names = list(config.pair_terms)
-    values = np.stack([rewards if name == "reward" else terms[name] for name in names], axis=-1)
+    values = np.stack(
+        [rewards if name == "reward" else _alike_without(terms[name]) for name in names], axis=-1
+    )
     weights = np.array([config.pair_terms[name] for name in names], np.float64)
     slack = np.array([config.pair_slack.get(name, 0) for name in names], np.float64)
     eps = config.advantage_eps
@@ -144,6 +148,11 @@ def select_pairs(
     for index, name in enumerate(names):
         measures[f"pair_{name}"] = mean_of_numbers(difference[usable, index])
     return members, usable, measures
+
+
+def _alike_without(values: Float[np.ndarray, "P G"]) -> Float[np.ndarray, "P G"]:
+    """Set a term to 0 in groups that have no value of it, so that it distinguishes none of them."""
+    return np.where(np.isfinite(values).any(axis=1, keepdims=True), values, 0)
 
 
 def check_terms(

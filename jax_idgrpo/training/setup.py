@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jax_idgrpo import rng
 from jax_idgrpo.config import Config
+from jax_idgrpo.config.scoring import PLACED
 from jax_idgrpo.data.prompts import Prompt, prompt_batch
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models import experts
@@ -268,8 +269,9 @@ def _reward(config: Config, mesh: Mesh, abstract: bool) -> Reward | Planned:
     if abstract:
         return planned_reward(config, mesh)
     reward = make_reward(config, mesh)
-    check_terms("reward.mixture", config.reward.mixture, reward.term_names)
-    check_terms("grpo.pair_terms", config.grpo.pair_terms, reward.term_names, most=5)
+    names = (*reward.term_names, *([PLACED] if config.reward.follows_people else []))
+    check_terms("reward.mixture", config.reward.mixture, names)
+    check_terms("grpo.pair_terms", config.grpo.pair_terms, names, most=5)
     return reward
 
 

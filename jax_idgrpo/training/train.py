@@ -46,6 +46,7 @@ from jax_idgrpo.rewards.base import (
 from jax_idgrpo.rewards.factory import policy_devices
 from jax_idgrpo.rewards.host import Pending, Terms, collect
 from jax_idgrpo.rewards.lookalikes import warn_of_lookalikes
+from jax_idgrpo.rewards.placed import require_places
 from jax_idgrpo.sampling import conditioning, rollout
 from jax_idgrpo.sampling.policy import PolicyInputs
 from jax_idgrpo.training.checkpoint import keep_base, open_checkpoints, resume, stored_steps
@@ -107,6 +108,8 @@ def train(config: Config, workdir: Path, profile: Path | None = None) -> None:
     prompts = load_prompts(config.data.prompts_file(), config.data.max_people, decode=False)
     conditioning.refuse_controls(prompts, config.model.kind)
     check_curriculum(config.data, prompts)
+    weighed = {"reward.mixture": config.reward.mixture, "grpo.pair_terms": config.grpo.pair_terms}
+    require_places(weighed, prompts)
     listed = row_digests(prompts)
     assert_same_across_hosts(
         config,

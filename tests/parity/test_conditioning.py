@@ -10,6 +10,7 @@ from PIL import Image
 
 from jax_idgrpo.config import Config, DataConfig, VideoConfig
 from jax_idgrpo.data import controls
+from jax_idgrpo.data.places import Places, draw_places
 from jax_idgrpo.data.prompts import Prompt
 from jax_idgrpo.data.video import from_uint8, write_video
 from jax_idgrpo.sampling import conditioning
@@ -189,3 +190,36 @@ def test_rows_with_and_without_control_do_not_depend_on_one_another(ours, tmp_pa
     np.testing.assert_array_equal(both[:1], controls_of(plain))
     np.testing.assert_array_equal(both[1:], controls_of(led))
     assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+def test_places_are_the_control_of_their_drawing(theirs, ours, tmp_path):
+    """Rows with boxes equal diffusers' given the drawn video; the other rows stay bit for bit."""
+    images = [smooth((WIDTH, HEIGHT), k) for k in range(2)]
+    photos = (tmp_path / "a.png", tmp_path / "b.png")
+    for image, path in zip(images, photos, strict=True):
+        image.save(path)
+    left, right = (0.0, 0.1, 0.4, 1.0), (0.5, 0.2, 1.0, 0.9)
+    places = Places(boxes=((left, right), (right, right)))
+    video = VideoConfig(frames=FRAMES, height=HEIGHT, width=WIDTH, fps=16)
+    config = Config(data=DataConfig(max_people=2, text_length=4), video=video)
+    plain, boxes = Prompt(0, "", photos), Prompt(1, "", photos, places=places)
+    empty, order = (Prompt(2 + n, "", photos, places=Places(order=(1, 2)[:n])) for n in (0, 2))
+    cache = conditioning.Cache()
+    got = conditioning.encode(ours, [plain, boxes, empty, order], config, cache).control
+    assert [name for name in cache.photos if "places" in name] == [("places", places, True, video)]
+    alone = conditioning.Cache()
+    expected = conditioning.encode(ours, [plain], config, alone).control[0]
+    assert set(cache.photos) - set(alone.photos) == {("places", places, True, video)}
+    for row in (0, 2, 3):
+        np.testing.assert_array_equal(got[row], expected)
+
+    drawn = draw_places(places, FRAMES, (HEIGHT, WIDTH), coloured=True)
+    frames = [Image.fromarray(frame) for frame in np.rint((drawn + 1) * 127.5).astype(np.uint8)]
+    _, want = their_control(theirs, images, frames, None)
+    assert np.linalg.norm(got[1][: len(want)] - want) <= 1e-5 * np.linalg.norm(want)
+
+    black = Config(
+        data=DataConfig(max_people=2, text_length=4, places_colours="black"), video=video
+    )
+    other = conditioning.encode(ours, [boxes], black, cache).control
+    assert np.abs(got[1] - other[0]).max() > 0.1
