@@ -52,12 +52,16 @@ HELD_OUT = 64  # held-out clips that the loss is measured on, at most
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names of the arrays of one video in the cache; faces: "" without a face weight."""
+    """Names of the arrays of one video in the cache.
+
+    faces: "" without a face weight. places: "" without boxes of people.
+    """
 
     clip: str
     text: str
     photos: tuple[tuple[str, ...], ...]
     faces: str = ""
+    places: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Prepared:
       names: names of the arrays by video.
       negative: [L,D] embedding of the negative prompt.
       grey: latents of a mid-grey video.
+      placed: whether a video has boxes of its people.
       faces: encodes the people of a trained video, without a row axis; None without an identity
         loss.
     """
@@ -81,6 +86,7 @@ class Prepared:
     names: Mapping[TrainedVideo, Names]
     negative: Float[np.ndarray, "L D"]
     grey: Float[np.ndarray, "T h w C"]
+    placed: bool = False
     faces: Callable[[TrainedVideo], ReferenceFaces] | None = None
 
 
@@ -125,6 +131,7 @@ def prepare_rows(
             keep(encoder.text(video.prompt)),
             tuple(tuple(map(photo, group)) for group in video.references),
             keep(share(video)) if share is not None else "",
+            keep(encoder.places(video.path, video.places)) if video.places else "",
         )
     latents.fill(entries)
 
@@ -150,6 +157,7 @@ def prepare_rows(
         names,
         conditioning.encode_negative(pipe, config.data),
         encoder.grey() if config.model.kind == "vace" else np.zeros((1, 1, 1, 1), np.float32),
+        any(one.places for one in names.values()),
     )
 
 
@@ -291,6 +299,10 @@ def read_row(
     weight = np.ones(latents.shape[:-1], np.float32)
     if names.faces:
         weight += (options.face_weight - 1) * np.asarray(read(names.faces)[window], np.float32)
+    layout = None
+    if prepared.placed:
+        boxes = read(names.places)[window] if names.places else prepared.grey
+        layout = np.asarray(boxes, np.float32)
     photos = []
     for group in names.photos:
         variants = read(group[pick(len(group))])
@@ -312,6 +324,7 @@ def read_row(
         people=np.int32(len(photos) if vace else len(names.photos)),
         text=conditioning.padded(np.asarray(text, np.float32), config.data.text_length),
         weight=weight,
+        layout=layout,
         faces=None if random is None or prepared.faces is None else prepared.faces(video),
     )
 

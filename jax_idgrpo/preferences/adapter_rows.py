@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_idgrpo.data.controls import file_digest
+from jax_idgrpo.data.places import Places
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.parallel.hosts import print_once
@@ -135,11 +136,13 @@ class TrainedVideo:
     """A video to train on.
 
     references: the photos of each person among which a step draws; the first one is listed.
+    places: boxes of the people, from the first to the last frame; None without.
     """
 
     path: Path
     prompt: str
     references: tuple[tuple[Reference, ...], ...]
+    places: Places | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +215,8 @@ def _digest(clip: Clip) -> str:
 
     photos = [*clip.references, *(photo for group in clip.more for photo in group)]
     files = [clip.video, *(photo for photo in photos if isinstance(photo, Path))]
-    return f"{short(clip.prompt)}-{short(*map(file_digest, files))}"
+    places = [dataclasses.astuple(clip.places)] if clip.places else []
+    return f"{short(clip.prompt)}-{short(*map(file_digest, files), *places)}"
 
 
 def _trained(clip: Clip, options: AdapterOptions) -> TrainedVideo:
@@ -226,7 +230,9 @@ def _trained(clip: Clip, options: AdapterOptions) -> TrainedVideo:
         return tuple(photo for photo in found if not photo.own) or tuple(found)
 
     people = range(len(clip.references))
-    return TrainedVideo(clip.video, clip.prompt, tuple(photos_of(person) for person in people))
+    photos = tuple(photos_of(person) for person in people)
+    places = clip.places if clip.places and clip.places.boxes else None
+    return TrainedVideo(clip.video, clip.prompt, photos, places)
 
 
 def cut_from(photo: File, video: Path) -> bool:

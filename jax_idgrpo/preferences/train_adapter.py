@@ -88,6 +88,12 @@ def make(config: Config) -> Task:
     check_config(config)
     rows = read_rows_of(options, config.data.max_people)
     full = config.model.train == "full"
+    placed = next((video for video in rows.all if video.places), None)
+    if placed is not None and config.model.kind != "vace":
+        raise UserError(
+            f"clips {options.clips}: {placed.path.name} has places, which are an input of VACE, and "
+            f"model.kind is {config.model.kind}; leave the column places out"
+        )
     held: dict[str, Prepared] = {}
 
     @functools.cache
@@ -161,7 +167,10 @@ def make(config: Config) -> Task:
         if jax.process_count() > 1:  # the network spans processes, and one of them calls this
             return
         shown = held["rows"].held_out or [item[0] for item in held["rows"].items]
-        prompts = [prompt_of(video, number) for number, video in enumerate(shown[:SHOWN])]
+        prompts = [
+            dataclasses.replace(prompt_of(video, number), places=video.places)
+            for number, video in enumerate(shown[:SHOWN])
+        ]
         sampler = make_sampler(config, pipe())
         model = Model(*sampling_policy(network, config, weights() if full else None))
         videos = sampler.videos(model, [Row(prompt, 0) for prompt in prompts])

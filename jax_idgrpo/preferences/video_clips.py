@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_idgrpo.data.places import Places
 from jax_idgrpo.data.prompts import COLUMNS, SEPARATOR, load_prompts, read_rows
 from jax_idgrpo.data.video import File
 from jax_idgrpo.errors import UserError
@@ -31,7 +32,8 @@ class Clip:
     """A row of clips.csv.
 
     people: hash of each person's name or photo. cluster: smallest hash of the identity cluster.
-    more: further photos of each person.
+    more: further photos of each person. places: where the people are in the clip; None without that
+    column.
     """
 
     video: Path
@@ -40,6 +42,7 @@ class Clip:
     people: tuple[str, ...]
     cluster: str = ""
     more: tuple[tuple[File, ...], ...] = ()
+    places: Places | None = None
 
 
 def load_clips(folder: Path, split: str) -> list[Clip]:
@@ -101,7 +104,8 @@ def read_clips(csv: Path) -> list[Clip]:
                 "name one photo per person"
             )
         more = prompt.more or ((),) * prompt.people
-        clips.append(Clip(video, prompt.text, prompt.references, people, more=more))
+        shown = (video, prompt.text, prompt.references, people)
+        clips.append(Clip(*shown, more=more, places=prompt.places))
     of = {
         person: min(cluster)
         for cluster in identity_clusters([clip.people for clip in clips])

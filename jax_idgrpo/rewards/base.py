@@ -147,7 +147,7 @@ class References:
 
     @property
     def targets(self) -> PlaceTargets | None:
-        """The places as arrays; None if there are none."""
+        """The places as arrays, or None."""
         return PlaceTargets.make(self.places, self.people) if self.places else None
 
     @classmethod

@@ -70,6 +70,8 @@ class ClipBatch:
       text: text embeddings, zero after the end.
       weight: loss weight of the video's cells.
       faces: the people's encoded references; None without an identity loss.
+      layout: latents of VACE's control video: drawn boxes of people, or mid-grey in rows without;
+        None if no row of the run has boxes.
     """
 
     video: Float[Array, "B T h w C"]
@@ -78,6 +80,7 @@ class ClipBatch:
     text: Float[Array, "B L D"]
     weight: Float[Array, "B T h w"]
     faces: ReferenceFaces | None = None
+    layout: Float[Array, "B T h w C"] | None = None
 
 
 @flax.struct.dataclass
@@ -190,7 +193,8 @@ class Learner:
             return batch.video, batch.weight, given
         grey = jnp.broadcast_to(jnp.asarray(self.grey, jnp.float32), batch.video.shape)
         ones = jnp.ones((*grey.shape[:-1], conditioning.MASK_CHANNELS), jnp.float32)
-        of_video = jnp.concatenate([grey, grey, ones], axis=-1)
+        layout = grey if batch.layout is None else batch.layout
+        of_video = jnp.concatenate([grey, layout, ones], axis=-1)
         missing = of_video.shape[-1] - batch.photos.shape[-1]
         of_photos = jnp.pad(batch.photos, ((0, 0),) * 4 + ((0, missing),))
         slot_weight = jnp.full((*batch.photos.shape[:-1],), SLOT_WEIGHT)

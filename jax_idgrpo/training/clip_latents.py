@@ -8,6 +8,7 @@ files.
     clip    [W, T, h, w, C]   W windows of `video.frames` frames; 0 if the clip is too short
     photo   [V, h, w, C]      V variants of one photo (`photo_variants`)
     text    [n, D]            embedding without padding
+    places  [W, T, h, w, C]   drawn boxes of the people in the windows of a clip
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jax_idgrpo import flow
 from jax_idgrpo.config import Config, VideoConfig
 from jax_idgrpo.data.controls import file_digest
 from jax_idgrpo.data.photos import load_reference
+from jax_idgrpo.data.places import Places, draw_places
 from jax_idgrpo.data.video import File, read_frames
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation.journal import decided
@@ -193,6 +195,31 @@ class Encoder:
 
         return Entry(name_of("text", text, self.text_encoder, length), make)
 
+    def places(self, path: Path, places: Places) -> Entry:
+        """Describe the drawn boxes of the people in the windows of a clip.
+
+        The boxes move from the first to the last of the frames that are read of the clip.
+
+        Args:
+          path: the clip.
+          places: with boxes.
+        """
+        video, coloured = self.config.video, self.config.data.places_colours == "person"
+        size = (video.height, video.width)
+
+        def make() -> np.ndarray:
+            count = len(read_frames(path, WINDOWS * video.frames, size, video.fps))
+            drawn = draw_places(places, count, size, coloured)
+            found = [
+                self._encode(drawn[None, start : start + video.frames])[0]
+                for start in window_starts(count, video.frames)
+            ]
+            shape = (flow.latent_frames(video.frames), video.height // 8, video.width // 8)
+            return np.stack(found) if found else np.zeros((0, *shape, self.pipe.vae.config.z_dim))
+
+        parts = content_hash(path), dataclasses.astuple(places), coloured
+        return Entry(name_of("places", *parts, self.vae, video, WINDOWS), make)
+
     def grey(self) -> Float[np.ndarray, "T h w C"]:
         """Encode a mid-grey video, of which VACE's control is made."""
         video = self.config.video
@@ -223,11 +250,23 @@ def clip_windows(path: Path, video: VideoConfig) -> Float[np.ndarray, "windows F
     """
     size = (video.height, video.width)
     frames = read_frames(path, WINDOWS * video.frames, size, video.fps)
-    room = len(frames) - video.frames
-    if room < 0:
+    starts = window_starts(len(frames), video.frames)
+    if not starts:
         return np.zeros((0, video.frames, *size, 3), np.float32)
-    starts = np.unique(np.linspace(0, room, min(WINDOWS, room + 1)).round().astype(int))
     return np.stack([frames[start : start + video.frames] for start in starts])
+
+
+def window_starts(total: int, frames: int) -> list[int]:
+    """Return the first frames of up to `WINDOWS` evenly spaced windows; none if there are too few.
+
+    Args:
+      total: number of frames of the clip.
+      frames: number of frames of a window.
+    """
+    room = total - frames
+    if room < 0:
+        return []
+    return np.unique(np.linspace(0, room, min(WINDOWS, room + 1)).round().astype(int)).tolist()
 
 
 # ---- photos --------------------------------------------------------------------------------------

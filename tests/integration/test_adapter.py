@@ -1,5 +1,6 @@
 """The task `adapter`: training a LoRA on clips and on pairs, its cache, and what it exports."""
 
+import csv
 import dataclasses
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jax_idgrpo import config as c
 from jax_idgrpo import flow, rng
+from jax_idgrpo.data.places import parse_places
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.evaluation import commands
@@ -152,6 +154,47 @@ def test_inputs_are_those_of_sampling(clips, checkpoints, cache):
             if want is not None:
                 np.testing.assert_allclose(np.asarray(have, np.float32), want, atol=6e-3)
         assert (np.asarray(weight) == 0).any() == (kind == "vace")  # the padding has none
+
+
+def test_boxes_of_people_are_the_control_of_sampling(clips, checkpoints, cache, tmp_path):
+    """Rows with places have the control of sampling; the other rows are those of a run without."""
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    with (clips / "clips.csv").open() as file:
+        listed = list(csv.DictReader(file))
+    count = listed[1]["ref_paths"].count(";") + 1
+    still, moving = (";".join([box] * count) for box in ("0 0 .5 1", "0 0 .5 1 > .5 0 1 1"))
+    write_csv(
+        folder,
+        [[*row.values(), still if n == 1 else ""] for n, row in enumerate(listed)],
+        (*listed[0], "places"),
+    )
+    given = {"clips": str(folder), "split": "all"}
+    pipe, learner, config, options, rows = prepared(checkpoints["vace"], "vace", given, cache)
+    prompts = load_prompts(folder / "clips.csv", 3)[:2]
+    wanted = conditioning.encode(pipe, prompts, config, conditioning.Cache()).control
+    videos = [item[0] for item in rows.items[:2]]
+    read = [train_adapter.read_row(rows, config, options, video, None) for video in videos]
+    _, _, found = learner.inputs(jax.tree.map(lambda *x: jnp.stack(x), *read))
+    np.testing.assert_allclose(found.control, wanted, atol=6e-3)
+    assert np.abs(wanted[0] - wanted[1]).max() > 0.1
+    encoder, video = Encoder.make(pipe, config), folder / "1.mp4"
+    windows = [
+        encoder.places(video, parse_places({"places": text}, count)).make()
+        for text in (still, moving)
+    ]
+    assert windows[0].shape == windows[1].shape
+    np.testing.assert_array_equal(windows[0][0], windows[0][-1])
+    assert np.abs(windows[1][0] - windows[1][-1]).max() > 0.1  # a window sees its part of the move
+
+    before = read_rows_of(read_options({"clips": str(clips), "split": "all"}), 3).digests
+    after = read_rows_of(options, 3).digests
+    assert [a == b for a, b in zip(before, after, strict=True)] == [
+        n != 1 for n in range(len(after))
+    ]
+    phantom = adapter_config(checkpoints["phantom"], "phantom", given)
+    with pytest.raises(UserError, match="1.mp4 has places, which are an input of VACE"):
+        train_adapter.make(phantom)
 
 
 def test_dropping_photos_leaves_text_alone(clips, checkpoints, cache):
