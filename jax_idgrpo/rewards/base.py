@@ -145,11 +145,6 @@ class References:
             * any(prompt.places is not None for prompt in prompts),
         )
 
-    @property
-    def targets(self) -> PlaceTargets | None:
-        """The places as arrays, or None."""
-        return PlaceTargets.make(self.places, self.people) if self.places else None
-
     @classmethod
     def of_pixels(
         cls, images: Float[ArrayLike, "P M h w 3"], mask: Bool[ArrayLike, "P M"]

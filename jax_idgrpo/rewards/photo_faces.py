@@ -22,6 +22,7 @@ from jax_idgrpo.errors import UserError
 from jax_idgrpo.rewards.base import Photo, ReferenceFaces, References
 from jax_idgrpo.rewards.people import ReferencePeople
 from jax_idgrpo.rewards.photo_copy import PHOTO_SIDE, PHOTO_TEMPLATE, photo_crops
+from jax_idgrpo.rewards.placed import PlaceTargets
 
 SHORT = 1024  # maximum of the shorter side in pixels; more does not improve an embedding
 SIDES = (64, 128, 256, 512, SHORT)  # shorter sides of a padded picture, in pixels
@@ -238,7 +239,9 @@ class PhotoEncoder:
             for m, face in enumerate(row):
                 embeddings[n, m], crops[n, m] = face.embedding, face.crop
         whole = _whole_people(rows, shape[1])
-        return ReferenceFaces(embeddings, crops, references.mask, whole, references.targets)
+        places = references.places
+        targets = PlaceTargets.make(places, references.people) if places else None
+        return ReferenceFaces(embeddings, crops, references.mask, whole, targets)
 
     @property
     def pooled(self) -> bool:

@@ -234,12 +234,12 @@ def test_rows_without_places_are_no_number_and_rows_are_independent():
     np.testing.assert_array_equal(again[1:3], got[1:3])
 
 
-def test_any_part_of_a_csv_with_the_column_has_targets(folder):
+def test_any_part_of_a_csv_with_the_column_has_places(folder):
     rows = prompts(folder, "a.png,One.,", "a.png;b.png,Two.,left;right")
-    assert References.of_prompts(rows[:1], 2).targets is not None
-    np.testing.assert_array_equal(References.of_prompts(rows, 2).targets.order[1], [1, 2])
+    assert References.of_prompts(rows[:1], 2).places == (Places(),)
+    assert References.of_prompts(rows, 2).places == (Places(), Places(order=(1, 2)))
     (plain,) = prompts(folder, "a.png,One.", header="ref_paths,prompt")
-    assert References.of_prompts([plain], 2).targets is None
+    assert References.of_prompts([plain], 2).places == ()
 
 
 # ---- the reward ----------------------------------------------------------------------------------
