@@ -174,7 +174,7 @@ def test_boxes_of_people_are_the_control_of_sampling(clips, checkpoints, cache, 
     prompts = load_prompts(folder / "clips.csv", 3)[:2]
     wanted = conditioning.encode(pipe, prompts, config, conditioning.Cache()).control
     videos = [item[0] for item in rows.items[:2]]
-    read = [train_adapter.read_row(rows, config, options, video, None) for video in videos]
+    read = [adapter_batches.read_row(rows, config, options, video, None) for video in videos]
     _, _, found = learner.inputs(jax.tree.map(lambda *x: jnp.stack(x), *read))
     np.testing.assert_allclose(found.control, wanted, atol=6e-3)
     assert np.abs(wanted[0] - wanted[1]).max() > 0.1
