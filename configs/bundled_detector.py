@@ -1,4 +1,7 @@
-"""Train the face detector of the bundled model. `launch/bundled.sh` runs all parts in order."""
+"""Train the face detector of the bundled model, with accurate landmarks, which show head turns.
+
+`launch/bundled.sh` runs all parts in order.
+"""
 
 from bundled_vae import ASSETS, VIDEO
 
@@ -11,7 +14,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, beta2=0.99, warmup=50, schedule="cosine", ema_decay=0.99
         ),
-        run=RunConfig(steps=2000, seed=11, save_every=200, sample_every=0),
+        run=RunConfig(steps=4000, seed=11, save_every=200, sample_every=0),
         finetune=FinetuneConfig(
             task="detector",
             batch=32,
@@ -22,6 +25,7 @@ def get_config() -> Config:
                 max_faces=6,
                 threshold=0.4,
                 blur=3.0,
+                landmarks=1.0,
             ),
         ),
     )

@@ -29,6 +29,8 @@ PERSON_TERMS = ("person_similarity", "person_similarity_min")
 """Terms of the network of `reward.people`."""
 PLACED = "placed"
 """Term of `reward.mixture` that says whether people are where the column `places` puts them."""
+TURNING = "turning"
+"""Term of `reward.mixture` that says how far heads turn."""
 DEEPFACE = r"deepface:[\w-]+/[\w-]+"
 ADDRESS = r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:\d{1,5})?(/[\w./~%-]*)?"  # no user, no query
 PENALTY_WEIGHTS = {"copied": 0.5}  # default weights of penalties; the others have 0
@@ -208,11 +210,12 @@ class RewardConfig(Section):
                 f"reward.mixture: {name} is {weight!r}; use a number",
             )
         others: dict[str, Any] = {"reward": 1} | self.mixture
-        placed = others.pop(PLACED, 0)
+        secondary = [name for name in (PLACED, TURNING) if others.pop(name, 0)]
         require(
-            not placed or any(others.values()),
-            "reward.mixture placed cannot be the only reward, because rows without places have none; "
-            'give another term a weight, such as {"reward": 1, "placed": 0.5}',
+            not secondary or any(others.values()),
+            f"reward.mixture {' and '.join(secondary)} cannot be the only reward, because no face "
+            "would earn anything by looking like its person; give another term a weight, such as "
+            f'{{"reward": 1, "{(secondary or [PLACED])[0]}": 0.25}}',
         )
 
     def require_faces_beside_people(self, field: str, weights: dict[str, Any]) -> None:

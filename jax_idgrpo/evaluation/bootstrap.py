@@ -28,6 +28,13 @@ LABELS = {
     "recognised": "people recognised",
     "identities": "identities shown / asked",
     "placed": "people in their places",
+    "turning": "head turn / 90 degrees",
+    "faces_frontal": "faces below 20 degrees",
+    "faces_half": "faces from 20 to 45 degrees",
+    "faces_side": "faces from 45 degrees",
+    "similarity_frontal": "judge, below 20 degrees",
+    "similarity_half": "judge, 20 to 45 degrees",
+    "similarity_side": "judge, from 45 degrees",
     "embedder_identity": "embedder identity",
     "person_similarity": "whole person",
     "person_similarity_min": "whole person, least person",
@@ -48,8 +55,14 @@ LESS = (
     "stalled",
     "hacked",
 )  # metrics for which lower is better
-PARTIAL = ("placed",)
+BY_YAW = tuple(
+    f"{kind}_{name}" for kind in ("faces", "similarity") for name in ("frontal", "half", "side")
+)
+"""Metrics of the faces in bins of the yaw."""
+PARTIAL = ("placed", *BY_YAW)
 """Metrics that only some videos have. Their other values are NaN and are left out of means."""
+FEWEST = 8
+"""Videos that a metric of `BY_YAW` needs to be compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,27 @@ def without_absent(scores: Scores) -> dict[str, Float[np.ndarray, " N"]]:
         name: values
         for name, values in scores.items()
         if name not in PARTIAL or not np.isnan(values).all()
+    }
+
+
+def without_rare(scores: Mapping[str, Scores]) -> dict[str, dict[str, Float[np.ndarray, " N"]]]:
+    """Leave out the metrics of `PARTIAL` that too few videos of all models have.
+
+    A metric of the result has a video, or `FEWEST` videos, for which every model has a value.
+
+    Args:
+      scores: model -> metric -> one value per video.
+    """
+    names = set.intersection(*(set(metrics) for metrics in scores.values()))
+    kept = {
+        name
+        for name in names
+        if np.sum(np.all([_known(name, metrics[name]) for metrics in scores.values()], 0))
+        >= (FEWEST if name in BY_YAW else 1)
+    }
+    return {
+        model: {name: values for name, values in metrics.items() if name in kept}
+        for model, metrics in scores.items()
     }
 
 

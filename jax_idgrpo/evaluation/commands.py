@@ -416,9 +416,12 @@ def _conclude(
         name: hacking.with_hacked(scores, summarised["base"]) for name, scores in summarised.items()
     }
     metrics = [metric for metric in bootstrap.LABELS if metric in summarised["base"]]
-    scores: dict[str, bootstrap.Scores] = {
-        name: {metric: values[metric] for metric in metrics} for name, values in summarised.items()
-    }
+    scores = bootstrap.without_rare(
+        {
+            name: {metric: values[metric] for metric in metrics if metric in values}
+            for name, values in summarised.items()
+        }
+    )
     told = "judge_identity" if "judge_identity" in metrics else "reward"
     shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
     for name, values in found.items():

@@ -23,6 +23,7 @@ from jax_idgrpo.rewards.base import Consumer, References, Reward, Terms, check_r
 from jax_idgrpo.rewards.factory import make_assigner, make_judge, make_reward
 from jax_idgrpo.rewards.host import Pending, collect
 from jax_idgrpo.rewards.recognition import Assigner, judge_people
+from jax_idgrpo.rewards.turns import BINS
 
 Value = TypeVar("Value")
 
@@ -41,8 +42,14 @@ JUDGED = {
     "copied": "copied",
     "stalled": "stalled",
     "placed": "placed",
+    "turning": "turning",
+    **{f"{kind}_{name}": f"{kind}_{name}" for name in BINS for kind in ("faces", "similarity")},
 }
-"""Metric -> term of the judge; it has `placed` only for prompts with the column `places`."""
+"""Metric -> term of the judge.
+
+It has `placed` only for prompts with the column `places`, and head turns only with a detector whose
+landmarks show them.
+"""
 FURTHER = (
     "missing",
     "switched",
@@ -79,6 +86,8 @@ def values(
         count              share of frames with the right number of faces
         motion             mean change between neighbouring frames outside the faces
         placed             people who are in their places (`rewards.placed`); NaN without places
+        turning            how far heads turn; also shares of faces and their similarity by yaw
+                           (`rewards.turns`)
 
     `recognition` adds the metrics of who is recognised, and `hacking` that of hacked videos. Other terms that a reward reports, such as
     its separate dimensions, keep their names.

@@ -188,7 +188,8 @@ def face_encoder(
     Raises:
       UserError: a photo shows no face.
     """
-    prompts = {video: prompt_of(video) for video in videos}
+    # Places are no part of the loss, and rows without them would have another structure.
+    prompts = {video: dataclasses.replace(prompt_of(video), places=None) for video in videos}
     check_references(reward, list(prompts.values()))
 
     def encode(video: TrainedVideo) -> ReferenceFaces:

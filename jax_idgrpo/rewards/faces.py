@@ -28,6 +28,7 @@ from jax_idgrpo.config import RewardConfig, photographs_folder
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.models.faces.bundled_detector import Detections, Detector, DetectorConfig
 from jax_idgrpo.models.faces.bundled_judge import Judge, JudgeConfig
+from jax_idgrpo.rewards.turns import AVERAGE_HEAD, YawCalibration
 
 Points = tables.Points
 ARCFACE_TEMPLATE: Points = tables.ARCFACE_TEMPLATE
@@ -161,6 +162,7 @@ class FaceStack(nnx.Module):
         template: Points,
         max_faces: int,
         threshold: float,
+        yaw: YawCalibration | None = None,
     ):
         """Assemble the networks.
 
@@ -170,12 +172,14 @@ class FaceStack(nnx.Module):
           template: x, y of the landmarks in pixels of the embedder's crop.
           max_faces: K, faces per frame.
           threshold: minimum detector score, in [0, 1].
+          yaw: constants of the yaw for the detector's landmarks; None if they do not show it.
         """
         self.detector = detector
         self.embedder = embedder
         self.template = template
         self.max_faces = max_faces
         self.threshold = threshold
+        self.yaw = yaw
 
     def __call__(self, videos: Float[Array, "B T H W 3"]) -> Faces:
         """Find the faces of videos in [-1, 1].
@@ -350,8 +354,20 @@ def load_stack(folder: Path, embedder: str) -> FaceStack:
     """
     detector, settings = load_network(Path(folder) / "detector")
     return FaceStack(
-        detector, *load_embedder(folder, embedder), settings["max_faces"], settings["threshold"]
+        detector,
+        *load_embedder(folder, embedder),
+        settings["max_faces"],
+        settings["threshold"],
+        _yaw(detector, settings),
     )
+
+
+def _yaw(detector: nnx.Module, settings: dict[str, Any]) -> YawCalibration | None:
+    """Return the constants of the yaw. The bundled detector has those that were fitted, if any."""
+    if not isinstance(detector, Detector):
+        return AVERAGE_HEAD
+    fitted = settings.get("yaw")
+    return None if fitted is None else YawCalibration(a=fitted["a"], b=fitted["b"])
 
 
 def load_embedder(folder: Path, name: str) -> tuple[FaceEmbedder, Points]:

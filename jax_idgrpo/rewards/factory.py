@@ -27,6 +27,7 @@ from jax_idgrpo.rewards.head import Head, fingerprint, load_head
 from jax_idgrpo.rewards.identity import IdentityConfig
 from jax_idgrpo.rewards.linear import LinearReward, load_linear
 from jax_idgrpo.rewards.remote import HttpReward
+from jax_idgrpo.rewards.turns import YawCalibration
 from jax_idgrpo.rewards.vlm.checklist import is_checklist
 from jax_idgrpo.rewards.vlm.checklist_reward import load_checklist
 from jax_idgrpo.rewards.vlm.reward import VlmReward, load_vlm
@@ -104,7 +105,7 @@ def make_judge(config: Config, mesh: Mesh | None = None) -> FaceReward | None:
         return None
     stack = load_stack(wanted.folder(), "judge")
     constants = identity_constants(
-        wanted, load_settings(wanted.folder(), "judge"), copy_calibration(stack)
+        wanted, load_settings(wanted.folder(), "judge"), copy_calibration(stack), stack.yaw
     )
     return _on_mesh(FaceReward(stack, constants), mesh)
 
@@ -159,7 +160,9 @@ def make_face_reward(
         head = load_head(Path(config.head), fingerprint(stack), config)
     elif config.linear:
         head = load_linear(Path(config.linear), fingerprint(stack), config)
-    constants = identity_constants(config, reward_settings(config), copy_calibration(stack))
+    constants = identity_constants(
+        config, reward_settings(config), copy_calibration(stack), stack.yaw
+    )
     if people is None and config.people:
         people = dino.load(Path(config.people))
     pool = config.pool == "pool"
@@ -172,7 +175,10 @@ def copy_calibration(stack: FaceStack) -> photo_copy.Calibration:
 
 
 def identity_constants(
-    config: RewardConfig, cosines: Settings, copies: photo_copy.Calibration
+    config: RewardConfig,
+    cosines: Settings,
+    copies: photo_copy.Calibration,
+    yaw: YawCalibration | None = None,
 ) -> IdentityConfig:
     """Combine the identity constants of a configuration with those of its networks.
 
@@ -180,6 +186,7 @@ def identity_constants(
       config: the configuration.
       cosines: of the embedder.
       copies: what counts as a copy of the photo.
+      yaw: constants of the yaw for the detector's landmarks; None leaves out head turns.
     """
     return IdentityConfig(
         null_similarity=cosines.missing,
@@ -188,6 +195,7 @@ def identity_constants(
         mean_weight=1 - config.soft_weight,
         penalties=tuple(config.penalty_weights().items()),
         copies=copies,
+        yaw=yaw,
     )
 
 

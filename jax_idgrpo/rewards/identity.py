@@ -39,6 +39,7 @@ from jax_idgrpo.rewards.matching import (
 )
 from jax_idgrpo.rewards.placed import PlaceTargets, placed
 from jax_idgrpo.rewards.tracks import TrackConfig, penalties
+from jax_idgrpo.rewards.turns import YawCalibration, head_turn, turn_terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class IdentityConfig:
         penalties without a weight are only logged.
       tracks: thresholds of the penalties.
       copies: what counts as a copy of the photo.
+      yaw: constants of the yaw for the detector's landmarks; None leaves out the terms of `turns`.
     """
 
     null_similarity: float = 0.15
@@ -73,6 +75,7 @@ class IdentityConfig:
     penalties: tuple[tuple[str, float], ...] = ()
     tracks: TrackConfig = dataclasses.field(default_factory=TrackConfig)
     copies: photo_copy.Calibration = photo_copy.DRAWN
+    yaw: YawCalibration | None = None
 
 
 def level(similarity: Float[ArrayLike, "*n"], low: float, high: float) -> Float[ArrayLike, "*n"]:
@@ -181,6 +184,7 @@ class Pixels:
       copied: photo-copy score of the face matched to every person (see `photo_copy`).
       apart: displacement of that face from the photo.
       detail: sharpness of that face relative to the photo.
+      turn: turn of that head (see `turns.head_turn`).
     """
 
     changed: Float[ArrayLike, "B T"]
@@ -188,6 +192,7 @@ class Pixels:
     copied: Float[ArrayLike, "B T M"]
     apart: Float[ArrayLike, "B T M"]
     detail: Float[ArrayLike, "B T M"]
+    turn: Float[ArrayLike, "B T M"]
 
 
 def _in_faces(
@@ -294,7 +299,7 @@ def read_pixels(
     measured = jax.lax.map(one, jnp.arange(videos.shape[1]))
     copied, apart, detail = (jnp.moveaxis(leaf, 0, 1) for leaf in measured)
     changed, outside = changes(videos, boxes, face_mask)
-    return Pixels(changed=changed, outside=outside, copied=copied, apart=apart, detail=detail)
+    return Pixels(changed, outside, copied, apart, detail, head_turn(theirs))
 
 
 def of_photos(
@@ -394,6 +399,7 @@ def terms_of_faces(
       confused: see `matching.confusion`.
       recognised_log, unrecognised: see `distractors`.
       placed: see `placed`.
+      turning, faces_frontal, similarity_frontal and so on: see `turns`.
 
     Args:
       pixels: measurements of `read_pixels`.
@@ -458,6 +464,9 @@ def terms_of_faces(
     }
     if places is not None:
         terms["placed"] = placed(matches, boxes, reference_mask, size, places)
+    if config.yaw is not None:
+        shown = matches.similarity, matches.matched, reference_mask
+        terms |= turn_terms(pixels.turn, *shown, config.yaw)
     return {name: value.astype(jnp.float32) for name, value in terms.items()}
 
 

@@ -137,8 +137,8 @@ def matrices(params: Parameters) -> PyTree:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make AdamW or Muon with gradient clipping to a global norm of `max_norm`.
 
-    Muon's momentum, also that of the parameters that AdamW trains, is Nesterov's. AdamW adds `eps` outside the square root. Weight decay is decoupled and scaled by the learning
-    rate.
+    AdamW adds `eps` outside the square root. Weight decay is decoupled and scaled by the learning
+    rate. With Muon, all momentum is Nesterov's, also that of the parameters that AdamW trains.
     """
     rate = learning_rate(config, total_steps)
     if config.name == "muon":
