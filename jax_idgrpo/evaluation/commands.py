@@ -54,7 +54,8 @@ from jax_idgrpo.sampling import conditioning
 from jax_idgrpo.workdir import prepare_workdir, write_text
 
 SOLVER_NAMES = {"euler": "Euler", "unipc": "UniPC"}
-SHOWN = 8  # number of prompts whose videos are written for the report
+CANDIDATES = 64  # number of prompts whose first video is written, for the report to choose from
+SHOWN = 4  # number of prompts that the report shows of each group
 SCORES = "scores.jsonl"
 
 
@@ -366,7 +367,7 @@ def _keep_shown(videos: Array, rows: Sequence[Row], model: str, fps: int, out: P
 
 
 def _is_shown(row: Row) -> bool:
-    return row.member == 0 and row.prompt.id < SHOWN
+    return row.member == 0 and row.prompt.id < CANDIDATES
 
 
 def _shown_path(row: Row, model: str) -> str:
@@ -382,7 +383,7 @@ def _known_scores(out: Path, keys: Mapping[str, Mapping[str, str]]) -> list[dict
         if key is None or line.get("key") != key:
             continue
         number, member = map(int, video.split("-"))
-        shown = member == 0 and number < SHOWN
+        shown = member == 0 and number < CANDIDATES
         if not shown or (out / f"videos/{number:04d}/{model}.mp4").is_file():
             kept[model, video] = line
     return list(kept.values())
@@ -423,11 +424,22 @@ def _conclude(
         }
     )
     told = "judge_identity" if "judge_identity" in metrics else "reward"
-    shown = [_show(out, prompt, config) for prompt in listed[:SHOWN]]
-    for name, values in found.items():
-        for row in filter(_is_shown, rows):
-            video = {"path": _shown_path(row, name), told: values[row.name][told]}
-            shown[row.prompt.id]["videos"][name] = video
+    candidates = {row.name: row for row in rows if _is_shown(row)}
+    values_of = {
+        video: {name: values[video][told] for name, values in found.items()} for video in candidates
+    }
+    shown = [
+        _show(out, candidates[video].prompt, config)
+        | {
+            "group": group,
+            "videos": {
+                name: {"path": _shown_path(candidates[video], name), told: value}
+                for name, value in values_of[video].items()
+            },
+        }
+        for group, chosen in gallery_groups(values_of).items()
+        for video in chosen
+    ]
     clusters = np.asarray([row.prompt.id for row in rows])
     resampling = config.run.seed, config.evaluate.bootstrap
     means, changes = bootstrap.summarise(scores, clusters, *resampling)
@@ -447,6 +459,25 @@ def _conclude(
     write_text(out / "metrics.json", json.dumps({"note": note, **parts, "shown": shown}, indent=1))
     write_text(out / "table.md", f"{table}\n{note}\n")
     print_once(f"{table}\n{note}")
+
+
+def gallery_groups(values: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """Choose the prompts that the report shows: largest gains and largest losses of the last model.
+
+    Args:
+      values: first video of a prompt -> model -> judge identity, or reward; "base" is the first
+        model.
+
+    Returns:
+      Group -> videos; "first" with the first prompts if there is only the base.
+    """
+    videos = list(values)
+    if not videos or len(values[videos[0]]) == 1:
+        return {"first": videos[: 2 * SHOWN]}
+    gains = {video: list(models.values())[-1] - models["base"] for video, models in values.items()}
+    ordered = sorted(videos, key=lambda video: -gains[video])
+    count = min(SHOWN, -(-len(videos) // 2))
+    return {"gains": ordered[:count], "losses": ordered[count:][-SHOWN:][::-1]}
 
 
 def _guidance_note(config: Config) -> str:
@@ -470,4 +501,4 @@ def _show(out: Path, prompt: Prompt, config: Config) -> dict[str, Any]:
         (out / paths[-1]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(to_uint8(photo)).save(out / paths[-1])
     boxes = {"places": prompt.places.boxes} if prompt.places and prompt.places.boxes else {}
-    return {"prompt": prompt.text, "references": paths, "videos": {}} | boxes
+    return {"prompt": prompt.text, "references": paths} | boxes

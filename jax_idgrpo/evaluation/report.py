@@ -83,6 +83,14 @@ CARDS = 4  # number of metrics in large print
 WIDTH, HEIGHT, LEFT, BOTTOM = 440, 200, 52, 26
 
 
+GROUPS = {
+    "first": "First prompts",
+    "gains": "Largest gains over the base, of the first 64 prompts",
+    "losses": "Largest losses against the base, or smallest gains",
+}
+"""Group of the gallery -> heading."""
+
+
 class ShownVideo(TypedDict, total=False):
     """A video of the gallery with the value beside it: the judge's, or the reward."""
 
@@ -94,12 +102,14 @@ class ShownVideo(TypedDict, total=False):
 class ShownPrompt(TypedDict):
     """A prompt of the gallery, with its photos, its videos by model, and the boxes of its people.
 
-    The boxes are x0 y0 x1 y1 in the first and in the last frame, in shares of the picture.
+    The group is a key of `GROUPS`. The boxes are x0 y0 x1 y1 in the first and in the last frame, in
+    shares of the picture.
     """
 
     prompt: str
     references: list[str]
     videos: dict[str, ShownVideo]
+    group: NotRequired[str]
     places: NotRequired[list[list[list[float]]]]
 
 
@@ -350,7 +360,7 @@ def gallery(evaluation: Evaluation, folder: Path) -> str:
     def source(name: str) -> str:
         return data_uri(inside(folder, name))
 
-    items = []
+    groups: dict[str, list[str]] = {}
     for shown in evaluation["shown"]:
         photos = "".join(
             f'<img src="{source(path)}" alt="reference photo">' for path in shown["references"]
@@ -362,10 +372,13 @@ def gallery(evaluation: Evaluation, folder: Path) -> str:
             for model, video in shown["videos"].items()
         )
         prompt = html.escape(shown["prompt"])
-        items.append(
+        groups.setdefault(shown.get("group", "first"), []).append(
             f'<article><div class="photos">{photos}</div><div class="videos">{videos}</div><p>{prompt}</p></article>'
         )
-    return f'<div class="gallery">{"".join(items)}</div>'
+    return "".join(
+        f'<h3>{GROUPS.get(group, "Prompts")}</h3><div class="gallery">{"".join(items)}</div>'
+        for group, items in groups.items()
+    )
 
 
 def _trains_weights(path: Path) -> bool:

@@ -240,7 +240,12 @@ def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tm
         assert (change["mean"], change["low"], change["high"]) == (0, 0, 0)
     assert found["differences"]["moved"]["reward"]["mean"] != 0
     assert len(found["videos"]) == 6
-    assert len(found["shown"]) == 3
+    assert [shown["group"] for shown in found["shown"]] == ["gains", "gains", "losses"]
+    gains = [
+        shown["videos"]["moved"]["judge_identity"] - shown["videos"]["base"]["judge_identity"]
+        for shown in found["shown"]
+    ]
+    assert gains == sorted(gains, reverse=True)
     means = np.mean([row["moved"]["reward"] - row["base"]["reward"] for row in found["videos"]])
     assert means == pytest.approx(found["differences"]["moved"]["reward"]["mean"])
     table = (out / "table.md").read_text()
@@ -249,10 +254,24 @@ def test_evaluate_compares_and_the_report_shows_it(stubbed, config, adapters, tm
     text = report.report(tmp_path / "run").read_text()
     assert text.count("<video") == 9
     assert text.count("<img") == 4
+    assert text.index("Largest gains") < text.index("Largest losses")
     commands.evaluate(config, tmp_path / "any.csv", out, {})
     assert json.loads((out / "metrics.json").read_text())["models"].keys() == {"base"}, (
         "a second run replaces the first"
     )
+
+
+def test_the_worst_videos_are_shown_beside_the_best():
+    values = {f"{n:04d}-0": {"base": 0.5, "other": 9.0, "tuned": 0.5 + n / 10} for n in range(20)}
+    groups = commands.gallery_groups(values)
+    assert groups["gains"] == ["0019-0", "0018-0", "0017-0", "0016-0"]
+    assert groups["losses"] == ["0000-0", "0001-0", "0002-0", "0003-0"]
+    alone = {video: {"base": models["base"]} for video, models in values.items()}
+    assert commands.gallery_groups(alone) == {"first": list(values)[:8]}
+    assert commands.gallery_groups({"0000-0": values["0000-0"]}) == {
+        "gains": ["0000-0"],
+        "losses": [],
+    }
 
 
 def test_watching_warns_when_reward_and_judge_part(
