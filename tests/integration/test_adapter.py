@@ -313,7 +313,7 @@ LAYERS = {"vace": "blocks.1,vace_blocks,attn2", "phantom": ""}
 
 
 def trains_weights(config, layers):
-    """The configuration with weights trained, and no averaging."""
+    """The configuration with weights trained."""
     model = dataclasses.replace(config.model, train="full", train_layers=layers)
     return dataclasses.replace(config, model=model)
 
@@ -371,6 +371,7 @@ def test_dpo_of_weights_compares_with_the_weights_before_training(
     pairs = write_pairs(folder, ["A", "B", "A", "B"])
     options = {"clips": "", "pairs": str(pairs), "loss": "dpo", "cache": cache}
     plain = adapter_config(checkpoints["phantom"], "phantom", options)
+    plain = dataclasses.replace(plain, grpo=dataclasses.replace(plain.grpo, dpo_beta=20.0))
     config = trains_weights(plain, "")
     finetune(config, tmp_path / "run")
     first, last = metrics_of(tmp_path / "run")
