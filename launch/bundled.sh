@@ -14,7 +14,7 @@ if [ ! -d "$assets" ]; then
     mv "$assets.part" "$assets"
 fi
 
-for stage in vae vae_clips pictures clips detector embedder judge vae_decoder; do
+for stage in detector embedder judge vae vae_clips pictures clips vae_decoder phantom_pictures phantom_clips; do
     # A stage that is done only checks that it is.
     echo "== $stage"
     idgrpo finetune "configs/bundled_$stage.py" --workdir "runs/bundled/$stage"

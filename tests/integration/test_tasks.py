@@ -174,6 +174,32 @@ def test_some_batches_have_no_photos_and_train_text_to_video():
     assert value > 0.5
 
 
+def test_phantom_sees_clean_photos_behind_the_video_and_zeros_without_them():
+    made = pool()
+    rows = {count: np.flatnonzero(made.people == count) for count in (1, 2, 3)}
+    batches = [
+        transformer.pick(made, rows, 64, 0.0, 0.5, seed=1, step=step, blank=True)
+        for step in range(8)
+    ]
+    blank = [not batch["photos"].any() for batch in batches]
+    assert {batch["photos"].shape[1] for batch in batches} <= {1, 2, 3}
+    assert 0 < sum(blank) < 8
+    batch = batches[blank.index(False)] | {"video": np.full((64, 2, 4, 4, 16), 0.7, np.float32)}
+    seen = {}
+
+    def right(latents, timesteps, text):
+        seen.update(latents=latents)
+        return (latents - 0.7) / ((timesteps + 0.5) / 1000)[:, None, None, None, None]
+
+    value, metrics = transformer.loss(
+        right, batch, jax.random.key(0), grey=None, order="diffusers", shift=3.0
+    )
+    # Only the video is denoised, so the velocity on the photos does not count.
+    assert value < 1e-2
+    assert metrics["video_error"] < 1e-2
+    np.testing.assert_array_equal(seen["latents"][:, 2:], batch["photos"])
+
+
 def test_the_right_velocity_has_no_loss_and_the_control_holds_the_photos():
     """With x0 = c everywhere the velocity is (x - c) / sigma, and sigma is the timestep over 1000."""
     c, rows, people = 0.7, 64, 2

@@ -1,5 +1,7 @@
 """Tasks text and transformer: the tokenizer, what their batches hold, and that their losses are the ones they claim."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,28 @@ from tests.helpers.tasks import make_config
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return make_config(tmp_path_factory)
+
+
+def test_phantom_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformer, "CHUNK", 4)
+    options = {**config.finetune.options, "pool_file": ""}
+    del options["vace_layers"]
+    phantom = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, kind="phantom"),
+        finetune=dataclasses.replace(config.finetune, options=options),
+    )
+    task = make_task(phantom)
+    network = task.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, task.batch(0, 0))
+    value, _ = task.loss(network, batch, jax.random.key(0))
+    assert np.isfinite(value)
+    task.preview(network, tmp_path)
+    assert (tmp_path / "clips.png").is_file()
+    task.save(network, tmp_path / "out")
+    stored = load_pipeline(tmp_path / "out", kind="phantom")
+    assert stored.kind == "phantom"
+    assert stored.transformer.config.vace is None
 
 
 def test_from_clips_to_a_stored_pipeline(config, tmp_path, monkeypatch):

@@ -1,15 +1,16 @@
-"""Task "transformer": flow matching of the VACE transformer on synthetic clips of 1 to 3 people.
+"""Task "transformer": flow matching of a VACE or Phantom transformer on synthetic clips of 1 to 3 people.
 
     x_sigma = (1 - sigma) x0 + sigma noise
     loss    = weighted mean of |v(x_sigma, t, text, control) - (noise - x0)|^2
 
-x0 is `[references, video]` in normalised latents. As in the published models, reference slots are
-denoised like any other frame, and the control branch supplies the clean photos.
+As in the published models, x0 of VACE is `[references, video]` in normalised latents: reference
+slots are denoised like any other frame, and the control branch supplies the clean photos. x0 of
+Phantom is the video, and the clean photos follow it.
 sigma = shift u / (1 + (shift - 1) u) with stratified u, and t = trunc(1000 sigma), as in the
 sampler's schedule. A share of the prompts is replaced by the negative prompt, so that the model
 learns the unconditional branch of guidance. All clips of a batch have the same number of people, so
-there is no padding. A share of the batches has no photos and no slots for them: text to video, which
-is the weakened branch of photo guidance (`evaluate.weakened`).
+there is no padding. A share of the batches has no photos: text to video, which is the weakened branch
+of photo guidance (`evaluate.weakened`). VACE then has no slots for them, and Phantom zeros.
 
 With `video.frames` 1 the clips are pictures, which cost a third and teach faces before motion.
 
@@ -70,8 +71,9 @@ class Options:
     """`finetune.options` of this task.
 
     Attributes:
-      num_layers, num_heads, head_dim, ffn_dim, freq_dim, vace_layers: sizes of the transformer.
+      num_layers, num_heads, head_dim, ffn_dim, freq_dim: sizes of the transformer.
       pool: number of clips in the pool.
+      vace_layers: blocks that receive VACE's control; empty for Phantom.
       pool_seed: seed of the pool.
       pool_file: file that stores the pool between runs; "" for none.
       face_weight: loss weight of latent cells inside faces; other cells have 1.
@@ -84,8 +86,8 @@ class Options:
     head_dim: int
     ffn_dim: int
     freq_dim: int
-    vace_layers: Sequence[int]
     pool: int
+    vace_layers: Sequence[int] = ()
     pool_seed: int = 42
     pool_file: str = ""
     face_weight: float = 1.0
@@ -266,6 +268,7 @@ def pick(
     photo_dropout: float,
     seed: int,
     step: int,
+    blank: bool = False,
 ) -> dict[str, np.ndarray]:
     """Sample a float32 batch of clips with the same number of people.
 
@@ -277,15 +280,18 @@ def pick(
       photo_dropout: share of batches without photos.
       seed: seed of the run.
       step: training step.
+      blank: whether a batch without photos has zeros in their place.
     """
     rng = np.random.default_rng([seed, step])
     people = int(rng.choice(pool.people))
     rows = rng.choice(rows_of[people], size)
     dropped = rng.random(size) < text_dropout
-    shown = 0 if rng.random() < photo_dropout else people
+    photos = pool.photos[rows, :people].astype(np.float32)
+    if rng.random() < photo_dropout:
+        photos = np.zeros_like(photos) if blank else photos[:, :0]
     return {
         "video": pool.video[rows].astype(np.float32),
-        "photos": pool.photos[rows, :shown].astype(np.float32),
+        "photos": photos,
         "text": np.where(dropped[:, None, None], pool.negative, pool.text[rows]).astype(np.float32),
         "weight": pool.weight[rows].astype(np.float32),
     }
@@ -296,7 +302,7 @@ def loss(
     batch: dict[str, ArrayLike],
     key: Array,
     *,
-    grey: Array,
+    grey: Array | None,
     order: str,
     shift: float,
 ) -> Loss:
@@ -306,22 +312,33 @@ def loss(
       transformer: velocity network.
       batch: result of `pick`.
       key: key of noise and sigma.
-      grey: latents of a grey video.
-      order: order of the references, `data.reference_order`.
+      grey: latents of a grey video for VACE; None for Phantom.
+      order: order of VACE's references, `data.reference_order`.
       shift: shift of the schedule.
     """
     video, photos = batch["video"], batch["photos"]
-    people, rows = photos.shape[1], len(video)
+    rows = len(video)
     noise_key, sigma_key = jax.random.split(key)
-    control = jax.vmap(lambda p: conditioning.control(p, grey, people, order))(photos)
-    x0 = jnp.concatenate([control[:, :people, ..., : photos.shape[-1]], video], axis=1)
+    if grey is None:
+        people, x0 = 0, jnp.asarray(video)
+
+        def velocity_of(x: Array, timestep: Array) -> Array:
+            both = jnp.concatenate([x, photos], axis=1)
+            return transformer(both, timestep, batch["text"])[:, : x.shape[1]]
+
+    else:
+        people = photos.shape[1]
+        control = jax.vmap(lambda p: conditioning.control(p, grey, people, order))(photos)
+        x0 = jnp.concatenate([control[:, :people, ..., : photos.shape[-1]], video], axis=1)
+
+        def velocity_of(x: Array, timestep: Array) -> Array:
+            return transformer(x, timestep, batch["text"], control)
+
     u = (jnp.arange(rows) + jax.random.uniform(sigma_key, (rows,))) / rows
     sigma = flow.shifted(u, shift)
     noise = jax.random.normal(noise_key, x0.shape)
     wide = sigma[:, None, None, None, None]
-    velocity = transformer(
-        (1 - wide) * x0 + wide * noise, flow.timestep(sigma), batch["text"], control
-    )
+    velocity = velocity_of((1 - wide) * x0 + wide * noise, flow.timestep(sigma))
     error = jnp.mean((velocity - (noise - x0)) ** 2, axis=-1)
     weight = jnp.pad(
         batch["weight"], ((0, 0), (people, 0), (0, 0), (0, 0)), constant_values=REFERENCE_WEIGHT
@@ -355,6 +372,15 @@ def eval_conditioning(
         conditioning.padded(text, length)
         for text in conditioning.encode_texts(pipe, captions.prompts(batch), length)
     ]
+    if pipe.kind != "vace":
+        shown = jnp.arange(most) < jnp.asarray(people)[:, None]
+        return conditioning.Conditioning(
+            text=np.stack(text),
+            control=None,
+            frame_mask=jnp.ones((len(people), len(grey)), bool),
+            references=jnp.asarray(people),
+            reference_latents=jnp.where(shown[..., None, None, None], photos[:, :most], 0.0),
+        )
     return conditioning.Conditioning(
         text=np.stack(text),
         control=jnp.stack(
@@ -379,7 +405,9 @@ def sample_clips(
       config: supplies `rollout.steps` and `rollout.guidance`.
     """
     graph, base = nnx.split(pipe.transformer)
-    policy = Policy(adapted=graph, plain=graph, guidance=config.rollout.guidance)
+    # A model with a branch for the photos is sampled without guidance by them.
+    photos = None if config.kind.image_guidance is None else 1.0
+    policy = Policy(graph, graph, config.rollout.guidance, photos)
     negative = conditioning.encode_negative(pipe, config.data)
     rows = rng.row_keys(
         rng.key(config.run.seed, "evaluate"),
@@ -426,10 +454,14 @@ def make(config: Config) -> Task:
             f"finetune.options of task transformer: {str(error).split('() ')[-1]}"
         ) from None
     folder, shift = config.model.folder(), config.rollout.shift
-    if config.model.kind != "vace":
+    if (kind := config.model.kind) not in ("vace", "phantom"):
         raise UserError(
-            f"model.kind is {config.model.kind}; "
-            "the task transformer trains VACE only, so leave it out"
+            f"model.kind is {kind}; the task transformer trains vace or phantom; use one of them"
+        )
+    if bool(options.vace_layers) != (kind == "vace"):
+        raise UserError(
+            f"finetune.options of task transformer: vace_layers is {list(options.vace_layers)}; name "
+            "the blocks with control for vace, and leave it out for phantom"
         )
     if shift <= 0:
         raise UserError(
@@ -447,7 +479,7 @@ def make(config: Config) -> Task:
     }
     shape = WanConfig(
         **sizes,
-        vace=VaceConfig(tuple(options.vace_layers)),
+        vace=VaceConfig(tuple(options.vace_layers)) if kind == "vace" else None,
         text_dim=text_encoder.config.d_model,
         remat=config.model.remat,
         unroll=config.model.unroll,
@@ -477,16 +509,17 @@ def make(config: Config) -> Task:
             options.photo_dropout,
             seed,
             step,
+            blank=kind == "phantom",
         )
 
     def flow_loss(transformer: WanTransformer, batch: dict[str, ArrayLike], key: Array) -> Loss:
-        grey = jnp.asarray(pool()[0].grey, jnp.float32)
+        grey = jnp.asarray(pool()[0].grey, jnp.float32) if kind == "vace" else None
         return loss(
             transformer, batch, key, grey=grey, order=config.data.reference_order, shift=shift
         )
 
     def pipe(transformer: WanTransformer, path: Path) -> Pipeline:
-        return Pipeline(transformer, vae, text_encoder, tokenizer, shift, "vace", path)
+        return Pipeline(transformer, vae, text_encoder, tokenizer, shift, kind, path)
 
     def save(transformer: WanTransformer, path: Path) -> None:
         # The folder contains the other parts already, possibly newer than those in memory.
