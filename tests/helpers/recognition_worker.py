@@ -1,4 +1,4 @@
-"""Run by integration/test_recognition.py in a process with eight devices: who is recognised on one device and on a mesh.
+"""Run by slow/test_recognition.py in a process with eight devices: who is recognised on one device and on a mesh.
 
 python -m tests.helpers.recognition_worker OUT
 """

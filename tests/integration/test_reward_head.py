@@ -1,7 +1,6 @@
 """The learned head: what does not matter to it, that it stays finite and inside what it saw, and its training from a CSV to a reward."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -10,17 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_idgrpo import config as c
 from jax_idgrpo.errors import UserError
 from jax_idgrpo.preferences import train_head
 from jax_idgrpo.preferences.csv_source import load_pairs
 from jax_idgrpo.rewards import factory
 from jax_idgrpo.rewards import head as heads
-from jax_idgrpo.rewards.base import References
 from jax_idgrpo.rewards.faces import Faces
 from jax_idgrpo.rewards.identity import IdentityConfig, reward_terms
-from jax_idgrpo.synthetic import scenes
-from jax_idgrpo.training.finetune import finetune
 from jax_idgrpo.training.task import make_task
 from tests.helpers.identity_cases import case, unit
 from tests.helpers.reward_head import configuration, write_pairs
@@ -149,43 +144,6 @@ def test_two_people_who_exchange_faces_are_seen_in_their_places():
     apart = float(references[0, 0] @ references[0, 1])
     np.testing.assert_allclose(said["kept"], apart, atol=1e-5)  # least of all pairs of frames
     np.testing.assert_allclose(said["kept_last"], (3 * apart + 1) / 4, atol=1e-5)
-
-
-def test_training_tells_held_out_pairs_apart_and_the_head_is_a_reward(tmp_path):
-    train, held_out = (
-        write_pairs(tmp_path / "pairs", 36, 0, "train"),
-        write_pairs(tmp_path / "held_out", 24, 1, "eval"),
-    )
-    finetune(configuration(train, held_out), tmp_path / "run")
-    found = json.loads((tmp_path / "run" / "accuracy.json").read_text())["SA"]
-    assert found["pairs"] == 24
-    assert found["without_ties"]["low"] > 0.6
-
-    export = tmp_path / "run" / "export"
-    config = c.RewardConfig(head=str(export))
-    drawn = scenes.batch(3, 0, 4, "eval")
-    reward = factory.make_face_reward(config)
-    people = reward.encode_references(References.of_pixels(drawn.portraits, drawn.mask), [""] * 4)
-    terms = reward.score(drawn.video, people)
-    np.testing.assert_allclose(terms["reward"], terms["head"] - terms["costs"], atol=1e-5)
-    assert set(reward.term_names) == set(terms)
-    gradient = jax.grad(lambda video: reward.apply(reward.state, video, people)["reward"].sum())(
-        drawn.video
-    )
-    assert np.isfinite(gradient).all()
-    assert np.abs(gradient).max() > 0
-    assert "head" not in factory.make_judge(c.Config(reward=config)).term_names
-
-    with pytest.raises(
-        UserError, match=r"trained with reward.frames 5, not 4; pass --reward.frames 5"
-    ):
-        factory.make_face_reward(c.RewardConfig(head=str(export), frames=4))
-    said = json.loads((export / "head.json").read_text())
-    (export / "head.json").write_text(json.dumps(said | {"networks": "other"}))
-    with pytest.raises(UserError, match=r"trained on other face networks"):
-        factory.make_face_reward(config)
-    with pytest.raises(UserError, match=r"head.json: cannot be read"):
-        factory.make_face_reward(c.RewardConfig(head=str(tmp_path / "nowhere")))
 
 
 def test_kept_tokens_are_read_instead_of_the_videos_and_only_for_what_they_were_made_of(tmp_path):
