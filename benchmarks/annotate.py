@@ -12,8 +12,9 @@ band of ties of the training loss for the others. The first table counts on held
 - precision: the same share, of those labelled A or B;
 - ties found: share of the true ties that are labelled "same".
 
-Then all training pairs are labelled, and a head is trained on each set of labels; the second table
-has its accuracy on the held-out pairs.
+Then all training pairs are labelled, and a head is trained on each set of labels, and another one on
+the same labels as automatic pairs that give way to the `--trusted` pairs with correct labels
+(mixing "smooth"); the second table has their accuracy on the held-out pairs.
 """
 
 import argparse
@@ -85,6 +86,22 @@ def with_labels(pairs: list[Pair], sides: Sides, labels: list[str]) -> tuple[lis
     return list(made), made
 
 
+def then_trusted(
+    pairs: list[Pair], sides: Sides, trusted: list[Pair], correct: Sides
+) -> tuple[list[Pair], Sides]:
+    """Return labelled pairs as automatic ones, followed by trusted ones, and their tokens.
+
+    Args:
+      pairs: labelled pairs.
+      sides: their tokens.
+      trusted: pairs with correct labels.
+      correct: tokens of the trusted pairs.
+    """
+    made = {dataclasses.replace(pair, source="automatic"): sides[pair] for pair in pairs}
+    made |= {pair: correct[pair] for pair in trusted}
+    return list(made), made
+
+
 def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,8 +122,8 @@ def main() -> None:
         read[split] = read_videos(reward, sets[split], base, cache)
     trusted, sides = sets["train"][: arguments.trusted], read["train"][0]
 
-    def head_of(pairs: list[Pair], tokens: Sides) -> Callable:
-        return trained(pairs, tokens, networks, "trusted", base, programs)
+    def head_of(pairs: list[Pair], tokens: Sides, mixing: str = "trusted") -> Callable:
+        return trained(pairs, tokens, networks, mixing, base, programs)
 
     linear = fit_linear(trusted, sides, LinearOptions(pairs=""), 0).reward
     teacher = head_of(trusted, sides)
@@ -142,6 +159,8 @@ def main() -> None:
     for name, found in labels["train"].items():
         pairs, tokens = with_labels(sets["train"], sides, found)
         tell(f"labels of {name}, {len(pairs)} pairs", head_of(pairs, tokens))
+        both = then_trusted(pairs, tokens, trusted, sides)
+        tell(f"the same, then {len(trusted)} trusted pairs", head_of(*both, "smooth"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from checkpoints_convert import store
 from jax_idgrpo import config as configuration
@@ -42,6 +41,7 @@ from jax_idgrpo.rewards.factory import make_face_reward
 from jax_idgrpo.rewards.head import Head, Tokens, fingerprint
 from jax_idgrpo.training.finetune import make_step
 from jax_idgrpo.training.state import make_optimizer, start
+from jax_idgrpo.training.task import Division
 
 ROOT = Path(__file__).parents[1]
 HARD = ("swap", "blend", "drift", "duplicate")
@@ -143,17 +143,18 @@ def trained(
       programs: cache of compiled steps, shared by heads of the same structure.
     """
     task = head_task(pairs, [], sides, networks, PairOptions(pairs="", mixing=mixing), config)
-    graph, params, frozen, rest = nnx.split(
-        task.init(rng.key(config.run.seed, "init")), task.trained, task.frozen, ...
-    )
+    network = task.init(rng.key(config.run.seed, "init"))
+    division = Division.of(task, network)
+    params, frozen, rest = division.split(network)
     optimizer = make_optimizer(config.optimizer, config.run.steps)
     step = programs.setdefault(
-        graph, make_step(task, graph, optimizer, config.optimizer.ema_decay, config.run.seed)
+        division.graph,
+        make_step(task, division, optimizer, config.optimizer.ema_decay, config.run.seed),
     )
     state = start(optimizer, params, rest)
     for number in range(config.run.steps):
-        state, _ = step(state, frozen, task.batch(config.run.seed, number))
-    return nnx.merge(graph, state.ema, frozen, state.rest)
+        state, _ = step(state, frozen, task.batch(config.run.seed, number), ())
+    return division.merge(state.ema, frozen, state.rest)
 
 
 def main() -> None:
