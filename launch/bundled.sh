@@ -14,8 +14,10 @@ if [ ! -d "$assets" ]; then
     mv "$assets.part" "$assets"
 fi
 
-for stage in detector embedder judge vae vae_clips pictures clips vae_decoder phantom_pictures phantom_clips; do
-    # A stage that is done only checks that it is.
+# The decoder comes last: until then the pools of encoded clips are those of one VAE.
+for stage in detector embedder judge vae vae_clips pictures clips phantom_pictures phantom_clips vae_decoder; do
+    # A stage that is done only stores its network again.
     echo "== $stage"
     idgrpo finetune "configs/bundled_$stage.py" --workdir "runs/bundled/$stage"
 done
+cp -r "$assets/pipeline/vae" "$assets/phantom/"
