@@ -91,7 +91,8 @@ def test_clips_without_the_text_of_a_prompt_and_stills_of_several_people_are_ref
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "clip=runs"], "no such file"),
+        (["--model", "other=nowhere"], "no such file"),
+        (["--model", "clip=."], "the name clip is of other videos"),
         (["--model", "tuned"], "not NAME=PATH"),
         (["--terms", "reward"], "--terms reward: write numbers by name as JSON"),
         (["--terms", '{"reward": 0}'], "--terms weighs no term"),
