@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.guidance import measured
 from checkpoints_convert.places import LoRASum
 from jax_idgrpo import config as configuration
 from jax_idgrpo.data.prompts import load_prompts
 from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.evaluation.sampler import all_rows, make_models, make_sampler
-from jax_idgrpo.evaluation.scoring import make_scorer
 from jax_idgrpo.training.train import train
 from tests.helpers.paths import ROOT
 
@@ -60,17 +59,7 @@ def measure(lora: LoRASum | None, prompts: int, videos: int, label: str) -> dict
     config = configuration.load(RECIPE, [("evaluate.videos", str(videos))])
     path = configuration.prompts_file(config.evaluate.prompts)
     listed = load_prompts(path, config.data.max_people)[:prompts]
-    sampler = make_sampler(config)
-    models = make_models(sampler, {"sum": lora} if lora else {})
-    scorer = make_scorer(config, sampler.batch)
-    found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    for batch, made in sampler.batches(
-        models["sum" if lora else "base"], all_rows(listed, videos), label
-    ):
-        values = scorer(made, [row.prompt for row in batch])
-        for metric in METRICS:
-            found[metric].append(values[metric])
-    return {metric: np.concatenate(parts) for metric, parts in found.items()}
+    return measured(config, listed, METRICS, label, lora)
 
 
 def main() -> None:

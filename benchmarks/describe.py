@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.guidance import measured
 from jax_idgrpo import config as configuration
 from jax_idgrpo.cli import main as idgrpo
 from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.evaluation import bootstrap
-from jax_idgrpo.evaluation.sampler import all_rows, make_models, make_sampler
-from jax_idgrpo.evaluation.scoring import make_scorer
 from jax_idgrpo.synthetic.people import _ACTIONS
 from tests.helpers.paths import ROOT
 
@@ -68,15 +67,7 @@ def measure(path: Path, videos: int) -> dict[str, np.ndarray]:
     config = configuration.load(
         ROOT / "configs" / "quickstart.py", [("evaluate.videos", str(videos))]
     )
-    sampler = make_sampler(config)
-    model, scorer = make_models(sampler, {})["base"], make_scorer(config, sampler.batch)
-    found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    rows = all_rows(load_prompts(path, config.data.max_people), videos)
-    for batch, made in sampler.batches(model, rows, path.stem):
-        values = scorer(made, [row.prompt for row in batch])
-        for metric in METRICS:
-            found[metric].append(values[metric])
-    return {metric: np.concatenate(parts) for metric, parts in found.items()}
+    return measured(config, load_prompts(path, config.data.max_people), METRICS, path.stem)
 
 
 def main() -> None:

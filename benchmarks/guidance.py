@@ -11,12 +11,14 @@ the training reward with the mean of the 4.
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from checkpoints_convert.places import LoRASum
 from jax_idgrpo import config as configuration
-from jax_idgrpo.data.prompts import load_prompts
+from jax_idgrpo.data.prompts import Prompt, load_prompts
 from jax_idgrpo.evaluation import bootstrap
 from jax_idgrpo.evaluation.sampler import all_rows, make_models, make_sampler
 from jax_idgrpo.evaluation.scoring import make_scorer
@@ -30,6 +32,34 @@ SETTINGS: list[dict] = [
     {"scale": 0.5, "blocks": [3], "photos": "none"},
 ]
 METRICS = ("reward", "judge_identity", "motion", "faces", "count", "duplicated")
+
+
+def measured(
+    config: configuration.Config,
+    prompts: Sequence[Prompt],
+    metrics: Sequence[str],
+    label: str,
+    lora: Path | LoRASum | None = None,
+) -> dict[str, np.ndarray]:
+    """Sample and score `evaluate.videos` videos per prompt; return metric -> value of every video.
+
+    Args:
+      config: model, sampling and reward.
+      prompts: the prompts.
+      metrics: names of the metrics.
+      label: name of the progress.
+      lora: adapter, or a sum of adapters; None samples from the base.
+    """
+    sampler = make_sampler(config)
+    model = list(make_models(sampler, {"adapted": lora} if lora else {}).values())[-1]
+    scorer = make_scorer(config, sampler.batch)
+    found: dict[str, list[np.ndarray]] = {metric: [] for metric in metrics}
+    rows = all_rows(prompts, config.evaluate.videos)
+    for batch, made in sampler.batches(model, rows, label):
+        values = scorer(made, [row.prompt for row in batch])
+        for metric in metrics:
+            found[metric].append(values[metric])
+    return {metric: np.concatenate(parts) for metric, parts in found.items()}
 
 
 def measure(weakened: dict, prompts: int, videos: int) -> dict[str, np.ndarray]:
@@ -48,15 +78,7 @@ def measure(weakened: dict, prompts: int, videos: int) -> dict[str, np.ndarray]:
         configuration.prompts_file(config.evaluate.prompts), config.data.max_people
     )
     listed = listed[:prompts]
-    sampler = make_sampler(config)
-    model, scorer = make_models(sampler, {})["base"], make_scorer(config, sampler.batch)
-    found: dict[str, list[np.ndarray]] = {metric: [] for metric in METRICS}
-    rows = all_rows(listed, videos)
-    for batch, made in sampler.batches(model, rows, json.dumps(weakened) or "plain"):
-        values = scorer(made, [row.prompt for row in batch])
-        for metric in METRICS:
-            found[metric].append(values[metric])
-    return {metric: np.concatenate(parts) for metric, parts in found.items()}
+    return measured(config, listed, METRICS, json.dumps(weakened) or "plain")
 
 
 def main() -> None:

@@ -243,7 +243,7 @@ def person_terms(
 ) -> dict[str, Float[Array, " B"]]:
     """Compute `person_similarity` and `person_similarity_min`, in [-1, 1].
 
-    Both are 0 if nobody counts.
+    Both are 0 for a video of which no person counts.
 
     Args:
       network: describes the regions.
